@@ -1,0 +1,258 @@
+"""Every configuration key, its default and its unit; how a configuration is loaded, checked and written.
+
+A configuration is the dataclass defaults below, then a YAML file, then `key=value` overrides, merged by OmegaConf.
+A new knob is one line here. `data.args`, `model.args` and `flow.time_args` are free: the constructor that they go to
+checks them against its signature.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
+SCHEDULES = ("constant", "linear", "cosine")
+
+_AT_LEAST_ONE = (
+    "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps", "train.timeout_minutes",
+    "preview.n_samples", "preview.sampling_steps",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "seed", "data.num_workers", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad_norm",
+    "ema.warmup_ratio", "train.sample_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints",
+    "train.keep_snapshots", "preview.seed", "preview.guidance_scale",
+)  # fmt: skip
+
+
+class UserError(ValueError):
+    """A mistake of the user: the entry scripts print its one line and leave with exit code 2."""
+
+
+@dataclass
+class DataConfig:
+    name: str = "digits"  # a key of datasets.DATASETS
+    root: str | None = None  # folder that holds the data sets; null: $FLOW_DATA, else ./data
+    args: dict[str, Any] = field(default_factory=dict)  # arguments of the data set
+    horizontal_flip: bool = False  # mirror each training image with probability 1/2
+    num_workers: int = 2  # processes that decode images, for sets that are read from disk
+
+
+@dataclass
+class ModelConfig:
+    name: str = "unet"  # a key of models.MODELS
+    args: dict[str, Any] = field(default_factory=dict)  # arguments of the network; num_classes switches labels on
+
+
+@dataclass
+class FlowConfig:
+    time_law: str = "uniform"  # a key of flow.time_sampler.LAWS: density of t in training
+    time_args: dict[str, Any] = field(default_factory=dict)  # arguments of the law
+    label_dropout: float = 0.1  # probability that a label becomes the null label, for guidance
+
+
+@dataclass
+class OptimizerConfig:  # AdamW; weight_decay=0 is Adam
+    lr: float = 2e-4  # peak learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 0  # linear from 0
+    schedule: str = "constant"  # constant | linear | cosine, down to 0 at train.steps
+    clip_grad_norm: float = 1.0  # 0: off
+
+
+@dataclass
+class EmaConfig:
+    half_life_images: Any = 500_000  # images after which a weight counts half; one number or a list of several
+    warmup_ratio: float = 0.05  # half-life is at most this share of the images seen so far; 0: no warm-up
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 100_000  # optimizer steps
+    batch_size: int = 128  # images per optimizer step, over all processes and micro-batches
+    accumulate: int = 1  # micro-batches per optimizer step
+    mixed_precision: str = "no"  # no | fp16 | bf16
+    compile: bool = False  # torch.compile the network
+    init_from: str | None = None  # snapshot whose weights a new run starts from
+    log_every_steps: int = 50
+    sample_every_steps: int = 5_000  # preview grids; 0: never
+    checkpoint_every_steps: int = 5_000  # besides the one at the end
+    keep_checkpoints: int = 2  # newest ones kept; 0: all
+    keep_snapshots: int = 0  # newest ones kept; 0: all
+    log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers of accelerate; metrics.jsonl always
+    timeout_minutes: int = 30  # a process that waits longer for the others stops
+
+
+@dataclass
+class PreviewConfig:
+    n_samples: int = 64
+    sampling_method: str = "heun"  # a key of flow.solvers.METHODS
+    sampling_steps: int = 18
+    guidance_scale: float = 1.0  # 1: off
+    seed: int = 8888
+
+
+@dataclass
+class Config:
+    seed: int = 0  # of everything random in training
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Config | None = None) -> Config:
+    """Defaults (or `base`), then the YAML file at `path`, then `key=value` overrides; checked.
+
+    Raises UserError that names the key, the value and what would be right.
+    """
+    config = OmegaConf.structured(base or Config)
+    if path is not None:
+        config = _merge(config, _read_yaml(Path(path)), source=str(path))
+    for override in overrides or []:
+        key, _, value = override.partition("=")
+        _check_key(key, override)
+        try:
+            node = OmegaConf.from_dotlist([override])
+        except Exception as error:  # OmegaConf lets the errors of the YAML scanner through
+            raise UserError(f"{override}: the value {value!r} is not YAML ({_first_line(error)})") from None
+        config = _merge(config, node, source=override)
+    config = OmegaConf.to_object(config)
+    validate(config)
+    return config
+
+
+def parse(text: str) -> Config:
+    """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run)."""
+    config = OmegaConf.to_object(_merge(OmegaConf.structured(Config), OmegaConf.create(text), source="stored config"))
+    validate(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
+    """All dotted keys: ['seed', 'data.name', ...]."""
+    found = []
+    for f in dataclasses.fields(config_class):
+        nested = dataclasses.is_dataclass(f.type)
+        found += all_keys(f.type, f"{prefix}{f.name}.") if nested else [prefix + f.name]
+    return found
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
+    """' Did you mean X?' or '' — the tail of an error about an unknown name."""
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    if not matches:  # `steps` for `train.steps`
+        matches = [c for c in choices if c.split(".")[-1] == word.split(".")[-1]][:1]
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def validate(config: Config) -> None:
+    """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
+    for key in _AT_LEAST_ONE:
+        _require(config, key, lambda v: v >= 1, "at least 1")
+    for key in _NOT_NEGATIVE:
+        _require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
+    for key in ("optimizer.lr", "optimizer.eps"):
+        _require(config, key, lambda v: v > 0 and math.isfinite(v), "greater than 0, and finite")
+    _require(config, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
+    _require(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+    _require(config, "train.mixed_precision", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
+    _require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+    _require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
+
+
+def half_lives(config: Config) -> list[int]:
+    """ema.half_life_images as a list."""
+    value = config.ema.half_life_images
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _is_half_lives(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
+    return whole and bool(values) and len(set(values)) == len(values)
+
+
+def _require(config: Config, key: str, holds, rule: str) -> None:
+    value = get(config, key)
+    if not holds(value):
+        raise UserError(f"{key}={value}: must be {rule}")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        found = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"-c {path}: there is no such file.{nearest(str(path), found)}")
+    try:
+        node = OmegaConf.load(path)
+    except Exception as error:  # yaml.YAMLError, UnicodeDecodeError, OmegaConf's own
+        raise UserError(f"-c {path}: not a YAML file ({_first_line(error)})") from None
+    if not isinstance(node, DictConfig):
+        raise UserError(f"-c {path}: holds a list, expected `key: value` lines")
+    _check_tree(OmegaConf.to_container(node), Config, str(path))
+    return node
+
+
+def _check_tree(tree: dict, config_class: type, source: str, prefix: str = "") -> None:
+    """Unknown keys of a YAML file, named with the nearest known one."""
+    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        nested = dataclasses.is_dataclass(fields.get(name))
+        if name not in fields:
+            raise UserError(f"{source}: unknown key {key!r}.{nearest(key, all_keys())}")
+        if nested and not isinstance(value, dict):
+            raise UserError(f"{source}: {key}={value!r}: must be a section with keys {', '.join(all_keys(fields[name]))}")
+        if nested:
+            _check_tree(value, fields[name], source, f"{key}.")
+
+
+def _check_key(key: str, override: str) -> None:
+    known = all_keys()
+    if key in known or any(key.startswith(f"{k}.") for k in known if k.endswith("args")):
+        return
+    if any(k.startswith(f"{key}.") for k in known):
+        inner = ", ".join(k for k in known if k.startswith(f"{key}."))
+        raise UserError(f"{override}: {key!r} is a section; set one of {inner}")
+    raise UserError(f"{override}: unknown key {key!r}.{nearest(key, known)}")
+
+
+def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(config, node)
+        OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        return merged
+    except OmegaConfBaseException as error:
+        hint = ""
+        if "Integer" in str(error) and isinstance(error.value, (float, str)):
+            with contextlib.suppress(ValueError):
+                hint = f"; write {int(float(error.value)):_}" if float(error.value).is_integer() else ""
+        key = f"{error.full_key}: " if error.full_key and not source.startswith(str(error.full_key)) else ""
+        raise UserError(f"{source}: {key}{_first_line(error)}{hint}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

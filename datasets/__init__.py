@@ -1,0 +1,44 @@
+"""Data sets: `build(name, root, args)` gives uint8 images and labels, in memory (`Images`) or read from disk (`Folder`).
+
+`Dataset` and `IterableDataset` below are never instantiated: where the Hugging Face package `datasets` is installed,
+accelerate imports these two names from whatever package is called `datasets`, and finds this one.
+"""
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets.digits import digits
+from datasets.images import Folder, Images, cifar10, fashion_mnist, folder, mnist
+
+DATASETS = {"digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder}
+
+
+class Dataset: ...
+
+
+class IterableDataset: ...
+
+
+def default_root() -> Path:
+    """Where data sets lie when nobody says otherwise: $FLOW_DATA, else ./data."""
+    return Path(os.environ.get("FLOW_DATA") or "data")
+
+
+def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder:
+    """The data set `name`; `root` (None: `default_root()`) holds downloaded sets, `args` are the set's own arguments.
+
+    Raises ValueError for an unknown name or argument (naming what exists), FileNotFoundError where the files are absent
+    and cannot be downloaded.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"{name!r} is not a data set; choose one of {', '.join(DATASETS)}")
+    parameters = list(inspect.signature(DATASETS[name]).parameters)[1:]
+    for key in args:
+        if key not in parameters:
+            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(parameters) or 'none'}")
+    try:
+        return DATASETS[name](Path(root) if root else default_root(), **args)
+    except TypeError as error:  # a missing argument, or a word where a number belongs
+        raise ValueError(f"{name} cannot be built from {args}: {error}") from error

@@ -1,0 +1,143 @@
+"""Image data sets: small ones as tensors in memory, folders of image files read one by one."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.datasets as tv_datasets
+from PIL import Image, ImageOps
+from torch import Tensor
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+
+@dataclass
+class Images:
+    """A data set in memory."""
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor | None  # int64 [N]
+    class_names: tuple[str, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return tuple(self.images.shape[1:])  # type: ignore[return-value]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], -1 if self.labels is None else int(self.labels[index])
+
+    def fingerprint(self) -> str:
+        """Hash of the content: images in order."""
+        return hashlib.blake2b(self.images.contiguous().numpy(), digest_size=16).hexdigest()
+
+
+class Folder:
+    """Image files below a folder, decoded on access: centre crop to a square, resize to `size`.
+
+    Subfolders are classes, in alphabetical order; without subfolders there are no labels. Alpha is laid over white,
+    rotation flags of cameras are applied, of an animation the first frame counts.
+    """
+
+    def __init__(self, path: Path, size: int | None, channels: int):
+        """size: side in pixels, or None to take images as they are, which then must all have one size."""
+        if not path.is_dir():
+            raise FileNotFoundError(f"path={path}: there is no such folder")
+        if channels not in (1, 3):
+            raise ValueError(f"channels={channels}: must be 1 (grey) or 3 (RGB)")
+        if size is not None and size < 1:
+            raise ValueError(f"size={size}: must be at least 1")
+        self.path, self.size, self.channels = path, size, channels
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        if not files:
+            raise FileNotFoundError(f"path={path}: holds no image ({' '.join(IMAGE_SUFFIXES)})")
+        top = [p.relative_to(path).parts for p in files]
+        nested = all(len(parts) > 1 for parts in top)
+        self.class_names = tuple(sorted({parts[0] for parts in top})) if nested else ()
+        class_of = {name: i for i, name in enumerate(self.class_names)}
+        self.files = files
+        self.labels = torch.tensor([class_of[parts[0]] for parts in top]) if nested else None
+        self.image_shape = (channels, size, size) if size is not None else tuple(self[0][0].shape)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Image uint8 [C, H, W] and its label (-1 without classes). Raises ValueError that names an unreadable file."""
+        file = self.files[index]
+        try:
+            with Image.open(file) as opened:
+                pixels = self._decode(opened)
+        except Exception as error:  # Pillow raises a dozen kinds for a broken file
+            raise ValueError(f"{file}: not a readable image ({error})") from None
+        image = torch.from_numpy(np.array(pixels)).reshape(pixels.height, pixels.width, self.channels)
+        shape = getattr(self, "image_shape", None)
+        if shape is not None and image.shape[:2] != shape[1:]:
+            raise ValueError(f"{file}: has {pixels.height}x{pixels.width} pixels, expected {shape[1]}x{shape[2]}; set size")
+        return image.permute(2, 0, 1), -1 if self.labels is None else int(self.labels[index])
+
+    def fingerprint(self) -> str:
+        """Hash of the content: the bytes of the files in order, the crop and the size."""
+        digest = hashlib.blake2b(f"{self.size} {self.channels}".encode(), digest_size=16)
+        for file in self.files:
+            digest.update(hashlib.blake2b(file.read_bytes(), digest_size=16).digest())
+        return digest.hexdigest()
+
+    def _decode(self, opened: Image.Image) -> Image.Image:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16") or image.mode == "I":  # Pillow's own conversion would clip 16 bits to white
+            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        if self.size is not None:
+            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
+        return image
+
+
+def folder(root: Path, path: str, size: int | None = None, channels: int = 3) -> Folder:
+    """Image files below `path` (as it is, or below `root`)."""
+    given = Path(path)
+    return Folder(given if given.is_dir() or given.is_absolute() else root / given, size, channels)
+
+
+def mnist(root: Path, train: bool = True) -> Images:
+    """MNIST (LeCun, Cortes & Burges): 60,000 training or 10,000 test digits of 28x28 pixels."""
+    return _idx(_download(tv_datasets.MNIST, root, train))
+
+
+def fashion_mnist(root: Path, train: bool = True) -> Images:
+    """Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): as MNIST, with clothes."""
+    return _idx(_download(tv_datasets.FashionMNIST, root, train))
+
+
+def cifar10(root: Path, train: bool = True) -> Images:
+    """CIFAR-10 (Krizhevsky 2009): 50,000 training or 10,000 test images of 32x32 RGB pixels in ten classes."""
+    data = _download(tv_datasets.CIFAR10, root, train)
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Images(images, torch.tensor(data.targets), tuple(data.classes))
+
+
+def _idx(data: tv_datasets.MNIST) -> Images:
+    return Images(data.data.unsqueeze(1), data.targets.long(), tuple(data.classes))
+
+
+def _download(cls: type, root: Path, train: bool):
+    """The torchvision data set, from the files below root if they are whole, downloaded otherwise."""
+    try:
+        return cls(root, train=train, download=False)
+    except RuntimeError:  # torchvision's word for absent or damaged files
+        pass
+    try:
+        return cls(root, train=train, download=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"{cls.__name__} is not in {root} and could not be downloaded ({reason}); "
+            "set data.root or the environment variable FLOW_DATA to a folder that holds it"
+        ) from None

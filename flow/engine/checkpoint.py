@@ -1,0 +1,142 @@
+"""Checkpoints: everything that resuming needs, whole or absent, the newest few kept.
+
+`checkpoints/step_00010000/` holds what accelerate saves (network, optimizer, loss scale), the moving averages as
+snapshots, `state.json` and `manifest.json` with the size and SHA-256 of each file. Random states are not among it:
+nothing random is carried in a state. `latest` is found by looking, not stored.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+
+from configs.schema import UserError
+from flow.engine import files, runtime
+
+EMA_FILE = "ema.safetensors"  # the first half-life; others are ema_<half-life>.safetensors, all of them snapshots
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_more: Callable[[Path], None]) -> Path:
+    """Write `folder/step_XXXXXXXX`; all processes call it. `write_more(path)` adds files on the main process.
+
+    Raises UserError on every process where writing fails on one; what was saved before stays as it was.
+    """
+    path = folder / f"step_{step:08d}"
+    temporary = folder / f"{files.TEMPORARY}{path.name}"
+    problem: Exception | None = None
+    try:
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.remove_unfinished(folder)
+            temporary.mkdir()
+    except OSError as error:
+        problem = error
+    _stop_if(accelerator, problem, path)
+    try:
+        accelerator.save_state(str(temporary))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = error
+    _stop_if(accelerator, problem, path)
+    if accelerator.is_main_process:
+        try:
+            for random_state in temporary.glob("random_states_*"):
+                random_state.unlink()
+            write_more(temporary)
+            (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+            entries = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
+            (temporary / "manifest.json").write_text(json.dumps(entries, indent=1))
+            if path.exists():  # a damaged one that resuming has passed over
+                shutil.rmtree(path)
+            files.commit_folder(temporary, path)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = error
+    _stop_if(accelerator, problem, path)
+    return path
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
+    for path in all_of(folder)[:-keep] if keep else []:
+        doomed = path.with_name(f"{files.TEMPORARY}{path.name}")  # so that half a deletion is no checkpoint
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def load(accelerator: Accelerator, path: Path) -> dict:
+    """Restore what accelerate saved; returns the state given to `save`."""
+    try:
+        accelerator.load_state(str(path))
+        return json.loads((path / "state.json").read_text())
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"-r {path}: does not fit this configuration ({first})") from None
+
+
+def newest(accelerator: Accelerator, folder: Path) -> Path:
+    """The newest whole checkpoint; damaged ones are named and passed over. Raises UserError where there is none."""
+    found: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        for path in reversed(all_of(folder)):
+            damage = damage_of(path)
+            if damage is None:
+                found[0] = path
+                break
+            accelerator.print(f"warning: checkpoint {path} is damaged and passed over: {damage}")
+    broadcast_object_list(found)
+    if found[0] is None:
+        raise UserError(f"-r: there is no whole checkpoint in {folder}")
+    return found[0]
+
+
+def all_of(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path is a folder with the name of a checkpoint."""
+    return _NAME.fullmatch(path.name) is not None and path.is_dir()
+
+
+def ema_files(half_lives: list[int]) -> list[str]:
+    """Names of the moving averages inside a checkpoint, in the order of the half-lives."""
+    return [EMA_FILE if i == 0 else f"ema_{half_life}.safetensors" for i, half_life in enumerate(half_lives)]
+
+
+def step_of(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name).group(1))  # type: ignore[union-attr]
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest, or None."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, entry in manifest.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if files.sha256(file) != entry["sha256"]:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read ({error})"
+    return None
+
+
+def _stop_if(accelerator: Accelerator, problem: Exception | None, path: Path) -> None:
+    """All processes stop together where one of them could not write."""
+    if not runtime.agree(accelerator, problem is not None):
+        return
+    if accelerator.is_main_process:
+        shutil.rmtree(path.with_name(f"{files.TEMPORARY}{path.name}"), ignore_errors=True)
+    kept = all_of(path.parent)
+    left = f"the newest checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
+    reason = (str(problem).splitlines() or [""])[0] if problem else "another process failed"
+    raise UserError(f"checkpoint {path} was not written: {reason}; {left}")

@@ -1,0 +1,80 @@
+"""The command line of the entry scripts: flags by argparse, configuration keys by `key=value`, nothing unknown accepted."""
+
+import argparse
+import re
+import sys
+
+from configs import schema
+from configs.schema import UserError
+
+_KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that also takes configuration overrides and whose errors are one line with the nearest name.
+
+    `parse()` returns the namespace with `overrides`, a list of `key=value`. An override is written `key=value`,
+    `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
+    """
+
+    def __init__(self, description: str, examples: str):
+        super().__init__(
+            description=description,
+            epilog=f"examples:\n{examples}\n\nevery configuration key: configs/schema.py",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str):  # called by argparse
+        raise UserError(message)
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Raises UserError for an unknown flag or key, naming the nearest."""
+        flags, known = list(self._option_string_actions), schema.all_keys()
+        rest, overrides = [], []
+        argv = list(sys.argv[1:] if argv is None else argv)
+        while argv:
+            token = argv.pop(0)
+            name, equals, value = token.partition("=")
+            key = name.removeprefix("--")
+            if name in flags or not _KEY.fullmatch(key) or (not equals and not name.startswith("--")):
+                rest.append(token)
+            elif equals and (key in known or not name.startswith("--") or "." in key):
+                overrides.append(f"{key}={value}")
+            elif not equals and (key in known or "." in key):
+                if not argv or argv[0].startswith("--"):
+                    raise UserError(f"--{key}: a value is missing")
+                overrides.append(f"{key}={argv.pop(0)}")
+            else:
+                raise UserError(f"unknown flag {name!r}.{schema.nearest(name, flags + [f'--{k}' for k in known])}")
+        namespace, unknown = self.parse_known_args(rest)
+        if unknown:
+            raise UserError(f"unknown argument {unknown[0]!r}.{schema.nearest(unknown[0], flags)}")
+        namespace.overrides = overrides
+        return namespace
+
+
+def at_least(low: int):
+    """An argparse type: a whole number of at least `low`."""
+
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least {low}")
+        return value
+
+    return whole_number
+
+
+def scale(text: str) -> float:
+    """An argparse type: a finite number of 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number of 0 or more")
+    return value

@@ -1,0 +1,41 @@
+"""Images as people see them: uint8 conversion, PNG files, grids."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] floats to uint8 of the same shape, rounded to the nearest level; the one way back from networks."""
+    return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write a uint8 image [C, H, W] under its name once it is whole."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    to_pil(image).save(temporary, format="PNG")
+    os.replace(temporary, path)
+
+
+def read_png(path: Path) -> np.ndarray:
+    """uint8 [H, W, C] of an image that `write_png` wrote."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    return pixels[:, :, None].copy() if pixels.ndim == 2 else pixels.copy()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 [C, H, W] with 1 or 3 channels."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """uint8 [N, C, H, W] side by side, as one uint8 [C', H', W'] picture enlarged to at least 400 pixels."""
+    picture = make_grid(images, nrow=columns, padding=1, pad_value=128)[: images.shape[1]]
+    zoom = max(1, -(-400 // max(picture.shape[1:])))
+    return picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)

@@ -1,0 +1,167 @@
+"""The global batch of a training step as a function of (seed, step), and this process's share of it.
+
+Position p of the endless stream of training images (step k holds positions k B .. (k + 1) B - 1) is image
+`permutation(seed, epoch)[p mod N]` of epoch p // N. Processes and micro-batches take consecutive rows of the batch, so
+any number of them sees the same global batches, and resuming needs the step alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.schema import UserError
+from flow import rng
+
+
+@dataclass
+class MicroBatch:
+    """What one process feeds through the network at once."""
+
+    x1: Tensor  # images in [-1, 1], float32 [b, C, H, W], on the device
+    y: Tensor | None  # labels int64 [b]
+    rows: slice  # which rows of the global batch these are
+    positions: range  # their positions in the stream of training images
+
+
+class Loader:
+    """Iterates over training steps: each item is the list of this process's micro-batches."""
+
+    def __init__(
+        self,
+        data,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulate: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        horizontal_flip: bool,
+        num_workers: int,
+    ):
+        """data: Images (kept as uint8 on the device where it takes less than a quarter of the free memory) or Folder.
+
+        Raises UserError where the global batch does not divide by processes x micro-batches.
+        """
+        shares = world_size * accumulate
+        if batch_size % shares:
+            near = max(1, round(batch_size / shares)) * shares
+            raise UserError(
+                f"train.batch_size={batch_size}: must divide by {world_size} process(es) x train.accumulate={accumulate}; "
+                f"{near} would"
+            )
+        self.data, self.seed, self.batch_size, self.accumulate = data, seed, batch_size, accumulate
+        self.rank, self.world_size, self.micro = rank, world_size, batch_size // shares
+        self.device, self.horizontal_flip, self.num_workers = device, horizontal_flip, num_workers
+        self.resident = hasattr(data, "images")
+        if self.resident:
+            images, fits = data.images, True
+            if device.type == "cuda":
+                fits = images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+            self.images = images.to(device) if fits else images.pin_memory()
+            self.labels = data.labels.to(self.images.device) if data.labels is not None else None
+
+    def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of steps first .. last - 1."""
+        if self.resident:
+            fetched = (self._select(indices) for indices in self._index_batches(first, last))
+        else:
+            fetched = self._read(first, last)
+        for step in range(first, last):
+            yield [self._micro_batch(step, m, *next(fetched)) for m in range(self.accumulate)]
+
+    def rows(self, micro: int) -> slice:
+        """Rows of the global batch that are this process's micro-batch number `micro`."""
+        start = (micro * self.world_size + self.rank) * self.micro
+        return slice(start, start + self.micro)
+
+    def indices(self, step: int) -> np.ndarray:
+        """Data set indices [B] of the global batch of a step; every image comes once an epoch."""
+        n, start = len(self.data), step * self.batch_size
+        picked, position = [], start
+        while position < start + self.batch_size:  # a batch may straddle epochs, or hold several of a tiny set
+            epoch, offset = divmod(position, n)
+            take = min(n - offset, start + self.batch_size - position)
+            picked.append(self._permutation(epoch)[offset : offset + take])
+            position += take
+        return np.concatenate(picked)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, rng.generator("order", self.seed, epoch).permutation(len(self.data))
+        return self._order
+
+    def _index_batches(self, first: int, last: int) -> Iterator[list[int]]:
+        for step in range(first, last):
+            indices = self.indices(step)
+            for micro in range(self.accumulate):
+                yield indices[self.rows(micro)].tolist()
+
+    def _select(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+        index = torch.tensor(indices, device=self.images.device)
+        return self.images[index], self.labels[index] if self.labels is not None else None
+
+    def _read(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        loader = torch.utils.data.DataLoader(
+            _Reader(self.data),
+            batch_sampler=_IndexBatches(self, first, last),
+            num_workers=self.num_workers,
+            collate_fn=_collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(f"data.args: {batch}")
+            images, labels = batch
+            yield images, labels if self.data.labels is not None else None
+
+    def _micro_batch(self, step: int, micro: int, images: Tensor, labels: Tensor | None) -> MicroBatch:
+        rows = self.rows(micro)
+        x1 = images.to(self.device, non_blocking=True).float().div_(127.5).sub_(1)
+        if self.horizontal_flip:
+            mirrored = rng.generator("flip", self.seed, step).random(self.batch_size)[rows] < 0.5
+            flip = torch.from_numpy(mirrored).to(self.device, non_blocking=True)
+            x1 = torch.where(flip[:, None, None, None], x1.flip(-1), x1)
+        y = labels.to(self.device, non_blocking=True) if labels is not None else None
+        start = step * self.batch_size
+        return MicroBatch(x1, y, rows, range(start + rows.start, start + rows.stop))
+
+
+class _IndexBatches:
+    """The batch sampler that torch asks for: an iterable with a length."""
+
+    def __init__(self, loader: Loader, first: int, last: int):
+        self.loader, self.first, self.last = loader, first, last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.loader._index_batches(self.first, self.last)
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * self.loader.accumulate
+
+
+class _Reader:
+    """A data set whose errors travel as text: a worker's exception would arrive as a traceback."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        try:
+            return self.data[index]
+        except (ValueError, OSError) as error:
+            return str(error)
+
+
+def _collate(items: list) -> tuple[Tensor, Tensor] | str:
+    for item in items:
+        if isinstance(item, str):
+            return item
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels)

@@ -1,0 +1,126 @@
+"""The folder of a run: refused where it exists, resumed where asked, described by config.yaml and environment.json."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from configs import schema
+from configs.schema import Config, UserError
+from flow.engine import checkpoint, files
+
+# What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
+FIXED = (
+    "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
+    "flow.time_law", "flow.time_args",
+)  # fmt: skip
+
+
+def open_run(config: str | None, exp_dir: Path | None, resume: str | None, overrides: list[str]) -> tuple[Path, Config]:
+    """The run folder and the configuration that the command line means; nothing is written.
+
+    A new run needs a folder that does not exist; a resumed one takes its stored configuration where no -c is given.
+    Raises UserError.
+    """
+    run_dir = _resumed_folder(config, exp_dir, resume) if resume else exp_dir or _default_folder(config)
+    stored_file = run_dir / "config.yaml"
+    if not resume:
+        cfg = schema.load(config, overrides)
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(f"-e {run_dir}: exists already; go on with it by -r latest, or name another folder with -e")
+        return run_dir, cfg
+    if not stored_file.is_file():
+        raise UserError(f"-r {resume}: there is no run in {run_dir}; start one without -r")
+    stored = schema.parse(stored_file.read_text(encoding="utf-8"))
+    cfg = schema.load(config, overrides, base=None if config else stored)
+    for key in FIXED:
+        before, now = schema.get(stored, key), schema.get(cfg, key)
+        if before != now:
+            raise UserError(f"{key}={now}: the run in {run_dir} was started with {before}, which resuming cannot change")
+    return run_dir, cfg
+
+
+def checkpoint_to_resume(accelerator: Accelerator, resume: str, folder: Path) -> Path:
+    """The checkpoint that `-r latest|PATH` means. Raises UserError where going on from it would overwrite later ones."""
+    if resume == "latest" or not checkpoint.is_checkpoint(Path(resume)):
+        return checkpoint.newest(accelerator, folder)
+    path = Path(resume)
+    damage = checkpoint.damage_of(path)
+    if damage:
+        raise UserError(f"-r {path}: the checkpoint is damaged: {damage}")
+    later = [p for p in checkpoint.all_of(folder) if checkpoint.step_of(p) > checkpoint.step_of(path)]
+    if later:
+        raise UserError(
+            f"-r {path}: going on from here would overwrite {later[-1].name}; move the later checkpoints away, "
+            "or start a new run with train.init_from"
+        )
+    return path
+
+
+def write(run_dir: Path, config: Config, accelerator: Accelerator) -> None:
+    """Make the folder and write config.yaml and environment.json, which gains an entry at every start."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    files.remove_unfinished(run_dir)
+    files.write_text(run_dir / "config.yaml", schema.dump(config))
+    path = run_dir / "environment.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    files.write_text(path, json.dumps([*starts, environment(accelerator)], indent=1))
+
+
+def environment(accelerator: Accelerator) -> dict:
+    """What a result depends on besides the configuration: versions, machine, processes, code, command."""
+    packages = ["torch", "torchvision", "accelerate", "omegaconf", "torch-fidelity", "numpy", "safetensors"]
+    device = accelerator.device
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+
+
+def resume_command(run_dir: Path) -> str:
+    """What to type to go on with a run."""
+    launcher = "torchrun --nproc_per_node " + os.environ["WORLD_SIZE"] if "WORLD_SIZE" in os.environ else "python"
+    return f"{launcher} train.py -e {shlex.quote(str(run_dir))} -r latest"
+
+
+def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Path:
+    if resume == "latest":
+        return exp_dir or _default_folder(config)
+    path = Path(resume)
+    if not path.is_dir():
+        raise UserError(f"-r {resume}: there is no such folder; give `latest`, a run folder or a checkpoint folder")
+    run_dir = path.parent.parent if checkpoint.is_checkpoint(path) else path
+    if exp_dir and exp_dir.resolve() != run_dir.resolve():
+        raise UserError(f"-e {exp_dir}: the checkpoint {resume} belongs to {run_dir}; drop -e, or use train.init_from")
+    return run_dir
+
+
+def _default_folder(config: str | None) -> Path:
+    if not config:
+        raise UserError("-c: a configuration is needed, e.g. -c configs/digits.yaml (or -e DIR -r latest to resume)")
+    return Path("runs") / Path(config).stem
+
+
+def _git_commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,17 @@
+"""The learning rate as a function of the number of updates made so far."""
+
+import math
+
+from configs.schema import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, update: int, total: int) -> float:
+    """lr of update number `update` (from 0) of `total`: linear warm-up from 0, then constant, linear or cosine to 0."""
+    warmup = min(1.0, (update + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    progress = min(1.0, max(0, update - config.warmup_steps) / max(1, total - config.warmup_steps))
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }[config.schedule]
+    return config.lr * warmup * decay

@@ -1,0 +1,119 @@
+"""Snapshots: averaged weights that carry their configuration, in one safetensors file, for sampling."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from configs import schema
+from configs.schema import Config, UserError
+from flow.engine import checkpoint, files
+
+
+@dataclass
+class Snapshot:
+    path: Path
+    config: Config
+    image_shape: tuple[int, int, int]
+    step: int
+    images: int  # training images seen
+    half_life_images: int  # of the moving average
+    weights: dict[str, Tensor]
+
+    def load_into(self, net: nn.Module) -> None:
+        """Raises UserError that names the first weight that does not fit."""
+        fits = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+        for name in sorted(fits.keys() | self.weights.keys()):
+            theirs = tuple(self.weights[name].shape) if name in self.weights else "absent"
+            ours = fits.get(name, "absent")
+            if theirs != ours:
+                raise UserError(
+                    f"--weights {self.path}: do not fit the model of the configuration: {name} is {theirs} in the file, "
+                    f"{ours} in model.name={self.config.model.name} with model.args={self.config.model.args}"
+                )
+        net.load_state_dict(self.weights)
+
+
+def save(
+    path: Path,
+    weights: dict[str, Tensor],
+    config: Config,
+    image_shape: tuple[int, int, int],
+    step: int,
+    half_life_images: int,
+) -> None:
+    """Write a snapshot, whole or not at all."""
+    header = {
+        "config": schema.dump(config),
+        "image_shape": json.dumps(image_shape),
+        "step": str(step),
+        "images": str(step * config.train.batch_size),
+        "half_life_images": str(half_life_images),
+    }
+    with files.atomic_file(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata=header)
+
+
+def publish(saved: Path, folder: Path, step: int, half_lives: list[int], keep: int) -> None:
+    """Give the averages inside the checkpoint `saved` a second name in `folder`, kept when the checkpoint goes.
+
+    The first half-life is step_XXXXXXXX.safetensors, others step_XXXXXXXX.ema_<half-life>.safetensors. Of each, the
+    newest `keep` stay; 0 keeps all.
+    """
+    for name in checkpoint.ema_files(half_lives):
+        suffix = name.removeprefix("ema").removesuffix(".safetensors").lstrip("_")
+        tail = f".ema_{suffix}.safetensors" if suffix else ".safetensors"
+        with files.atomic_file(folder / f"step_{step:08d}{tail}") as temporary:
+            try:
+                os.link(saved / name, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(saved / name, temporary)
+        for old in sorted(folder.glob(f"step_????????{tail}"))[:-keep] if keep else []:
+            old.unlink()
+
+
+def load(weights: str | Path, config_path: str | None = None, overrides: list[str] | None = None) -> Snapshot:
+    """The snapshot behind `--weights`: a run folder, a checkpoint folder or a .safetensors file.
+
+    `config_path` (-c) replaces the stored configuration, overrides change it. Raises UserError for a path that holds no
+    snapshot and for a damaged file.
+    """
+    path = find(Path(weights))
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--weights {path}: not a whole safetensors file ({error})") from None
+    missing = {"config", "image_shape", "step", "images", "half_life_images"} - header.keys()
+    if missing:
+        raise UserError(f"--weights {path}: not a snapshot of this project: its header lacks {', '.join(sorted(missing))}")
+    stored = schema.parse(header["config"])
+    config = schema.load(config_path, overrides) if config_path else schema.load(None, overrides, base=stored)
+    return Snapshot(
+        path=path,
+        config=config,
+        image_shape=tuple(json.loads(header["image_shape"])),
+        step=int(header["step"]),
+        images=int(header["images"]),
+        half_life_images=int(header["half_life_images"]),
+        weights=tensors,
+    )
+
+
+def find(path: Path) -> Path:
+    """The snapshot file that a run folder (its newest), a checkpoint folder or a file stands for."""
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"--weights {path}: there is no such file or folder")
+    for pattern in ("snapshots/step_????????.safetensors", "step_????????.safetensors", checkpoint.EMA_FILE):
+        found = sorted(path.glob(pattern))
+        if found:
+            return found[-1]
+    raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")

@@ -1,0 +1,113 @@
+"""What a run tells: log.txt, metrics.jsonl, accelerate's trackers; and the running means of the training loss."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from configs import schema
+from configs.schema import Config, UserError
+
+TIME_BINS = 10
+
+
+class Tracker:
+    """Writes on the main process; other processes may call every method."""
+
+    def __init__(self, accelerator: Accelerator, run_dir: Path, config: Config, first_step: int):
+        """Rows of metrics.jsonl past `first_step`, from a run that went on after its last checkpoint, are dropped."""
+        self.accelerator, self.run_dir = accelerator, run_dir
+        self.metrics_file = run_dir / "metrics.jsonl"
+        if accelerator.is_main_process and self.metrics_file.exists():
+            rows = read_metrics(self.metrics_file)
+            kept = [row for row in rows if row["step"] <= first_step]
+            if len(kept) < len(rows):
+                self.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        if config.train.log_with:
+            flat = {key: _plain(schema.get(config, key)) for key in schema.all_keys()}
+            purge = {"tensorboard": {"purge_step": first_step + 1}} if "tensorboard" in config.train.log_with else {}
+            accelerator.init_trackers("tensorboard", config=flat, init_kwargs=purge)
+
+    def say(self, line: str) -> None:
+        """A line on the terminal and in log.txt."""
+        if self.accelerator.is_main_process:
+            tqdm.write(line)
+            with open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """A row of metrics.jsonl, and the same to the trackers."""
+        if self.accelerator.is_main_process:
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.accelerator.log(metrics, step=step)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.jsonl; a last line that a crash cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Meter:
+    """Means over the steps since the last reading, kept on the device so that a step needs no synchronisation."""
+
+    def __init__(self, device: torch.device):
+        # Adam's arithmetic is float32 anyway; mps has no float64
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(2, TIME_BINS, device=device, dtype=dtype)  # loss and number of samples, by time bin
+        self.grad_norm = torch.zeros(2, device=device, dtype=dtype)  # sum and number of steps
+        self.first_bad_step = torch.full((), -1, device=device, dtype=torch.long)
+
+    def add(self, step: int, loss: Tensor, t: Tensor) -> None:
+        """Per-sample loss [b] at times t [b]."""
+        bins = (t * TIME_BINS).long().clamp_(0, TIME_BINS - 1)
+        values = torch.stack([loss.detach(), torch.ones_like(loss)]).to(self.sums.dtype)
+        self.sums.index_add_(1, bins, values)
+        bad = ~torch.isfinite(loss.detach()).all() & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(bad, step, self.first_bad_step)
+
+    def add_grad_norm(self, norm: Tensor) -> None:
+        self.grad_norm += torch.stack([norm.detach().to(self.grad_norm.dtype), self.grad_norm.new_ones(())])
+
+    def check(self, accelerator: Accelerator, newest: str) -> None:
+        """Raises UserError on every process where any loss since the last check was not finite."""
+        worst = int(self.first_bad_step)
+        if accelerator.num_processes > 1:
+            steps = accelerator.gather(self.first_bad_step[None])
+            worst = int(steps[steps >= 0].min()) if bool((steps >= 0).any()) else -1
+        if worst >= 0:
+            raise UserError(
+                f"the loss of step {worst} is not finite; {newest}. A smaller optimizer.lr, a smaller "
+                "optimizer.clip_grad_norm or train.mixed_precision=bf16 instead of fp16 may help"
+            )
+
+    def state(self, accelerator: Accelerator) -> dict:
+        """The sums over all processes, for a checkpoint between two readings."""
+        return {"sums": accelerator.reduce(self.sums, "sum").tolist(), "grad_norm": self.grad_norm.tolist()}
+
+    def load_state(self, accelerator: Accelerator, state: dict) -> None:
+        if accelerator.is_main_process:
+            self.sums += torch.tensor(state["sums"], device=self.sums.device, dtype=self.sums.dtype)
+        self.grad_norm += torch.tensor(state["grad_norm"], device=self.sums.device, dtype=self.sums.dtype)
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """loss, its mean in each time bin that had samples, gradient norm; resets."""
+        loss, count = accelerator.reduce(self.sums, "sum").tolist()
+        norm, steps = self.grad_norm.tolist()
+        self.sums.zero_()
+        self.grad_norm.zero_()
+        bins = {f"loss_t_{i / TIME_BINS:.1f}": loss[i] / count[i] for i in range(TIME_BINS) if count[i]}
+        return {"loss": sum(loss) / sum(count), **bins, "grad_norm": norm / max(steps, 1)}
+
+
+def _plain(value: object) -> int | float | str | bool:
+    return value if isinstance(value, int | float | str | bool) else str(value)

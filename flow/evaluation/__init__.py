@@ -1,0 +1,1 @@
+"""Features, metrics, tables and plots of generated images."""

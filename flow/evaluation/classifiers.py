@@ -1,0 +1,79 @@
+"""Two small fixed classifiers for digits, registered with torch-fidelity as the feature extractors `digits` and `mnist`.
+
+Inception's features mean little on 8x8 or 28x28 grey digits. `scripts/train_classifier.py` trains these; their weights
+are part of the repository, so a Frechet distance measured with them compares between machines and years.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+
+SIDES = {"digits": 8, "mnist": 28}  # pixels
+FEATURES = 64
+
+
+class Classifier(nn.Module):
+    """Grey images [B, 1, side, side] in [0, 1] -> logits [B, 10], by way of 64 features."""
+
+    def __init__(self, side: int):
+        super().__init__()
+        channels, width = 1, 32
+        stages: list[nn.Module] = []
+        while side > 4:  # 28 -> 14 -> 7 -> 3, 8 -> 4
+            stages += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+            channels, width, side = width, 64, side // 2
+        self.features = nn.Sequential(
+            *stages, nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels * side * side, FEATURES), nn.ReLU()
+        )
+        self.head = nn.Linear(FEATURES, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+def weights_file(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.safetensors")
+
+
+class ClassifierFeatures(FeatureExtractorBase):
+    """torch-fidelity's contract: uint8 images [B, 3, side, side] -> a tuple of the asked-for layers, float32."""
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs):
+        super().__init__(name, features_list)
+        self.side = SIDES[name]
+        self.net = Classifier(self.side)
+        self.net.load_state_dict(load_file(feature_extractor_weights_path or weights_file(name)))
+        self.requires_grad_(False)
+        self.eval()
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return (str(FEATURES), "logits")
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else str(FEATURES)
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return True
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if images.shape[-2:] != (self.side, self.side):
+            raise ValueError(f"the extractor takes {self.side}x{self.side} images, not {images.shape[-2]}x{images.shape[-1]}")
+        features = self.net.features(images.float().mean(1, keepdim=True) / 255)
+        outputs = {str(FEATURES): features, "logits": self.net.head(features)}
+        return tuple(outputs[name] for name in self.features_list)
+
+
+for _name in SIDES:
+    if _name not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(_name, ClassifierFeatures)

@@ -1,0 +1,50 @@
+"""Pictures of evaluation tables."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+matplotlib.use("Agg")
+
+# Okabe & Ito's colours, told apart by colour-blind readers; every line also has its own marker.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+
+def distance_against_nfe(path: Path, entries: list[dict]) -> None:
+    """The first Frechet distance of the table against NFE, a line a (weights, method, guidance scale); `path` is a PNG.
+
+    Writes nothing where fewer than two entries have one.
+    """
+    names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-"))]
+    drawn = [e for e in entries if e["NFE"] and names and names[0] in e["metrics"]]
+    if len(drawn) < 2:
+        return
+    lines: dict[str, list[dict]] = {}
+    several = {key: len({e[key] for e in drawn}) > 1 for key in ("weights", "guidance_scale")}
+    for e in drawn:
+        label = e["method"]
+        label += f", guidance {e['guidance_scale']:g}" if several["guidance_scale"] else ""
+        label = f"{e['weights']}: {label}" if several["weights"] else label
+        lines.setdefault(label, []).append(e)
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for i, (label, line) in enumerate(lines.items()):
+        line.sort(key=lambda e: e["NFE"])
+        means, spreads = zip(*(e["metrics"][names[0]] for e in line), strict=True)
+        axes.errorbar(
+            [e["NFE"] for e in line], means, yerr=[0 if s != s else s for s in spreads], label=label, capsize=3,
+            color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.5,
+        )  # fmt: skip
+    ticks = sorted({e["NFE"] for e in drawn})
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("network evaluations per image (NFE)")
+    axes.set_ylabel(f"{names[0]}, lower is better")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)

@@ -1,0 +1,150 @@
+"""Sample images from trained weights: `accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples`.
+
+Image k depends on the weights, the settings and k alone, not on the number of processes. A run that was cut off goes on
+where it was. `--save_dir` gets images/ (PNG), grid.png, sampling.json and, with --npz, samples.npz.
+"""
+
+import dataclasses
+import json
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import models
+from configs import schema
+from configs.schema import UserError
+from flow.engine import cli, files, images, runtime, snapshot
+from flow.engine.generate import SamplerSettings, batches, check, generate, labels_of
+from flow.solvers import METHODS
+
+EXAMPLES = """\
+  accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples/mnist --sampling_steps 50
+  accelerate-launch sample.py --weights runs/digits --n_samples 40 --save_dir samples/threes --labels 3 --guidance_scale 2
+  accelerate-launch --multi_gpu --num_processes 8 sample.py --weights runs/cifar10 --n_samples 50000 --save_dir samples/50k \\
+      --sampling_method heun --sampling_steps 18 --bspp 500 -mp bf16"""
+GRID_IMAGES = 100  # at most
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
+    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    parser.add_argument("--n_samples", type=cli.at_least(1), required=True, help="number of images")
+    parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--sampling_method", choices=METHODS, default="euler", help="solver (default: euler)")
+    parser.add_argument("--sampling_steps", type=cli.at_least(1), default=100, help="steps of the solver (default: 100)")
+    parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
+    parser.add_argument("--labels", type=int, nargs="+", help="classes, one image after the other (default: all)")
+    parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
+    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 [N, H, W, C], labels [N]")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    snap = snapshot.load(args.weights, args.config, args.overrides)
+    with runtime.blame("model"):
+        net = models.build(snap.config.model.name, snap.image_shape, snap.config.model.args)
+    snap.load_into(net)
+    labels = tuple(args.labels) if args.labels else None
+    settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, labels)
+    with runtime.blame("sample"):
+        check(settings, net.num_classes)
+    thread_note = runtime.set_threads()
+    accelerator = runtime.start(args.mixed_precision)
+    if thread_note:
+        accelerator.print(thread_note)
+    folder = args.save_dir / "images"
+    if accelerator.is_main_process:
+        claim(args.save_dir, snap, settings, net.num_classes, args.mixed_precision)
+        folder.mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+
+    net.to(accelerator.device)
+    indices = range(args.n_samples)
+    mine = batches(indices, args.bspp)[accelerator.process_index :: accelerator.num_processes]
+    bar = runtime.progress(accelerator, sum(map(len, mine)), "sampling (images of this process)")
+    writing: deque[Future] = deque()
+
+    def finished(batch: range) -> bool:
+        done = all((f := png(folder, k)).is_file() and f.stat().st_size for k in batch)
+        bar.update(len(batch) if done else 0)
+        return done
+
+    generated = generate(accelerator, net, snap.image_shape, indices, args.bspp, settings, skip=finished)
+    nfe = None
+    with ThreadPoolExecutor(max_workers=4) as pool:  # encodes while the next batch is computed
+        for result in generated:
+            for k, image in zip(result.indices, result.images, strict=True):
+                writing.append(pool.submit(images.write_png, png(folder, k), image))
+            while len(writing) > 4 * args.bspp:  # so that memory stays the same for any number of images
+                writing.popleft().result()
+            bar.update(len(result.indices))
+            nfe = result.nfe, result.forwards
+        while writing:
+            writing.popleft().result()
+    bar.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files.remove_unfinished(folder)
+        shown = torch.stack([torch.from_numpy(images.read_png(png(folder, k))) for k in indices[:GRID_IMAGES]])
+        columns = labels_columns(settings, net.num_classes)
+        images.write_png(args.save_dir / "grid.png", images.grid(shown.permute(0, 3, 1, 2), columns))
+        if args.npz:
+            write_npz(args.save_dir / "samples.npz", folder, indices, settings, net.num_classes)
+    cost = f", NFE {nfe[0]} ({nfe[1]} network evaluations) an image" if nfe else ", all of which were there already"
+    accelerator.print(f"{args.n_samples} images in {folder}{cost}; look at {args.save_dir / 'grid.png'}")
+
+
+def png(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"
+
+
+def labels_columns(settings: SamplerSettings, num_classes: int | None) -> int:
+    """Columns of the grid: the labels in turn where there are some, so that a column is a class."""
+    cycle = len(settings.labels or range(num_classes or 0))
+    return cycle if 5 <= cycle <= 20 else 10
+
+
+def claim(save_dir: Path, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None, precision: str) -> None:
+    """Write sampling.json, or check that the one there is of the same images; nothing of another run is overwritten."""
+    mine = {
+        "weights_sha256": files.sha256(snap.path),
+        **dataclasses.asdict(settings),
+        "num_classes": num_classes,
+        "mixed_precision": precision,
+        "image_shape": snap.image_shape,
+    }
+    mine = json.loads(json.dumps(mine))
+    path = save_dir / "sampling.json"
+    if path.is_file():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in mine.items():
+            if theirs.get(key) != value:
+                raise UserError(
+                    f"--save_dir {save_dir}: holds images of another run ({key} {theirs.get(key)}, now {value}); "
+                    "name another folder"
+                )
+    elif save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
+        raise UserError(f"--save_dir {save_dir}: exists and was not written by sample.py; name another folder")
+    else:
+        files.write_text(path, json.dumps(mine, indent=1))
+
+
+def write_npz(path: Path, folder: Path, indices: range, settings: SamplerSettings, num_classes: int | None) -> None:
+    """arr_0 uint8 [N, H, W, C], the layout that evaluation suites read, and labels int64 [N] where there are any."""
+    labels = labels_of(indices, settings, num_classes)
+    arrays = {"arr_0": np.stack([images.read_png(png(folder, k)) for k in indices])}
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    with files.atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+if __name__ == "__main__":
+    runtime.run(main)

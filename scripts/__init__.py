@@ -1,0 +1,1 @@
+"""Tools: `python -m scripts.<name> --help`."""

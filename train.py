@@ -1,0 +1,235 @@
+"""Train a flow matching model: `accelerate-launch train.py -c configs/mnist.yaml`."""
+
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+import datasets
+import models
+from configs import schema
+from configs.schema import Config, UserError
+from flow import prior, rng, time_sampler
+from flow.engine import checkpoint, cli, run_folder, runtime, snapshot
+from flow.engine.ema import Ema
+from flow.engine.generate import SamplerSettings, check
+from flow.engine.loader import Loader
+from flow.engine.preview import write_preview
+from flow.engine.schedule import learning_rate
+from flow.engine.stop import StopSignal
+from flow.engine.tracker import Meter, Tracker
+from flow.guidance import drop_labels
+from flow.loss import flow_matching_loss
+from flow.path import LinearPath
+
+EXAMPLES = """\
+  accelerate-launch train.py -c configs/mnist.yaml
+  accelerate-launch train.py -c configs/mnist.yaml -e runs/wide model.args.width=96 train.steps=20_000
+  accelerate-launch train.py -c configs/mnist.yaml -r latest
+  accelerate-launch --multi_gpu --num_processes 8 train.py -c configs/cifar10.yaml -mp bf16"""
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; with -r the run's own is the default")
+    parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
+    parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
+    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
+    args = parser.parse()
+    if args.mixed_precision:
+        args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides)
+    thread_note = runtime.set_threads()
+    accelerator = runtime.start(
+        cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), timeout_minutes=cfg.train.timeout_minutes
+    )
+    device = accelerator.device
+
+    # Data, network and optimizer: whatever is wrong with the configuration comes out here, before a folder is made.
+    with runtime.blame("data"):
+        data = runtime.one_process_first(accelerator, lambda: datasets.build(cfg.data.name, cfg.data.root, cfg.data.args))
+    torch.manual_seed(cfg.seed)  # of the initial weights
+    with runtime.blame("model"):
+        net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
+    check_labels(data, net.num_classes)
+    with runtime.blame("flow.time_law"):
+        time_law = time_sampler.law(cfg.flow.time_law, **cfg.flow.time_args)
+    with runtime.blame("preview"):
+        preview_settings = SamplerSettings(
+            cfg.preview.sampling_method, cfg.preview.sampling_steps, cfg.preview.guidance_scale, cfg.preview.seed
+        )
+        check(preview_settings, net.num_classes)
+    loader = Loader(
+        data,
+        seed=cfg.seed,
+        batch_size=cfg.train.batch_size,
+        accumulate=cfg.train.accumulate,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        device=device,
+        horizontal_flip=cfg.data.horizontal_flip,
+        num_workers=cfg.data.num_workers,
+    )
+    if cfg.train.init_from and not args.resume:
+        with runtime.blame("train.init_from"):
+            snapshot.load(cfg.train.init_from).load_into(net)
+    optimizer = torch.optim.AdamW(
+        net.parameters(),
+        lr=cfg.optimizer.lr,
+        betas=tuple(cfg.optimizer.betas),
+        eps=cfg.optimizer.eps,
+        weight_decay=cfg.optimizer.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    if cfg.train.compile:
+        net.compile()
+    model, optimizer = accelerator.prepare(net, optimizer)
+    half_lives = schema.half_lives(cfg)
+    ema = Ema(net, half_lives, cfg.ema.warmup_ratio)
+    meter = Meter(device)
+    path = LinearPath()
+
+    # Where to begin: at step 0 in a new folder, or where a checkpoint left off.
+    done, step, updates = False, 0, 0  # updates: steps less those that fp16 loss scaling skipped
+    checkpoints = run_dir / "checkpoints"
+    newest = "there is no checkpoint yet"
+    if args.resume:
+        found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints)
+        state = checkpoint.load(accelerator, found)
+        step, updates = state["step"], state["updates"]
+        meter.load_state(accelerator, state["meter"])
+        for i, name in enumerate(checkpoint.ema_files(half_lives)):
+            ema.load_state_dict(i, snapshot.load(found / name).weights)
+        newest = f"the newest checkpoint is {found}"
+    if accelerator.is_main_process:
+        run_folder.write(run_dir, cfg, accelerator)
+    accelerator.wait_for_everyone()
+    tracker = Tracker(accelerator, run_dir, cfg, first_step=step)
+    introduce(tracker, accelerator, cfg, data, net, step, thread_note)
+
+    def save_checkpoint() -> str:
+        meter.check(accelerator, newest)
+        state = {"updates": updates, "meter": meter.state(accelerator)}
+
+        def write_averages(folder: Path) -> None:
+            for i, name in enumerate(checkpoint.ema_files(half_lives)):
+                snapshot.save(folder / name, ema.state_dict(i), cfg, data.image_shape, step, half_lives[i])
+
+        saved = checkpoint.save(accelerator, checkpoints, step, state, write_averages)
+        if accelerator.is_main_process:
+            snapshot.publish(saved, run_dir / "snapshots", step, half_lives, cfg.train.keep_snapshots)
+            checkpoint.prune(checkpoints, cfg.train.keep_checkpoints)
+        return f"the newest checkpoint is {saved}"
+
+    stop = StopSignal()
+    model.train()
+    bar = runtime.progress(accelerator, cfg.train.steps, "training", initial=step)
+    window_start, window_step = time.perf_counter(), step
+    for micro_batches in loader.steps(step, cfg.train.steps):
+        torch.manual_seed(int(rng.generator("dropout", cfg.seed, step, accelerator.process_index).integers(2**63)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg.optimizer, updates, cfg.train.steps)
+        t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
+        for number, batch in enumerate(micro_batches, start=1):
+            x0 = prior.noise("train", cfg.seed, batch.positions, data.image_shape).to(device, non_blocking=True)
+            t = t_global[batch.rows].to(device, non_blocking=True)
+            y = None
+            if net.num_classes is not None:
+                y = drop_labels(
+                    batch.y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.num_classes
+                )
+            with accelerator.no_sync(model) if number < cfg.train.accumulate else nullcontext():
+                loss = flow_matching_loss(model, path, x0, batch.x1, t, y)  # [b]
+                accelerator.backward(loss.mean() / cfg.train.accumulate)
+            meter.add(step + 1, loss, t)
+        max_norm = cfg.optimizer.clip_grad_norm or float("inf")
+        meter.add_grad_norm(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if not accelerator.optimizer_step_was_skipped:
+            updates += 1
+            ema.update(cfg.train.batch_size, step * cfg.train.batch_size)
+        bar.update()
+
+        done = step == cfg.train.steps
+        if step % cfg.train.log_every_steps == 0 or done:
+            meter.check(accelerator, newest)
+            metrics = meter.read(accelerator)
+            seconds = time.perf_counter() - window_start
+            metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
+            metrics["images"] = step * cfg.train.batch_size
+            metrics["images_per_second"] = (step - window_step) * cfg.train.batch_size / seconds
+            tracker.log(step, metrics)
+            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False)
+            window_start, window_step = time.perf_counter(), step
+        stopping = runtime.agree(accelerator, stop.received is not None)
+        pause = time.perf_counter()
+        if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
+            newest = save_checkpoint()
+        if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
+            with ema.applied() as averaged:
+                write_preview(
+                    accelerator, averaged, data.image_shape, preview_settings, cfg.preview.n_samples,
+                    run_dir / "samples" / f"step_{step:08d}.png",
+                )  # fmt: skip
+            model.train()
+        window_start += time.perf_counter() - pause
+        if stopping:
+            break
+    bar.close()
+    accelerator.end_training()
+    if not done:
+        name = signal.Signals(stop.received or signal.SIGTERM).name
+        tracker.say(f"stopped by {name}; {newest}; go on with: {run_folder.resume_command(run_dir)}")
+        sys.exit(128 + (stop.received or signal.SIGTERM))
+    tracker.say(f"finished step {step}; sample with: python sample.py --weights {run_dir} --n_samples 64 --save_dir samples")
+
+
+def check_labels(data, num_classes: int | None) -> None:
+    """A network with labels needs a data set that has them, and a class for each."""
+    if num_classes is None:
+        return
+    if data.labels is None:
+        raise UserError(f"model.args.num_classes={num_classes}: the data set has no labels; use null")
+    needed = int(data.labels.max()) + 1
+    if num_classes < needed:
+        raise UserError(f"model.args.num_classes={num_classes}: the data set has {needed} classes; use {needed}")
+
+
+def introduce(
+    tracker: Tracker, accelerator: Accelerator, cfg: Config, data, net: torch.nn.Module, step: int, thread_note: str | None
+) -> None:
+    """Say what is about to be trained, with the numbers that are mistaken most often."""
+    size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
+    c, h, w = data.image_shape
+    processes, micro = accelerator.num_processes, cfg.train.accumulate
+    share = cfg.train.batch_size // (processes * micro)
+    epochs = cfg.train.steps * cfg.train.batch_size / len(data)
+    classes = f"{net.num_classes} classes" if net.num_classes is not None else "no labels"
+    tracker.say(
+        f"data: {cfg.data.name}, {len(data):,} images of {c}x{h}x{w}; model: {cfg.model.name}, {parameters:.2f} M, {classes}"
+    )
+    tracker.say(
+        f"batch: {cfg.train.batch_size} images = {processes} process(es) x {micro} micro-batch(es) x {share}; "
+        f"{cfg.train.steps:,} steps = {cfg.train.steps * cfg.train.batch_size:,} images = {epochs:.1f} epochs"
+    )
+    tracker.say(
+        f"device: {accelerator.device.type}, precision {accelerator.mixed_precision}, {torch.get_num_threads()} thread(s); "
+        f"folder: {tracker.run_dir}" + (f"; going on from step {step}" if step else "")
+    )
+    if thread_note:
+        tracker.say(thread_note)
+
+
+if __name__ == "__main__":
+    runtime.run(main)
