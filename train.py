@@ -216,9 +216,7 @@ def introduce(
     share = cfg.train.batch_size // (processes * micro)
     epochs = cfg.train.steps * cfg.train.batch_size / len(data)
     classes = f"{net.num_classes} classes" if net.num_classes is not None else "no labels"
-    tracker.say(
-        f"data: {cfg.data.name}, {len(data):,} images of {c}x{h}x{w}; model: {cfg.model.name}, {parameters:.2f} M, {classes}"
-    )
+    tracker.say(f"data: {cfg.data.name}, {len(data):,} images of {c}x{h}x{w}; model: {cfg.model.name}, {size}, {classes}")
     tracker.say(
         f"batch: {cfg.train.batch_size} images = {processes} process(es) x {micro} micro-batch(es) x {share}; "
         f"{cfg.train.steps:,} steps = {cfg.train.steps * cfg.train.batch_size:,} images = {epochs:.1f} epochs"

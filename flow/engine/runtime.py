@@ -38,7 +38,7 @@ def start(
             project_dir=log_dir,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
     except ValueError as error:  # e.g. bf16 on a GPU that has none

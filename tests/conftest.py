@@ -1,0 +1,67 @@
+"""What tests share: the entry scripts run in child processes, tiny runs trained once a session, the real data sets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+# A network and a run small enough for seconds.
+TINY = (
+    "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
+    "num_classes: 10}"
+)
+TINY_TRAIN = [
+    "-c", "configs/digits.yaml", TINY, "train.steps=4", "train.batch_size=32", "train.log_every_steps=2",
+    "train.checkpoint_every_steps=2", "train.sample_every_steps=0", "train.log_with=[]", "preview.n_samples=4",
+    "preview.sampling_steps=1", "preview.guidance_scale=1",
+]  # fmt: skip
+
+
+def run_script(*command: str | Path, processes: int = 1, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
+    """`python COMMAND...` in the repository (with two or more processes: under torchrun), output captured as text."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    env = {**os.environ, "FLOW_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [*launcher, *map(str, command)], cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def succeed(*command: str | Path, **options) -> subprocess.CompletedProcess:
+    """`run_script`, and the script must end well."""
+    result = run_script(*command, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def fail(*command: str | Path, **options) -> str:
+    """`run_script` with a user's mistake: exit code 2, no traceback, the one line of error is returned."""
+    result = run_script(*command, **options)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of 4 steps on digits, with labels. Tests must not write to it."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    succeed("train.py", *TINY_TRAIN, "-e", run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder that holds MNIST and CIFAR-10, or a skip."""
+    root = Path(os.environ.get("FLOW_DATA", ""))
+    if not (root / "MNIST").is_dir() or not (root / "cifar-10-batches-py").is_dir():
+        pytest.skip("FLOW_DATA names no folder with MNIST and CIFAR-10")
+    return root
