@@ -227,13 +227,14 @@ def measure(
     stream: Iterable[tuple[range, Tensor]],
     labels: Tensor | None,
 ) -> dict | None:
-    """The metrics and seconds of a row, on the main process; None on the others."""
+    """The metrics of a row and the seconds that images and features took, on the main process; None on the others."""
     start = time.perf_counter()
     samples = collect(accelerator, extractor, stream)
+    seconds = time.perf_counter() - start
     if samples is None:
         return None
     found = metrics.evaluate(extractor, samples, real, None if labels is None else labels.numpy(), args.metrics)
-    return {"metrics": found, "seconds": time.perf_counter() - start}
+    return {"metrics": found, "seconds": seconds}
 
 
 def record(

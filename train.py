@@ -99,13 +99,15 @@ def main() -> None:
     path = LinearPath()
 
     # Where to begin: at step 0 in a new folder, or where a checkpoint left off.
-    done, step, updates = False, 0, 0  # updates: steps less those that fp16 loss scaling skipped
+    step, updates = 0, 0  # updates: steps less those that fp16 loss scaling skipped
     checkpoints = run_dir / "checkpoints"
     newest = "there is no checkpoint yet"
     if args.resume:
         found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints)
         state = checkpoint.load(accelerator, found)
         step, updates = state["step"], state["updates"]
+        if step > cfg.train.steps:
+            raise UserError(f"train.steps={cfg.train.steps}: the run is at step {step} already")
         meter.load_state(accelerator, state["meter"])
         for i, name in enumerate(checkpoint.ema_files(half_lives)):
             ema.load_state_dict(i, snapshot.load(found / name).weights)
@@ -131,62 +133,62 @@ def main() -> None:
         return f"the newest checkpoint is {saved}"
 
     stop = StopSignal()
+    done = step == cfg.train.steps
     model.train()
-    bar = runtime.progress(accelerator, cfg.train.steps, "training", initial=step)
     window_start, window_step = time.perf_counter(), step
-    for micro_batches in loader.steps(step, cfg.train.steps):
-        torch.manual_seed(int(rng.generator("dropout", cfg.seed, step, accelerator.process_index).integers(2**63)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg.optimizer, updates, cfg.train.steps)
-        t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
-        for number, batch in enumerate(micro_batches, start=1):
-            x0 = prior.noise("train", cfg.seed, batch.positions, data.image_shape).to(device, non_blocking=True)
-            t = t_global[batch.rows].to(device, non_blocking=True)
-            y = None
-            if net.num_classes is not None:
-                y = drop_labels(
-                    batch.y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.num_classes
-                )
-            with accelerator.no_sync(model) if number < cfg.train.accumulate else nullcontext():
-                loss = flow_matching_loss(model, path, x0, batch.x1, t, y)  # [b]
-                accelerator.backward(loss.mean() / cfg.train.accumulate)
-            meter.add(step + 1, loss, t)
-        max_norm = cfg.optimizer.clip_grad_norm or float("inf")
-        meter.add_grad_norm(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        if not accelerator.optimizer_step_was_skipped:
-            updates += 1
-            ema.update(cfg.train.batch_size, step * cfg.train.batch_size)
-        bar.update()
+    with runtime.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
+        for micro_batches in loader.steps(step, cfg.train.steps):
+            torch.manual_seed(int(rng.generator("dropout", cfg.seed, step, accelerator.process_index).integers(2**63)))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg.optimizer, updates, cfg.train.steps)
+            t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
+            for number, batch in enumerate(micro_batches, start=1):
+                x0 = prior.noise("train", cfg.seed, batch.positions, data.image_shape).to(device, non_blocking=True)
+                t = t_global[batch.rows].to(device, non_blocking=True)
+                y = None
+                if net.num_classes is not None:
+                    y = drop_labels(
+                        batch.y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.num_classes
+                    )
+                with accelerator.no_sync(model) if number < cfg.train.accumulate else nullcontext():
+                    loss = flow_matching_loss(model, path, x0, batch.x1, t, y)  # [b]
+                    accelerator.backward(loss.mean() / cfg.train.accumulate)
+                meter.add(step + 1, loss, t)
+            max_norm = cfg.optimizer.clip_grad_norm or float("inf")
+            meter.add_grad_norm(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if not accelerator.optimizer_step_was_skipped:
+                updates += 1
+                ema.update(cfg.train.batch_size, step * cfg.train.batch_size)
+            bar.update()
 
-        done = step == cfg.train.steps
-        if step % cfg.train.log_every_steps == 0 or done:
-            meter.check(accelerator, newest)
-            metrics = meter.read(accelerator)
-            seconds = time.perf_counter() - window_start
-            metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["images"] = step * cfg.train.batch_size
-            metrics["images_per_second"] = (step - window_step) * cfg.train.batch_size / seconds
-            tracker.log(step, metrics)
-            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False)
-            window_start, window_step = time.perf_counter(), step
-        stopping = runtime.agree(accelerator, stop.received is not None)
-        pause = time.perf_counter()
-        if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
-            newest = save_checkpoint()
-        if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
-            with ema.applied() as averaged:
-                write_preview(
-                    accelerator, averaged, data.image_shape, preview_settings, cfg.preview.n_samples,
-                    run_dir / "samples" / f"step_{step:08d}.png",
-                )  # fmt: skip
-            model.train()
-        window_start += time.perf_counter() - pause
-        if stopping:
-            break
-    bar.close()
+            done = step == cfg.train.steps
+            if step % cfg.train.log_every_steps == 0 or done:
+                meter.check(accelerator, newest)
+                metrics = meter.read(accelerator)
+                seconds = time.perf_counter() - window_start
+                metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
+                metrics["images"] = step * cfg.train.batch_size
+                metrics["images_per_second"] = (step - window_step) * cfg.train.batch_size / seconds
+                tracker.log(step, metrics)
+                bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False)
+                window_start, window_step = time.perf_counter(), step
+            stopping = runtime.agree(accelerator, stop.received is not None)
+            pause = time.perf_counter()
+            if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
+                newest = save_checkpoint()
+            if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
+                with ema.applied() as averaged:
+                    write_preview(
+                        accelerator, averaged, data.image_shape, preview_settings, cfg.preview.n_samples,
+                        run_dir / "samples" / f"step_{step:08d}.png",
+                    )  # fmt: skip
+                model.train()
+            window_start += time.perf_counter() - pause
+            if stopping:
+                break
     accelerator.end_training()
     if not done:
         name = signal.Signals(stop.received or signal.SIGTERM).name

@@ -1,0 +1,197 @@
+"""Networks: shapes, where attention sits, what depends on what, errors that name the argument."""
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from configs import schema
+from models.unet import Attention, UNet, sinusoidal_embedding
+
+SMALL = {"width": 16, "channel_mult": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4], "head_channels": 16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small gain nothing from a second thread, and on a busy machine it costs seconds a call."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def perturbed(net: nn.Module) -> nn.Module:
+    """The network after one small change of all weights: at initialisation it gives zero whatever comes in."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net.eval()
+
+
+def attention_heights(net: nn.Module, shape: tuple[int, int, int]) -> list[int]:
+    """The height of the image at each attention layer that the forward pass goes through."""
+    heights: list[int] = []
+    for module in net.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(lambda m, inputs, out: heights.append(inputs[0].shape[2]))
+    net(torch.zeros(1, *shape), torch.zeros(1))
+    return heights
+
+
+@pytest.mark.parametrize(
+    ("shape", "args"),
+    [
+        ((1, 8, 8), {}),
+        ((3, 8, 16), {"num_classes": 3}),
+        ((3, 16, 16), {"channel_mult": [1, 2, 2], "attention_resolutions": [16, 4], "blocks_per_level": 2}),
+        ((1, 28, 28), {"patch": 2, "attention_resolutions": [7]}),
+        ((4, 12, 12), {"channel_mult": [2], "attention_resolutions": [], "dropout": 0.5}),
+        ((2, 8, 8), {"width": 20, "head_channels": 20}),  # no power of two
+    ],
+)
+def test_output_has_the_shape_of_the_input_and_is_zero_at_first(shape, args):
+    net = models.build("unet", shape, SMALL | args)
+    x, t = torch.randn(3, *shape), torch.tensor([0.0, 0.4, 1.0])
+    y = torch.tensor([0, 1, 2]) if net.num_classes else None
+    out = net(x, t, y)
+    assert out.shape == x.shape and out.dtype == torch.float32
+    assert not out.any()  # the first prediction is the mean of the target, zero
+    assert perturbed(net)(x, t, y).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "heights"),
+    [([], []), ([16], [16] * 3), ([8], [8] * 3), ([4], [4] * 4), ([16, 4], [16, 4, 4, 4, 4, 16, 16])],
+)
+def test_attention_is_at_the_resolutions_asked_for_and_nowhere_else(asked, heights):
+    """One block a level on the way down and two on the way up; the lowest level also has the middle."""
+    args = SMALL | {"channel_mult": [1, 2, 2], "attention_resolutions": asked}
+    net = models.build("unet", (1, 16, 16), args)
+    assert sorted(attention_heights(net, (1, 16, 16))) == sorted(heights)
+    for module in net.modules():
+        if isinstance(module, Attention):
+            assert module.qkv.in_channels == 16 * module.heads
+
+
+def test_attention_resolutions_count_patches():
+    net = models.build("unet", (1, 16, 16), SMALL | {"patch": 2, "attention_resolutions": [8]})
+    assert set(attention_heights(net, (1, 16, 16))) == {8}
+
+
+def test_attention_is_not_left_out_where_a_level_is_narrower_than_a_head():
+    """Either one narrow head or an error: the level was named, so silence would be a network without attention."""
+    try:
+        net = models.build("unet", (1, 8, 8), SMALL | {"head_channels": 64})
+    except ValueError as error:
+        assert "head_channels" in str(error)
+    else:
+        assert attention_heights(net, (1, 8, 8))
+
+
+def test_attention_mixes_pixels_and_heads_stay_apart():
+    """Against softmax(q k^T / sqrt(d)) v written out for each head."""
+    torch.manual_seed(0)
+    layer = Attention(16, heads=2)
+    nn.init.normal_(layer.proj.weight)
+    x = torch.randn(2, 16, 2, 3)
+    q, k, v = layer.qkv(layer.norm(x)).flatten(2).chunk(3, dim=1)  # each [2, 16, 6]
+    heads = []
+    for rows in (slice(0, 8), slice(8, 16)):
+        weights = (q[:, rows].transpose(1, 2) @ k[:, rows] / 8**0.5).softmax(-1)  # [2, 6, 6]
+        heads.append((weights @ v[:, rows].transpose(1, 2)).transpose(1, 2))
+    expected = x + layer.proj(torch.cat(heads, dim=1).view(2, 16, 2, 3))
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"attention_resolutions": [5]}, r"attention_resolutions=\[5\]: no level has 5 pixels; .* 8x8 images have 8, 4"),
+        ({"attention_resolutions": [4, 2]}, r"no level has 2 pixels"),
+        ({"channel_mult": [1, 1, 1, 1, 1]}, r"channel_mult=.*divisible by 16, the images are 8x8"),
+        ({"patch": 3}, r"patch=3.*divisible by 6"),
+        ({"head_channels": 12}, r"head_channels=12: must divide"),
+        ({"width": 18}, r"width=18: must be a multiple of 4"),
+        ({"width": 0}, r"width=0"),
+        ({"width": 16.0}, r"width=16.0: must be a whole number"),
+        ({"channel_mult": []}, r"channel_mult=\[\]"),
+        ({"channel_mult": [1, 0]}, r"channel_mult=\[1, 0\]"),
+        ({"channel_mult": 2}, r"unet cannot be built"),
+        ({"dropout": 1.0}, r"dropout=1.0: must be in \[0, 1\)"),
+        ({"num_classes": 0}, r"num_classes=0"),
+        ({"widht": 16}, r"unet has no argument 'widht'; it takes width, "),
+        ({"image_shape": [1, 8, 8]}, r"unet has no argument 'image_shape'"),
+    ],
+)
+def test_arguments_that_do_not_fit(args, message):
+    with pytest.raises(ValueError, match=message):
+        models.build("unet", (1, 8, 8), SMALL | args)
+
+
+def test_unknown_network():
+    with pytest.raises(ValueError, match=r"'resnet' is not a network; choose one of unet"):
+        models.build("resnet", (1, 8, 8), {})
+
+
+def test_labels_change_the_output_and_the_null_label_is_one_of_them():
+    net = perturbed(models.build("unet", (1, 8, 8), SMALL | {"num_classes": 3}))
+    assert net.num_classes == 3
+    x, t = torch.randn(1, 1, 8, 8).expand(4, -1, -1, -1), torch.full((4,), 0.5)
+    out = net(x, t, torch.arange(4))  # label 3 is the null label
+    assert len({tuple(row.flatten().tolist()) for row in out}) == 4
+    with pytest.raises(IndexError):
+        net(x, t, torch.full((4,), 4))
+    with pytest.raises(ValueError, match="needs labels"):
+        net(x, t)
+
+
+def test_time_changes_the_output():
+    net = perturbed(models.build("unet", (1, 8, 8), SMALL))
+    x = torch.randn(1, 1, 8, 8).expand(3, -1, -1, -1)
+    early, same, late = net(x, torch.tensor([0.3, 0.3, 0.31]))
+    assert torch.allclose(early, same, atol=1e-6) and not torch.allclose(early, late, atol=1e-4)
+
+
+def test_images_of_a_batch_do_not_see_each_other():
+    net = perturbed(models.build("unet", (1, 8, 8), SMALL | {"num_classes": 2}))
+    x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 1, 2])
+    alone = torch.cat([net(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(3)])
+    assert torch.allclose(net(x, t, y), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("args", [{"num_classes": 2}, {"patch": 2, "channel_mult": [1, 2, 2], "attention_resolutions": [2, 8]}])
+def test_the_gradient_reaches_every_parameter(args):
+    net = perturbed(models.build("unet", (1, 16, 16), SMALL | {"attention_resolutions": [8]} | args))
+    y = torch.tensor([0, 1, 2]) if net.num_classes else None
+    net(torch.randn(3, 1, 16, 16), torch.rand(3), y).square().mean().backward()
+    without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+    if net.label_embedding is not None:
+        assert net.label_embedding.weight.grad.any(dim=1).all()
+
+
+def test_dropout_acts_in_training_only():
+    net = perturbed(models.build("unet", (1, 8, 8), SMALL | {"dropout": 0.5}))
+    x, t = torch.randn(1, 1, 8, 8), torch.zeros(1)
+    assert torch.equal(net(x, t), net(x, t))
+    net.train()
+    assert not torch.allclose(net(x, t), net(x, t))
+
+
+def test_time_embedding():
+    emb = sinusoidal_embedding(torch.tensor([0.0, 0.001, 1.0]), 8)
+    assert emb.shape == (3, 8)
+    assert emb[0].tolist() == [1.0] * 4 + [0.0] * 4
+    angles = torch.tensor([1.0, 10**-1, 10**-2, 10**-3])  # 1000 t x 10_000^(-k / 4)
+    assert torch.allclose(emb[1], torch.cat([angles.cos(), angles.sin()]), atol=1e-6)
+    assert torch.allclose(emb[2], torch.cat([(1000 * angles).cos(), (1000 * angles).sin()]), atol=1e-3)
+
+
+def test_the_network_of_cifar10_has_the_usual_size():
+    """The published U-Nets of this recipe have 36 M (DDPM) to 56 M (DDPM++) parameters."""
+    config = schema.load("configs/cifar10.yaml")
+    with torch.device("meta"):  # shapes only
+        net = models.build(config.model.name, (3, 32, 32), config.model.args)
+    assert isinstance(net, UNet)
+    assert 36e6 < sum(p.numel() for p in net.parameters()) < 56e6

@@ -1,0 +1,106 @@
+"""Sampling: an image is a function of the weights, the settings and its index, and nothing is lost or overwritten."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import succeed
+from PIL import Image
+
+import models
+from flow.engine import snapshot
+from flow.engine.generate import SamplerSettings, batches, generate, labels_of
+
+ARGUMENTS = ["--n_samples", "25", "--bspp", "4", "--sampling_steps", "3", "--sampling_method", "heun", "--guidance_scale", "2"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory, tiny_run) -> Path:
+    out = tmp_path_factory.mktemp("samples") / "one"
+    result = succeed("sample.py", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
+    assert "NFE 5 (10 network evaluations)" in result.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def net(tiny_run):
+    snap = snapshot.load(tiny_run)
+    net = models.build(snap.config.model.name, snap.image_shape, snap.config.model.args)
+    snap.load_into(net)
+    return net
+
+
+def images_of(net, indices: range, batch_size: int, settings: SamplerSettings) -> torch.Tensor:
+    accelerator = Accelerator(cpu=True)
+    return torch.cat([g.images for g in generate(accelerator, net, (1, 8, 8), indices, batch_size, settings)])
+
+
+def test_folder_is_whole(sampled):
+    names = sorted(p.name for p in (sampled / "images").iterdir())
+    assert names == [f"{k:06d}.png" for k in range(25)]
+    with np.load(sampled / "samples.npz") as file:
+        assert file["arr_0"].shape == (25, 8, 8, 1) and file["arr_0"].dtype == np.uint8
+        assert file["labels"].tolist() == [k % 10 for k in range(25)]
+        for k in (0, 24):
+            assert np.array_equal(file["arr_0"][k, :, :, 0], np.asarray(Image.open(sampled / "images" / names[k])))
+    assert Image.open(sampled / "grid.png").size[0] >= 90
+
+
+def test_two_processes_write_the_same_bytes(tmp_path, tiny_run, sampled):
+    succeed("sample.py", "--weights", tiny_run, "--save_dir", tmp_path / "two", "--npz", *ARGUMENTS, processes=2)
+    assert contents(tmp_path / "two") == contents(sampled)
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, tiny_run, sampled):
+    """Whole batches stay untouched; a missing image and an empty one (a crash of the machine) are made again."""
+    out = tmp_path / "cut"
+    shutil.copytree(sampled, out)
+    (out / "samples.npz").unlink()
+    (out / "images" / "000009.png").unlink()
+    (out / "images" / "000024.png").write_bytes(b"")
+    (out / "images" / ".tmp-1-000010.png").write_bytes(b"half")
+    os.utime(out / "images" / "000000.png", (1, 1))
+    succeed("sample.py", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
+    assert contents(out) == contents(sampled)
+    assert (out / "images" / "000000.png").stat().st_mtime == 1
+
+
+def test_image_depends_on_its_index_alone(net):
+    """Batch size and the images around it change nothing but the rounding of the kernels."""
+    settings = SamplerSettings("midpoint", 4, seed=3)
+    alone = images_of(net, range(17, 18), 1, settings).int()
+    among = images_of(net, range(20), 7, settings)[17:18].int()
+    assert (alone - among).abs().max() <= 1
+    other = images_of(net, range(17, 18), 1, SamplerSettings("midpoint", 4, seed=4)).int()
+    assert (alone - other).abs().max() > 1
+
+
+def test_labels_follow_the_index_and_guidance_changes_images(net):
+    assert labels_of(range(8, 13), SamplerSettings(), 10).tolist() == [8, 9, 0, 1, 2]
+    assert labels_of(range(3), SamplerSettings(labels=(4, 7)), 10).tolist() == [4, 7, 4]
+    assert labels_of(range(3), SamplerSettings(), None) is None
+    plain, guided, unconditional = (images_of(net, range(10), 10, SamplerSettings("euler", 2, w)) for w in (1.0, 3.0, 0.0))
+    assert not torch.equal(plain, guided)
+    assert not torch.equal(plain, unconditional)
+    # without labels in the picture, the label of an image no longer matters
+    sevens = images_of(net, range(10), 10, SamplerSettings("euler", 2, 0.0, labels=(7,)))
+    assert torch.equal(unconditional, sevens)
+
+
+def test_batches_are_cut_by_index():
+    assert batches(range(10, 17), 3) == [range(10, 13), range(13, 16), range(16, 17)]
+
+
+def test_sampling_json_records_what_decides_an_image(sampled, tiny_run):
+    stored = json.loads((sampled / "sampling.json").read_text())
+    assert stored["seed"] == 8888 and stored["steps"] == 3 and stored["guidance_scale"] == 2.0
+    assert len(stored["weights_sha256"]) == 64

@@ -1,0 +1,216 @@
+"""Training: what was killed or stopped goes on to the same end, and the number of processes changes nothing but rounding."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import REPOSITORY, TINY_TRAIN, fail, run_script, succeed
+from safetensors.torch import load_file
+
+from flow.engine import checkpoint, snapshot
+from flow.engine.tracker import read_metrics
+
+DROPOUT = (
+    "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
+    "num_classes: 10, dropout: 0.1}"
+)
+FORTY = [*TINY_TRAIN, DROPOUT, "train.steps=40", "train.checkpoint_every_steps=20", "train.log_every_steps=15"]
+
+
+def tensors(value, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All tensors of a nested state dict by path."""
+    if isinstance(value, torch.Tensor):
+        return {prefix: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {k: v for name, inner in items for k, v in tensors(inner, f"{prefix}/{name}").items()}
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """Weights, moving average and optimizer state of the newest checkpoint."""
+    folder = checkpoint.all_of(run / "checkpoints")[-1]
+    return {
+        **tensors(load_file(folder / "model.safetensors"), "model"),
+        **tensors(load_file(folder / "ema.safetensors"), "ema"),
+        **tensors(torch.load(folder / "optimizer.bin", weights_only=True), "optimizer"),
+    }
+
+
+def assert_same_state(run_a: Path, run_b: Path) -> None:
+    a, b = state_of(run_a), state_of(run_b)
+    assert a.keys() == b.keys()
+    assert any(name.startswith("optimizer/state") for name in a)
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def losses(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl without what a clock measured."""
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def kill_after_first_checkpoint(run: Path, launcher: list[str]) -> None:
+    """Start a training run and kill all of its processes once its first checkpoint is there."""
+    command = [sys.executable, *launcher, "train.py", *FORTY, "-e", str(run)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 120
+    while not (run / "checkpoints" / "step_00000020").exists():
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.01)
+    family = [*psutil.Process(process.pid).children(recursive=True), process]  # the launcher alone would leave its children
+    for member in family:
+        member.kill()
+    process.communicate()
+    assert not (run / "checkpoints" / "step_00000040").exists(), "the run was over before the signal"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("training") / "run"
+    succeed("train.py", *FORTY, "-e", run)
+    return run
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.setenv("FLOW_NUM_THREADS", "1")
+    run = tmp_path / "run"
+    kill_after_first_checkpoint(run, [])
+    succeed("train.py", "-e", run, "-r", "latest")
+    assert_same_state(run, uninterrupted)
+    assert losses(run) == losses(uninterrupted)
+
+
+def test_stopped_by_sigterm_saves_and_says_how_to_go_on(tmp_path, monkeypatch, uninterrupted):
+    monkeypatch.setenv("FLOW_NUM_THREADS", "1")
+    run = tmp_path / "run"
+    command = [sys.executable, "train.py", *FORTY, "train.steps=4000", "train.checkpoint_every_steps=0", "-e", str(run)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (run / "metrics.jsonl").exists():  # the first row comes at step 15
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    saved = checkpoint.all_of(run / "checkpoints")
+    assert len(saved) == 1 and checkpoint.damage_of(saved[0]) is None
+    step = checkpoint.step_of(saved[0])
+    assert 15 <= step < 4000
+    assert "Traceback" not in err
+    assert f"go on with: python train.py -e {run} -r latest" in out + err
+    succeed("train.py", "-e", run, "-r", "latest", f"train.steps={step + 3}")
+    assert checkpoint.step_of(checkpoint.all_of(run / "checkpoints")[-1]) == step + 3
+
+
+def test_two_processes_resume_to_the_bit_and_equal_one_within_rounding(tmp_path, monkeypatch):
+    """Without dropout, whose masks belong to a process, two processes compute what one does."""
+    monkeypatch.setenv("FLOW_NUM_THREADS", "1")
+    plain = [argument for argument in FORTY if argument is not DROPOUT]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    torchrun += ["--rdzv_endpoint", "localhost:0"]
+    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
+    succeed("train.py", *FORTY, "-e", two, processes=2)
+    kill_after_first_checkpoint(resumed, torchrun)
+    succeed("train.py", "-e", resumed, "-r", "latest", processes=2)
+    assert_same_state(resumed, two)
+    assert losses(resumed) == losses(two)
+
+    # One process goes on from the half of a run of two: the same batches, noise and times, so the same losses.
+    both, elastic = tmp_path / "both", tmp_path / "elastic"
+    succeed("train.py", *plain, "-e", both, "train.keep_checkpoints=0", processes=2)
+    shutil.copytree(both, elastic, ignore=shutil.ignore_patterns("step_00000040*"))
+    succeed("train.py", "-e", elastic, "-r", "latest")
+    succeed("train.py", *plain, "train.accumulate=2", "-e", one)
+    for other in (elastic, one):
+        for a, b in zip(losses(both), losses(other), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        ema_a, ema_b = (load_file(snapshot.find(run)) for run in (both, other))
+        assert max((ema_a[k] - ema_b[k]).abs().max().item() for k in ema_a) < 1e-4
+
+
+def test_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    victim = run / "checkpoints" / "step_00000040" / "optimizer.bin"
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    result = succeed("train.py", "-e", run, "-r", "latest")
+    assert "step_00000040 is damaged and passed over: optimizer.bin has changed" in result.stdout
+    assert "going on from step 20" in result.stdout + result.stderr
+    assert_same_state(run, uninterrupted)
+
+
+def test_run_folder_holds_what_the_design_promises(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {"config.yaml", "environment.json", "log.txt", "metrics.jsonl", "samples", "checkpoints", "snapshots"} <= names
+    starts = json.loads((uninterrupted / "environment.json").read_text())
+    assert starts[0]["processes"] == 1 and starts[0]["packages"]["torch"]
+    row = read_metrics(uninterrupted / "metrics.jsonl")[-1]
+    assert row["step"] == 40 and row["images"] == 40 * 32
+    assert {"loss", "loss_t_0.0", "loss_t_0.9", "grad_norm", "learning_rate", "images_per_second"} <= row.keys()
+    assert (uninterrupted / "samples" / "step_00000040.png").stat().st_size > 0
+    assert [p.name for p in checkpoint.all_of(uninterrupted / "checkpoints")] == ["step_00000020", "step_00000040"]
+
+
+def test_not_finite_loss_stops_with_the_step_and_the_newest_checkpoint(tmp_path):
+    """A learning rate beyond reason: the run ends with one line, and no checkpoint holds broken weights."""
+    line = fail("train.py", *FORTY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0")
+    assert "the loss of step " in line and "is not finite" in line and "there is no checkpoint yet" in line
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+def test_init_from_starts_with_the_weights_of_a_snapshot(tmp_path, uninterrupted):
+    """With a learning rate of almost nothing, one step leaves the weights where they began."""
+    run = tmp_path / "run"
+    succeed("train.py", *FORTY, "-e", run, "train.steps=1", f"train.init_from={uninterrupted}", "optimizer.lr=1e-12")
+    before, after = (load_file(snapshot.find(path)) for path in (uninterrupted, run))
+    assert max((before[k] - after[k]).abs().max().item() for k in before) < 1e-6
+
+
+def test_several_half_lives_and_trackers(tmp_path):
+    run = tmp_path / "run"
+    succeed(
+        "train.py", *TINY_TRAIN, "-e", run, "ema.half_life_images=[100, 1000]", "train.log_with=[tensorboard]",
+        "train.keep_checkpoints=1", "train.keep_snapshots=1",
+    )  # fmt: skip
+    assert sorted(p.name for p in (run / "snapshots").iterdir()) == [
+        "step_00000004.ema_1000.safetensors",
+        "step_00000004.safetensors",
+    ]
+    assert snapshot.load(run).half_life_images == 100
+    assert len(checkpoint.all_of(run / "checkpoints")) == 1
+    assert list((run / "tensorboard").glob("events*"))
+
+
+@pytest.mark.slow
+def test_compiled_network_trains_and_its_weights_load(tmp_path, tiny_run):
+    run = tmp_path / "run"
+    succeed("train.py", *TINY_TRAIN, "-e", run, "train.compile=true", timeout=600)
+    weights, reference = load_file(snapshot.find(run)), load_file(snapshot.find(tiny_run))
+    assert weights.keys() == reference.keys()
+    assert max((weights[k] - reference[k]).abs().max().item() for k in weights) < 1e-3
+
+
+@pytest.mark.slow
+def test_cifar10_takes_steps_and_the_loss_falls(tmp_path, real_data):
+    run = tmp_path / "run"
+    succeed(
+        "train.py", "-c", "configs/cifar10.yaml", "-e", run, "-mp", "bf16", "train.steps=30", "train.batch_size=16",
+        "train.log_every_steps=10", "optimizer.warmup_steps=5", "train.log_with=[]", "train.sample_every_steps=0",
+        "preview.n_samples=1", "preview.sampling_steps=1", timeout=900, FLOW_NUM_THREADS="2",
+    )  # fmt: skip
+    rows = read_metrics(run / "metrics.jsonl")
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+
+
+def test_launcher_that_starts_too_few_processes_is_caught(tmp_path):
+    """`accelerate-launch --cpu --num_processes 2` starts one process; these are the marks it leaves."""
+    marks = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
+    result = run_script("train.py", *TINY_TRAIN, "-e", tmp_path / "run", **marks)
+    assert result.returncode == 2 and "--multi_gpu --num_processes N" in result.stderr
+    assert not (tmp_path / "run").exists()
