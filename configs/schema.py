@@ -59,9 +59,9 @@ class FlowConfig:
 @dataclass
 class OptimizerConfig:  # AdamW; weight_decay=0 is Adam
     lr: float = 2e-4  # peak learning rate
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    weight_decay: float = 0.0  # of AdamW
     warmup_steps: int = 0  # linear from 0
     schedule: str = "constant"  # constant | linear | cosine, down to 0 at train.steps
     clip_grad_norm: float = 1.0  # 0: off
@@ -81,7 +81,7 @@ class TrainConfig:
     mixed_precision: str = "no"  # no | fp16 | bf16
     compile: bool = False  # torch.compile the network
     init_from: str | None = None  # snapshot whose weights a new run starts from
-    log_every_steps: int = 50
+    log_every_steps: int = 50  # rows of metrics.jsonl, means over the steps between
     sample_every_steps: int = 5_000  # preview grids; 0: never
     checkpoint_every_steps: int = 5_000  # besides the one at the end
     keep_checkpoints: int = 2  # newest ones kept; 0: all
@@ -92,11 +92,11 @@ class TrainConfig:
 
 @dataclass
 class PreviewConfig:
-    n_samples: int = 64
+    n_samples: int = 64  # images of the preview grid
     sampling_method: str = "heun"  # a key of flow.solvers.METHODS
-    sampling_steps: int = 18
+    sampling_steps: int = 18  # steps of its solver
     guidance_scale: float = 1.0  # 1: off
-    seed: int = 8888
+    seed: int = 8888  # of its noise
 
 
 @dataclass

@@ -49,8 +49,8 @@ class Folder:
             raise FileNotFoundError(f"path={path}: there is no such folder")
         if channels not in (1, 3):
             raise ValueError(f"channels={channels}: must be 1 (grey) or 3 (RGB)")
-        if size is not None and size < 1:
-            raise ValueError(f"size={size}: must be at least 1")
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"size={size!r}: must be a whole number of at least 1, or null")
         self.path, self.size, self.channels = path, size, channels
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not files:
@@ -89,14 +89,19 @@ class Folder:
 
     def _decode(self, opened: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16") or image.mode == "I":  # Pillow's own conversion would clip 16 bits to white
+        if image.mode in ("I", "F"):
+            raise ValueError(f"mode {image.mode}: 32 bits a pixel, of unknown range; expected 8 or 16")
+        if image.mode.startswith("I;16"):  # Pillow's own conversion would clip 16 bits to white
             image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
         image = image.convert("L" if self.channels == 1 else "RGB")
         if self.size is not None:
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
+            side = min(image.size)  # cropped first, so that nothing beyond the crop bleeds into its border
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+            image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
         return image
 
 
@@ -131,7 +136,7 @@ def _download(cls: type, root: Path, train: bool):
     """The torchvision data set, from the files below root if they are whole, downloaded otherwise."""
     try:
         return cls(root, train=train, download=False)
-    except RuntimeError:  # torchvision's word for absent or damaged files
+    except (RuntimeError, ValueError, EOFError, OSError):  # torchvision's words for absent, damaged and cut-off files
         pass
     try:
         return cls(root, train=train, download=True)

@@ -13,5 +13,6 @@ import numpy as np
 
 def generator(*key: str | int) -> np.random.Generator:
     """A generator that is a function of the key alone, e.g. `generator("time", seed, step)`."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()  # 128 bits, the key size of Philox
+    text = repr(tuple(part if isinstance(part, str) else int(part) for part in key))  # numpy's integers print otherwise
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()  # 128 bits, the key size of Philox
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))

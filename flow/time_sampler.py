@@ -1,6 +1,7 @@
 """The law of t in training, stratified over the global batch."""
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,8 +36,8 @@ def law(name: str, **args: float) -> Callable[[Tensor], Tensor]:
     for key, value in args.items():
         if key not in known:
             raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(known) or 'none'}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{key}={value!r}: must be a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{key}={value!r}: must be a finite number")
     inverse = LAWS[name]
     inverse(torch.tensor([0.5], dtype=torch.float64), **args)  # checks the values
     return lambda u: inverse(u, **args)

@@ -41,6 +41,12 @@ class UNet(nn.Module):
                     f"attention_resolutions={list(attention_resolutions)}: no level has {resolution} pixels; "
                     f"the levels of {image_shape[1]}x{image_shape[2]} images have {', '.join(map(str, resolutions))}"
                 )
+        for resolution, mult in zip(resolutions, channel_mult, strict=True):
+            if resolution in attention_resolutions and width * mult % head_channels:
+                raise ValueError(
+                    f"head_channels={head_channels}: must divide the {width * mult} channels of the level with attention at "
+                    f"{resolution} pixels"
+                )
         self.num_classes, self.patch = num_classes, patch
         embedding = 4 * width
         self.frequencies = width
@@ -173,9 +179,6 @@ def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dr
         raise ValueError(f"channel_mult={channel_mult!r}: must be a list of whole numbers of at least 1")
     if width % 4:
         raise ValueError(f"width={width}: must be a multiple of 4, for group norm")
-    for mult in channel_mult:
-        if width * mult % head_channels and width * mult >= head_channels:
-            raise ValueError(f"head_channels={head_channels}: must divide the {width * mult} channels of each level")
     divisor = patch * 2 ** (len(channel_mult) - 1)
     if image_shape[1] % divisor or image_shape[2] % divisor:
         raise ValueError(

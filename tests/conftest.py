@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+torch.set_num_threads(1)  # the networks of the tests are too small for more
 REPOSITORY = Path(__file__).parent.parent
 
 # A network and a run small enough for seconds.

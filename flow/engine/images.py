@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from flow.engine.files import TEMPORARY
+
 
 def to_uint8(x: Tensor) -> Tensor:
     """[-1, 1] floats to uint8 of the same shape, rounded to the nearest level; the one way back from networks."""
@@ -17,9 +19,12 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def write_png(path: Path, image: Tensor) -> None:
     """Write a uint8 image [C, H, W] under its name once it is whole."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    to_pil(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:  # not files.atomic_file: syncing each of 50,000 small files takes longer than making them again
+        to_pil(image).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_png(path: Path) -> np.ndarray:

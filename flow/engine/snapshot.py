@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def publish(saved: Path, folder: Path, step: int, half_lives: list[int], keep: i
                 os.link(saved / name, temporary)
             except OSError:  # a file system without hard links
                 shutil.copyfile(saved / name, temporary)
-        for old in sorted(folder.glob(f"step_????????{tail}"))[:-keep] if keep else []:
+        for old in _by_step(folder, tail)[:-keep] if keep else []:
             old.unlink()
 
 
@@ -112,8 +113,13 @@ def find(path: Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"--weights {path}: there is no such file or folder")
-    for pattern in ("snapshots/step_????????.safetensors", "step_????????.safetensors", checkpoint.EMA_FILE):
-        found = sorted(path.glob(pattern))
-        if found:
-            return found[-1]
+    found = _by_step(path / "snapshots") or _by_step(path) or sorted(path.glob(checkpoint.EMA_FILE))
+    if found:
+        return found[-1]
     raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
+
+
+def _by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
+    """Files step_<number><tail>, oldest first."""
+    named = ((re.fullmatch(rf"step_(\d{{8,}}){re.escape(tail)}", p.name), p) for p in folder.glob(f"step_*{tail}"))
+    return [p for _, p in sorted((int(match.group(1)), p) for match, p in named if match)]

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from configs import schema
 from configs.schema import Config, UserError
+from flow.engine import files
 
 TIME_BINS = 10
 
@@ -22,10 +23,8 @@ class Tracker:
         self.accelerator, self.run_dir = accelerator, run_dir
         self.metrics_file = run_dir / "metrics.jsonl"
         if accelerator.is_main_process and self.metrics_file.exists():
-            rows = read_metrics(self.metrics_file)
-            kept = [row for row in rows if row["step"] <= first_step]
-            if len(kept) < len(rows):
-                self.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            kept = [row for row in read_metrics(self.metrics_file) if row["step"] <= first_step]
+            files.write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
         if config.train.log_with:
             flat = {key: _plain(schema.get(config, key)) for key in schema.all_keys()}
             purge = {"tensorboard": {"purge_step": first_step + 1}} if "tensorboard" in config.train.log_with else {}

@@ -1,0 +1,123 @@
+"""Who imports whom, and what every file owes its reader. DESIGN.md, section 1, as a table."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PACKAGES = ("configs", "datasets", "flow", "models", "scripts", "tests")
+FILES = sorted([*REPOSITORY.glob("*.py"), *(f for p in PACKAGES for f in (REPOSITORY / p).rglob("*.py"))])
+ENTRY_SCRIPTS = ("train", "sample", "evaluate")
+
+# Folder or file -> what it may import besides the standard library. `lazy` only inside a function: these are not needed by all.
+LAYERS = {
+    "models": ({"torch", "models"}, set()),
+    "datasets": ({"torch", "torchvision", "numpy", "PIL", "datasets"}, {"sklearn"}),
+    "configs": ({"omegaconf", "configs"}, set()),
+    "flow/*.py": ({"torch", "numpy", "flow"}, set()),
+    "flow/solvers": ({"torch", "numpy", "flow"}, {"torchdiffeq"}),
+}
+
+# Folder or file -> modules of ours that it must not import, by prefix.
+FORBIDDEN = {
+    "models": ["datasets", "flow"],
+    "datasets": ["models", "flow"],
+    "flow": ["models", "datasets", "scripts"],
+    "flow/*.py": ["flow.engine", "flow.evaluation", "configs"],
+    "flow/solvers": ["flow.engine", "flow.evaluation", "configs"],
+    "flow/evaluation": ["flow.engine", "configs"],
+}
+
+
+def files_of(place: str) -> list[Path]:
+    found = sorted(REPOSITORY.glob(place) if "*" in place else (REPOSITORY / place).rglob("*.py"))
+    assert found, f"{place}: no file there, the table above is out of date"
+    return found
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.AST, lazy: bool = False) -> list[tuple[str, bool]]:
+    """(dotted name, whether inside a function) of each import; `from a import b` gives a.b, as b may be a module."""
+    found = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, lazy) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found += [(f"{node.module}.{alias.name}", lazy) for alias in node.names]
+        else:
+            found += imports(node, lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return found
+
+
+def name_of(file: Path) -> str:
+    return str(file.relative_to(REPOSITORY))
+
+
+def test_imports_are_found():
+    source = "import a.b, c\nfrom d.e import f as g\ndef h():\n    if x:\n        from k import l\nclass M:\n    import n"
+    assert imports(ast.parse(source)) == [("a.b", False), ("c", False), ("d.e.f", False), ("k.l", True), ("n", False)]
+
+
+@pytest.mark.parametrize("place", LAYERS)
+def test_a_layer_imports_only_what_it_stands_on(place):
+    always, lazily = LAYERS[place]
+    allowed = always | set(sys.stdlib_module_names)
+    strangers = [
+        f"{name_of(file)} imports {name}"
+        for file in files_of(place)
+        for name, lazy in imports(parse(file))
+        if name.split(".")[0] not in (allowed | lazily if lazy else allowed)
+    ]
+    assert strangers == []
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_a_layer_does_not_look_up_or_sideways(place):
+    strangers = [
+        f"{name_of(file)} imports {name}"
+        for file in files_of(place)
+        for name, _ in imports(parse(file))
+        for forbidden in FORBIDDEN[place]
+        if f"{name}.".startswith(f"{forbidden}.")
+    ]
+    assert strangers == []
+
+
+def test_nothing_imports_the_tests_or_from_below_an_entry_script():
+    """torch-fidelity installs a package called `tests`; an entry script is the top of the house."""
+    strangers = []
+    for file in FILES:
+        top = {"tests"} if file.relative_to(REPOSITORY).parts[0] in ("tests", "scripts") else {"tests", *ENTRY_SCRIPTS}
+        strangers += [f"{name_of(file)} imports {name}" for name, _ in imports(parse(file)) if name.split(".")[0] in top]
+    assert strangers == []
+
+
+def test_the_marker_classes_that_accelerate_looks_for():
+    """With Hugging Face `datasets` installed, accelerate imports these names from whatever is called `datasets`."""
+    tree = parse(REPOSITORY / "datasets" / "__init__.py")
+    assert {"Dataset", "IterableDataset"} <= {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_a_file_is_short_and_says_what_it_is(file):
+    tree = parse(file)
+    assert ast.get_docstring(tree), f"{name_of(file)} has no docstring"
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 350
+
+
+def test_pickles_are_loaded_as_weights_only():
+    """torch.load without weights_only=True runs whatever code a file of weights holds."""
+    unsafe = []
+    for file in FILES:
+        for node in ast.walk(parse(file)):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
+                safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+                unsafe += [] if safe else [f"{name_of(file)}:{node.lineno}"]
+        unsafe += [f"{name_of(file)}: {name}" for name, _ in imports(parse(file)) if name in ("torch.load", "pickle.load")]
+    assert unsafe == []
