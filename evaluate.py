@@ -76,9 +76,7 @@ def main() -> None:
 def score_weights(args, accelerator: Accelerator) -> None:
     """A row for each method x steps x guidance scale x range of images."""
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    with runtime.blame("model"):
-        net = models.build(snap.config.model.name, snap.image_shape, snap.config.model.args)
-    snap.load_into(net)
+    net = snap.network(models.build)
     net.to(accelerator.device)
     labels = tuple(args.labels) if args.labels else None
     plan = [

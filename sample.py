@@ -48,9 +48,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    with runtime.blame("model"):
-        net = models.build(snap.config.model.name, snap.image_shape, snap.config.model.args)
-    snap.load_into(net)
+    net = snap.network(models.build)
     labels = tuple(args.labels) if args.labels else None
     settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, labels)
     with runtime.blame("sample"):

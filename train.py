@@ -79,7 +79,7 @@ def main() -> None:
         horizontal_flip=cfg.data.horizontal_flip,
         num_workers=cfg.data.num_workers,
     )
-    if cfg.train.init_from and not args.resume:
+    if cfg.train.init_from:  # a checkpoint, where one is resumed, replaces these
         with runtime.blame("train.init_from"):
             snapshot.load(cfg.train.init_from).load_into(net)
     optimizer = torch.optim.AdamW(
@@ -101,9 +101,10 @@ def main() -> None:
     # Where to begin: at step 0 in a new folder, or where a checkpoint left off.
     step, updates = 0, 0  # updates: steps less those that fp16 loss scaling skipped
     checkpoints = run_dir / "checkpoints"
-    newest = "there is no checkpoint yet"
+    newest, found = "there is no checkpoint yet", None
     if args.resume:
         found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints)
+    if found:
         state = checkpoint.load(accelerator, found)
         step, updates = state["step"], state["updates"]
         if step > cfg.train.steps:
@@ -132,11 +133,10 @@ def main() -> None:
             checkpoint.prune(checkpoints, cfg.train.keep_checkpoints)
         return f"the newest checkpoint is {saved}"
 
-    stop = StopSignal()
     done = step == cfg.train.steps
     model.train()
     window_start, window_step = time.perf_counter(), step
-    with runtime.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
+    with StopSignal() as stop, runtime.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
         for micro_batches in loader.steps(step, cfg.train.steps):
             torch.manual_seed(int(rng.generator("dropout", cfg.seed, step, accelerator.process_index).integers(2**63)))
             for group in optimizer.param_groups:

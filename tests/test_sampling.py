@@ -33,10 +33,7 @@ def sampled(tmp_path_factory, tiny_run) -> Path:
 
 @pytest.fixture(scope="module")
 def net(tiny_run):
-    snap = snapshot.load(tiny_run)
-    net = models.build(snap.config.model.name, snap.image_shape, snap.config.model.args)
-    snap.load_into(net)
-    return net
+    return snapshot.load(tiny_run).network(models.build)
 
 
 def images_of(net, indices: range, batch_size: int, settings: SamplerSettings) -> torch.Tensor:

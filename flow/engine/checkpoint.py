@@ -78,8 +78,9 @@ def load(accelerator: Accelerator, path: Path) -> dict:
         raise UserError(f"-r {path}: does not fit this configuration ({first})") from None
 
 
-def newest(accelerator: Accelerator, folder: Path) -> Path:
-    """The newest whole checkpoint; damaged ones are named and passed over. Raises UserError where there is none."""
+def newest(accelerator: Accelerator, folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None for a run that was cut off before its first; damaged ones are named and passed
+    over. Raises UserError where all are damaged."""
     found: list[Path | None] = [None]
     if accelerator.is_main_process:
         for path in reversed(all_of(folder)):
@@ -89,8 +90,8 @@ def newest(accelerator: Accelerator, folder: Path) -> Path:
                 break
             accelerator.print(f"warning: checkpoint {path} is damaged and passed over: {damage}")
     broadcast_object_list(found)
-    if found[0] is None:
-        raise UserError(f"-r: there is no whole checkpoint in {folder}")
+    if found[0] is None and all_of(folder):
+        raise UserError(f"-r: all checkpoints in {folder} are damaged")
     return found[0]
 
 

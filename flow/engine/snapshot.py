@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from configs import schema
 from configs.schema import Config, UserError
-from flow.engine import checkpoint, files
+from flow.engine import checkpoint, files, runtime
 
 
 @dataclass
@@ -25,6 +26,13 @@ class Snapshot:
     images: int  # training images seen
     half_life_images: int  # of the moving average
     weights: dict[str, Tensor]
+
+    def network(self, build: Callable[..., nn.Module]) -> nn.Module:
+        """The network with these weights; `build(name, image_shape, args)` makes it. Raises UserError where they do not fit."""
+        with runtime.blame("model"):
+            net = build(self.config.model.name, self.image_shape, self.config.model.args)
+        self.load_into(net)
+        return net
 
     def load_into(self, net: nn.Module) -> None:
         """Raises UserError that names the first weight that does not fit."""

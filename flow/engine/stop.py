@@ -5,12 +5,16 @@ from types import FrameType
 
 
 class StopSignal:
-    """`received` is the number of the signal that arrived, or None."""
+    """Inside the block, `received` is the number of the signal that arrived, or None."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "StopSignal":
         self.received: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

@@ -1,0 +1,69 @@
+"""The README: its example runs, its tables and commands are those of the code, in both languages."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+import evaluate
+import sample
+import train
+from configs import schema
+
+READMES = ("README.md", "README_zh.md")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / name).read_text(encoding="utf-8"), re.S)
+
+
+def commands() -> list[str]:
+    """Every training, sampling and evaluation command of the README, line continuations joined."""
+    text = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ")
+    return [line for line in text.splitlines() if re.search(r"\b(train|sample|evaluate)\.py\b", line)]
+
+
+def test_example_runs_as_shown(tmp_path):
+    """With a tenth of its steps: what is shown is the same program."""
+    (code,) = blocks("README.md", "python")
+    assert len(code.splitlines()) <= 45
+    script = tmp_path / "example.py"
+    script.write_text(code.replace("range(4000)", "range(400)"))
+    environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=200)
+    assert result.returncode == 0, result.stderr
+    share = re.search(r"(\d+)% of the samples lie on dark squares, NFE 99", result.stdout)
+    assert share and int(share.group(1)) > 45  # noise alone would give about a third
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_configuration_table_is_the_schema(name):
+    rows = re.findall(r"^\| `([\w.]+)` \| `(.+?)` \| (.+) \|$", (REPOSITORY / name).read_text(encoding="utf-8"), re.M)
+    shown = {key: default.replace("_", "") if default[0].isdigit() else default for key, default, _ in rows}
+    config = schema.Config()
+    expected = {}
+    for key in schema.all_keys():
+        value = schema.get(config, key)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        expected[key] = f"{value:g}" if isinstance(value, float) else str(value) if number else json.dumps(value)
+    assert shown == expected
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_accepted(command, monkeypatch):
+    """Each command parses, and its configuration keys and files exist."""
+    script, arguments = re.search(r"\b(train|sample|evaluate)\.py (.*)$", command).groups()
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(arguments)])
+    args = {"train": train, "sample": sample, "evaluate": evaluate}[script].parse_args()
+    if args.config:
+        schema.load(str(REPOSITORY / args.config), args.overrides)
+
+
+def test_both_languages_have_the_same_code():
+    for language in ("bash", "python"):
+        strip = [[re.sub(r"#.*", "", line).rstrip() for b in blocks(n, language) for line in b.splitlines()] for n in READMES]
+        assert strip[0] == strip[1]

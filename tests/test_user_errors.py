@@ -1,0 +1,228 @@
+"""Bad input: one line that names the key, the value and what would be right, exit code 2, nothing written or lost."""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import REPOSITORY, TINY_TRAIN, fail, succeed
+from PIL import Image
+from safetensors.torch import save_file
+
+import evaluate
+import sample
+import train
+from flow.engine import checkpoint, runtime, snapshot
+
+SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate}
+
+
+@pytest.fixture
+def error(monkeypatch, capsys):
+    """error("train", *arguments): the one line that the script leaves on stderr, run in this process."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def call(script: str, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        with pytest.raises(SystemExit) as left:
+            runtime.run(SCRIPTS[script].main)
+        captured = capsys.readouterr().err
+        assert left.value.code == 2, captured
+        lines = [line for line in captured.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in captured, captured
+        return lines[0]
+
+    return call
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--exp_dirr=x"], "unknown flag '--exp_dirr'. Did you mean '--exp_dir'?"),
+        (["--exp_dirr", "x"], "unknown flag '--exp_dirr'. Did you mean '--exp_dir'?"),
+        (["train.stesp=3"], "train.stesp=3: unknown key 'train.stesp'. Did you mean 'train.steps'?"),
+        (["--train.stesp", "3"], "unknown key 'train.stesp'. Did you mean 'train.steps'?"),
+        (["steps=3"], "unknown key 'steps'. Did you mean 'train.steps'?"),
+        (["train=3"], "'train' is a section"),
+        (["train.steps=many"], "train.steps=many: Value 'many'"),
+        (["train.steps=1e5"], "write 100_000"),
+        (["train.steps="], "train.steps=: Incompatible value 'None'"),
+        (["train.steps=0"], "train.steps=0: must be at least 1"),
+        (["preview.sampling_steps=0"], "preview.sampling_steps=0: must be at least 1"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan: must be greater than 0"),
+        (["ema.half_life_images=abc"], "ema.half_life_images=abc: must be a number of images"),
+        (["optimizer.schedule=step"], "optimizer.schedule=step: must be one of constant, linear, cosine"),
+        (
+            ["train.batch_size=33", "train.accumulate=2"],
+            "train.batch_size=33: must divide by 1 process(es) x train.accumulate=2",
+        ),
+        (["train.mixed_precision=fp16"], "train.mixed_precision=fp16: needs a GPU"),
+        (["train.log_with=[nothing]"], "train.log_with=['nothing']"),
+        (["preview.sampling_method=foo"], "preview: 'foo' is not a solver; choose one of euler"),
+        (["flow.time_law=foo"], "flow.time_law: 'foo' is not a time law; choose one of uniform"),
+        (["data.name=mnst"], "data: 'mnst' is not a data set; choose one of digits"),
+        (["model.name=unett"], "model: 'unett' is not a network; choose one of unet"),
+        (["model.args.attention_resolutions=[5]"], "no level has 5 pixels; the levels of 8x8 images have 8, 4"),
+        (["model.args.widht=3"], "unet has no argument 'widht'; it takes width"),
+        (["model.args={width: abc}"], "width='abc': must be a whole number"),
+        (["model.args.num_classes=3"], "model.args.num_classes=3: the data set has 10 classes; use 10"),
+        (["train.init_from=nowhere"], "--weights nowhere: there is no such file or folder"),
+        (["-c", "configs/digts.yaml"], "-c configs/digts.yaml: there is no such file. Did you mean 'configs/digits.yaml'?"),
+        (["-r", "latest"], "there is no run in"),
+        (["-r", "nowhere"], "-r nowhere: there is no such folder"),
+    ],
+)
+def test_training_that_cannot_start(arguments, message, error, tmp_path):
+    run = tmp_path / "run"
+    assert message in error("train", *TINY_TRAIN, "-e", run, *arguments)
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {stesp: 3}", "unknown key 'train.stesp'. Did you mean 'train.steps'?"),
+        ("train: 3", "train=3: must be a section"),
+        ("- a", "holds a list"),
+        ("a: [", "not a YAML file"),
+        ("data: !!python/object/apply:os.system ['touch PWNED']", "not a YAML file"),
+    ],
+)
+def test_configuration_files(text, message, error, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text.replace("PWNED", str(tmp_path / "pwned")))
+    assert message in error("train", "-c", tmp_path / "bad.yaml", "-e", tmp_path / "run")
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "run").exists()
+
+
+def test_image_folders(error, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    plain = [*TINY_TRAIN, "data.name=folder", "model.args.num_classes=null", "data.num_workers=0", "-e", tmp_path / "run"]
+    assert "holds no image" in error("train", *plain, f"data.args={{path: {folder}, size: 8, channels: 1}}")
+    for k in range(8):
+        Image.new("L", (9, 9), 10 * k).save(folder / f"{k}.png")
+    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
+    line = error("train", *plain, f"data.args={{path: {folder}, size: 8, channels: 1}}")
+    assert "3.png: not a readable image" in line
+    (folder / "3.png").unlink()  # mended, the run goes on, though it had no checkpoint yet
+    succeed("train.py", "-e", tmp_path / "run", "-r", "latest", "train.steps=1")
+    plain[-1] = tmp_path / "new"
+    assert "there is no such folder" in error("train", *plain, "data.args={path: nowhere}")
+    assert "data: folder cannot be built from {}" in error("train", *plain, "data.args={}")
+
+
+def test_runs_are_not_overwritten_and_resume_does_not_change_them(error, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    before = contents(run)
+    assert "exists already" in error("train", *TINY_TRAIN, "-e", run)
+    assert "seed=5: the run in" in error("train", "-e", run, "-r", "latest", "seed=5")
+    assert "model.args" in error("train", "-e", run, "-r", "latest", "model.args.width=32")
+    assert "would overwrite step_00000004" in error("train", "-r", run / "checkpoints" / "step_00000002")
+    assert "belongs to" in error("train", "-e", tmp_path / "other", "-r", run)
+    assert contents(run) == before
+
+
+def test_samples_are_not_overwritten(error, tiny_run, tmp_path):
+    out = tmp_path / "out"
+    ask = ["--weights", tiny_run, "--n_samples", "2", "--sampling_steps", "1", "--save_dir", out]
+    succeed("sample.py", *ask)
+    before = contents(out)
+    assert "holds images of another run (seed 8888, now 1)" in error("sample", *ask, "--seed", "1")
+    assert "holds images of another run (guidance_scale" in error("sample", *ask, "--guidance_scale", "2")
+    assert contents(out) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    assert "was not written by sample.py" in error("sample", *ask[:-1], tmp_path / "mine")
+
+
+@pytest.mark.parametrize("script", ["sample", "evaluate"])
+def test_weights(script, error, tiny_run, tmp_path):
+    more = ["--n_samples", "2"] + (
+        ["--save_dir", tmp_path / "out"] if script == "sample" else ["--feature_extractor", "digits"]
+    )
+    whole = snapshot.find(tiny_run)
+    broken, text, foreign = (tmp_path / f"{name}.safetensors" for name in ("broken", "text", "foreign"))
+    broken.write_bytes(whole.read_bytes()[:5000])
+    text.write_text("these are no weights")
+    save_file({"a": torch.zeros(1)}, foreign)
+    for path in (broken, text):
+        assert f"--weights {path}: not a whole safetensors file" in error(script, "--weights", path, *more)
+    assert "not a snapshot of this project" in error(script, "--weights", foreign, *more)
+    assert "there is no such file or folder" in error(script, "--weights", tmp_path / "none", *more)
+    assert "holds no snapshot" in error(script, "--weights", tmp_path, *more)
+    line = error(script, "--weights", tiny_run, *more, "model.args.width=32")
+    assert "do not fit the model of the configuration" in line
+    assert "0 to 9" in error(script, "--weights", tiny_run, *more, "--labels", "3", "10")
+    assert "must be a whole number of at least 1" in error(script, "--weights", tiny_run, *more, "--sampling_steps", "0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_and_guidance_need_a_network_with_labels(error, tmp_path):
+    run = tmp_path / "run"
+    succeed("train.py", *TINY_TRAIN, "-e", run, "model.args.num_classes=null", "train.steps=1")
+    ask = ["--weights", run, "--n_samples", "2", "--save_dir", tmp_path / "out"]
+    assert "was trained without labels" in error("sample", *ask, "--labels", "1")
+    assert "needs a network with labels" in error("sample", *ask, "--guidance_scale", "2")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_evaluation(error, tiny_run, tmp_path):
+    ask = ["--weights", tiny_run, "--n_samples", "4", f"data.root={tmp_path}"]
+    digits = [*ask, "--feature_extractor", "digits"]
+    assert "--feature_extractor foo: unknown; choose one of" in error("evaluate", *ask, "--feature_extractor", "foo")
+    assert "has no such layer; choose one of 64, logits" in error("evaluate", *digits, "--feature_layer", "9")
+    assert "takes 28x28 images, not 8x8" in error("evaluate", *ask, "--feature_extractor", "mnist")
+    assert "give either --weights PATH or --samples DIR" in error("evaluate", "--n_samples", "4")
+    assert "--reference is needed" in error("evaluate", "--samples", tmp_path)
+    np.savez(tmp_path / "empty.npz", a=1)
+    np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert "not an npz file with mu and sigma" in error("evaluate", *digits, "--reference", tmp_path / "empty.npz")
+    assert "are not statistics of the 64 features" in error("evaluate", *digits, "--reference", tmp_path / "small.npz")
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload(tmp_path / "pwned")))
+    assert "not a file of plain weights" in error("evaluate", *ask, "--feature_weights", tmp_path / "evil.pth")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_exit_code_of_the_process(script):
+    assert "unknown flag '--foo'" in fail(f"{script}.py", "--foo", "3")
+
+
+def test_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
+    """On a file system with room for two checkpoints and a half."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6500k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        many = [*TINY_TRAIN, "train.steps=8", "train.keep_checkpoints=0", "train.checkpoint_every_steps=1"]
+        line = fail("train.py", *many, "-e", disk / "run")
+        assert "was not written" in line and "the newest checkpoint is" in line
+        kept = checkpoint.all_of(disk / "run" / "checkpoints")
+        assert kept and checkpoint.damage_of(kept[-1]) is None and str(kept[-1]) in line
+        assert not list((disk / "run" / "checkpoints").glob(".tmp-*"))
+        roomy = tmp_path / "roomy"
+        shutil.copytree(disk / "run", roomy)
+        succeed("train.py", "-e", roomy, "-r", "latest")
+    finally:
+        subprocess.run(["umount", disk], check=True)
