@@ -79,7 +79,9 @@ def main() -> None:
         horizontal_flip=cfg.data.horizontal_flip,
         num_workers=cfg.data.num_workers,
     )
-    if cfg.train.init_from:  # a checkpoint, where one is resumed, replaces these
+    checkpoints = run_dir / "checkpoints"
+    found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
+    if cfg.train.init_from and not found:
         with runtime.blame("train.init_from"):
             snapshot.load(cfg.train.init_from).load_into(net)
     optimizer = torch.optim.AdamW(
@@ -100,10 +102,7 @@ def main() -> None:
 
     # Where to begin: at step 0 in a new folder, or where a checkpoint left off.
     step, updates = 0, 0  # updates: steps less those that fp16 loss scaling skipped
-    checkpoints = run_dir / "checkpoints"
-    newest, found = "there is no checkpoint yet", None
-    if args.resume:
-        found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints)
+    newest = "there is no checkpoint yet"
     if found:
         state = checkpoint.load(accelerator, found)
         step, updates = state["step"], state["updates"]
