@@ -49,7 +49,10 @@ def open_run(config: str | None, exp_dir: Path | None, resume: str | None, overr
 
 
 def checkpoint_to_resume(accelerator: Accelerator, resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `-r latest|PATH` means, None for a run that was cut off before its first one. Raises UserError where going on from it would overwrite later ones."""
+    """The checkpoint that `-r latest|PATH` means, None for a run that was cut off before its first one.
+
+    Raises UserError where it is damaged, or where going on from it would overwrite later ones.
+    """
     if resume == "latest" or not checkpoint.is_checkpoint(Path(resume)):
         return checkpoint.newest(accelerator, folder)
     path = Path(resume)
