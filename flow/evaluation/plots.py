@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 matplotlib.use("Agg")
 
@@ -33,16 +34,16 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     for i, (label, line) in enumerate(lines.items()):
         line.sort(key=lambda e: e["NFE"])
         means, spreads = zip(*(e["metrics"][names[0]] for e in line), strict=True)
-        axes.errorbar(
-            [e["NFE"] for e in line], means, yerr=[0 if s != s else s for s in spreads], label=label, capsize=3,
-            color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.5,
-        )  # fmt: skip
-    ticks = sorted({e["NFE"] for e in drawn})
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:g}")
+        style = {"label": label, "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        if any(spread > 0 for spread in spreads):
+            axes.errorbar([e["NFE"] for e in line], means, yerr=[s if s > 0 else 0 for s in spreads], capsize=3, **style)
+        else:
+            axes.plot([e["NFE"] for e in line], means, **style)
+    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+        scale("log")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     axes.set_xlabel("network evaluations per image (NFE)")
     axes.set_ylabel(f"{names[0]}, lower is better")
     axes.grid(alpha=0.3)
