@@ -220,7 +220,7 @@ def introduce(
     tracker.say(f"data: {cfg.data.name}, {len(data):,} images of {c}x{h}x{w}; model: {cfg.model.name}, {size}, {classes}")
     tracker.say(
         f"batch: {cfg.train.batch_size} images = {processes} process(es) x {micro} micro-batch(es) x {share}; "
-        f"{cfg.train.steps:,} steps = {cfg.train.steps * cfg.train.batch_size:,} images = {epochs:.1f} epochs"
+        f"{cfg.train.steps:,} steps = {cfg.train.steps * cfg.train.batch_size:,} images = {epochs:.3g} epochs"
     )
     tracker.say(
         f"device: {accelerator.device.type}, precision {accelerator.mixed_precision}, {torch.get_num_threads()} thread(s); "

@@ -181,7 +181,7 @@ def test_the_newest_whole_checkpoint_is_found(accelerator, tmp_path, capsys):
     assert "step_00000100 is damaged and passed over: state.json has 1 bytes" in warning
     for path in paths[:2]:
         (path / "state.json").unlink()
-    with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
         checkpoint.newest(accelerator, tmp_path)
     assert save_checkpoint(accelerator, tmp_path, 100) == paths[2]  # a damaged one is replaced
     assert checkpoint.newest(accelerator, tmp_path) == paths[2]
