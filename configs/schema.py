@@ -163,7 +163,7 @@ def get(config: Config, key: str) -> Any:
 
 def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
     """' Did you mean X?' or '' — the tail of an error about an unknown name."""
-    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if not matches:  # `steps` for `train.steps`
         matches = [c for c in choices if c.split(".")[-1] == word.split(".")[-1]][:1]
     return f" Did you mean {matches[0]!r}?" if matches else ""
