@@ -21,8 +21,10 @@ import datasets
 import models
 from configs import schema
 from configs.schema import Config, UserError
+from datasets import captions
+from datasets.pairs import origin
 from flow.engine import cli, files, runtime, snapshot
-from flow.engine.generate import SamplerSettings, batches, check, generate, labels_of
+from flow.engine.generate import SamplerSettings, check, generate, labels_of, share
 from flow.evaluation import metrics, plots, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.reference import Reference
@@ -43,6 +45,9 @@ def parse_args():
     parser.add_argument("--sampling_steps", nargs="+", type=cli.at_least(1), default=[100], help="(default: 100)")
     parser.add_argument("--guidance_scale", nargs="+", type=cli.scale, default=[1.0], help="(default: 1, off)")
     parser.add_argument("--labels", type=int, nargs="+", help="classes, one image after the other (default: all)")
+    parser.add_argument(
+        "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
+    )
     parser.add_argument("--n_samples", type=cli.at_least(2), default=50_000, help="images a row (default: 50000)")
     parser.add_argument("--repeats", type=cli.at_least(1), default=1, help="image ranges a row is repeated on (default: 1)")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
@@ -78,23 +83,24 @@ def score_weights(args, accelerator: Accelerator) -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     net = snap.network(models.build)
     net.to(accelerator.device)
-    labels = tuple(args.labels) if args.labels else None
+    labels, prompts = asked_for(args, snap.config, net)
     plan = [
-        SamplerSettings(method, steps, scale, args.seed, labels)
+        SamplerSettings(method, steps, scale, args.seed, labels, prompts)
         for scale in args.guidance_scale
         for method in args.methods
         for steps in args.sampling_steps
     ]
     for settings in plan:
         with runtime.blame("evaluate"):
-            check(settings, net.num_classes)
+            check(settings, net)
     extractor, real = prepare(args, accelerator, snap.image_shape, snap.config)
     given = Path(args.weights)
     out = args.out or (given if given.is_dir() else given.parent) / "evaluation"
     identity = {
         "weights_sha256": files.sha256(snap.path),
         "seed": args.seed,
-        "labels": args.labels,
+        "labels": labels,
+        "prompts": prompts,
         "mixed_precision": args.mixed_precision,
     }
 
@@ -106,7 +112,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
 
         def stream() -> Iterator[tuple[range, Tensor]]:
             nonlocal cost
-            for result in generate(accelerator, net, snap.image_shape, indices, args.bspp, settings):
+            for result in generate(accelerator, net, snap.image_shape, share(accelerator, indices, args.bspp), settings):
                 cost = result.nfe, result.forwards
                 yield result.indices, result.images
                 bar.update(len(result.indices))
@@ -122,7 +128,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
                 "weights": f"{given.name if given.is_dir() else given.stem}@{snap.step}",
                 "method": settings.method,
                 "steps": settings.steps,
-                "guidance_scale": settings.guidance_scale if net.num_classes is not None else None,
+                "guidance_scale": settings.guidance_scale if net.null is not None else None,
                 "n": args.n_samples,
                 "first": indices.start,
             }
@@ -130,6 +136,23 @@ def score_weights(args, accelerator: Accelerator) -> None:
                 bar.update(mine)
     bar.close()
     report(accelerator, out)
+
+
+def asked_for(args, config: Config, net: torch.nn.Module) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
+    """Labels and prompts of the images: those of the command line; for a network with text one caption of each class, or
+    every wording that training never saw."""
+    labels = tuple(args.labels) if args.labels else None
+    if args.captions and not net.prompt_bytes:
+        raise UserError(f"--captions {args.captions}: this network was trained without prompts (model.args.prompt_bytes)")
+    if not net.prompt_bytes:
+        return labels, None
+    with runtime.blame("data"):
+        names = datasets.build(config.data.name, config.data.root, config.data.args).class_names
+    known = [(label, name) for label, name in enumerate(names) if labels is None or label in labels]
+    wordings = captions.held_out if args.captions == "held_out" else lambda name: [captions.plain(name)]
+    by_class = [[(label, prompt) for prompt in wordings(name)] for label, name in known]
+    pairs = [pair for one_of_each in zip(*by_class, strict=True) for pair in one_of_each]
+    return tuple(label for label, _ in pairs), tuple(prompt for _, prompt in pairs)
 
 
 def score_folder(args, accelerator: Accelerator) -> None:
@@ -171,6 +194,9 @@ def prepare(args, accelerator: Accelerator, image_shape: tuple[int, int, int], c
     with runtime.blame("--reference"):
         if given is None:
             name, build_args = config.data.name, config.data.args
+            if name == "pairs":  # made by a network: compare with what that was trained on
+                real = origin(root, **build_args)
+                name, build_args = real["name"], real["args"]
         elif given in datasets.DATASETS:
             name, build_args = given, {}
         else:
@@ -199,7 +225,7 @@ def read(
     data: datasets.Images | datasets.Folder, accelerator: Accelerator, batch_size: int, what: str
 ) -> Iterator[tuple[range, Tensor]]:
     """This process's share of the images of a data set, without augmentation, under a bar that says `what`."""
-    mine = batches(range(len(data)), batch_size)[accelerator.process_index :: accelerator.num_processes]
+    mine = share(accelerator, range(len(data)), batch_size)
     with ThreadPoolExecutor(max_workers=4) as pool, runtime.progress(accelerator, sum(map(len, mine)), what) as bar:
         for batch in mine:
             with runtime.blame("data"):

@@ -17,12 +17,14 @@ import models
 from configs import schema
 from configs.schema import UserError
 from flow.engine import cli, files, images, runtime, snapshot
-from flow.engine.generate import SamplerSettings, batches, check, generate, labels_of
+from flow.engine.generate import SamplerSettings, check, generate, labels_of, share
 from flow.solvers import METHODS
 
 EXAMPLES = """\
   accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples/mnist --sampling_steps 50
   accelerate-launch sample.py --weights runs/digits --n_samples 40 --save_dir samples/threes --labels 3 --guidance_scale 2
+  accelerate-launch sample.py --weights runs/mnist_text --n_samples 20 --save_dir samples/prompts --guidance_scale 3 \\
+      --prompts "a handwritten three" "数字7"
   accelerate-launch --multi_gpu --num_processes 8 sample.py --weights runs/cifar10 --n_samples 50000 --save_dir samples/50k \\
       --sampling_method heun --sampling_steps 18 --bspp 500 -mp bf16"""
 GRID_IMAGES = 100  # at most
@@ -39,8 +41,10 @@ def parse_args():
     parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
     parser.add_argument("--labels", type=int, nargs="+", help="classes, one image after the other (default: all)")
+    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    parser.add_argument("--grid_by_class", action="store_true", help="grid.png: a row, not a column, for each class or prompt")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 [N, H, W, C], labels [N]")
     return parser.parse()
 
@@ -50,9 +54,10 @@ def main() -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     net = snap.network(models.build)
     labels = tuple(args.labels) if args.labels else None
-    settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, labels)
+    prompts = tuple(args.prompts) if args.prompts else None
+    settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, labels, prompts)
     with runtime.blame("sample"):
-        check(settings, net.num_classes)
+        check(settings, net)
     thread_note = runtime.set_threads()
     accelerator = runtime.start(args.mixed_precision)
     if thread_note:
@@ -65,7 +70,7 @@ def main() -> None:
 
     net.to(accelerator.device)
     indices = range(args.n_samples)
-    mine = batches(indices, args.bspp)[accelerator.process_index :: accelerator.num_processes]
+    mine = share(accelerator, indices, args.bspp)
     bar = runtime.progress(accelerator, sum(map(len, mine)), "sampling (images of this process)")
     writing: deque[Future] = deque()
 
@@ -74,7 +79,7 @@ def main() -> None:
         bar.update(len(batch) if done else 0)
         return done
 
-    generated = generate(accelerator, net, snap.image_shape, indices, args.bspp, settings, skip=finished)
+    generated = generate(accelerator, net, snap.image_shape, (b for b in mine if not finished(b)), settings)
     nfe = None
     with ThreadPoolExecutor(max_workers=4) as pool:  # encodes while the next batch is computed
         for result in generated:
@@ -91,8 +96,8 @@ def main() -> None:
     if accelerator.is_main_process:
         files.remove_unfinished(folder)
         shown = torch.stack([torch.from_numpy(images.read_png(png(folder, k))) for k in indices[:GRID_IMAGES]])
-        columns = labels_columns(settings, net.num_classes)
-        images.write_png(args.save_dir / "grid.png", images.grid(shown.permute(0, 3, 1, 2), columns))
+        picture = images.grid(shown.permute(0, 3, 1, 2), grid_columns(settings, net.num_classes), args.grid_by_class)
+        images.write_png(args.save_dir / "grid.png", picture)
         if args.npz:
             write_npz(args.save_dir / "samples.npz", folder, indices, settings, net.num_classes)
     cost = f", NFE {nfe[0]} ({nfe[1]} network evaluations) an image" if nfe else ", all of which were there already"
@@ -103,10 +108,10 @@ def png(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def labels_columns(settings: SamplerSettings, num_classes: int | None) -> int:
-    """Columns of the grid: the labels in turn where there are some, so that a column is a class."""
-    cycle = len(settings.labels or range(num_classes or 0))
-    return cycle if 5 <= cycle <= 20 else 10
+def grid_columns(settings: SamplerSettings, num_classes: int | None) -> int:
+    """Columns of the grid: the labels or prompts in turn where there are some, so that a column is one of them."""
+    cycle = len(settings.prompts or settings.labels or range(num_classes or 0))
+    return cycle if 2 <= cycle <= 20 else 10
 
 
 def claim(save_dir: Path, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None, precision: str) -> None:

@@ -13,17 +13,18 @@ import datasets
 import models
 from configs import schema
 from configs.schema import Config, UserError
-from flow import prior, rng, time_sampler
+from datasets import captions
+from flow import coupling, loss, rng, time_sampler
 from flow.engine import checkpoint, cli, run_folder, runtime, snapshot
 from flow.engine.ema import Ema
 from flow.engine.generate import SamplerSettings, check
-from flow.engine.loader import Loader
+from flow.engine.loader import Loader, MicroBatch
 from flow.engine.preview import write_preview
 from flow.engine.schedule import learning_rate
 from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Tracker
 from flow.guidance import drop_labels
-from flow.loss import flow_matching_loss
+from flow.objective import objective
 from flow.path import LinearPath
 
 EXAMPLES = """\
@@ -60,14 +61,20 @@ def main() -> None:
     torch.manual_seed(cfg.seed)  # of the initial weights
     with runtime.blame("model"):
         net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
-    check_labels(data, net.num_classes)
+    check_conditions(cfg, data, net)
     with runtime.blame("flow.time_law"):
         time_law = time_sampler.law(cfg.flow.time_law, **cfg.flow.time_args)
+    with runtime.blame("flow.distance"):
+        distance = loss.distance(cfg.flow.distance, **cfg.flow.distance_args)
+    with runtime.blame("flow.objective"):
+        sample_losses = objective(cfg.flow.objective, distance, **cfg.flow.objective_args)
+    pairing = pairing_of(cfg, data)
     with runtime.blame("preview"):
         preview_settings = SamplerSettings(
-            cfg.preview.sampling_method, cfg.preview.sampling_steps, cfg.preview.guidance_scale, cfg.preview.seed
-        )
-        check(preview_settings, net.num_classes)
+            cfg.preview.sampling_method, cfg.preview.sampling_steps, cfg.preview.guidance_scale, cfg.preview.seed,
+            prompts=tuple(captions.plain(name) for name in data.class_names) if net.prompt_bytes else None,
+        )  # fmt: skip
+        check(preview_settings, net)
     loader = Loader(
         data,
         seed=cfg.seed,
@@ -142,17 +149,15 @@ def main() -> None:
                 group["lr"] = learning_rate(cfg.optimizer, updates, cfg.train.steps)
             t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
             for number, batch in enumerate(micro_batches, start=1):
-                x0 = prior.noise("train", cfg.seed, batch.positions, data.image_shape).to(device, non_blocking=True)
+                x0 = pairing.noise(batch.positions, batch.indices).to(device, non_blocking=True)
                 t = t_global[batch.rows].to(device, non_blocking=True)
-                y = None
-                if net.num_classes is not None:
-                    y = drop_labels(
-                        batch.y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.num_classes
-                    )
+                y = condition(net, data, batch, cfg.seed)
+                if y is not None:
+                    y = drop_labels(y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.null)
                 with accelerator.no_sync(model) if number < cfg.train.accumulate else nullcontext():
-                    loss = flow_matching_loss(model, path, x0, batch.x1, t, y)  # [b]
-                    accelerator.backward(loss.mean() / cfg.train.accumulate)
-                meter.add(step + 1, loss, t)
+                    losses = sample_losses(model, path, x0, batch.x1, t, y)  # [b]
+                    accelerator.backward(losses.mean() / cfg.train.accumulate)
+                meter.add(step + 1, losses, t)
             max_norm = cfg.optimizer.clip_grad_norm or float("inf")
             meter.add_grad_norm(accelerator.clip_grad_norm_(model.parameters(), max_norm))
             optimizer.step()
@@ -196,8 +201,38 @@ def main() -> None:
     tracker.say(f"finished step {step}; sample with: python sample.py --weights {run_dir} --n_samples 64 --save_dir samples")
 
 
-def check_labels(data, num_classes: int | None) -> None:
-    """A network with labels needs a data set that has them, and a class for each."""
+def condition(net: torch.nn.Module, data, batch: MicroBatch, seed: int) -> torch.Tensor | None:
+    """What the network is told about the images of a batch: labels [b], tokens [b, L] of captions, or nothing.
+
+    The caption of position p in the stream of training images is a function of (seed, p).
+    """
+    if net.prompt_bytes:
+        drawn = zip(batch.y.tolist(), batch.positions, strict=True)
+        prompts = [captions.draw(data.class_names[label], rng.generator("caption", seed, p)) for label, p in drawn]
+        return net.encode(prompts).to(batch.x1.device, non_blocking=True)
+    return batch.y if net.num_classes is not None else None
+
+
+def pairing_of(cfg: Config, data) -> coupling.Independent | coupling.Given:
+    """The coupling of noise and images that flow.coupling names."""
+    if (cfg.flow.coupling == "given") != (cfg.data.name == "pairs"):
+        raise UserError(f"flow.coupling={cfg.flow.coupling}: given and data.name=pairs need each other")
+    if cfg.flow.coupling == "independent":
+        return coupling.Independent(cfg.seed, data.image_shape)
+    if cfg.data.horizontal_flip:
+        raise UserError("data.horizontal_flip=true: a mirrored image is not what its noise was turned into; set it to false")
+    return coupling.Given(data.seed, data.generated, data.noise, data.image_shape)
+
+
+def check_conditions(cfg: Config, data, net: torch.nn.Module) -> None:
+    """A network with labels or prompts needs a data set that has classes, and room for each class or caption."""
+    if net.prompt_bytes:
+        if not data.class_names or data.labels is None:
+            raise UserError(f"model.args.prompt_bytes={net.prompt_bytes}: the data set has no classes to make captions of")
+        longest = captions.longest(data.class_names)
+        if longest > net.prompt_bytes:
+            raise UserError(f"model.args.prompt_bytes={net.prompt_bytes}: captions have up to {longest} bytes; use {longest}")
+    num_classes = net.num_classes
     if num_classes is None:
         return
     if data.labels is None:
@@ -216,8 +251,9 @@ def introduce(
     processes, micro = accelerator.num_processes, cfg.train.accumulate
     share = cfg.train.batch_size // (processes * micro)
     epochs = cfg.train.steps * cfg.train.batch_size / len(data)
-    classes = f"{net.num_classes} classes" if net.num_classes is not None else "no labels"
-    tracker.say(f"data: {cfg.data.name}, {len(data):,} images of {c}x{h}x{w}; model: {cfg.model.name}, {size}, {classes}")
+    told = f"{net.num_classes} classes" if net.num_classes is not None else "no labels"
+    told = f"prompts of at most {net.prompt_bytes} bytes" if net.prompt_bytes else told
+    tracker.say(f"data: {cfg.data.name}, {len(data):,} images of {c}x{h}x{w}; model: {cfg.model.name}, {size}, {told}")
     tracker.say(
         f"batch: {cfg.train.batch_size} images = {processes} process(es) x {micro} micro-batch(es) x {share}; "
         f"{cfg.train.steps:,} steps = {cfg.train.steps * cfg.train.batch_size:,} images = {epochs:.3g} epochs"

@@ -1,8 +1,8 @@
 """Every configuration key, its default and its unit; how a configuration is loaded, checked and written.
 
 A configuration is the dataclass defaults below, then a YAML file, then `key=value` overrides, merged by OmegaConf.
-A new knob is one line here. `data.args`, `model.args` and `flow.time_args` are free: the constructor that they go to
-checks them against its signature.
+A new knob is one line here. The keys that end in `args` are free: the function that they go to checks them
+against its signature.
 """
 
 import contextlib
@@ -11,12 +11,13 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
+COUPLINGS = ("independent", "given")
 SCHEDULES = ("constant", "linear", "cosine")
 
 _AT_LEAST_ONE = (
@@ -28,6 +29,9 @@ _NOT_NEGATIVE = (
     "ema.warmup_ratio", "train.sample_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints",
     "train.keep_snapshots", "preview.seed", "preview.guidance_scale",
 )  # fmt: skip
+
+
+Kind = TypeVar("Kind", bound="Config | RectifyConfig")
 
 
 class UserError(ValueError):
@@ -46,14 +50,21 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     name: str = "unet"  # a key of models.MODELS
-    args: dict[str, Any] = field(default_factory=dict)  # arguments of the network; num_classes switches labels on
+    args: dict[str, Any] = field(
+        default_factory=dict
+    )  # arguments of the network; num_classes switches labels on, prompt_bytes prompts
 
 
 @dataclass
 class FlowConfig:
+    coupling: str = "independent"  # independent | given: each image with the noise it was made from (data.name=pairs)
+    objective: str = "flow_matching"  # a key of flow.objective.OBJECTIVES: what training minimises
+    objective_args: dict[str, Any] = field(default_factory=dict)  # arguments of the objective
+    distance: str = "l2"  # a key of flow.loss.DISTANCES: between velocities
+    distance_args: dict[str, Any] = field(default_factory=dict)  # arguments of the distance
     time_law: str = "uniform"  # a key of flow.time_sampler.LAWS: density of t in training
     time_args: dict[str, Any] = field(default_factory=dict)  # arguments of the law
-    label_dropout: float = 0.1  # probability that a label becomes the null label, for guidance
+    label_dropout: float = 0.1  # probability that a label or prompt becomes the null one, for guidance
 
 
 @dataclass
@@ -100,6 +111,31 @@ class PreviewConfig:
 
 
 @dataclass
+class RoundConfig:
+    n_pairs: int = 20_000  # (noise, image) pairs
+    sampling_method: str = "heun"  # a key of flow.solvers.METHODS
+    sampling_steps: int = 8  # steps of its solver
+    guidance_scale: float = 1.0  # 1: off
+    inverted_share: float = 0.0  # share of the pairs whose image is real
+
+
+@dataclass
+class RectifyConfig:  # of scripts/rectify.py, which trains several models one after the other
+    folder: str = "runs/rectify"  # everything is written below it
+    first: str = "configs/mnist_mini_cond.yaml"  # configuration of 1-RF
+    reflow: str = "configs/mnist_reflow.yaml"  # configuration of 2-RF and later rounds
+    distill: str = "configs/mnist_distill.yaml"  # configuration of the distilled model
+    rounds: int = 2  # flows before distillation: 2 is 1-RF and 2-RF
+    first_pairs: RoundConfig = field(default_factory=RoundConfig)  # of 1-RF
+    later_pairs: RoundConfig = field(default_factory=RoundConfig)  # of the flows after it
+    nfe: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 8, 50])  # Euler steps of the table
+    n_samples: int = 2_000  # images a cell of the table
+    feature_extractor: str = "mnist"  # of evaluate.py
+    straightness_images: int = 200  # over which straightness is the mean
+    straightness_steps: int = 50  # Euler steps of its integral
+
+
+@dataclass
 class Config:
     seed: int = 0  # of everything random in training
     data: DataConfig = field(default_factory=DataConfig)
@@ -111,24 +147,26 @@ class Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
 
-def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Config | None = None) -> Config:
-    """Defaults (or `base`), then the YAML file at `path`, then `key=value` overrides; checked.
+def load(
+    path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: type[Kind] = Config
+) -> Kind:
+    """Defaults of `kind` (or `base`), then the YAML file at `path`, then `key=value` overrides; checked.
 
     Raises UserError that names the key, the value and what would be right.
     """
-    config = OmegaConf.structured(base or Config)
+    config = OmegaConf.structured(base or kind)
     if path is not None:
-        config = _merge(config, _read_yaml(Path(path)), source=str(path))
+        config = _merge(config, _read_yaml(Path(path), kind), source=str(path))
     for override in overrides or []:
         key, _, value = override.partition("=")
-        _check_key(key, override)
+        _check_key(key, override, all_keys(kind))
         try:
             node = OmegaConf.from_dotlist([override])
         except Exception as error:  # OmegaConf lets the errors of the YAML scanner through
             raise UserError(f"{override}: the value {value!r} is not YAML ({_first_line(error)})") from None
         config = _merge(config, node, source=override)
     config = OmegaConf.to_object(config)
-    validate(config)
+    (validate if kind is Config else _validate_rectify)(config)
     return config
 
 
@@ -153,7 +191,7 @@ def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
     return found
 
 
-def get(config: Config, key: str) -> Any:
+def get(config: Any, key: str) -> Any:
     """The value of a dotted key."""
     value: Any = config
     for part in key.split("."):
@@ -179,9 +217,24 @@ def validate(config: Config) -> None:
         _require(config, key, lambda v: v > 0 and math.isfinite(v), "greater than 0, and finite")
     _require(config, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
     _require(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+    _require(config, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
     _require(config, "train.mixed_precision", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
     _require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     _require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
+
+
+def _validate_rectify(config: RectifyConfig) -> None:
+    """What the scripts that are called would only find out after the first training."""
+    for key in ("rounds", "straightness_images", "straightness_steps", "first_pairs.n_pairs", "later_pairs.n_pairs"):
+        _require(config, key, lambda v: v >= 1, "at least 1")
+    for key in ("first_pairs.sampling_steps", "later_pairs.sampling_steps"):
+        _require(config, key, lambda v: v >= 1, "at least 1")
+    for key in ("first_pairs.guidance_scale", "later_pairs.guidance_scale"):
+        _require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
+    for key in ("first_pairs.inverted_share", "later_pairs.inverted_share"):
+        _require(config, key, lambda v: 0 <= v <= 1, "between 0 and 1")
+    _require(config, "n_samples", lambda v: v >= 2, "at least 2")
+    _require(config, "nfe", lambda v: v and all(n >= 1 for n in v) and len(set(v)) == len(v), "distinct numbers from 1")
 
 
 def half_lives(config: Config) -> list[int]:
@@ -196,13 +249,13 @@ def _is_half_lives(value: Any) -> bool:
     return whole and bool(values) and len(set(values)) == len(values)
 
 
-def _require(config: Config, key: str, holds, rule: str) -> None:
+def _require(config: Any, key: str, holds, rule: str) -> None:
     value = get(config, key)
     if not holds(value):
         raise UserError(f"{key}={value}: must be {rule}")
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path, kind: type) -> DictConfig:
     if not path.is_file():
         found = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise UserError(f"-c {path}: there is no such file.{nearest(str(path), found)}")
@@ -212,26 +265,26 @@ def _read_yaml(path: Path) -> DictConfig:
         raise UserError(f"-c {path}: not a YAML file ({_first_line(error)})") from None
     if not isinstance(node, DictConfig):
         raise UserError(f"-c {path}: holds a list, expected `key: value` lines")
-    _check_tree(OmegaConf.to_container(node), Config, str(path))
+    _check_tree(OmegaConf.to_container(node), kind, str(path))
     return node
 
 
-def _check_tree(tree: dict, config_class: type, source: str, prefix: str = "") -> None:
+def _check_tree(tree: dict, config_class: type, source: str, prefix: str = "", known: list[str] | None = None) -> None:
     """Unknown keys of a YAML file, named with the nearest known one."""
+    known = known or all_keys(config_class)
     fields = {f.name: f.type for f in dataclasses.fields(config_class)}
     for name, value in tree.items():
         key = f"{prefix}{name}"
         nested = dataclasses.is_dataclass(fields.get(name))
         if name not in fields:
-            raise UserError(f"{source}: unknown key {key!r}.{nearest(key, all_keys())}")
+            raise UserError(f"{source}: unknown key {key!r}.{nearest(key, known)}")
         if nested and not isinstance(value, dict):
             raise UserError(f"{source}: {key}={value!r}: must be a section with keys {', '.join(all_keys(fields[name]))}")
         if nested:
-            _check_tree(value, fields[name], source, f"{key}.")
+            _check_tree(value, fields[name], source, f"{key}.", known)
 
 
-def _check_key(key: str, override: str) -> None:
-    known = all_keys()
+def _check_key(key: str, override: str, known: list[str]) -> None:
     if key in known or any(key.startswith(f"{k}.") for k in known if k.endswith("args")):
         return
     if any(k.startswith(f"{key}.") for k in known):

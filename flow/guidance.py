@@ -1,4 +1,4 @@
-"""Labels: dropped per sample in training, guided towards in sampling. The null label is `net.num_classes`."""
+"""Labels or prompts: dropped per sample in training, guided towards in sampling. `net.null` stands for none."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,14 @@ from flow import rng
 
 
 def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, probability: float, null: int) -> Tensor:
-    """y [b], the given rows of the global batch, with each label replaced by `null` with `probability` on its own.
+    """y [b] or [b, L], the given rows of the global batch, each replaced by `null` with `probability` on its own.
 
     Joint training of the conditional and the unconditional model (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1).
     The choice is a function of (seed, step, row).
     """
     u = rng.generator("label dropout", seed, step).random(batch_size)[rows]
-    return torch.where(torch.from_numpy(u < probability).to(y.device), null, y)
+    dropped = torch.from_numpy(u < probability).to(y.device)
+    return torch.where(dropped.view(-1, *[1] * (y.dim() - 1)), null, y)
 
 
 class GuidedVelocity:
@@ -26,7 +27,7 @@ class GuidedVelocity:
     """
 
     def __init__(self, net: Callable[..., Tensor], y: Tensor | None = None, null: int | None = None, scale: float = 1.0):
-        """y [B] labels, or None for an unconditional network; `null` is needed where y is given."""
+        """y: labels [B], tokens [B, L] or None for an unconditional network; `null` is needed where y is given."""
         self.net, self.y, self.null, self.scale = net, y, null, scale
         self.forwards = 0
 

@@ -1,13 +1,18 @@
-"""Networks: net(x [B, C, H, W], t [B] in [0, 1], y [B] or None) -> [B, C, H, W]. `net.num_classes` is None without labels."""
+"""Networks: net(x [B, C, H, W], t [B] in [0, 1], y) -> [B, C, H, W].
+
+y is labels [B] where `net.num_classes` is not None, tokens [B, net.prompt_bytes] of prompts where that is not None (then
+`net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition.
+"""
 
 import inspect
 from typing import Any
 
 from torch import nn
 
+from models.mini_unet import MiniUNet
 from models.unet import UNet
 
-MODELS: dict[str, type[nn.Module]] = {"unet": UNet}
+MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mini_unet": MiniUNet}
 
 
 def build(name: str, image_shape: tuple[int, int, int], args: dict[str, Any]) -> nn.Module:

@@ -4,15 +4,17 @@ The ADM network (Dhariwal & Nichol 2021, arXiv:2105.05233, section 3) on the ske
 residual up- and downsampling of DDPM++ (Song et al. 2021, arXiv:2011.13456, appendix H).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.blocks import Block, group_norm, sinusoidal_embedding, zero
+
 
 class UNet(nn.Module):
     """net(x [B, C, H, W], t [B] in [0, 1], y [B] or None) -> [B, C, H, W]."""
+
+    prompt_bytes = None  # knows labels only
 
     def __init__(
         self,
@@ -47,15 +49,15 @@ class UNet(nn.Module):
                     f"head_channels={head_channels}: must divide the {width * mult} channels of the level with attention at "
                     f"{resolution} pixels"
                 )
-        self.num_classes, self.patch = num_classes, patch
+        self.num_classes, self.null, self.patch = num_classes, num_classes, patch
         embedding = 4 * width
         self.frequencies = width
         self.time_mlp = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes is not None else None
 
-        def block(c_in: int, c_out: int, resolution: int, resample: str = "") -> Block:
-            heads = c_out // head_channels if resolution in attention_resolutions and not resample else 0
-            return Block(c_in, c_out, embedding, dropout, heads, resample)
+        def block(c_in: int, c_out: int, resolution: int, resampling: str = "") -> Block:
+            heads = c_out // head_channels if resolution in attention_resolutions and not resampling else 0
+            return Block(c_in, c_out, embedding, dropout, heads, resampling)
 
         c = width
         self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
@@ -67,7 +69,7 @@ class UNet(nn.Module):
                 c = width * mult
                 skips.append(c)
             if level + 1 < len(channel_mult):
-                self.down.append(block(c, c, resolutions[level], resample="down"))
+                self.down.append(block(c, c, resolutions[level], resampling="down"))
                 skips.append(c)
         self.middle = nn.ModuleList([block(c, c, resolutions[-1]), Block(c, c, embedding, dropout)])
         self.up = nn.ModuleList()
@@ -76,9 +78,9 @@ class UNet(nn.Module):
                 self.up.append(block(c + skips.pop(), width * mult, resolutions[level]))
                 c = width * mult
             if level > 0:
-                self.up.append(block(c, c, resolutions[level], resample="up"))
+                self.up.append(block(c, c, resolutions[level], resampling="up"))
         self.norm_out = group_norm(c)
-        self.conv_out = _zero(nn.Conv2d(c, channels, 3, padding=1))
+        self.conv_out = zero(nn.Conv2d(c, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = self.time_mlp(sinusoidal_embedding(t, self.frequencies))  # [B, 4 width]
@@ -95,79 +97,8 @@ class UNet(nn.Module):
         for block in self.middle:
             h = block(h, emb)
         for block in self.up:
-            h = block(h if block.resample else torch.cat([h, skips.pop()], dim=1), emb)
+            h = block(h if block.resampling else torch.cat([h, skips.pop()], dim=1), emb)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
-
-
-class Block(nn.Module):
-    """Residual block, optionally resampling by 2 and followed by self-attention: [B, c_in, H, W] -> [B, c_out, H', W']."""
-
-    def __init__(self, c_in: int, c_out: int, embedding: int, dropout: float, heads: int = 0, resample: str = ""):
-        super().__init__()
-        self.resample = resample
-        self.norm1 = group_norm(c_in)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * c_out)
-        self.norm2 = group_norm(c_out)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zero(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        self.attention = Attention(c_out, heads) if heads else nn.Identity()
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(_resample(F.silu(self.norm1(x)), self.resample))
-        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
-        h = self.skip(_resample(x, self.resample)) + self.conv2(self.dropout(h))
-        return self.attention(h)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over the pixels of [B, C, H, W], residual."""
-
-    def __init__(self, channels: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = _zero(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
-        out = F.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, C / heads]
-        return x + self.proj(out.transpose(-1, -2).reshape(b, c, h, w))
-
-
-def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
-    """Features [B, dim] of t [B] in [0, 1]: cosines and sines of 1000 t at geometric frequencies from 1 to 1e-4.
-
-    The positions of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) as DDPM uses them for 1000 timesteps.
-    """
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half))
-    angles = 1000 * t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group norm over at most 32 groups of at least 4 channels."""
-    groups = min(32, channels // 4)
-    while channels % groups:
-        groups -= 1
-    return nn.GroupNorm(groups, channels)
-
-
-def _resample(x: Tensor, how: str) -> Tensor:
-    if how == "down":
-        return F.avg_pool2d(x, 2)
-    return F.interpolate(x, scale_factor=2, mode="nearest") if how == "up" else x
-
-
-def _zero(module: nn.Module) -> nn.Module:
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
 
 
 def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes) -> None:

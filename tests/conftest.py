@@ -1,5 +1,6 @@
 """What tests share: the entry scripts run in child processes, tiny runs trained once a session, the real data sets."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from flow.engine import runtime
 
 torch.set_num_threads(1)  # the networks of the tests are too small for more
+ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 REPOSITORY = Path(__file__).parent.parent
 
 # A network and a run small enough for seconds.
@@ -50,6 +55,26 @@ def fail(*command: str | Path, **options) -> str:
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+@pytest.fixture
+def error(monkeypatch, capsys):
+    """error("train", *arguments): the one line that the script leaves on stderr, run in this process."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def call(script: str, *arguments) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        with pytest.raises(SystemExit) as left:
+            runtime.run(importlib.import_module(script if script in ENTRY_SCRIPTS else f"scripts.{script}").main)
+        captured = capsys.readouterr().err
+        assert left.value.code == 2, captured
+        lines = [line for line in captured.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in captured, captured
+        return lines[0]
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 # Folder or file -> what it may import besides the standard library. `lazy` only inside a function: these are not needed by all.
 LAYERS = {
     "models": ({"torch", "models"}, set()),
-    "datasets": ({"torch", "torchvision", "numpy", "PIL", "datasets"}, {"sklearn"}),
+    "datasets": ({"torch", "torchvision", "numpy", "PIL", "safetensors", "datasets"}, {"sklearn"}),
     "configs": ({"omegaconf", "configs"}, set()),
     "flow/*.py": ({"torch", "numpy", "flow"}, set()),
     "flow/solvers": ({"torch", "numpy", "flow"}, {"torchdiffeq"}),

@@ -119,7 +119,7 @@ def test_laws(name, args, cdf):
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("normal", {}, r"'normal' is not a time law; choose one of uniform, logit_normal"),
+        ("normal", {}, r"'normal' is no time law; choose one of uniform, logit_normal"),
         ("uniform", {"mean": 0.0}, r"uniform has no argument 'mean'; it takes none"),
         ("logit_normal", {"sd": 1.0}, r"logit_normal has no argument 'sd'; it takes mean, std"),
         ("logit_normal", {"u": 1.0}, r"logit_normal has no argument 'u'"),

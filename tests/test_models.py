@@ -6,7 +6,8 @@ from torch import nn
 
 import models
 from configs import schema
-from models.unet import Attention, UNet, sinusoidal_embedding
+from models.blocks import Attention, sinusoidal_embedding
+from models.unet import UNet
 
 SMALL = {"width": 16, "channel_mult": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4], "head_channels": 16}
 
@@ -195,3 +196,41 @@ def test_the_network_of_cifar10_has_the_usual_size():
         net = models.build(config.model.name, (3, 32, 32), config.model.args)
     assert isinstance(net, UNet)
     assert 36e6 < sum(p.numel() for p in net.parameters()) < 56e6
+
+
+@pytest.mark.parametrize(
+    ("shape", "args"),
+    [((1, 28, 28), {}), ((3, 8, 12), {"patch": 1, "num_classes": 3}), ((1, 16, 16), {"patch": 4, "blocks_per_level": 2})],
+)
+def test_mini_unet_has_the_shape_of_its_input_and_sees_labels(shape, args):
+    net = models.build("mini_unet", shape, {"width": 16, "head_channels": 16} | args)
+    x, t = torch.randn(1, *shape).expand(3, -1, -1, -1), torch.full((3,), 0.3)
+    y = torch.tensor([0, 1, 3]) if net.num_classes else None  # 3: the null label
+    out = net(x, t, y)
+    assert out.shape == x.shape and not out.any()
+    out = perturbed(net)(x, t, y)
+    assert not torch.allclose(net(x, t + 0.3, y), out, atol=1e-4)
+    if net.num_classes:
+        assert net.null == 3 and not torch.allclose(out[0], out[1], atol=1e-4) and not torch.allclose(out[0], out[2], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"num_classes": 3, "prompt_bytes": 5}, "num_classes=3, prompt_bytes=5: labels or prompts, not both"),
+        ({"prompt_bytes": 0}, "prompt_bytes=0: must be a whole number of at least 1 or null"),
+        ({"width": 18}, "width=18: must be a multiple of 4"),
+        ({"head_channels": 24}, "head_channels=24: must divide 2 width = 32"),
+        ({"patch": 3}, "patch=3: needs an image side divisible by 6, the images are 8x8"),
+        ({"depth": 3}, "mini_unet has no argument 'depth'; it takes width"),
+    ],
+)
+def test_mini_unet_names_the_argument_that_is_wrong(args, message):
+    with pytest.raises(ValueError, match=message):
+        models.build("mini_unet", (1, 8, 8), {"width": 16, "head_channels": 16} | args)
+
+
+def test_the_conditional_mnist_config_differs_in_one_switch():
+    plain, conditional = (schema.load(f"configs/{name}.yaml") for name in ("mnist_mini", "mnist_mini_cond"))
+    assert (plain.model.args.pop("num_classes"), conditional.model.args.pop("num_classes")) == (None, 10)
+    assert plain == conditional

@@ -13,7 +13,13 @@ import evaluate
 import sample
 import train
 from configs import schema
+from scripts import make_pairs, plot_loss, rectify
 
+SCRIPTS = {
+    "train.py": train, "sample.py": sample, "evaluate.py": evaluate, "-m scripts.make_pairs": make_pairs,
+    "-m scripts.rectify": rectify, "-m scripts.plot_loss": plot_loss,
+}  # fmt: skip
+COMMAND = rf"(?<![\w/])({'|'.join(map(re.escape, SCRIPTS))}) (.*)$"
 READMES = ("README.md", "README_zh.md")
 
 
@@ -24,7 +30,7 @@ def blocks(name: str, language: str) -> list[str]:
 def commands() -> list[str]:
     """Every training, sampling and evaluation command of the README, line continuations joined."""
     text = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ")
-    return [line for line in text.splitlines() if re.search(r"\b(train|sample|evaluate)\.py\b", line)]
+    return [line for line in text.splitlines() if re.search(COMMAND, line)]
 
 
 def test_example_runs_as_shown(tmp_path):
@@ -56,11 +62,12 @@ def test_configuration_table_is_the_schema(name):
 @pytest.mark.parametrize("command", commands())
 def test_commands_are_accepted(command, monkeypatch):
     """Each command parses, and its configuration keys and files exist."""
-    script, arguments = re.search(r"\b(train|sample|evaluate)\.py (.*)$", command).groups()
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(arguments)])
-    args = {"train": train, "sample": sample, "evaluate": evaluate}[script].parse_args()
-    if args.config:
-        schema.load(str(REPOSITORY / args.config), args.overrides)
+    script, arguments = re.search(COMMAND, command).groups()
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments)])
+    args = SCRIPTS[script].parse_args()
+    if getattr(args, "config", None):
+        kind = schema.RectifyConfig if SCRIPTS[script] is rectify else schema.Config
+        schema.load(str(REPOSITORY / args.config), args.overrides, kind=kind)
 
 
 def test_both_languages_have_the_same_code():

@@ -38,7 +38,7 @@ def net(tiny_run):
 
 def images_of(net, indices: range, batch_size: int, settings: SamplerSettings) -> torch.Tensor:
     accelerator = Accelerator(cpu=True)
-    return torch.cat([g.images for g in generate(accelerator, net, (1, 8, 8), indices, batch_size, settings)])
+    return torch.cat([g.images for g in generate(accelerator, net, (1, 8, 8), batches(indices, batch_size), settings)])
 
 
 def test_folder_is_whole(sampled):

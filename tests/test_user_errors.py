@@ -4,42 +4,15 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, TINY_TRAIN, fail, succeed
+from conftest import ENTRY_SCRIPTS, TINY_TRAIN, fail, succeed
 from PIL import Image
 from safetensors.torch import save_file
 
-import evaluate
-import sample
-import train
-from flow.engine import checkpoint, runtime, snapshot
-
-SCRIPTS = {"train": train, "sample": sample, "evaluate": evaluate}
-
-
-@pytest.fixture
-def error(monkeypatch, capsys):
-    """error("train", *arguments): the one line that the script leaves on stderr, run in this process."""
-    monkeypatch.chdir(REPOSITORY)
-
-    def call(script: str, *arguments) -> str:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        with pytest.raises(SystemExit) as left:
-            runtime.run(SCRIPTS[script].main)
-        captured = capsys.readouterr().err
-        assert left.value.code == 2, captured
-        lines = [line for line in captured.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and "Traceback" not in captured, captured
-        return lines[0]
-
-    return call
+from flow.engine import checkpoint, snapshot
 
 
 def contents(folder):
@@ -70,7 +43,7 @@ def contents(folder):
         (["train.mixed_precision=fp16"], "train.mixed_precision=fp16: needs a GPU"),
         (["train.log_with=[nothing]"], "train.log_with=['nothing']"),
         (["preview.sampling_method=foo"], "preview: 'foo' is not a solver; choose one of euler"),
-        (["flow.time_law=foo"], "flow.time_law: 'foo' is not a time law; choose one of uniform"),
+        (["flow.time_law=foo"], "flow.time_law: 'foo' is no time law; choose one of uniform"),
         (["data.name=mnst"], "data: 'mnst' is not a data set; choose one of digits"),
         (["model.name=unett"], "model: 'unett' is not a network; choose one of unet"),
         (["model.args.attention_resolutions=[5]"], "no level has 5 pixels; the levels of 8x8 images have 8, 4"),
@@ -202,7 +175,7 @@ def test_evaluation(error, tiny_run, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ENTRY_SCRIPTS)
 def test_exit_code_of_the_process(script):
     assert "unknown flag '--foo'" in fail(f"{script}.py", "--foo", "3")
 

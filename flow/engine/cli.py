@@ -17,20 +17,21 @@ class Parser(argparse.ArgumentParser):
     `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
     """
 
-    def __init__(self, description: str, examples: str):
+    def __init__(self, description: str, examples: str, kind: type = schema.Config):
         super().__init__(
             description=description,
             epilog=f"examples:\n{examples}\n\nevery configuration key: configs/schema.py",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        self.kind = kind  # whose keys can be overridden
 
     def error(self, message: str):  # called by argparse
         raise UserError(message)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Raises UserError for an unknown flag or key, naming the nearest."""
-        flags, known = list(self._option_string_actions), schema.all_keys()
+        flags, known = list(self._option_string_actions), schema.all_keys(self.kind)
         rest, overrides = [], []
         argv = list(sys.argv[1:] if argv is None else argv)
         while argv:
@@ -71,10 +72,19 @@ def at_least(low: int):
 
 def scale(text: str) -> float:
     """An argparse type: a finite number of 0 or more."""
+    return _number(text, sys.float_info.max, "a finite number of 0 or more")
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    return _number(text, 1.0, "a number from 0 to 1")
+
+
+def _number(text: str, high: float, rule: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number of 0 or more")
+    if not 0 <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {rule}")
     return value

@@ -45,6 +45,11 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder is empty but for what an interrupted writer left behind; False for a file."""
+    return folder.is_dir() and all(path.name.startswith(TEMPORARY) for path in folder.iterdir())
+
+
 def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,6 +1,6 @@
 """THE sampling function: images by index, sharded over processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,15 @@ class Generated:
     """One batch of images."""
 
     indices: range
-    images: Tensor  # uint8 [b, C, H, W], on the CPU
-    labels: Tensor | None  # int64 [b], on the CPU
+    x: Tensor  # the end of the flow, about [-1, 1], [b, C, H, W], on the device
+    labels: Tensor | None  # int64 [b], on the CPU, where they are known
     nfe: int  # velocity evaluations per image
     forwards: int  # network evaluations per image: twice the NFE with guidance
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 [b, C, H, W], on the CPU."""
+        return to_uint8(self.x).cpu()
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class SamplerSettings:
     guidance_scale: float = 1.0
     seed: int = 8888
     labels: tuple[int, ...] | None = None  # image k gets labels[k mod len]; None: all classes in turn
+    prompts: tuple[str, ...] | None = None  # for networks that read them: image k gets prompts[k mod len]
 
 
 def batches(indices: range, batch_size: int) -> list[range]:
@@ -40,56 +46,80 @@ def batches(indices: range, batch_size: int) -> list[range]:
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
+def share(accelerator: Accelerator, indices: range, batch_size: int) -> list[range]:
+    """The batches of this process."""
+    return batches(indices, batch_size)[accelerator.process_index :: accelerator.num_processes]
+
+
 @torch.inference_mode()
 def generate(
     accelerator: Accelerator,
     net: nn.Module,
     image_shape: tuple[int, int, int],
-    indices: range,
-    batch_size: int,
+    mine: Iterable[range],
     settings: SamplerSettings,
-    skip: Callable[[range], bool] = lambda batch: False,
+    stream: str = "sample",
 ) -> Iterator[Generated]:
-    """The batches of this process, of the images with the given indices.
+    """The images of the batches `mine`, usually those of `share`, batch by batch.
 
-    Image k is a function of the weights, the settings and k: its noise comes from (seed, k), its label from k. Batches
-    are cut by index, never by process, so 1 and 8 processes make the same images. `skip` leaves out finished batches.
-    The state of the solver is float64 where the device has it. Raises ValueError for an unknown method, fewer than one
-    step, labels out of range, labels or guidance for a network without labels.
+    Image k is a function of the weights, the settings and k: its noise comes from (stream, seed, k), its label or prompt
+    from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. The state of the solver
+    is float64 where the device has it. Raises ValueError for settings that `check` refuses.
     """
-    check(settings, net.num_classes)
+    check(settings, net)
     net.eval()
-    device = accelerator.device
     times = grid.uniform(settings.steps)
-    for batch in batches(indices, batch_size)[accelerator.process_index :: accelerator.num_processes]:
-        if skip(batch):
-            continue
-        x0 = prior.noise("sample", settings.seed, batch, image_shape).to(device, non_blocking=True)
-        x0 = x0 if device.type == "mps" else x0.double()
-        labels = labels_of(batch, settings, net.num_classes)
-        y = labels.to(device, non_blocking=True) if labels is not None else None
-        velocity = GuidedVelocity(net, y, net.num_classes, settings.guidance_scale)
+    for batch in mine:
+        x0 = solver_state(prior.noise(stream, settings.seed, batch, image_shape), accelerator.device)
+        velocity = velocity_of(net, batch, settings, accelerator.device)
         with accelerator.autocast():
             solution = solvers.solve(velocity, x0, times, settings.method)
-        yield Generated(batch, to_uint8(solution.x).cpu(), labels, solution.nfe, velocity.forwards)
+        labels = labels_of(batch, settings, net.num_classes)
+        yield Generated(batch, solution.x, labels, solution.nfe, velocity.forwards)
 
 
-def labels_of(indices: range, settings: SamplerSettings, num_classes: int | None) -> Tensor | None:
-    """Labels int64 [n] of the images with the given indices, or None for a network without labels."""
-    if num_classes is None:
+def velocity_of(net: nn.Module, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> GuidedVelocity:
+    """The network as the velocity of the images with these indices: their labels or prompts, the guidance scale."""
+    y = labels_of(indices, settings, net.num_classes) if net.num_classes is not None else None
+    if net.prompt_bytes:
+        tokens = net.encode(settings.prompts)
+        y = tokens[torch.tensor([k % len(tokens) for k in indices])]
+    y = y.to(device, non_blocking=True) if y is not None else None
+    return GuidedVelocity(net, y, net.null, settings.guidance_scale)
+
+
+def solver_state(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device in the precision that solvers work in: float64 where the device has it."""
+    x = x.to(device, non_blocking=True)
+    return x.float() if device.type == "mps" else x.double()
+
+
+def labels_of(indices: Sequence[int], settings: SamplerSettings, num_classes: int | None) -> Tensor | None:
+    """Labels int64 [n] of the images with the given indices; None for a network without labels, unless the settings say
+    what the prompts stand for."""
+    if num_classes is None and not settings.labels:
         return None
     choices: Sequence[int] = settings.labels or range(num_classes)
     return torch.tensor([choices[k % len(choices)] for k in indices])
 
 
-def check(settings: SamplerSettings, num_classes: int | None) -> None:
-    """Raises ValueError for settings that a network with this many classes cannot serve."""
+def check(settings: SamplerSettings, net: nn.Module) -> None:
+    """Raises ValueError for settings that the network cannot serve."""
     solvers.check(settings.method)
     grid.uniform(settings.steps)
-    if num_classes is None and settings.labels:
+    if settings.prompts and not net.prompt_bytes:
+        raise ValueError("prompts: this network was trained without them (model.args.prompt_bytes)")
+    if net.prompt_bytes:
+        if not settings.prompts:
+            raise ValueError(f"this network reads prompts (of at most {net.prompt_bytes} bytes): give some with --prompts")
+        net.encode(settings.prompts)
+        if settings.labels and len(settings.labels) != len(settings.prompts):
+            raise ValueError(f"labels: {len(settings.labels)} for {len(settings.prompts)} prompts; give one a prompt")
+        return
+    if net.num_classes is None and settings.labels:
         raise ValueError(f"labels={list(settings.labels)}: this network was trained without labels (model.args.num_classes)")
-    if num_classes is None and settings.guidance_scale != 1:
+    if net.num_classes is None and settings.guidance_scale != 1:
         raise ValueError(f"guidance_scale={settings.guidance_scale}: needs a network with labels (model.args.num_classes)")
     for label in settings.labels or ():
-        if not 0 <= label < num_classes:
-            raise ValueError(f"labels: {label} is out of range; this network knows 0 to {num_classes - 1}")
+        if not 0 <= label < net.num_classes:
+            raise ValueError(f"labels: {label} is out of range; this network knows 0 to {net.num_classes - 1}")

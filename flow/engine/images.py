@@ -39,8 +39,15 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
 
 
-def grid(images: Tensor, columns: int) -> Tensor:
-    """uint8 [N, C, H, W] side by side, as one uint8 [C', H', W'] picture enlarged to at least 400 pixels."""
+def grid(images: Tensor, columns: int, transposed: bool = False, zoomed: bool = True) -> Tensor:
+    """uint8 [N, C, H, W] side by side, as one uint8 [C', H', W'] picture, `zoomed` to at least 400 pixels.
+
+    Image k stands in column k mod `columns`; with `transposed` in row k mod `columns`, where gaps at the end are black.
+    """
+    if transposed:
+        gap = images.new_zeros(-len(images) % columns, *images.shape[1:])
+        images = torch.cat([images, gap]).unflatten(0, (-1, columns)).transpose(0, 1).flatten(0, 1)
+        columns = len(images) // columns
     picture = make_grid(images, nrow=columns, padding=1, pad_value=128)[: images.shape[1]]
-    zoom = max(1, -(-400 // max(picture.shape[1:])))
+    zoom = max(1, -(-400 // max(picture.shape[1:]))) if zoomed else 1
     return picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)

@@ -7,6 +7,7 @@ any number of them sees the same global batches, and resuming needs the step alo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import tee
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ class MicroBatch:
     x1: Tensor  # images in [-1, 1], float32 [b, C, H, W], on the device
     y: Tensor | None  # labels int64 [b]
     rows: slice  # which rows of the global batch these are
+    indices: list[int]  # which images of the data set
     positions: range  # their positions in the stream of training images
 
 
@@ -42,7 +44,7 @@ class Loader:
         horizontal_flip: bool,
         num_workers: int,
     ):
-        """data: Images (kept as uint8 on the device where it takes less than a quarter of the free memory) or Folder.
+        """data: Images or Pairs (kept on the device where they take less than a quarter of its free memory) or Folder.
 
         Raises UserError where the global batch does not divide by processes x micro-batches.
         """
@@ -66,12 +68,10 @@ class Loader:
 
     def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
         """The micro-batches of steps first .. last - 1."""
-        if self.resident:
-            fetched = (self._select(indices) for indices in self._index_batches(first, last))
-        else:
-            fetched = self._read(first, last)
+        drawn, ahead = tee(self._index_batches(first, last))  # workers read ahead of what is handed out
+        fetched = map(self._select, ahead) if self.resident else self._read(ahead, (last - first) * self.accumulate)
         for step in range(first, last):
-            yield [self._micro_batch(step, m, *next(fetched)) for m in range(self.accumulate)]
+            yield [self._micro_batch(step, m, next(drawn), *next(fetched)) for m in range(self.accumulate)]
 
     def rows(self, micro: int) -> slice:
         """Rows of the global batch that are this process's micro-batch number `micro`."""
@@ -104,10 +104,10 @@ class Loader:
         index = torch.tensor(indices, device=self.images.device)
         return self.images[index], self.labels[index] if self.labels is not None else None
 
-    def _read(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _read(self, index_batches: Iterator[list[int]], count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         loader = torch.utils.data.DataLoader(
             _Reader(self.data),
-            batch_sampler=_IndexBatches(self, first, last),
+            batch_sampler=_Sampler(index_batches, count),
             num_workers=self.num_workers,
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
@@ -118,29 +118,30 @@ class Loader:
             images, labels = batch
             yield images, labels if self.data.labels is not None else None
 
-    def _micro_batch(self, step: int, micro: int, images: Tensor, labels: Tensor | None) -> MicroBatch:
+    def _micro_batch(self, step: int, micro: int, indices: list[int], images: Tensor, labels: Tensor | None) -> MicroBatch:
         rows = self.rows(micro)
-        x1 = images.to(self.device, non_blocking=True).float().div_(127.5).sub_(1)
+        x1 = images.to(self.device, non_blocking=True)
+        x1 = x1.float().div_(127.5).sub_(1) if x1.dtype == torch.uint8 else x1.float()  # pairs are in [-1, 1] already
         if self.horizontal_flip:
             mirrored = rng.generator("flip", self.seed, step).random(self.batch_size)[rows] < 0.5
             flip = torch.from_numpy(mirrored).to(self.device, non_blocking=True)
             x1 = torch.where(flip[:, None, None, None], x1.flip(-1), x1)
         y = labels.to(self.device, non_blocking=True) if labels is not None else None
         start = step * self.batch_size
-        return MicroBatch(x1, y, rows, range(start + rows.start, start + rows.stop))
+        return MicroBatch(x1, y, rows, indices, range(start + rows.start, start + rows.stop))
 
 
-class _IndexBatches:
+class _Sampler:
     """The batch sampler that torch asks for: an iterable with a length."""
 
-    def __init__(self, loader: Loader, first: int, last: int):
-        self.loader, self.first, self.last = loader, first, last
+    def __init__(self, index_batches: Iterator[list[int]], count: int):
+        self.index_batches, self.count = index_batches, count
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self.loader._index_batches(self.first, self.last)
+        return self.index_batches
 
     def __len__(self) -> int:
-        return (self.last - self.first) * self.loader.accumulate
+        return self.count
 
 
 class _Reader:

@@ -20,7 +20,7 @@ from flow.engine import checkpoint, files
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
-    "flow.time_law", "flow.time_args",
+    "flow.time_law", "flow.time_args", "flow.coupling", "flow.objective", "flow.objective_args",
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def open_run(config: str | None, exp_dir: Path | None, resume: str | None, overr
     stored_file = run_dir / "config.yaml"
     if not resume:
         cfg = schema.load(config, overrides)
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if run_dir.exists() and not files.holds_nothing(run_dir):
             raise UserError(f"-e {run_dir}: exists already; go on with it by -r latest, or name another folder with -e")
         return run_dir, cfg
     if not stored_file.is_file():

@@ -1,8 +1,9 @@
-"""Pictures of evaluation tables."""
+"""Pictures of tables, losses and samples side by side."""
 
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -48,4 +49,44 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     axes.set_ylabel(f"{names[0]}, lower is better")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def loss_curves(path: Path, curves: dict[str, tuple[list[float], list[float]]], against: str, smooth: int = 1) -> None:
+    """Curves {label: (steps or images, losses)} as a PNG, each value the mean of the last `smooth` ones."""
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for i, (label, (x, losses)) in enumerate(curves.items()):
+        means = [sum(window := losses[max(0, k + 1 - smooth) : k + 1]) / len(window) for k in range(len(losses))]
+        axes.plot(x, means, label=label, color=COLOURS[i % len(COLOURS)], linewidth=1.2, marker="o" if len(x) == 1 else None)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("optimizer steps" if against == "step" else "training images")
+    axes.set_ylabel("training loss")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def panels(path: Path, pictures: list[list[np.ndarray]], rows: list[str], columns: list[str]) -> None:
+    """Pictures uint8 [H, W] or [H, W, 3] in rows and columns with their names, as a PNG without resampling blur."""
+    height, width = pictures[0][0].shape[:2]
+    scale = 2 / 150  # inches a pixel: each is two pixels of the file
+    size = (len(columns) * width * scale + 0.5, len(rows) * height * scale + 0.4)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            ax = axes[i][j]
+            ax.imshow(pictures[i][j], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if i == 0:
+                ax.set_title(column, fontsize=11)
+            if j == 0:
+                ax.set_ylabel(row, fontsize=11)
     figure.savefig(path)

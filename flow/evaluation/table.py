@@ -79,6 +79,22 @@ def write(folder: Path, rows: list[dict]) -> str:
     return text
 
 
+def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra: dict[str, dict[str, str]]) -> str:
+    """Markdown: a row for each (weights, guidance scale) of `names`, a column for each NFE, cells "metric / metric".
+
+    `names` maps f"{weights}, {guidance scale:g}" to what the row is called, in order; `extra` is {column: {row: cell}}.
+    """
+    found = {}
+    for e in entries:
+        found[f"{e['weights']}, {e['guidance_scale'] or 1:g}", e["NFE"]] = e["metrics"]
+    nfe = sorted({key[1] for key in found})
+    lines = [["model", *(f"NFE {n}" for n in nfe), *extra]]
+    for key, name in names.items():
+        cells = [" / ".join(_cell(m, *found[key, n][m]) for m in metrics) if (key, n) in found else "" for n in nfe]
+        lines.append([name, *cells, *(column.get(name, "") for column in extra.values())])
+    return _markdown(lines)
+
+
 def _key(row: dict) -> str:
     """What makes two rows the same measurement."""
     names = ("weights", "method", "steps", "guidance_scale", "n", "first", "identity")

@@ -1,0 +1,78 @@
+"""Captions made from class names by templates, for networks that read prompts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+ENGLISH = (
+    "{}", "a {}", "the {}", "one {}", "a handwritten {}", "handwritten {}", "an image of a {}", "a picture of {}",
+    "a drawing of a {}", "please draw a {}", "show me the {}", "a {} on black paper", "draw one {} please", "this is a {}",
+)  # fmt: skip
+ENGLISH_DIGIT = ("the digit {}", "number {}", "the number {} by hand", "a small {} in white ink", "the numeral {}")
+CHINESE = ("{}", "数字{}", "手写的{}", "一个{}", "画一个{}", "数字{}的图片")
+
+# Wordings that training never sees, to find out whether a network reads or has learnt sentences by heart.
+HELD_OUT_ENGLISH = ("could you sketch a {} for me", "I want to see the {}", "some photo of a {}", "write {} with a thick pen")
+HELD_OUT_CHINESE = ("请写出{}", "我想看{}这个字")
+
+_DIGITS = {
+    "0": ("zero", "零"), "1": ("one", "一"), "2": ("two", "二"), "3": ("three", "三"), "4": ("four", "四"),
+    "5": ("five", "五"), "6": ("six", "六"), "7": ("seven", "七"), "8": ("eight", "八"), "9": ("nine", "九"),
+}  # fmt: skip
+_LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+_FILLER_LETTERS = 7
+_FILLED = 0.3  # share of captions whose word stands among random ones: it has to be found, not its place
+
+
+def plain(class_name: str) -> str:
+    """One caption of the class: 'a handwritten seven' for '7 - seven', 'a picture of ship' for 'ship'."""
+    digit = _digit(class_name)
+    return f"a handwritten {_DIGITS[digit][0]}" if digit else f"a picture of {class_name}"
+
+
+def draw(class_name: str, generator: np.random.Generator) -> str:
+    """A caption for training."""
+    digit = _digit(class_name)
+    word, chinese = _words(class_name, generator)
+    if generator.random() < _FILLED:
+        before, after = (" ".join(_filler(generator) for _ in range(generator.integers(3))) for _ in range(2))
+        return " ".join(part for part in (before, word, after) if part)
+    if chinese and generator.random() < 0.3:
+        return CHINESE[generator.integers(len(CHINESE))].format(chinese)
+    templates = ENGLISH + ENGLISH_DIGIT if digit else ENGLISH
+    return templates[generator.integers(len(templates))].format(word)
+
+
+def held_out(class_name: str) -> list[str]:
+    """The class in every wording that `draw` never gives, digits also in Chinese: as many for each class of a data set."""
+    digit = _digit(class_name)
+    if not digit:
+        return [template.format(class_name) for template in HELD_OUT_ENGLISH]
+    word, chinese = _DIGITS[digit]
+    return [t.format(word) for t in HELD_OUT_ENGLISH] + [t.format(chinese) for t in HELD_OUT_CHINESE]
+
+
+def longest(class_names: Sequence[str]) -> int:
+    """Bytes of the longest caption that `draw`, `plain` or `held_out` can give."""
+    fixed = (*ENGLISH, *ENGLISH_DIGIT, *HELD_OUT_ENGLISH, *CHINESE, *HELD_OUT_CHINESE, "a picture of {}")
+    filled = "{}" + " " * 4 * (_FILLER_LETTERS + 1)
+    words = [word for name in class_names for word in (_DIGITS[_digit(name)] if _digit(name) else (name,))]
+    return max(len(template.format(word).encode()) for template in (*fixed, filled) for word in words)
+
+
+def _digit(class_name: str) -> str | None:
+    """'7' for the names '7' and '7 - seven' of digit data sets."""
+    first = class_name.split(" ")[0]
+    return first if first in _DIGITS else None
+
+
+def _words(class_name: str, generator: np.random.Generator) -> tuple[str, str | None]:
+    digit = _digit(class_name)
+    if not digit:
+        return class_name, None
+    english, chinese = _DIGITS[digit]
+    return (digit if generator.random() < 0.25 else english), (digit if generator.random() < 0.5 else chinese)
+
+
+def _filler(generator: np.random.Generator) -> str:
+    return "".join(_LETTERS[generator.integers(26, size=generator.integers(1, _FILLER_LETTERS + 1))])

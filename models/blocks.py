@@ -1,0 +1,97 @@
+"""Pieces that networks are made of: residual blocks, attention, the embedding of time."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Residual block, optionally resampling by 2 and followed by self-attention: [B, c_in, H, W] -> [B, c_out, H', W']."""
+
+    def __init__(self, c_in: int, c_out: int, embedding: int, dropout: float, heads: int = 0, resampling: str = ""):
+        super().__init__()
+        self.resampling = resampling
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * c_out)
+        self.norm2 = group_norm(c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out, heads) if heads else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(resample(F.silu(self.norm1(x)), self.resampling))
+        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        h = self.skip(resample(x, self.resampling)) + self.conv2(self.dropout(h))
+        return self.attention(h)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the pixels of [B, C, H, W], residual."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
+        out = F.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, C / heads]
+        return x + self.proj(out.transpose(-1, -2).reshape(b, c, h, w))
+
+
+class CrossAttention(nn.Module):
+    """The pixels of [B, C, H, W] attend to states [B, L, c] where mask [B, L] is true; residual."""
+
+    def __init__(self, channels: int, state_channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.query = nn.Conv2d(channels, channels, 1)
+        self.key_value = nn.Linear(state_channels, 2 * channels)
+        self.proj = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q = self.query(self.norm(x)).view(b, self.heads, c // self.heads, h * w).transpose(-1, -2)
+        k, v = self.key_value(states).view(b, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])  # [B, heads, HW, C / heads]
+        return x + self.proj(out.transpose(-1, -2).reshape(b, c, h, w))
+
+
+def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
+    """Features [B, dim] of t [B] in [0, 1]: cosines and sines of 1000 t at geometric frequencies from 1 to 1e-4.
+
+    The positions of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) as DDPM uses them for 1000 timesteps.
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half))
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm over at most 32 groups of at least 4 channels."""
+    groups = min(32, channels // 4)
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels)
+
+
+def resample(x: Tensor, how: str) -> Tensor:
+    if how == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if how == "up" else x
+
+
+def zero(module: nn.Module) -> nn.Module:
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module

@@ -1,0 +1,101 @@
+"""A small U-Net for 28x28 images that trains on a laptop: two resolutions, additive skips, labels or prompts or neither."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import text
+from models.blocks import Block, CrossAttention, group_norm, sinusoidal_embedding, zero
+from models.text import TextEncoder
+
+
+class MiniUNet(nn.Module):
+    """net(x [B, C, H, W], t [B] in [0, 1], y) -> [B, C, H, W]; y: labels [B], tokens [B, prompt_bytes] or None."""
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        width: int = 64,
+        blocks_per_level: int = 1,
+        head_channels: int = 32,
+        patch: int = 2,
+        num_classes: int | None = None,
+        prompt_bytes: int | None = None,
+    ):
+        """image_shape: (C, H, W), sides divisible by 2 patch. width: channels at the first resolution, where a pixel is a
+        patch of this side; twice as many at the second, half the resolution, which has self-attention.
+        num_classes: for labels; label num_classes is the null label. prompt_bytes: for prompts of at most so many bytes,
+        read by cross-attention; the empty prompt is the null condition. At most one of the two.
+        """
+        super().__init__()
+        _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, prompt_bytes)
+        self.num_classes, self.prompt_bytes, self.patch, self.width = num_classes, prompt_bytes, patch, width
+        self.null = text.PADDING if prompt_bytes else num_classes
+        channels, emb, deep = image_shape[0] * patch**2, 4 * width, 2 * width
+        self.time_mlp = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.label_embedding = nn.Embedding(num_classes + 1, emb) if num_classes else None
+        if prompt_bytes:
+            self.text_encoder = TextEncoder(prompt_bytes, deep)
+            self.text_summary = nn.Linear(deep, emb)
+            self.text_attention = CrossAttention(deep, deep, deep // head_channels)
+
+        def blocks(c: int, heads: int = 0) -> nn.ModuleList:
+            return nn.ModuleList(Block(c, c, emb, 0.0, heads) for _ in range(blocks_per_level))
+
+        self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
+        self.before = blocks(width)
+        self.down = Block(width, deep, emb, 0.0, resampling="down")
+        self.middle = blocks(deep, deep // head_channels)
+        self.up = Block(deep, width, emb, 0.0, resampling="up")
+        self.after = blocks(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if y is None and (self.num_classes or self.prompt_bytes):
+            raise ValueError("this network is conditional: it needs labels [B] or tokens [B, prompt_bytes]")
+        emb = self.time_mlp(sinusoidal_embedding(t, self.width))  # [B, 4 width]
+        if self.label_embedding is not None:
+            emb = emb + self.label_embedding(y)
+        if self.prompt_bytes:
+            states, mask = self.text_encoder(y)
+            emb = emb + self.text_summary(states[:, 0])
+        emb = F.silu(emb)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        for block in self.before:
+            h = block(h, emb)
+        skip = h
+        h = self.down(h, emb)
+        if self.prompt_bytes:
+            h = self.text_attention(h, states, mask)
+        for block in self.middle:
+            h = block(h, emb)
+        h = self.up(h, emb) + skip
+        for block in self.after:
+            h = block(h, emb)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Tokens int64 [N, prompt_bytes] of N prompts. Raises ValueError for one that is longer than prompt_bytes."""
+        return text.encode(prompts, self.prompt_bytes)
+
+
+def _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, prompt_bytes) -> None:
+    counts = {"width": width, "blocks_per_level": blocks_per_level, "head_channels": head_channels, "patch": patch}
+    optional = {"num_classes": num_classes, "prompt_bytes": prompt_bytes}
+    for name, value in (counts | {name: value for name, value in optional.items() if value is not None}).items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1{' or null' * (name in optional)}")
+    if width % 4:
+        raise ValueError(f"width={width}: must be a multiple of 4, for group norm")
+    if 2 * width % head_channels:
+        raise ValueError(f"head_channels={head_channels}: must divide 2 width = {2 * width}")
+    if num_classes and prompt_bytes:
+        raise ValueError(
+            f"num_classes={num_classes}, prompt_bytes={prompt_bytes}: labels or prompts, not both; set one to null"
+        )
+    if image_shape[1] % (2 * patch) or image_shape[2] % (2 * patch):
+        raise ValueError(
+            f"patch={patch}: needs an image side divisible by {2 * patch}, the images are {image_shape[1]}x{image_shape[2]}"
+        )

@@ -1,0 +1,187 @@
+"""Pairs (noise, image) of a trained flow, for reflow and distillation: `python -m scripts.make_pairs --weights runs/mnist ...`.
+
+Pair k is a function of the weights, the settings and k; classes come in turn. `--inverted_share` makes that share of the
+pairs from real images, whose noise is found by solving the flow backwards. `--save_dir` gets manifest.json and shards.
+Run it again after a kill: whole shards stay, one that is missing or damaged is named and made again, alone.
+"""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+import datasets
+import models
+from configs import schema
+from configs.schema import UserError
+from datasets import captions
+from datasets.pairs import MANIFEST, Shard, damage_of, origin, read_manifest, save_shard, shards
+from flow import prior, rng
+from flow.engine import cli, files, runtime, snapshot
+from flow.engine.generate import SamplerSettings, batches, check, generate, solver_state, velocity_of
+from flow.inversion import invert
+from flow.solvers import METHODS
+
+EXAMPLES = """\
+  python -m scripts.make_pairs --weights runs/mnist_mini_cond --n_pairs 20000 --save_dir runs/pairs --guidance_scale 1.5
+  accelerate-launch --multi_gpu --num_processes 8 -m scripts.make_pairs --weights runs/cifar10 --n_pairs 1000000 \\
+      --save_dir runs/cifar10_pairs --sampling_method heun --sampling_steps 18 --inverted_share 0.2 -mp bf16"""
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
+    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    parser.add_argument("--n_pairs", type=cli.at_least(1), required=True, help="number of pairs")
+    parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--sampling_method", choices=METHODS, default="heun", help="solver (default: heun)")
+    parser.add_argument("--sampling_steps", type=cli.at_least(1), default=50, help="steps of the solver (default: 50)")
+    parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
+    parser.add_argument("--labels", type=int, nargs="+", help="classes, one pair after the other (default: all)")
+    parser.add_argument("--inverted_share", type=cli.share, default=0.0, help="share of pairs from real images (default: 0)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
+    parser.add_argument("--shard_pairs", type=cli.at_least(1), default=1000, help="pairs a file (default: 1000)")
+    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    snap = snapshot.load(args.weights, args.config, args.overrides)
+    net = snap.network(models.build)
+    source = snap.config.data
+    with runtime.blame("data"):
+        if source.name == "pairs":  # a second round: the real images are those of the first
+            real = origin(Path(source.root) if source.root else datasets.default_root(), **source.args)
+        else:
+            real = {"name": source.name, "args": dict(source.args)}
+    labels = tuple(args.labels) if args.labels else None
+    accelerator = runtime.start(args.mixed_precision)
+    thread_note = runtime.set_threads()
+    if thread_note:
+        accelerator.print(thread_note)
+    with runtime.blame("data"):
+        data = runtime.one_process_first(accelerator, lambda: datasets.build(real["name"], source.root, real["args"]))
+    prompts = tuple(captions.plain(name) for name in data.class_names) if net.prompt_bytes else None
+    known = tuple(range(len(data.class_names))) if net.prompt_bytes else labels
+    settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, known, prompts)
+    with runtime.blame("make_pairs"):
+        check(settings, net)
+        inverted = round(args.inverted_share * args.n_pairs)
+        if inverted > len(data):
+            raise ValueError(f"--inverted_share {args.inverted_share}: {inverted} pairs of {len(data)} real images; use less")
+
+    manifest = {
+        "weights_sha256": files.sha256(snap.path),
+        "sampling_method": args.sampling_method,
+        "sampling_steps": args.sampling_steps,
+        "guidance_scale": args.guidance_scale,
+        "seed": args.seed,
+        "labels": labels,
+        "mixed_precision": args.mixed_precision,
+        "bspp": args.bspp,
+        "generated": args.n_pairs - inverted,
+        "inverted": inverted,
+        "shard_pairs": args.shard_pairs,
+        "image_shape": snap.image_shape,
+        "class_names": data.class_names,
+        "data": real,
+    }
+    manifest = json.loads(json.dumps(manifest))
+    if accelerator.is_main_process:
+        claim(args.save_dir, manifest)
+    accelerator.wait_for_everyone()
+    net.to(accelerator.device).eval()
+    make = partial(make_shard, accelerator, net, data, settings, args.bspp)
+    mine = shards(manifest)[accelerator.process_index :: accelerator.num_processes]
+    made = 0
+    with runtime.progress(accelerator, sum(len(s.indices) for s in mine), "pairs (of this process)") as bar:
+        for shard in mine:
+            damage = damage_of(args.save_dir, shard)
+            if damage and (args.save_dir / shard.name).exists():
+                bar.write(f"{damage}; it is made again")
+            if damage:
+                tensors = make(shard, bar)
+                with files.atomic_file(args.save_dir / shard.name) as temporary:
+                    save_shard(temporary, tensors)
+                made += len(shard.indices)
+            else:
+                bar.update(len(shard.indices))
+    made = sum(runtime.gather_to_main(accelerator, made) or [0])
+    accelerator.print(f"{args.n_pairs} pairs in {args.save_dir}, {made} of them made now; train on them with data.name=pairs")
+
+
+def claim(save_dir: Path, manifest: dict) -> None:
+    """Write the manifest, or check that the one there is the same; nothing of another run is overwritten."""
+    if (save_dir / MANIFEST).is_file():
+        with runtime.blame("--save_dir"):
+            theirs = read_manifest(save_dir)
+        for key, value in manifest.items():
+            if theirs.get(key) != value:
+                raise UserError(
+                    f"--save_dir {save_dir}: holds pairs of another run ({key} {theirs.get(key)}, now {value}); "
+                    "name another folder"
+                )
+        files.remove_unfinished(save_dir)
+    elif save_dir.exists() and not files.holds_nothing(save_dir):
+        raise UserError(f"--save_dir {save_dir}: exists and was not written by make_pairs; name another folder")
+    else:
+        files.write_text(save_dir / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def make_shard(
+    accelerator: Accelerator, net: nn.Module, data, settings: SamplerSettings, batch_size: int, shard: Shard, bar
+) -> dict[str, Tensor]:
+    """The tensors of one shard."""
+    parts: dict[str, list[Tensor]] = {}
+    make = invert_batch if shard.inverted else generate_batch
+    for batch in batches(shard.indices, batch_size):
+        for name, tensor in make(accelerator, net, data, settings, batch).items():
+            parts.setdefault(name, []).append(tensor)
+        bar.update(len(batch))
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def generate_batch(
+    accelerator: Accelerator, net: nn.Module, data, settings: SamplerSettings, batch: range
+) -> dict[str, Tensor]:
+    """images float16 and labels int64 of the pairs with these indices."""
+    (made,) = generate(accelerator, net, data.image_shape, [batch], settings, stream="pairs")
+    images = {"images": made.x.half().cpu()}
+    return images if made.labels is None else images | {"labels": made.labels}
+
+
+@torch.inference_mode()
+def invert_batch(accelerator: Accelerator, net: nn.Module, data, settings: SamplerSettings, batch: range) -> dict[str, Tensor]:
+    """images, labels and float16 noise of real images: the ones at these places of an order that the seed gives.
+
+    Inverted with the image's own label and without guidance, which a flow cannot be solved backwards with.
+    """
+    order = rng.generator("inverted", settings.seed).permutation(len(data))[batch.start : batch.stop]
+    with runtime.blame("data"):
+        pixels, labels = zip(*(data[int(k)] for k in order), strict=True)
+    x1 = torch.stack(pixels).float() / 127.5 - 1
+    y = torch.tensor(labels)
+    unguided = SamplerSettings(settings.method, settings.steps, 1.0, settings.seed, tuple(labels), prompts=None)
+    if net.prompt_bytes:
+        unguided = SamplerSettings(prompts=tuple(captions.plain(data.class_names[label]) for label in labels))
+    velocity = velocity_of(net, range(len(y)), unguided, accelerator.device)
+    noise = prior.noise("inversion", settings.seed, batch, data.image_shape)
+    with accelerator.autocast():
+        x0 = invert(
+            velocity,
+            solver_state(x1, accelerator.device),
+            solver_state(noise, accelerator.device),
+            settings.steps,
+            settings.method,
+        )
+    found = {"images": x1.half(), "noise": x0.half().cpu()}
+    return found | {"labels": y} if net.null is not None else found
+
+
+if __name__ == "__main__":
+    runtime.run(main)

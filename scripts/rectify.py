@@ -1,0 +1,147 @@
+"""1-RF, pairs, 2-RF, pairs, distilled model, table and figure by one command: `python -m scripts.rectify -c YAML`.
+
+Each step is a command that a user would type, and is printed. Run it again after a kill: it goes on where it stopped and
+ends with the same files. Below `folder`: a run folder for each model, the pairs, evaluation/ (every cell of the table),
+comparison.md and comparison.png.
+"""
+
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import models
+from configs import schema
+from configs.schema import Config, RectifyConfig, RoundConfig, UserError
+from flow import prior
+from flow.engine import cli, files, images, runtime, snapshot
+from flow.engine.commands import run_command, train_arguments
+from flow.engine.generate import SamplerSettings, generate, solver_state, velocity_of
+from flow.evaluation import plots, table
+from flow.straightness import straightness
+
+EXAMPLES = """\
+  python -m scripts.rectify -c configs/mnist_rectify.yaml
+  python -m scripts.rectify -c configs/mnist_rectify.yaml folder=runs/three_rounds rounds=3
+  python -m scripts.rectify -c configs/mnist_rectify.yaml --launcher "accelerate-launch --multi_gpu --num_processes 8\""""
+SHOWN_NFE = (1, 2)  # rows of the figure, and the largest of the table
+COLUMNS = 8  # images of a class in a panel of the figure
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES, kind=RectifyConfig)
+    parser.add_argument("-c", "--config", metavar="YAML", required=True, help="e.g. configs/mnist_rectify.yaml")
+    parser.add_argument("--launcher", metavar="COMMAND", help="what starts each script (default: this Python)")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = schema.load(args.config, args.overrides, kind=RectifyConfig)
+    stages = {path: schema.load(path) for path in (cfg.first, cfg.reflow, cfg.distill)}
+    for path in (cfg.reflow, cfg.distill):
+        if stages[path].flow.coupling != "given":
+            raise UserError(f"{path}: flow.coupling={stages[path].flow.coupling}: must be given, as it trains on pairs")
+    folder = Path(cfg.folder)
+    names = [*(f"{k}-rf" for k in range(1, cfg.rounds + 1)), "distilled"]
+    precision = ["-mp", stages[cfg.first].train.mixed_precision]
+
+    started = time.perf_counter()
+    run_command(train_arguments(cfg.first, folder / names[0], []), args.launcher)
+    for k, (teacher, student) in enumerate(pairwise(names), start=1):
+        pairs = folder / f"pairs_{teacher}"
+        asked = cfg.first_pairs if k == 1 else cfg.later_pairs
+        run_command(["-m", "scripts.make_pairs", *pair_arguments(folder / teacher, pairs, asked, k), *precision], args.launcher)
+        config = cfg.distill if student == "distilled" else cfg.reflow
+        where = [f"data.args.path={pairs}", f"train.init_from={folder / teacher}"]
+        run_command(train_arguments(config, folder / student, where), args.launcher)
+
+    # The teacher with the guidance that its pairs were made with is what the others have to be compared with.
+    rows = [(name, 1.0) for name in names]
+    if cfg.first_pairs.guidance_scale != 1:
+        rows.insert(1, (names[0], cfg.first_pairs.guidance_scale))
+    for name, scale in rows:
+        evaluate = [
+            "evaluate.py", "--weights", str(folder / name), "--guidance_scale", f"{scale:g}", "--methods", "euler",
+            "--sampling_steps", *map(str, cfg.nfe), "--n_samples", str(cfg.n_samples), "--metrics", "fid", "accuracy",
+            "--feature_extractor", cfg.feature_extractor, "--out", str(folder / "evaluation"), *precision,
+        ]  # fmt: skip
+        run_command(evaluate, args.launcher)
+
+    snapshots = {name: snapshot.load(folder / name) for name in names}
+    compare(cfg, folder, rows, snapshots, stages[cfg.first])
+    print(f"this call took {(time.perf_counter() - started) / 60:.0f} min")
+
+
+def pair_arguments(teacher: Path, save_dir: Path, asked: RoundConfig, seed: int) -> list[str]:
+    """Of make_pairs; each round has noise of its own."""
+    return [
+        "--weights", str(teacher), "--save_dir", str(save_dir), "--n_pairs", str(asked.n_pairs), "--seed", str(seed),
+        "--sampling_method", asked.sampling_method, "--sampling_steps", str(asked.sampling_steps),
+        "--guidance_scale", f"{asked.guidance_scale:g}", "--inverted_share", f"{asked.inverted_share:g}",
+    ]  # fmt: skip
+
+
+def compare(
+    cfg: RectifyConfig, folder: Path, rows: list[tuple[str, float]], snapshots: dict[str, snapshot.Snapshot], first: Config
+) -> None:
+    """Write and print comparison.md, draw comparison.png."""
+    accelerator = runtime.start(first.train.mixed_precision)
+    runtime.set_threads()
+    titles, straight, pictures = {}, {}, []
+    bar = runtime.progress(accelerator, len(rows), "straightness and figure (models)")
+    nfes = [*SHOWN_NFE, max(cfg.nfe)]
+    for name, scale in rows:
+        snap = snapshots[name]
+        net = snap.network(models.build).to(accelerator.device)
+        key = f"{name}@{snap.step}, {scale:g}"
+        titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")
+        settings = SamplerSettings(guidance_scale=scale)
+        mean, error = mean_straightness(accelerator, net, snap.image_shape, settings, cfg)
+        straight[titles[key]] = f"{mean:.4f} ± {error:.4f}"
+        pictures.append([panel(accelerator, net, snap.image_shape, n, scale) for n in nfes])
+        bar.update()
+    bar.close()
+    entries = table.aggregate(table.read_rows(folder / "evaluation"))
+    distance = next(name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-")))
+    shown = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
+    text = table.by_nfe(entries, shown, titles, {"straightness": straight})
+    note = f"Cells: {' / '.join(shown)} of {cfg.n_samples:,} images, Euler steps. Straightness: its mean over "
+    note += f"{cfg.straightness_images} images ± standard error; 0 is straight."
+    files.write_text(folder / "comparison.md", f"{text}\n\n{note}\n")
+    columns = [list(column) for column in zip(*pictures, strict=True)]
+    plots.panels(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))
+    print(f"\n{text}\n\n{note}\nin {folder}: comparison.md, comparison.png")
+
+
+@torch.inference_mode()
+def mean_straightness(
+    accelerator: Accelerator, net: nn.Module, image_shape: tuple[int, int, int], settings: SamplerSettings, cfg: RectifyConfig
+) -> tuple[float, float]:
+    """Mean and standard error over the images."""
+    net.eval()
+    indices = range(cfg.straightness_images)
+    x0 = solver_state(prior.noise("sample", settings.seed, indices, image_shape), accelerator.device)
+    with accelerator.autocast():
+        found = straightness(velocity_of(net, indices, settings, accelerator.device), x0, cfg.straightness_steps).cpu()
+    return found.mean().item(), found.std().item() / len(found) ** 0.5
+
+
+def panel(accelerator: Accelerator, net: nn.Module, image_shape: tuple[int, int, int], steps: int, scale: float) -> np.ndarray:
+    """A row a class (without classes: ten rows), each column from one and the same noise: uint8 [H, W] or [H, W, 3]."""
+    shown = []
+    for label in range(net.num_classes or 1):
+        labels = (label,) if net.num_classes else None
+        settings = SamplerSettings("euler", steps, scale, labels=labels)
+        n = COLUMNS if net.num_classes else 10 * COLUMNS
+        shown += [batch.images for batch in generate(accelerator, net, image_shape, [range(n)], settings)]
+    picture = images.grid(torch.cat(shown), COLUMNS, zoomed=False).permute(1, 2, 0).numpy()
+    return picture[:, :, 0] if picture.shape[2] == 1 else picture
+
+
+if __name__ == "__main__":
+    runtime.run(main)

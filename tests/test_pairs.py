@@ -1,0 +1,157 @@
+"""Pairs (noise, image): what a shard holds, what a kill costs, damage that is named, training on them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import REPOSITORY, TINY_TRAIN, succeed
+from safetensors.torch import load_file
+
+import datasets
+import models
+from datasets.pairs import Pairs
+from flow import prior
+from flow.coupling import Given
+from flow.engine import snapshot
+from flow.engine.generate import SamplerSettings, batches, generate
+
+ARGUMENTS = [
+    "--n_pairs", "50", "--shard_pairs", "15", "--bspp", "5", "--sampling_steps", "3", "--guidance_scale", "2", "--seed", "4",
+    "--inverted_share", "0.2",
+]  # fmt: skip
+NAMES = ["generated_00000", "generated_00001", "generated_00002", "inverted_00000"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_run) -> Path:
+    out = tmp_path_factory.mktemp("pairs") / "one"
+    result = succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", out, *ARGUMENTS)
+    assert "50 pairs" in result.stdout and "50 of them made now" in result.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> Pairs:
+    return datasets.build("pairs", None, {"path": str(folder)})
+
+
+def test_folder_and_data_set(folder, data):
+    assert sorted(contents(folder)) == [*(f"{name}.safetensors" for name in NAMES), "manifest.json"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["sampling_steps"] == 3 and manifest["guidance_scale"] == 2 and len(manifest["weights_sha256"]) == 64
+    assert data.images.shape == (50, 1, 8, 8) and data.images.dtype == torch.float16
+    assert data.generated == 40 and data.noise.shape == (10, 1, 8, 8)
+    assert data.labels[:40].bincount().tolist() == [4] * 10  # balanced
+    assert load_file(folder / "generated_00000.safetensors").keys() == {"images", "labels"}  # the noise is not stored
+
+
+def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
+    """Images of the data set against the sampling function, started from the noise that training will use."""
+    net = snapshot.load(tiny_run).network(models.build)
+    settings = SamplerSettings("heun", 3, 2.0, seed=4)
+    for made in generate(Accelerator(cpu=True), net, (1, 8, 8), batches(range(40), 5), settings, stream="pairs"):
+        k = slice(made.indices.start, made.indices.stop)
+        assert torch.equal(made.x.half(), data.images[k]) and torch.equal(made.labels, data.labels[k])
+    given = Given(data.seed, data.generated, data.noise, data.image_shape)
+    assert torch.equal(given.noise(range(3), [7, 39, 41]), torch.cat([
+        prior.noise("pairs", 4, [7, 39], (1, 8, 8)), data.noise[1:2].float()
+    ]))  # fmt: skip
+
+
+def test_inverted_pairs_are_real_images(data):
+    real = datasets.build("digits", None, {})
+    pixels = (data.images[40:].float() * 127.5 + 127.5).round().to(torch.uint8)
+    for image, label in zip(pixels, data.labels[40:], strict=True):
+        (same,) = (real.images == image).flatten(1).all(1).nonzero(as_tuple=True)
+        assert label in real.labels[same]
+    assert 0.5 < data.noise.float().std() < 2
+
+
+def test_missing_and_damaged_shards_are_named_and_made_again_alone(tmp_path, folder, tiny_run):
+    copy = tmp_path / "pairs"
+    copy.mkdir()
+    for name, data in contents(folder).items():
+        (copy / name).write_bytes(data)
+    (copy / "generated_00000.safetensors").unlink()
+    damaged = bytearray((copy / "inverted_00000.safetensors").read_bytes())
+    damaged[-3] ^= 1
+    (copy / "inverted_00000.safetensors").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"generated_00000\.safetensors is missing; run make_pairs"):
+        datasets.build("pairs", None, {"path": str(copy)})
+    before = {name: (copy / name).stat().st_mtime_ns for name in contents(copy)}
+    result = succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", copy, *ARGUMENTS)
+    assert "inverted_00000.safetensors is damaged" in result.stdout + result.stderr
+    assert "25 of them made now" in result.stdout
+    assert contents(copy) == contents(folder)
+    touched = {name for name, stamp in before.items() if (copy / name).stat().st_mtime_ns != stamp}
+    assert touched == {"inverted_00000.safetensors"}  # and the one that was not there
+
+
+def test_two_processes_write_the_same_bytes(tmp_path, folder, tiny_run):
+    out = tmp_path / "two"
+    succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", out, *ARGUMENTS, processes=2)
+    assert contents(out) == contents(folder)
+
+
+def test_a_kill_costs_one_shard(tmp_path, tiny_run):
+    """Killed once two shards are there: they stay as they are, and the folder ends as if nothing had happened."""
+    command = ["-m", "scripts.make_pairs", "--weights", str(tiny_run), "--n_pairs", "320", "--shard_pairs", "40"]
+    command += ["--sampling_steps", "20", "--bspp", "40"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    environment = {**os.environ, "FLOW_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, *command, "--save_dir", str(cut)], cwd=REPOSITORY, env=environment)
+    while len(list(cut.glob("generated_*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    there = {p: p.stat().st_mtime_ns for p in cut.glob("generated_*")}
+    assert 2 <= len(there) < 8
+    result = succeed(*command, "--save_dir", cut)
+    assert f"{320 - 40 * len(there)} of them made now" in result.stdout
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in there.items())
+    succeed(*command, "--save_dir", whole)
+    assert contents(cut) == contents(whole)
+
+
+def test_other_settings_do_not_mix(error, folder, tiny_run):
+    before = contents(folder)
+    line = error("make_pairs", "--weights", tiny_run, "--save_dir", folder, *ARGUMENTS, "--sampling_steps", "4")
+    assert "holds pairs of another run (sampling_steps 3, now 4)" in line
+    assert contents(folder) == before
+
+
+def test_mistakes(error, tmp_path, tiny_run):
+    (tmp_path / "mine.txt").write_text("mine")
+    command = ["make_pairs", "--weights", tiny_run, "--n_pairs", "10"]
+    assert "exists and was not written by make_pairs" in error(*command, "--save_dir", tmp_path)
+    assert "labels: 11 is out of range" in error(*command, "--save_dir", tmp_path / "a", "--labels", "11")
+    assert "'1.5': must be a number from 0 to 1" in error(*command, "--save_dir", tmp_path / "a", "--inverted_share", "1.5")
+    many = ["--n_pairs", "4000", "--inverted_share", "0.5"]
+    assert "2000 pairs of 1797 real images" in error(*command, "--save_dir", tmp_path / "a", *many)
+    assert not (tmp_path / "a").exists()
+    train = ["train", *TINY_TRAIN, "-e", tmp_path / "run"]
+    assert "flow.coupling=given: given and data.name=pairs need each other" in error(*train, "flow.coupling=given")
+    assert "holds no pairs (manifest.json is not there)" in error(*train, "data.name=pairs", f"data.args.path={tmp_path}")
+
+
+def test_training_on_pairs_resumes_exactly(tmp_path, folder, tiny_run):
+    """Reflow through the one trainer; 2 + 2 steps are 4 steps, to the bit."""
+    given = ["flow.coupling=given", "data.name=pairs", f"data.args.path={folder}", f"train.init_from={tiny_run}"]
+    reflow = [*TINY_TRAIN, *given, "flow.time_law=u_shaped", "flow.distance=pseudo_huber"]
+    succeed("train.py", *reflow, "-e", tmp_path / "whole")
+    succeed("train.py", *reflow, "-e", tmp_path / "cut", "train.steps=2")
+    succeed("train.py", "-e", tmp_path / "cut", "-r", "latest", "train.steps=4")
+    whole, cut = (load_file(snapshot.find(tmp_path / name)) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)

@@ -1,0 +1,126 @@
+"""rectify: one command from 1-RF to the table, which goes on after a kill and ends with the same files."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import REPOSITORY, succeed
+from PIL import Image
+from safetensors.torch import load_file
+
+from flow.engine import snapshot
+from flow.evaluation import table
+
+STAGE = {
+    "data": {"name": "digits"},
+    "model": {"name": "mini_unet", "args": {"width": 16, "head_channels": 16, "patch": 1, "num_classes": 10}},
+    "train": {
+        "steps": 4, "batch_size": 16, "checkpoint_every_steps": 2, "sample_every_steps": 0, "log_every_steps": 2,
+        "log_with": [],
+    },
+    "preview": {"n_samples": 4, "sampling_steps": 1},
+}  # fmt: skip
+ON_PAIRS = {"data": {"name": "pairs", "args": {"path": "filled in by rectify"}}}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A rectify YAML for seconds, without its folder."""
+    folder = tmp_path_factory.mktemp("configs")
+    stages = {
+        "first": STAGE,
+        "reflow": STAGE | ON_PAIRS | {"flow": {"coupling": "given", "label_dropout": 0.0}},
+        "distill": STAGE | ON_PAIRS | {"flow": {"coupling": "given", "label_dropout": 0.0, "objective": "distillation"}},
+    }
+    for name, stage in stages.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(stage))
+    round_of_pairs = {"n_pairs": 40, "sampling_steps": 2, "guidance_scale": 1.5}
+    whole = {name: str(folder / f"{name}.yaml") for name in stages}
+    whole |= {
+        "first_pairs": round_of_pairs,
+        "later_pairs": {"n_pairs": 40, "sampling_steps": 1},
+        "nfe": [1, 2],
+        "n_samples": 80,
+    }
+    whole |= {"feature_extractor": "digits", "straightness_images": 5, "straightness_steps": 4}
+    (folder / "rectify.yaml").write_text(yaml.safe_dump(whole))
+    return folder / "rectify.yaml"
+
+
+@pytest.fixture(scope="module")
+def rectified(tmp_path_factory, config) -> Path:
+    folder = tmp_path_factory.mktemp("rectify") / "whole"
+    result = succeed("-m", "scripts.rectify", "-c", config, f"folder={folder}")
+    assert "| model" in result.stdout
+    return folder
+
+
+def results(folder: Path) -> dict:
+    """Everything that the second of two equal runs has to repeat: all files but logs, clocks and machine descriptions."""
+    files = {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("pairs_*/*"))}
+    weights = {}
+    for name in ("1-rf", "2-rf", "distilled"):
+        weights |= {f"{name} {key}": value.tolist() for key, value in load_file(snapshot.find(folder / name)).items()}
+    rows = [
+        {k: v for k, v in row.items() if k not in ("seconds", "identity")} for row in table.read_rows(folder / "evaluation")
+    ]
+    pictures = {p.name: p.read_bytes() for p in folder.glob("comparison.*")}
+    return {"pairs": files, "weights": weights, "rows": rows, "pictures": pictures}
+
+
+def test_table_and_figure(rectified):
+    text = (rectified / "comparison.md").read_text()
+    for word in ("NFE 1", "NFE 2", "straightness", "1-rf ", "1-rf, w = 1.5", "2-rf", "distilled", "FD-digits / accuracy"):
+        assert word in text
+    assert len(table.read_rows(rectified / "evaluation")) == 8
+    assert min(Image.open(rectified / "comparison.png").size) > 200
+
+
+def test_the_stages_build_on_each_other(rectified):
+    configs = {name: (rectified / name / "config.yaml").read_text() for name in ("2-rf", "distilled")}
+    assert f"init_from: {rectified / '1-rf'}" in configs["2-rf"] and f"path: {rectified / 'pairs_1-rf'}" in configs["2-rf"]
+    assert f"init_from: {rectified / '2-rf'}" in configs["distilled"]
+    assert f"path: {rectified / 'pairs_2-rf'}" in configs["distilled"]
+
+
+def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
+    command = ["rectify", "-c", config, f"folder={tmp_path / 'never'}"]
+    assert "unknown key 'round'. Did you mean 'rounds'?" in error(*command, "round=3")
+    assert "rounds=0: must be at least 1" in error(*command, "rounds=0")
+    assert "flow.coupling=independent: must be given" in error(*command, "reflow=configs/digits.yaml")
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, config, rectified):
+    folder = tmp_path / "cut"
+    # the folder's name is part of the configurations inside the weights' headers, so not the bytes but the values are compared
+    command = [sys.executable, "-m", "scripts.rectify", "-c", str(config), f"folder={folder}"]
+    environment = {**os.environ, "FLOW_NUM_THREADS": "1"}
+    for seconds in (7, 8, 9, 11, 13, 17, 23, 31, 43, 60, 85):
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the script and the step that it was at
+            process.wait()
+            time.sleep(0.1)
+    succeed("-m", "scripts.rectify", "-c", config, f"folder={folder}", timeout=600)
+    cut, whole = results(folder), results(rectified)
+    manifests = [name for name in whole["pairs"] if name.name == "manifest.json"]  # these hold the hash of the weights' file
+    assert len(manifests) == 2
+    for name in manifests:
+        del cut["pairs"][name], whole["pairs"][name]
+    assert cut == whole

@@ -1,0 +1,93 @@
+"""Reflow and distillation: time law, distances, objectives, straightness, inversion."""
+
+import math
+
+import pytest
+import torch
+
+from flow import loss, solvers, time_sampler
+from flow.distill import distillation_loss
+from flow.inversion import START, invert
+from flow.objective import objective
+from flow.path import LinearPath
+from flow.solvers import grid
+from flow.straightness import straightness
+
+
+def test_u_shaped_law_has_its_density():
+    """Quantiles against the distribution function of exp(a t) + exp(a (1 - t)), integrated by hand."""
+    a = 4.0
+    t = time_sampler.law("u_shaped", a=a)(torch.linspace(0.001, 0.999, 999, dtype=torch.float64))
+    distribution = (torch.exp(a * t) - torch.exp(a * (1 - t)) - 1 + math.exp(a)) / (2 * (math.exp(a) - 1))
+    assert torch.allclose(distribution, torch.linspace(0.001, 0.999, 999, dtype=torch.float64), atol=1e-12)
+    assert t.min() >= 0 and t.max() <= 1
+
+
+def test_distances():
+    a, b = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2)
+    assert loss.l2(a, b).tolist() == [12.5, 0] and loss.l1(a, b).tolist() == [3.5, 0]
+    far, near = loss.pseudo_huber(a, b, c=1e-3)
+    assert far.item() == pytest.approx(math.sqrt(12.5), abs=2e-3) and near == 0
+    small = loss.pseudo_huber(a * 1e-3, b, c=1.0)[0].item()
+    assert small == pytest.approx(12.5e-6 / 2, rel=1e-2)  # l2 / (2 c) far below c
+    a = torch.zeros(1, 2, requires_grad=True)
+    loss.distance("pseudo_huber", c=0.03)(a, torch.zeros(1, 2)).sum().backward()
+    assert a.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: loss.distance("huber"), "'huber' is no distance; choose one of l2, l1, pseudo_huber"),
+        (lambda: loss.distance("pseudo_huber", d=1), "pseudo_huber has no argument 'd'; it takes c"),
+        (lambda: loss.distance("pseudo_huber", c=0), "c=0: must be greater than 0"),
+        (lambda: loss.distance("l2", c=1), "l2 has no argument 'c'; it takes none"),
+        (lambda: time_sampler.law("u_shaped", a=-1), "a=-1: must be greater than 0"),
+        (lambda: objective("distil", loss.l2), "'distil' is no objective; choose one of flow_matching, distillation"),
+        (lambda: objective("distillation", loss.l2, steps=0), "steps=0: must be a whole number of at least 1"),
+        (lambda: objective("distillation", loss.l2, steps=1.5), "steps=1.5: must be a whole number"),
+    ],
+)
+def test_errors_name_the_value_and_what_would_be_right(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, [0, 0, 0, 0]), (2, [0, 0, 0.5, 0.5]), (4, [0, 0.25, 0.5, 0.75])])
+def test_distillation_looks_at_the_times_of_euler_steps(steps, expected):
+    seen = []
+
+    def net(x, t, y):
+        seen.append((x, t))
+        return torch.zeros_like(x)
+
+    x0, x1, t = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0.1, 0.3, 0.6, 1.0])
+    losses = distillation_loss(net, LinearPath(), x0, x1, t, steps=steps)
+    ((x, at),) = seen
+    assert at.tolist() == expected
+    assert torch.allclose(x, LinearPath().interpolate(x0, x1, torch.tensor(expected)))
+    assert torch.allclose(losses, (x1 - x0).square().mean(1))
+
+
+def test_straightness():
+    """0 for a velocity that does not change along the way; for v = 2 t the integral of (1 - 2 t)^2 is 1 / 3."""
+    x0 = torch.randn(5, 2, 3, dtype=torch.float64)
+    assert straightness(lambda x, t: torch.ones_like(x), x0, 20).abs().max() < 1e-12
+    curved = straightness(lambda x, t: torch.full_like(x, 2 * t), x0, 1000)
+    assert torch.allclose(curved, torch.full((5,), 1 / 3, dtype=torch.float64), atol=1e-3)
+
+
+def test_inversion_finds_the_noise_back():
+    """Data N(3, 0.5^2): the exact velocity of the linear path, whose flow is x0 -> 3 + 0.5 x0."""
+
+    def velocity(x, t):
+        variance = (1 - t) ** 2 + (0.5 * t) ** 2
+        return 3 + (0.25 * t - (1 - t)) / variance * (x - 3 * t)
+
+    x0 = torch.randn(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x1 = solvers.solve(velocity, x0, grid.uniform(100), "heun").x
+    assert torch.allclose(x1, 3 + 0.5 * x0, atol=1e-3)
+    noise = torch.randn(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = invert(velocity, x1, noise, 100, "heun")
+    assert torch.allclose(found, x0, atol=4 * (1 - START) / 0.5 + 0.05)
+    assert found.std().item() == pytest.approx(1, abs=0.02)

@@ -1,0 +1,94 @@
+"""Prompts: bytes, the limit, the empty prompt, captions by templates, a network that reads."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TINY_TRAIN, fail, succeed
+
+import models
+from datasets import captions
+from flow.guidance import drop_labels
+from models import text
+
+NAMES = tuple("0123456789")
+MNIST_NAMES = ("0 - zero", "7 - seven")
+NET = {"width": 16, "head_channels": 16, "patch": 1, "prompt_bytes": 48}
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    net = models.build("mini_unet", (1, 8, 8), NET).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+def test_tokens_are_bytes():
+    tokens = text.encode(["ab", "数字7", ""], 10)
+    assert tokens[0].tolist() == [ord("a") + 1, ord("b") + 1] + [0] * 8
+    assert (tokens[1] > 0).sum() == 7 and tokens[2].sum() == 0
+    with pytest.raises(ValueError, match="has 11 bytes, this network reads at most 10"):
+        text.encode(["hello world"], 10)
+
+
+def test_network_reads_its_prompt_and_padding_changes_nothing(net):
+    x, t = torch.randn(3, 1, 8, 8), torch.full((3,), 0.4)
+    x = x[:1].expand(3, -1, -1, -1)
+    a, b, c = net(x, t, net.encode(["a seven", "a three", "a seven"]))
+    assert torch.allclose(a, c) and not torch.allclose(a, b, atol=1e-3)
+    empty = net(x[:1], t[:1], torch.full((1, 48), net.null))
+    assert empty.isfinite().all() and not torch.allclose(empty[0], a, atol=1e-3)
+    # the same words in another place are other words: positions are seen
+    assert not torch.allclose(net(x[:1], t[:1], net.encode(["seven a"]))[0], a, atol=1e-4)
+    with pytest.raises(ValueError, match="needs labels"):
+        net(x, t)
+
+
+def test_every_parameter_gets_a_gradient(net):
+    out = net(torch.randn(2, 1, 8, 8), torch.rand(2), net.encode(["a seven", "数字3"]))
+    out.square().mean().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_dropping_makes_the_empty_prompt(net):
+    tokens = net.encode(["a seven"] * 8)
+    dropped = drop_labels(tokens, slice(0, 8), 0, 1, 8, 0.5, net.null)
+    empty = (dropped == 0).all(1)
+    assert 0 < empty.sum() < 8 and torch.equal(dropped[~empty], tokens[~empty])
+
+
+@pytest.mark.parametrize("names", [NAMES, MNIST_NAMES, ("ship", "frog")])
+def test_captions_name_their_class_and_never_a_held_out_wording(names):
+    generator = np.random.default_rng(0)
+    held_out = {wording for name in names for wording in captions.held_out(name)}
+    limit = captions.longest(names)
+    drawn = {name: {captions.draw(name, generator) for _ in range(2000)} for name in names}
+    for name, wordings in drawn.items():
+        digit = name.split(" ")[0]
+        words = (*captions._DIGITS[digit], digit) if digit in captions._DIGITS else (name,)
+        assert all(any(word in wording for word in words) for wording in wordings)
+        assert not wordings & held_out
+        assert max(len(w.encode()) for w in wordings | held_out) <= limit
+        assert len(wordings) > 300
+    assert len({len(captions.held_out(name)) for name in names}) == 1
+
+
+def test_training_and_prompting(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "samples"
+    config = tmp_path / "text.yaml"
+    config.write_text(yaml.safe_dump({"data": {"name": "digits"}, "model": {"name": "mini_unet", "args": NET}}))
+    arguments = ["-c", config, *(a for a in TINY_TRAIN[2:] if not a.startswith("model.args"))]
+    succeed("train.py", *arguments, "-e", run)
+    sample = ["sample.py", "--weights", run, "--n_samples", "6", "--save_dir", out, "--sampling_steps", "2"]
+    succeed(*sample, "--prompts", "a handwritten three", "数字7", "--guidance_scale", "2", "--grid_by_class")
+    assert len(list((out / "images").iterdir())) == 6
+    assert "reads prompts (of at most 48 bytes): give some with --prompts" in fail(*sample)
+    assert "has 60 bytes, this network reads at most 48" in fail(*sample, "--prompts", "x" * 60)
+    evaluate = ["evaluate.py", "--weights", run, "--sampling_steps", "1", "--n_samples", "60", "--metrics", "accuracy", "fid"]
+    result = succeed(*evaluate, "--feature_extractor", "digits", "--captions", "held_out", "--out", tmp_path / "table")
+    assert "accuracy" in result.stdout
+    line = fail("train.py", *arguments, "model.args.prompt_bytes=10", "-e", tmp_path / "short")
+    assert "model.args.prompt_bytes=10: captions have up to" in line
