@@ -83,7 +83,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     net = snap.network(models.build)
     net.to(accelerator.device)
-    labels, prompts = asked_for(args, snap.config, net)
+    labels, prompts = asked_for(args, accelerator, snap.config, net)
     plan = [
         SamplerSettings(method, steps, scale, args.seed, labels, prompts)
         for scale in args.guidance_scale
@@ -126,6 +126,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
             indices = range(repeat * args.n_samples, (repeat + 1) * args.n_samples)
             subject = {
                 "weights": f"{given.name if given.is_dir() else given.stem}@{snap.step}",
+                "captions": (args.captions or "plain") if net.prompt_bytes else None,
                 "method": settings.method,
                 "steps": settings.steps,
                 "guidance_scale": settings.guidance_scale if net.null is not None else None,
@@ -138,7 +139,9 @@ def score_weights(args, accelerator: Accelerator) -> None:
     report(accelerator, out)
 
 
-def asked_for(args, config: Config, net: torch.nn.Module) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
+def asked_for(
+    args, accelerator: Accelerator, config: Config, net: torch.nn.Module
+) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
     """Labels and prompts of the images: those of the command line; for a network with text one caption of each class, or
     every wording that training never saw."""
     labels = tuple(args.labels) if args.labels else None
@@ -146,12 +149,17 @@ def asked_for(args, config: Config, net: torch.nn.Module) -> tuple[tuple[int, ..
         raise UserError(f"--captions {args.captions}: this network was trained without prompts (model.args.prompt_bytes)")
     if not net.prompt_bytes:
         return labels, None
+    source = config.data
     with runtime.blame("data"):
-        names = datasets.build(config.data.name, config.data.root, config.data.args).class_names
-    known = [(label, name) for label, name in enumerate(names) if labels is None or label in labels]
+        data = runtime.one_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
+    names = data.class_names
+    for label in labels or ():
+        if not 0 <= label < len(names):
+            raise UserError(f"--labels {label}: is out of range; the data set has classes 0 to {len(names) - 1}")
+    known = [(label, names[label]) for label in labels or range(len(names))]
     wordings = captions.held_out if args.captions == "held_out" else lambda name: [captions.plain(name)]
     by_class = [[(label, prompt) for prompt in wordings(name)] for label, name in known]
-    pairs = [pair for one_of_each in zip(*by_class, strict=True) for pair in one_of_each]
+    pairs = [pair for one_of_each in zip(*by_class, strict=False) for pair in one_of_each]  # the same number of each class
     return tuple(label for label, _ in pairs), tuple(prompt for _, prompt in pairs)
 
 
@@ -196,7 +204,7 @@ def prepare(args, accelerator: Accelerator, image_shape: tuple[int, int, int], c
             name, build_args = config.data.name, config.data.args
             if name == "pairs":  # made by a network: compare with what that was trained on
                 real = origin(root, **build_args)
-                name, build_args = real["name"], real["args"]
+                name, build_args, root = real["name"], real["args"], Path(real["root"] or root)
         elif given in datasets.DATASETS:
             name, build_args = given, {}
         else:

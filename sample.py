@@ -58,6 +58,8 @@ def main() -> None:
     settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, labels, prompts)
     with runtime.blame("sample"):
         check(settings, net)
+        if args.grid_by_class and not (settings.prompts or net.num_classes):
+            raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
     thread_note = runtime.set_threads()
     accelerator = runtime.start(args.mixed_precision)
     if thread_note:
@@ -96,7 +98,9 @@ def main() -> None:
     if accelerator.is_main_process:
         files.remove_unfinished(folder)
         shown = torch.stack([torch.from_numpy(images.read_png(png(folder, k))) for k in indices[:GRID_IMAGES]])
-        picture = images.grid(shown.permute(0, 3, 1, 2), grid_columns(settings, net.num_classes), args.grid_by_class)
+        cycle = len(settings.prompts or settings.labels or range(net.num_classes or 0))
+        columns = cycle if args.grid_by_class or 2 <= cycle <= 20 else 10  # one for each label or prompt, if they are few
+        picture = images.grid(shown.permute(0, 3, 1, 2), columns, args.grid_by_class)
         images.write_png(args.save_dir / "grid.png", picture)
         if args.npz:
             write_npz(args.save_dir / "samples.npz", folder, indices, settings, net.num_classes)
@@ -106,12 +110,6 @@ def main() -> None:
 
 def png(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
-
-
-def grid_columns(settings: SamplerSettings, num_classes: int | None) -> int:
-    """Columns of the grid: the labels or prompts in turn where there are some, so that a column is one of them."""
-    cycle = len(settings.prompts or settings.labels or range(num_classes or 0))
-    return cycle if 2 <= cycle <= 20 else 10
 
 
 def claim(save_dir: Path, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None, precision: str) -> None:

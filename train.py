@@ -67,7 +67,7 @@ def main() -> None:
     with runtime.blame("flow.distance"):
         distance = loss.distance(cfg.flow.distance, **cfg.flow.distance_args)
     with runtime.blame("flow.objective"):
-        sample_losses = objective(cfg.flow.objective, distance, **cfg.flow.objective_args)
+        training = objective(cfg.flow.objective, distance, **cfg.flow.objective_args)
     pairing = pairing_of(cfg, data)
     with runtime.blame("preview"):
         preview_settings = SamplerSettings(
@@ -121,6 +121,8 @@ def main() -> None:
         newest = f"the newest checkpoint is {found}"
     if accelerator.is_main_process:
         run_folder.write(run_dir, cfg, accelerator)
+        if found:  # a kill may have come between the checkpoint and its snapshot
+            snapshot.publish(found, run_dir / "snapshots", step, half_lives, cfg.train.keep_snapshots)
     accelerator.wait_for_everyone()
     tracker = Tracker(accelerator, run_dir, cfg, first_step=step)
     introduce(tracker, accelerator, cfg, data, net, step, thread_note)
@@ -155,9 +157,9 @@ def main() -> None:
                 if y is not None:
                     y = drop_labels(y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.null)
                 with accelerator.no_sync(model) if number < cfg.train.accumulate else nullcontext():
-                    losses = sample_losses(model, path, x0, batch.x1, t, y)  # [b]
+                    losses = training.loss(model, path, x0, batch.x1, t, y)  # [b]
                     accelerator.backward(losses.mean() / cfg.train.accumulate)
-                meter.add(step + 1, losses, t)
+                meter.add(step + 1, losses, training.times(t))
             max_norm = cfg.optimizer.clip_grad_norm or float("inf")
             meter.add_grad_norm(accelerator.clip_grad_norm_(model.parameters(), max_norm))
             optimizer.step()
@@ -207,7 +209,8 @@ def condition(net: torch.nn.Module, data, batch: MicroBatch, seed: int) -> torch
     The caption of position p in the stream of training images is a function of (seed, p).
     """
     if net.prompt_bytes:
-        drawn = zip(batch.y.tolist(), batch.positions, strict=True)
+        labels = data.labels[batch.indices].tolist()  # from the CPU: those of the batch would have to be waited for
+        drawn = zip(labels, batch.positions, strict=True)
         prompts = [captions.draw(data.class_names[label], rng.generator("caption", seed, p)) for label, p in drawn]
         return net.encode(prompts).to(batch.x1.device, non_blocking=True)
     return batch.y if net.num_classes is not None else None

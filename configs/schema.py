@@ -225,7 +225,7 @@ def validate(config: Config) -> None:
 
 def _validate_rectify(config: RectifyConfig) -> None:
     """What the scripts that are called would only find out after the first training."""
-    for key in ("rounds", "straightness_images", "straightness_steps", "first_pairs.n_pairs", "later_pairs.n_pairs"):
+    for key in ("rounds", "straightness_steps", "first_pairs.n_pairs", "later_pairs.n_pairs"):
         _require(config, key, lambda v: v >= 1, "at least 1")
     for key in ("first_pairs.sampling_steps", "later_pairs.sampling_steps"):
         _require(config, key, lambda v: v >= 1, "at least 1")
@@ -233,7 +233,8 @@ def _validate_rectify(config: RectifyConfig) -> None:
         _require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
     for key in ("first_pairs.inverted_share", "later_pairs.inverted_share"):
         _require(config, key, lambda v: 0 <= v <= 1, "between 0 and 1")
-    _require(config, "n_samples", lambda v: v >= 2, "at least 2")
+    for key in ("n_samples", "straightness_images"):
+        _require(config, key, lambda v: v >= 2, "at least 2")
     _require(config, "nfe", lambda v: v and all(n >= 1 for n in v) and len(set(v)) == len(v), "distinct numbers from 1")
 
 

@@ -44,7 +44,7 @@ def draw(class_name: str, generator: np.random.Generator) -> str:
 
 
 def held_out(class_name: str) -> list[str]:
-    """The class in every wording that `draw` never gives, digits also in Chinese: as many for each class of a data set."""
+    """The class in every wording that `draw` never gives, digits also in Chinese."""
     digit = _digit(class_name)
     if not digit:
         return [template.format(class_name) for template in HELD_OUT_ENGLISH]
@@ -62,8 +62,8 @@ def longest(class_names: Sequence[str]) -> int:
 
 def _digit(class_name: str) -> str | None:
     """'7' for the names '7' and '7 - seven' of digit data sets."""
-    first = class_name.split(" ")[0]
-    return first if first in _DIGITS else None
+    first, _, rest = class_name.partition(" - ")
+    return first if first in _DIGITS and rest in ("", _DIGITS[first][0]) else None
 
 
 def _words(class_name: str, generator: np.random.Generator) -> tuple[str, str | None]:

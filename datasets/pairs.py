@@ -71,7 +71,7 @@ def pairs(root: Path, path: str) -> Pairs:
 
 
 def origin(root: Path, path: str) -> dict[str, Any]:
-    """{"name": ..., "args": ...}: the real images that the flow behind the pairs was trained on."""
+    """{"name": ..., "root": ..., "args": ...}: the real images that the flow behind the pairs was trained on."""
     return read_manifest(_folder(root, path))["data"]
 
 

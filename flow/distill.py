@@ -8,6 +8,13 @@ from flow.loss import Distance, flow_matching_loss, l2
 from flow.path import LinearPath
 
 
+def euler_times(t: Tensor, steps: int = 1) -> Tensor:
+    """t [B] in [0, 1] rounded down to the times 0, 1/N, ..., (N - 1)/N that N Euler steps look at."""
+    if steps < 1 or steps != int(steps):
+        raise ValueError(f"steps={steps}: must be a whole number of at least 1")
+    return (t * steps).floor().clamp(0, steps - 1) / steps
+
+
 def distillation_loss(
     net: Callable[..., Tensor],
     path: LinearPath,
@@ -24,7 +31,4 @@ def distillation_loss(
     arXiv:2209.03003, paragraph "Distillation"). With N steps it learns what N Euler steps look at, and nothing between.
     x0 and x1 [B, ...], t [B] in [0, 1], y as in `flow_matching_loss`.
     """
-    if steps < 1 or steps != int(steps):
-        raise ValueError(f"steps={steps}: must be a whole number of at least 1")
-    t_k = (t * steps).floor().clamp(0, steps - 1) / steps
-    return flow_matching_loss(net, path, x0, x1, t_k, y, distance)
+    return flow_matching_loss(net, path, x0, x1, euler_times(t, steps), y, distance)

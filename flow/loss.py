@@ -36,7 +36,7 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.00054) -> Tensor:
 DISTANCES: dict[str, Callable[..., Tensor]] = {"l2": l2, "l1": l1, "pseudo_huber": pseudo_huber}
 
 
-def distance(name: str, **args: float) -> Distance:
+def distance(name: str, /, **args: float) -> Distance:
     """The distance of that name. Raises ValueError for an unknown name or argument and for a value out of range."""
     chosen = registry.pick("distance", DISTANCES, name, args)
     chosen(torch.zeros(1, 1), torch.zeros(1, 1))  # checks the values

@@ -1,25 +1,35 @@
 """What training minimises, by name."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from flow import registry
-from flow.distill import distillation_loss
+from flow.distill import distillation_loss, euler_times
 from flow.loss import Distance, flow_matching_loss
-from flow.path import LinearPath
-
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {"flow_matching": flow_matching_loss, "distillation": distillation_loss}
 
 
-def objective(name: str, distance: Distance, **args: float) -> Callable[..., Tensor]:
-    """objective(net, path, x0, x1, t, y) -> loss per sample [B].
+def drawn_times(t: Tensor) -> Tensor:
+    return t
 
-    Raises ValueError for an unknown name or argument and for a value out of range.
-    """
-    chosen = partial(registry.pick("objective", OBJECTIVES, name, args), distance=distance)
-    one = torch.zeros(1, 1)
-    chosen(lambda x, t, y: x, LinearPath(), one, one, torch.zeros(1))  # checks the values
-    return chosen
+
+@dataclass
+class Objective:
+    loss: Callable[..., Tensor]  # (net, path, x0, x1, t, y) -> loss per sample [B]
+    times: Callable[[Tensor], Tensor]  # t [B] as drawn -> the times [B] at which `loss` asks the network
+
+
+# name -> (loss, times); arguments of an objective are those that both take
+OBJECTIVES = {"flow_matching": (flow_matching_loss, drawn_times), "distillation": (distillation_loss, euler_times)}
+
+
+def objective(name: str, distance: Distance, /, **args: float) -> Objective:
+    """Raises ValueError for an unknown name or argument and for a value out of range."""
+    loss, times = (
+        registry.pick("objective", {known: pair[i] for known, pair in OBJECTIVES.items()}, name, args) for i in range(2)
+    )
+    times(torch.zeros(1))  # checks the values
+    return Objective(partial(loss, distance=distance), times)

@@ -34,7 +34,7 @@ def u_shaped(u: Tensor, a: float = 4.0) -> Tensor:
 LAWS: dict[str, Callable[..., Tensor]] = {"uniform": uniform, "logit_normal": logit_normal, "u_shaped": u_shaped}
 
 
-def law(name: str, **args: float) -> Callable[[Tensor], Tensor]:
+def law(name: str, /, **args: float) -> Callable[[Tensor], Tensor]:
     """The inverse distribution function of the law: u in (0, 1) -> t in [0, 1].
 
     Raises ValueError for an unknown name or argument and for a value out of range.

@@ -58,22 +58,31 @@ def main() -> None:
         if source.name == "pairs":  # a second round: the real images are those of the first
             real = origin(Path(source.root) if source.root else datasets.default_root(), **source.args)
         else:
-            real = {"name": source.name, "args": dict(source.args)}
+            real = {"name": source.name, "root": source.root, "args": dict(source.args)}
     labels = tuple(args.labels) if args.labels else None
     accelerator = runtime.start(args.mixed_precision)
     thread_note = runtime.set_threads()
     if thread_note:
         accelerator.print(thread_note)
     with runtime.blame("data"):
-        data = runtime.one_process_first(accelerator, lambda: datasets.build(real["name"], source.root, real["args"]))
-    prompts = tuple(captions.plain(name) for name in data.class_names) if net.prompt_bytes else None
-    known = tuple(range(len(data.class_names))) if net.prompt_bytes else labels
+        data = runtime.one_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
+    known, prompts = labels, None
+    if net.prompt_bytes:
+        known = labels or tuple(range(len(data.class_names)))
+        if not all(0 <= label < len(data.class_names) for label in known):
+            raise UserError(f"--labels {labels}: the data set has classes 0 to {len(data.class_names) - 1}")
+        prompts = tuple(captions.plain(data.class_names[label]) for label in known)
     settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, known, prompts)
     with runtime.blame("make_pairs"):
         check(settings, net)
+        if data.image_shape != snap.image_shape:
+            raise ValueError(f"the data set has images of {data.image_shape}, the network makes {snap.image_shape}")
         inverted = round(args.inverted_share * args.n_pairs)
-        if inverted > len(data):
-            raise ValueError(f"--inverted_share {args.inverted_share}: {inverted} pairs of {len(data)} real images; use less")
+        real_ones = invertible(data, labels, args.seed)
+        if inverted > len(real_ones):
+            raise ValueError(
+                f"--inverted_share {args.inverted_share}: {inverted} pairs of {len(real_ones)} real images; use less"
+            )
 
     manifest = {
         "weights_sha256": files.sha256(snap.path),
@@ -96,7 +105,7 @@ def main() -> None:
         claim(args.save_dir, manifest)
     accelerator.wait_for_everyone()
     net.to(accelerator.device).eval()
-    make = partial(make_shard, accelerator, net, data, settings, args.bspp)
+    make = partial(make_shard, accelerator, net, data, real_ones, settings, args.bspp)
     mine = shards(manifest)[accelerator.process_index :: accelerator.num_processes]
     made = 0
     with runtime.progress(accelerator, sum(len(s.indices) for s in mine), "pairs (of this process)") as bar:
@@ -121,26 +130,40 @@ def claim(save_dir: Path, manifest: dict) -> None:
         with runtime.blame("--save_dir"):
             theirs = read_manifest(save_dir)
         for key, value in manifest.items():
-            if theirs.get(key) != value:
+            before = theirs.get(key)
+            if key == "data":  # where the real images lie may change
+                before, value = ({k: v for k, v in d.items() if k != "root"} for d in (before, value))
+            if before != value:
                 raise UserError(
-                    f"--save_dir {save_dir}: holds pairs of another run ({key} {theirs.get(key)}, now {value}); "
-                    "name another folder"
+                    f"--save_dir {save_dir}: holds pairs of another run ({key} {before}, now {value}); name another folder"
                 )
         files.remove_unfinished(save_dir)
     elif save_dir.exists() and not files.holds_nothing(save_dir):
         raise UserError(f"--save_dir {save_dir}: exists and was not written by make_pairs; name another folder")
     else:
+        files.remove_unfinished(save_dir)
         files.write_text(save_dir / MANIFEST, json.dumps(manifest, indent=1))
 
 
+def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:
+    """The real images of these classes in the order, given by the seed, in which they are inverted."""
+    order = rng.generator("inverted", seed).permutation(len(data)).tolist()
+    return order if labels is None else [k for k in order if int(data.labels[k]) in labels]
+
+
 def make_shard(
-    accelerator: Accelerator, net: nn.Module, data, settings: SamplerSettings, batch_size: int, shard: Shard, bar
-) -> dict[str, Tensor]:
+    accelerator: Accelerator, net: nn.Module, data, real_ones: list[int], settings: SamplerSettings, batch_size: int,
+    shard: Shard, bar,
+) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one shard."""
     parts: dict[str, list[Tensor]] = {}
-    make = invert_batch if shard.inverted else generate_batch
     for batch in batches(shard.indices, batch_size):
-        for name, tensor in make(accelerator, net, data, settings, batch).items():
+        if shard.inverted:
+            chosen = real_ones[batch.start : batch.stop]
+            made = invert_batch(accelerator, net, data, settings, batch, chosen)
+        else:
+            made = generate_batch(accelerator, net, data, settings, batch)
+        for name, tensor in made.items():
             parts.setdefault(name, []).append(tensor)
         bar.update(len(batch))
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -156,14 +179,15 @@ def generate_batch(
 
 
 @torch.inference_mode()
-def invert_batch(accelerator: Accelerator, net: nn.Module, data, settings: SamplerSettings, batch: range) -> dict[str, Tensor]:
-    """images, labels and float16 noise of real images: the ones at these places of an order that the seed gives.
+def invert_batch(
+    accelerator: Accelerator, net: nn.Module, data, settings: SamplerSettings, batch: range, chosen: list[int]
+) -> dict[str, Tensor]:
+    """images, labels and float16 noise of the real images `chosen`, which become the inverted pairs `batch`.
 
     Inverted with the image's own label and without guidance, which a flow cannot be solved backwards with.
     """
-    order = rng.generator("inverted", settings.seed).permutation(len(data))[batch.start : batch.stop]
     with runtime.blame("data"):
-        pixels, labels = zip(*(data[int(k)] for k in order), strict=True)
+        pixels, labels = zip(*(data[k] for k in chosen), strict=True)
     x1 = torch.stack(pixels).float() / 127.5 - 1
     y = torch.tensor(labels)
     unguided = SamplerSettings(settings.method, settings.steps, 1.0, settings.seed, tuple(labels), prompts=None)

@@ -17,11 +17,12 @@ from torch import nn
 import models
 from configs import schema
 from configs.schema import Config, RectifyConfig, RoundConfig, UserError
-from flow import prior
+from flow import prior, solvers
 from flow.engine import cli, files, images, runtime, snapshot
 from flow.engine.commands import run_command, train_arguments
 from flow.engine.generate import SamplerSettings, generate, solver_state, velocity_of
 from flow.evaluation import plots, table
+from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.straightness import straightness
 
 EXAMPLES = """\
@@ -43,9 +44,7 @@ def main() -> None:
     args = parse_args()
     cfg = schema.load(args.config, args.overrides, kind=RectifyConfig)
     stages = {path: schema.load(path) for path in (cfg.first, cfg.reflow, cfg.distill)}
-    for path in (cfg.reflow, cfg.distill):
-        if stages[path].flow.coupling != "given":
-            raise UserError(f"{path}: flow.coupling={stages[path].flow.coupling}: must be given, as it trains on pairs")
+    check_stages(cfg, stages)
     folder = Path(cfg.folder)
     names = [*(f"{k}-rf" for k in range(1, cfg.rounds + 1)), "distilled"]
     precision = ["-mp", stages[cfg.first].train.mixed_precision]
@@ -77,6 +76,27 @@ def main() -> None:
     print(f"this call took {(time.perf_counter() - started) / 60:.0f} min")
 
 
+def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
+    """Raises UserError for what would otherwise come out after hours, in the middle of the chain."""
+    first = stages[cfg.first].model
+    for path in (cfg.reflow, cfg.distill):
+        if stages[path].flow.coupling != "given":
+            raise UserError(f"{path}: flow.coupling={stages[path].flow.coupling}: must be given, as it trains on pairs")
+        if stages[path].model != first:
+            raise UserError(f"{path}: model: must be that of {cfg.first}, from whose weights it starts")
+    if first.args.get("prompt_bytes"):
+        raise UserError(f"{cfg.first}: model.args.prompt_bytes: the chain is for networks with labels or without any")
+    for key in ("first_pairs", "later_pairs"):
+        asked = schema.get(cfg, key)
+        with runtime.blame(f"{key}.sampling_method"):
+            solvers.check(asked.sampling_method)
+        if asked.guidance_scale != 1 and not first.args.get("num_classes"):
+            raise UserError(f"{key}.guidance_scale={asked.guidance_scale}: needs labels (model.args.num_classes)")
+    if cfg.feature_extractor not in FEATURE_EXTRACTORS_REGISTRY:
+        known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
+        raise UserError(f"feature_extractor={cfg.feature_extractor}: unknown; choose one of {known}")
+
+
 def pair_arguments(teacher: Path, save_dir: Path, asked: RoundConfig, seed: int) -> list[str]:
     """Of make_pairs; each round has noise of its own."""
     return [
@@ -106,7 +126,9 @@ def compare(
         pictures.append([panel(accelerator, net, snap.image_shape, n, scale) for n in nfes])
         bar.update()
     bar.close()
-    entries = table.aggregate(table.read_rows(folder / "evaluation"))
+    found = table.read_rows(folder / "evaluation")
+    found = [r for r in found if r["n"] == cfg.n_samples and r["identity"]["extractor"][0] == cfg.feature_extractor]
+    entries = table.aggregate([r for r in found if r["steps"] in cfg.nfe])
     distance = next(name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-")))
     shown = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
     text = table.by_nfe(entries, shown, titles, {"straightness": straight})

@@ -13,7 +13,7 @@ from conftest import REPOSITORY, succeed
 from PIL import Image
 from safetensors.torch import load_file
 
-from flow.engine import snapshot
+from flow.engine import checkpoint, snapshot
 from flow.evaluation import table
 
 STAGE = {
@@ -93,7 +93,34 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
     assert "unknown key 'round'. Did you mean 'rounds'?" in error(*command, "round=3")
     assert "rounds=0: must be at least 1" in error(*command, "rounds=0")
     assert "flow.coupling=independent: must be given" in error(*command, "reflow=configs/digits.yaml")
+    assert "first_pairs.sampling_method: 'hen' is not a solver" in error(*command, "first_pairs.sampling_method=hen")
+    assert "feature_extractor=mnst: unknown; choose one of" in error(*command, "feature_extractor=mnst")
+    assert "model: must be that of" in error(*command, "reflow=configs/mnist_reflow.yaml")
     assert not (tmp_path / "never").exists()
+
+
+def test_sigterm_lets_the_step_save_and_ends(tmp_path, config):
+    """The training that is under way writes its checkpoint; nothing is left running."""
+    folder = tmp_path / "stopped"
+    first = yaml.safe_load((config.parent / "first.yaml").read_text())
+    first["train"] |= {"steps": 100_000, "checkpoint_every_steps": 0}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(first))
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.rectify",
+        "-c",
+        str(config),
+        f"folder={folder}",
+        f"first={tmp_path / 'long.yaml'}",
+    ]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "FLOW_NUM_THREADS": "1"})
+    while not (folder / "1-rf" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert checkpoint.all_of(folder / "1-rf" / "checkpoints")
 
 
 @pytest.mark.slow

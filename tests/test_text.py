@@ -60,6 +60,11 @@ def test_dropping_makes_the_empty_prompt(net):
     assert 0 < empty.sum() < 8 and torch.equal(dropped[~empty], tokens[~empty])
 
 
+def test_only_digits_are_read_as_digits():
+    assert captions.plain("7 - seven") == captions.plain("7") == "a handwritten seven"
+    assert captions.plain("7 series") == "a picture of 7 series"
+
+
 @pytest.mark.parametrize("names", [NAMES, MNIST_NAMES, ("ship", "frog")])
 def test_captions_name_their_class_and_never_a_held_out_wording(names):
     generator = np.random.default_rng(0)
@@ -83,12 +88,13 @@ def test_training_and_prompting(tmp_path):
     arguments = ["-c", config, *(a for a in TINY_TRAIN[2:] if not a.startswith("model.args"))]
     succeed("train.py", *arguments, "-e", run)
     sample = ["sample.py", "--weights", run, "--n_samples", "6", "--save_dir", out, "--sampling_steps", "2"]
-    succeed(*sample, "--prompts", "a handwritten three", "数字7", "--guidance_scale", "2", "--grid_by_class")
+    succeed(*sample, "--prompts", "a handwritten three", "数字7", "--guidance_scale", "2", "--grid_by_class", "-mp", "bf16")
     assert len(list((out / "images").iterdir())) == 6
     assert "reads prompts (of at most 48 bytes): give some with --prompts" in fail(*sample)
     assert "has 60 bytes, this network reads at most 48" in fail(*sample, "--prompts", "x" * 60)
     evaluate = ["evaluate.py", "--weights", run, "--sampling_steps", "1", "--n_samples", "60", "--metrics", "accuracy", "fid"]
     result = succeed(*evaluate, "--feature_extractor", "digits", "--captions", "held_out", "--out", tmp_path / "table")
     assert "accuracy" in result.stdout
+    assert "| captions |" in result.stdout and "held_out" in result.stdout
     line = fail("train.py", *arguments, "model.args.prompt_bytes=10", "-e", tmp_path / "short")
     assert "model.args.prompt_bytes=10: captions have up to" in line

@@ -145,6 +145,15 @@ def test_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, uninterrup
     assert_same_state(run, uninterrupted)
 
 
+def test_a_kill_between_checkpoint_and_snapshot_loses_neither(tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    lost = snapshot.find(run)
+    lost.unlink()
+    succeed("train.py", "-e", run, "-r", "latest")
+    assert lost.read_bytes() == snapshot.find(uninterrupted).read_bytes()
+
+
 def test_run_folder_holds_what_the_design_promises(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     assert {"config.yaml", "environment.json", "log.txt", "metrics.jsonl", "samples", "checkpoints", "snapshots"} <= names

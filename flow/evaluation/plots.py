@@ -24,10 +24,11 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     if len(drawn) < 2:
         return
     lines: dict[str, list[dict]] = {}
-    several = {key: len({e[key] for e in drawn}) > 1 for key in ("weights", "guidance_scale")}
+    several = {key: len({e[key] for e in drawn}) > 1 for key in ("weights", "captions", "guidance_scale")}
     for e in drawn:
         label = e["method"]
         label += f", guidance {e['guidance_scale']:g}" if several["guidance_scale"] else ""
+        label += f", {e['captions']} captions" if several["captions"] else ""
         label = f"{e['weights']}: {label}" if several["weights"] else label
         lines.setdefault(label, []).append(e)
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 # What a row is about, in the order of the columns; rows that agree in these are repetitions of one measurement.
-SUBJECT = ("weights", "method", "steps", "NFE", "forwards", "guidance_scale", "n", "reference")
+SUBJECT = ("weights", "captions", "method", "steps", "NFE", "forwards", "guidance_scale", "n", "reference")
 
 
 def append_row(folder: Path, row: dict) -> None:
@@ -86,7 +86,8 @@ def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra
     """
     found = {}
     for e in entries:
-        found[f"{e['weights']}, {e['guidance_scale'] or 1:g}", e["NFE"]] = e["metrics"]
+        scale = 1 if e["guidance_scale"] is None else e["guidance_scale"]
+        found[f"{e['weights']}, {scale:g}", e["NFE"]] = e["metrics"]
     nfe = sorted({key[1] for key in found})
     lines = [["model", *(f"NFE {n}" for n in nfe), *extra]]
     for key, name in names.items():
