@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flow import loss, solvers, time_sampler
-from flow.distill import distillation_loss
+from flow.distill import distillation_loss, euler_times
 from flow.inversion import START, invert
 from flow.objective import objective
 from flow.path import LinearPath
@@ -46,6 +46,7 @@ def test_distances():
         (lambda: loss.distance("pseudo_huber", name=3), "pseudo_huber has no argument 'name'; it takes c"),
         (lambda: objective("distil", loss.l2), "'distil' is no objective; choose one of flow_matching, distillation"),
         (lambda: objective("distillation", loss.l2, steps=0), "steps=0: must be a whole number of at least 1"),
+        (lambda: objective("distillation", loss.l2, flow_share=1), "flow_share=1: must be 0 or more and less than 1"),
         (lambda: objective("distillation", loss.l2, steps=1.5), "steps=1.5: must be a whole number"),
     ],
 )
@@ -68,6 +69,13 @@ def test_distillation_looks_at_the_times_of_euler_steps(steps, expected):
     assert at.tolist() == expected
     assert torch.allclose(x, LinearPath().interpolate(x0, x1, torch.tensor(expected)))
     assert torch.allclose(losses, (x1 - x0).square().mean(1))
+
+
+def test_a_share_of_distillation_stays_flow_matching():
+    t = euler_times((torch.arange(1000) + 0.5) / 1000, 2, 0.4)
+    between = t[:400]
+    assert torch.allclose(between, (torch.arange(400) + 0.5) / 400)
+    assert t[400:700].unique().tolist() == [0.0] and t[700:].unique().tolist() == [0.5]
 
 
 def test_straightness():

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 # What a row is about, in the order of the columns; rows that agree in these are repetitions of one measurement.
@@ -111,7 +112,7 @@ def _cell(name: str, mean: float, spread: float) -> str:
 def _markdown(lines: list[list[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal; text to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    numeric = [all(line[i][:1].isdigit() or line[i][:1] in ("", "-") for line in lines[1:]) for i in range(len(widths))]
+    numeric = [all(re.fullmatch(r"[-\d.±/ ]*|nan", line[i]) for line in lines[1:]) for i in range(len(widths))]
     rule = ["-" * (w - 1) + (":" if right else "-") for w, right in zip(widths, numeric, strict=True)]
     rows = []
     for line in [lines[0], rule, *lines[1:]]:
