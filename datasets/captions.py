@@ -19,9 +19,10 @@ _DIGITS = {
     "0": ("zero", "零"), "1": ("one", "一"), "2": ("two", "二"), "3": ("three", "三"), "4": ("four", "四"),
     "5": ("five", "五"), "6": ("six", "六"), "7": ("seven", "七"), "8": ("eight", "八"), "9": ("nine", "九"),
 }  # fmt: skip
-_LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-_FILLER_LETTERS = 7
-_FILLED = 0.3  # share of captions whose word stands among random ones: it has to be found, not its place
+_FILLED = 0.5  # share of captions whose word stands among random ones: it has to be found, not its place
+_FILLED_BYTES = 44  # of such a caption at most
+_LETTERS = np.array([*"abcdefghijklmnopqrstuvwxyz", *5 * " "])  # words of six letters or so
+_HAN = range(0x4E00, 0x9FA6)  # CJK unified ideographs
 
 
 def plain(class_name: str) -> str:
@@ -34,10 +35,10 @@ def draw(class_name: str, generator: np.random.Generator) -> str:
     """A caption for training."""
     digit = _digit(class_name)
     word, chinese = _words(class_name, generator)
+    in_chinese = chinese is not None and generator.random() < 0.3
     if generator.random() < _FILLED:
-        before, after = (" ".join(_filler(generator) for _ in range(generator.integers(3))) for _ in range(2))
-        return " ".join(part for part in (before, word, after) if part)
-    if chinese and generator.random() < 0.3:
+        return _among_random_words(chinese if in_chinese else word, in_chinese, generator)
+    if in_chinese:
         return CHINESE[generator.integers(len(CHINESE))].format(chinese)
     templates = ENGLISH + ENGLISH_DIGIT if digit else ENGLISH
     return templates[generator.integers(len(templates))].format(word)
@@ -55,9 +56,8 @@ def held_out(class_name: str) -> list[str]:
 def longest(class_names: Sequence[str]) -> int:
     """Bytes of the longest caption that `draw`, `plain` or `held_out` can give."""
     fixed = (*ENGLISH, *ENGLISH_DIGIT, *HELD_OUT_ENGLISH, *CHINESE, *HELD_OUT_CHINESE, "a picture of {}")
-    filled = "{}" + " " * 4 * (_FILLER_LETTERS + 1)
     words = [word for name in class_names for word in (_DIGITS[_digit(name)] if _digit(name) else (name,))]
-    return max(len(template.format(word).encode()) for template in (*fixed, filled) for word in words)
+    return max(_FILLED_BYTES, *(len(template.format(word).encode()) for template in fixed for word in words))
 
 
 def _digit(class_name: str) -> str | None:
@@ -74,5 +74,15 @@ def _words(class_name: str, generator: np.random.Generator) -> tuple[str, str | 
     return (digit if generator.random() < 0.25 else english), (digit if generator.random() < 0.5 else chinese)
 
 
-def _filler(generator: np.random.Generator) -> str:
-    return "".join(_LETTERS[generator.integers(26, size=generator.integers(1, _FILLER_LETTERS + 1))])
+def _among_random_words(word: str, in_chinese: bool, generator: np.random.Generator) -> str:
+    """The word at a random place of a sentence of random characters, of at most _FILLED_BYTES bytes."""
+    room = max(0, _FILLED_BYTES - len(word.encode()) - 2)
+    count = generator.integers(room // (3 if in_chinese else 1) + 1)
+    before = generator.integers(count + 1)
+    if in_chinese:
+        digits = {chinese for _, chinese in _DIGITS.values()}
+        drawn = (chr(code) for code in generator.integers(_HAN.start, _HAN.stop, size=count))
+        filler = "".join(character for character in drawn if character not in digits)
+        return filler[:before] + word + filler[before:]
+    filler = "".join(_LETTERS[generator.integers(len(_LETTERS), size=count)])
+    return " ".join(" ".join((filler[:before], word, filler[before:])).split())

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PADDING = 0  # also the null condition: the empty prompt is all padding
@@ -25,20 +26,23 @@ def encode(prompts: Sequence[str], limit: int) -> Tensor:
 class TextEncoder(nn.Module):
     """Tokens int64 [B, L] -> states [B, 1 + L, width] and a mask bool [B, 1 + L], true where there is something to attend to.
 
-    A pre-norm transformer (Xiong et al. 2020, arXiv:2002.04745). State 0 belongs to a start token that stands before every
+    A convolution over seven bytes, which knows a word wherever it stands, then a pre-norm transformer (Xiong et al. 2020,
+    arXiv:2002.04745). State 0 belongs to a start token that stands before every
     prompt: the summary of the text, and all that is left of an empty one.
     """
 
     def __init__(self, limit: int, width: int, layers: int = 2, heads: int = 4):
         super().__init__()
         self.bytes = nn.Embedding(257, width)
+        self.local = nn.Conv1d(width, width, 7, padding=3)
         self.positions = nn.Parameter(0.02 * torch.randn(limit, width))
         self.start = nn.Parameter(0.02 * torch.randn(width))
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.bytes(tokens) + self.positions
+        h = self.bytes(tokens)
+        h = h + F.gelu(self.local(h.transpose(1, 2))).transpose(1, 2) + self.positions
         h = torch.cat([self.start.expand(len(h), 1, -1), h], dim=1)
         mask = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens != PADDING], dim=1)
         return self.layers(h, src_key_padding_mask=~mask), mask

@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 matplotlib.use("Agg")
 
@@ -64,6 +64,7 @@ def loss_curves(path: Path, curves: dict[str, tuple[list[float], list[float]]], 
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("optimizer steps" if against == "step" else "training images")
     axes.set_ylabel("training loss")
