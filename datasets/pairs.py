@@ -80,9 +80,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"path={folder}: holds no pairs ({MANIFEST} is not there); make some with scripts.make_pairs")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"path={file}: damaged ({error})") from None
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        missing = {"seed", "generated", "inverted", "shard_pairs", "class_names", "data"} - manifest.keys()
+        if missing or not {"name", "root", "args"} <= manifest["data"].keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'name, root and args of data'}")
+        return manifest
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"path={file}: not a manifest of pairs ({error})") from None
 
 
 def shards(manifest: dict[str, Any]) -> list[Shard]:

@@ -159,7 +159,14 @@ def test_results_cut_off_by_a_crash_are_read_up_to_there(tmp_path):
 
 
 def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
-    entry = {"weights": "w", "method": "euler", "guidance_scale": 1.0, "NFE": 2, "metrics": {"FID": (4.0, math.nan)}}
+    entry = {
+        "weights": "w",
+        "captions": None,
+        "method": "euler",
+        "guidance_scale": 1.0,
+        "NFE": 2,
+        "metrics": {"FID": (4.0, math.nan)},
+    }
     plots.distance_against_nfe(tmp_path / "one.png", [entry])
     assert not (tmp_path / "one.png").exists()
     plots.distance_against_nfe(tmp_path / "two.png", [entry, {**entry, "NFE": 4}])

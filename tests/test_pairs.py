@@ -98,6 +98,13 @@ def test_missing_and_damaged_shards_are_named_and_made_again_alone(tmp_path, fol
     assert touched == {"inverted_00000.safetensors"}  # and the one that was not there
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"seed": 1}', '{"data": {"name": "mnist"}}'])
+def test_a_manifest_of_something_else(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="not a manifest of pairs"):
+        datasets.build("pairs", None, {"path": str(tmp_path)})
+
+
 def test_two_processes_write_the_same_bytes(tmp_path, folder, tiny_run):
     out = tmp_path / "two"
     succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", out, *ARGUMENTS, processes=2)
