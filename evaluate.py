@@ -23,7 +23,7 @@ from configs import schema
 from configs.schema import Config, UserError
 from datasets import captions
 from datasets.pairs import origin
-from flow.engine import cli, files, runtime, snapshot
+from flow.engine import cli, files, runtime, snapshot, tuned_grids
 from flow.engine.generate import SamplerSettings, check, generate, labels_of, share
 from flow.evaluation import metrics, plots, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
@@ -43,6 +43,7 @@ def parse_args():
     parser.add_argument("--samples", type=Path, metavar="DIR", help="score this folder of images, no weights needed")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["euler"], help="solvers (default: euler)")
     parser.add_argument("--sampling_steps", nargs="+", type=cli.at_least(1), default=[100], help="(default: 100)")
+    cli.add_solver_flags(parser)
     parser.add_argument("--guidance_scale", nargs="+", type=cli.scale, default=[1.0], help="(default: 1, off)")
     parser.add_argument("--labels", type=int, nargs="+", help="classes, one image after the other (default: all)")
     parser.add_argument(
@@ -81,11 +82,22 @@ def main() -> None:
 def score_weights(args, accelerator: Accelerator) -> None:
     """A row for each method x steps x guidance scale x range of images."""
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    net = snap.network(models.build)
+    model = snap.model(models.build)
+    net = model.net
     net.to(accelerator.device)
     labels, prompts = asked_for(args, accelerator, snap.config, net)
     plan = [
-        SamplerSettings(method, steps, scale, args.seed, labels, prompts)
+        SamplerSettings(
+            method,
+            steps,
+            scale,
+            args.seed,
+            labels,
+            prompts,
+            args.grid,
+            tuned_grids.load(snap.path, method, steps) if args.grid == "tuned" else None,
+            cli.solver_options(args, method, args.methods),
+        )
         for scale in args.guidance_scale
         for method in args.methods
         for steps in args.sampling_steps
@@ -101,6 +113,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
         "seed": args.seed,
         "labels": labels,
         "prompts": prompts,
+        "grid": args.grid,
         "mixed_precision": args.mixed_precision,
     }
 
@@ -112,7 +125,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
 
         def stream() -> Iterator[tuple[range, Tensor]]:
             nonlocal cost
-            for result in generate(accelerator, net, snap.image_shape, share(accelerator, indices, args.bspp), settings):
+            for result in generate(accelerator, model, snap.image_shape, share(accelerator, indices, args.bspp), settings):
                 cost = result.nfe, result.forwards
                 yield result.indices, result.images
                 bar.update(len(result.indices))

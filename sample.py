@@ -16,7 +16,7 @@ import torch
 import models
 from configs import schema
 from configs.schema import UserError
-from flow.engine import cli, files, images, runtime, snapshot
+from flow.engine import cli, files, images, runtime, snapshot, tuned_grids
 from flow.engine.generate import SamplerSettings, check, generate, labels_of, share
 from flow.solvers import METHODS
 
@@ -38,6 +38,7 @@ def parse_args():
     parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument("--sampling_method", choices=METHODS, default="euler", help="solver (default: euler)")
     parser.add_argument("--sampling_steps", type=cli.at_least(1), default=100, help="steps of the solver (default: 100)")
+    cli.add_solver_flags(parser)
     parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
     parser.add_argument("--labels", type=int, nargs="+", help="classes, one image after the other (default: all)")
@@ -52,10 +53,16 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    net = snap.network(models.build)
+    model = snap.model(models.build)
+    net = model.net
     labels = tuple(args.labels) if args.labels else None
     prompts = tuple(args.prompts) if args.prompts else None
-    settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, labels, prompts)
+    method = args.sampling_method
+    settings = SamplerSettings(
+        method, args.sampling_steps, args.guidance_scale, args.seed, labels, prompts, args.grid,
+        tuned_grids.load(snap.path, method, args.sampling_steps) if args.grid == "tuned" else None,
+        cli.solver_options(args, method, [method]),
+    )  # fmt: skip
     with runtime.blame("sample"):
         check(settings, net)
         if args.grid_by_class and not (settings.prompts or net.num_classes):
@@ -81,7 +88,7 @@ def main() -> None:
         bar.update(len(batch) if done else 0)
         return done
 
-    generated = generate(accelerator, net, snap.image_shape, (b for b in mine if not finished(b)), settings)
+    generated = generate(accelerator, model, snap.image_shape, (b for b in mine if not finished(b)), settings)
     nfe = None
     with ThreadPoolExecutor(max_workers=4) as pool:  # encodes while the next batch is computed
         for result in generated:

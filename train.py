@@ -25,7 +25,6 @@ from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Tracker
 from flow.guidance import drop_labels
 from flow.objective import objective
-from flow.path import LinearPath
 
 EXAMPLES = """\
   accelerate-launch train.py -c configs/mnist.yaml
@@ -67,8 +66,9 @@ def main() -> None:
     with runtime.blame("flow.distance"):
         distance = loss.distance(cfg.flow.distance, **cfg.flow.distance_args)
     with runtime.blame("flow.objective"):
-        training = objective(cfg.flow.objective, distance, **cfg.flow.objective_args)
-    pairing = pairing_of(cfg, data)
+        training = objective(cfg.flow.objective, distance, cfg.flow.prediction, **cfg.flow.objective_args)
+    flow_model = snapshot.flow_model(net, cfg)
+    path = flow_model.path
     with runtime.blame("preview"):
         preview_settings = SamplerSettings(
             cfg.preview.sampling_method, cfg.preview.sampling_steps, cfg.preview.guidance_scale, cfg.preview.seed,
@@ -86,6 +86,7 @@ def main() -> None:
         horizontal_flip=cfg.data.horizontal_flip,
         num_workers=cfg.data.num_workers,
     )
+    pairing = pairing_of(cfg, data, loader.micro)
     checkpoints = run_dir / "checkpoints"
     found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
     if cfg.train.init_from and not found:
@@ -105,7 +106,6 @@ def main() -> None:
     half_lives = schema.half_lives(cfg)
     ema = Ema(net, half_lives, cfg.ema.warmup_ratio)
     meter = Meter(device)
-    path = LinearPath()
 
     # Where to begin: at step 0 in a new folder, or where a checkpoint left off.
     step, updates = 0, 0  # updates: steps less those that fp16 loss scaling skipped
@@ -151,7 +151,7 @@ def main() -> None:
                 group["lr"] = learning_rate(cfg.optimizer, updates, cfg.train.steps)
             t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
             for number, batch in enumerate(micro_batches, start=1):
-                x0 = pairing.noise(batch.positions, batch.indices).to(device, non_blocking=True)
+                x0 = pairing.noise(batch.positions, batch.indices, batch.x1, batch.y).to(device, non_blocking=True)
                 t = t_global[batch.rows].to(device, non_blocking=True)
                 y = condition(net, data, batch, cfg.seed)
                 if y is not None:
@@ -186,9 +186,9 @@ def main() -> None:
             if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
                 newest = save_checkpoint()
             if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
-                with ema.applied() as averaged:
+                with ema.applied():
                     write_preview(
-                        accelerator, averaged, data.image_shape, preview_settings, cfg.preview.n_samples,
+                        accelerator, flow_model, data.image_shape, preview_settings, cfg.preview.n_samples,
                         run_dir / "samples" / f"step_{step:08d}.png",
                     )  # fmt: skip
                 model.train()
@@ -216,15 +216,18 @@ def condition(net: torch.nn.Module, data, batch: MicroBatch, seed: int) -> torch
     return batch.y if net.num_classes is not None else None
 
 
-def pairing_of(cfg: Config, data) -> coupling.Independent | coupling.Given:
+def pairing_of(cfg: Config, data, rows: int) -> coupling.Coupling:
     """The coupling of noise and images that flow.coupling names."""
     if (cfg.flow.coupling == "given") != (cfg.data.name == "pairs"):
         raise UserError(f"flow.coupling={cfg.flow.coupling}: given and data.name=pairs need each other")
-    if cfg.flow.coupling == "independent":
-        return coupling.Independent(cfg.seed, data.image_shape)
-    if cfg.data.horizontal_flip:
-        raise UserError("data.horizontal_flip=true: a mirrored image is not what its noise was turned into; set it to false")
-    return coupling.Given(data.seed, data.generated, data.noise, data.image_shape)
+    with runtime.blame("flow.coupling_args"):
+        if cfg.flow.coupling != "given":
+            return coupling.build(cfg.flow.coupling, cfg.seed, data.image_shape, rows, cfg.flow.coupling_args)
+        if cfg.data.horizontal_flip:
+            raise UserError(
+                "data.horizontal_flip=true: a mirrored image is not what its noise was turned into; set it to false"
+            )
+        return coupling.Given(data.seed, data.generated, data.noise, data.image_shape, **cfg.flow.coupling_args)
 
 
 def check_conditions(cfg: Config, data, net: torch.nn.Module) -> None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
-COUPLINGS = ("independent", "given")
+COUPLINGS = ("independent", "ot", "given")
 SCHEDULES = ("constant", "linear", "cosine")
 
 _AT_LEAST_ONE = (
@@ -57,7 +57,10 @@ class ModelConfig:
 
 @dataclass
 class FlowConfig:
-    coupling: str = "independent"  # independent | given: each image with the noise it was made from (data.name=pairs)
+    path: str = "linear"  # a key of flow.path.PATHS
+    prediction: str = "velocity"  # what the network says: velocity | data | noise
+    coupling: str = "independent"  # independent | ot | given: each image with its noise (data.name=pairs)
+    coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
     objective: str = "flow_matching"  # a key of flow.objective.OBJECTIVES: what training minimises
     objective_args: dict[str, Any] = field(default_factory=dict)  # arguments of the objective
     distance: str = "l2"  # a key of flow.loss.DISTANCES: between velocities

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flow.loss import Distance, flow_matching_loss, l2
-from flow.path import LinearPath
+from flow.path import Path
 
 
 def euler_times(t: Tensor, steps: int = 1, flow_share: float = 0.0) -> Tensor:
@@ -25,12 +25,13 @@ def euler_times(t: Tensor, steps: int = 1, flow_share: float = 0.0) -> Tensor:
 
 def distillation_loss(
     net: Callable[..., Tensor],
-    path: LinearPath,
+    path: Path,
     x0: Tensor,
     x1: Tensor,
     t: Tensor,
     y: Tensor | None = None,
     distance: Distance = l2,
+    prediction: str = "velocity",
     steps: int = 1,
     flow_share: float = 0.0,
 ) -> Tensor:
@@ -41,4 +42,4 @@ def distillation_loss(
     between, unless a share of uniform t goes to flow matching at all times. x0 and x1 [B, ...], t [B] in [0, 1], y as in
     `flow_matching_loss`. Raises ValueError for steps or a share out of range.
     """
-    return flow_matching_loss(net, path, x0, x1, euler_times(t, steps, flow_share), y, distance)
+    return flow_matching_loss(net, path, x0, x1, euler_times(t, steps, flow_share), y, distance, prediction)

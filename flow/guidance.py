@@ -1,11 +1,15 @@
 """Labels or prompts: dropped per sample in training, guided towards in sampling. `net.null` stands for none."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flow import rng
+from flow.path import LinearPath, Path
+
+FIRST_NOISE_TIME = 0.01
 
 
 def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, probability: float, null: int) -> Tensor:
@@ -19,34 +23,65 @@ def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, p
     return torch.where(dropped.view(-1, *[1] * (y.dim() - 1)), null, y)
 
 
+@dataclass
+class FlowModel:
+    """A network and what has to be known to make velocities of it."""
+
+    net: nn.Module
+    path: Path  # of its training
+    prediction: str = "velocity"  # one of path.PREDICTIONS
+
+
 class GuidedVelocity:
-    """A network as the `velocity(x, t)` of a solver, with classifier-free guidance: v_u + w (v_c - v_u).
+    """A network as the `velocity(x, t)` of a solver, on the linear path, with classifier-free guidance: v_u + w (v_c - v_u).
 
     That is Ho & Salimans 2022 (arXiv:2207.12598, eq. 6) for velocities, with scale w = 1 + their w: w = 1 is off, w = 0
     ignores the labels. Both halves go through the network as one batch. `forwards` counts network evaluations per image.
+
+    A network of another path or prediction is asked at the point of its own path that corresponds to (x, t), see
+    `flow/path.py`; its answer becomes x1 - x0. Guidance there and guidance here are the same, as the two are affine.
     """
 
-    def __init__(self, net: Callable[..., Tensor], y: Tensor | None = None, null: int | None = None, scale: float = 1.0):
-        """y: labels [B], tokens [B, L] or None for an unconditional network; `null` is needed where y is given."""
-        self.net, self.y, self.null, self.scale = net, y, null, scale
+    def __init__(
+        self,
+        model: FlowModel | Callable[..., Tensor],
+        y: Tensor | None = None,
+        null: int | None = None,
+        scale: float = 1.0,
+    ):
+        """model: with a bare network the path is linear and the prediction the velocity. y: labels [B], tokens [B, L] or None
+        for an unconditional network; `null` is needed where y is given."""
+        model = model if isinstance(model, FlowModel) else FlowModel(model, LinearPath())
+        self.net, self.path, self.prediction = model.net, model.path, model.prediction
+        self.y, self.null, self.scale = y, null, scale
         self.forwards = 0
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Velocity [B, ...] in the dtype of x [B, ...] at the time t in [0, 1]; the network computes in float32 or less."""
-        x32 = x.float()
-        if self.y is None:
-            v = self._forward(x32, t, None)
-        elif self.scale == 1:
-            v = self._forward(x32, t, self.y)
-        elif self.scale == 0:
-            v = self._forward(x32, t, torch.full_like(self.y, self.null))
-        else:
-            labels = torch.cat([self.y, torch.full_like(self.y, self.null)])
-            v_c, v_u = self._forward(torch.cat([x32, x32]), t, labels).chunk(2)
-            v = v_u + self.scale * (v_c - v_u)
-            self.forwards += 1
+        """Velocity [B, ...] in the dtype of x [B, ...] at the time t in [0, 1); the network computes in float32 or less."""
+        if isinstance(self.path, LinearPath) and self.prediction == "velocity":
+            return self._guided(x.float(), t).to(x.dtype)
+        # where alpha is 0 the noise says nothing about the data: a network that predicts noise is asked a little later
+        own = max(self.path.time_of(t), FIRST_NOISE_TIME if self.prediction == "noise" else 0.0)
+        times = torch.full((len(x),), own, device=x.device, dtype=x.dtype)
+        alpha, sigma, *_ = self.path.coefficients(times[:1])
+        point = x * (alpha + sigma).view(-1, *[1] * (x.dim() - 1))
+        answer = self._guided(point.float(), own).to(x.dtype)
+        x0, x1 = self.path.endpoints(point, times, answer, self.prediction)
+        return x1 - x0
+
+    def _guided(self, x: Tensor, t: float) -> Tensor:
+        """What the network says at x, float32, at its own time t."""
         self.forwards += 1
-        return v.to(x.dtype)
+        if self.y is None:
+            return self._forward(x, t, None)
+        if self.scale == 1:
+            return self._forward(x, t, self.y)
+        nothing = torch.full_like(self.y, self.null)
+        if self.scale == 0:
+            return self._forward(x, t, nothing)
+        self.forwards += 1
+        v_c, v_u = self._forward(torch.cat([x, x]), t, torch.cat([self.y, nothing])).chunk(2)
+        return v_u + self.scale * (v_c - v_u)
 
     def _forward(self, x: Tensor, t: float, y: Tensor | None) -> Tensor:
         return self.net(x, torch.full((len(x),), t, device=x.device, dtype=torch.float32), y).float()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flow import registry
-from flow.path import LinearPath
+from flow.path import Path
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,19 +45,21 @@ def distance(name: str, /, **args: float) -> Distance:
 
 def flow_matching_loss(
     net: Callable[..., Tensor],
-    path: LinearPath,
+    path: Path,
     x0: Tensor,
     x1: Tensor,
     t: Tensor,
     y: Tensor | None = None,
     distance: Distance = l2,
+    prediction: str = "velocity",
 ) -> Tensor:
-    """Per-sample loss [B]: distance(net(x_t, t, y), v), in float32.
+    """Per-sample loss [B]: distance(net(x_t, t, y), target), in float32.
 
     Conditional flow matching (Lipman et al. 2023, arXiv:2210.02747, eq. 9), here with the velocity of `path` as the
-    conditional vector field and, by default, the mean square over elements. x0 noise and x1 data [B, ...], t [B], y labels
-    [B], tokens [B, L] or None.
+    conditional vector field and, by default, the mean square over elements. With prediction "noise" the target is x0, the
+    simple loss of DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 14) in continuous time; with "data" it is x1. x0 noise and x1
+    data [B, ...], t [B], y labels [B], tokens [B, L] or None.
     """
-    v = path.velocity(x0, x1)
-    prediction = net(path.interpolate(x0, x1, t), t, y)
-    return distance(prediction.float(), v)
+    target = path.target(x0, x1, t, prediction)
+    answer = net(path.interpolate(x0, x1, t), t, y)
+    return distance(answer.float(), target)

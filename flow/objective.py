@@ -10,6 +10,7 @@ from torch import Tensor
 from flow import registry
 from flow.distill import distillation_loss, euler_times
 from flow.loss import Distance, flow_matching_loss
+from flow.path import PREDICTIONS
 
 
 def drawn_times(t: Tensor) -> Tensor:
@@ -26,10 +27,12 @@ class Objective:
 OBJECTIVES = {"flow_matching": (flow_matching_loss, drawn_times), "distillation": (distillation_loss, euler_times)}
 
 
-def objective(name: str, distance: Distance, /, **args: float) -> Objective:
+def objective(name: str, distance: Distance, prediction: str, /, **args: float) -> Objective:
     """Raises ValueError for an unknown name or argument and for a value out of range."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"{prediction!r} is no prediction; choose one of {', '.join(PREDICTIONS)}")
     loss, times = (
         registry.pick("objective", {known: pair[i] for known, pair in OBJECTIVES.items()}, name, args) for i in range(2)
     )
     times(torch.zeros(1))  # checks the values
-    return Objective(partial(loss, distance=distance), times)
+    return Objective(partial(loss, distance=distance, prediction=prediction), times)

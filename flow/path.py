@@ -1,17 +1,136 @@
-"""Probability paths between the prior (t = 0) and the data (t = 1)."""
+"""Probability paths between the prior (t = 0) and the data (t = 1), and what a network may predict along them.
 
+Every path here is x_t = alpha(t) x1 + sigma(t) x0. Up to a change of time and of scale they are all the linear path: with
+r = alpha / (alpha + sigma), the point x_t / (alpha + sigma) lies at r x1 + (1 - r) x0. Solvers therefore work on the
+linear path alone (`flow/guidance.py` takes a network of any path there), where the velocity x1 - x0 has no poles.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
 from torch import Tensor
 
+PREDICTIONS = ("velocity", "data", "noise")  # what networks learn; `convert` also knows the score
 
-class LinearPath:
-    """x_t = t x1 + (1 - t) x0: rectified flow (Liu et al. 2023, arXiv:2209.03003, eq. 1) and the optimal-transport
-    conditional path with sigma_min = 0 (Lipman et al. 2023, arXiv:2210.02747, eq. 20)."""
+
+class Path(ABC):
+    """x_t = alpha(t) x1 + sigma(t) x0 with alpha rising to 1 and sigma falling to 0 at t = 1. Times [B] in [0, 1]."""
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """alpha, sigma and their derivatives at the times t, each of its shape."""
+
+    @abstractmethod
+    def time_of(self, r: float) -> float:
+        """The time at which alpha / (alpha + sigma) is r in [0, 1]; 0 where the path begins above r."""
+
+    def linear_time(self, t: float) -> float:
+        """r = alpha / (alpha + sigma) at t: the time of the same mixture on the linear path."""
+        alpha, sigma, *_ = self.coefficients(torch.tensor(t, dtype=torch.float64))
+        return (alpha / (alpha + sigma)).item()
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """x_t [B, ...] for x0, x1 [B, ...] and t [B] in [0, 1]."""
-        t = t.view(-1, *[1] * (x1.dim() - 1))
-        return t * x1 + (1 - t) * x0
+        """x_t [B, ...] for x0, x1 [B, ...] and t [B]."""
+        alpha, sigma, *_ = self._like(x1, t)
+        return alpha * x1 + sigma * x0
 
-    def velocity(self, x0: Tensor, x1: Tensor) -> Tensor:
-        """dx_t/dt [B, ...] of the pair, the regression target; it does not depend on t."""
-        return x1 - x0
+    def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """dx_t/dt [B, ...] of the pair."""
+        *_, alpha_dot, sigma_dot = self._like(x1, t)
+        return alpha_dot * x1 + sigma_dot * x0
+
+    def target(self, x0: Tensor, x1: Tensor, t: Tensor, prediction: str) -> Tensor:
+        """What a network with this prediction learns to say about the pair: x0, x1 or the velocity, [B, ...]."""
+        return {"data": x1, "noise": x0}[prediction] if prediction != "velocity" else self.velocity(x0, x1, t)
+
+    def endpoints(self, x: Tensor, t: Tensor, value: Tensor, given: str) -> tuple[Tensor, Tensor]:
+        """(x0, x1) of the point x [B, ...] at the times t [B] where `given` (velocity, data, noise or score) is `value`.
+
+        data has a pole at t = 1, noise and score have one where alpha = 0. Raises ValueError for an unknown name.
+        """
+        alpha, sigma, alpha_dot, sigma_dot = self._like(x, t)
+        if given == "velocity":
+            det = alpha * sigma_dot - alpha_dot * sigma
+            return (alpha * value - alpha_dot * x) / det, (sigma_dot * x - sigma * value) / det
+        if given == "data":
+            return (x - alpha * value) / sigma, value
+        if given in ("noise", "score"):
+            x0 = value if given == "noise" else -sigma * value
+            return x0, (x - sigma * x0) / alpha
+        raise ValueError(f"{given!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
+
+    def convert(self, x: Tensor, t: Tensor, value: Tensor, given: str, wanted: str) -> Tensor:
+        """From one of velocity, data, noise, score to another, at the point x [B, ...] and times t [B] in (0, 1).
+
+        The score is that of the marginal, -E[x0 | x_t] / sigma, when `value` is a conditional mean.
+        """
+        x0, x1 = self.endpoints(x, t, value, given)
+        if wanted == "score":
+            return -x0 / self._like(x, t)[1]
+        if wanted not in PREDICTIONS:
+            raise ValueError(f"{wanted!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
+        return self.target(x0, x1, t, wanted)
+
+    def _like(self, x: Tensor, t: Tensor) -> list[Tensor]:
+        """The coefficients, ready to multiply x [B, ...]."""
+        return [c.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for c in self.coefficients(t)]
+
+
+class LinearPath(Path):
+    """alpha = t, sigma = 1 - t: rectified flow (Liu et al. 2023, arXiv:2209.03003, eq. 1) and the optimal-transport
+    conditional path with sigma_min = 0 (Lipman et al. 2023, arXiv:2210.02747, eq. 20)."""
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        one = torch.ones_like(t)
+        return t, 1 - t, one, -one
+
+    def time_of(self, r: float) -> float:
+        return r
+
+    def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        return x1 - x0  # as in the base class, without the two products
+
+
+class CosinePath(Path):
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2): the trigonometric path of Albergo & Vanden-Eijnden 2023
+    (arXiv:2209.15571)."""
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sin, cos = torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)
+        return sin, cos, math.pi / 2 * cos, -math.pi / 2 * sin
+
+    def time_of(self, r: float) -> float:
+        return 2 / math.pi * math.atan2(r, 1 - r)
+
+
+class VPPath(Path):
+    """The variance-preserving path: DDPM's linear beta in continuous time (Song et al. 2021, arXiv:2011.13456, appendix C),
+    run backwards. With s = 1 - t, log alpha = -(beta_1 - beta_0) s^2 / 4 - beta_0 s / 2 and sigma^2 = 1 - alpha^2."""
+
+    BETA_0, BETA_1 = 0.1, 20.0
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        s = 1 - t
+        log_alpha = -(self.BETA_1 - self.BETA_0) / 4 * s**2 - self.BETA_0 / 2 * s
+        alpha, sigma = torch.exp(log_alpha), torch.sqrt(-torch.expm1(2 * log_alpha))
+        alpha_dot = alpha * (self.BETA_0 + (self.BETA_1 - self.BETA_0) * s) / 2
+        return alpha, sigma, alpha_dot, -alpha * alpha_dot / sigma
+
+    def time_of(self, r: float) -> float:
+        if r <= 0:
+            return 0.0
+        log_alpha = -0.5 * math.log1p(((1 - r) / r) ** 2)
+        slope = (self.BETA_1 - self.BETA_0) / 2
+        s = (math.sqrt(self.BETA_0**2 / 4 - 2 * slope * log_alpha) - self.BETA_0 / 2) / slope
+        return max(0.0, 1 - s)
+
+
+PATHS: dict[str, type[Path]] = {"linear": LinearPath, "cosine": CosinePath, "vp": VPPath}
+
+
+def build(name: str) -> Path:
+    """The path of that name. Raises ValueError for an unknown one, naming what exists."""
+    if name not in PATHS:
+        raise ValueError(f"{name!r} is no path; choose one of {', '.join(PATHS)}")
+    return PATHS[name]()

@@ -31,7 +31,17 @@ def u_shaped(u: Tensor, a: float = 4.0) -> Tensor:
     return 0.5 + torch.asinh((2 * u - 1) * math.sinh(a / 2)) / a
 
 
-LAWS: dict[str, Callable[..., Tensor]] = {"uniform": uniform, "logit_normal": logit_normal, "u_shaped": u_shaped}
+def edm_skewed(u: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """t = 1 / (1 + sigma) with log sigma ~ N(mean, std^2): EDM's law of noise levels (Karras et al. 2022, arXiv:2206.00364,
+    table 1) on the linear path, weighted towards the data."""
+    if std <= 0:
+        raise ValueError(f"std={std}: must be greater than 0")
+    return torch.sigmoid(-(mean + std * torch.special.ndtri(u)))
+
+
+LAWS: dict[str, Callable[..., Tensor]] = {
+    "uniform": uniform, "logit_normal": logit_normal, "u_shaped": u_shaped, "edm_skewed": edm_skewed,
+}  # fmt: skip
 
 
 def law(name: str, /, **args: float) -> Callable[[Tensor], Tensor]:

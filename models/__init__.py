@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from models.dit import DiT
 from models.mini_unet import MiniUNet
 from models.unet import UNet
 
-MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mini_unet": MiniUNet}
+MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mini_unet": MiniUNet, "dit": DiT}
 
 
 def build(name: str, image_shape: tuple[int, int, int], args: dict[str, Any]) -> nn.Module:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 import datasets
 import models
@@ -22,8 +22,9 @@ from datasets.pairs import MANIFEST, Shard, damage_of, origin, read_manifest, sa
 from flow import prior, rng
 from flow.engine import cli, files, runtime, snapshot
 from flow.engine.generate import SamplerSettings, batches, check, generate, solver_state, velocity_of
+from flow.guidance import FlowModel
 from flow.inversion import invert
-from flow.solvers import METHODS
+from flow.solvers import DETERMINISTIC
 
 EXAMPLES = """\
   python -m scripts.make_pairs --weights runs/mnist_mini_cond --n_pairs 20000 --save_dir runs/pairs --guidance_scale 1.5
@@ -37,7 +38,7 @@ def parse_args():
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
     parser.add_argument("--n_pairs", type=cli.at_least(1), required=True, help="number of pairs")
     parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--sampling_method", choices=METHODS, default="heun", help="solver (default: heun)")
+    parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="solver (default: heun)")
     parser.add_argument("--sampling_steps", type=cli.at_least(1), default=50, help="steps of the solver (default: 50)")
     parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
     parser.add_argument("--labels", type=int, nargs="+", help="classes, one pair after the other (default: all)")
@@ -52,7 +53,8 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    net = snap.network(models.build)
+    model = snap.model(models.build)
+    net = model.net
     source = snap.config.data
     with runtime.blame("data"):
         if source.name == "pairs":  # a second round: the real images are those of the first
@@ -105,7 +107,7 @@ def main() -> None:
         claim(args.save_dir, manifest)
     accelerator.wait_for_everyone()
     net.to(accelerator.device).eval()
-    make = partial(make_shard, accelerator, net, data, real_ones, settings, args.bspp)
+    make = partial(make_shard, accelerator, model, data, real_ones, settings, args.bspp)
     mine = shards(manifest)[accelerator.process_index :: accelerator.num_processes]
     made = 0
     with runtime.progress(accelerator, sum(len(s.indices) for s in mine), "pairs (of this process)") as bar:
@@ -152,7 +154,7 @@ def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:
 
 
 def make_shard(
-    accelerator: Accelerator, net: nn.Module, data, real_ones: list[int], settings: SamplerSettings, batch_size: int,
+    accelerator: Accelerator, model: FlowModel, data, real_ones: list[int], settings: SamplerSettings, batch_size: int,
     shard: Shard, bar,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one shard."""
@@ -160,9 +162,9 @@ def make_shard(
     for batch in batches(shard.indices, batch_size):
         if shard.inverted:
             chosen = real_ones[batch.start : batch.stop]
-            made = invert_batch(accelerator, net, data, settings, batch, chosen)
+            made = invert_batch(accelerator, model, data, settings, batch, chosen)
         else:
-            made = generate_batch(accelerator, net, data, settings, batch)
+            made = generate_batch(accelerator, model, data, settings, batch)
         for name, tensor in made.items():
             parts.setdefault(name, []).append(tensor)
         bar.update(len(batch))
@@ -170,17 +172,17 @@ def make_shard(
 
 
 def generate_batch(
-    accelerator: Accelerator, net: nn.Module, data, settings: SamplerSettings, batch: range
+    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, batch: range
 ) -> dict[str, Tensor]:
     """images float16 and labels int64 of the pairs with these indices."""
-    (made,) = generate(accelerator, net, data.image_shape, [batch], settings, stream="pairs")
+    (made,) = generate(accelerator, model, data.image_shape, [batch], settings, stream="pairs")
     images = {"images": made.x.half().cpu()}
     return images if made.labels is None else images | {"labels": made.labels}
 
 
 @torch.inference_mode()
 def invert_batch(
-    accelerator: Accelerator, net: nn.Module, data, settings: SamplerSettings, batch: range, chosen: list[int]
+    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, batch: range, chosen: list[int]
 ) -> dict[str, Tensor]:
     """images, labels and float16 noise of the real images `chosen`, which become the inverted pairs `batch`.
 
@@ -191,9 +193,9 @@ def invert_batch(
     x1 = torch.stack(pixels).float() / 127.5 - 1
     y = torch.tensor(labels)
     unguided = SamplerSettings(settings.method, settings.steps, 1.0, settings.seed, tuple(labels), prompts=None)
-    if net.prompt_bytes:
+    if model.net.prompt_bytes:
         unguided = SamplerSettings(prompts=tuple(captions.plain(data.class_names[label]) for label in labels))
-    velocity = velocity_of(net, range(len(y)), unguided, accelerator.device)
+    velocity = velocity_of(model, range(len(y)), unguided, accelerator.device)
     noise = prior.noise("inversion", settings.seed, batch, data.image_shape)
     with accelerator.autocast():
         x0 = invert(
@@ -204,7 +206,7 @@ def invert_batch(
             settings.method,
         )
     found = {"images": x1.half(), "noise": x0.half().cpu()}
-    return found | {"labels": y} if net.null is not None else found
+    return found | {"labels": y} if model.net.null is not None else found
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 import models
 from configs import schema
@@ -23,6 +22,7 @@ from flow.engine.commands import run_command, train_arguments
 from flow.engine.generate import SamplerSettings, generate, solver_state, velocity_of
 from flow.evaluation import plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
+from flow.guidance import FlowModel
 from flow.straightness import straightness
 
 EXAMPLES = """\
@@ -90,6 +90,8 @@ def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
         asked = schema.get(cfg, key)
         with runtime.blame(f"{key}.sampling_method"):
             solvers.check(asked.sampling_method)
+            if asked.sampling_method not in solvers.DETERMINISTIC:
+                raise ValueError(f"{asked.sampling_method!r} makes no pairs: its images depend on more than their noise")
         if asked.guidance_scale != 1 and not first.args.get("num_classes"):
             raise UserError(f"{key}.guidance_scale={asked.guidance_scale}: needs labels (model.args.num_classes)")
     if cfg.feature_extractor not in FEATURE_EXTRACTORS_REGISTRY:
@@ -117,13 +119,14 @@ def compare(
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
     for name, scale in rows:
         snap = snapshots[name]
-        net = snap.network(models.build).to(accelerator.device)
+        model = snap.model(models.build)
+        model.net.to(accelerator.device)
         key = f"{name}@{snap.step}, {scale:g}"
         titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")
         settings = SamplerSettings(guidance_scale=scale)
-        mean, error = mean_straightness(accelerator, net, snap.image_shape, settings, cfg)
+        mean, error = mean_straightness(accelerator, model, snap.image_shape, settings, cfg)
         straight[titles[key]] = f"{mean:.4f} ± {error:.4f}"
-        pictures.append([panel(accelerator, net, snap.image_shape, n, scale) for n in nfes])
+        pictures.append([panel(accelerator, model, snap.image_shape, n, scale) for n in nfes])
         bar.update()
     bar.close()
     found = table.read_rows(folder / "evaluation")
@@ -142,25 +145,27 @@ def compare(
 
 @torch.inference_mode()
 def mean_straightness(
-    accelerator: Accelerator, net: nn.Module, image_shape: tuple[int, int, int], settings: SamplerSettings, cfg: RectifyConfig
+    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, int, int], settings: SamplerSettings, cfg: RectifyConfig
 ) -> tuple[float, float]:
     """Mean and standard error over the images."""
-    net.eval()
+    model.net.eval()
     indices = range(cfg.straightness_images)
     x0 = solver_state(prior.noise("sample", settings.seed, indices, image_shape), accelerator.device)
     with accelerator.autocast():
-        found = straightness(velocity_of(net, indices, settings, accelerator.device), x0, cfg.straightness_steps).cpu()
+        found = straightness(velocity_of(model, indices, settings, accelerator.device), x0, cfg.straightness_steps).cpu()
     return found.mean().item(), found.std().item() / len(found) ** 0.5
 
 
-def panel(accelerator: Accelerator, net: nn.Module, image_shape: tuple[int, int, int], steps: int, scale: float) -> np.ndarray:
+def panel(
+    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, int, int], steps: int, scale: float
+) -> np.ndarray:
     """A row a class (without classes: ten rows), each column from one and the same noise: uint8 [H, W] or [H, W, 3]."""
     shown = []
-    for label in range(net.num_classes or 1):
-        labels = (label,) if net.num_classes else None
+    for label in range(model.net.num_classes or 1):
+        labels = (label,) if model.net.num_classes else None
         settings = SamplerSettings("euler", steps, scale, labels=labels)
-        n = COLUMNS if net.num_classes else 10 * COLUMNS
-        shown += [batch.images for batch in generate(accelerator, net, image_shape, [range(n)], settings)]
+        n = COLUMNS if model.net.num_classes else 10 * COLUMNS
+        shown += [batch.images for batch in generate(accelerator, model, image_shape, [range(n)], settings)]
     picture = images.grid(torch.cat(shown), COLUMNS, zoomed=False).permute(1, 2, 0).numpy()
     return picture[:, :, 0] if picture.shape[2] == 1 else picture
 

@@ -16,8 +16,8 @@ LAYERS = {
     "models": ({"torch", "models"}, set()),
     "datasets": ({"torch", "torchvision", "numpy", "PIL", "safetensors", "datasets"}, {"sklearn"}),
     "configs": ({"omegaconf", "configs"}, set()),
-    "flow/*.py": ({"torch", "numpy", "flow"}, set()),
-    "flow/solvers": ({"torch", "numpy", "flow"}, {"torchdiffeq"}),
+    "flow/*.py": ({"torch", "numpy", "flow"}, {"scipy"}),
+    "flow/solvers": ({"torch", "numpy", "flow"}, {"torchdiffeq", "scipy"}),
 }
 
 # Folder or file -> modules of ours that it must not import, by prefix.

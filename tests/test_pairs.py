@@ -58,13 +58,13 @@ def test_folder_and_data_set(folder, data):
 
 def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
     """Images of the data set against the sampling function, started from the noise that training will use."""
-    net = snapshot.load(tiny_run).network(models.build)
+    model = snapshot.load(tiny_run).model(models.build)
     settings = SamplerSettings("heun", 3, 2.0, seed=4)
-    for made in generate(Accelerator(cpu=True), net, (1, 8, 8), batches(range(40), 5), settings, stream="pairs"):
+    for made in generate(Accelerator(cpu=True), model, (1, 8, 8), batches(range(40), 5), settings, stream="pairs"):
         k = slice(made.indices.start, made.indices.stop)
         assert torch.equal(made.x.half(), data.images[k]) and torch.equal(made.labels, data.labels[k])
     given = Given(data.seed, data.generated, data.noise, data.image_shape)
-    assert torch.equal(given.noise(range(3), [7, 39, 41]), torch.cat([
+    assert torch.equal(given.noise(range(3), [7, 39, 41], data.images, None), torch.cat([
         prior.noise("pairs", 4, [7, 39], (1, 8, 8)), data.noise[1:2].float()
     ]))  # fmt: skip
 

@@ -44,10 +44,14 @@ def test_distances():
         (lambda: loss.distance("l2", c=1), "l2 has no argument 'c'; it takes none"),
         (lambda: time_sampler.law("u_shaped", a=-1), "a=-1: must be greater than 0"),
         (lambda: loss.distance("pseudo_huber", name=3), "pseudo_huber has no argument 'name'; it takes c"),
-        (lambda: objective("distil", loss.l2), "'distil' is no objective; choose one of flow_matching, distillation"),
-        (lambda: objective("distillation", loss.l2, steps=0), "steps=0: must be a whole number of at least 1"),
-        (lambda: objective("distillation", loss.l2, flow_share=1), "flow_share=1: must be 0 or more and less than 1"),
-        (lambda: objective("distillation", loss.l2, steps=1.5), "steps=1.5: must be a whole number"),
+        (lambda: objective("flow_matching", loss.l2, "x1"), "'x1' is no prediction; choose one of velocity, data, noise"),
+        (
+            lambda: objective("distil", loss.l2, "velocity"),
+            "'distil' is no objective; choose one of flow_matching, distillation",
+        ),
+        (lambda: objective("distillation", loss.l2, "velocity", steps=0), "steps=0: must be a whole number of at least 1"),
+        (lambda: objective("distillation", loss.l2, "velocity", steps=1.5), "steps=1.5: must be a whole number"),
+        (lambda: objective("distillation", loss.l2, "velocity", flow_share=1), "flow_share=1: must be 0 or more"),
     ],
 )
 def test_errors_name_the_value_and_what_would_be_right(make, message):

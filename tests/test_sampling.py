@@ -32,13 +32,13 @@ def sampled(tmp_path_factory, tiny_run) -> Path:
 
 
 @pytest.fixture(scope="module")
-def net(tiny_run):
-    return snapshot.load(tiny_run).network(models.build)
+def model(tiny_run):
+    return snapshot.load(tiny_run).model(models.build)
 
 
-def images_of(net, indices: range, batch_size: int, settings: SamplerSettings) -> torch.Tensor:
+def images_of(model, indices: range, batch_size: int, settings: SamplerSettings) -> torch.Tensor:
     accelerator = Accelerator(cpu=True)
-    return torch.cat([g.images for g in generate(accelerator, net, (1, 8, 8), batches(indices, batch_size), settings)])
+    return torch.cat([g.images for g in generate(accelerator, model, (1, 8, 8), batches(indices, batch_size), settings)])
 
 
 def test_folder_is_whole(sampled):
@@ -71,25 +71,25 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, tiny_run, sampled
     assert (out / "images" / "000000.png").stat().st_mtime == 1
 
 
-def test_image_depends_on_its_index_alone(net):
+def test_image_depends_on_its_index_alone(model):
     """Batch size and the images around it change nothing but the rounding of the kernels."""
     settings = SamplerSettings("midpoint", 4, seed=3)
-    alone = images_of(net, range(17, 18), 1, settings).int()
-    among = images_of(net, range(20), 7, settings)[17:18].int()
+    alone = images_of(model, range(17, 18), 1, settings).int()
+    among = images_of(model, range(20), 7, settings)[17:18].int()
     assert (alone - among).abs().max() <= 1
-    other = images_of(net, range(17, 18), 1, SamplerSettings("midpoint", 4, seed=4)).int()
+    other = images_of(model, range(17, 18), 1, SamplerSettings("midpoint", 4, seed=4)).int()
     assert (alone - other).abs().max() > 1
 
 
-def test_labels_follow_the_index_and_guidance_changes_images(net):
+def test_labels_follow_the_index_and_guidance_changes_images(model):
     assert labels_of(range(8, 13), SamplerSettings(), 10).tolist() == [8, 9, 0, 1, 2]
     assert labels_of(range(3), SamplerSettings(labels=(4, 7)), 10).tolist() == [4, 7, 4]
     assert labels_of(range(3), SamplerSettings(), None) is None
-    plain, guided, unconditional = (images_of(net, range(10), 10, SamplerSettings("euler", 2, w)) for w in (1.0, 3.0, 0.0))
+    plain, guided, unconditional = (images_of(model, range(10), 10, SamplerSettings("euler", 2, w)) for w in (1.0, 3.0, 0.0))
     assert not torch.equal(plain, guided)
     assert not torch.equal(plain, unconditional)
     # without labels in the picture, the label of an image no longer matters
-    sevens = images_of(net, range(10), 10, SamplerSettings("euler", 2, 0.0, labels=(7,)))
+    sevens = images_of(model, range(10), 10, SamplerSettings("euler", 2, 0.0, labels=(7,)))
     assert torch.equal(unconditional, sevens)
 
 
@@ -101,3 +101,30 @@ def test_sampling_json_records_what_decides_an_image(sampled, tiny_run):
     stored = json.loads((sampled / "sampling.json").read_text())
     assert stored["seed"] == 8888 and stored["steps"] == 3 and stored["guidance_scale"] == 2.0
     assert len(stored["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize("script", ["sample", "evaluate"])
+def test_mistakes_about_solvers(error, tmp_path, tiny_run, script):
+    flag = "--sampling_method" if script == "sample" else "--methods"
+    more = (
+        ["--save_dir", tmp_path / "out"] if script == "sample" else ["--feature_extractor", "digits", "--out", tmp_path / "out"]
+    )
+    command = [script, "--weights", tiny_run, "--n_samples", "4", *more]
+    assert "'foo' (choose from " in error(*command, flag, "foo")
+    assert "'foo' (choose from " in error(*command, "--grid", "foo")
+    assert "rtol=0.0: must be greater than 0 and less than 1" in error(*command, flag, "dopri5", "--rtol", "0")
+    assert "noise_scale=-1.0: must be 0 or more" in error(*command, flag, "euler_maruyama", "--sde_noise_scale", "-1")
+    line = error(*command, flag, "dopri5", "--sde_noise_scale", "1")
+    assert "--sde_noise_scale: dopri5 has no such option; it is for euler_maruyama, stochastic_heun" in line
+    assert "none was fitted for euler with 100 steps" in error(*command, "--grid", "tuned")
+    assert not (tmp_path / "out").exists()
+
+
+def test_stochastic_images_are_functions_of_seed_and_index(model):
+    """Whatever the batches: the increments belong to the image and the step."""
+    settings = SamplerSettings("stochastic_heun", 5, options=(("noise_scale", 0.7),))
+    whole = images_of(model, range(10), 10, settings)
+    assert (whole.int() - images_of(model, range(10), 3, settings).int()).abs().max() <= 1
+    assert not torch.equal(whole, images_of(model, range(10), 10, SamplerSettings("heun", 5)))
+    still = SamplerSettings("stochastic_heun", 5, options=(("noise_scale", 0.0),))
+    assert torch.equal(images_of(model, range(10), 10, still), images_of(model, range(10), 10, SamplerSettings("heun", 5)))

@@ -1,6 +1,7 @@
 """Solvers: the declared order is the measured one, NFE is what the network was called, the data end stays untouched."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ import torch
 from flow import solvers
 from flow.guidance import GuidedVelocity
 from flow.solvers import grid
+from flow.solvers.adaptive import ADAPTIVE
+from flow.solvers.multistep import STARTS
 from flow.solvers.runge_kutta import TABLEAUX
+from flow.solvers.sde import DIFFUSIONS, SDE
 
 
 def rotation(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -23,12 +27,43 @@ def rotation_error(method: str, steps: int) -> float:
     return (solvers.solve(rotation, x, grid.uniform(steps), method).x - x @ turn).norm().item()
 
 
-@pytest.mark.parametrize("method", solvers.METHODS)
-def test_measured_order_is_the_declared_one(method):
+@pytest.mark.parametrize(
+    ("method", "order"), [*((name, t.order) for name, t in TABLEAUX.items()), *((n, o) for n, (o, _) in STARTS.items())]
+)
+def test_measured_order_is_the_declared_one(method, order):
     steps = [16, 32, 64, 128]
     logs = [math.log2(rotation_error(method, n)) for n in steps]
     slope = (logs[0] - logs[-1]) / (len(steps) - 1)
-    assert slope == pytest.approx(TABLEAUX[method].order, abs=0.15)
+    assert slope == pytest.approx(order, abs=0.15)
+
+
+@pytest.mark.parametrize(("method", "order"), [("dpmpp_2m", 2), ("unipc", 3)])
+def test_order_in_log_snr(method, order):
+    """These two take their order from steps in log(t / (1 - t)), of which there are none at either end."""
+    x = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
+
+    def at(n: int, method: str) -> torch.Tensor:
+        logits = [-2 + 4 * i / n for i in range(n + 1)]
+        return solvers.solve(rotation, x, [1 / (1 + math.exp(-a)) for a in logits], method).x
+
+    fine = at(2000, "rk4")
+    errors = [math.log2((at(n, method) - fine).norm()) for n in (64, 128, 256, 512)]
+    assert (errors[0] - errors[-1]) / 3 == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_adaptive_methods_meet_their_tolerance(method):
+    """On the Gaussian flow below, whose solution is known; fewer evaluations for a loose tolerance."""
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    tight = solvers.solve(gaussian_velocity, x0, grid.build("uniform", 1), method, rtol=1e-7, atol=1e-7)
+    loose = solvers.solve(gaussian_velocity, x0, grid.build("uniform", 1), method, rtol=1e-2, atol=1e-2)
+    assert (tight.x - (3 + 0.5 * x0)).abs().max() < 1e-5
+    assert loose.nfe < tight.nfe
+
+
+def gaussian_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+    """The exact velocity of the linear path to N(3, 0.5^2): its flow is x0 -> 3 + 0.5 x0."""
+    return 3 + (0.25 * t - (1 - t)) / ((1 - t) ** 2 + (0.5 * t) ** 2) * (x - 3 * t)
 
 
 @pytest.mark.parametrize("tableau", TABLEAUX.values(), ids=TABLEAUX)
@@ -40,7 +75,11 @@ def test_tableaux_are_consistent(tableau):
         assert moment == pytest.approx(1 / (power + 1))
 
 
-@pytest.mark.parametrize(("method", "expected"), [("euler", 7), ("midpoint", 14), ("heun", 13), ("heun3", 21), ("rk4", 27)])
+@pytest.mark.parametrize(("method", "expected"), [
+        ("euler", 7), ("midpoint", 14), ("heun", 13), ("heun3", 21), ("rk4", 27), ("ab2", 7), ("ab3", 9), ("ab4", 13),
+        ("dpmpp_2m", 7), ("unipc", 7),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_nfe_equals_the_calls_inside_the_network(method, expected, scale):
     """Seven steps; guidance doubles the samples that go through the network, not the velocity evaluations."""
@@ -59,7 +98,7 @@ def test_nfe_equals_the_calls_inside_the_network(method, expected, scale):
     assert max(times) < 1  # a velocity at the data end would leave noise in the image
 
 
-@pytest.mark.parametrize("method", solvers.METHODS)
+@pytest.mark.parametrize("method", [m for m in solvers.METHODS if m not in solvers.STOCHASTIC])
 def test_no_noise_is_left_when_the_data_is_one_point(method):
     """The exact velocity towards a point mass at mu jumps at t = 1; every method must still land on mu."""
     mu = 0.7
@@ -80,7 +119,87 @@ def test_solver_keeps_the_dtype_and_leaves_its_input_alone():
 
 
 def test_unknown_method_and_too_few_steps_are_named():
-    with pytest.raises(ValueError, match="'foo' is not a solver; choose one of euler"):
+    with pytest.raises(ValueError, match="'foo' is no solver; choose one of euler"):
         solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "foo")
     with pytest.raises(ValueError, match="0 steps"):
-        grid.uniform(0)
+        grid.build("uniform", 0)
+    with pytest.raises(ValueError, match="'foo' is no time grid; choose one of uniform"):
+        grid.build("foo", 3)
+    for value in (0.0, -1.0, 2.0):
+        with pytest.raises(ValueError, match=r"rtol=.*: must be greater than 0"):
+            solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "dopri5", rtol=value)
+    with pytest.raises(ValueError, match="euler has no option 'rtol'; it takes none"):
+        solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "euler", rtol=1e-3)
+    with pytest.raises(ValueError, match="noise_scale=-1: must be 0 or more"):
+        solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "euler_maruyama", noise=lambda i: 0, noise_scale=-1)
+
+
+@pytest.mark.parametrize("name", grid.GRIDS)
+def test_grids_rise_from_prior_to_data(name):
+    for steps in (1, 2, 3, 10, 100):
+        times = grid.build(name, steps)
+        assert len(times) == steps + 1 and times[0] == 0 and times[-1] == 1
+        assert all(a < b for a, b in pairwise(times))
+
+
+# ---- stochastic methods
+
+
+def mixture_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+    """The exact velocity of the linear path from N(0, I) to a mixture of three Gaussians in the plane."""
+    s = 1 - t
+    scores, means = [], []
+    for weight, mu, std in MIXTURE:
+        variance = s * s + (t * std) ** 2
+        difference = x - t * torch.tensor(mu, dtype=x.dtype)
+        scores.append(math.log(weight) - difference.square().sum(1) / (2 * variance) - math.log(variance))
+        data = torch.tensor(mu, dtype=x.dtype) + t * std**2 / variance * difference  # E[x1 | x, component]
+        means.append(data)
+    share = torch.softmax(torch.stack(scores), dim=0)  # [3, B]
+    data = (share[:, :, None] * torch.stack(means)).sum(0)
+    return (data - x) / s
+
+
+MIXTURE = [(0.5, (2.0, 0.0), 0.3), (0.3, (-1.0, 1.5), 0.5), (0.2, (-1.0, -2.0), 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((method, {"diffusion": name}) for method in SDE for name in DIFFUSIONS), ("ancestral", {}), ("ancestral", {"eta": 0.5})],
+)
+def test_marginals_of_the_sde_are_those_of_the_target(method, options):
+    """Means and covariances of a Gaussian mixture, within four standard errors and the bias of the steps."""
+    n = 20_000
+    g = torch.Generator().manual_seed(1)
+    x0 = torch.randn(n, 2, dtype=torch.float64, generator=g)
+    noise = lambda i: torch.randn(n, 2, dtype=torch.float64, generator=g)  # noqa: E731
+    steps = 400 if method == "euler_maruyama" else 200
+    x = solvers.solve(mixture_velocity, x0, grid.uniform(steps), method, noise=noise, **options).x
+    weights = torch.tensor([w for w, *_ in MIXTURE], dtype=torch.float64)
+    mus = torch.tensor([mu for _, mu, _ in MIXTURE], dtype=torch.float64)
+    mean = weights @ mus
+    cov = sum(w * (s**2 * torch.eye(2) + torch.outer(m - mean, m - mean)) for (w, _, s), m in zip(MIXTURE, mus, strict=True))
+    error = 4 * (cov.diagonal().max() / n) ** 0.5
+    assert (x.mean(0) - mean).abs().max() < error + 0.01
+    assert (torch.cov(x.T) - cov).abs().max() < 4 * cov.max() * (2 / n) ** 0.5 + 0.04
+
+
+@pytest.mark.parametrize(
+    ("method", "ode"), [("euler_maruyama", "euler"), ("stochastic_heun", "heun"), ("ancestral", "euler"), ("ddim", "euler")]
+)
+def test_without_noise_the_sde_is_the_ode(method, ode):
+    x0 = torch.randn(50, 2, dtype=torch.float64)
+    options = {"noise_scale": 0.0, "eta": 0.0, "noise": lambda i: 1 / 0}
+    options = {name: value for name, value in options.items() if name in solvers.METHODS[method][1]}
+    found = solvers.solve(mixture_velocity, x0, grid.uniform(9), method, **options)
+    wanted = solvers.solve(mixture_velocity, x0, grid.uniform(9), ode)
+    assert torch.equal(found.x, wanted.x) and found.nfe == wanted.nfe
+
+
+@pytest.mark.parametrize("method", SDE)
+def test_the_sde_leaves_no_noise_where_the_data_is_one_point(method):
+    mu = 0.7
+    x0 = torch.randn(100, dtype=torch.float64)
+    noise = lambda i: torch.randn(100, dtype=torch.float64)  # noqa: E731
+    x = solvers.solve(lambda x, t: (mu - x) / (1 - t), x0, grid.uniform(20), method, noise=noise, diffusion="constant").x
+    assert (x - mu).abs().max() < 1e-12

@@ -42,7 +42,7 @@ def contents(folder):
         ),
         (["train.mixed_precision=fp16"], "train.mixed_precision=fp16: needs a GPU"),
         (["train.log_with=[nothing]"], "train.log_with=['nothing']"),
-        (["preview.sampling_method=foo"], "preview: 'foo' is not a solver; choose one of euler"),
+        (["preview.sampling_method=foo"], "preview: 'foo' is no solver; choose one of euler"),
         (["flow.time_law=foo"], "flow.time_law: 'foo' is no time law; choose one of uniform"),
         (["data.name=mnst"], "data: 'mnst' is not a data set; choose one of digits"),
         (["model.name=unett"], "model: 'unett' is not a network; choose one of unet"),

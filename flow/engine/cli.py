@@ -3,9 +3,11 @@
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 
 from configs import schema
 from configs.schema import UserError
+from flow.solvers import METHODS, grid, sde
 
 _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
@@ -53,6 +55,31 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown argument {unknown[0]!r}.{schema.nearest(unknown[0], flags)}")
         namespace.overrides = overrides
         return namespace
+
+
+def add_solver_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the solvers that the sampling scripts share."""
+    parser.add_argument("--grid", choices=[*grid.GRIDS, "tuned"], default="uniform", help="times (default: uniform)")
+    parser.add_argument("--rtol", type=float, metavar="X", help="of adaptive methods (default: 1e-5)")
+    parser.add_argument("--atol", type=float, metavar="X", help="of adaptive methods (default: 1e-5)")
+    parser.add_argument("--sde_noise_scale", type=float, metavar="X", help="of stochastic methods (default: 1; 0 is the ODE)")
+    parser.add_argument("--eta", type=float, metavar="X", help="of ancestral, its noise (default: 1; 0 is ddim)")
+    parser.add_argument("--diffusion", choices=sde.DIFFUSIONS, help="coefficient of stochastic methods (default: sigma)")
+
+
+def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]) -> tuple[tuple[str, float | str], ...]:
+    """The given options that `method` takes. Raises UserError for one that none of the `methods` takes."""
+    given = {
+        "rtol": args.rtol, "atol": args.atol, "noise_scale": args.sde_noise_scale, "diffusion": args.diffusion,
+        "eta": args.eta,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if not any(name in METHODS[m][1] for m in methods):
+            flag = "--sde_noise_scale" if name == "noise_scale" else f"--{name}"
+            able = ", ".join(m for m, (_, options) in METHODS.items() if name in options)
+            raise UserError(f"{flag}: {', '.join(methods)} has no such option; it is for {able}")
+    return tuple((name, value) for name, value in given.items() if name in METHODS[method][1])
 
 
 def at_least(low: int):

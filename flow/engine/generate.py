@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from flow import prior, solvers
 from flow.engine.images import to_uint8
-from flow.guidance import GuidedVelocity
+from flow.guidance import FlowModel, GuidedVelocity
+from flow.path import Path
 from flow.solvers import grid
 
 
@@ -39,6 +41,9 @@ class SamplerSettings:
     seed: int = 8888
     labels: tuple[int, ...] | None = None  # image k gets labels[k mod len]; None: all classes in turn
     prompts: tuple[str, ...] | None = None  # for networks that read them: image k gets prompts[k mod len]
+    grid: str = "uniform"  # a key of solvers.grid.GRIDS, in the time of the network's own path, or "tuned"
+    times: tuple[float, ...] | None = None  # of the tuned grid, on the linear path
+    options: tuple[tuple[str, float | str], ...] = ()  # of the method: rtol and atol, or noise_scale and diffusion
 
 
 def batches(indices: range, batch_size: int) -> list[range]:
@@ -54,7 +59,7 @@ def share(accelerator: Accelerator, indices: range, batch_size: int) -> list[ran
 @torch.inference_mode()
 def generate(
     accelerator: Accelerator,
-    net: nn.Module,
+    model: FlowModel,
     image_shape: tuple[int, int, int],
     mine: Iterable[range],
     settings: SamplerSettings,
@@ -66,26 +71,43 @@ def generate(
     from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. The state of the solver
     is float64 where the device has it. Raises ValueError for settings that `check` refuses.
     """
-    check(settings, net)
-    net.eval()
-    times = grid.uniform(settings.steps)
+    check(settings, model.net)
+    model.net.eval()
+    times = times_of(settings, model.path)
     for batch in mine:
         x0 = solver_state(prior.noise(stream, settings.seed, batch, image_shape), accelerator.device)
-        velocity = velocity_of(net, batch, settings, accelerator.device)
+        velocity = velocity_of(model, batch, settings, accelerator.device)
+        options = dict(settings.options)
+        if settings.method in solvers.STOCHASTIC:
+            options["noise"] = partial(increments, settings.seed, batch, image_shape, x0)
         with accelerator.autocast():
-            solution = solvers.solve(velocity, x0, times, settings.method)
-        labels = labels_of(batch, settings, net.num_classes)
+            solution = solvers.solve(velocity, x0, times, settings.method, **options)
+        labels = labels_of(batch, settings, model.net.num_classes)
         yield Generated(batch, solution.x, labels, solution.nfe, velocity.forwards)
 
 
-def velocity_of(net: nn.Module, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> GuidedVelocity:
+def times_of(settings: SamplerSettings, path: Path) -> list[float]:
+    """The time grid, carried over from the network's own path to the linear one, where solvers work."""
+    if settings.times:
+        return list(settings.times)
+    times = grid.build(settings.grid, settings.steps)
+    return [0.0, *(path.linear_time(t) for t in times[1:-1]), 1.0]
+
+
+def increments(seed: int, indices: range, image_shape: tuple[int, int, int], like: Tensor, step: int) -> Tensor:
+    """Standard normal increments [b, C, H, W] of a step of an SDE, as `like`; a function of (seed, image, step)."""
+    return prior.noise(f"increment {step}", seed, indices, image_shape).to(like, non_blocking=True)
+
+
+def velocity_of(model: FlowModel, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> GuidedVelocity:
     """The network as the velocity of the images with these indices: their labels or prompts, the guidance scale."""
+    net = model.net
     y = labels_of(indices, settings, net.num_classes) if net.num_classes is not None else None
     if net.prompt_bytes:
         tokens = net.encode(settings.prompts)
         y = tokens[torch.tensor([k % len(tokens) for k in indices])]
     y = y.to(device, non_blocking=True) if y is not None else None
-    return GuidedVelocity(net, y, net.null, settings.guidance_scale)
+    return GuidedVelocity(model, y, net.null, settings.guidance_scale)
 
 
 def solver_state(x: Tensor, device: torch.device) -> Tensor:
@@ -105,8 +127,9 @@ def labels_of(indices: Sequence[int], settings: SamplerSettings, num_classes: in
 
 def check(settings: SamplerSettings, net: nn.Module) -> None:
     """Raises ValueError for settings that the network cannot serve."""
-    solvers.check(settings.method)
-    grid.uniform(settings.steps)
+    solvers.check_values(settings.method, **dict(settings.options))
+    if not settings.times:
+        grid.build(settings.grid, settings.steps)
     if settings.prompts and not net.prompt_bytes:
         raise ValueError("prompts: this network was trained without them (model.args.prompt_bytes)")
     if net.prompt_bytes:

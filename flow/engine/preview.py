@@ -4,23 +4,23 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from flow.engine import images, runtime
 from flow.engine.generate import SamplerSettings, generate, share
+from flow.guidance import FlowModel
 
 BATCH = 16  # small, so that several processes share a grid
 
 
 def write_preview(
-    accelerator: Accelerator, net: nn.Module, image_shape: tuple[int, int, int], settings: SamplerSettings, n: int, path: Path
+    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, int, int], settings: SamplerSettings, n: int, path: Path
 ) -> None:
     """Sample images 0 .. n - 1 on all processes and write them as one PNG on the main process."""
-    generated = generate(accelerator, net, image_shape, share(accelerator, range(n), BATCH), settings)
+    generated = generate(accelerator, model, image_shape, share(accelerator, range(n), BATCH), settings)
     mine = [(batch.indices.start, batch.images) for batch in generated]
     shares = runtime.gather_to_main(accelerator, mine)
     if shares is not None:
         ordered = sorted((item for share in shares for item in share), key=lambda item: item[0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = len(settings.prompts) if settings.prompts else net.num_classes or max(1, round(n**0.5))
+        columns = len(settings.prompts) if settings.prompts else model.net.num_classes or max(1, round(n**0.5))
         images.write_png(path, images.grid(torch.cat([pixels for _, pixels in ordered]), columns))

@@ -20,7 +20,8 @@ from flow.engine import checkpoint, files
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
-    "flow.time_law", "flow.time_args", "flow.coupling", "flow.objective", "flow.objective_args",
+    "flow.time_law", "flow.time_args", "flow.path", "flow.prediction", "flow.coupling",
+    "flow.coupling_args", "flow.objective", "flow.objective_args",
 )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from configs import schema
 from configs.schema import Config, UserError
+from flow import path as paths
 from flow.engine import checkpoint, files, runtime
+from flow.guidance import FlowModel
 
 
 @dataclass
@@ -27,12 +29,15 @@ class Snapshot:
     half_life_images: int  # of the moving average
     weights: dict[str, Tensor]
 
-    def network(self, build: Callable[..., nn.Module]) -> nn.Module:
-        """The network with these weights; `build(name, image_shape, args)` makes it. Raises UserError where they do not fit."""
+    def model(self, build: Callable[..., nn.Module]) -> FlowModel:
+        """The network with these weights, its path and prediction; `build(name, image_shape, args)` makes the network.
+
+        Raises UserError where the weights do not fit.
+        """
         with runtime.blame("model"):
             net = build(self.config.model.name, self.image_shape, self.config.model.args)
         self.load_into(net)
-        return net
+        return flow_model(net, self.config)
 
     def load_into(self, net: nn.Module) -> None:
         """Raises UserError that names the first weight that does not fit."""
@@ -46,6 +51,15 @@ class Snapshot:
                     f"{ours} in model.name={self.config.model.name} with model.args={self.config.model.args}"
                 )
         net.load_state_dict(self.weights)
+
+
+def flow_model(net: nn.Module, config: Config) -> FlowModel:
+    """The network with what the configuration says of its path and prediction. Raises UserError for unknown names."""
+    with runtime.blame("flow.path"):
+        chosen = paths.build(config.flow.path)
+    if config.flow.prediction not in paths.PREDICTIONS:
+        raise UserError(f"flow.prediction={config.flow.prediction}: must be one of {', '.join(paths.PREDICTIONS)}")
+    return FlowModel(net, chosen, config.flow.prediction)
 
 
 def save(

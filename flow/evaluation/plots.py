@@ -4,6 +4,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -41,16 +42,42 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
             axes.errorbar([e["NFE"] for e in line], means, yerr=[s if s > 0 else 0 for s in spreads], capsize=3, **style)
         else:
             axes.plot([e["NFE"] for e in line], means, **style)
+    _log_axes(axes)
+    axes.set_xlabel("network evaluations per image (NFE)")
+    axes.set_ylabel(f"{names[0]}, lower is better")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def error_against_nfe(path: Path, rows: list[dict]) -> None:
+    """The rows of a solver study, {method, grid, NFE, distance}, as a PNG: a line a (method, grid)."""
+    figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[dict]] = {}
+    several = len({row["grid"] for row in rows}) > 1
+    for row in rows:
+        lines.setdefault(f"{row['method']}, {row['grid']}" if several else row["method"], []).append(row)
+    for i, (label, line) in enumerate(lines.items()):
+        line.sort(key=lambda row: row["NFE"])
+        axes.plot(
+            [row["NFE"] for row in line], [row["distance"] for row in line], label=label, color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1, linestyle="--" if i >= len(COLOURS) else "-",
+        )  # fmt: skip
+    _log_axes(axes)
+    axes.yaxis.set_major_locator(LogLocator())
+    axes.set_xlabel("network evaluations per image (NFE)")
+    axes.set_ylabel("distance to the fine solution")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path)
+
+
+def _log_axes(axes: Axes) -> None:
     for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         scale("log")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
-    axes.set_xlabel("network evaluations per image (NFE)")
-    axes.set_ylabel(f"{names[0]}, lower is better")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path)
 
 
 def loss_curves(path: Path, curves: dict[str, tuple[list[float], list[float]]], against: str, smooth: int = 1) -> None:

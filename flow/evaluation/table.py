@@ -75,7 +75,7 @@ def write(folder: Path, rows: list[dict]) -> str:
     for e in entries:
         cells = [_cell(name, *e["metrics"][name]) if name in e["metrics"] else "" for name in names]
         lines.append([*("" if e[key] is None else str(e[key]) for key in subject), str(e["ranges"]), *cells])
-    text = _markdown(lines)
+    text = markdown(lines)
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -94,7 +94,7 @@ def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra
     for key, name in names.items():
         cells = [" / ".join(_cell(m, *found[key, n][m]) for m in metrics) if (key, n) in found else "" for n in nfe]
         lines.append([name, *cells, *(column.get(name, "") for column in extra.values())])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def _key(row: dict) -> str:
@@ -109,7 +109,7 @@ def _cell(name: str, mean: float, spread: float) -> str:
     return number if math.isnan(spread) or name == "seconds" else f"{number} ± {spread:.{digits}f}"
 
 
-def _markdown(lines: list[list[str]]) -> str:
+def markdown(lines: list[list[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal; text to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     numeric = [all(re.fullmatch(r"[-\d.±/ ]*|nan", line[i]) for line in lines[1:]) for i in range(len(widths))]

@@ -1,14 +1,43 @@
-"""Solvers of dx/dt = v(x, t): one registry, one function."""
+"""Solvers of dx/dt = v(x, t) on the linear path: one registry, one function."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from flow.solvers.runge_kutta import TABLEAUX, step
+from flow import ddpm
+from flow.solvers import adaptive, multistep, runge_kutta, sde
 
-METHODS = tuple(TABLEAUX)
+Velocity = Callable[[Tensor, float], Tensor]
+
+
+def _runge_kutta(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Tensor:
+    for t, t_next in pairwise(grid):
+        tableau = runge_kutta.TABLEAUX[method]
+        if t_next == 1 and tableau.final:
+            tableau = runge_kutta.TABLEAUX[tableau.final]
+        x = runge_kutta.step(tableau, velocity, x, t, t_next - t)
+    return x
+
+
+# name -> (function, names of its options)
+METHODS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    **dict.fromkeys(runge_kutta.TABLEAUX, (_runge_kutta, ())),
+    **dict.fromkeys(multistep.STARTS, (multistep.adams_bashforth, ())),
+    "dpmpp_2m": (multistep.dpm_solver_2m, ()),
+    "unipc": (multistep.unipc, ()),
+    **dict.fromkeys(adaptive.ADAPTIVE, (adaptive.adaptive, adaptive.OPTIONS)),
+    **dict.fromkeys(sde.SDE, (sde.sde, ("noise", "noise_scale", "diffusion"))),
+    "ddim": (ddpm.ddpm, ()),
+    "ancestral": (ddpm.ddpm, ("noise", "eta")),
+}
+
+STOCHASTIC = tuple(name for name, (_, options) in METHODS.items() if "noise" in options)
+DETERMINISTIC = tuple(name for name in METHODS if name not in STOCHASTIC)
+ON_A_GRID = tuple(name for name, (_, options) in METHODS.items() if not options)  # deterministic, one step after the other
 
 
 @dataclass
@@ -17,19 +46,29 @@ class Solution:
     nfe: int  # evaluations of the velocity, counted
 
 
-def check(method: str) -> None:
-    """Raises ValueError for a method that is not in the registry."""
+def check(method: str, **options: Any) -> None:
+    """Raises ValueError for a method that is not in the registry and for an option that it does not take."""
     if method not in METHODS:
-        raise ValueError(f"{method!r} is not a solver; choose one of {', '.join(METHODS)}")
+        raise ValueError(f"{method!r} is no solver; choose one of {', '.join(METHODS)}")
+    known = METHODS[method][1]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{method} has no option {name!r}; it takes {', '.join(known) or 'none'}")
 
 
-def solve(velocity: Callable[[Tensor, float], Tensor], x: Tensor, grid: Sequence[float], method: str) -> Solution:
+def check_values(method: str, **options: Any) -> None:
+    """Raises ValueError, before anything is computed, for what `solve` would refuse: a trial on one number."""
+    noise = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
+    solve(lambda x, t: x * 0, torch.zeros(1, dtype=torch.float64), [0.0, 0.5, 1.0], method, **options, **noise)
+
+
+def solve(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str, **options: Any) -> Solution:
     """Integrate dx/dt = velocity(x, t) over the times of `grid`, from x [B, ...] at grid[0].
 
-    Runs in the dtype of x. Where the last step ends at the data (t = 1), no stage is evaluated there (see
-    runge_kutta.py), so N steps of heun cost 2N - 1 evaluations. Raises ValueError for an unknown method.
+    Runs in the dtype of x. No method evaluates the velocity at the data end, t = 1. `options` are those of the method:
+    rtol and atol, or noise, noise_scale and diffusion, or noise and eta. Raises ValueError for what `check` refuses.
     """
-    check(method)
+    check(method, **options)
     nfe = 0
 
     def counted(x: Tensor, t: float) -> Tensor:
@@ -37,9 +76,4 @@ def solve(velocity: Callable[[Tensor, float], Tensor], x: Tensor, grid: Sequence
         nfe += 1
         return velocity(x, t)
 
-    for t, t_next in pairwise(grid):
-        tableau = TABLEAUX[method]
-        if t_next == 1 and tableau.final:
-            tableau = TABLEAUX[tableau.final]
-        x = step(tableau, counted, x, t, t_next - t)
-    return Solution(x, nfe)
+    return Solution(METHODS[method][0](counted, x, grid, method, **options), nfe)

@@ -1,0 +1,41 @@
+"""Tuned time grids beside the snapshot that they were fitted to: <snapshot>.grids.json."""
+
+import json
+from pathlib import Path
+
+from configs.schema import UserError
+from flow.engine import files
+
+
+def file_of(snapshot: Path) -> Path:
+    return snapshot.with_name(snapshot.name.removesuffix(".safetensors") + ".grids.json")
+
+
+def store(snapshot: Path, method: str, times: list[float]) -> None:
+    """Add the grid of a method with len(times) - 1 steps, in place of an older one."""
+    grids = _read(snapshot)
+    grids.setdefault(method, {})[str(len(times) - 1)] = times
+    stored = {"weights_sha256": files.sha256(snapshot), "grids": grids}
+    files.write_text(file_of(snapshot), json.dumps(stored, indent=1))
+
+
+def load(snapshot: Path, method: str, steps: int) -> tuple[float, ...]:
+    """The times of the tuned grid. Raises UserError that names what was tuned where this one was not."""
+    grids = _read(snapshot)
+    if str(steps) not in grids.get(method, {}):
+        there = "; ".join(f"{name} {' '.join(sorted(of, key=int))}" for name, of in grids.items()) or "nothing"
+        raise UserError(
+            f"--grid tuned: none was fitted for {method} with {steps} steps (there is: {there}); "
+            f"make one with: python -m scripts.tune_grid --weights {snapshot} --methods {method} --steps {steps}"
+        )
+    return tuple(grids[method][str(steps)])
+
+
+def _read(snapshot: Path) -> dict[str, dict[str, list[float]]]:
+    path = file_of(snapshot)
+    if not path.is_file():
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored["weights_sha256"] != files.sha256(snapshot):
+        raise UserError(f"{path}: was fitted to other weights than {snapshot.name}; remove it and run tune_grid again")
+    return stored["grids"]

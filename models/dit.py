@@ -1,0 +1,126 @@
+"""The diffusion transformer: patches as tokens, time by adaptive layer norm, labels by cross-attention or added to the time.
+
+DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3: adaLN-zero) with rotary position embedding (Su et al. 2021,
+arXiv:2104.09864) over rows and columns.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.blocks import sinusoidal_embedding, zero
+
+
+class DiT(nn.Module):
+    """net(x [B, C, H, W], t [B] in [0, 1], y [B] or None) -> [B, C, H, W]."""
+
+    prompt_bytes = None  # knows labels only
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        patch: int = 2,
+        dropout: float = 0.0,
+        num_classes: int | None = None,
+        cross_attention: bool = False,
+    ):
+        """image_shape: (C, H, W), sides divisible by patch. width: of a token, divisible by 4 heads. depth: blocks.
+        num_classes: None for an unconditional network; label num_classes is the null label. cross_attention: tokens attend
+        to the label and the time; otherwise the label's embedding is added to that of the time.
+        """
+        super().__init__()
+        _check(image_shape, width, depth, heads, patch, dropout, num_classes, cross_attention)
+        self.num_classes, self.null, self.patch, self.width = num_classes, num_classes, patch, width
+        channels = image_shape[0] * patch**2
+        self.embed = nn.Linear(channels, width)
+        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, dropout, cross_attention) for _ in range(depth))
+        self.cross_attention = cross_attention
+        self.modulation = zero(nn.Linear(width, 2 * width))
+        self.unembed = zero(nn.Linear(width, channels))
+        rows, columns = image_shape[1] // patch, image_shape[2] // patch
+        self.register_buffer("rotation", rotations(rows, columns, width // heads), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        emb = self.time_mlp(sinusoidal_embedding(t, self.width))  # [B, width]
+        context = None
+        if self.label_embedding is not None:
+            if y is None:
+                raise ValueError("this network is class-conditional: it needs labels y [B]")
+            label = self.label_embedding(y)
+            context = torch.stack([label, emb], dim=1) if self.cross_attention else None  # [B, 2, width]
+            emb = emb if self.cross_attention else emb + label
+        emb = F.silu(emb)
+        h = self.embed(F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2))  # [B, tokens, width]
+        for block in self.blocks:
+            h = block(h, emb, self.rotation, context)
+        shift, scale = self.modulation(emb)[:, None].chunk(2, dim=2)
+        h = self.unembed(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
+        h = h.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, x.shape[3] // self.patch))
+        return F.pixel_shuffle(h, self.patch)
+
+
+class DiTBlock(nn.Module):
+    """Tokens [B, L, width] -> the same: self-attention, cross-attention to context [B, M, width] if any, MLP."""
+
+    def __init__(self, width: int, heads: int, dropout: float, cross_attention: bool):
+        super().__init__()
+        self.heads = heads
+        self.modulation = zero(nn.Linear(width, 6 * width))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.cross_attention = cross_attention
+        if cross_attention:
+            self.query = nn.Linear(width, width)
+            self.key_value = nn.Linear(width, 2 * width)
+            self.cross_proj = zero(nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(4 * width, width))
+
+    def forward(self, h: Tensor, emb: Tensor, rotation: Tensor, context: Tensor | None) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(emb)[:, None].chunk(6, dim=2)
+        a = F.layer_norm(h, h.shape[-1:]) * (1 + scale_a) + shift_a
+        q, k, v = (self._split(part) for part in self.qkv(a).chunk(3, dim=2))
+        a = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
+        h = h + gate_a * self.proj(a.transpose(1, 2).flatten(2))
+        if self.cross_attention and context is not None:
+            k, v = (self._split(part) for part in self.key_value(context).chunk(2, dim=2))
+            a = F.scaled_dot_product_attention(self._split(self.query(F.layer_norm(h, h.shape[-1:]))), k, v)
+            h = h + self.cross_proj(a.transpose(1, 2).flatten(2))
+        return h + gate_m * self.mlp(F.layer_norm(h, h.shape[-1:]) * (1 + scale_m) + shift_m)
+
+    def _split(self, h: Tensor) -> Tensor:
+        return h.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, width / heads]
+
+
+def rotations(rows: int, columns: int, dim: int) -> Tensor:
+    """Angles [rows * columns, dim / 2]: the first half turns with the row of a token, the second with its column."""
+    frequencies = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.cat([row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies], dim=1)
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x [B, heads, L, dim], its pairs (i, i + dim / 2) turned by angles [L, dim / 2]."""
+    a, b = x.chunk(2, dim=3)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=3)
+
+
+def _check(image_shape, width, depth, heads, patch, dropout, num_classes, cross_attention) -> None:
+    for name, value in {"width": width, "depth": depth, "heads": heads, "patch": patch}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+    if width % (4 * heads):
+        raise ValueError(f"width={width}: must divide by 4 heads = {4 * heads}, for the rotary embedding")
+    if image_shape[1] % patch or image_shape[2] % patch:
+        raise ValueError(f"patch={patch}: must divide the image side, the images are {image_shape[1]}x{image_shape[2]}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: must be in [0, 1)")
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise ValueError(f"num_classes={num_classes!r}: must be a whole number of at least 1, or null")
+    if cross_attention and num_classes is None:
+        raise ValueError("cross_attention=True: needs labels to attend to; set num_classes")

@@ -1,0 +1,100 @@
+"""Fit the times of small numbers of steps to a trained flow: `python -m scripts.tune_grid --weights runs/mnist --steps 4 8`.
+
+The times are fitted on the flow's own fine trajectories and kept only where they come closer to the fine solution than
+every grid by formula on images that were not used. They are saved beside the snapshot; `sample.py --grid tuned` uses them.
+"""
+
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import models
+from configs.schema import UserError
+from flow import prior, solvers
+from flow.engine import cli, runtime, snapshot, tuned_grids
+from flow.engine.generate import SamplerSettings, check, solver_state, times_of, velocity_of
+from flow.guidance import FlowModel
+from flow.solvers import ON_A_GRID, grid, tuning
+
+EXAMPLES = (
+    "  python -m scripts.tune_grid --weights runs/mnist --methods euler ab2 unipc --steps 4 5 6 8 10 --guidance_scale 1.5"
+)
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    parser.add_argument("--methods", nargs="+", choices=ON_A_GRID, default=["euler", "ab2", "unipc"])
+    parser.add_argument("--steps", nargs="+", type=cli.at_least(2), default=[4, 5, 6, 8, 10], help="(default: 4 5 6 8 10)")
+    parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="of the flow that is fitted (default: 1)")
+    parser.add_argument(
+        "--n_images", type=cli.at_least(2), default=32, help="to fit on, and as many to decide on (default: 32)"
+    )
+    parser.add_argument("--fine_steps", type=cli.at_least(16), default=64, help="of the trajectories (default: 64)")
+    parser.add_argument("--evaluations", type=cli.at_least(1), default=100, help="of the error in a descent (default: 100)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=1, help="of the noise (default: 1)")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    if max(args.steps) > args.fine_steps:
+        raise UserError(f"--steps {max(args.steps)}: must be at most --fine_steps {args.fine_steps}")
+    snap = snapshot.load(args.weights, None, args.overrides)
+    model = snap.model(models.build)
+    settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed)
+    with runtime.blame("tune_grid"):
+        check(settings, model.net)
+    accelerator = runtime.start()
+    runtime.set_threads()
+    model.net.to(accelerator.device).eval()
+    with torch.inference_mode():
+        tune(args, accelerator, snap, model, settings)
+
+
+def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
+    """Fit, decide, save and print a line for each method and number of steps."""
+    parts = [range(args.n_images), range(args.n_images, 2 * args.n_images)]  # to fit on, to decide on
+    noises = [solver_state(prior.noise("tuning", args.seed, part, snap.image_shape), accelerator.device) for part in parts]
+    velocities = [velocity_of(model, part, settings, accelerator.device) for part in parts]
+    fine = [tuning.fine_trajectory(v, x0, args.fine_steps) for v, x0 in zip(velocities, noises, strict=True)]
+
+    def error(part: int, method: str, times: list[float]) -> float:
+        """Root mean square distance to the fine solution, on images to fit on (0) or to decide on (1)."""
+        end = solvers.solve(velocities[part], noises[part], times, method).x
+        return rms(end - fine[part][0][-1])
+
+    by_formula = {
+        (name, n): times_of(SamplerSettings(steps=n, grid=name), model.path) for name in grid.GRIDS for n in args.steps
+    }
+    print("distance to the fine solution, on images that nothing was fitted to")
+    print(f"{'method':>10} {'steps':>5} {'uniform':>9} {'best formula':>24} {'tuned':>9}")
+    with runtime.progress(accelerator, len(args.methods) * len(args.steps), "grids") as bar:
+        for method in args.methods:
+            for n in args.steps:
+                first = tuning.shortest_grid(*fine[0], n)
+                starts = [first, *(by_formula[name, n] for name in grid.GRIDS)]
+                start = min(starts, key=partial(error, 0, method))
+                times = tuning.descend(partial(error, 0, method), start, args.evaluations)
+                held_out = {name: error(1, method, by_formula[name, n]) for name in grid.GRIDS}
+                best = min(held_out, key=held_out.__getitem__)
+                tuned = error(1, method, times)
+                verdict = ""
+                if tuned < held_out[best]:
+                    tuned_grids.store(snap.path, method, times)
+                else:
+                    verdict = "  not kept"
+                formula = f"{best} {held_out[best]:.4f}"
+                bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
+                bar.update()
+    print(f"in {tuned_grids.file_of(snap.path)}; use them with --grid tuned")
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+if __name__ == "__main__":
+    runtime.run(main)

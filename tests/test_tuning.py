@@ -1,0 +1,74 @@
+"""Tuned time grids: the cheapest path through a fine trajectory, a descent that never gets worse, the command."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import fail, succeed
+
+from flow import solvers
+from flow.engine import snapshot, tuned_grids
+from flow.solvers import grid, tuning
+
+
+def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+    """Almost straight but for a bend around t = 0.8."""
+    return torch.ones_like(x) + 30 * x.sign() * torch.exp(torch.tensor(-((t - 0.8) ** 2) / 0.002))
+
+
+@pytest.fixture(scope="module")
+def fine():
+    return tuning.fine_trajectory(velocity, torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None], 12)
+
+
+def test_the_shortest_grid_is_the_best_of_all(fine):
+    states, velocities = fine
+
+    def price(times: tuple[int, ...]) -> float:
+        total = 0.0
+        for i, j in itertools.pairwise(times):
+            total += (states[i] + (j - i) / 12 * velocities[i] - states[j]).square().mean().sqrt().item()
+        return total
+
+    found = tuning.shortest_grid(states, velocities, 4)
+    best = min(((0, *inner, 12) for inner in itertools.combinations(range(1, 12), 3)), key=price)
+    assert found == pytest.approx([i / 12 for i in best])
+    with pytest.raises(ValueError, match="13 steps: must be from 1 to the 12"):
+        tuning.shortest_grid(states, velocities, 13)
+
+
+def test_descent_ends_closer_and_in_order():
+    x0 = torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None]
+    target = solvers.solve(velocity, x0, grid.uniform(2000), "heun").x
+
+    def error(times: list[float]) -> float:
+        return (solvers.solve(velocity, x0, times, "euler").x - target).square().mean().sqrt().item()
+
+    start = grid.uniform(5)
+    found = tuning.descend(error, start, 150)
+    assert error(found) < 0.5 * error(start)
+    assert found[0] == 0 and found[-1] == 1 and all(a < b for a, b in itertools.pairwise(found))
+    assert tuning.descend(error, [0.0, 1.0], 10) == [0.0, 1.0]
+
+
+def test_commands(tmp_path, tiny_run):
+    """tune_grid stores beside the snapshot, sample.py uses it and says so, the study tabulates; other weights are refused."""
+    weights = tmp_path / "net.safetensors"
+    weights.write_bytes(snapshot.find(tiny_run).read_bytes())
+    tune = ["-m", "scripts.tune_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3", "4"]
+    result = succeed(*tune, "--n_images", "4", "--fine_steps", "16", "--evaluations", "30")
+    assert "in " + str(tuned_grids.file_of(weights)) in result.stdout
+    tuned_grids.store(weights, "heun", [0.0, 0.3, 1.0])
+    out = tmp_path / "samples"
+    sample = ["sample.py", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--grid", "tuned"]
+    succeed(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
+    assert json.loads((out / "sampling.json").read_text())["times"] == [0.0, 0.3, 1.0]
+    line = fail(*sample, "--sampling_method", "midpoint", "--sampling_steps", "2")
+    assert "none was fitted for midpoint with 2 steps" in line and "scripts.tune_grid" in line
+    study = ["-m", "scripts.solver_study", "--weights", weights, "--out", tmp_path / "study", "--n_images", "4"]
+    result = succeed(*study, "--methods", "euler", "heun", "unipc", "--grids", "uniform", "edm", "--sampling_steps", "2", "4")
+    assert result.stdout.count("| euler") == 4 and (tmp_path / "study" / "study.png").stat().st_size > 0
+    stored = json.loads(tuned_grids.file_of(weights).read_text())
+    tuned_grids.file_of(weights).write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
+    assert "was fitted to other weights" in fail(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
