@@ -113,7 +113,6 @@ def score_weights(args, accelerator: Accelerator) -> None:
         "seed": args.seed,
         "labels": labels,
         "prompts": prompts,
-        "grid": args.grid,
         "mixed_precision": args.mixed_precision,
     }
 
@@ -140,16 +139,23 @@ def score_weights(args, accelerator: Accelerator) -> None:
             subject = {
                 "weights": f"{given.name if given.is_dir() else given.stem}@{snap.step}",
                 "captions": (args.captions or "plain") if net.prompt_bytes else None,
-                "method": settings.method,
+                "method": solver_name(settings),
                 "steps": settings.steps,
                 "guidance_scale": settings.guidance_scale if net.null is not None else None,
                 "n": args.n_samples,
                 "first": indices.start,
             }
-            if not record(args, accelerator, out, subject, identity, extractor, real, partial(compute, settings, indices)):
+            which = {**identity, "times": settings.times}  # a grid may be tuned again
+            if not record(args, accelerator, out, subject, which, extractor, real, partial(compute, settings, indices)):
                 bar.update(mine)
     bar.close()
     report(accelerator, out)
+
+
+def solver_name(settings: SamplerSettings) -> str:
+    """The method with what sets it apart from its defaults: 'ab2, tuned grid', 'euler_maruyama, noise_scale=0.5'."""
+    grid = [f"{settings.grid} grid"] if settings.grid != "uniform" else []
+    return ", ".join([settings.method, *grid, *(f"{name}={value}" for name, value in settings.options)])
 
 
 def asked_for(

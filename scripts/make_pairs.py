@@ -192,9 +192,8 @@ def invert_batch(
         pixels, labels = zip(*(data[k] for k in chosen), strict=True)
     x1 = torch.stack(pixels).float() / 127.5 - 1
     y = torch.tensor(labels)
-    unguided = SamplerSettings(settings.method, settings.steps, 1.0, settings.seed, tuple(labels), prompts=None)
-    if model.net.prompt_bytes:
-        unguided = SamplerSettings(prompts=tuple(captions.plain(data.class_names[label]) for label in labels))
+    prompts = tuple(captions.plain(data.class_names[label]) for label in labels) if model.net.prompt_bytes else None
+    unguided = SamplerSettings(labels=tuple(labels), prompts=prompts)
     velocity = velocity_of(model, range(len(y)), unguided, accelerator.device)
     noise = prior.noise("inversion", settings.seed, batch, data.image_shape)
     with accelerator.autocast():

@@ -2,7 +2,7 @@
 
 The distance is the root mean square, over images and pixels, to a dopri5 solution with tight tolerances from the same
 noise: a measure of the solver alone that takes seconds, where a Frechet distance takes minutes (evaluate.py gives that).
-`--out` gets study.md, study.csv and study.png; NFE is counted, and the order is the slope between the largest two.
+`--out` gets study.md, study.csv and study.png; NFE is counted, and the order of a row is the slope from the row before.
 """
 
 import csv

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from conftest import run_script, succeed
 from PIL import Image
 
 import datasets
+import evaluate
+from flow.engine.generate import SamplerSettings
 from flow.evaluation import metrics, plots, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 
@@ -208,3 +211,11 @@ def test_inception_768_gives_a_number_on_cifar10(tmp_path, real_data):
         feature_extractor_weights_path=str(weights),
     )  # fmt: skip
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+
+
+def test_rows_of_other_solver_options_are_other_rows():
+    """A stochastic row must not be taken for one of another noise scale, nor a tuned grid for the uniform one."""
+    plain = SamplerSettings("euler_maruyama", 5)
+    assert evaluate.solver_name(plain) == "euler_maruyama"
+    assert evaluate.solver_name(replace(plain, options=(("noise_scale", 0.5),))) == "euler_maruyama, noise_scale=0.5"
+    assert evaluate.solver_name(SamplerSettings("ab2", 5, grid="tuned", times=(0.0, 1.0))) == "ab2, tuned grid"
