@@ -42,7 +42,7 @@ def parse_args():
     parser.add_argument("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors")
     parser.add_argument("--samples", type=Path, metavar="DIR", help="score this folder of images, no weights needed")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["euler"], help="solvers (default: euler)")
-    parser.add_argument("--sampling_steps", nargs="+", type=cli.at_least(1), default=[100], help="(default: 100)")
+    cli.add_step_flags(parser, [100], several=True)
     cli.add_solver_flags(parser)
     parser.add_argument("--guidance_scale", nargs="+", type=cli.scale, default=[1.0], help="(default: 1, off)")
     parser.add_argument("--labels", type=int, nargs="+", help="classes, one image after the other (default: all)")
@@ -100,7 +100,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
         )
         for scale in args.guidance_scale
         for method in args.methods
-        for steps in args.sampling_steps
+        for steps in cli.steps_of(args, method)
     ]
     for settings in plan:
         with runtime.blame("evaluate"):
@@ -139,7 +139,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
             subject = {
                 "weights": f"{given.name if given.is_dir() else given.stem}@{snap.step}",
                 "captions": (args.captions or "plain") if net.prompt_bytes else None,
-                "method": solver_name(settings),
+                "method": settings.solver,
                 "steps": settings.steps,
                 "guidance_scale": settings.guidance_scale if net.null is not None else None,
                 "n": args.n_samples,
@@ -150,12 +150,6 @@ def score_weights(args, accelerator: Accelerator) -> None:
                 bar.update(mine)
     bar.close()
     report(accelerator, out)
-
-
-def solver_name(settings: SamplerSettings) -> str:
-    """The method with what sets it apart from its defaults: 'ab2, tuned grid', 'euler_maruyama, noise_scale=0.5'."""
-    grid = [f"{settings.grid} grid"] if settings.grid != "uniform" else []
-    return ", ".join([settings.method, *grid, *(f"{name}={value}" for name, value in settings.options)])
 
 
 def asked_for(

@@ -37,7 +37,7 @@ def parse_args():
     parser.add_argument("--n_samples", type=cli.at_least(1), required=True, help="number of images")
     parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument("--sampling_method", choices=METHODS, default="euler", help="solver (default: euler)")
-    parser.add_argument("--sampling_steps", type=cli.at_least(1), default=100, help="steps of the solver (default: 100)")
+    cli.add_step_flags(parser, [100], several=False)
     cli.add_solver_flags(parser)
     parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
@@ -58,9 +58,10 @@ def main() -> None:
     labels = tuple(args.labels) if args.labels else None
     prompts = tuple(args.prompts) if args.prompts else None
     method = args.sampling_method
+    [steps] = cli.steps_of(args, method)
     settings = SamplerSettings(
-        method, args.sampling_steps, args.guidance_scale, args.seed, labels, prompts, args.grid,
-        tuned_grids.load(snap.path, method, args.sampling_steps) if args.grid == "tuned" else None,
+        method, steps, args.guidance_scale, args.seed, labels, prompts, args.grid,
+        tuned_grids.load(snap.path, method, steps) if args.grid == "tuned" else None,
         cli.solver_options(args, method, [method]),
     )  # fmt: skip
     with runtime.blame("sample"):

@@ -66,15 +66,21 @@ class CrossAttention(nn.Module):
         return x + self.proj(out.transpose(-1, -2).reshape(b, c, h, w))
 
 
-def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
-    """Features [B, dim] of t [B] in [0, 1]: cosines and sines of 1000 t at geometric frequencies from 1 to 1e-4.
+def sinusoidal_embedding(t: Tensor, dim: int, fastest: float) -> Tensor:
+    """Features [B, dim] of t [B] in [0, 1]: cosines and sines of t times geometric frequencies, `fastest` to 0.1 radians.
 
-    The positions of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5) as DDPM uses them for 1000 timesteps.
+    The positions of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5); DDPM's, for 1000 timesteps, are fastest = 1000.
+    A flow is only as smooth in time as these features: solvers reach their order on steps well below 1 / fastest.
     """
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half))
-    angles = 1000 * t.float()[:, None] * frequencies
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(fastest / 0.1) / half))
+    angles = fastest * t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def check_time_frequency(value: float) -> None:
+    if not isinstance(value, int | float) or not 0.1 < value < math.inf:
+        raise ValueError(f"time_frequency={value!r}: must be a number above 0.1, in radians")
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import sinusoidal_embedding, zero
+from models.blocks import check_time_frequency, sinusoidal_embedding, zero
 
 
 class DiT(nn.Module):
@@ -24,16 +24,20 @@ class DiT(nn.Module):
         heads: int = 6,
         patch: int = 2,
         dropout: float = 0.0,
+        time_frequency: float = 1000.0,
         num_classes: int | None = None,
         cross_attention: bool = False,
     ):
         """image_shape: (C, H, W), sides divisible by patch. width: of a token, divisible by 4 heads. depth: blocks.
+        time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
         num_classes: None for an unconditional network; label num_classes is the null label. cross_attention: tokens attend
         to the label and the time; otherwise the label's embedding is added to that of the time.
         """
         super().__init__()
+        check_time_frequency(time_frequency)
         _check(image_shape, width, depth, heads, patch, dropout, num_classes, cross_attention)
         self.num_classes, self.null, self.patch, self.width = num_classes, num_classes, patch, width
+        self.time_frequency = time_frequency
         channels = image_shape[0] * patch**2
         self.embed = nn.Linear(channels, width)
         self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -46,7 +50,7 @@ class DiT(nn.Module):
         self.register_buffer("rotation", rotations(rows, columns, width // heads), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        emb = self.time_mlp(sinusoidal_embedding(t, self.width))  # [B, width]
+        emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, width]
         context = None
         if self.label_embedding is not None:
             if y is None:

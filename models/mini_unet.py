@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import text
-from models.blocks import Block, CrossAttention, group_norm, sinusoidal_embedding, zero
+from models.blocks import Block, CrossAttention, check_time_frequency, group_norm, sinusoidal_embedding, zero
 from models.text import TextEncoder
 
 
@@ -20,17 +20,21 @@ class MiniUNet(nn.Module):
         blocks_per_level: int = 1,
         head_channels: int = 32,
         patch: int = 2,
+        time_frequency: float = 1000.0,
         num_classes: int | None = None,
         prompt_bytes: int | None = None,
     ):
         """image_shape: (C, H, W), sides divisible by 2 patch. width: channels at the first resolution, where a pixel is a
         patch of this side; twice as many at the second, half the resolution, which has self-attention.
+        time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
         num_classes: for labels; label num_classes is the null label. prompt_bytes: for prompts of at most so many bytes,
         read by cross-attention; the empty prompt is the null condition. At most one of the two.
         """
         super().__init__()
+        check_time_frequency(time_frequency)
         _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, prompt_bytes)
         self.num_classes, self.prompt_bytes, self.patch, self.width = num_classes, prompt_bytes, patch, width
+        self.time_frequency = time_frequency
         self.null = text.PADDING if prompt_bytes else num_classes
         channels, emb, deep = image_shape[0] * patch**2, 4 * width, 2 * width
         self.time_mlp = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -55,7 +59,7 @@ class MiniUNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if y is None and (self.num_classes or self.prompt_bytes):
             raise ValueError("this network is conditional: it needs labels [B] or tokens [B, prompt_bytes]")
-        emb = self.time_mlp(sinusoidal_embedding(t, self.width))  # [B, 4 width]
+        emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, 4 width]
         if self.label_embedding is not None:
             emb = emb + self.label_embedding(y)
         if self.prompt_bytes:

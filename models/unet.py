@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Block, group_norm, sinusoidal_embedding, zero
+from models.blocks import Block, check_time_frequency, group_norm, sinusoidal_embedding, zero
 
 
 class UNet(nn.Module):
@@ -26,14 +26,17 @@ class UNet(nn.Module):
         head_channels: int = 64,
         dropout: float = 0.0,
         patch: int = 1,
+        time_frequency: float = 1000.0,
         num_classes: int | None = None,
     ):
         """image_shape: (C, H, W). width: channels of the first level. channel_mult: multiple of it per level, each level
         half the resolution of the one before. attention_resolutions: in pixels of height; each must be that of a level.
         patch: the first level works on patches of this side as channels, which costs patch^2 times less.
+        time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
         num_classes: None for an unconditional network; label num_classes is the null label.
         """
         super().__init__()
+        check_time_frequency(time_frequency)
         _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes)
         channels, height = image_shape[0] * patch**2, image_shape[1] // patch
         resolutions = [height // 2**level for level in range(len(channel_mult))]
@@ -51,7 +54,7 @@ class UNet(nn.Module):
                 )
         self.num_classes, self.null, self.patch = num_classes, num_classes, patch
         embedding = 4 * width
-        self.frequencies = width
+        self.width, self.time_frequency = width, time_frequency
         self.time_mlp = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes is not None else None
 
@@ -83,7 +86,7 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(c, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        emb = self.time_mlp(sinusoidal_embedding(t, self.frequencies))  # [B, 4 width]
+        emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, 4 width]
         if self.label_embedding is not None:
             if y is None:
                 raise ValueError("this network is class-conditional: it needs labels y [B]")

@@ -1,8 +1,9 @@
 """How close solvers come to the fine solution for how many evaluations: `python -m scripts.solver_study --weights runs/mnist`.
 
 The distance is the root mean square, over images and pixels, to a dopri5 solution with tight tolerances from the same
-noise: a measure of the solver alone that takes seconds, where a Frechet distance takes minutes (evaluate.py gives that).
-`--out` gets study.md, study.csv and study.png; NFE is counted, and the order of a row is the slope from the row before.
+noise: a measure of the solver alone that takes seconds. `--fd N` adds, by evaluate.py, the Frechet distance of N images,
+which takes minutes. `--out` gets study.md, study.csv and study.png (with --fd also fd.png); NFE is counted, and the order
+of a row is the slope from the row before.
 """
 
 import csv
@@ -11,28 +12,37 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 import models
+from configs import schema
 from flow import prior, solvers
 from flow.engine import cli, files, runtime, snapshot, tuned_grids
+from flow.engine.commands import run_command
 from flow.engine.generate import SamplerSettings, check, solver_state, times_of, velocity_of
 from flow.evaluation import plots, table
 from flow.solvers import ON_A_GRID, grid
 
 EXAMPLES = """\
   python -m scripts.solver_study --weights runs/mnist --out runs/mnist/study
-  python -m scripts.solver_study --weights runs/mnist --methods ab2 --grids uniform tuned --sampling_steps 8 --out study"""
+  python -m scripts.solver_study --weights runs/mnist --methods euler ab2 unipc --grids uniform cosine --nfe 4 6 8 10 \\
+      --fd 2000 --feature_extractor mnist --out runs/mnist/study_10"""
 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
-    parser.add_argument("--methods", nargs="+", choices=ON_A_GRID, default=ON_A_GRID, help="(default: all)")
+    methods = [m for m in ON_A_GRID if m != "ddim"]  # which is euler: both go straight on with the velocity held
+    parser.add_argument("--methods", nargs="+", choices=ON_A_GRID, default=methods, help=f"(default: {' '.join(methods)})")
     parser.add_argument("--grids", nargs="+", choices=[*grid.GRIDS, "tuned"], default=["uniform"], help="(default: uniform)")
-    parser.add_argument("--sampling_steps", nargs="+", type=cli.at_least(1), default=[4, 8, 16, 32, 64])
+    cli.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)
     parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="(default: 1, off)")
+    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument("--n_images", type=cli.at_least(1), default=32, help="(default: 32)")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
+    parser.add_argument("--fd", type=cli.at_least(2), metavar="N", help="Frechet distance of N images (default: none)")
+    parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of --fd (default: mnist)")
+    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no", help="of --fd")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     return parser.parse()
 
@@ -40,55 +50,83 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
-    model = snap.model(models.build)
-    base = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed)
+    base = SamplerSettings(
+        guidance_scale=args.guidance_scale, seed=args.seed, prompts=tuple(args.prompts) if args.prompts else None
+    )
     with runtime.blame("solver_study"):
-        check(base, model.net)
-    plan = []
-    for method in args.methods:
-        for name in args.grids:
-            for n in args.sampling_steps:
-                tuned = name == "tuned"
-                times = (
-                    tuned_grids.load(snap.path, method, n)
-                    if tuned
-                    else times_of(SamplerSettings(steps=n, grid=name), model.path)
-                )
-                plan.append((method, name, n, list(times)))
+        check(base, snap.model(models.build).net)
+    plan = [
+        SamplerSettings(
+            method, n, grid=name, times=tuned_grids.load(snap.path, method, n) if name == "tuned" else None
+        )
+        for method in args.methods
+        for name in args.grids
+        for n in cli.steps_of(args, method)
+    ]  # fmt: skip
     accelerator = runtime.start()
     runtime.set_threads()
+    rows, fine_nfe = distances(args, accelerator, snap, base, plan)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.fd:
+        add_frechet(args, rows)
+    columns = ["method", "grid", "steps", "NFE", "distance", "order", *(["FD"] if args.fd else [])]
+    with open(args.out / "study.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    digits = {"distance": 5, "order": 2, "FD": 2}
+    cells = [[f"{r[c]:.{digits[c]}f}" if c in digits else str(r[c]) for c in columns] for r in rows]
+    text = table.markdown([columns, *cells])
+    files.write_text(args.out / "study.md", text + "\n")
+    plots.error_against_nfe(args.out / "study.png", rows, "distance", "distance to the fine solution")
+    if args.fd:
+        plots.error_against_nfe(args.out / "fd.png", rows, "FD", f"FD-{args.feature_extractor} of {args.fd:,} images")
+    print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}; in {args.out}: study.md study.csv study.png")
+
+
+@torch.inference_mode()
+def distances(
+    args, accelerator: Accelerator, snap: snapshot.Snapshot, base: SamplerSettings, plan: list[SamplerSettings]
+) -> tuple[list[dict], int]:
+    """A row for each of the plan, {method, grid, steps, NFE, distance, order}, and the evaluations of the fine solution."""
+    model = snap.model(models.build)
     model.net.to(accelerator.device).eval()
     images = range(args.n_images)
     x0 = solver_state(prior.noise("study", args.seed, images, snap.image_shape), accelerator.device)
     velocity = velocity_of(model, images, base, accelerator.device)
     rows = []
-    with torch.inference_mode(), runtime.progress(accelerator, len(plan) + 1, "solutions") as bar:
+    with runtime.progress(accelerator, len(plan) + 1, "solutions") as bar:
         fine = solvers.solve(velocity, x0, [0.0, 1.0], "dopri5", rtol=1e-6, atol=1e-6)
         bar.update()
-        for method, name, n, times in plan:
-            found = solvers.solve(velocity, x0, times, method)
+        for settings in plan:
+            found = solvers.solve(velocity, x0, times_of(settings, model.path), settings.method)
             distance = (found.x - fine.x).square().mean().sqrt().item()
-            rows.append({"method": method, "grid": name, "steps": n, "NFE": found.nfe, "distance": distance})
+            row = {"method": settings.method, "grid": settings.grid, "steps": settings.steps, "solver": settings.solver}
+            rows.append({**row, "NFE": found.nfe, "distance": distance, "order": math.nan})
             bar.update()
-    for _, line in groupby(rows, key=lambda row: (row["method"], row["grid"])):
+    for _, line in groupby(rows, key=lambda row: row["solver"]):
         previous = None
         for row in line:
-            gained = previous and math.log(previous["distance"] / row["distance"])
-            row["order"] = gained / math.log(row["steps"] / previous["steps"]) if previous else None
+            if previous and row["steps"] != previous["steps"]:
+                gained = math.log(previous["distance"] / row["distance"])
+                row["order"] = gained / math.log(row["steps"] / previous["steps"])
             previous = row
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "study.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    cells = [
-        [r["method"], r["grid"], str(r["steps"]), str(r["NFE"]), f"{r['distance']:.5f}", f"{r['order'] or math.nan:.2f}"]
-        for r in rows
-    ]
-    text = table.markdown([["method", "grid", "steps", "NFE", "distance", "order"], *cells])
-    files.write_text(args.out / "study.md", text + "\n")
-    plots.error_against_nfe(args.out / "study.png", rows)
-    print(f"{text}\nfine solution: dopri5, NFE {fine.nfe}; in {args.out}: study.md study.csv study.png")
+    return rows, fine.nfe
+
+
+def add_frechet(args, rows: list[dict]) -> None:
+    """Give each row its "FD", measured by evaluate.py from noise of its own."""
+    steps = ["--nfe", *map(str, args.nfe)] if args.nfe else ["--sampling_steps", *map(str, args.sampling_steps)]
+    for name in args.grids:
+        evaluate = [
+            "evaluate.py", "--weights", args.weights, "--methods", *args.methods, *steps, "--grid", name, "--metrics", "fid",
+            "--guidance_scale", f"{args.guidance_scale:g}", "--n_samples", str(args.fd), "-mp", args.mixed_precision,
+            "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), *args.overrides,
+        ]  # fmt: skip
+        run_command(evaluate)
+    found = {(row["method"], row["steps"]): row["metrics"] for row in table.read_rows(args.out / "evaluation")}
+    for row in rows:
+        row["FD"] = next(value for name, value in found[row["solver"], row["steps"]].items() if name.startswith(("FD", "FID")))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def parse_args():
     parser.add_argument("--methods", nargs="+", choices=ON_A_GRID, default=["euler", "ab2", "unipc"])
     parser.add_argument("--steps", nargs="+", type=cli.at_least(2), default=[4, 5, 6, 8, 10], help="(default: 4 5 6 8 10)")
     parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="of the flow that is fitted (default: 1)")
+    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument(
         "--n_images", type=cli.at_least(2), default=32, help="to fit on, and as many to decide on (default: 32)"
     )
@@ -44,7 +45,8 @@ def main() -> None:
         raise UserError(f"--steps {max(args.steps)}: must be at most --fine_steps {args.fine_steps}")
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model(models.build)
-    settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed)
+    prompts = tuple(args.prompts) if args.prompts else None
+    settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
     with runtime.blame("tune_grid"):
         check(settings, model.net)
     accelerator = runtime.start()

@@ -12,7 +12,6 @@ from conftest import run_script, succeed
 from PIL import Image
 
 import datasets
-import evaluate
 from flow.engine.generate import SamplerSettings
 from flow.evaluation import metrics, plots, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
@@ -216,6 +215,6 @@ def test_inception_768_gives_a_number_on_cifar10(tmp_path, real_data):
 def test_rows_of_other_solver_options_are_other_rows():
     """A stochastic row must not be taken for one of another noise scale, nor a tuned grid for the uniform one."""
     plain = SamplerSettings("euler_maruyama", 5)
-    assert evaluate.solver_name(plain) == "euler_maruyama"
-    assert evaluate.solver_name(replace(plain, options=(("noise_scale", 0.5),))) == "euler_maruyama, noise_scale=0.5"
-    assert evaluate.solver_name(SamplerSettings("ab2", 5, grid="tuned", times=(0.0, 1.0))) == "ab2, tuned grid"
+    assert plain.solver == "euler_maruyama"
+    assert replace(plain, options=(("noise_scale", 0.5),)).solver == "euler_maruyama, noise_scale=0.5"
+    assert SamplerSettings("ab2", 5, grid="tuned", times=(0.0, 1.0)).solver == "ab2, tuned grid"

@@ -182,12 +182,31 @@ def test_dropout_acts_in_training_only():
 
 
 def test_time_embedding():
-    emb = sinusoidal_embedding(torch.tensor([0.0, 0.001, 1.0]), 8)
+    emb = sinusoidal_embedding(torch.tensor([0.0, 0.001, 1.0]), 8, 1000.0)
     assert emb.shape == (3, 8)
     assert emb[0].tolist() == [1.0] * 4 + [0.0] * 4
     angles = torch.tensor([1.0, 10**-1, 10**-2, 10**-3])  # 1000 t x 10_000^(-k / 4)
     assert torch.allclose(emb[1], torch.cat([angles.cos(), angles.sin()]), atol=1e-6)
     assert torch.allclose(emb[2], torch.cat([(1000 * angles).cos(), (1000 * angles).sin()]), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"), [("unet", SMALL), ("mini_unet", {"width": 16}), ("dit", {"width": 32, "depth": 1, "heads": 2})]
+)
+def test_a_lower_time_frequency_is_smoother_in_time(name, args):
+    t = torch.linspace(0.5, 0.51, 11)
+    x = torch.randn(1, 1, 8, 8).expand(11, -1, -1, -1)
+    roughness = []
+    for frequency in (1000.0, 30.0):
+        torch.manual_seed(0)
+        net = models.build(name, (1, 8, 8), {**args, "time_frequency": frequency})
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        v = net(x, t).detach()
+        roughness.append((v.diff(dim=0).diff(dim=0).square().mean() / v.square().mean()).item())
+    assert roughness[1] < roughness[0] / 100
+    with pytest.raises(ValueError, match="time_frequency=0"):
+        models.build(name, (1, 8, 8), {"time_frequency": 0})
 
 
 def test_the_network_of_cifar10_has_the_usual_size():

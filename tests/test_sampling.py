@@ -113,6 +113,9 @@ def test_mistakes_about_solvers(error, tmp_path, tiny_run, script):
     assert "'foo' (choose from " in error(*command, flag, "foo")
     assert "'foo' (choose from " in error(*command, "--grid", "foo")
     assert "rtol=0.0: must be greater than 0 and less than 1" in error(*command, flag, "dopri5", "--rtol", "0")
+    assert "--nfe: NFE 2: rk4 needs at least 3" in error(*command, flag, "rk4", "--nfe", "2")
+    assert "dopri5 chooses its own number of evaluations" in error(*command, flag, "dopri5", "--nfe", "20")
+    assert "not allowed with argument" in error(*command, "--nfe", "2", "--sampling_steps", "2")
     assert "noise_scale=-1.0: must be 0 or more" in error(*command, flag, "euler_maruyama", "--sde_noise_scale", "-1")
     line = error(*command, flag, "dopri5", "--sde_noise_scale", "1")
     assert "--sde_noise_scale: dopri5 has no such option; it is for euler_maruyama, stochastic_heun" in line

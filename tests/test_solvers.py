@@ -203,3 +203,16 @@ def test_the_sde_leaves_no_noise_where_the_data_is_one_point(method):
     noise = lambda i: torch.randn(100, dtype=torch.float64)  # noqa: E731
     x = solvers.solve(lambda x, t: (mu - x) / (1 - t), x0, grid.uniform(20), method, noise=noise, diffusion="constant").x
     assert (x - mu).abs().max() < 1e-12
+
+
+def test_the_most_steps_within_a_number_of_evaluations():
+    assert solvers.steps_within("euler", 10) == 10
+    assert solvers.steps_within("heun", 10) == 5  # 2 x 5 - 1 = 9
+    assert solvers.steps_within("heun", 1) == 1
+    assert solvers.steps_within("rk4", 10) == 2  # 4 + 3
+    assert solvers.steps_within("unipc", 7) == 7
+    assert solvers.steps_within("euler_maruyama", 7) == 7
+    with pytest.raises(ValueError, match="NFE 2: rk4 needs at least 3"):
+        solvers.steps_within("rk4", 2)
+    with pytest.raises(ValueError, match="dopri5 chooses its own number of evaluations"):
+        solvers.steps_within("dopri5", 100)

@@ -69,6 +69,11 @@ def test_commands(tmp_path, tiny_run):
     study = ["-m", "scripts.solver_study", "--weights", weights, "--out", tmp_path / "study", "--n_images", "4"]
     result = succeed(*study, "--methods", "euler", "heun", "unipc", "--grids", "uniform", "edm", "--sampling_steps", "2", "4")
     assert result.stdout.count("| euler") == 4 and (tmp_path / "study" / "study.png").stat().st_size > 0
+    study = [*study[:-2], "--n_images", "2", "--fd", "40", "--feature_extractor", "digits", "--methods", "euler", "heun"]
+    result = succeed(*study, "--nfe", "3", "--guidance_scale", "2")
+    euler, heun = (line.split("|")[1:-1] for line in result.stdout.splitlines()[-3:-1])
+    assert (euler[2].strip(), heun[2].strip()) == ("3", "2")
+    assert all(float(line[-1]) > 0 and line[3].strip() == "3" for line in (euler, heun))
     stored = json.loads(tuned_grids.file_of(weights).read_text())
     tuned_grids.file_of(weights).write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
     assert "was fitted to other weights" in fail(*sample, "--sampling_method", "heun", "--sampling_steps", "2")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from configs import schema
 from configs.schema import UserError
-from flow.solvers import METHODS, grid, sde
+from flow.solvers import METHODS, grid, sde, steps_within
 
 _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
@@ -55,6 +55,27 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown argument {unknown[0]!r}.{schema.nearest(unknown[0], flags)}")
         namespace.overrides = overrides
         return namespace
+
+
+def add_step_flags(parser: argparse.ArgumentParser, default: list[int], several: bool) -> None:
+    """How long a solver may work: --sampling_steps or --nfe, one number or `several`."""
+    group = parser.add_mutually_exclusive_group()
+    told = " ".join(map(str, default))
+    count = "+" if several else 1
+    group.add_argument("--sampling_steps", nargs=count, type=at_least(1), default=default, help=f"(default: {told})")
+    group.add_argument(
+        "--nfe", nargs=count, type=at_least(1), metavar="N", help="instead: as many steps as N evaluations allow"
+    )
+
+
+def steps_of(args: argparse.Namespace, method: str) -> list[int]:
+    """The numbers of steps that --sampling_steps or --nfe ask of a method. Raises UserError for too small an NFE."""
+    if not args.nfe:
+        return args.sampling_steps
+    try:
+        return [steps_within(method, nfe) for nfe in args.nfe]
+    except ValueError as error:
+        raise UserError(f"--nfe: {error}") from None
 
 
 def add_solver_flags(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,12 @@ class SamplerSettings:
     times: tuple[float, ...] | None = None  # of the tuned grid, on the linear path
     options: tuple[tuple[str, float | str], ...] = ()  # of the method: rtol and atol, or noise_scale and diffusion
 
+    @property
+    def solver(self) -> str:
+        """The method with what sets it apart from its defaults: 'ab2, tuned grid', 'euler_maruyama, noise_scale=0.5'."""
+        chosen = [f"{self.grid} grid"] if self.grid != "uniform" else []
+        return ", ".join([self.method, *chosen, *(f"{name}={value}" for name, value in self.options)])
+
 
 def batches(indices: range, batch_size: int) -> list[range]:
     """Consecutive ranges of `batch_size` indices, the last one shorter; the same for any number of processes."""

@@ -49,24 +49,24 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     figure.savefig(path)
 
 
-def error_against_nfe(path: Path, rows: list[dict]) -> None:
-    """The rows of a solver study, {method, grid, NFE, distance}, as a PNG: a line a (method, grid)."""
+def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> None:
+    """row[key] of the rows of a solver study, {method, grid, NFE, ...}, as a PNG: a line a (method, grid)."""
     figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     lines: dict[str, list[dict]] = {}
     several = len({row["grid"] for row in rows}) > 1
     for row in rows:
         lines.setdefault(f"{row['method']}, {row['grid']}" if several else row["method"], []).append(row)
-    for i, (label, line) in enumerate(lines.items()):
+    for i, (name, line) in enumerate(lines.items()):
         line.sort(key=lambda row: row["NFE"])
         axes.plot(
-            [row["NFE"] for row in line], [row["distance"] for row in line], label=label, color=COLOURS[i % len(COLOURS)],
+            [row["NFE"] for row in line], [row[key] for row in line], label=name, color=COLOURS[i % len(COLOURS)],
             marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1, linestyle="--" if i >= len(COLOURS) else "-",
         )  # fmt: skip
     _log_axes(axes)
     axes.yaxis.set_major_locator(LogLocator())
     axes.set_xlabel("network evaluations per image (NFE)")
-    axes.set_ylabel("distance to the fine solution")
+    axes.set_ylabel(label)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
 

@@ -1,5 +1,6 @@
 """Solvers of dx/dt = v(x, t) on the linear path: one registry, one function."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from flow import ddpm
 from flow.solvers import adaptive, multistep, runge_kutta, sde
+from flow.solvers.grid import uniform
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -57,9 +59,27 @@ def check(method: str, **options: Any) -> None:
 
 
 def check_values(method: str, **options: Any) -> None:
-    """Raises ValueError, before anything is computed, for what `solve` would refuse: a trial on one number."""
+    """Raises ValueError, before anything is computed, for what `solve` would refuse."""
+    _trial(method, 2, **options)
+
+
+def steps_within(method: str, nfe: int) -> int:
+    """The most steps that take at most `nfe` evaluations, found by counting them.
+
+    Raises ValueError where not even one step does, and for adaptive methods, which choose their own number.
+    """
+    check(method)
+    if method in adaptive.ADAPTIVE:
+        raise ValueError(f"{method} chooses its own number of evaluations, by rtol and atol")
+    steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: _trial(method, n).nfe)
+    if not steps:
+        raise ValueError(f"NFE {nfe}: {method} needs at least {_trial(method, 1).nfe}")
+    return steps
+
+
+def _trial(method: str, steps: int, **options: Any) -> Solution:
     noise = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
-    solve(lambda x, t: x * 0, torch.zeros(1, dtype=torch.float64), [0.0, 0.5, 1.0], method, **options, **noise)
+    return solve(lambda x, t: x * 0, torch.zeros(1, dtype=torch.float64), uniform(steps), method, **options, **noise)
 
 
 def solve(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str, **options: Any) -> Solution:
