@@ -299,6 +299,8 @@ def _check_key(key: str, override: str, known: list[str]) -> None:
 
 def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
     try:
+        if OmegaConf.select(node, "train.mixed_precision") is False:  # what YAML makes of the word no
+            OmegaConf.update(node, "train.mixed_precision", "no")
         merged = OmegaConf.merge(config, node)
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged

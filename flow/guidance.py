@@ -55,22 +55,24 @@ class GuidedVelocity:
         self.net, self.path, self.prediction = model.net, model.path, model.prediction
         self.y, self.null, self.scale = y, null, scale
         self.forwards = 0
+        double = isinstance(self.net, nn.Module) and any(p.dtype == torch.float64 for p in self.net.parameters())
+        self.dtype = torch.float64 if double else torch.float32
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Velocity [B, ...] in the dtype of x [B, ...] at the time t in [0, 1); the network computes in float32 or less."""
+        """Velocity [B, ...] in the dtype of x [B, ...] at the time t in [0, 1); the network computes in its own."""
         if isinstance(self.path, LinearPath) and self.prediction == "velocity":
-            return self._guided(x.float(), t).to(x.dtype)
+            return self._guided(x.to(self.dtype), t).to(x.dtype)
         # where alpha is 0 the noise says nothing about the data: a network that predicts noise is asked a little later
         own = max(self.path.time_of(t), FIRST_NOISE_TIME if self.prediction == "noise" else 0.0)
         times = torch.full((len(x),), own, device=x.device, dtype=x.dtype)
         alpha, sigma, *_ = self.path.coefficients(times[:1])
         point = x * (alpha + sigma).view(-1, *[1] * (x.dim() - 1))
-        answer = self._guided(point.float(), own).to(x.dtype)
+        answer = self._guided(point.to(self.dtype), own).to(x.dtype)
         x0, x1 = self.path.endpoints(point, times, answer, self.prediction)
         return x1 - x0
 
     def _guided(self, x: Tensor, t: float) -> Tensor:
-        """What the network says at x, float32, at its own time t."""
+        """What the network says at x at its own time t."""
         self.forwards += 1
         if self.y is None:
             return self._forward(x, t, None)
@@ -84,4 +86,4 @@ class GuidedVelocity:
         return v_u + self.scale * (v_c - v_u)
 
     def _forward(self, x: Tensor, t: float, y: Tensor | None) -> Tensor:
-        return self.net(x, torch.full((len(x),), t, device=x.device, dtype=torch.float32), y).float()
+        return self.net(x, torch.full((len(x),), t, device=x.device, dtype=self.dtype), y).to(self.dtype)

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 import models
 from configs import schema
+from configs.schema import UserError
 from flow import prior, solvers
 from flow.engine import cli, files, runtime, snapshot, tuned_grids
 from flow.engine.commands import run_command
@@ -25,6 +26,7 @@ from flow.solvers import ON_A_GRID, grid
 
 EXAMPLES = """\
   python -m scripts.solver_study --weights runs/mnist --out runs/mnist/study
+  python -m scripts.solver_study --weights runs/mnist --out runs/mnist/orders --double --until 0.9 --sampling_steps 64 128 256
   python -m scripts.solver_study --weights runs/mnist --methods euler ab2 unipc --grids uniform cosine --nfe 4 6 8 10 \\
       --fd 2000 --feature_extractor mnist --out runs/mnist/study_10"""
 
@@ -40,6 +42,10 @@ def parse_args():
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument("--n_images", type=cli.at_least(1), default=32, help="(default: 32)")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
+    parser.add_argument(
+        "--until", type=cli.share, default=1.0, metavar="T", help="stop there: near the data the order hides (default: 1)"
+    )
+    parser.add_argument("--double", action="store_true", help="the network in float64, to see small distances")
     parser.add_argument("--fd", type=cli.at_least(2), metavar="N", help="Frechet distance of N images (default: none)")
     parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of --fd (default: mnist)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no", help="of --fd")
@@ -49,6 +55,8 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
+    if args.until == 0 or (args.fd and args.until != 1):
+        raise UserError(f"--until {args.until:g}: must be greater than 0, and 1 with --fd")
     snap = snapshot.load(args.weights, None, args.overrides)
     base = SamplerSettings(
         guidance_scale=args.guidance_scale, seed=args.seed, prompts=tuple(args.prompts) if args.prompts else None
@@ -74,8 +82,8 @@ def main() -> None:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    digits = {"distance": 5, "order": 2, "FD": 2}
-    cells = [[f"{r[c]:.{digits[c]}f}" if c in digits else str(r[c]) for c in columns] for r in rows]
+    form = {"distance": ".3g", "order": ".2f", "FD": ".2f"}
+    cells = [[format(r[c], form.get(c, "")) for c in columns] for r in rows]
     text = table.markdown([columns, *cells])
     files.write_text(args.out / "study.md", text + "\n")
     plots.error_against_nfe(args.out / "study.png", rows, "distance", "distance to the fine solution")
@@ -90,16 +98,18 @@ def distances(
 ) -> tuple[list[dict], int]:
     """A row for each of the plan, {method, grid, steps, NFE, distance, order}, and the evaluations of the fine solution."""
     model = snap.model(models.build)
-    model.net.to(accelerator.device).eval()
+    model.net.to(accelerator.device, torch.float64 if args.double else None).eval()
+    tolerance = 1e-10 if args.double else 1e-6
     images = range(args.n_images)
     x0 = solver_state(prior.noise("study", args.seed, images, snap.image_shape), accelerator.device)
     velocity = velocity_of(model, images, base, accelerator.device)
     rows = []
     with runtime.progress(accelerator, len(plan) + 1, "solutions") as bar:
-        fine = solvers.solve(velocity, x0, [0.0, 1.0], "dopri5", rtol=1e-6, atol=1e-6)
+        fine = solvers.solve(velocity, x0, [0.0, args.until], "dopri5", rtol=tolerance, atol=tolerance)
         bar.update()
         for settings in plan:
-            found = solvers.solve(velocity, x0, times_of(settings, model.path), settings.method)
+            times = [args.until * t for t in times_of(settings, model.path)]
+            found = solvers.solve(velocity, x0, times, settings.method)
             distance = (found.x - fine.x).square().mean().sqrt().item()
             row = {"method": settings.method, "grid": settings.grid, "steps": settings.steps, "solver": settings.solver}
             rows.append({**row, "NFE": found.nfe, "distance": distance, "order": math.nan})

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import fail, succeed
 
+import models
+from configs import schema
 from flow import solvers
 from flow.engine import snapshot, tuned_grids
 from flow.solvers import grid, tuning
@@ -69,6 +71,7 @@ def test_commands(tmp_path, tiny_run):
     study = ["-m", "scripts.solver_study", "--weights", weights, "--out", tmp_path / "study", "--n_images", "4"]
     result = succeed(*study, "--methods", "euler", "heun", "unipc", "--grids", "uniform", "edm", "--sampling_steps", "2", "4")
     assert result.stdout.count("| euler") == 4 and (tmp_path / "study" / "study.png").stat().st_size > 0
+    assert "--until 0.5: must be" in fail(*study, "--until", "0.5", "--fd", "40")
     study = [*study[:-2], "--n_images", "2", "--fd", "40", "--feature_extractor", "digits", "--methods", "euler", "heun"]
     result = succeed(*study, "--nfe", "3", "--guidance_scale", "2")
     euler, heun = (line.split("|")[1:-1] for line in result.stdout.splitlines()[-3:-1])
@@ -77,3 +80,22 @@ def test_commands(tmp_path, tiny_run):
     stored = json.loads(tuned_grids.file_of(weights).read_text())
     tuned_grids.file_of(weights).write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
     assert "was fitted to other weights" in fail(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
+
+
+def test_the_study_measures_the_order_of_a_smooth_network(tmp_path):
+    cfg = schema.load(None, ["model.name=dit", "model.args={width: 16, depth: 1, heads: 2, time_frequency: 5}"])
+    torch.manual_seed(0)
+    net = models.build("dit", (1, 8, 8), cfg.model.args)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    snapshot.save(tmp_path / "net.safetensors", net.state_dict(), cfg, (1, 8, 8), 1, 1)
+    study = ["-m", "scripts.solver_study", "--weights", tmp_path / "net.safetensors", "--out", tmp_path, "--n_images", "2"]
+    study += ["--methods", "euler", "heun", "rk4", "ab3", "--sampling_steps", "16", "32", "--until", "0.5", "--double"]
+    lines = succeed(*study).stdout.splitlines()[2:10]
+    found = {(cells := [c.strip() for c in line.split("|")])[1]: float(cells[-2]) for line in lines[1::2]}
+    assert found == {
+        "euler": pytest.approx(1, abs=0.1),
+        "heun": pytest.approx(2, abs=0.1),
+        "rk4": pytest.approx(4, abs=0.1),
+        "ab3": pytest.approx(3, abs=0.3),
+    }

@@ -112,7 +112,7 @@ def _cell(name: str, mean: float, spread: float) -> str:
 def markdown(lines: list[list[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal; text to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    numeric = [all(re.fullmatch(r"[-\d.±/ ]*|nan", line[i]) for line in lines[1:]) for i in range(len(widths))]
+    numeric = [all(re.fullmatch(r"[-+\de.±/ ]*|nan", line[i]) for line in lines[1:]) for i in range(len(widths))]
     rule = ["-" * (w - 1) + (":" if right else "-") for w, right in zip(widths, numeric, strict=True)]
     rows = []
     for line in [lines[0], rule, *lines[1:]]:
