@@ -1,7 +1,7 @@
 """The diffusion transformer: patches as tokens, time by adaptive layer norm, labels by cross-attention or added to the time.
 
 DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3: adaLN-zero) with rotary position embedding (Su et al. 2021,
-arXiv:2104.09864) over rows and columns.
+arXiv:2104.09864) over rows and columns, or with the fixed sines and cosines of the paper.
 """
 
 import torch
@@ -23,19 +23,22 @@ class DiT(nn.Module):
         depth: int = 12,
         heads: int = 6,
         patch: int = 2,
+        positions: str = "rope",
         dropout: float = 0.0,
         time_frequency: float = 1000.0,
         num_classes: int | None = None,
         cross_attention: bool = False,
     ):
         """image_shape: (C, H, W), sides divisible by patch. width: of a token, divisible by 4 heads. depth: blocks.
+        positions: "rope" turns queries and keys, so that tokens know where others are; "sine" adds features of row and column
+        to a token, so that it knows where it is.
         time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
         num_classes: None for an unconditional network; label num_classes is the null label. cross_attention: tokens attend
         to the label and the time; otherwise the label's embedding is added to that of the time.
         """
         super().__init__()
         check_time_frequency(time_frequency)
-        _check(image_shape, width, depth, heads, patch, dropout, num_classes, cross_attention)
+        _check(image_shape, width, depth, heads, patch, positions, dropout, num_classes, cross_attention)
         self.num_classes, self.null, self.patch, self.width = num_classes, num_classes, patch, width
         self.time_frequency = time_frequency
         channels = image_shape[0] * patch**2
@@ -46,8 +49,11 @@ class DiT(nn.Module):
         self.cross_attention = cross_attention
         self.modulation = zero(nn.Linear(width, 2 * width))
         self.unembed = zero(nn.Linear(width, channels))
+        self.skip = zero(nn.Linear(width, 1))  # the last layer norm loses how large the noise of a token is
         rows, columns = image_shape[1] // patch, image_shape[2] // patch
-        self.register_buffer("rotation", rotations(rows, columns, width // heads), persistent=False)
+        rope = positions == "rope"
+        self.register_buffer("rotation", angles(rows, columns, width // heads) if rope else None, persistent=False)
+        self.register_buffer("place", None if rope else features(angles(rows, columns, width)), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, width]
@@ -60,12 +66,14 @@ class DiT(nn.Module):
             emb = emb if self.cross_attention else emb + label
         emb = F.silu(emb)
         h = self.embed(F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2))  # [B, tokens, width]
+        if self.place is not None:
+            h = h + self.place
         for block in self.blocks:
             h = block(h, emb, self.rotation, context)
         shift, scale = self.modulation(emb)[:, None].chunk(2, dim=2)
         h = self.unembed(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
         h = h.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch, x.shape[3] // self.patch))
-        return F.pixel_shuffle(h, self.patch)
+        return F.pixel_shuffle(h, self.patch) + self.skip(emb)[:, :, None, None] * x
 
 
 class DiTBlock(nn.Module):
@@ -84,11 +92,13 @@ class DiTBlock(nn.Module):
             self.cross_proj = zero(nn.Linear(width, width))
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(4 * width, width))
 
-    def forward(self, h: Tensor, emb: Tensor, rotation: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, rotation: Tensor | None, context: Tensor | None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(emb)[:, None].chunk(6, dim=2)
         a = F.layer_norm(h, h.shape[-1:]) * (1 + scale_a) + shift_a
         q, k, v = (self._split(part) for part in self.qkv(a).chunk(3, dim=2))
-        a = F.scaled_dot_product_attention(rotate(q, rotation), rotate(k, rotation), v)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        a = F.scaled_dot_product_attention(q, k, v)
         h = h + gate_a * self.proj(a.transpose(1, 2).flatten(2))
         if self.cross_attention and context is not None:
             k, v = (self._split(part) for part in self.key_value(context).chunk(2, dim=2))
@@ -100,21 +110,26 @@ class DiTBlock(nn.Module):
         return h.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, heads, L, width / heads]
 
 
-def rotations(rows: int, columns: int, dim: int) -> Tensor:
-    """Angles [rows * columns, dim / 2]: the first half turns with the row of a token, the second with its column."""
+def angles(rows: int, columns: int, dim: int) -> Tensor:
+    """[rows * columns, dim / 2]: the first half grows with the row of a token, the second with its column."""
     frequencies = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.cat([row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies], dim=1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
+def features(angle: Tensor) -> Tensor:
+    """Cosines and sines [L, dim] of angles [L, dim / 2]."""
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def rotate(x: Tensor, angle: Tensor) -> Tensor:
     """x [B, heads, L, dim], its pairs (i, i + dim / 2) turned by angles [L, dim / 2]."""
     a, b = x.chunk(2, dim=3)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=3)
 
 
-def _check(image_shape, width, depth, heads, patch, dropout, num_classes, cross_attention) -> None:
+def _check(image_shape, width, depth, heads, patch, positions, dropout, num_classes, cross_attention) -> None:
     for name, value in {"width": width, "depth": depth, "heads": heads, "patch": patch}.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
@@ -122,6 +137,8 @@ def _check(image_shape, width, depth, heads, patch, dropout, num_classes, cross_
         raise ValueError(f"width={width}: must divide by 4 heads = {4 * heads}, for the rotary embedding")
     if image_shape[1] % patch or image_shape[2] % patch:
         raise ValueError(f"patch={patch}: must divide the image side, the images are {image_shape[1]}x{image_shape[2]}")
+    if positions not in ("rope", "sine"):
+        raise ValueError(f"positions={positions!r}: must be rope or sine")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be in [0, 1)")
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):

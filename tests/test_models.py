@@ -7,7 +7,7 @@ from torch import nn
 import models
 from configs import schema
 from models.blocks import Attention, sinusoidal_embedding
-from models.dit import rotate, rotations
+from models.dit import angles, rotate
 from models.unet import UNet
 
 SMALL = {"width": 16, "channel_mult": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4], "head_channels": 16}
@@ -261,7 +261,12 @@ DIT = {"width": 32, "depth": 2, "heads": 2, "patch": 2}
 
 @pytest.mark.parametrize(
     ("shape", "args"),
-    [((1, 8, 8), {}), ((3, 8, 12), {"num_classes": 3}), ((4, 4, 4), {"num_classes": 3, "cross_attention": True, "patch": 1})],
+    [
+        ((1, 8, 8), {}),
+        ((1, 8, 8), {"positions": "sine"}),
+        ((3, 8, 12), {"num_classes": 3}),
+        ((4, 4, 4), {"num_classes": 3, "cross_attention": True, "patch": 1}),
+    ],
 )
 def test_dit_has_the_shape_of_its_input_and_sees_time_place_and_label(shape, args):
     net = models.build("dit", shape, DIT | args)
@@ -272,15 +277,15 @@ def test_dit_has_the_shape_of_its_input_and_sees_time_place_and_label(shape, arg
     out = perturbed(net)(x, t, y)
     assert not torch.allclose(net(x, t + 0.3, y), out, atol=1e-4)
     shifted = net(x.roll(net.patch, -1), t, y).roll(-net.patch, -1)
-    assert not torch.allclose(shifted, out, atol=1e-4)  # the rotary embedding: a patch knows its place among the others
+    assert not torch.allclose(shifted, out, atol=1e-4)  # a patch knows its place among the others
     if net.num_classes:
         assert not torch.allclose(out[0], out[1], atol=1e-4) and not torch.allclose(out[0], out[2], atol=1e-4)
 
 
 def test_rotary_scores_depend_on_the_difference_of_places():
     q, k = torch.randn(2, 8, dtype=torch.float64)
-    angles = rotations(4, 5, 8).double()
-    scores = rotate(q.expand(1, 1, 20, 8), angles)[0, 0] @ rotate(k.expand(1, 1, 20, 8), angles)[0, 0].T
+    turn = angles(4, 5, 8).double()
+    scores = rotate(q.expand(1, 1, 20, 8), turn)[0, 0] @ rotate(k.expand(1, 1, 20, 8), turn)[0, 0].T
     at = lambda r, c: r * 5 + c  # noqa: E731
     assert torch.allclose(scores[at(0, 0), at(1, 2)], scores[at(2, 1), at(3, 3)])
     assert not torch.allclose(scores[at(0, 0), at(1, 2)], scores[at(0, 0), at(2, 1)])
@@ -292,6 +297,7 @@ def test_rotary_scores_depend_on_the_difference_of_places():
         ({"width": 36}, "width=36: must divide by 4 heads = 8"),
         ({"patch": 3}, "patch=3: must divide the image side, the images are 8x8"),
         ({"cross_attention": True}, "cross_attention=True: needs labels to attend to"),
+        ({"positions": "learned"}, "positions='learned': must be rope or sine"),
         ({"depth": 0}, "depth=0: must be a whole number of at least 1"),
     ],
 )
