@@ -99,7 +99,7 @@ def distances(
     """A row for each of the plan, {method, grid, steps, NFE, distance, order}, and the evaluations of the fine solution."""
     model = snap.model(models.build)
     model.net.to(accelerator.device, torch.float64 if args.double else None).eval()
-    tolerance = 1e-10 if args.double else 1e-6
+    tolerance = 1e-12 if args.double else 1e-6
     images = range(args.n_images)
     x0 = solver_state(prior.noise("study", args.seed, images, snap.image_shape), accelerator.device)
     velocity = velocity_of(model, images, base, accelerator.device)

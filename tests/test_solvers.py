@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -203,6 +204,17 @@ def test_the_sde_leaves_no_noise_where_the_data_is_one_point(method):
     noise = lambda i: torch.randn(100, dtype=torch.float64)  # noqa: E731
     x = solvers.solve(lambda x, t: (mu - x) / (1 - t), x0, grid.uniform(20), method, noise=noise, diffusion="constant").x
     assert (x - mu).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+@pytest.mark.parametrize("method", SDE)
+def test_the_sde_leaves_little_noise_with_a_field_that_is_wrong_near_the_data(method, diffusion):
+    """A network cannot follow v = (x1 - x) / (1 - t) to the end: here its slope stops at 1 / 0.05."""
+    draws = np.random.default_rng(0)
+    x0 = torch.from_numpy(draws.standard_normal((4000, 1)))
+    noise = lambda step: torch.from_numpy(draws.standard_normal((4000, 1)))  # noqa: E731
+    left = solvers.solve(lambda x, t: -x / max(1 - t, 0.05), x0, grid.uniform(50), method, noise=noise, diffusion=diffusion).x
+    assert left.std() < 0.02  # of 1 at the start
 
 
 def test_the_most_steps_within_a_number_of_evaluations():

@@ -64,7 +64,6 @@ def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> Non
             marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1, linestyle="--" if i >= len(COLOURS) else "-",
         )  # fmt: skip
     _log_axes(axes)
-    axes.yaxis.set_major_locator(LogLocator())
     axes.set_xlabel("network evaluations per image (NFE)")
     axes.set_ylabel(label)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -72,9 +71,14 @@ def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> Non
 
 
 def _log_axes(axes: Axes) -> None:
-    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
+    """Logarithmic axes with as many labels as there is room for."""
+    box = axes.dataLim
+    for axis, scale, (low, high) in (
+        (axes.xaxis, axes.set_xscale, box.intervalx), (axes.yaxis, axes.set_yscale, box.intervaly)
+    ):  # fmt: skip
         scale("log")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        span = high / low
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if span < 30 else (1, 2, 5) if span < 1000 else (1,)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
