@@ -25,8 +25,9 @@ from datasets import captions
 from datasets.pairs import origin
 from flow.engine import cli, files, runtime, snapshot, tuned_grids
 from flow.engine.generate import SamplerSettings, check, generate, labels_of, share
-from flow.evaluation import metrics, plots, reference, table
+from flow.evaluation import metrics, plots, points, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
+from flow.evaluation.points import PointSpace
 from flow.evaluation.reference import Reference
 from flow.solvers import METHODS
 
@@ -198,10 +199,14 @@ def score_folder(args, accelerator: Accelerator) -> None:
     report(accelerator, out)
 
 
-def prepare(args, accelerator: Accelerator, image_shape: tuple[int, int, int], config: Config) -> tuple[Extractor, Reference]:
+def prepare(
+    args, accelerator: Accelerator, image_shape: tuple[int, int, int], config: Config
+) -> tuple[Extractor | PointSpace, Reference]:
     """The feature extractor, checked on a blank image of the shape to come, and what samples are compared with."""
 
-    def load() -> Extractor:
+    def load() -> Extractor | PointSpace:
+        if len(image_shape) == 1:
+            return PointSpace()
         return Extractor(args.feature_extractor, args.feature_layer, args.feature_weights, accelerator.device)
 
     with runtime.blame("evaluate"):
@@ -239,7 +244,9 @@ def prepare(args, accelerator: Accelerator, image_shape: tuple[int, int, int], c
                     reference.save_cached(temporary, features, extractor.layer)
             except OSError as error:
                 accelerator.print(f"warning: the features of the reference are not cached: {error}")
-    return extractor, reference.from_features(name if given is None else given, identity, features, extractor.layer)
+    found = reference.from_features(name if given is None else given, identity, features, extractor.layer)
+    found.log_density = getattr(data, "log_density", None)
+    return extractor, found
 
 
 def read(
@@ -255,7 +262,9 @@ def read(
             bar.update(len(batch))
 
 
-def collect(accelerator: Accelerator, extractor: Extractor, stream: Iterable[tuple[range, Tensor]]) -> FeatureSet | None:
+def collect(
+    accelerator: Accelerator, extractor: Extractor | PointSpace, stream: Iterable[tuple[range, Tensor]]
+) -> FeatureSet | None:
     """The features of all images of all processes, on the main process; None on the others."""
     features = FeatureSet()
     for indices, images in stream:
@@ -267,7 +276,7 @@ def collect(accelerator: Accelerator, extractor: Extractor, stream: Iterable[tup
 def measure(
     args,
     accelerator: Accelerator,
-    extractor: Extractor,
+    extractor: Extractor | PointSpace,
     real: Reference,
     stream: Iterable[tuple[range, Tensor]],
     labels: Tensor | None,
@@ -278,13 +287,16 @@ def measure(
     seconds = time.perf_counter() - start
     if samples is None:
         return None
-    found = metrics.evaluate(extractor, samples, real, None if labels is None else labels.numpy(), args.metrics)
+    if isinstance(extractor, PointSpace):
+        found = points.evaluate(samples.matrix(extractor.layer), real.features, real.log_density)
+    else:
+        found = metrics.evaluate(extractor, samples, real, None if labels is None else labels.numpy(), args.metrics)
     return {"metrics": found, "seconds": seconds}
 
 
 def record(
-    args, accelerator: Accelerator, out: Path, subject: dict, identity: dict, extractor: Extractor, real: Reference,
-    compute: Callable[[], dict | None],
+    args, accelerator: Accelerator, out: Path, subject: dict, identity: dict, extractor: Extractor | PointSpace,
+    real: Reference, compute: Callable[[], dict | None],
 ) -> bool:  # fmt: skip
     """Append the row of `subject` to the results; False where it is there already with all metrics that are asked for."""
     identity = {**identity, "extractor": [extractor.name, extractor.layer, extractor.weights_hash], "reference": real.identity}

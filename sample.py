@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 import models
 from configs import schema
 from configs.schema import UserError
 from flow.engine import cli, files, images, runtime, snapshot, tuned_grids
 from flow.engine.generate import SamplerSettings, check, generate, labels_of, share
+from flow.guidance import FlowModel
 from flow.solvers import METHODS
 
 EXAMPLES = """\
@@ -75,12 +77,16 @@ def main() -> None:
     folder = args.save_dir / "images"
     if accelerator.is_main_process:
         claim(args.save_dir, snap, settings, net.num_classes, args.mixed_precision)
-        folder.mkdir(exist_ok=True)
+        if len(snap.image_shape) == 3:
+            folder.mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
 
     net.to(accelerator.device)
     indices = range(args.n_samples)
     mine = share(accelerator, indices, args.bspp)
+    if len(snap.image_shape) == 1:
+        sample_points(args, accelerator, model, snap.image_shape, mine, settings)
+        return
     bar = runtime.progress(accelerator, sum(map(len, mine)), "sampling (images of this process)")
     writing: deque[Future] = deque()
 
@@ -114,6 +120,29 @@ def main() -> None:
             write_npz(args.save_dir / "samples.npz", folder, indices, settings, net.num_classes)
     cost = f", NFE {nfe[0]} ({nfe[1]} network evaluations) an image" if nfe else ", all of which were there already"
     accelerator.print(f"{args.n_samples} images in {folder}{cost}; look at {args.save_dir / 'grid.png'}")
+
+
+def sample_points(
+    args, accelerator: Accelerator, model: FlowModel, shape: tuple[int, ...], mine: list[range], settings: SamplerSettings
+) -> None:
+    """Points are no files of their own: samples.npz with arr_0 float32 [N, 2] (and labels), grid.png is their cloud."""
+    found = []
+    with runtime.progress(accelerator, sum(map(len, mine)), "sampling (points of this process)") as bar:
+        for result in generate(accelerator, model, shape, mine, settings):
+            found.append((result.indices.start, result.images, result.nfe))
+            bar.update(len(result.indices))
+    parts = runtime.gather_to_main(accelerator, found)
+    if parts is not None:
+        ordered = sorted((item for part in parts for item in part), key=lambda item: item[0])
+        points = torch.cat([made for _, made, _ in ordered])
+        arrays = {"arr_0": points.numpy()}
+        labels = labels_of(range(args.n_samples), settings, model.net.num_classes)
+        if labels is not None:
+            arrays["labels"] = labels.numpy()
+        with files.atomic_file(args.save_dir / "samples.npz") as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        images.write_png(args.save_dir / "grid.png", images.point_cloud(points))
+        print(f"{args.n_samples} points in {args.save_dir / 'samples.npz'}, NFE {ordered[0][2]}; look at grid.png there")
 
 
 def png(folder: Path, index: int) -> Path:

@@ -253,13 +253,13 @@ def introduce(
 ) -> None:
     """Say what is about to be trained, with the numbers that are mistaken most often."""
     size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
-    c, h, w = data.image_shape
+    what = "images of {}x{}x{}".format(*data.image_shape) if len(data.image_shape) == 3 else "points"
     processes, micro = accelerator.num_processes, cfg.train.accumulate
     share = cfg.train.batch_size // (processes * micro)
     epochs = cfg.train.steps * cfg.train.batch_size / len(data)
     told = f"{net.num_classes} classes" if net.num_classes is not None else "no labels"
     told = f"prompts of at most {net.prompt_bytes} bytes" if net.prompt_bytes else told
-    tracker.say(f"data: {cfg.data.name}, {len(data):,} images of {c}x{h}x{w}; model: {cfg.model.name}, {size}, {told}")
+    tracker.say(f"data: {cfg.data.name}, {len(data):,} {what}; model: {cfg.model.name}, {size}, {told}")
     tracker.say(
         f"batch: {cfg.train.batch_size} images = {processes} process(es) x {micro} micro-batch(es) x {share}; "
         f"{cfg.train.steps:,} steps = {cfg.train.steps * cfg.train.batch_size:,} images = {epochs:.3g} epochs"

@@ -1,5 +1,5 @@
 """Data sets: `build(name, root, args)` gives images and labels: uint8 in memory (`Images`) or read from disk (`Folder`), or
-float16 with the noise that they were made from (`Pairs`).
+float16 with the noise that they were made from (`Pairs`), or points in place of images (`Points`).
 
 `Dataset` and `IterableDataset` below are never instantiated: where the Hugging Face package `datasets` is installed,
 accelerate imports these two names from whatever package is called `datasets`, and finds this one.
@@ -13,9 +13,11 @@ from typing import Any
 from datasets.digits import digits
 from datasets.images import Folder, Images, cifar10, fashion_mnist, folder, mnist
 from datasets.pairs import Pairs, pairs
+from datasets.toys import Points, toys
 
 DATASETS = {
     "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "pairs": pairs,
+    "toys": toys,
 }  # fmt: skip
 
 
@@ -30,7 +32,7 @@ def default_root() -> Path:
     return Path(os.environ.get("FLOW_DATA") or "data")
 
 
-def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs:
+def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Points:
     """The data set `name`; `root` (None: `default_root()`) holds downloaded sets, `args` are the set's own arguments.
 
     Raises ValueError for an unknown name or argument (naming what exists), FileNotFoundError where the files are absent

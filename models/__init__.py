@@ -1,4 +1,4 @@
-"""Networks: net(x [B, C, H, W], t [B] in [0, 1], y) -> [B, C, H, W].
+"""Networks: net(x [B, C, H, W], t [B] in [0, 1], y) -> [B, C, H, W]; `mlp` also for points [B, 2].
 
 y is labels [B] where `net.num_classes` is not None, tokens [B, net.prompt_bytes] of prompts where that is not None (then
 `net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition.
@@ -11,13 +11,15 @@ from torch import nn
 
 from models.dit import DiT
 from models.mini_unet import MiniUNet
+from models.mlp import MLP
 from models.unet import UNet
 
-MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mini_unet": MiniUNet, "dit": DiT}
+MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mini_unet": MiniUNet, "dit": DiT, "mlp": MLP}
 
 
-def build(name: str, image_shape: tuple[int, int, int], args: dict[str, Any]) -> nn.Module:
-    """The network `name` for images of shape (C, H, W); `args` are the keyword arguments of its constructor.
+def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.Module:
+    """The network `name` for images of shape (C, H, W) or points of shape (2,); `args` are the arguments of its
+    constructor.
 
     Raises ValueError for an unknown name or argument (naming what exists) and for values that do not fit each other.
     """
@@ -27,6 +29,8 @@ def build(name: str, image_shape: tuple[int, int, int], args: dict[str, Any]) ->
     for key in args:
         if key not in known:
             raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(known)}")
+    if len(image_shape) != 3 and name != "mlp":
+        raise ValueError(f"{name} is a network for images; for points use mlp")
     try:
         return MODELS[name](image_shape, **args)
     except TypeError as error:  # e.g. a word where a number belongs

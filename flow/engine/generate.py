@@ -20,15 +20,15 @@ class Generated:
     """One batch of images."""
 
     indices: range
-    x: Tensor  # the end of the flow, about [-1, 1], [b, C, H, W], on the device
+    x: Tensor  # the end of the flow, about [-1, 1], [b, C, H, W], or points [b, 2], on the device
     labels: Tensor | None  # int64 [b], on the CPU, where they are known
     nfe: int  # velocity evaluations per image
     forwards: int  # network evaluations per image: twice the NFE with guidance
 
     @property
     def images(self) -> Tensor:
-        """uint8 [b, C, H, W], on the CPU."""
-        return to_uint8(self.x).cpu()
+        """uint8 [b, C, H, W], on the CPU; points as they are, float32 [b, 2]."""
+        return to_uint8(self.x).cpu() if self.x.dim() == 4 else self.x.float().cpu()
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def share(accelerator: Accelerator, indices: range, batch_size: int) -> list[ran
 def generate(
     accelerator: Accelerator,
     model: FlowModel,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     mine: Iterable[range],
     settings: SamplerSettings,
     stream: str = "sample",
@@ -100,7 +100,7 @@ def times_of(settings: SamplerSettings, path: Path) -> list[float]:
     return [0.0, *(path.linear_time(t) for t in times[1:-1]), 1.0]
 
 
-def increments(seed: int, indices: range, image_shape: tuple[int, int, int], like: Tensor, step: int) -> Tensor:
+def increments(seed: int, indices: range, image_shape: tuple[int, ...], like: Tensor, step: int) -> Tensor:
     """Standard normal increments [b, C, H, W] of a step of an SDE, as `like`; a function of (seed, image, step)."""
     return prior.noise(f"increment {step}", seed, indices, image_shape).to(like, non_blocking=True)
 

@@ -39,6 +39,16 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
 
 
+def point_cloud(points: Tensor, side: int = 400, reach: float = 2.5) -> Tensor:
+    """Points [N, 2] as a picture uint8 [1, side, side] of the square from -reach to reach: the darker, the more of them."""
+    cell = ((points.double().cpu() + reach) * (side / (2 * reach))).floor().long()
+    x, y = cell[((cell >= 0) & (cell < side)).all(1)].T
+    count = torch.zeros(side, side, dtype=torch.float64)
+    count.index_put_((side - 1 - y, x), torch.ones_like(x, dtype=torch.float64), accumulate=True)
+    count = torch.nn.functional.max_pool2d(count[None], 3, stride=1, padding=1)  # a point is three pixels wide
+    return (255 * (1 - count / count.max().clamp(min=1)).sqrt()).to(torch.uint8)
+
+
 def grid(images: Tensor, columns: int, transposed: bool = False, zoomed: bool = True) -> Tensor:
     """uint8 [N, C, H, W] side by side, as one uint8 [C', H', W'] picture, `zoomed` to at least 400 pixels.
 

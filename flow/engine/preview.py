@@ -1,4 +1,4 @@
-"""The grid of samples that a run writes as it trains."""
+"""The picture of samples that a run writes as it trains."""
 
 from pathlib import Path
 
@@ -10,17 +10,21 @@ from flow.engine.generate import SamplerSettings, generate, share
 from flow.guidance import FlowModel
 
 BATCH = 16  # small, so that several processes share a grid
+POINT_BATCH = 1000
 
 
 def write_preview(
-    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, int, int], settings: SamplerSettings, n: int, path: Path
+    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, ...], settings: SamplerSettings, n: int, path: Path
 ) -> None:
     """Sample images 0 .. n - 1 on all processes and write them as one PNG on the main process."""
-    generated = generate(accelerator, model, image_shape, share(accelerator, range(n), BATCH), settings)
+    points = len(image_shape) == 1
+    batches = share(accelerator, range(n), POINT_BATCH if points else BATCH)
+    generated = generate(accelerator, model, image_shape, batches, settings)
     mine = [(batch.indices.start, batch.images) for batch in generated]
     shares = runtime.gather_to_main(accelerator, mine)
     if shares is not None:
         ordered = sorted((item for share in shares for item in share), key=lambda item: item[0])
         path.parent.mkdir(parents=True, exist_ok=True)
+        made = torch.cat([pixels for _, pixels in ordered])
         columns = len(settings.prompts) if settings.prompts else model.net.num_classes or max(1, round(n**0.5))
-        images.write_png(path, images.grid(torch.cat([pixels for _, pixels in ordered]), columns))
+        images.write_png(path, images.point_cloud(made) if points else images.grid(made, columns))

@@ -16,11 +16,11 @@ MARKERS = "osD^vPX"
 
 
 def distance_against_nfe(path: Path, entries: list[dict]) -> None:
-    """The first Frechet distance of the table against NFE, a line a (weights, method, guidance scale); `path` is a PNG.
+    """The first Frechet distance of the table, for points their SW2, against NFE; `path` is a PNG.
 
-    Writes nothing where fewer than two entries have one.
+    There is a line for each (weights, method, guidance scale). Writes nothing where fewer than two entries have one.
     """
-    names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-"))]
+    names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2"))]
     drawn = [e for e in entries if e["NFE"] and names and names[0] in e["metrics"]]
     if len(drawn) < 2:
         return

@@ -1,6 +1,7 @@
 """What samples are compared with: features of real images, cached by content, or statistics from an npz file."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flow.evaluation.features import Extractor, FeatureSet
+from flow.evaluation.points import PointSpace
 
 
 @dataclass
@@ -20,6 +22,7 @@ class Reference:
     mu: np.ndarray
     sigma: np.ndarray
     features: Tensor | None
+    log_density: Callable[[Tensor], Tensor] | None = None  # exact, in nats, of points whose density has a formula
 
 
 def from_npz(path: Path, extractor: Extractor, dimension: int) -> Reference:
@@ -42,7 +45,7 @@ def from_features(name: str, identity: str, features: FeatureSet, layer: str) ->
     return Reference(name, identity, features.mu, features.sigma, features.matrix(layer))
 
 
-def identity_of(fingerprint: str, extractor: Extractor) -> str:
+def identity_of(fingerprint: str, extractor: Extractor | PointSpace) -> str:
     """Changes with the images, the extractor, its layer and its weights."""
     key = f"{fingerprint} {extractor.name} {extractor.layer} {extractor.weights_hash}"
     return hashlib.sha256(key.encode()).hexdigest()[:16]

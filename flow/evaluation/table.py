@@ -104,7 +104,15 @@ def _key(row: dict) -> str:
 
 
 def _cell(name: str, mean: float, spread: float) -> str:
-    digits = 1 if name == "seconds" else 4 if name == "KID" else 3 if name in ("accuracy", "precision", "recall") else 2
+    digits = (
+        1
+        if name == "seconds"
+        else 4
+        if name in ("KID", "SW2", "MMD", "energy")
+        else 3
+        if name in ("accuracy", "precision", "recall")
+        else 2
+    )
     number = f"{mean:.{digits}f}"
     return number if math.isnan(spread) or name == "seconds" else f"{number} ± {spread:.{digits}f}"
 
