@@ -7,12 +7,27 @@ share their noise with probability 0.25.
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 
 def generator(*key: str | int) -> np.random.Generator:
     """A generator that is a function of the key alone, e.g. `generator("time", seed, step)`."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(_digest(key), "little")))
+
+
+def generators(*key: str | int, positions: Iterable[int]) -> Iterator[np.random.Generator]:
+    """`generator(*key, p)` for each of the positions, five times as fast: it is one object, which each turn sets anew."""
+    bits = np.random.Philox(key=0)
+    found, state = np.random.Generator(bits), bits.state
+    for p in positions:
+        state["state"]["key"] = np.frombuffer(_digest((*key, p)), dtype="<u8")
+        bits.state = state
+        yield found
+
+
+def _digest(key: tuple[str | int, ...]) -> bytes:
+    """128 bits, the key size of Philox."""
     text = repr(tuple(part if isinstance(part, str) else int(part) for part in key))  # numpy's integers print otherwise
-    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()  # 128 bits, the key size of Philox
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -23,6 +23,14 @@ def test_a_generator_is_a_function_of_its_key():
     assert rng.generator("time", 1, 2).random(5).tolist() == rng.generator("time", 1, 2).random(5).tolist()
 
 
+def test_generators_in_a_row_are_those_one_by_one():
+    """Also after draws that leave half a word in the buffer."""
+    for g, p in zip(rng.generators("noise", 7, positions=[3, 0, np.int64(2**40)]), [3, 0, 2**40], strict=True):
+        alone = rng.generator("noise", 7, p)
+        for draw in (lambda g: g.integers(2, size=3, dtype=np.int32), lambda g: g.standard_normal(5, dtype=np.float32)):
+            assert draw(g).tolist() == draw(alone).tolist()
+
+
 def test_different_keys_differ():
     keys = [
         ("time", 0, 1), ("time", 1, 0), ("flip", 0, 1), ("time", 0), ("time", 0, 1, 0), ("time", 0, -1), ("time", 10),
