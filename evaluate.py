@@ -24,12 +24,13 @@ from configs.schema import Config, UserError
 from datasets import captions
 from datasets.pairs import origin
 from flow.engine import cli, files, runtime, snapshot, tuned_grids
-from flow.engine.generate import SamplerSettings, check, generate, labels_of, share
+from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
 from flow.evaluation import metrics, plots, points, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.points import PointSpace
 from flow.evaluation.reference import Reference
 from flow.solvers import METHODS
+from flow.solvers.adaptive import ADAPTIVE
 
 EXAMPLES = """\
   accelerate-launch evaluate.py --weights runs/mnist --feature_extractor mnist --methods euler heun --sampling_steps 5 10 50
@@ -121,18 +122,18 @@ def score_weights(args, accelerator: Accelerator) -> None:
     bar = runtime.progress(accelerator, len(plan) * args.repeats * mine, "images of this process")
 
     def compute(settings: SamplerSettings, indices: range) -> dict | None:
-        cost = (0, 0)
+        cost = Cost()
 
         def stream() -> Iterator[tuple[range, Tensor]]:
-            nonlocal cost
             for result in generate(accelerator, model, snap.image_shape, share(accelerator, indices, args.bspp), settings):
-                cost = result.nfe, result.forwards
+                cost.add(result)
                 yield result.indices, result.images
                 bar.update(len(result.indices))
 
         y = labels_of(indices, settings, net.num_classes)
         found = measure(args, accelerator, extractor, real, stream(), y)
-        return found and {"NFE": cost[0], "forwards": cost[1], **found}
+        nfe, forwards = cost.mean(accelerator)
+        return found and {"NFE": nfe, "forwards": forwards, **found}
 
     for settings in plan:
         for repeat in range(args.repeats):
@@ -141,12 +142,14 @@ def score_weights(args, accelerator: Accelerator) -> None:
                 "weights": f"{given.name if given.is_dir() else given.stem}@{snap.step}",
                 "captions": (args.captions or "plain") if net.prompt_bytes else None,
                 "method": settings.solver,
-                "steps": settings.steps,
+                "steps": settings.steps if settings.method not in ADAPTIVE else None,
                 "guidance_scale": settings.guidance_scale if net.null is not None else None,
                 "n": args.n_samples,
                 "first": indices.start,
             }
             which = {**identity, "times": settings.times}  # a grid may be tuned again
+            if settings.method in ADAPTIVE:  # whose step sizes are those of a batch
+                which["bspp"] = args.bspp
             if not record(args, accelerator, out, subject, which, extractor, real, partial(compute, settings, indices)):
                 bar.update(mine)
     bar.close()

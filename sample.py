@@ -1,6 +1,7 @@
 """Sample images from trained weights: `accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples`.
 
-Image k depends on the weights, the settings and k alone, not on the number of processes. A run that was cut off goes on
+Image k depends on the weights, the settings and k, not on the number of processes (with adaptive methods a little on its
+batch, so --bspp must stay the same). A run that was cut off goes on
 where it was. `--save_dir` gets images/ (PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 
@@ -18,9 +19,10 @@ import models
 from configs import schema
 from configs.schema import UserError
 from flow.engine import cli, files, images, runtime, snapshot, tuned_grids
-from flow.engine.generate import SamplerSettings, check, generate, labels_of, share
+from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
 from flow.guidance import FlowModel
 from flow.solvers import METHODS
+from flow.solvers.adaptive import ADAPTIVE
 
 EXAMPLES = """\
   accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples/mnist --sampling_steps 50
@@ -76,7 +78,7 @@ def main() -> None:
         accelerator.print(thread_note)
     folder = args.save_dir / "images"
     if accelerator.is_main_process:
-        claim(args.save_dir, snap, settings, net.num_classes, args.mixed_precision)
+        claim(args, snap, settings, net.num_classes)
         if len(snap.image_shape) == 3:
             folder.mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
@@ -96,7 +98,7 @@ def main() -> None:
         return done
 
     generated = generate(accelerator, model, snap.image_shape, (b for b in mine if not finished(b)), settings)
-    nfe = None
+    cost = Cost()
     with ThreadPoolExecutor(max_workers=4) as pool:  # encodes while the next batch is computed
         for result in generated:
             for k, image in zip(result.indices, result.images, strict=True):
@@ -104,10 +106,11 @@ def main() -> None:
             while len(writing) > 4 * args.bspp:  # so that memory stays the same for any number of images
                 writing.popleft().result()
             bar.update(len(result.indices))
-            nfe = result.nfe, result.forwards
+            cost.add(result)
         while writing:
             writing.popleft().result()
     bar.close()
+    nfe, forwards = cost.mean(accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files.remove_unfinished(folder)
@@ -118,23 +121,25 @@ def main() -> None:
         images.write_png(args.save_dir / "grid.png", picture)
         if args.npz:
             write_npz(args.save_dir / "samples.npz", folder, indices, settings, net.num_classes)
-    cost = f", NFE {nfe[0]} ({nfe[1]} network evaluations) an image" if nfe else ", all of which were there already"
-    accelerator.print(f"{args.n_samples} images in {folder}{cost}; look at {args.save_dir / 'grid.png'}")
+    told = f", NFE {nfe} ({forwards} network evaluations) an image" if nfe else ", all of which were there already"
+    accelerator.print(f"{args.n_samples} images in {folder}{told}; look at {args.save_dir / 'grid.png'}")
 
 
 def sample_points(
     args, accelerator: Accelerator, model: FlowModel, shape: tuple[int, ...], mine: list[range], settings: SamplerSettings
 ) -> None:
     """Points are no files of their own: samples.npz with arr_0 float32 [N, 2] (and labels), grid.png is their cloud."""
-    found = []
+    found, cost = [], Cost()
     with runtime.progress(accelerator, sum(map(len, mine)), "sampling (points of this process)") as bar:
         for result in generate(accelerator, model, shape, mine, settings):
-            found.append((result.indices.start, result.images, result.nfe))
+            found.append((result.indices.start, result.images))
+            cost.add(result)
             bar.update(len(result.indices))
+    nfe, _ = cost.mean(accelerator)
     parts = runtime.gather_to_main(accelerator, found)
     if parts is not None:
         ordered = sorted((item for part in parts for item in part), key=lambda item: item[0])
-        points = torch.cat([made for _, made, _ in ordered])
+        points = torch.cat([made for _, made in ordered])
         arrays = {"arr_0": points.numpy()}
         labels = labels_of(range(args.n_samples), settings, model.net.num_classes)
         if labels is not None:
@@ -142,23 +147,25 @@ def sample_points(
         with files.atomic_file(args.save_dir / "samples.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
         images.write_png(args.save_dir / "grid.png", images.point_cloud(points))
-        print(f"{args.n_samples} points in {args.save_dir / 'samples.npz'}, NFE {ordered[0][2]}; look at grid.png there")
+        print(f"{args.n_samples} points in {args.save_dir / 'samples.npz'}, NFE {nfe}; look at grid.png there")
 
 
 def png(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def claim(save_dir: Path, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None, precision: str) -> None:
+def claim(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None) -> None:
     """Write sampling.json, or check that the one there is of the same images; nothing of another run is overwritten."""
     mine = {
         "weights_sha256": files.sha256(snap.path),
         **dataclasses.asdict(settings),
         "num_classes": num_classes,
-        "mixed_precision": precision,
+        "mixed_precision": args.mixed_precision,
         "image_shape": snap.image_shape,
+        **({"bspp": args.bspp} if settings.method in ADAPTIVE else {}),  # whose step sizes are those of a batch
     }
     mine = json.loads(json.dumps(mine))
+    save_dir = args.save_dir
     path = save_dir / "sampling.json"
     if path.is_file():
         theirs = json.loads(path.read_text(encoding="utf-8"))

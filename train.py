@@ -142,6 +142,7 @@ def main() -> None:
         return f"the newest checkpoint is {saved}"
 
     done = step == cfg.train.steps
+    conditional = net.null is not None  # else nothing is lost by coupling noise with images across classes
     model.train()
     window_start, window_step = time.perf_counter(), step
     with StopSignal() as stop, runtime.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
@@ -151,7 +152,9 @@ def main() -> None:
                 group["lr"] = learning_rate(cfg.optimizer, updates, cfg.train.steps)
             t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
             for number, batch in enumerate(micro_batches, start=1):
-                x0 = pairing.noise(batch.positions, batch.indices, batch.x1, batch.y).to(device, non_blocking=True)
+                x0 = pairing.noise(batch.positions, batch.indices, batch.x1, batch.y if conditional else None).to(
+                    device, non_blocking=True
+                )
                 t = t_global[batch.rows].to(device, non_blocking=True)
                 y = condition(net, data, batch, cfg.seed)
                 if y is not None:

@@ -28,8 +28,8 @@ class OptimalTransport:
     """Noise and images of a batch paired so that the squared distances add up to the least (Pooladian et al. 2023,
     arXiv:2304.14772; Tong et al. 2024, arXiv:2302.00482): minibatch optimal transport with an exact assignment.
 
-    Within blocks of consecutive rows, so that the pairs are the same for any number of processes, and within a class, as
-    pairs across classes would make the noise tell the class and guidance fail.
+    Within blocks of consecutive rows, so that the pairs are the same for any number of processes, and, where labels are
+    given, within a class, as pairs across classes would make the noise tell the class and guidance fail.
     """
 
     def __init__(self, seed: int, image_shape: tuple[int, ...], rows: int, block: int = 64):

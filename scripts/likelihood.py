@@ -24,7 +24,7 @@ EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 -
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
-    parser.add_argument("--n_images", type=cli.at_least(1), default=100, help="the first of the data set (default: 100)")
+    parser.add_argument("--n_images", type=cli.at_least(2), default=100, help="the first of the data set (default: 100)")
     parser.add_argument("--probes", type=cli.at_least(1), default=1, help="random directions an image (default: 1)")
     parser.add_argument("--rtol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--atol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")

@@ -7,6 +7,7 @@ of a row is the slope from the row before.
 """
 
 import csv
+import json
 import math
 from itertools import groupby
 from pathlib import Path
@@ -69,14 +70,14 @@ def main() -> None:
         )
         for method in args.methods
         for name in args.grids
-        for n in cli.steps_of(args, method)
+        for n in cli.steps_of(args, method, args.until)
     ]  # fmt: skip
-    accelerator = runtime.start()
+    accelerator = runtime.start_alone("solver_study")
     runtime.set_threads()
     rows, fine_nfe = distances(args, accelerator, snap, base, plan)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.fd:
-        add_frechet(args, rows)
+        add_frechet(args, snap, rows)
     columns = ["method", "grid", "steps", "NFE", "distance", "order", *(["FD"] if args.fd else [])]
     with open(args.out / "study.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -111,20 +112,20 @@ def distances(
             times = [args.until * t for t in times_of(settings, model.path)]
             found = solvers.solve(velocity, x0, times, settings.method)
             distance = (found.x - fine.x).square().mean().sqrt().item()
-            row = {"method": settings.method, "grid": settings.grid, "steps": settings.steps, "solver": settings.solver}
+            row = {"method": settings.method, "grid": settings.grid, "steps": settings.steps, "settings": settings}
             rows.append({**row, "NFE": found.nfe, "distance": distance, "order": math.nan})
             bar.update()
-    for _, line in groupby(rows, key=lambda row: row["solver"]):
+    for _, line in groupby(rows, key=lambda row: row["settings"].solver):
         previous = None
         for row in line:
-            if previous and row["steps"] != previous["steps"]:
+            if previous and row["steps"] != previous["steps"] and row["distance"] and previous["distance"]:
                 gained = math.log(previous["distance"] / row["distance"])
                 row["order"] = gained / math.log(row["steps"] / previous["steps"])
             previous = row
     return rows, fine.nfe
 
 
-def add_frechet(args, rows: list[dict]) -> None:
+def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     """Give each row its "FD", measured by evaluate.py from noise of its own."""
     steps = ["--nfe", *map(str, args.nfe)] if args.nfe else ["--sampling_steps", *map(str, args.sampling_steps)]
     for name in args.grids:
@@ -134,9 +135,18 @@ def add_frechet(args, rows: list[dict]) -> None:
             "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), *args.overrides,
         ]  # fmt: skip
         run_command(evaluate)
-    found = {(row["method"], row["steps"]): row["metrics"] for row in table.read_rows(args.out / "evaluation")}
+    weights = files.sha256(snap.path)
+    found = {}
+    for r in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
+        same = r["n"] == args.fd and r["guidance_scale"] in (None, args.guidance_scale)
+        of = r["identity"]
+        precision, extractor = args.mixed_precision, args.feature_extractor
+        if same and (of["weights_sha256"], of["mixed_precision"], of["extractor"][0]) == (weights, precision, extractor):
+            found[r["method"], r["steps"], json.dumps(of["times"])] = r["metrics"]
     for row in rows:
-        row["FD"] = next(value for name, value in found[row["solver"], row["steps"]].items() if name.startswith(("FD", "FID")))
+        settings = row["settings"]
+        metrics = found[settings.solver, settings.steps, json.dumps(settings.times)]
+        row["FD"] = next(value for name, value in metrics.items() if name.startswith(("FD", "FID")))
 
 
 if __name__ == "__main__":

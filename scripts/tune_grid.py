@@ -49,7 +49,7 @@ def main() -> None:
     settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
     with runtime.blame("tune_grid"):
         check(settings, model.net)
-    accelerator = runtime.start()
+    accelerator = runtime.start_alone("tune_grid")
     runtime.set_threads()
     model.net.to(accelerator.device).eval()
     with torch.inference_mode():
@@ -73,6 +73,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     }
     print("distance to the fine solution, on images that nothing was fitted to")
     print(f"{'method':>10} {'steps':>5} {'uniform':>9} {'best formula':>24} {'tuned':>9}")
+    kept = 0
     with runtime.progress(accelerator, len(args.methods) * len(args.steps), "grids") as bar:
         for method in args.methods:
             for n in args.steps:
@@ -86,12 +87,13 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
                 verdict = ""
                 if tuned < held_out[best]:
                     tuned_grids.store(snap.path, method, times)
+                    kept += 1
                 else:
                     verdict = "  not kept"
                 formula = f"{best} {held_out[best]:.4f}"
                 bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
                 bar.update()
-    print(f"in {tuned_grids.file_of(snap.path)}; use them with --grid tuned")
+    print(f"{kept} kept in {tuned_grids.file_of(snap.path)}; use them with --grid tuned" if kept else "nothing was kept")
 
 
 def rms(x: Tensor) -> float:

@@ -347,13 +347,3 @@ def test_a_resumed_run_goes_on_with_its_metrics(accelerator, tmp_path, tail):
     tracker = Tracker(accelerator, tmp_path, schema.load(None, ["train.log_with=[]"]), first_step=2)
     tracker.log(4, {"loss": 4.0})
     assert read_metrics(path) == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 4.0}]
-
-
-def test_the_precision_no_is_a_word(tmp_path):
-    """YAML reads an unquoted `no` as false."""
-    (tmp_path / "c.yaml").write_text("train: {mixed_precision: no}\n")
-    assert schema.load(tmp_path / "c.yaml").train.mixed_precision == "no"
-    assert schema.load(None, ["train.mixed_precision=bf16", "train.mixed_precision=no"]).train.mixed_precision == "no"
-    assert schema.parse(schema.dump(schema.load())).train.mixed_precision == "no"
-    with pytest.raises(schema.UserError, match="mixed_precision=fp8: must be one of no, fp16, bf16"):
-        schema.load(None, ["train.mixed_precision=fp8"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from PIL import Image
 
 import models
 from flow.engine import snapshot
-from flow.engine.generate import SamplerSettings, batches, generate, labels_of
+from flow.engine.generate import Cost, Generated, SamplerSettings, batches, generate, labels_of, times_of
+from flow.path import PATHS
+from flow.solvers import grid
 
 ARGUMENTS = ["--n_samples", "25", "--bspp", "4", "--sampling_steps", "3", "--sampling_method", "heun", "--guidance_scale", "2"]
 
@@ -112,11 +115,13 @@ def test_mistakes_about_solvers(error, tmp_path, tiny_run, script):
     command = [script, "--weights", tiny_run, "--n_samples", "4", *more]
     assert "'foo' (choose from " in error(*command, flag, "foo")
     assert "'foo' (choose from " in error(*command, "--grid", "foo")
-    assert "rtol=0.0: must be greater than 0 and less than 1" in error(*command, flag, "dopri5", "--rtol", "0")
+    assert "--rtol=0.0: must be greater than 0 and less than 1" in error(*command, flag, "dopri5", "--rtol", "0")
     assert "--nfe: NFE 2: rk4 needs at least 3" in error(*command, flag, "rk4", "--nfe", "2")
     assert "dopri5 chooses its own number of evaluations" in error(*command, flag, "dopri5", "--nfe", "20")
     assert "not allowed with argument" in error(*command, "--nfe", "2", "--sampling_steps", "2")
-    assert "noise_scale=-1.0: must be 0 or more" in error(*command, flag, "euler_maruyama", "--sde_noise_scale", "-1")
+    assert "--sde_noise_scale=-1.0: must be 0 or more" in error(*command, flag, "euler_maruyama", "--sde_noise_scale", "-1")
+    assert "at most 100" in error(*command, flag, "euler_maruyama", "--sde_noise_scale", "1e200")
+    assert "grid=edm: dopri5 chooses its own times" in error(*command, flag, "dopri5", "--grid", "edm")
     line = error(*command, flag, "dopri5", "--sde_noise_scale", "1")
     assert "--sde_noise_scale: dopri5 has no such option; it is for euler_maruyama, stochastic_heun" in line
     assert "none was fitted for euler with 100 steps" in error(*command, "--grid", "tuned")
@@ -131,3 +136,29 @@ def test_stochastic_images_are_functions_of_seed_and_index(model):
     assert not torch.equal(whole, images_of(model, range(10), 10, SamplerSettings("heun", 5)))
     still = SamplerSettings("stochastic_heun", 5, options=(("noise_scale", 0.0),))
     assert torch.equal(images_of(model, range(10), 10, still), images_of(model, range(10), 10, SamplerSettings("heun", 5)))
+
+
+def test_adaptive_methods_count_all_batches_and_keep_their_batch_size(tmp_path, tiny_run, error):
+    """Their step sizes are those of a batch: the cost is the mean over images, for any number of processes."""
+    sample = ["--weights", tiny_run, "--n_samples", "7", "--sampling_method", "bosh3", "--rtol", "0.1", "--atol", "0.1"]
+    told = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        result = succeed("sample.py", *sample, "--bspp", "2", "--save_dir", out, processes=processes)
+        told.append(re.search(r"NFE ([\d.]+)", result.stdout).group(1))
+    assert told[0] == told[1] and contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert "(bspp 2, now 3)" in error("sample", *sample, "--bspp", "3", "--save_dir", tmp_path / "1")
+
+
+def test_the_cost_of_batches_is_their_mean():
+    cost = Cost()
+    for indices, nfe in ((range(3), 10), (range(3, 4), 14)):
+        cost.add(Generated(indices, torch.zeros(1), None, nfe, 2 * nfe))
+    assert cost.mean(Accelerator(cpu=True)) == (11, 22)
+    cost.add(Generated(range(4, 5), torch.zeros(1), None, 15, 15))
+    assert cost.mean(Accelerator(cpu=True)) == (11.8, 20.6)
+
+
+def test_the_edm_grid_is_one_of_noise_ratios():
+    settings = SamplerSettings(steps=8, grid="edm")
+    assert times_of(settings, PATHS["vp"]()) == times_of(settings, PATHS["linear"]()) == grid.edm(8)

@@ -224,6 +224,7 @@ def test_the_most_steps_within_a_number_of_evaluations():
     assert solvers.steps_within("rk4", 10) == 2  # 4 + 3
     assert solvers.steps_within("unipc", 7) == 7
     assert solvers.steps_within("euler_maruyama", 7) == 7
+    assert (solvers.steps_within("heun", 5), solvers.steps_within("heun", 5, end=0.9)) == (3, 2)
     with pytest.raises(ValueError, match="NFE 2: rk4 needs at least 3"):
         solvers.steps_within("rk4", 2)
     with pytest.raises(ValueError, match="dopri5 chooses its own number of evaluations"):

@@ -12,7 +12,7 @@ import datasets
 import models
 from datasets.toys import LOG_DENSITIES, TOYS
 from flow.engine import images
-from flow.evaluation import points
+from flow.evaluation import animation, planes, points
 
 SETS = [name for name in TOYS if name != "image"]
 
@@ -121,3 +121,32 @@ def test_train_sample_and_evaluate(tmp_path):
         "evaluate.py", "--weights", run, "--sampling_steps", "3", "--n_samples", "100", "--methods", "euler", "dopri5"
     )
     assert all(name in result.stdout for name in ("SW2", "MMD", "energy", "NLL", "dopri5"))
+
+
+def test_the_way_of_images_from_noise(tmp_path, tiny_run):
+    succeed(
+        "-m", "scripts.animate", "--weights", tiny_run, "--out", tmp_path, "--n", "20", "--frames", "4", "--guidance_scale", "2"
+    )
+    with Image.open(tmp_path / "trajectory.gif") as moving:
+        assert moving.n_frames == 4
+        first = np.asarray(moving.convert("L"), dtype=float)
+    assert first.std() > 50  # noise
+
+
+def test_gif_frames_keep_their_colours_and_their_time(tmp_path):
+    frames = [np.full((10, 10, 3), level, dtype=np.uint8) for level in (0, 100, 200)]
+    animation.write_gif(tmp_path / "a.gif", frames, seconds=0.3, hold_seconds=1.0)
+    with Image.open(tmp_path / "a.gif") as moving:
+        for i, level in enumerate((0, 100, 200)):
+            moving.seek(i)
+            assert abs(int(np.asarray(moving.convert("L")).mean()) - level) < 3
+            assert moving.info["duration"] == (1100 if i == 2 else 100)
+
+
+def test_the_density_map_is_where_the_points_are():
+    _, (ax,) = planes.panels(["one"])
+    planes.density(ax, np.array([[1.0, -1.0]] * 10))
+    counts = ax.images[0].get_array()
+    row, column = np.unravel_index(counts.argmax(), counts.shape)
+    at = planes.mesh(planes.BINS).reshape(planes.BINS, planes.BINS, 2)[row, column]
+    assert np.allclose(at, [1, -1], atol=2 * planes.REACH / planes.BINS)

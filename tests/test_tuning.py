@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import fail, succeed
+from conftest import fail, run_script, succeed
 
 import models
 from configs import schema
@@ -67,6 +67,8 @@ def test_commands(tmp_path, tiny_run):
     succeed(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
     assert json.loads((out / "sampling.json").read_text())["times"] == [0.0, 0.3, 1.0]
     line = fail(*sample, "--sampling_method", "midpoint", "--sampling_steps", "2")
+    for method, steps in (("dopri5", "4"), ("euler", "1")):
+        assert f"not for {method} with {steps}" in fail(*sample, "--sampling_method", method, "--sampling_steps", steps)
     assert "none was fitted for midpoint with 2 steps" in line and "scripts.tune_grid" in line
     study = ["-m", "scripts.solver_study", "--weights", weights, "--out", tmp_path / "study", "--n_images", "4"]
     result = succeed(*study, "--methods", "euler", "heun", "unipc", "--grids", "uniform", "edm", "--sampling_steps", "2", "4")
@@ -77,9 +79,16 @@ def test_commands(tmp_path, tiny_run):
     euler, heun = (line.split("|")[1:-1] for line in result.stdout.splitlines()[-3:-1])
     assert (euler[2].strip(), heun[2].strip()) == ("3", "2")
     assert all(float(line[-1]) > 0 and line[3].strip() == "3" for line in (euler, heun))
+    other = succeed(*study, "--nfe", "3", "--guidance_scale", "1").stdout
+    again = succeed(*study, "--nfe", "3", "--guidance_scale", "2").stdout
+    assert again.splitlines()[-3:-1] == result.stdout.splitlines()[-3:-1] != other.splitlines()[-3:-1]
+    assert "works on one process, not on 2" in run_script(*study, "--nfe", "3", processes=2).stderr
     stored = json.loads(tuned_grids.file_of(weights).read_text())
     tuned_grids.file_of(weights).write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
     assert "was fitted to other weights" in fail(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
+
+    tuned_grids.file_of(weights).write_text("{half")
+    assert "is not a whole file of grids" in fail(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
 
 
 def test_the_study_measures_the_order_of_a_smooth_network(tmp_path):

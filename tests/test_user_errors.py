@@ -12,6 +12,7 @@ from conftest import ENTRY_SCRIPTS, TINY_TRAIN, fail, succeed
 from PIL import Image
 from safetensors.torch import save_file
 
+from configs import schema
 from flow.engine import checkpoint, snapshot
 
 
@@ -199,3 +200,13 @@ def test_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
         succeed("train.py", "-e", roomy, "-r", "latest")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_the_precision_no_is_a_word(tmp_path):
+    """YAML reads an unquoted `no` as false."""
+    (tmp_path / "c.yaml").write_text("train: {mixed_precision: no}\n")
+    assert schema.load(tmp_path / "c.yaml").train.mixed_precision == "no"
+    assert schema.load(None, ["train.mixed_precision=bf16", "train.mixed_precision=no"]).train.mixed_precision == "no"
+    assert schema.parse(schema.dump(schema.load())).train.mixed_precision == "no"
+    with pytest.raises(schema.UserError, match="mixed_precision=fp8: must be one of no, fp16, bf16"):
+        schema.load(None, ["train.mixed_precision=fp8"])

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from configs import schema
 from configs.schema import UserError
-from flow.solvers import METHODS, grid, sde, steps_within
+from flow.solvers import METHODS, check_values, grid, sde, steps_within
+from flow.solvers.adaptive import ADAPTIVE
 
 _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
@@ -68,12 +69,13 @@ def add_step_flags(parser: argparse.ArgumentParser, default: list[int], several:
     )
 
 
-def steps_of(args: argparse.Namespace, method: str) -> list[int]:
-    """The numbers of steps that --sampling_steps or --nfe ask of a method. Raises UserError for too small an NFE."""
+def steps_of(args: argparse.Namespace, method: str, end: float = 1.0) -> list[int]:
+    """The numbers of steps to `end` that --sampling_steps or --nfe ask of a method: one for adaptive methods, which choose
+    their own. Raises UserError for too small an NFE."""
     if not args.nfe:
-        return args.sampling_steps
+        return args.sampling_steps[:1] if method in ADAPTIVE else args.sampling_steps
     try:
-        return [steps_within(method, nfe) for nfe in args.nfe]
+        return [steps_within(method, nfe, end) for nfe in args.nfe]
     except ValueError as error:
         raise UserError(f"--nfe: {error}") from None
 
@@ -100,7 +102,13 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
             flag = "--sde_noise_scale" if name == "noise_scale" else f"--{name}"
             able = ", ".join(m for m, (_, options) in METHODS.items() if name in options)
             raise UserError(f"{flag}: {', '.join(methods)} has no such option; it is for {able}")
-    return tuple((name, value) for name, value in given.items() if name in METHODS[method][1])
+    taken = {name: value for name, value in given.items() if name in METHODS[method][1]}
+    try:
+        check_values(method, **taken)
+    except ValueError as error:  # begins with the name of the option
+        message = str(error)
+        raise UserError("--sde_" + message if message.startswith("noise_scale") else f"--{message}") from None
+    return tuple(taken.items())
 
 
 def at_least(low: int):

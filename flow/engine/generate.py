@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from flow import prior, solvers
+from flow.engine import runtime
 from flow.engine.images import to_uint8
 from flow.guidance import FlowModel, GuidedVelocity
 from flow.path import Path
 from flow.solvers import grid
+from flow.solvers.adaptive import ADAPTIVE
 
 
 @dataclass
@@ -29,6 +31,24 @@ class Generated:
     def images(self) -> Tensor:
         """uint8 [b, C, H, W], on the CPU; points as they are, float32 [b, 2]."""
         return to_uint8(self.x).cpu() if self.x.dim() == 4 else self.x.float().cpu()
+
+
+class Cost:
+    """Evaluations per image: those of all batches are the same but for adaptive methods, where this is the mean."""
+
+    def __init__(self):
+        self.images = self.nfe = self.forwards = 0
+
+    def add(self, made: Generated) -> None:
+        n = len(made.indices)
+        self.images, self.nfe, self.forwards = self.images + n, self.nfe + n * made.nfe, self.forwards + n * made.forwards
+
+    def mean(self, accelerator: Accelerator) -> tuple[float, float]:
+        """(NFE, forwards) over the images of all processes, on the main one; whole numbers as such. (0, 0) for no image."""
+        parts = runtime.gather_to_main(accelerator, (self.images, self.nfe, self.forwards)) or [(0, 0, 0)]
+        images, *sums = (sum(part[i] for part in parts) for i in range(3))
+        nfe, forwards = (s // images if s % images == 0 else round(s / images, 2) for s in sums) if images else (0, 0)
+        return nfe, forwards
 
 
 @dataclass(frozen=True)
@@ -74,8 +94,9 @@ def generate(
     """The images of the batches `mine`, usually those of `share`, batch by batch.
 
     Image k is a function of the weights, the settings and k: its noise comes from (stream, seed, k), its label or prompt
-    from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. The state of the solver
-    is float64 where the device has it. Raises ValueError for settings that `check` refuses.
+    from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. Adaptive methods choose
+    one step size for a batch: their images also depend on those beside them, by about the error that the tolerances leave.
+    The state of the solver is float64 where the device has it. Raises ValueError for settings that `check` refuses.
     """
     check(settings, model.net)
     model.net.eval()
@@ -97,6 +118,8 @@ def times_of(settings: SamplerSettings, path: Path) -> list[float]:
     if settings.times:
         return list(settings.times)
     times = grid.build(settings.grid, settings.steps)
+    if settings.grid == "edm":  # by the ratio of noise to data, which is the time of the linear path
+        return times
     return [0.0, *(path.linear_time(t) for t in times[1:-1]), 1.0]
 
 
@@ -136,6 +159,8 @@ def check(settings: SamplerSettings, net: nn.Module) -> None:
     solvers.check_values(settings.method, **dict(settings.options))
     if not settings.times:
         grid.build(settings.grid, settings.steps)
+    if settings.method in ADAPTIVE and settings.grid != "uniform":
+        raise ValueError(f"grid={settings.grid}: {settings.method} chooses its own times, by rtol and atol")
     if settings.prompts and not net.prompt_bytes:
         raise ValueError("prompts: this network was trained without them (model.args.prompt_bytes)")
     if net.prompt_bytes:

@@ -55,6 +55,14 @@ def start(
     return accelerator
 
 
+def start_alone(script: str) -> Accelerator:
+    """The accelerator of a script that works on one process; raises UserError where there are several."""
+    accelerator = start()
+    if accelerator.num_processes > 1:
+        raise UserError(f"{script}: works on one process, not on {accelerator.num_processes}; start it with python -m")
+    return accelerator
+
+
 def set_threads() -> str | None:
     """Use all cores where a launcher left one thread a process; returns a line that says so, or None.
 

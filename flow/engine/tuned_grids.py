@@ -5,6 +5,7 @@ from pathlib import Path
 
 from configs.schema import UserError
 from flow.engine import files
+from flow.solvers import ON_A_GRID
 
 
 def file_of(snapshot: Path) -> Path:
@@ -21,12 +22,16 @@ def store(snapshot: Path, method: str, times: list[float]) -> None:
 
 def load(snapshot: Path, method: str, steps: int) -> tuple[float, ...]:
     """The times of the tuned grid. Raises UserError that names what was tuned where this one was not."""
+    if method not in ON_A_GRID or steps < 2:
+        able = f"at least 2 steps of {', '.join(ON_A_GRID)}"
+        raise UserError(f"--grid tuned: is for {able}, not for {method} with {steps}")
     grids = _read(snapshot)
     if str(steps) not in grids.get(method, {}):
         there = "; ".join(f"{name} {' '.join(sorted(of, key=int))}" for name, of in grids.items()) or "nothing"
         raise UserError(
             f"--grid tuned: none was fitted for {method} with {steps} steps (there is: {there}); "
             f"make one with: python -m scripts.tune_grid --weights {snapshot} --methods {method} --steps {steps}"
+            + (f" --fine_steps {2 * steps}" if steps > 32 else "")
         )
     return tuple(grids[method][str(steps)])
 
@@ -35,7 +40,11 @@ def _read(snapshot: Path) -> dict[str, dict[str, list[float]]]:
     path = file_of(snapshot)
     if not path.is_file():
         return {}
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if stored["weights_sha256"] != files.sha256(snapshot):
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        fitted_to, grids = stored["weights_sha256"], {m: dict(of) for m, of in stored["grids"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is not a whole file of grids; remove it and run tune_grid again") from None
+    if fitted_to != files.sha256(snapshot):
         raise UserError(f"{path}: was fitted to other weights than {snapshot.name}; remove it and run tune_grid again")
-    return stored["grids"]
+    return grids

@@ -63,23 +63,25 @@ def check_values(method: str, **options: Any) -> None:
     _trial(method, 2, **options)
 
 
-def steps_within(method: str, nfe: int) -> int:
-    """The most steps that take at most `nfe` evaluations, found by counting them.
+def steps_within(method: str, nfe: int, end: float = 1.0) -> int:
+    """The most steps to `end` that take at most `nfe` evaluations, found by counting them.
 
     Raises ValueError where not even one step does, and for adaptive methods, which choose their own number.
     """
     check(method)
     if method in adaptive.ADAPTIVE:
         raise ValueError(f"{method} chooses its own number of evaluations, by rtol and atol")
-    steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: _trial(method, n).nfe)
+    steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: _trial(method, n, end).nfe)
     if not steps:
-        raise ValueError(f"NFE {nfe}: {method} needs at least {_trial(method, 1).nfe}")
+        raise ValueError(f"NFE {nfe}: {method} needs at least {_trial(method, 1, end).nfe}")
     return steps
 
 
-def _trial(method: str, steps: int, **options: Any) -> Solution:
+def _trial(method: str, steps: int, end: float = 1.0, **options: Any) -> Solution:
     noise = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
-    return solve(lambda x, t: x * 0, torch.zeros(1, dtype=torch.float64), uniform(steps), method, **options, **noise)
+    return solve(
+        lambda x, t: x * 0, torch.zeros(1, dtype=torch.float64), [end * t for t in uniform(steps)], method, **options, **noise
+    )
 
 
 def solve(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str, **options: Any) -> Solution:

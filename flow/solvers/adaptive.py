@@ -19,7 +19,8 @@ def adaptive(
 ) -> Tensor:
     """From grid[0] to grid[-1] with the step sizes that the tolerances ask for; the times between are not used.
 
-    One step size serves the whole batch, so an image depends (below the tolerance) on its batch. Raises ValueError for a
+    One step size serves the whole batch, so an image depends on those beside it, by about the error that the tolerances
+    leave. Raises ValueError for a
     tolerance of 0 or less.
     """
     import torch  # torchdiffeq takes a second that other methods need not pay

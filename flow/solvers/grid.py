@@ -22,6 +22,7 @@ def shifted(steps: int, shift: float = 3.0) -> list[float]:
 def edm(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> list[float]:
     """Uniform in sigma^(1 / rho) with sigma = (1 - t) / t, then the data (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
+    On the linear path (1 - t) / t is the ratio of noise to data; a network of another path is asked at the same ratios.
     The first time is 0, where the noise is, in place of 1 / (1 + sigma_max) = 0.012.
     """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)

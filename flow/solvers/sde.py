@@ -36,11 +36,11 @@ def sde(
     Within a step h the noise added is at most half of that which belongs to its end: g^2 h <= ((1 - t) / 2)^2. Coefficients
     that do not vanish at the data would otherwise leave noise in the image; with more steps the limit goes away.
     With noise_scale 0 these are euler and heun. The last step to t = 1 is Euler's without noise: it lands on the data
-    prediction, so that none is left in the image. Raises ValueError for a negative scale, an unknown diffusion and
+    prediction, so that none is left in the image. Raises ValueError for a scale out of range, an unknown diffusion and
     missing noise.
     """
-    if noise_scale < 0 or not math.isfinite(noise_scale):
-        raise ValueError(f"noise_scale={noise_scale}: must be 0 or more, and finite")
+    if not 0 <= noise_scale <= 100:
+        raise ValueError(f"noise_scale={noise_scale}: must be 0 or more, and at most 100")
     if diffusion not in DIFFUSIONS:
         raise ValueError(f"{diffusion!r} is no diffusion coefficient; choose one of {', '.join(DIFFUSIONS)}")
     if noise is None:

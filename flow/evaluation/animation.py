@@ -1,0 +1,43 @@
+"""Frames as files that move: GIF, and MP4 where ffmpeg is installed."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+COLOURS = 64  # of a GIF: flat drawings need no more, and the file stays small
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    """The figure as pixels, uint8 [H, W, 3]; sides even, as video coders want them."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
+    return pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2].copy()
+
+
+def write_gif(path: Path, frames: list[np.ndarray], seconds: float, hold_seconds: float = 1.5) -> None:
+    """Frames uint8 [H, W, 3] that last `seconds` together; the last one is held before it starts anew."""
+    pictures = [Image.fromarray(frame) for frame in frames]
+    sheet = Image.fromarray(np.concatenate([frames[i] for i in (0, len(frames) // 2, -1)]))
+    palette = sheet.quantize(COLOURS, dither=Image.Dither.NONE)  # one for all: colours do not flicker
+    indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    each = max(20, round(1000 * seconds / len(frames)))
+    durations = [each] * (len(frames) - 1) + [each + round(1000 * hold_seconds)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
+
+
+def write_mp4(path: Path, frames: list[np.ndarray], seconds: float) -> bool:
+    """The same as a video; False, and no file, where ffmpeg is not installed."""
+    if not shutil.which("ffmpeg"):
+        return False
+    height, width = frames[0].shape[:2]
+    command = ["ffmpeg", "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    command += ["-r", f"{len(frames) / seconds:g}", "-i", "-", "-pix_fmt", "yuv420p", str(path)]
+    subprocess.run(command, input=b"".join(frame.tobytes() for frame in frames), check=True)
+    return True
