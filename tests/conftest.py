@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,16 +59,37 @@ def fail(*command: str | Path, **options) -> str:
 
 
 @pytest.fixture
-def error(monkeypatch, capsys):
-    """error("train", *arguments): the one line that the script leaves on stderr, run in this process."""
+def main_of(monkeypatch):
+    """main_of("sample", *arguments): its main, ready to be called in this process, which saves the seconds of a start."""
     monkeypatch.chdir(REPOSITORY)
 
-    def call(script: str, *arguments) -> str:
+    def prepare(script: str, *arguments) -> Callable[[], None]:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
+        return importlib.import_module(script if script in ENTRY_SCRIPTS else f"scripts.{script}").main
+
+    return prepare
+
+
+@pytest.fixture
+def here(main_of, capsys):
+    """here("sample", *arguments): what the script prints, run in this process."""
+
+    def call(script: str, *arguments) -> str:
+        main_of(script, *arguments)()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def error(main_of, capsys):
+    """error("train", *arguments): the one line that the script leaves on stderr, run in this process."""
+
+    def call(script: str, *arguments) -> str:
         with pytest.raises(SystemExit) as left:
-            runtime.run(importlib.import_module(script if script in ENTRY_SCRIPTS else f"scripts.{script}").main)
+            runtime.run(main_of(script, *arguments))
         captured = capsys.readouterr().err
         assert left.value.code == 2, captured
         lines = [line for line in captured.splitlines() if line.startswith("error: ")]

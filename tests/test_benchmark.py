@@ -22,6 +22,7 @@ def test_sections_add_up_and_do_not_count_twice():
     assert watch.laps == [] and sum(watch.seconds.values()) < 0.01
 
 
+@pytest.mark.slow
 def test_every_job(tmp_path):
     options = [
         "-c",

@@ -107,23 +107,21 @@ def test_the_picture_of_points():
     assert cloud.shape == (1, 50, 50) and cloud[0, 5, 25] == 0 and cloud[0, 40].min() == 255
 
 
-def test_train_sample_and_evaluate(tmp_path):
+def test_train_sample_and_evaluate(tmp_path, here):
     run = tmp_path / "run"
     small = ["train.steps=20", "train.batch_size=64", "model.args={width: 16}", "preview.n_samples=100", "train.log_with=[]"]
-    result = succeed("train.py", "-c", "configs/toy_checkerboard.yaml", "-e", run, *small)
-    assert "100,000 points" in result.stdout + result.stderr and (run / "samples" / "step_00000020.png").is_file()
-    sample = ["sample.py", "--weights", run, "--n_samples", "70", "--sampling_steps", "3", "--bspp", "20"]
-    succeed(*sample, "--save_dir", tmp_path / "one")
-    succeed(*sample, "--save_dir", tmp_path / "two", processes=2)
+    here("train", "-c", "configs/toy_checkerboard.yaml", "-e", run, *small)
+    assert "100,000 points" in (run / "log.txt").read_text() and (run / "samples" / "step_00000020.png").is_file()
+    sample = ["--weights", run, "--n_samples", "70", "--sampling_steps", "3", "--bspp", "20"]
+    here("sample", *sample, "--save_dir", tmp_path / "one")
+    succeed("sample.py", *sample, "--save_dir", tmp_path / "two", processes=2)
     one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
     assert one.shape == (70, 2) and np.array_equal(one, two)
-    result = succeed(
-        "evaluate.py", "--weights", run, "--sampling_steps", "3", "--n_samples", "100", "--methods", "euler", "dopri5"
-    )
-    assert all(name in result.stdout for name in ("SW2", "MMD", "energy", "NLL", "dopri5"))
+    told = here("evaluate", "--weights", run, "--sampling_steps", "3", "--n_samples", "100", "--methods", "euler", "dopri5")
+    assert all(name in told for name in ("SW2", "MMD", "energy", "NLL", "dopri5"))
 
 
-def test_the_way_of_images_from_noise(tmp_path, tiny_run):
+def test_the_way_of_images_from_noise(tmp_path, tiny_run, here):
     succeed(
         "-m", "scripts.animate", "--weights", tiny_run, "--out", tmp_path, "--n", "20", "--frames", "4", "--guidance_scale", "2"
     )

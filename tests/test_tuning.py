@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from conftest import fail, run_script, succeed
 
 import models
 from configs import schema
@@ -54,53 +53,56 @@ def test_descent_ends_closer_and_in_order():
     assert tuning.descend(error, [0.0, 1.0], 10) == [0.0, 1.0]
 
 
-def test_commands(tmp_path, tiny_run):
-    """tune_grid stores beside the snapshot, sample.py uses it and says so, the study tabulates; other weights are refused."""
+def test_commands(tmp_path, tiny_run, here, error):
+    """tune_grid stores beside the snapshot, sample.py uses it and says so; other weights and half files are refused."""
     weights = tmp_path / "net.safetensors"
     weights.write_bytes(snapshot.find(tiny_run).read_bytes())
-    tune = ["-m", "scripts.tune_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3", "4"]
-    result = succeed(*tune, "--n_images", "4", "--fine_steps", "16", "--evaluations", "30")
-    assert "in " + str(tuned_grids.file_of(weights)) in result.stdout
+    tune = ["tune_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3", "4"]
+    out = here(*tune, "--n_images", "4", "--fine_steps", "16", "--evaluations", "30")
+    assert f"kept in {tuned_grids.file_of(weights)}" in out
     tuned_grids.store(weights, "heun", [0.0, 0.3, 1.0])
     out = tmp_path / "samples"
-    sample = ["sample.py", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--grid", "tuned"]
-    succeed(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
+    sample = ["sample", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--grid", "tuned"]
+    here(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
     assert json.loads((out / "sampling.json").read_text())["times"] == [0.0, 0.3, 1.0]
-    line = fail(*sample, "--sampling_method", "midpoint", "--sampling_steps", "2")
+    line = error(*sample, "--sampling_method", "midpoint", "--sampling_steps", "2")
     for method, steps in (("dopri5", "4"), ("euler", "1")):
-        assert f"not for {method} with {steps}" in fail(*sample, "--sampling_method", method, "--sampling_steps", steps)
+        assert f"not for {method} with {steps}" in error(*sample, "--sampling_method", method, "--sampling_steps", steps)
     assert "none was fitted for midpoint with 2 steps" in line and "scripts.tune_grid" in line
-    study = ["-m", "scripts.solver_study", "--weights", weights, "--out", tmp_path / "study", "--n_images", "4"]
-    result = succeed(*study, "--methods", "euler", "heun", "unipc", "--grids", "uniform", "edm", "--sampling_steps", "2", "4")
-    assert result.stdout.count("| euler") == 4 and (tmp_path / "study" / "study.png").stat().st_size > 0
-    assert "--until 0.5: must be" in fail(*study, "--until", "0.5", "--fd", "40")
-    study = [*study[:-2], "--n_images", "2", "--fd", "40", "--feature_extractor", "digits", "--methods", "euler", "heun"]
-    result = succeed(*study, "--nfe", "3", "--guidance_scale", "2")
-    euler, heun = (line.split("|")[1:-1] for line in result.stdout.splitlines()[-3:-1])
-    assert (euler[2].strip(), heun[2].strip()) == ("3", "2")
-    assert all(float(line[-1]) > 0 and line[3].strip() == "3" for line in (euler, heun))
-    other = succeed(*study, "--nfe", "3", "--guidance_scale", "1").stdout
-    again = succeed(*study, "--nfe", "3", "--guidance_scale", "2").stdout
-    assert again.splitlines()[-3:-1] == result.stdout.splitlines()[-3:-1] != other.splitlines()[-3:-1]
-    assert "works on one process, not on 2" in run_script(*study, "--nfe", "3", processes=2).stderr
     stored = json.loads(tuned_grids.file_of(weights).read_text())
     tuned_grids.file_of(weights).write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
-    assert "was fitted to other weights" in fail(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
-
+    assert "was fitted to other weights" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
     tuned_grids.file_of(weights).write_text("{half")
-    assert "is not a whole file of grids" in fail(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
+    assert "is not a whole file of grids" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
 
 
-def test_the_study_measures_the_order_of_a_smooth_network(tmp_path):
+def test_the_study(tmp_path, tiny_run, here, error):
+    study = ["solver_study", "--weights", tiny_run, "--out", tmp_path, "--n_images", "2"]
+    out = here(*study, "--methods", "euler", "heun", "unipc", "--grids", "uniform", "edm", "--sampling_steps", "2", "4")
+    assert out.count("| euler") == 4 and (tmp_path / "study.png").stat().st_size > 0
+    assert "--until 0.5: must be" in error(*study, "--until", "0.5", "--fd", "40")
+
+    def with_distances(scale: str) -> list[list[str]]:
+        asked = ["--fd", "40", "--feature_extractor", "digits", "--methods", "euler", "heun", "--nfe", "3"]
+        lines = here(*study, *asked, "--guidance_scale", scale).splitlines()[-3:-1]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+    euler, heun = first = with_distances("2")
+    assert (euler[2], heun[2]) == ("3", "2")
+    assert all(float(line[-1]) > 0 and line[3] == "3" for line in first)
+    assert with_distances("1") != first and with_distances("2") == first  # the rows of other calls are not taken for these
+
+
+def test_the_study_measures_the_order_of_a_smooth_network(tmp_path, here):
     cfg = schema.load(None, ["model.name=dit", "model.args={width: 16, depth: 1, heads: 2, time_frequency: 5}"])
     torch.manual_seed(0)
     net = models.build("dit", (1, 8, 8), cfg.model.args)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
     snapshot.save(tmp_path / "net.safetensors", net.state_dict(), cfg, (1, 8, 8), 1, 1)
-    study = ["-m", "scripts.solver_study", "--weights", tmp_path / "net.safetensors", "--out", tmp_path, "--n_images", "2"]
+    study = ["solver_study", "--weights", tmp_path / "net.safetensors", "--out", tmp_path, "--n_images", "2"]
     study += ["--methods", "euler", "heun", "rk4", "ab3", "--sampling_steps", "16", "32", "--until", "0.5", "--double"]
-    lines = succeed(*study).stdout.splitlines()[2:10]
+    lines = here(*study).splitlines()[2:10]
     found = {(cells := [c.strip() for c in line.split("|")])[1]: float(cells[-2]) for line in lines[1::2]}
     assert found == {
         "euler": pytest.approx(1, abs=0.1),
