@@ -1,4 +1,4 @@
-"""The diffusion transformer: patches as tokens, time by adaptive layer norm, labels with it, and by cross-attention if asked for.
+"""The diffusion transformer: patches as tokens, time and label by adaptive layer norm, the label also by cross-attention.
 
 DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3: adaLN-zero) with rotary position embedding (Su et al. 2021,
 arXiv:2104.09864) over rows and columns, or with the fixed sines and cosines of the paper.
@@ -33,8 +33,8 @@ class DiT(nn.Module):
         positions: "rope" turns queries and keys, so that tokens know where others are; "sine" adds features of row and column
         to a token, so that it knows where it is.
         time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
-        num_classes: None for an unconditional network; label num_classes is the null label. the label's embedding is
-        added to that of the time. cross_attention: tokens also attend to the label and the time, each as it needs.
+        num_classes: None for an unconditional network; label num_classes is the null label, and its
+        embedding is added to that of the time. cross_attention: tokens also attend to label and time, each as it needs.
         """
         super().__init__()
         check_time_frequency(time_frequency)
