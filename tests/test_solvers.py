@@ -9,7 +9,7 @@ import torch
 
 from flow import solvers
 from flow.guidance import GuidedVelocity
-from flow.solvers import grid
+from flow.solvers import adaptive, grid
 from flow.solvers.adaptive import ADAPTIVE
 from flow.solvers.multistep import STARTS
 from flow.solvers.runge_kutta import TABLEAUX
@@ -60,6 +60,43 @@ def test_adaptive_methods_meet_their_tolerance(method):
     loose = solvers.solve(gaussian_velocity, x0, grid.build("uniform", 1), method, rtol=1e-2, atol=1e-2)
     assert (tight.x - (3 + 0.5 * x0)).abs().max() < 1e-5
     assert loose.nfe < tight.nfe
+
+
+def test_every_name_of_torchdiffeq_is_a_method():
+    from torchdiffeq._impl.odeint import SOLVERS
+
+    assert set(SOLVERS) <= set(solvers.METHODS)
+    assert set(SOLVERS) == set(adaptive.OWN_TIMES) | (set(SOLVERS) & set(TABLEAUX))
+
+
+@pytest.mark.parametrize("method", ["explicit_adams", *adaptive.IMPLICIT])
+def test_adams_methods_of_torchdiffeq(method):
+    """Fourth order at least, with the open last step; to a time before the data, and backwards, as accurate."""
+    tight = {"rtol": 1e-12, "atol": 1e-12} if method in adaptive.IMPLICIT else {}
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    errors = []
+    for n in (40, 80):
+        end = solvers.solve(gaussian_velocity, x0, grid.uniform(n), method, **tight)
+        errors.append(math.log2((end.x - (3 + 0.5 * x0)).abs().max()))
+        assert end.nfe >= n + 2
+    assert errors[0] - errors[1] > 3.5
+    middle = solvers.solve(gaussian_velocity, x0, [0.5 * t for t in grid.uniform(40)], method, **tight).x
+    back = solvers.solve(gaussian_velocity, middle, [0.5 - 0.5 * t for t in grid.uniform(40)], method, **tight).x
+    assert (back - x0).abs().max() < 1e-4
+    assert solvers.solve(gaussian_velocity, x0, grid.uniform(1), method).nfe == 3  # the open last step alone
+
+
+@pytest.mark.parametrize("method", [m for m in solvers.METHODS if m not in solvers.STOCHASTIC])
+def test_states_on_the_way(method):
+    """One for each time of the grid after the first; the last is the end, which watching does not change."""
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    states = []
+    watched = solvers.solve(gaussian_velocity, x0, grid.uniform(8), method, states.append)
+    assert len(states) == 8 and torch.equal(states[-1], watched.x)
+    plain = solvers.solve(gaussian_velocity, x0, grid.uniform(8), method)
+    assert torch.allclose(plain.x, watched.x) and plain.nfe == watched.nfe
+    t = 0.5  # the exact state there: mean 3 t, standard deviation hypot(1 - t, t / 2)
+    assert (states[3] - (3 * t + math.hypot(1 - t, t / 2) * x0)).abs().max() < 0.3
 
 
 def gaussian_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -227,5 +264,7 @@ def test_the_most_steps_within_a_number_of_evaluations():
     assert (solvers.steps_within("heun", 5), solvers.steps_within("heun", 5, end=0.9)) == (3, 2)
     with pytest.raises(ValueError, match="NFE 2: rk4 needs at least 3"):
         solvers.steps_within("rk4", 2)
-    with pytest.raises(ValueError, match="dopri5 chooses its own number of evaluations"):
-        solvers.steps_within("dopri5", 100)
+    assert solvers.steps_within("explicit_adams", 20) == 6
+    for method in ("dopri5", "implicit_adams"):
+        with pytest.raises(ValueError, match=f"{method} chooses its own number of evaluations"):
+            solvers.steps_within(method, 100)
