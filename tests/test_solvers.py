@@ -21,11 +21,11 @@ def rotation(x: torch.Tensor, t: float) -> torch.Tensor:
     return math.cos(t) * torch.stack([-x[:, 1], x[:, 0]], dim=1)
 
 
-def rotation_error(method: str, steps: int) -> float:
+def rotation_error(method: str, steps: int, **options: float) -> float:
     x = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
     angle = math.sin(1.0)
     turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]], dtype=torch.float64)
-    return (solvers.solve(rotation, x, grid.uniform(steps), method).x - x @ turn).norm().item()
+    return (solvers.solve(rotation, x, grid.uniform(steps), method, **options).x - x @ turn).norm().item()
 
 
 @pytest.mark.parametrize(
@@ -69,21 +69,18 @@ def test_every_name_of_torchdiffeq_is_a_method():
     assert set(SOLVERS) == set(adaptive.OWN_TIMES) | (set(SOLVERS) & set(TABLEAUX))
 
 
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")  # by the last bits, with these tolerances
 @pytest.mark.parametrize("method", ["explicit_adams", *adaptive.IMPLICIT])
 def test_adams_methods_of_torchdiffeq(method):
-    """Fourth order at least, with the open last step; to a time before the data, and backwards, as accurate."""
+    """At least of fourth order, with the open last step; without one, to a time before the data and back, as accurate."""
     tight = {"rtol": 1e-12, "atol": 1e-12} if method in adaptive.IMPLICIT else {}
-    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    errors = []
-    for n in (40, 80):
-        end = solvers.solve(gaussian_velocity, x0, grid.uniform(n), method, **tight)
-        errors.append(math.log2((end.x - (3 + 0.5 * x0)).abs().max()))
-        assert end.nfe >= n + 2
-    assert errors[0] - errors[1] > 3.5
-    middle = solvers.solve(gaussian_velocity, x0, [0.5 * t for t in grid.uniform(40)], method, **tight).x
-    back = solvers.solve(gaussian_velocity, middle, [0.5 - 0.5 * t for t in grid.uniform(40)], method, **tight).x
-    assert (back - x0).abs().max() < 1e-4
-    assert solvers.solve(gaussian_velocity, x0, grid.uniform(1), method).nfe == 3  # the open last step alone
+    logs = [math.log2(rotation_error(method, n, **tight)) for n in (16, 32, 64)]
+    assert (logs[0] - logs[-1]) / 2 > 3.8
+    x0 = torch.linspace(-2, 2, 8, dtype=torch.float64).view(4, 2)
+    middle = solvers.solve(rotation, x0, [0.5 * t for t in grid.uniform(16)], method, **tight).x
+    back = solvers.solve(rotation, middle, [0.5 - 0.5 * t for t in grid.uniform(16)], method, **tight).x
+    assert (middle - x0).abs().max() > 0.1 and (back - x0).abs().max() < 1e-4
+    assert solvers.solve(rotation, x0, grid.uniform(1), method).nfe == 3  # the open last step alone
 
 
 @pytest.mark.parametrize("method", [m for m in solvers.METHODS if m not in solvers.STOCHASTIC])
@@ -264,7 +261,7 @@ def test_the_most_steps_within_a_number_of_evaluations():
     assert (solvers.steps_within("heun", 5), solvers.steps_within("heun", 5, end=0.9)) == (3, 2)
     with pytest.raises(ValueError, match="NFE 2: rk4 needs at least 3"):
         solvers.steps_within("rk4", 2)
-    assert solvers.steps_within("explicit_adams", 20) == 6
+    assert solvers.steps_within("explicit_adams", 20) == 12
     for method in ("dopri5", "implicit_adams"):
         with pytest.raises(ValueError, match=f"{method} chooses its own number of evaluations"):
             solvers.steps_within(method, 100)
