@@ -25,7 +25,7 @@ class MLP(nn.Module):
     def __init__(
         self,
         image_shape: tuple[int, ...],
-        width: int = 192,
+        width: int = 128,
         depth: int = 4,
         time_frequency: float = 30.0,
         num_classes: int | None = None,
