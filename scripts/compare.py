@@ -57,7 +57,7 @@ class Panel:
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", nargs="+", required=True, metavar="PATH", help="run folders or .safetensors files")
-    parser.add_argument("--names", nargs="+", metavar="TEXT", help="titles, one for each (default: names of the folders)")
+    parser.add_argument("--names", nargs="+", metavar="TEXT", help="titles, one for each (default: names of the runs)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="euler", help="(default: euler)")
     cli.add_step_flags(parser, [2, 100], several=True)
@@ -69,7 +69,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    names = args.names or [Path(path).resolve().name for path in args.weights]
+    names = args.names or [p.name if p.is_dir() else p.stem for p in (Path(path).resolve() for path in args.weights)]
     if len(names) != len(args.weights):
         raise UserError(f"--names: {len(names)} for {len(args.weights)} weights; give one for each")
     snaps = [snapshot.load(path, None, args.overrides) for path in args.weights]
