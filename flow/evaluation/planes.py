@@ -28,9 +28,9 @@ def panels(
     """
     columns = math.ceil(len(titles) / rows)
     lines = max((c.count("\n") + 1 for c in captions if c), default=0)
-    height = INCH + (0.3 if any(titles) else 0.1) + 0.2 * lines
+    titled = sum(any(titles[i * columns : (i + 1) * columns]) for i in range(rows))
     foot = 0.3 if time is not None else 0.0
-    size = INCH * columns, height * rows + foot
+    size = INCH * columns, (INCH + 0.2 * lines) * rows + 0.25 * titled + foot
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     figure.get_layout_engine().set(rect=(0, foot / size[1], 1, 1 - foot / size[1]))
     axes = list(np.ravel(figure.subplots(rows, columns)))
@@ -92,9 +92,13 @@ def arrows(ax: Axes, v: np.ndarray) -> None:
 
 
 def density(ax: Axes, x: np.ndarray) -> None:
-    """The histogram of points [N, 2]; the colour ends where 1 in 200 of the cells that are not empty are beyond."""
+    """The histogram of points [N, 2], smoothed by a Gaussian as wide as a cell; the colour ends where 1 in 200 of the cells
+    with points are beyond."""
     count, *_ = np.histogram2d(x[:, 1], x[:, 0], bins=BINS, range=[[-REACH, REACH]] * 2)
-    top = np.quantile(count[count > 0], 0.995) if count.any() else 1
+    kernel = np.exp(-0.5 * np.arange(-3, 4) ** 2)
+    for axis in (0, 1):
+        count = np.apply_along_axis(np.convolve, axis, count, kernel / kernel.sum(), mode="same")
+    top = np.quantile(count[count > 0.5], 0.995) if (count > 0.5).any() else 1
     ax.imshow(count, extent=(-REACH, REACH) * 2, origin="lower", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
 
 
