@@ -56,6 +56,7 @@ def parse_args():
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
     parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
     parser.add_argument("--feature_extractor", default=INCEPTION, metavar="NAME", help=f"(default: {INCEPTION})")
     parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
     parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
@@ -71,10 +72,7 @@ def main() -> None:
         raise UserError("give either --weights PATH or --samples DIR")
     if args.samples and not args.reference:
         raise UserError("--samples: a --reference is needed: a folder, an npz file or the name of a data set")
-    thread_note = runtime.set_threads()
     accelerator = runtime.start(args.mixed_precision)
-    if thread_note:
-        accelerator.print(thread_note)
     if args.samples:
         score_folder(args, accelerator)
     else:
@@ -86,7 +84,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model(models.build)
     net = model.net
-    net.to(accelerator.device)
+    runtime.place(net, accelerator, args.compile)
     labels, prompts = asked_for(args, accelerator, snap.config, net)
     plan = [
         SamplerSettings(

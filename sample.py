@@ -49,6 +49,7 @@ def parse_args():
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
     parser.add_argument("--grid_by_class", action="store_true", help="grid.png: a row, not a column, for each class or prompt")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 [N, H, W, C], labels [N]")
     return parser.parse()
@@ -72,10 +73,7 @@ def main() -> None:
         check(settings, net)
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
-    thread_note = runtime.set_threads()
     accelerator = runtime.start(args.mixed_precision)
-    if thread_note:
-        accelerator.print(thread_note)
     folder = args.save_dir / "images"
     if accelerator.is_main_process:
         claim(args, snap, settings, net.num_classes)
@@ -83,7 +81,7 @@ def main() -> None:
             folder.mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
 
-    net.to(accelerator.device)
+    runtime.place(net, accelerator, args.compile)
     indices = range(args.n_samples)
     mine = share(accelerator, indices, args.bspp)
     if len(snap.image_shape) == 1:

@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from configs.schema import Config, UserError
 from datasets import captions
 from flow import coupling, loss, rng, time_sampler
 from flow.engine import checkpoint, cli, run_folder, runtime, snapshot
+from flow.engine.ahead import ahead
 from flow.engine.ema import Ema
 from flow.engine.generate import SamplerSettings, check
 from flow.engine.loader import Loader, MicroBatch
@@ -48,9 +50,8 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides)
-    thread_note = runtime.set_threads()
     accelerator = runtime.start(
-        cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), timeout_minutes=cfg.train.timeout_minutes
+        cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), cfg.train.timeout_minutes, cfg.train.gradient_compression
     )
     device = accelerator.device
 
@@ -92,6 +93,7 @@ def main() -> None:
     if cfg.train.init_from and not found:
         with runtime.blame("train.init_from"):
             snapshot.load(cfg.train.init_from).load_into(net)
+    runtime.place(net, accelerator, cfg.train.compile)
     optimizer = torch.optim.AdamW(
         net.parameters(),
         lr=cfg.optimizer.lr,
@@ -100,8 +102,6 @@ def main() -> None:
         weight_decay=cfg.optimizer.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
-    if cfg.train.compile:
-        net.compile()
     model, optimizer = accelerator.prepare(net, optimizer)
     half_lives = schema.half_lives(cfg)
     ema = Ema(net, half_lives, cfg.ema.warmup_ratio)
@@ -125,7 +125,22 @@ def main() -> None:
             snapshot.publish(found, run_dir / "snapshots", step, half_lives, cfg.train.keep_snapshots)
     accelerator.wait_for_everyone()
     tracker = Tracker(accelerator, run_dir, cfg, first_step=step)
-    introduce(tracker, accelerator, cfg, data, net, step, thread_note)
+    introduce(tracker, accelerator, cfg, data, net, step)
+
+    conditional = net.null is not None  # else nothing is lost by coupling noise with images across classes
+
+    def inputs(first: int) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+        """What the network is trained on in each step from `first`: (x0, x1, t, y) of each micro-batch."""
+        for step, micro_batches in enumerate(loader.steps(first, cfg.train.steps), start=first):
+            t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
+            made = []
+            for batch in micro_batches:
+                x0 = pairing.noise(batch.positions, batch.indices, batch.x1, batch.y if conditional else None)
+                y = condition(net, data, batch, cfg.seed)
+                if y is not None:
+                    y = drop_labels(y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.null)
+                made.append((runtime.send(x0, device), batch.x1, runtime.send(t_global[batch.rows], device), y))
+            yield made
 
     def save_checkpoint() -> str:
         meter.check(accelerator, newest)
@@ -142,25 +157,17 @@ def main() -> None:
         return f"the newest checkpoint is {saved}"
 
     done = step == cfg.train.steps
-    conditional = net.null is not None  # else nothing is lost by coupling noise with images across classes
     model.train()
     window_start, window_step = time.perf_counter(), step
     with StopSignal() as stop, runtime.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
-        for micro_batches in loader.steps(step, cfg.train.steps):
+        # A GPU computes one step while the CPU draws the noise of the next; cores that compute have no time to spare.
+        for micro_batches in ahead(inputs(step), 0 if device.type == "cpu" else 1):
             torch.manual_seed(int(rng.generator("dropout", cfg.seed, step, accelerator.process_index).integers(2**63)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg.optimizer, updates, cfg.train.steps)
-            t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
-            for number, batch in enumerate(micro_batches, start=1):
-                x0 = pairing.noise(batch.positions, batch.indices, batch.x1, batch.y if conditional else None).to(
-                    device, non_blocking=True
-                )
-                t = t_global[batch.rows].to(device, non_blocking=True)
-                y = condition(net, data, batch, cfg.seed)
-                if y is not None:
-                    y = drop_labels(y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.null)
+            for number, (x0, x1, t, y) in enumerate(micro_batches, start=1):
                 with accelerator.no_sync(model) if number < cfg.train.accumulate else nullcontext():
-                    losses = training.loss(model, path, x0, batch.x1, t, y)  # [b]
+                    losses = training.loss(model, path, x0, x1, t, y)  # [b]
                     accelerator.backward(losses.mean() / cfg.train.accumulate)
                 meter.add(step + 1, losses, training.times(t))
             max_norm = cfg.optimizer.clip_grad_norm or float("inf")
@@ -251,9 +258,7 @@ def check_conditions(cfg: Config, data, net: torch.nn.Module) -> None:
         raise UserError(f"model.args.num_classes={num_classes}: the data set has {needed} classes; use {needed}")
 
 
-def introduce(
-    tracker: Tracker, accelerator: Accelerator, cfg: Config, data, net: torch.nn.Module, step: int, thread_note: str | None
-) -> None:
+def introduce(tracker: Tracker, accelerator: Accelerator, cfg: Config, data, net: torch.nn.Module, step: int) -> None:
     """Say what is about to be trained, with the numbers that are mistaken most often."""
     size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
     what = "images of {}x{}x{}".format(*data.image_shape) if len(data.image_shape) == 3 else "points"
@@ -271,8 +276,6 @@ def introduce(
         f"device: {accelerator.device.type}, precision {accelerator.mixed_precision}, {torch.get_num_threads()} thread(s); "
         f"folder: {tracker.run_dir}" + (f"; going on from step {step}" if step else "")
     )
-    if thread_note:
-        tracker.say(thread_note)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per optimizer step
     mixed_precision: str = "no"  # no | fp16 | bf16
     compile: bool = False  # torch.compile the network
+    gradient_compression: str = "no"  # no | fp16 | bf16: what processes send each other
     init_from: str | None = None  # snapshot whose weights a new run starts from
     log_every_steps: int = 50  # rows of metrics.jsonl, means over the steps between
     sample_every_steps: int = 5_000  # preview grids; 0: never
@@ -222,6 +223,7 @@ def validate(config: Config) -> None:
     _require(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
     _require(config, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
     _require(config, "train.mixed_precision", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
+    _require(config, "train.gradient_compression", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
     _require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     _require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
 
@@ -299,8 +301,9 @@ def _check_key(key: str, override: str, known: list[str]) -> None:
 
 def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
     try:
-        if OmegaConf.select(node, "train.mixed_precision") is False:  # what YAML makes of the word no
-            OmegaConf.update(node, "train.mixed_precision", "no")
+        for key in ("train.mixed_precision", "train.gradient_compression"):
+            if OmegaConf.select(node, key) is False:  # what YAML makes of the word no
+                OmegaConf.update(node, key, "no")
         merged = OmegaConf.merge(config, node)
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged

@@ -63,9 +63,6 @@ def main() -> None:
             real = {"name": source.name, "root": source.root, "args": dict(source.args)}
     labels = tuple(args.labels) if args.labels else None
     accelerator = runtime.start(args.mixed_precision)
-    thread_note = runtime.set_threads()
-    if thread_note:
-        accelerator.print(thread_note)
     with runtime.blame("data"):
         data = runtime.one_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
     known, prompts = labels, None
@@ -106,7 +103,8 @@ def main() -> None:
     if accelerator.is_main_process:
         claim(args.save_dir, manifest)
     accelerator.wait_for_everyone()
-    net.to(accelerator.device).eval()
+    runtime.place(net, accelerator)
+    net.eval()
     make = partial(make_shard, accelerator, model, data, real_ones, settings, args.bspp)
     mine = shards(manifest)[accelerator.process_index :: accelerator.num_processes]
     made = 0

@@ -113,14 +113,13 @@ def compare(
 ) -> None:
     """Write and print comparison.md, draw comparison.png."""
     accelerator = runtime.start(first.train.mixed_precision)
-    runtime.set_threads()
     titles, straight, pictures = {}, {}, []
     bar = runtime.progress(accelerator, len(rows), "straightness and figure (models)")
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
     for name, scale in rows:
         snap = snapshots[name]
         model = snap.model(models.build)
-        model.net.to(accelerator.device)
+        runtime.place(model.net, accelerator)
         key = f"{name}@{snap.step}, {scale:g}"
         titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")
         settings = SamplerSettings(guidance_scale=scale)

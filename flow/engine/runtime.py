@@ -1,5 +1,6 @@
 """The processes of a run: the accelerator, the threads, one-line errors, data sets fetched by one process."""
 
+import ctypes
 import functools
 import os
 import sys
@@ -12,20 +13,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DDPCommunicationHookType
+from torch import nn
 from tqdm import tqdm
 
 from configs.schema import UserError
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
 
 def start(
-    mixed_precision: str = "no", log_with: list[str] | None = None, log_dir: str | None = None, timeout_minutes: int = 30
+    mixed_precision: str = "no",
+    log_with: list[str] | None = None,
+    log_dir: str | None = None,
+    timeout_minutes: int = 30,
+    gradient_compression: str = "no",
 ) -> Accelerator:
-    """The one place where the Accelerator is made.
+    """The one place where the Accelerator is made; threads and memory of the process are set here too.
 
     Raises UserError where the launcher started another number of processes than it was asked for, and for a precision
     that the device does not have.
     """
     _check_launch()
+    thread_note = set_threads()
+    keep_memory()
     found = torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
     if mixed_precision == "fp16" and not found:
         raise UserError("train.mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
@@ -38,7 +49,9 @@ def start(
             project_dir=log_dir,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(gradient_compression)
+                ),
             ],
         )
     except ValueError as error:  # e.g. bf16 on a GPU that has none
@@ -52,7 +65,29 @@ def start(
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", mixed_precision):
         accelerator.print(f"note: the launcher's mixed precision {launcher} is not used; pass -mp {launcher} to the script")
+    if thread_note:
+        accelerator.print(thread_note)
     return accelerator
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device, without waiting for what the device is doing."""
+    if device.type != "cuda":
+        return x.to(device)
+    with torch.cuda.device(device):  # in a thread of its own the first GPU would be the current one
+        return x.pin_memory().to(device, non_blocking=True)
+
+
+def place(net: nn.Module, accelerator: Accelerator, compiled: bool = False) -> None:
+    """The network to the device, in the memory layout in which it is fastest there, and through torch.compile if asked.
+
+    Pixels with their channels side by side are what the tensor cores of GPUs work on; on a CPU that is also faster in fp32,
+    but slower in bf16, whose group norm loses more than the convolutions gain (docs/performance.md).
+    """
+    side_by_side = accelerator.device.type == "cuda" or accelerator.mixed_precision == "no"
+    net.to(accelerator.device, memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
+    if compiled:
+        net.compile()
 
 
 def start_alone(script: str) -> Accelerator:
@@ -82,6 +117,14 @@ def set_threads() -> str | None:
         return None
     torch.set_num_threads(threads)
     return f"threads: {threads} a process (the launcher had set OMP_NUM_THREADS=1; FLOW_NUM_THREADS overrides)"
+
+
+def keep_memory() -> None:
+    """Have glibc hold on to freed memory: it gives blocks above 32 MiB back to the system, and to fetch the activations of a
+    large network page by page again in every step takes a tenth of the step (docs/performance.md)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def one_process_first(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
