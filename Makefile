@@ -17,6 +17,7 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The stamp is newer than requirements.txt only when the installation went through.
 .venv/installed: requirements.txt

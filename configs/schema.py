@@ -11,7 +11,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -150,14 +150,20 @@ class Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
 
-def load(
-    path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: type[Kind] = Config
-) -> Kind:
+@overload
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None) -> Config: ...
+
+
+@overload
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, *, kind: type[Kind]) -> Kind: ...
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: type = Config) -> Any:
     """Defaults of `kind` (or `base`), then the YAML file at `path`, then `key=value` overrides; checked.
 
     Raises UserError that names the key, the value and what would be right.
     """
-    config = OmegaConf.structured(base or kind)
+    config: Any = OmegaConf.structured(base or kind)
     if path is not None:
         config = _merge(config, _read_yaml(Path(path), kind), source=str(path))
     for override in overrides or []:
@@ -175,7 +181,7 @@ def load(
 
 def parse(text: str) -> Config:
     """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run)."""
-    config = OmegaConf.to_object(_merge(OmegaConf.structured(Config), OmegaConf.create(text), source="stored config"))
+    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(Config), OmegaConf.create(text), source="stored config"))
     validate(config)
     return config
 
@@ -189,8 +195,9 @@ def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys: ['seed', 'data.name', ...]."""
     found = []
     for f in dataclasses.fields(config_class):
+        kind: Any = f.type
         nested = dataclasses.is_dataclass(f.type)
-        found += all_keys(f.type, f"{prefix}{f.name}.") if nested else [prefix + f.name]
+        found += all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
     return found
 
 
@@ -273,10 +280,10 @@ def _read_yaml(path: Path, kind: type) -> DictConfig:
     return node
 
 
-def _check_tree(tree: dict, config_class: type, source: str, prefix: str = "", known: list[str] | None = None) -> None:
+def _check_tree(tree: Any, config_class: type, source: str, prefix: str = "", known: list[str] | None = None) -> None:
     """Unknown keys of a YAML file, named with the nearest known one."""
     known = known or all_keys(config_class)
-    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
+    fields: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(config_class)}
     for name, value in tree.items():
         key = f"{prefix}{name}"
         nested = dataclasses.is_dataclass(fields.get(name))
@@ -301,7 +308,7 @@ def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
     try:
         if OmegaConf.select(node, "train.mixed_precision") is False:  # what YAML makes of the word no
             OmegaConf.update(node, "train.mixed_precision", "no")
-        merged = OmegaConf.merge(config, node)
+        merged: Any = OmegaConf.merge(config, node)
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged
     except OmegaConfBaseException as error:

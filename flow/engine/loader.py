@@ -12,6 +12,7 @@ from itertools import tee
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import UserError
 from flow import rng
@@ -105,7 +106,7 @@ class Loader:
         return self.images[index], self.labels[index] if self.labels is not None else None
 
     def _read(self, index_batches: Iterator[list[int]], count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        loader = torch.utils.data.DataLoader(
+        loader: DataLoader = DataLoader(
             _Reader(self.data),
             batch_sampler=_Sampler(index_batches, count),
             num_workers=self.num_workers,
@@ -144,7 +145,7 @@ class _Sampler:
         return self.count
 
 
-class _Reader:
+class _Reader(Dataset):
     """A data set whose errors travel as text: a worker's exception would arrive as a traceback."""
 
     def __init__(self, data):

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from configs import schema
 from configs.schema import Config, UserError
 from flow import path as paths
 from flow.engine import checkpoint, files, runtime
-from flow.guidance import FlowModel
+from flow.guidance import FlowModel, Network
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Snapshot:
     half_life_images: int  # of the moving average
     weights: dict[str, Tensor]
 
-    def model(self, build: Callable[..., nn.Module]) -> FlowModel:
+    def model(self, build: Callable[..., Any]) -> FlowModel:
         """The network with these weights, its path and prediction; `build(name, image_shape, args)` makes the network.
 
         Raises UserError where the weights do not fit.
@@ -53,7 +54,7 @@ class Snapshot:
         net.load_state_dict(self.weights)
 
 
-def flow_model(net: nn.Module, config: Config) -> FlowModel:
+def flow_model(net: Network, config: Config) -> FlowModel:
     """The network with what the configuration says of its path and prediction. Raises UserError for unknown names."""
     with runtime.blame("flow.path"):
         chosen = paths.build(config.flow.path)

@@ -97,6 +97,7 @@ class FeatureSet:
 
     @property
     def mu(self) -> np.ndarray:
+        assert self.total is not None, "no features yet"
         return self.total / self.n
 
     @property
