@@ -19,9 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 COUPLINGS = ("independent", "ot", "given")
 SCHEDULES = ("constant", "linear", "cosine")
+NOT_FINITE = ("stop", "skip")
 
 _AT_LEAST_ONE = (
-    "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps", "train.timeout_minutes",
+    "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps",
     "preview.n_samples", "preview.sampling_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -101,7 +102,8 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest ones kept; 0: all
     keep_snapshots: int = 0  # newest ones kept; 0: all
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers of accelerate; metrics.jsonl always
-    timeout_minutes: int = 30  # a process that waits longer for the others stops
+    timeout_minutes: float = 30.0  # a process that waits longer for the others stops
+    not_finite: str = "stop"  # stop | skip: a loss or gradient that is not finite ends the run, or costs one step
 
 
 @dataclass
@@ -181,7 +183,13 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None, bas
 
 def parse(text: str) -> Config:
     """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run)."""
-    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(Config), OmegaConf.create(text), source="stored config"))
+    try:
+        node = OmegaConf.create(text)
+    except Exception as error:  # yaml.YAMLError, OmegaConf's own
+        raise UserError(f"stored config: not YAML ({_first_line(error)})") from None
+    if not isinstance(node, DictConfig):
+        raise UserError("stored config: holds no `key: value` lines")
+    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(Config), node, source="stored config"))
     validate(config)
     return config
 
@@ -230,6 +238,8 @@ def validate(config: Config) -> None:
     _require(config, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
     _require(config, "train.mixed_precision", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
     _require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+    _require(config, "train.not_finite", lambda v: v in NOT_FINITE, f"one of {', '.join(NOT_FINITE)}")
+    _require(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
     _require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
 
 

@@ -120,6 +120,8 @@ def damage_of(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, entry in manifest.items():
             file = path / name
+            if file.parent != path:
+                return f"manifest.json names a file outside of the checkpoint, {name}"
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:

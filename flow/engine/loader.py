@@ -49,15 +49,9 @@ class Loader:
 
         Raises UserError where the global batch does not divide by processes x micro-batches.
         """
-        shares = world_size * accumulate
-        if batch_size % shares:
-            near = max(1, round(batch_size / shares)) * shares
-            raise UserError(
-                f"train.batch_size={batch_size}: must divide by {world_size} process(es) x train.accumulate={accumulate}; "
-                f"{near} would"
-            )
+        self.micro = rows_of_a_micro_batch(batch_size, world_size, accumulate)
         self.data, self.seed, self.batch_size, self.accumulate = data, seed, batch_size, accumulate
-        self.rank, self.world_size, self.micro = rank, world_size, batch_size // shares
+        self.rank, self.world_size = rank, world_size
         self.device, self.horizontal_flip, self.num_workers = device, horizontal_flip, num_workers
         self.resident = hasattr(data, "images")
         if self.resident:
@@ -130,6 +124,18 @@ class Loader:
         y = labels.to(self.device, non_blocking=True) if labels is not None else None
         start = step * self.batch_size
         return MicroBatch(x1, y, rows, indices, range(start + rows.start, start + rows.stop))
+
+
+def rows_of_a_micro_batch(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Images that a process takes at once. Raises UserError where the global batch does not divide."""
+    shares = world_size * accumulate
+    if batch_size % shares:
+        near = max(1, round(batch_size / shares)) * shares
+        raise UserError(
+            f"train.batch_size={batch_size}: must divide by {world_size} process(es) x train.accumulate={accumulate}; "
+            f"{near} would"
+        )
+    return batch_size // shares
 
 
 class _Sampler:

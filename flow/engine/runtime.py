@@ -18,7 +18,7 @@ from configs.schema import UserError
 
 
 def start(
-    mixed_precision: str = "no", log_with: list[str] | None = None, log_dir: str | None = None, timeout_minutes: int = 30
+    mixed_precision: str = "no", log_with: list[str] | None = None, log_dir: str | None = None, timeout_minutes: float = 30
 ) -> Accelerator:
     """The one place where the Accelerator is made.
 
@@ -108,7 +108,7 @@ def agree(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     value = torch.tensor([int(flag)])
-    dist.all_reduce(value, group=_control_group())
+    dist.all_reduce(value, group=_control_group(accelerator.init_handler.timeout))
     return bool(value.item())
 
 
@@ -117,14 +117,14 @@ def gather_to_main(accelerator: Accelerator, mine: Any) -> list | None:
     if accelerator.num_processes == 1:
         return [mine]
     gathered = [None] * accelerator.num_processes if accelerator.is_main_process else None
-    dist.gather_object(mine, gathered, group=_control_group())
+    dist.gather_object(mine, gathered, group=_control_group(accelerator.init_handler.timeout))
     return gathered
 
 
 @functools.cache
-def _control_group():
+def _control_group(timeout: timedelta):
     """Processes talk about flags and objects over the CPU, whatever carries the gradients."""
-    return dist.new_group(backend="gloo", timeout=dist.distributed_c10d._get_default_timeout("gloo"))
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 @contextmanager
@@ -139,26 +139,56 @@ def blame(key: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130.
+    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130, and a
+    process that has lost another one says so and leaves with 1.
 
     FLOW_TRACEBACK=1 shows the traceback of such an error as well.
     """
+    rank = int(os.environ.get("RANK", "0"))
+    who = f"[process {rank}] " if rank else ""
     try:
         main()
         status = 0
     except (UserError, OSError) as error:
         if os.environ.get("FLOW_TRACEBACK"):
             raise
-        rank = int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(2)  # what all processes find wrong is said once: the launcher ends the others when rank 0 leaves
-        print(f"{f'[process {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
+        print(f"{who}error: {error}", file=sys.stderr, flush=True)
         status = 2
+    except RuntimeError as error:
+        if os.environ.get("FLOW_TRACEBACK") or not _is_of_the_connection(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rpartition("] ")[2]
+        print(
+            f"{who}error: another process has ended, hangs or cannot be reached (train.timeout_minutes): {reason}; "
+            "a training goes on with -r latest",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(1)  # leaving in order would wait for the lost process
     except KeyboardInterrupt:
         status = 130
     if dist.is_available() and dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def _is_of_the_connection(error: RuntimeError) -> bool:
+    """Whether an error says that other processes do not answer: torch's own kinds, and those of gloo, which have none."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    words = (
+        "Timed out",
+        "timed out",
+        "timeout",
+        "Connection closed",
+        "Connection reset",
+        "Broken pipe",
+        "Socket",
+        "gloo",
+        "NCCL",
+    )
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def _check_launch() -> None:

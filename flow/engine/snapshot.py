@@ -81,6 +81,7 @@ def save(
     }
     with files.atomic_file(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata=header)
+        _sort_header(temporary)
 
 
 def publish(saved: Path, folder: Path, step: int, half_lives: list[int], keep: int) -> None:
@@ -140,6 +141,19 @@ def find(path: Path) -> Path:
     if found:
         return found[-1]
     raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
+
+
+def _sort_header(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes them in a random one, and the same weights would
+    have another hash each time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # always, as the library writes JSON the same way; the format allows spaces at the end
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
