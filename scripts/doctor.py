@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -64,7 +65,9 @@ def main() -> None:
     args = parse_args()
     cfg = schema.load(args.config, args.overrides)
     runtime.set_threads()
-    accelerator = runtime.start(cfg.train.mixed_precision, cfg.train.log_with, timeout_minutes=cfg.train.timeout_minutes)
+    accelerator = runtime.start(
+        cfg.train.mixed_precision, cfg.train.log_with, tempfile.gettempdir(), timeout_minutes=cfg.train.timeout_minutes
+    )
     patient = Patient(args, cfg, accelerator, args.exp_dir or Path("runs") / Path(args.config or "run").stem)
     for check in CHECKS:
         try:
@@ -256,10 +259,13 @@ def memory(patient: Patient) -> Lines:
         return
     used = patient.trial.peak_bytes
     if patient.accelerator.device.type == "cuda":
-        there, of = torch.cuda.get_device_properties(patient.accelerator.device).total_memory, "the GPU's"
+        there, what = torch.cuda.get_device_properties(patient.accelerator.device).total_memory, "of the GPU"
     else:
-        there, of = psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "this process's share of"
-    told = f"{used / GIB:.2f} of {of} {there / GIB:.1f} GiB a process"
+        there, what = (
+            psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            "that are its share of the machine",
+        )
+    told = f"a process takes {used / GIB:.2f} of {there / GIB:.1f} GiB {what}"
     if used > 0.9 * there:
         yield "warn", f"{told}: little is left; double train.accumulate"
     else:
