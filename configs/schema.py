@@ -181,15 +181,16 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None, bas
     return config
 
 
-def parse(text: str) -> Config:
-    """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run)."""
+def parse(text: str, source: str = "stored config") -> Config:
+    """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run). Raises UserError that names
+    the source where it is not one."""
     try:
         node = OmegaConf.create(text)
     except Exception as error:  # yaml.YAMLError, OmegaConf's own
-        raise UserError(f"stored config: not YAML ({_first_line(error)})") from None
-    if not isinstance(node, DictConfig):
-        raise UserError("stored config: holds no `key: value` lines")
-    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(Config), node, source="stored config"))
+        raise UserError(f"{source}: not YAML ({_first_line(error)})") from None
+    if not isinstance(node, DictConfig) or not node:
+        raise UserError(f"{source}: holds no `key: value` lines")
+    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(Config), node, source))
     validate(config)
     return config
 

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -73,7 +74,9 @@ def load(accelerator: Accelerator, path: Path) -> dict:
     try:
         accelerator.load_state(str(path))
         return json.loads((path / "state.json").read_text())
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except UnpicklingError:
+        raise UserError(f"-r {path}: holds something other than tensors and numbers, which is not loaded") from None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, SafetensorError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"-r {path}: does not fit this configuration ({first})") from None
 

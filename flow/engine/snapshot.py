@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from configs import schema
 from configs.schema import Config, UserError
 from flow import path as paths
-from flow.engine import checkpoint, files, runtime
+from flow.engine import checkpoint, files, runtime, seal
 from flow.guidance import FlowModel, Network
 
 
@@ -24,7 +24,7 @@ from flow.guidance import FlowModel, Network
 class Snapshot:
     path: Path
     config: Config
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     step: int
     images: int  # training images seen
     half_life_images: int  # of the moving average
@@ -67,7 +67,7 @@ def save(
     path: Path,
     weights: dict[str, Tensor],
     config: Config,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     step: int,
     half_life_images: int,
 ) -> None:
@@ -78,10 +78,11 @@ def save(
         "step": str(step),
         "images": str(step * config.train.batch_size),
         "half_life_images": str(half_life_images),
+        seal.KEY: seal.BLANK,
     }
     with files.atomic_file(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata=header)
-        _sort_header(temporary)
+        seal.seal(temporary)
 
 
 def publish(saved: Path, folder: Path, step: int, half_lives: list[int], keep: int) -> None:
@@ -118,17 +119,17 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     missing = {"config", "image_shape", "step", "images", "half_life_images"} - header.keys()
     if missing:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header lacks {', '.join(sorted(missing))}")
-    stored = schema.parse(header["config"])
+    carried, actual = seal.digests(path)
+    if carried not in (None, actual):
+        raise UserError(f"--weights {path}: has changed since it was written (its digest does not fit)")
+    stored = schema.parse(header["config"], source=f"--weights {path}")
     config = schema.load(config_path, overrides) if config_path else schema.load(None, overrides, base=stored)
-    return Snapshot(
-        path=path,
-        config=config,
-        image_shape=tuple(json.loads(header["image_shape"])),
-        step=int(header["step"]),
-        images=int(header["images"]),
-        half_life_images=int(header["half_life_images"]),
-        weights=tensors,
-    )
+    try:
+        image_shape = tuple(int(side) for side in json.loads(header["image_shape"]))
+        step, images, half_life_images = (int(header[name]) for name in ("step", "images", "half_life_images"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
+    return Snapshot(path, config, image_shape, step, images, half_life_images, tensors)
 
 
 def find(path: Path) -> Path:
@@ -141,19 +142,6 @@ def find(path: Path) -> Path:
     if found:
         return found[-1]
     raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
-
-
-def _sort_header(path: Path) -> None:
-    """Put the metadata of a safetensors file in order: the library writes them in a random one, and the same weights would
-    have another hash each time."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # always, as the library writes JSON the same way; the format allows spaces at the end
-            file.seek(8)
-            file.write(text.ljust(size))
 
 
 def _by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
