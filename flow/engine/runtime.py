@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -159,7 +160,8 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if os.environ.get("FLOW_TRACEBACK") or not _is_of_the_connection(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rpartition("] ")[2]
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = re.sub(r"^\[[^]]*\] ", "", first).partition(". This ")[0]  # without gloo's source line and advice
         print(
             f"{who}error: another process has ended, hangs or cannot be reached (train.timeout_minutes): {reason}; "
             "a training goes on with -r latest",
