@@ -36,14 +36,8 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; with -r the run's own is the default")
-    parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
     parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
-    args = parser.parse()
-    if args.mixed_precision:
-        args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
-    return args
+    return cli.parse_training(parser)
 
 
 def main() -> None:

@@ -51,14 +51,7 @@ class Patient:
 
 
 def parse_args():
-    parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="of the training")
-    parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="its run folder (default: runs/<name of the YAML>)")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
-    args = parser.parse()
-    if args.mixed_precision:
-        args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
-    return args
+    return cli.parse_training(cli.Parser(__doc__, EXAMPLES))
 
 
 def main() -> None:

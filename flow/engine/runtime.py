@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from configs.schema import UserError
 
+_CONNECTION = re.compile(r"timed out|timeout|connection (closed|reset)|broken pipe|socket|gloo|nccl", re.IGNORECASE)
+
 
 def start(
     mixed_precision: str = "no", log_with: list[str] | None = None, log_dir: str | None = None, timeout_minutes: float = 30
@@ -160,13 +162,8 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if os.environ.get("FLOW_TRACEBACK") or not _is_of_the_connection(error):
             raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = re.sub(r"^\[[^]]*\] ", "", first).partition(". This ")[0]  # without gloo's source line and advice
-        print(
-            f"{who}error: another process has ended, hangs or cannot be reached (train.timeout_minutes): {reason}; "
-            "a training goes on with -r latest",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        print(f"{who}error: {_lost(error)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(1)  # leaving in order would wait for the lost process
     except KeyboardInterrupt:
         status = 130
@@ -179,18 +176,14 @@ def _is_of_the_connection(error: RuntimeError) -> bool:
     """Whether an error says that other processes do not answer: torch's own kinds, and those of gloo, which have none."""
     if not dist.is_available() or not dist.is_initialized():
         return False
-    words = (
-        "Timed out",
-        "timed out",
-        "timeout",
-        "Connection closed",
-        "Connection reset",
-        "Broken pipe",
-        "Socket",
-        "gloo",
-        "NCCL",
-    )
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return isinstance(error, dist.DistError) or _CONNECTION.search(str(error)) is not None
+
+
+def _lost(error: RuntimeError) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = re.sub(r"^\[[^]]*\] ", "", first).partition(". This ")[0]  # without gloo's source line and advice
+    told = "another process has ended, hangs or cannot be reached (train.timeout_minutes)"
+    return f"{told}: {reason}; a training goes on with -r latest"
 
 
 def _check_launch() -> None:

@@ -45,6 +45,7 @@ class Extractor:
         if weights is not None:
             _refuse_damaged(weights)
         try:
+            # It would unpickle whatever is there; CLIP's are no pickles, but archives that torch refuses to read as weights.
             with nullcontext() if name.startswith("clip") else mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
                 self.net = cls(name, self.layers, feature_extractor_weights_path=str(weights) if weights else None)
         except Exception as error:  # downloads and state dicts fail in many ways
