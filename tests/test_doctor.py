@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, succeed
 from PIL import Image
 
 from configs import schema
@@ -133,3 +133,10 @@ def test_versions_and_feature_weights(tmp_path, monkeypatch):
     assert doctor_machine.feature_weights((1, 28, 28)) == (
         "pass", "evaluate with --feature_extractor mnist, whose weights are part of the repository",
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_are_examined_together(tmp_path):
+    said = succeed("-m", "scripts.doctor", *HEALTHY, "-e", tmp_path / "run", processes=2).stdout
+    assert "pass  devices: 2 process(es) on cpu" in said and "32 images = 2 process(es) x 1 micro-batch(es) x 16" in said
+    assert "images/s; the first took" in said and said.count("passed") == 1 and not list(tmp_path.iterdir())

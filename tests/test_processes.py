@@ -123,3 +123,15 @@ def test_every_split_of_a_global_batch_gives_the_same_run(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nelastic: the largest difference of a weight after 40 steps is {bound:.1e}, of weights up to {size:.2f}")
     assert bound < 1e-4
+
+
+@pytest.mark.slow
+def test_two_hosts_are_one(tmp_path):
+    """scripts/two_hosts.sh: two network namespaces; the numbers of one host; the cable cut and mended."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(["scripts/two_hosts.sh", tmp_path], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    if result.returncode == 77:
+        pytest.skip(result.stdout.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the weights are those of one host, to the bit" in result.stdout
+    assert "the cable mended, the run went on" in result.stdout
