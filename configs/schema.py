@@ -20,6 +20,7 @@ MIXED_PRECISIONS = ("no", "fp16", "bf16")
 COUPLINGS = ("independent", "ot", "given")
 SCHEDULES = ("constant", "linear", "cosine")
 NOT_FINITE = ("stop", "skip")
+_TOO_LARGE = 2**63  # for the whole numbers of torch
 
 _AT_LEAST_ONE = (
     "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps",
@@ -228,6 +229,8 @@ def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
 
 def validate(config: Config) -> None:
     """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
+    for key in all_keys():
+        _require(config, key, lambda v: not isinstance(v, int) or v < _TOO_LARGE, "less than 2^63")
     for key in _AT_LEAST_ONE:
         _require(config, key, lambda v: v >= 1, "at least 1")
     for key in _NOT_NEGATIVE:
@@ -267,7 +270,7 @@ def half_lives(config: Config) -> list[int]:
 
 def _is_half_lives(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v < _TOO_LARGE for v in values)
     return whole and bool(values) and len(set(values)) == len(values)
 
 
@@ -322,6 +325,8 @@ def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
         merged: Any = OmegaConf.merge(config, node)
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged
+    except (OverflowError, TypeError) as error:  # a number of hundreds of digits; a list in place of a section
+        raise UserError(f"{source[:60]}: {_first_line(error)}") from None
     except OmegaConfBaseException as error:
         hint = ""
         if "Integer" in str(error) and isinstance(error.value, (float, str)):

@@ -33,6 +33,15 @@ WORDS = st.sampled_from([
 ])  # fmt: skip
 VALUES = st.one_of(NUMBERS, WORDS, st.text(max_size=6))
 KEYS = st.sampled_from([k for k in schema.all_keys() if k not in SLOW_OR_REMOTE])
+LARGE = st.sampled_from(
+    ["99999999999999999999", "9223372036854775807", "1" + 400 * "0", "1e308", "5e-324", "-99999999999999999999"]
+)
+NO_SIZES = st.sampled_from([
+    "seed", "preview.seed", "train.log_every_steps", "train.sample_every_steps", "train.checkpoint_every_steps",
+    "train.keep_checkpoints", "train.keep_snapshots", "train.timeout_minutes", "train.log_every_steps", "optimizer.lr",
+    "optimizer.eps", "optimizer.weight_decay", "optimizer.warmup_steps", "optimizer.clip_grad_norm", "ema.half_life_images",
+    "ema.warmup_ratio", "flow.label_dropout", "preview.guidance_scale",
+])  # fmt: skip
 INNER = st.sampled_from(
     ["model.args.width", "model.args.depth", "model.args.x", "data.args.path", "flow.time_args.mean", "a.b.c"]
 )
@@ -47,7 +56,8 @@ def misspelt(draw) -> str:
 
 @st.composite
 def override(draw) -> list[str]:
-    key, value = draw(st.one_of(KEYS, KEYS, KEYS, INNER, misspelt())), draw(VALUES)
+    some, large = st.tuples(st.one_of(KEYS, KEYS, KEYS, INNER, misspelt()), VALUES), st.tuples(NO_SIZES, LARGE)
+    key, value = draw(st.one_of(some, some, some, large))
     form = draw(st.sampled_from(["{}={}", "--{}={}", "--{} {}"]))
     return form.format(key, value).split(" ", 1) if " " in form else [form.format(key, value)]
 

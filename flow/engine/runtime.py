@@ -159,6 +159,11 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(2)  # what all processes find wrong is said once: the launcher ends the others when rank 0 leaves
         print(f"{who}error: {error}", file=sys.stderr, flush=True)
         status = 2
+    except (MemoryError, torch.OutOfMemoryError):
+        if os.environ.get("FLOW_TRACEBACK"):
+            raise
+        print(f"{who}error: out of memory; use a smaller batch, or for training more of train.accumulate", file=sys.stderr)
+        status = 2
     except RuntimeError as error:
         if os.environ.get("FLOW_TRACEBACK") or not _is_of_the_connection(error):
             raise
