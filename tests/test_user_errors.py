@@ -35,6 +35,7 @@ def contents(folder):
         (["train.steps=0"], "train.steps=0: must be at least 1"),
         (["seed=9223372036854775808"], "seed=9223372036854775808: must be less than 2^63"),
         ([f"optimizer.lr=1{400 * '0'}"], "int too large to convert to float"),
+        (["seed=a\nb\x1b[2J"], "seed=a\\nb\\x1b[2J: the value"),
         (["data.args=[1]"], "data.args=[1]: Cannot merge incompatible container types"),
         (["train.timeout_minutes=0"], "train.timeout_minutes=0.0: must be more than 0 and at most 43200"),
         (["train.not_finite=go"], "train.not_finite=go: must be one of stop, skip"),

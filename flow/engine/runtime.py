@@ -157,7 +157,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         if rank:
             time.sleep(2)  # what all processes find wrong is said once: the launcher ends the others when rank 0 leaves
-        print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
         status = 2
     except (MemoryError, torch.OutOfMemoryError):
         if os.environ.get("FLOW_TRACEBACK"):
@@ -175,6 +175,11 @@ def run(main: Callable[[], None]) -> None:
     if dist.is_available() and dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def _one_line(error: Exception) -> str:
+    """Its text with line breaks, and what else would move the cursor, spelt out: a value from the command line is part of it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
 
 
 def _is_of_the_connection(error: RuntimeError) -> bool:
