@@ -20,6 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from configs.schema import UserError
 from flow.engine import cli, files, runtime
 from flow.engine.files import TEMPORARY
@@ -112,6 +114,7 @@ def torture(script: str, kills: int, seed: int, folder: Path) -> dict:
     moments: Counter[str] = Counter()
     differences: list[str] = []
     runs = 0
+    bar = tqdm(total=kills, desc="kills", mininterval=10)
     while sum(moments.values()) < kills:
         out = folder / f"tortured_{runs}"
         for _ in range(min(LIVES, kills - sum(moments.values()))):
@@ -119,9 +122,11 @@ def torture(script: str, kills: int, seed: int, folder: Path) -> dict:
             if moment is None:
                 break
             moments[moment] += 1
+            bar.update()
         _finish(makers, script, weights, out, folder / "log.txt")
         differences += [f"{out.name}: {line}" for line in compare(peaceful, out)]
         runs += 1
+    bar.close()
     return {
         "script": script, "seed": seed, "kills": sum(moments.values()), "runs": runs, "moments": dict(sorted(moments.items())),
         "differences": differences, "seconds_of_a_run_in_peace": round(seconds, 2),

@@ -178,7 +178,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    """Its text with line breaks, and what else would move the cursor, spelt out: a value from the command line is part of it."""
+    """Its text with line breaks, and what else moves the cursor, spelt out: a value of the user may be part of it."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
 
 
