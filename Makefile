@@ -1,8 +1,9 @@
 # make quickstart: environment, training, samples and a table on the embedded digits. make test: the CPU test suite.
+# make torture: three scripts killed a hundred times each.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: quickstart test test-slow lint
+.PHONY: quickstart test test-slow torture lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -14,9 +15,13 @@ test: .venv/installed lint
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+torture: .venv/installed
+	for script in train sample make_pairs; do $(BIN)/python -m scripts.torture --kills 100 --script $$script || exit 1; done
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The stamp is newer than requirements.txt only when the installation went through.
 .venv/installed: requirements.txt

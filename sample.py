@@ -166,7 +166,10 @@ def claim(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes:
     save_dir = args.save_dir
     path = save_dir / "sampling.json"
     if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        with runtime.blame(f"{path}: is damaged; name another folder with --save_dir"):
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(theirs, dict):
+                raise ValueError("it holds no settings")
         for key, value in mine.items():
             if theirs.get(key) != value:
                 raise UserError(

@@ -23,6 +23,7 @@ from flow.engine.generate import SamplerSettings, check
 from flow.engine.loader import Loader, MicroBatch
 from flow.engine.preview import write_preview
 from flow.engine.schedule import learning_rate
+from flow.engine.skips import Skips
 from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Tracker
 from flow.guidance import drop_labels
@@ -37,14 +38,8 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; with -r the run's own is the default")
-    parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
     parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
-    args = parser.parse()
-    if args.mixed_precision:
-        args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
-    return args
+    return cli.parse_training(parser)
 
 
 def main() -> None:
@@ -105,10 +100,11 @@ def main() -> None:
     model, optimizer = accelerator.prepare(net, optimizer)
     half_lives = schema.half_lives(cfg)
     ema = Ema(net, half_lives, cfg.ema.warmup_ratio)
-    meter = Meter(device)
+    meter = Meter(device, cfg.train.not_finite)
+    skips = Skips(accelerator, cfg.train.not_finite)
 
     # Where to begin: at step 0 in a new folder, or where a checkpoint left off.
-    step, updates = 0, 0  # updates: steps less those that fp16 loss scaling skipped
+    step, updates = 0, 0  # updates: steps less those that were skipped, see flow/engine/skips.py
     newest = "there is no checkpoint yet"
     if found:
         state = checkpoint.load(accelerator, found)
@@ -171,11 +167,12 @@ def main() -> None:
                     accelerator.backward(losses.mean() / cfg.train.accumulate)
                 meter.add(step + 1, losses, training.times(t))
             max_norm = cfg.optimizer.clip_grad_norm or float("inf")
-            meter.add_grad_norm(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-            optimizer.step()
+            norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+            taken = skips.take(optimizer, norm)
+            meter.add_grad_norm(step + 1, norm, taken)
             optimizer.zero_grad()
             step += 1
-            if not accelerator.optimizer_step_was_skipped:
+            if taken:
                 updates += 1
                 ema.update(cfg.train.batch_size, step * cfg.train.batch_size)
             bar.update()
@@ -183,7 +180,8 @@ def main() -> None:
             done = step == cfg.train.steps
             if step % cfg.train.log_every_steps == 0 or done:
                 meter.check(accelerator, newest)
-                metrics = meter.read(accelerator)
+                skips.check(step, newest)
+                metrics = meter.read(accelerator) | {"skipped_steps": step - updates} | skips.metrics()
                 seconds = time.perf_counter() - window_start
                 metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
                 metrics["images"] = step * cfg.train.batch_size

@@ -11,7 +11,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,9 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 COUPLINGS = ("independent", "ot", "given")
 SCHEDULES = ("constant", "linear", "cosine")
+NOT_FINITE = ("stop", "skip")
+_TOO_LARGE = 2**63  # for the whole numbers of torch
 
 _AT_LEAST_ONE = (
-    "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps", "train.timeout_minutes",
+    "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps",
     "preview.n_samples", "preview.sampling_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -102,7 +104,8 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest ones kept; 0: all
     keep_snapshots: int = 0  # newest ones kept; 0: all
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers of accelerate; metrics.jsonl always
-    timeout_minutes: int = 30  # a process that waits longer for the others stops
+    timeout_minutes: float = 30.0  # a process that waits longer for the others stops
+    not_finite: str = "stop"  # stop | skip: a loss or gradient that is not finite ends the run, or costs one step
 
 
 @dataclass
@@ -151,14 +154,20 @@ class Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
 
-def load(
-    path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: type[Kind] = Config
-) -> Kind:
+@overload
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None) -> Config: ...
+
+
+@overload
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, *, kind: type[Kind]) -> Kind: ...
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: type = Config) -> Any:
     """Defaults of `kind` (or `base`), then the YAML file at `path`, then `key=value` overrides; checked.
 
     Raises UserError that names the key, the value and what would be right.
     """
-    config = OmegaConf.structured(base or kind)
+    config: Any = OmegaConf.structured(base or kind)
     if path is not None:
         config = _merge(config, _read_yaml(Path(path), kind), source=str(path))
     for override in overrides or []:
@@ -174,9 +183,16 @@ def load(
     return config
 
 
-def parse(text: str) -> Config:
-    """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run)."""
-    config = OmegaConf.to_object(_merge(OmegaConf.structured(Config), OmegaConf.create(text), source="stored config"))
+def parse(text: str, source: str = "stored config") -> Config:
+    """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run). Raises UserError that names
+    the source where it is not one."""
+    try:
+        node = OmegaConf.create(text)
+    except Exception as error:  # yaml.YAMLError, OmegaConf's own
+        raise UserError(f"{source}: not YAML ({_first_line(error)})") from None
+    if not isinstance(node, DictConfig) or not node:
+        raise UserError(f"{source}: holds no `key: value` lines")
+    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(Config), node, source))
     validate(config)
     return config
 
@@ -190,8 +206,9 @@ def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys: ['seed', 'data.name', ...]."""
     found = []
     for f in dataclasses.fields(config_class):
+        kind: Any = f.type
         nested = dataclasses.is_dataclass(f.type)
-        found += all_keys(f.type, f"{prefix}{f.name}.") if nested else [prefix + f.name]
+        found += all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
     return found
 
 
@@ -213,6 +230,8 @@ def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
 
 def validate(config: Config) -> None:
     """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
+    for key in all_keys():
+        _require(config, key, lambda v: not isinstance(v, int) or v < _TOO_LARGE, "less than 2^63")
     for key in _AT_LEAST_ONE:
         _require(config, key, lambda v: v >= 1, "at least 1")
     for key in _NOT_NEGATIVE:
@@ -225,6 +244,8 @@ def validate(config: Config) -> None:
     _require(config, "train.mixed_precision", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
     _require(config, "train.gradient_compression", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
     _require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+    _require(config, "train.not_finite", lambda v: v in NOT_FINITE, f"one of {', '.join(NOT_FINITE)}")
+    _require(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
     _require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
 
 
@@ -251,7 +272,7 @@ def half_lives(config: Config) -> list[int]:
 
 def _is_half_lives(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v < _TOO_LARGE for v in values)
     return whole and bool(values) and len(set(values)) == len(values)
 
 
@@ -275,10 +296,10 @@ def _read_yaml(path: Path, kind: type) -> DictConfig:
     return node
 
 
-def _check_tree(tree: dict, config_class: type, source: str, prefix: str = "", known: list[str] | None = None) -> None:
+def _check_tree(tree: Any, config_class: type, source: str, prefix: str = "", known: list[str] | None = None) -> None:
     """Unknown keys of a YAML file, named with the nearest known one."""
     known = known or all_keys(config_class)
-    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
+    fields: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(config_class)}
     for name, value in tree.items():
         key = f"{prefix}{name}"
         nested = dataclasses.is_dataclass(fields.get(name))
@@ -304,9 +325,11 @@ def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
         for key in ("train.mixed_precision", "train.gradient_compression"):
             if OmegaConf.select(node, key) is False:  # what YAML makes of the word no
                 OmegaConf.update(node, key, "no")
-        merged = OmegaConf.merge(config, node)
+        merged: Any = OmegaConf.merge(config, node)
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged
+    except (OverflowError, TypeError) as error:  # a number of hundreds of digits; a list in place of a section
+        raise UserError(f"{source[:60]}: {_first_line(error)}") from None
     except OmegaConfBaseException as error:
         hint = ""
         if "Integer" in str(error) and isinstance(error.value, (float, str)):

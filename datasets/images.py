@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -136,7 +137,7 @@ def _download(cls: type, root: Path, train: bool):
     """The torchvision data set, from the files below root if they are whole, downloaded otherwise."""
     try:
         return cls(root, train=train, download=False)
-    except (RuntimeError, ValueError, EOFError, OSError):  # torchvision's words for absent, damaged and cut-off files
+    except (RuntimeError, ValueError, EOFError, OSError, UnpicklingError):  # torchvision's words for absent or damaged files
         pass
     try:
         return cls(root, train=train, download=True)

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -73,7 +74,9 @@ def load(accelerator: Accelerator, path: Path) -> dict:
     try:
         accelerator.load_state(str(path))
         return json.loads((path / "state.json").read_text())
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except UnpicklingError:
+        raise UserError(f"-r {path}: holds something other than tensors and numbers, which is not loaded") from None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, SafetensorError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"-r {path}: does not fit this configuration ({first})") from None
 
@@ -120,6 +123,8 @@ def damage_of(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, entry in manifest.items():
             file = path / name
+            if file.parent != path:
+                return f"manifest.json names a file outside of the checkpoint, {name}"
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:

@@ -1,5 +1,6 @@
 """Exponential moving averages of the weights, measured in images: several half-lives at once."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,10 +26,9 @@ class Ema:
     def update(self, batch_size: int, images: int) -> None:
         """Call after an optimizer step on `batch_size` images that brought the total to `images`."""
         weights = [value.detach().float() for value in _floating(self.net).values()]
+        longest = images * self.warmup_ratio if self.warmup_ratio > 0 else math.inf
         for half_life, average in zip(self.half_lives, self.averages, strict=True):
-            if self.warmup_ratio > 0:
-                half_life = min(half_life, images * self.warmup_ratio)
-            torch._foreach_lerp_(list(average.values()), weights, 1 - 0.5 ** (batch_size / half_life))
+            torch._foreach_lerp_(list(average.values()), weights, 1 - 0.5 ** (batch_size / min(half_life, longest)))
 
     @contextmanager
     def applied(self, index: int = 0) -> Iterator[nn.Module]:

@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from flow import prior, solvers
 from flow.engine import runtime
 from flow.engine.images import to_uint8
-from flow.guidance import FlowModel, GuidedVelocity
+from flow.guidance import FlowModel, GuidedVelocity, Network
 from flow.path import Path
 from flow.solvers import grid
 from flow.solvers.adaptive import ADAPTIVE
@@ -104,7 +105,7 @@ def generate(
     for batch in mine:
         x0 = solver_state(prior.noise(stream, settings.seed, batch, image_shape), accelerator.device)
         velocity = velocity_of(model, batch, settings, accelerator.device)
-        options = dict(settings.options)
+        options: dict[str, Any] = dict(settings.options)
         if settings.method in solvers.STOCHASTIC:
             options["noise"] = partial(increments, settings.seed, batch, image_shape, x0)
         with accelerator.autocast():
@@ -132,7 +133,7 @@ def velocity_of(model: FlowModel, indices: Sequence[int], settings: SamplerSetti
     """The network as the velocity of the images with these indices: their labels or prompts, the guidance scale."""
     net = model.net
     y = labels_of(indices, settings, net.num_classes) if net.num_classes is not None else None
-    if net.prompt_bytes:
+    if net.prompt_bytes and settings.prompts:
         tokens = net.encode(settings.prompts)
         y = tokens[torch.tensor([k % len(tokens) for k in indices])]
     y = y.to(device, non_blocking=True) if y is not None else None
@@ -150,11 +151,11 @@ def labels_of(indices: Sequence[int], settings: SamplerSettings, num_classes: in
     what the prompts stand for."""
     if num_classes is None and not settings.labels:
         return None
-    choices: Sequence[int] = settings.labels or range(num_classes)
+    choices: Sequence[int] = settings.labels or range(num_classes or 0)
     return torch.tensor([choices[k % len(choices)] for k in indices])
 
 
-def check(settings: SamplerSettings, net: nn.Module) -> None:
+def check(settings: SamplerSettings, net: Network) -> None:
     """Raises ValueError for settings that the network cannot serve."""
     solvers.check_values(settings.method, **dict(settings.options))
     if not settings.times:
@@ -170,10 +171,14 @@ def check(settings: SamplerSettings, net: nn.Module) -> None:
         if settings.labels and len(settings.labels) != len(settings.prompts):
             raise ValueError(f"labels: {len(settings.labels)} for {len(settings.prompts)} prompts; give one a prompt")
         return
-    if net.num_classes is None and settings.labels:
-        raise ValueError(f"labels={list(settings.labels)}: this network was trained without labels (model.args.num_classes)")
-    if net.num_classes is None and settings.guidance_scale != 1:
-        raise ValueError(f"guidance_scale={settings.guidance_scale}: needs a network with labels (model.args.num_classes)")
+    if net.num_classes is None:
+        if settings.labels:
+            raise ValueError(
+                f"labels={list(settings.labels)}: this network was trained without labels (model.args.num_classes)"
+            )
+        if settings.guidance_scale != 1:
+            raise ValueError(f"guidance_scale={settings.guidance_scale}: needs a network with labels (model.args.num_classes)")
+        return
     for label in settings.labels or ():
         if not 0 <= label < net.num_classes:
             raise ValueError(f"labels: {label} is out of range; this network knows 0 to {net.num_classes - 1}")

@@ -12,6 +12,7 @@ from itertools import tee
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import UserError
 from flow import rng
@@ -48,15 +49,9 @@ class Loader:
 
         Raises UserError where the global batch does not divide by processes x micro-batches.
         """
-        shares = world_size * accumulate
-        if batch_size % shares:
-            near = max(1, round(batch_size / shares)) * shares
-            raise UserError(
-                f"train.batch_size={batch_size}: must divide by {world_size} process(es) x train.accumulate={accumulate}; "
-                f"{near} would"
-            )
+        self.micro = rows_of_a_micro_batch(batch_size, world_size, accumulate)
         self.data, self.seed, self.batch_size, self.accumulate = data, seed, batch_size, accumulate
-        self.rank, self.world_size, self.micro = rank, world_size, batch_size // shares
+        self.rank, self.world_size = rank, world_size
         self.device, self.horizontal_flip, self.num_workers = device, horizontal_flip, num_workers
         self.resident = hasattr(data, "images")
         if self.resident:
@@ -105,7 +100,7 @@ class Loader:
         return self.images[index], self.labels[index] if self.labels is not None else None
 
     def _read(self, index_batches: Iterator[list[int]], count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        loader = torch.utils.data.DataLoader(
+        loader: DataLoader = DataLoader(
             _Reader(self.data),
             batch_sampler=_Sampler(index_batches, count),
             num_workers=self.num_workers,
@@ -131,6 +126,18 @@ class Loader:
         return MicroBatch(x1, y, rows, indices, range(start + rows.start, start + rows.stop))
 
 
+def rows_of_a_micro_batch(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Images that a process takes at once. Raises UserError where the global batch does not divide."""
+    shares = world_size * accumulate
+    if batch_size % shares:
+        near = max(1, round(batch_size / shares)) * shares
+        raise UserError(
+            f"train.batch_size={batch_size}: must divide by {world_size} process(es) x train.accumulate={accumulate}; "
+            f"{near} would"
+        )
+    return batch_size // shares
+
+
 class _Sampler:
     """The batch sampler that torch asks for: an iterable with a length."""
 
@@ -144,7 +151,7 @@ class _Sampler:
         return self.count
 
 
-class _Reader:
+class _Reader(Dataset):
     """A data set whose errors travel as text: a worker's exception would arrive as a traceback."""
 
     def __init__(self, data):

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from configs import schema
 from configs.schema import Config, UserError
-from flow.engine import checkpoint, files
+from flow.engine import checkpoint, files, runtime
 
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
@@ -40,7 +40,8 @@ def open_run(config: str | None, exp_dir: Path | None, resume: str | None, overr
         return run_dir, cfg
     if not stored_file.is_file():
         raise UserError(f"-r {resume}: there is no run in {run_dir}; start one without -r")
-    stored = schema.parse(stored_file.read_text(encoding="utf-8"))
+    with runtime.blame(str(stored_file)):
+        stored = schema.parse(stored_file.read_text(encoding="utf-8"), source=str(stored_file))
     cfg = schema.load(config, overrides, base=None if config else stored)
     for key in FIXED:
         before, now = schema.get(stored, key), schema.get(cfg, key)
@@ -75,7 +76,8 @@ def write(run_dir: Path, config: Config, accelerator: Accelerator) -> None:
     files.remove_unfinished(run_dir)
     files.write_text(run_dir / "config.yaml", schema.dump(config))
     path = run_dir / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    with runtime.blame(f"{path}: is damaged; move it away"):
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     files.write_text(path, json.dumps([*starts, environment(accelerator)], indent=1))
 
 

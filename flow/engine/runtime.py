@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,13 +21,14 @@ from tqdm import tqdm
 from configs.schema import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+_CONNECTION = re.compile(r"timed out|timeout|connection (closed|reset)|broken pipe|socket|gloo|nccl", re.IGNORECASE)
 
 
 def start(
     mixed_precision: str = "no",
     log_with: list[str] | None = None,
     log_dir: str | None = None,
-    timeout_minutes: int = 30,
+    timeout_minutes: float = 30,
     gradient_compression: str = "no",
 ) -> Accelerator:
     """The one place where the Accelerator is made; threads and memory of the process are set here too.
@@ -151,7 +153,7 @@ def agree(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     value = torch.tensor([int(flag)])
-    dist.all_reduce(value, group=_control_group())
+    dist.all_reduce(value, group=_control_group(accelerator.init_handler.timeout))
     return bool(value.item())
 
 
@@ -160,14 +162,14 @@ def gather_to_main(accelerator: Accelerator, mine: Any) -> list | None:
     if accelerator.num_processes == 1:
         return [mine]
     gathered = [None] * accelerator.num_processes if accelerator.is_main_process else None
-    dist.gather_object(mine, gathered, group=_control_group())
+    dist.gather_object(mine, gathered, group=_control_group(accelerator.init_handler.timeout))
     return gathered
 
 
 @functools.cache
-def _control_group():
+def _control_group(timeout: timedelta):
     """Processes talk about flags and objects over the CPU, whatever carries the gradients."""
-    return dist.new_group(backend="gloo", timeout=dist.distributed_c10d._get_default_timeout("gloo"))
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 @contextmanager
@@ -182,26 +184,58 @@ def blame(key: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130.
+    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130, and a
+    process that has lost another one says so and leaves with 1.
 
     FLOW_TRACEBACK=1 shows the traceback of such an error as well.
     """
+    rank = int(os.environ.get("RANK", "0"))
+    who = f"[process {rank}] " if rank else ""
     try:
         main()
         status = 0
     except (UserError, OSError) as error:
         if os.environ.get("FLOW_TRACEBACK"):
             raise
-        rank = int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(2)  # what all processes find wrong is said once: the launcher ends the others when rank 0 leaves
-        print(f"{f'[process {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
+        print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
         status = 2
+    except (MemoryError, torch.OutOfMemoryError):
+        if os.environ.get("FLOW_TRACEBACK"):
+            raise
+        print(f"{who}error: out of memory; use a smaller batch, or for training more of train.accumulate", file=sys.stderr)
+        status = 2
+    except RuntimeError as error:
+        if os.environ.get("FLOW_TRACEBACK") or not _is_of_the_connection(error):
+            raise
+        print(f"{who}error: {_lost(error)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # leaving in order would wait for the lost process
     except KeyboardInterrupt:
         status = 130
     if dist.is_available() and dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def _one_line(error: Exception) -> str:
+    """Its text with line breaks, and what else moves the cursor, spelt out: a value of the user may be part of it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+
+
+def _is_of_the_connection(error: RuntimeError) -> bool:
+    """Whether an error says that other processes do not answer: torch's own kinds, and those of gloo, which have none."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    return isinstance(error, dist.DistError) or _CONNECTION.search(str(error)) is not None
+
+
+def _lost(error: RuntimeError) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = re.sub(r"^\[[^]]*\] ", "", first).partition(". This ")[0]  # without gloo's source line and advice
+    told = "another process has ended, hangs or cannot be reached (train.timeout_minutes)"
+    return f"{told}: {reason}; a training goes on with -r latest"
 
 
 def _check_launch() -> None:

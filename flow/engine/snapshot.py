@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,21 +16,21 @@ from torch import Tensor, nn
 from configs import schema
 from configs.schema import Config, UserError
 from flow import path as paths
-from flow.engine import checkpoint, files, runtime
-from flow.guidance import FlowModel
+from flow.engine import checkpoint, files, runtime, seal
+from flow.guidance import FlowModel, Network
 
 
 @dataclass
 class Snapshot:
     path: Path
     config: Config
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     step: int
     images: int  # training images seen
     half_life_images: int  # of the moving average
     weights: dict[str, Tensor]
 
-    def model(self, build: Callable[..., nn.Module]) -> FlowModel:
+    def model(self, build: Callable[..., Any]) -> FlowModel:
         """The network with these weights, its path and prediction; `build(name, image_shape, args)` makes the network.
 
         Raises UserError where the weights do not fit.
@@ -53,7 +54,7 @@ class Snapshot:
         net.load_state_dict(self.weights)
 
 
-def flow_model(net: nn.Module, config: Config) -> FlowModel:
+def flow_model(net: Network, config: Config) -> FlowModel:
     """The network with what the configuration says of its path and prediction. Raises UserError for unknown names."""
     with runtime.blame("flow.path"):
         chosen = paths.build(config.flow.path)
@@ -66,7 +67,7 @@ def save(
     path: Path,
     weights: dict[str, Tensor],
     config: Config,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     step: int,
     half_life_images: int,
 ) -> None:
@@ -77,9 +78,11 @@ def save(
         "step": str(step),
         "images": str(step * config.train.batch_size),
         "half_life_images": str(half_life_images),
+        seal.KEY: seal.BLANK,
     }
     with files.atomic_file(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata=header)
+        seal.seal(temporary)
 
 
 def publish(saved: Path, folder: Path, step: int, half_lives: list[int], keep: int) -> None:
@@ -116,17 +119,17 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     missing = {"config", "image_shape", "step", "images", "half_life_images"} - header.keys()
     if missing:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header lacks {', '.join(sorted(missing))}")
-    stored = schema.parse(header["config"])
+    carried, actual = seal.digests(path)
+    if carried not in (None, actual):
+        raise UserError(f"--weights {path}: has changed since it was written (its digest does not fit)")
+    stored = schema.parse(header["config"], source=f"--weights {path}")
     config = schema.load(config_path, overrides) if config_path else schema.load(None, overrides, base=stored)
-    return Snapshot(
-        path=path,
-        config=config,
-        image_shape=tuple(json.loads(header["image_shape"])),
-        step=int(header["step"]),
-        images=int(header["images"]),
-        half_life_images=int(header["half_life_images"]),
-        weights=tensors,
-    )
+    try:
+        image_shape = tuple(int(side) for side in json.loads(header["image_shape"]))
+        step, images, half_life_images = (int(header[name]) for name in ("step", "images", "half_life_images"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
+    return Snapshot(path, config, image_shape, step, images, half_life_images, tensors)
 
 
 def find(path: Path) -> Path:

@@ -46,20 +46,25 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a crash cut off is left out."""
+    """The rows of a metrics.jsonl, up to the first that is none: the last one, where a crash cut it off."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
 class Meter:
     """Means over the steps since the last reading, kept on the device so that a step needs no synchronisation."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, not_finite: str = "stop"):
+        """not_finite: with "skip" a loss or gradient that is not finite is no part of the means, with "stop" it is the end."""
+        self.stops = not_finite == "stop"
         # Adam's arithmetic is float32 anyway; mps has no float64
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2, TIME_BINS, device=device, dtype=dtype)  # loss and number of samples, by time bin
@@ -69,24 +74,33 @@ class Meter:
     def add(self, step: int, loss: Tensor, t: Tensor) -> None:
         """Per-sample loss [b] at times t [b]."""
         bins = (t * TIME_BINS).long().clamp_(0, TIME_BINS - 1)
+        finite = torch.isfinite(loss.detach())
         values = torch.stack([loss.detach(), torch.ones_like(loss)]).to(self.sums.dtype)
-        self.sums.index_add_(1, bins, values)
-        bad = ~torch.isfinite(loss.detach()).all() & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(bad, step, self.first_bad_step)
+        self.sums.index_add_(1, bins, torch.where(finite, values, 0))
+        self._note(step, finite.all())
 
-    def add_grad_norm(self, norm: Tensor) -> None:
-        self.grad_norm += torch.stack([norm.detach().to(self.grad_norm.dtype), self.grad_norm.new_ones(())])
+    def add_grad_norm(self, step: int, norm: Tensor, taken: bool) -> None:
+        """The norm of a step's gradient, and whether the step was taken: one that was skipped is no part of the mean."""
+        if taken:
+            finite = torch.isfinite(norm.detach())
+            self.grad_norm += torch.stack([torch.where(finite, norm.detach(), 0), finite]).to(self.grad_norm.dtype)
+            self._note(step, finite)
+
+    def _note(self, step: int, finite: Tensor) -> None:
+        if self.stops:
+            bad = ~finite & (self.first_bad_step < 0)
+            self.first_bad_step = torch.where(bad, step, self.first_bad_step)
 
     def check(self, accelerator: Accelerator, newest: str) -> None:
-        """Raises UserError on every process where any loss since the last check was not finite."""
+        """Raises UserError on every process where a loss, or the gradient of a step, since the last check was not finite."""
         worst = int(self.first_bad_step)
         if accelerator.num_processes > 1:
             steps = accelerator.gather(self.first_bad_step[None])
             worst = int(steps[steps >= 0].min()) if bool((steps >= 0).any()) else -1
         if worst >= 0:
             raise UserError(
-                f"the loss of step {worst} is not finite; {newest}. A smaller optimizer.lr, a smaller "
-                "optimizer.clip_grad_norm or train.mixed_precision=bf16 instead of fp16 may help"
+                f"the loss of step {worst} is not finite, or its gradient; {newest}. A smaller optimizer.lr, "
+                "train.mixed_precision=bf16 instead of fp16, or train.not_finite=skip may help"
             )
 
     def state(self, accelerator: Accelerator) -> dict:
@@ -105,7 +119,7 @@ class Meter:
         self.sums.zero_()
         self.grad_norm.zero_()
         bins = {f"loss_t_{i / TIME_BINS:.1f}": loss[i] / count[i] for i in range(TIME_BINS) if count[i]}
-        return {"loss": sum(loss) / sum(count), **bins, "grad_norm": norm / max(steps, 1)}
+        return {"loss": sum(loss) / sum(count) if sum(count) else float("nan"), **bins, "grad_norm": norm / max(steps, 1)}
 
 
 def _plain(value: object) -> int | float | str | bool:
