@@ -1,13 +1,16 @@
-# make quickstart: environment, training, samples and a table on the embedded digits. make test: the CPU test suite.
-# make torture: three scripts killed a hundred times each.
+# make quickstart: environment, training, samples and a table on the embedded digits. make gallery: the pictures of
+# docs/gallery.md. make torture: three scripts killed a hundred times each. make test: the CPU test suite.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: quickstart test test-slow torture lint
+.PHONY: quickstart gallery test test-slow torture lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
 	$(BIN)/python -m scripts.quickstart
+
+gallery: .venv/installed
+	$(BIN)/python -m scripts.gallery
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest

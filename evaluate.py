@@ -22,14 +22,13 @@ import models
 from configs import schema
 from configs.schema import Config, UserError
 from datasets import captions
-from datasets.pairs import origin
 from flow.engine import cli, files, runtime, snapshot, tuned_grids
 from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
 from flow.evaluation import metrics, plots, points, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.points import PointSpace
 from flow.evaluation.reference import Reference
-from flow.solvers import METHODS
+from flow.solvers import BY_BATCH, METHODS
 from flow.solvers.adaptive import ADAPTIVE
 
 EXAMPLES = """\
@@ -146,7 +145,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
                 "first": indices.start,
             }
             which = {**identity, "times": settings.times}  # a grid may be tuned again
-            if settings.method in ADAPTIVE:  # whose step sizes are those of a batch
+            if settings.method in BY_BATCH:
                 which["bspp"] = args.bspp
             if not record(args, accelerator, out, subject, which, extractor, real, partial(compute, settings, indices)):
                 bar.update(mine)
@@ -220,10 +219,8 @@ def prepare(
             return extractor, reference.from_npz(Path(given), extractor, dimension)
     with runtime.blame("--reference"):
         if given is None:
-            name, build_args = config.data.name, config.data.args
-            if name == "pairs":  # made by a network: compare with what that was trained on
-                real = origin(root, **build_args)
-                name, build_args, root = real["name"], real["args"], Path(real["root"] or root)
+            real = datasets.original(config.data.name, config.data.root, config.data.args)
+            name, build_args, root = real["name"], real["args"], Path(real["root"]) if real["root"] else root
         elif given in datasets.DATASETS:
             name, build_args = given, {}
         else:

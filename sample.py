@@ -1,8 +1,8 @@
 """Sample images from trained weights: `accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples`.
 
-Image k depends on the weights, the settings and k, not on the number of processes (with adaptive methods a little on its
-batch, so --bspp must stay the same). A run that was cut off goes on
-where it was. `--save_dir` gets images/ (PNG), grid.png, sampling.json and, with --npz, samples.npz.
+Image k depends on the weights, the settings and k, not on the number of processes (with methods that have tolerances a
+little on its batch, so --bspp must stay the same). A run that was cut off goes on where it was. `--save_dir` gets images/
+(PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 
 import dataclasses
@@ -21,8 +21,7 @@ from configs.schema import UserError
 from flow.engine import cli, files, images, runtime, snapshot, tuned_grids
 from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
 from flow.guidance import FlowModel
-from flow.solvers import METHODS
-from flow.solvers.adaptive import ADAPTIVE
+from flow.solvers import BY_BATCH, METHODS
 
 EXAMPLES = """\
   accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples/mnist --sampling_steps 50
@@ -160,7 +159,7 @@ def claim(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes:
         "num_classes": num_classes,
         "mixed_precision": args.mixed_precision,
         "image_shape": snap.image_shape,
-        **({"bspp": args.bspp} if settings.method in ADAPTIVE else {}),  # whose step sizes are those of a batch
+        **({"bspp": args.bspp} if settings.method in BY_BATCH else {}),
     }
     mine = json.loads(json.dumps(mine))
     save_dir = args.save_dir

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets.digits import digits
 from datasets.images import Folder, Images, cifar10, fashion_mnist, folder, mnist
-from datasets.pairs import Pairs, pairs
+from datasets.pairs import Pairs, origin, pairs
 from datasets.toys import Points, toys
 
 DATASETS = {
@@ -30,6 +30,16 @@ class IterableDataset: ...
 def default_root() -> Path:
     """Where data sets lie when nobody says otherwise: $FLOW_DATA, else ./data."""
     return Path(os.environ.get("FLOW_DATA") or "data")
+
+
+def original(name: str, root: str | Path | None, args: dict[str, Any]) -> dict[str, Any]:
+    """{"name": ..., "root": ..., "args": ...}: the real data behind a set, which is itself but for `pairs`, whose images were
+    made by a flow. Raises as `build` does for pairs that are not there.
+    """
+    if name == "pairs":
+        found = origin(Path(root) if root else default_root(), **args)
+        return found | {"root": found["root"] or root}
+    return {"name": name, "root": root, "args": dict(args)}
 
 
 def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Points:

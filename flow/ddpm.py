@@ -6,7 +6,7 @@ continuous time, with their linear beta schedule; flow.path=cosine has the sched
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from torch import Tensor
@@ -21,8 +21,9 @@ def ddpm(
     method: str,
     noise: Callable[[int], Tensor] | None = None,
     eta: float = 1.0,
-) -> Tensor:
-    """x [B, ...] from grid[0] to grid[-1] on the linear path by steps of Song et al. 2021 (DDIM, arXiv:2010.02502, eq. 12).
+) -> Iterator[Tensor]:
+    """x [B, ...] from grid[0] on, at each further time, on the linear path by steps of Song et al. 2021 (DDIM,
+    arXiv:2010.02502, eq. 12).
 
     `ancestral` adds the noise of DDPM's posterior, times `eta`; `noise(i)` is its standard normal [B, ...] of step i. `ddim`
     adds none, and is Euler's method on the linear path: with x0 and x1 held, both go straight on.
@@ -34,6 +35,7 @@ def ddpm(
         x0, x1 = x - t * v, x + (1 - t) * v
         if method == "ddim" or t_next == 1 or eta == 0:
             x = x + (t_next - t) * v
+            yield x
             continue
         if noise is None:
             raise ValueError(f"{method}: needs noise")
@@ -44,4 +46,4 @@ def ddpm(
         added = min(added, sigma_next)
         kept = math.sqrt(sigma_next**2 - added**2)
         x = scale_next * (alpha_next * x1 + kept * x0 + added * noise(i))
-    return x
+        yield x

@@ -15,5 +15,8 @@ def noise(stream: str, seed: int, indices: Iterable[int], shape: tuple[int, ...]
     Drawn on the CPU so that the same index gives the same noise on every device, for every batch size and number of
     processes. `stream` keeps training and sampling apart.
     """
-    rows = [g.standard_normal(shape, dtype=np.float32) for g in rng.generators(stream, seed, positions=indices)]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
+    indices = list(indices)
+    x0 = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, g in zip(x0, rng.generators(stream, seed, positions=indices), strict=True):
+        g.standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(x0)

@@ -18,16 +18,27 @@ def generator(*key: str | int) -> np.random.Generator:
 
 
 def generators(*key: str | int, positions: Iterable[int]) -> Iterator[np.random.Generator]:
-    """`generator(*key, p)` for each of the positions, five times as fast: it is one object, which each turn sets anew."""
+    """`generator(*key, p)` for each of the positions, ten times as fast: it is one object, which each turn sets anew, and
+    what the keys have in common is hashed once."""
     bits = np.random.Philox(key=0)
     found, state = np.random.Generator(bits), bits.state
+    common = _hash("(" + "".join(f"{part!r}, " for part in _plain(key)))
     for p in positions:
-        state["state"]["key"] = np.frombuffer(_digest((*key, p)), dtype="<u8")
+        hashed = common.copy()
+        hashed.update(b"%d)" % p)
+        state["state"]["key"] = np.frombuffer(hashed.digest(), dtype="<u8")
         bits.state = state
         yield found
 
 
 def _digest(key: tuple[str | int, ...]) -> bytes:
-    """128 bits, the key size of Philox."""
-    text = repr(tuple(part if isinstance(part, str) else int(part) for part in key))  # numpy's integers print otherwise
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return _hash(repr(_plain(key))).digest()
+
+
+def _hash(text: str):
+    """Of 128 bits, the key size of Philox."""
+    return hashlib.blake2b(text.encode(), digest_size=16)
+
+
+def _plain(key: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    return tuple(part if isinstance(part, str) else int(part) for part in key)  # numpy's integers print otherwise

@@ -1,8 +1,10 @@
 """A multilayer perceptron for points: what two-dimensional flows need and no more."""
 
 import math
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.blocks import check_time_frequency, sinusoidal_embedding, zero
@@ -12,14 +14,18 @@ OCTAVES = 5  # of the features of place: sharp edges are hard to learn from coor
 
 
 class MLP(nn.Module):
-    """net(x [B, ...], t [B] in [0, 1], y [B] or None) -> [B, ...]."""
+    """net(x [B, ...], t [B] in [0, 1], y [B] or None) -> [B, ...].
+
+    Time scales and shifts every layer (FiLM, Perez et al. 2018, arXiv:1709.07871): the field of early times is smooth and
+    that of late ones has edges, which one network of place with time beside it as an input learns far more slowly.
+    """
 
     prompt_bytes = None  # knows labels only
 
     def __init__(
         self,
         image_shape: tuple[int, ...],
-        width: int = 256,
+        width: int = 128,
         depth: int = 4,
         time_frequency: float = 30.0,
         num_classes: int | None = None,
@@ -36,18 +42,22 @@ class MLP(nn.Module):
             raise ValueError(f"num_classes={num_classes!r}: must be a whole number of at least 1, or null")
         self.num_classes, self.null, self.time_frequency = num_classes, num_classes, time_frequency
         size = math.prod(image_shape)
-        self.first = nn.Linear((1 + 2 * OCTAVES) * size + TIME_FEATURES, width)
-        self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
-        hidden = [layer for _ in range(depth - 1) for layer in (nn.SiLU(), nn.Linear(width, width))]
-        self.rest = nn.Sequential(*hidden, nn.SiLU(), zero(nn.Linear(width, size)))
+        sizes = [(1 + 2 * OCTAVES) * size, *[width] * depth]
+        self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes))
+        self.modulation = nn.Linear(TIME_FEATURES, 2 * width * depth)  # of all layers at once
+        self.label_embedding = nn.Embedding(num_classes + 1, TIME_FEATURES) if num_classes is not None else None
+        self.last = zero(nn.Linear(width, size))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         place = x.flatten(1)
         waves = [wave(2**k * place) for k in range(OCTAVES) for wave in (torch.sin, torch.cos)]
-        time = sinusoidal_embedding(t, TIME_FEATURES, self.time_frequency)
-        h = self.first(torch.cat([place, *waves, time], dim=1))
+        condition = sinusoidal_embedding(t, TIME_FEATURES, self.time_frequency)
         if self.label_embedding is not None:
             if y is None:
                 raise ValueError("this network is class-conditional: it needs labels y [B]")
-            h = h + self.label_embedding(y)
-        return self.rest(h).view_as(x)
+            condition = condition + self.label_embedding(y)
+        h = torch.cat([place, *waves], dim=1)
+        scales, shifts = self.modulation(condition).unflatten(1, (2, len(self.layers), -1)).unbind(1)  # [B, depth, width]
+        for i, layer in enumerate(self.layers):
+            h = F.silu(torch.addcmul(shifts[:, i], layer(h), 1 + scales[:, i]))
+        return self.last(h).view_as(x)

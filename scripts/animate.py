@@ -1,11 +1,10 @@
 """Moving and still pictures of a trained flow: `python -m scripts.animate --weights runs/toy_checkerboard --out pictures`.
 
 Flows in the plane get flow.gif (particles in the velocity field, and their density), density.png (the density at six
-times), likelihood.png (log-density of the flow, beside the exact one where there is a formula). Image models get
-trajectory.gif. With ffmpeg installed each GIF has an MP4 beside it.
+times), likelihood.png (log-density of the flow by the exact divergence and by Hutchinson's estimate, beside the exact one
+where there is a formula). Image models get trajectory.gif. With ffmpeg installed each GIF has an MP4 beside it.
 """
 
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +14,24 @@ from torch import Tensor
 
 import datasets
 import models
-from flow import prior, solvers
+from flow import rng
 from flow.engine import cli, images, runtime, snapshot
-from flow.engine.generate import SamplerSettings, check, solver_state, velocity_of
+from flow.engine.generate import SamplerSettings, check, solver_state, trajectory, velocity_of
 from flow.evaluation import animation, planes
 from flow.guidance import FlowModel, GuidedVelocity
 from flow.likelihood import log_likelihood
 from flow.solvers import DETERMINISTIC
-from flow.solvers.adaptive import ADAPTIVE
 from flow.solvers.grid import uniform
 
 EXAMPLES = """\
   python -m scripts.animate --weights runs/toy_checkerboard --out pictures
+  python -m scripts.animate --weights runs/toy_mixture --out pictures --pictures likelihood --probes 16
   python -m scripts.animate --weights runs/mnist --out pictures --guidance_scale 1.5 --n 50"""
-SECONDS = 4.0  # of a GIF, before its end is held
+PICTURES = ("flow", "density", "likelihood")  # of flows in the plane
+SHOWN = 2000  # particles of flow.gif, at most: more would hide each other
 STRIP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAP_CELLS = 80  # of a side of the likelihood map
+MAP_NATS = 8  # below the highest log-density are shown
 MASS = 0.01  # densities above this share of the highest count as inside the mass
 
 
@@ -38,10 +39,12 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--n", type=cli.at_least(1), help="particles, or images of the grid (default: 4000, or 50)")
+    parser.add_argument("--n", type=cli.at_least(1), help="particles, or images of the grid (default: 20000, or 50)")
     parser.add_argument("--frames", type=cli.at_least(2), default=40, help="of a GIF (default: 40)")
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="(default: heun)")
     parser.add_argument("--steps_a_frame", type=cli.at_least(1), default=2, help="of the solver (default: 2)")
+    parser.add_argument("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="of points (default: all)")
+    parser.add_argument("--probes", type=cli.at_least(1), default=4, help="of Hutchinson's estimate, a point (default: 4)")
     parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="(default: 1, off)")
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
@@ -62,29 +65,22 @@ def main() -> None:
     accelerator = runtime.start_alone("animate")
     runtime.set_threads()
     model.net.to(accelerator.device).eval().requires_grad_(False)
-    n = args.n or (4000 if plane else 50)
-    velocity = velocity_of(model, range(n), settings, accelerator.device)
-    times = uniform(args.frames - 1)
-    with runtime.progress(accelerator, len(times) - 1, "trajectory") as bar:
-        x0 = solver_state(prior.noise("sample", args.seed, range(n), snap.image_shape), accelerator.device)
-        states = trajectory(velocity, x0, times, args.sampling_method, args.steps_a_frame, bar.update)
-    if plane:
-        made = [*moving_plane(args.out, model, times, states), strip(args.out, times, states)]
-        made.append(likelihood_map(args.out, accelerator, model, snap))
-    else:
-        made = moving_images(args.out, states, model.net.num_classes)
+    made = []
+    if not plane or {"flow", "density"} & set(args.pictures):
+        indices = range(args.n or (20_000 if plane else 50))
+        times = uniform((args.frames - 1) * args.steps_a_frame)
+        with runtime.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar:
+            states, _ = trajectory(accelerator, model, snap.image_shape, indices, settings, times, tick=bar.update)
+        times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
+        if not plane:
+            made += moving_images(args.out, states, model.net.num_classes)
+        if plane and "flow" in args.pictures:
+            made += moving_plane(args.out, model, times, states)
+        if plane and "density" in args.pictures:
+            made.append(strip(args.out, times, states))
+    if plane and "likelihood" in args.pictures:
+        made.append(likelihood_map(args.out, accelerator, model, snap, args.probes, args.seed))
     print(f"in {args.out}: {' '.join(made)}")
-
-
-@torch.inference_mode()
-def trajectory(velocity, x0: Tensor, times: list[float], method: str, steps: int, tick=lambda: None) -> list[Tensor]:
-    """The states at the times, by so many steps of the method between two of them."""
-    states = [x0]
-    for t, t_next in pairwise(times):
-        between = [t, t_next] if method in ADAPTIVE else [t + (t_next - t) * u for u in uniform(steps)]
-        states.append(solvers.solve(velocity, states[-1], between, method).x)
-        tick()
-    return states
 
 
 def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[Tensor]) -> list[str]:
@@ -93,12 +89,12 @@ def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[T
     field = plain_velocity(model)
     frames = []
     for t, x in zip(times, points, strict=True):
-        figure, (left, right) = planes.panels([f"t = {t:.2f}", "density"])
-        planes.arrows(left, lambda at, t=t: field(at, min(t, 0.99)))
-        planes.particles(left, x, points[0])
+        figure, (left, right) = planes.panels(["particles and velocity", "density"], time=t)
+        planes.arrows(left, field(planes.mesh(planes.ARROWS), min(t, 0.99)))
+        planes.particles(left, x[:SHOWN], points[0][:SHOWN])
         planes.density(right, x)
         frames.append(animation.rendered(figure))
-    return moving(out / "flow.gif", frames)
+    return animation.write(out / "flow.gif", frames)
 
 
 def strip(out: Path, times: list[float], states: list[Tensor]) -> str:
@@ -111,44 +107,55 @@ def strip(out: Path, times: list[float], states: list[Tensor]) -> str:
     return "density.png"
 
 
-def likelihood_map(out: Path, accelerator: Accelerator, model: FlowModel, snap: snapshot.Snapshot) -> str:
-    """likelihood.png: log-density of the flow by the exact divergence, beside the exact density where there is one."""
+def likelihood_map(
+    out: Path, accelerator: Accelerator, model: FlowModel, snap: snapshot.Snapshot, probes: int, seed: int
+) -> str:
+    """likelihood.png: log-density of the flow with the exact divergence and with Hutchinson's estimate of it, beside the
+    exact density where there is one, from which the mean differences inside the mass are told."""
     at = solver_state(torch.from_numpy(planes.mesh(MAP_CELLS)), accelerator.device)
     velocity = velocity_of(model, range(len(at)), SamplerSettings(), accelerator.device)
-    found = log_likelihood(velocity, at, rtol=1e-4, atol=1e-4)[0].cpu()
-    source = snap.config.data
-    with runtime.blame("data"):
-        data = datasets.build(source.name, source.root, source.args) if source.name == "toys" else None
-    exact = data.log_density(at.cpu()) if data is not None and data.log_density else None
-    shown = [("log-density of the flow", found)]
-    note = ""
+    signs = rng.generator("likelihood map", seed).integers(2, size=(probes, *at.shape)) * 2.0 - 1
+    estimates = {
+        "exact divergence": None,
+        f"Hutchinson, {probes} probe{'s' * (probes > 1)}": solver_state(torch.from_numpy(signs), accelerator.device),
+    }
+    maps = {
+        name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, probes=given)[0].cpu() for name, given in estimates.items()
+    }
+    captions = [""] * len(maps)
+    exact = exact_density(snap, at.cpu())
     if exact is not None:
         inside = exact > exact.max() + np.log(MASS)
-        error = (found - exact)[inside].abs().mean().item()
-        note = f"mean |difference| inside: {error:.3f} nats"
-        shown.append(("exact log-density", exact))
-        print(f"log-density: mean absolute error {error:.4f} nats where the exact density is above {MASS:.0%} of its highest")
-    high = max(values.max().item() for _, values in shown)
-    figure, axes = planes.panels([title for title, _ in shown], [note, ""][: len(shown)])
-    for ax, (_, values) in zip(axes, shown, strict=True):
-        colours = planes.map_of(ax, values.clamp(min=-1e3).numpy(), high - 8, high)
-    figure.colorbar(colours, ax=axes, shrink=0.8, label="nats")
+        errors = [(values - exact)[inside].abs().mean().item() for values in maps.values()]
+        captions = [f"mean |error| {error:.3f} nats" for error in errors] + ["formula of the data"]
+        for name, error in zip(maps, errors, strict=True):
+            print(
+                f"log-density, {name}: mean absolute error {error:.4f} nats inside the mass ({MASS:.0%} of the highest density)"
+            )
+        maps["exact density"] = exact
+    high = (maps["exact divergence"] if exact is None else exact).max().item()
+    figure, axes = planes.panels(list(maps), captions if exact is not None else ())
+    for ax, values in zip(axes, maps.values(), strict=True):
+        colours = planes.map_of(ax, values.clamp(min=-1e3).numpy(), high - MAP_NATS, high)
+    figure.colorbar(colours, ax=axes, shrink=0.8, label="log-density (nats)")
     planes.save(out / "likelihood.png", figure)
     return "likelihood.png"
+
+
+def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
+    """The log-density of the real data at points [N, 2], where it has a formula."""
+    source = snap.config.data
+    with runtime.blame("data"):
+        real = datasets.original(source.name, source.root, source.args)
+        data = datasets.build(real["name"], real["root"], real["args"])
+    return data.log_density(at) if getattr(data, "log_density", None) else None
 
 
 def moving_images(out: Path, states: list[Tensor], classes: int | None) -> list[str]:
     """trajectory.gif: the grid of images on its way from noise."""
     columns = classes or 10
     frames = [images.grid(images.to_uint8(x).cpu(), columns).permute(1, 2, 0).numpy() for x in states]
-    return moving(out / "trajectory.gif", [np.repeat(f, 3, axis=2) if f.shape[2] == 1 else f for f in frames])
-
-
-def moving(path: Path, frames: list[np.ndarray]) -> list[str]:
-    """The names of the files that the frames were written to."""
-    animation.write_gif(path, frames, SECONDS)
-    video = path.with_suffix(".mp4")
-    return [path.name, *([video.name] if animation.write_mp4(video, frames, SECONDS) else [])]
+    return animation.write(out / "trajectory.gif", [np.repeat(f, 3, axis=2) if f.shape[2] == 1 else f for f in frames])
 
 
 def plain_velocity(model: FlowModel):

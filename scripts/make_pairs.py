@@ -18,9 +18,9 @@ import models
 from configs import schema
 from configs.schema import UserError
 from datasets import captions
-from datasets.pairs import MANIFEST, Shard, damage_of, origin, read_manifest, save_shard, shards
+from datasets.pairs import MANIFEST, Shard, damage_of, read_manifest, save_shard, shards
 from flow import prior, rng
-from flow.engine import cli, files, runtime, snapshot
+from flow.engine import cli, files, images, runtime, snapshot
 from flow.engine.generate import SamplerSettings, batches, check, generate, solver_state, velocity_of
 from flow.guidance import FlowModel
 from flow.inversion import invert
@@ -57,10 +57,7 @@ def main() -> None:
     net = model.net
     source = snap.config.data
     with runtime.blame("data"):
-        if source.name == "pairs":  # a second round: the real images are those of the first
-            real = origin(Path(source.root) if source.root else datasets.default_root(), **source.args)
-        else:
-            real = {"name": source.name, "root": source.root, "args": dict(source.args)}
+        real = datasets.original(source.name, source.root, source.args)  # in a second round those of the first
     labels = tuple(args.labels) if args.labels else None
     accelerator = runtime.start(args.mixed_precision)
     with runtime.blame("data"):
@@ -174,8 +171,8 @@ def generate_batch(
 ) -> dict[str, Tensor]:
     """images float16 and labels int64 of the pairs with these indices."""
     (made,) = generate(accelerator, model, data.image_shape, [batch], settings, stream="pairs")
-    images = {"images": made.x.half().cpu()}
-    return images if made.labels is None else images | {"labels": made.labels}
+    found = {"images": made.x.half().cpu()}
+    return found if made.labels is None else found | {"labels": made.labels}
 
 
 @torch.inference_mode()
@@ -188,7 +185,7 @@ def invert_batch(
     """
     with runtime.blame("data"):
         pixels, labels = zip(*(data[k] for k in chosen), strict=True)
-    x1 = torch.stack(pixels).float() / 127.5 - 1
+    x1 = images.from_data(torch.stack(pixels))
     y = torch.tensor(labels)
     prompts = tuple(captions.plain(data.class_names[label]) for label in labels) if model.net.prompt_bytes else None
     unguided = SamplerSettings(labels=tuple(labels), prompts=prompts)

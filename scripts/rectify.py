@@ -16,14 +16,13 @@ from accelerate import Accelerator
 import models
 from configs import schema
 from configs.schema import Config, RectifyConfig, RoundConfig, UserError
-from flow import prior, solvers
+from flow import solvers
 from flow.engine import cli, files, images, runtime, snapshot
 from flow.engine.commands import run_command, train_arguments
-from flow.engine.generate import SamplerSettings, generate, solver_state, velocity_of
+from flow.engine.generate import SamplerSettings, generate, mean_straightness
 from flow.evaluation import plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.guidance import FlowModel
-from flow.straightness import straightness
 
 EXAMPLES = """\
   python -m scripts.rectify -c configs/mnist_rectify.yaml
@@ -123,7 +122,8 @@ def compare(
         key = f"{name}@{snap.step}, {scale:g}"
         titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")
         settings = SamplerSettings(guidance_scale=scale)
-        mean, error = mean_straightness(accelerator, model, snap.image_shape, settings, cfg)
+        indices = range(cfg.straightness_images)
+        mean, error = mean_straightness(accelerator, model, snap.image_shape, indices, settings, cfg.straightness_steps)
         straight[titles[key]] = f"{mean:.4f} ± {error:.4f}"
         pictures.append([panel(accelerator, model, snap.image_shape, n, scale) for n in nfes])
         bar.update()
@@ -140,19 +140,6 @@ def compare(
     columns = [list(column) for column in zip(*pictures, strict=True)]
     plots.panels(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))
     print(f"\n{text}\n\n{note}\nin {folder}: comparison.md, comparison.png")
-
-
-@torch.inference_mode()
-def mean_straightness(
-    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, int, int], settings: SamplerSettings, cfg: RectifyConfig
-) -> tuple[float, float]:
-    """Mean and standard error over the images."""
-    model.net.eval()
-    indices = range(cfg.straightness_images)
-    x0 = solver_state(prior.noise("sample", settings.seed, indices, image_shape), accelerator.device)
-    with accelerator.autocast():
-        found = straightness(velocity_of(model, indices, settings, accelerator.device), x0, cfg.straightness_steps).cpu()
-    return found.mean().item(), found.std().item() / len(found) ** 0.5
 
 
 def panel(

@@ -35,7 +35,7 @@ EXAMPLES = """\
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
-    methods = [m for m in ON_A_GRID if m != "ddim"]  # which is euler: both go straight on with the velocity held
+    methods = [m for m in ON_A_GRID if m not in ("ddim", "heun2")]  # which are euler and heun
     parser.add_argument("--methods", nargs="+", choices=ON_A_GRID, default=methods, help=f"(default: {' '.join(methods)})")
     parser.add_argument("--grids", nargs="+", choices=[*grid.GRIDS, "tuned"], default=["uniform"], help="(default: uniform)")
     cli.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)

@@ -13,13 +13,18 @@ import evaluate
 import sample
 import train
 from configs import schema
-from scripts import animate, doctor, likelihood, make_pairs, plot_loss, rectify, solver_study, torture, tune_grid
+from scripts import (
+    animate, benchmark, compare, doctor, gallery, halve, likelihood, make_pairs, plain_loop, plot_loss, rectify, solver_study,
+    torture, tune_grid,
+)  # fmt: skip
 
 SCRIPTS = {
     "train.py": train, "sample.py": sample, "evaluate.py": evaluate, "-m scripts.make_pairs": make_pairs,
     "-m scripts.rectify": rectify, "-m scripts.plot_loss": plot_loss, "-m scripts.tune_grid": tune_grid,
     "-m scripts.solver_study": solver_study, "-m scripts.likelihood": likelihood,
-    "-m scripts.animate": animate, "-m scripts.doctor": doctor, "-m scripts.torture": torture,
+    "-m scripts.animate": animate, "-m scripts.compare": compare, "-m scripts.gallery": gallery,
+    "-m scripts.doctor": doctor, "-m scripts.torture": torture, "-m scripts.benchmark": benchmark,
+    "-m scripts.halve": halve, "-m scripts.plain_loop": plain_loop,
 }  # fmt: skip
 COMMAND = rf"(?<![\w/])({'|'.join(map(re.escape, SCRIPTS))}) (.*)$"
 READMES = ("README.md", "README_zh.md")

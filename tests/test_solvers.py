@@ -9,7 +9,7 @@ import torch
 
 from flow import solvers
 from flow.guidance import GuidedVelocity
-from flow.solvers import grid
+from flow.solvers import adaptive, grid
 from flow.solvers.adaptive import ADAPTIVE
 from flow.solvers.multistep import STARTS
 from flow.solvers.runge_kutta import TABLEAUX
@@ -21,11 +21,11 @@ def rotation(x: torch.Tensor, t: float) -> torch.Tensor:
     return math.cos(t) * torch.stack([-x[:, 1], x[:, 0]], dim=1)
 
 
-def rotation_error(method: str, steps: int) -> float:
+def rotation_error(method: str, steps: int, **options: float) -> float:
     x = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
     angle = math.sin(1.0)
     turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]], dtype=torch.float64)
-    return (solvers.solve(rotation, x, grid.uniform(steps), method).x - x @ turn).norm().item()
+    return (solvers.solve(rotation, x, grid.uniform(steps), method, **options).x - x @ turn).norm().item()
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,40 @@ def test_adaptive_methods_meet_their_tolerance(method):
     loose = solvers.solve(gaussian_velocity, x0, grid.build("uniform", 1), method, rtol=1e-2, atol=1e-2)
     assert (tight.x - (3 + 0.5 * x0)).abs().max() < 1e-5
     assert loose.nfe < tight.nfe
+
+
+def test_every_name_of_torchdiffeq_is_a_method():
+    from torchdiffeq._impl.odeint import SOLVERS
+
+    assert set(SOLVERS) <= set(solvers.METHODS)
+    assert set(SOLVERS) == set(adaptive.OWN_TIMES) | (set(SOLVERS) & set(TABLEAUX))
+
+
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")  # by the last bits, with these tolerances
+@pytest.mark.parametrize("method", ["explicit_adams", *adaptive.IMPLICIT])
+def test_adams_methods_of_torchdiffeq(method):
+    """At least of fourth order, with the open last step; without one, to a time before the data and back, as accurate."""
+    tight = {"rtol": 1e-12, "atol": 1e-12} if method in adaptive.IMPLICIT else {}
+    logs = [math.log2(rotation_error(method, n, **tight)) for n in (16, 32, 64)]
+    assert (logs[0] - logs[-1]) / 2 > 3.8
+    x0 = torch.linspace(-2, 2, 8, dtype=torch.float64).view(4, 2)
+    middle = solvers.solve(rotation, x0, [0.5 * t for t in grid.uniform(16)], method, **tight).x
+    back = solvers.solve(rotation, middle, [0.5 - 0.5 * t for t in grid.uniform(16)], method, **tight).x
+    assert (middle - x0).abs().max() > 0.1 and (back - x0).abs().max() < 1e-4
+    assert solvers.solve(rotation, x0, grid.uniform(1), method).nfe == 3  # the open last step alone
+
+
+@pytest.mark.parametrize("method", [m for m in solvers.METHODS if m not in solvers.STOCHASTIC])
+def test_states_on_the_way(method):
+    """One for each time of the grid after the first; the last is the end, which watching does not change."""
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    states = []
+    watched = solvers.solve(gaussian_velocity, x0, grid.uniform(8), method, states.append)
+    assert len(states) == 8 and torch.equal(states[-1], watched.x)
+    plain = solvers.solve(gaussian_velocity, x0, grid.uniform(8), method)
+    assert torch.allclose(plain.x, watched.x) and plain.nfe == watched.nfe
+    t = 0.5  # the exact state there: mean 3 t, standard deviation hypot(1 - t, t / 2)
+    assert (states[3] - (3 * t + math.hypot(1 - t, t / 2) * x0)).abs().max() < 0.3
 
 
 def gaussian_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -227,5 +261,7 @@ def test_the_most_steps_within_a_number_of_evaluations():
     assert (solvers.steps_within("heun", 5), solvers.steps_within("heun", 5, end=0.9)) == (3, 2)
     with pytest.raises(ValueError, match="NFE 2: rk4 needs at least 3"):
         solvers.steps_within("rk4", 2)
-    with pytest.raises(ValueError, match="dopri5 chooses its own number of evaluations"):
-        solvers.steps_within("dopri5", 100)
+    assert solvers.steps_within("explicit_adams", 20) == 12
+    for method in ("dopri5", "implicit_adams"):
+        with pytest.raises(ValueError, match=f"{method} chooses its own number of evaluations"):
+            solvers.steps_within(method, 100)

@@ -95,8 +95,8 @@ def steps_of(args: argparse.Namespace, method: str, end: float = 1.0) -> list[in
 def add_solver_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the solvers that the sampling scripts share."""
     parser.add_argument("--grid", choices=[*grid.GRIDS, "tuned"], default="uniform", help="times (default: uniform)")
-    parser.add_argument("--rtol", type=float, metavar="X", help="of adaptive methods (default: 1e-5)")
-    parser.add_argument("--atol", type=float, metavar="X", help="of adaptive methods (default: 1e-5)")
+    parser.add_argument("--rtol", type=float, metavar="X", help="of methods with tolerances (default: 1e-5)")
+    parser.add_argument("--atol", type=float, metavar="X", help="of methods with tolerances (default: 1e-5)")
     parser.add_argument("--sde_noise_scale", type=float, metavar="X", help="of stochastic methods (default: 1; 0 is the ODE)")
     parser.add_argument("--eta", type=float, metavar="X", help="of ancestral, its noise (default: 1; 0 is ddim)")
     parser.add_argument("--diffusion", choices=sde.DIFFUSIONS, help="coefficient of stochastic methods (default: sigma)")

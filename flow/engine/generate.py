@@ -1,6 +1,6 @@
 """THE sampling function: images by index, sharded over processes."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,8 @@ from flow.engine.images import to_uint8
 from flow.guidance import FlowModel, GuidedVelocity, Network
 from flow.path import Path
 from flow.solvers import grid
-from flow.solvers.adaptive import ADAPTIVE
+from flow.solvers.adaptive import ADAPTIVE, OWN_TIMES
+from flow.straightness import straightness
 
 
 @dataclass
@@ -95,8 +96,8 @@ def generate(
     """The images of the batches `mine`, usually those of `share`, batch by batch.
 
     Image k is a function of the weights, the settings and k: its noise comes from (stream, seed, k), its label or prompt
-    from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. Adaptive methods choose
-    one step size for a batch: their images also depend on those beside them, by about the error that the tolerances leave.
+    from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. Methods with tolerances
+    meet them over a batch: their images also depend on those beside them, by about the error that the tolerances leave.
     The state of the solver is float64 where the device has it. Raises ValueError for settings that `check` refuses.
     """
     check(settings, model.net)
@@ -112,6 +113,40 @@ def generate(
             solution = solvers.solve(velocity, x0, times, settings.method, **options)
         labels = labels_of(batch, settings, model.net.num_classes)
         yield Generated(batch, solution.x, labels, solution.nfe, velocity.forwards)
+
+
+@torch.inference_mode()
+def trajectory(
+    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, ...], indices: range, settings: SamplerSettings,
+    times: Sequence[float], kept: int | None = None, tick: Callable[[], object] = lambda: None,
+) -> tuple[list[Tensor], solvers.Solution]:  # fmt: skip
+    """The states at the times, from 0, of the first `kept` images of these (None: of all), and the end of all of them.
+
+    They are solved as one batch, by a deterministic method; `tick` is called at each time.
+    """
+    model.net.eval()
+    x0 = solver_state(prior.noise("sample", settings.seed, indices, image_shape), accelerator.device)
+    states = [x0[:kept]]
+
+    def watch(x: Tensor) -> None:
+        states.append(x[:kept])
+        tick()
+
+    velocity = velocity_of(model, indices, settings, accelerator.device)
+    return states, solvers.solve(velocity, x0, times, settings.method, watch, **dict(settings.options))
+
+
+@torch.inference_mode()
+def mean_straightness(
+    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, ...], indices: range, settings: SamplerSettings,
+    steps: int,
+) -> tuple[float, float]:  # fmt: skip
+    """Mean and standard error of the straightness of the flow over these images, by so many Euler steps."""
+    model.net.eval()
+    x0 = solver_state(prior.noise("sample", settings.seed, indices, image_shape), accelerator.device)
+    with accelerator.autocast():
+        found = straightness(velocity_of(model, indices, settings, accelerator.device), x0, steps).cpu()
+    return found.mean().item(), found.std().item() / len(found) ** 0.5
 
 
 def times_of(settings: SamplerSettings, path: Path) -> list[float]:
@@ -160,8 +195,9 @@ def check(settings: SamplerSettings, net: Network) -> None:
     solvers.check_values(settings.method, **dict(settings.options))
     if not settings.times:
         grid.build(settings.grid, settings.steps)
-    if settings.method in ADAPTIVE and settings.grid != "uniform":
-        raise ValueError(f"grid={settings.grid}: {settings.method} chooses its own times, by rtol and atol")
+    if settings.method in OWN_TIMES and settings.grid != "uniform":
+        how = "by rtol and atol" if settings.method in ADAPTIVE else "evenly"
+        raise ValueError(f"grid={settings.grid}: {settings.method} chooses its own times, {how}")
     if settings.prompts and not net.prompt_bytes:
         raise ValueError("prompts: this network was trained without them (model.args.prompt_bytes)")
     if net.prompt_bytes:

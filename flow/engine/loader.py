@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import UserError
 from flow import rng
+from flow.engine.images import from_data
 
 
 @dataclass
@@ -115,8 +116,7 @@ class Loader:
 
     def _micro_batch(self, step: int, micro: int, indices: list[int], images: Tensor, labels: Tensor | None) -> MicroBatch:
         rows = self.rows(micro)
-        x1 = images.to(self.device, non_blocking=True)
-        x1 = x1.float().div_(127.5).sub_(1) if x1.dtype == torch.uint8 else x1.float()  # pairs are in [-1, 1] already
+        x1 = from_data(images.to(self.device, non_blocking=True))
         if self.horizontal_flip:
             mirrored = rng.generator("flip", self.seed, step).random(self.batch_size)[rows] < 0.5
             flip = torch.from_numpy(mirrored).to(self.device, non_blocking=True)

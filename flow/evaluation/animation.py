@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 COLOURS = 64  # of a GIF: flat drawings need no more, and the file stays small
+SECONDS = 4.0  # of a GIF, before its end is held
 
 
 def rendered(figure: Figure) -> np.ndarray:
@@ -18,6 +19,16 @@ def rendered(figure: Figure) -> np.ndarray:
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
     return pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2].copy()
+
+
+def write(path: Path, frames: list[np.ndarray], seconds: float = SECONDS) -> list[str]:
+    """The frames uint8 [H, W, 3] as the GIF `path` and, where ffmpeg is installed, the same as MP4; the names of the files."""
+    write_gif(path, frames, seconds)
+    video = path.with_suffix(".mp4")
+    if not shutil.which("ffmpeg"):
+        return [path.name]
+    write_mp4(video, frames, seconds)
+    return [path.name, video.name]
 
 
 def write_gif(path: Path, frames: list[np.ndarray], seconds: float, hold_seconds: float = 1.5) -> None:
@@ -32,12 +43,9 @@ def write_gif(path: Path, frames: list[np.ndarray], seconds: float, hold_seconds
     indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
 
 
-def write_mp4(path: Path, frames: list[np.ndarray], seconds: float) -> bool:
-    """The same as a video; False, and no file, where ffmpeg is not installed."""
-    if not shutil.which("ffmpeg"):
-        return False
+def write_mp4(path: Path, frames: list[np.ndarray], seconds: float) -> None:
+    """The same as a video, by ffmpeg."""
     height, width = frames[0].shape[:2]
     command = ["ffmpeg", "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", f"{len(frames) / seconds:g}", "-i", "-", "-pix_fmt", "yuv420p", str(path)]
     subprocess.run(command, input=b"".join(frame.tobytes() for frame in frames), check=True)
-    return True

@@ -1,7 +1,7 @@
 """Solvers of dx/dt = v(x, t) on the linear path: one registry, one function."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,22 +16,24 @@ from flow.solvers.grid import uniform
 Velocity = Callable[[Tensor, float], Tensor]
 
 
-def _runge_kutta(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Tensor:
+def _runge_kutta(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
     for t, t_next in pairwise(grid):
         tableau = runge_kutta.TABLEAUX[method]
         if t_next == 1 and tableau.final:
             tableau = runge_kutta.TABLEAUX[tableau.final]
         x = runge_kutta.step(tableau, velocity, x, t, t_next - t)
-    return x
+        yield x
 
 
-# name -> (function, names of its options)
-METHODS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+# name -> (function that gives the state at each time of the grid but the first, names of its options)
+METHODS: dict[str, tuple[Callable[..., Iterator[Tensor]], tuple[str, ...]]] = {
     **dict.fromkeys(runge_kutta.TABLEAUX, (_runge_kutta, ())),
     **dict.fromkeys(multistep.STARTS, (multistep.adams_bashforth, ())),
     "dpmpp_2m": (multistep.dpm_solver_2m, ()),
     "unipc": (multistep.unipc, ()),
     **dict.fromkeys(adaptive.ADAPTIVE, (adaptive.adaptive, adaptive.OPTIONS)),
+    "explicit_adams": (adaptive.explicit_adams, ()),
+    **dict.fromkeys(adaptive.IMPLICIT, (adaptive.implicit_adams, adaptive.OPTIONS)),
     **dict.fromkeys(sde.SDE, (sde.sde, ("noise", "noise_scale", "diffusion"))),
     "ddim": (ddpm.ddpm, ()),
     "ancestral": (ddpm.ddpm, ("noise", "eta")),
@@ -39,7 +41,8 @@ METHODS: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 
 STOCHASTIC = tuple(name for name, (_, options) in METHODS.items() if "noise" in options)
 DETERMINISTIC = tuple(name for name in METHODS if name not in STOCHASTIC)
-ON_A_GRID = tuple(name for name, (_, options) in METHODS.items() if not options)  # deterministic, one step after the other
+BY_BATCH = tuple(name for name, (_, options) in METHODS.items() if "rtol" in options)  # a batch meets the tolerances as one
+ON_A_GRID = tuple(name for name in DETERMINISTIC if name not in adaptive.OWN_TIMES and METHODS[name][1] == ())
 
 
 @dataclass
@@ -66,10 +69,10 @@ def check_values(method: str, **options: Any) -> None:
 def steps_within(method: str, nfe: int, end: float = 1.0) -> int:
     """The most steps to `end` that take at most `nfe` evaluations, found by counting them.
 
-    Raises ValueError where not even one step does, and for adaptive methods, which choose their own number.
+    Raises ValueError where not even one step does, and for methods with tolerances, which choose their own number.
     """
     check(method)
-    if method in adaptive.ADAPTIVE:
+    if method in BY_BATCH:
         raise ValueError(f"{method} chooses its own number of evaluations, by rtol and atol")
     steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: _trial(method, n, end).nfe)
     if not steps:
@@ -84,11 +87,19 @@ def _trial(method: str, steps: int, end: float = 1.0, **options: Any) -> Solutio
     )
 
 
-def solve(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str, **options: Any) -> Solution:
+def solve(
+    velocity: Velocity,
+    x: Tensor,
+    grid: Sequence[float],
+    method: str,
+    watch: Callable[[Tensor], None] | None = None,
+    **options: Any,
+) -> Solution:
     """Integrate dx/dt = velocity(x, t) over the times of `grid`, from x [B, ...] at grid[0].
 
     Runs in the dtype of x. No method evaluates the velocity at the data end, t = 1. `options` are those of the method:
-    rtol and atol, or noise, noise_scale and diffusion, or noise and eta. Raises ValueError for what `check` refuses.
+    rtol and atol, or noise, noise_scale and diffusion, or noise and eta. `watch` is shown the state at each time of the
+    grid after the first. Raises ValueError for what `check` refuses.
     """
     check(method, **options)
     nfe = 0
@@ -98,4 +109,10 @@ def solve(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str, **o
         nfe += 1
         return velocity(x, t)
 
-    return Solution(METHODS[method][0](counted, x, grid, method, **options), nfe)
+    if method in adaptive.ADAPTIVE and not watch:  # which would interpolate, and keep, what nobody looks at
+        grid = [grid[0], grid[-1]]
+    state = x
+    for state in METHODS[method][0](counted, x, grid, method, **options):
+        if watch:
+            watch(state)
+    return Solution(state, nfe)

@@ -6,7 +6,7 @@ the latter two take an Euler step, which is their own first order there.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +18,7 @@ Velocity = Callable[[Tensor, float], Tensor]
 STARTS = {"ab2": (2, "euler"), "ab3": (3, "heun"), "ab4": (4, "heun3")}  # order, and one order less for the first steps
 
 
-def adams_bashforth(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Tensor:
+def adams_bashforth(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
     """Explicit Adams methods on any grid (Hairer, Norsett & Wanner 1993, Solving ODEs I, section III.1 and III.5)."""
     order, start = STARTS[method]
     past: list[tuple[float, Tensor]] = []
@@ -33,14 +33,14 @@ def adams_bashforth(velocity: Velocity, x: Tensor, grid: Sequence[float], method
             tableau = TABLEAUX[start]
             x = step(TABLEAUX[tableau.final] if t_next == 1 and tableau.final else tableau, recorded, x, t, t_next - t)
             past.append((t, stages[0]))
-            continue
-        past = [*past[-(order - 1) :], (t, velocity(x, t))]
-        for weight, (_, v) in zip(_weights([time for time, _ in past], t, t_next), past, strict=True):
-            x = x + weight * v
-    return x
+        else:
+            past = [*past[-(order - 1) :], (t, velocity(x, t))]
+            for weight, (_, v) in zip(_weights([time for time, _ in past], t, t_next), past, strict=True):
+                x = x + weight * v
+        yield x
 
 
-def dpm_solver_2m(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Tensor:
+def dpm_solver_2m(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2)."""
     before: tuple[float, Tensor] | None = None  # lambda and data prediction of the last point
     for t, t_next in pairwise(grid):
@@ -53,10 +53,10 @@ def dpm_solver_2m(velocity: Velocity, x: Tensor, grid: Sequence[float], method: 
             ahead = data + ratio / 2 * (data - before[1])
             x = _towards(x, ahead, t, t_next)
         before = here, data
-    return x
+        yield x
 
 
-def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Tensor:
+def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
     """UniPC of order 2, data prediction, B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2).
 
     The corrector uses the evaluation that the next step needs anyway.
@@ -76,7 +76,8 @@ def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> 
             if slope is not None:
                 predicted = predicted - t_next * math.expm1(-h) * 0.5 * slope
         if t_next == 1:
-            return predicted
+            yield predicted
+            return
         new = predicted + (1 - t_next) * velocity(predicted, t_next)
         if not math.isinf(h):
             corrected = _towards(x, data, t, t_next)
@@ -85,7 +86,7 @@ def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> 
             for weight, difference in zip(weights, differences, strict=True):
                 corrected = corrected - t_next * math.expm1(-h) * weight * difference
         before, x, data = (here, data), corrected, new
-    return x
+        yield x
 
 
 def _towards(x: Tensor, data: Tensor, t: float, t_next: float) -> Tensor:

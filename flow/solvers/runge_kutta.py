@@ -35,6 +35,7 @@ TABLEAUX = {
         final="heun3",
     ),
 }
+TABLEAUX["heun2"] = TABLEAUX["heun"]  # torchdiffeq's name
 
 
 def step(tableau: Tableau, velocity: Callable[[Tensor, float], Tensor], x: Tensor, t: float, h: float) -> Tensor:

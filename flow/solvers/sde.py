@@ -5,7 +5,7 @@ diffusion coefficients these are but for the last). Increments are functions of 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 from torch import Tensor
@@ -30,8 +30,8 @@ def sde(
     noise: Callable[[int], Tensor] | None = None,
     noise_scale: float = 1.0,
     diffusion: str = "sigma",
-) -> Tensor:
-    """x [B, ...] from grid[0] to grid[-1]; `noise(i)` is standard normal [B, ...], the increment of step i.
+) -> Iterator[Tensor]:
+    """x [B, ...] from grid[0] on, at each further time; `noise(i)` is standard normal [B, ...], the increment of step i.
 
     Within a step h the noise added is at most half of that which belongs to its end: g^2 h <= ((1 - t) / 2)^2. Coefficients
     that do not vanish at the data would otherwise leave noise in the image; with more steps the limit goes away.
@@ -53,7 +53,8 @@ def sde(
     for i, (t, t_next) in enumerate(pairwise(grid)):
         h = t_next - t
         if t_next == 1:
-            return x + h * velocity(x, t)
+            yield x + h * velocity(x, t)
+            return
         # g^2 at the start, in the middle and at the end of the step
         wanted = [noise_scale**2 * DIFFUSIONS[diffusion](u) for u in (t, (t + t_next) / 2, t_next)]
         g2, g2_middle, g2_next = (min(value, (1 - t_next) ** 2 / (4 * h)) for value in wanted)
@@ -64,4 +65,4 @@ def sde(
         else:
             second = drift(x + h * first + kick, t_next, g2_next)
             x = x + h * 0.5 * first + h * 0.5 * second + kick
-    return x
+        yield x

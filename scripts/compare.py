@@ -1,0 +1,149 @@
+"""Flows in the plane side by side on the same noise: `python -m scripts.compare --weights runs/a runs/b --out pictures`.
+
+A column for each of the weights, a row for each number of steps: where particles go, and the ways of some of them. Under
+each panel its NFE, sliced Wasserstein-2 distance to the data and straightness (0: one Euler step is exact). `--out` gets
+compare.gif, compare.png and compare.md; with ffmpeg installed also compare.mp4.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import datasets
+import models
+from configs.schema import UserError
+from flow.engine import cli, files, runtime, snapshot
+from flow.engine.generate import SamplerSettings, check, mean_straightness, trajectory
+from flow.evaluation import animation, planes, table
+from flow.evaluation.points import sliced_wasserstein
+from flow.guidance import FlowModel
+from flow.solvers import DETERMINISTIC
+from flow.solvers.adaptive import ADAPTIVE
+from flow.solvers.grid import uniform
+
+EXAMPLES = """\
+  python -m scripts.compare --weights runs/toy_checkerboard runs/toy_reflow --names flow reflow --sampling_steps 1 2 100 --out pictures
+  python -m scripts.compare --weights runs/independent runs/ot --sampling_method dopri5 --out pictures"""  # noqa: E501
+SHOWN = 1500  # particles of a panel
+WAYS = 40  # of them are followed by a line
+STRAIGHTNESS_STEPS = 100
+
+
+@dataclass
+class Panel:
+    """A solution of a flow."""
+
+    name: str  # of the flow
+    steps: int | None  # None: as many as the method takes
+    nfe: int
+    distance: float  # sliced Wasserstein-2 to the data
+    straightness: float
+    times: list[float]
+    states: np.ndarray  # of the particles that are shown at these times, [T, K, 2]
+
+    def at(self, t: float) -> np.ndarray:
+        """The ways up to t, [T', K, 2]: straight between the times, as a step of the solver is."""
+        k = max(i for i, time in enumerate(self.times) if time <= t)
+        if k == len(self.times) - 1:
+            return self.states
+        share = (t - self.times[k]) / (self.times[k + 1] - self.times[k])
+        return np.concatenate([self.states[: k + 1], [(1 - share) * self.states[k] + share * self.states[k + 1]]])
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("--weights", nargs="+", required=True, metavar="PATH", help="run folders or .safetensors files")
+    parser.add_argument("--names", nargs="+", metavar="TEXT", help="titles, one for each (default: names of the runs)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="euler", help="(default: euler)")
+    cli.add_step_flags(parser, [2, 100], several=True)
+    parser.add_argument("--n_samples", type=cli.at_least(2), default=10_000, help="of the distance (default: 10000)")
+    parser.add_argument("--frames", type=cli.at_least(2), default=40, help="of the GIF (default: 40)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    names = args.names or [p.name if p.is_dir() else p.stem for p in (Path(path).resolve() for path in args.weights)]
+    if len(names) != len(args.weights):
+        raise UserError(f"--names: {len(names)} for {len(args.weights)} weights; give one for each")
+    snaps = [snapshot.load(path, None, args.overrides) for path in args.weights]
+    flows = [snap.model(models.build) for snap in snaps]
+    steps = cli.steps_of(args, args.sampling_method)
+    reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]
+    accelerator = runtime.start_alone("compare")
+    runtime.set_threads()
+    found: list[list[Panel]] = [[] for _ in steps]
+    with runtime.progress(accelerator, len(flows) * len(steps), "panels") as bar:
+        for name, model, real in zip(names, flows, reals, strict=True):
+            model.net.to(accelerator.device).eval().requires_grad_(False)
+            for row, panel in zip(found, solved(args, accelerator, name, model, real, steps), strict=True):
+                row.append(panel)
+                bar.update()
+    drawn = [panel for row in found for panel in row]
+    made = animation.write(
+        args.out / "compare.gif", [animation.rendered(drawing(drawn, len(steps), t)) for t in uniform(args.frames - 1)]
+    )
+    planes.save(args.out / "compare.png", drawing(drawn, len(steps), None))
+    text = listed(drawn, args.sampling_method)
+    files.write_text(args.out / "compare.md", text + "\n")
+    print(f"{text}\nin {args.out}: {' '.join([*made, 'compare.png', 'compare.md'])}")
+
+
+def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:
+    """The points that the flow was to make, [N, 2]. Raises UserError for a flow of anything else, or one with labels."""
+    if len(snap.image_shape) != 1 or model.net.num_classes is not None:
+        raise UserError(f"--weights {path}: is no flow of points without labels; to compare images use evaluate.py")
+    source = snap.config.data
+    with runtime.blame("data"):
+        real = datasets.original(source.name, source.root, source.args)
+        return datasets.build(real["name"], real["root"], real["args"]).images
+
+
+def solved(args, accelerator: Accelerator, name: str, model: FlowModel, real: Tensor, steps: list[int]) -> list[Panel]:
+    """The flow with each of the numbers of steps."""
+    panels = []
+    shape, indices = tuple(real.shape[1:]), range(args.n_samples)
+    for n in steps:
+        settings = SamplerSettings(args.sampling_method, n, seed=args.seed)
+        with runtime.blame("compare"):
+            check(settings, model.net)
+        adaptive = args.sampling_method in ADAPTIVE
+        times = uniform(args.frames - 1 if adaptive else n)
+        states, end = trajectory(accelerator, model, shape, indices, settings, times, SHOWN)
+        if not panels:
+            straight, _ = mean_straightness(accelerator, model, shape, indices[:SHOWN], settings, STRAIGHTNESS_STEPS)
+        distance = sliced_wasserstein(end.x.float().cpu(), real)
+        ways = np.stack([x.float().cpu().numpy() for x in states])
+        panels.append(Panel(name, None if adaptive else n, end.nfe, distance, straight, times, ways))
+    return panels
+
+
+def drawing(drawn: list[Panel], rows: int, t: float | None) -> Figure:
+    """The panels at time t (None: at the end, without a line of time), a row for each number of steps."""
+    titles = [panel.name for panel in drawn[: len(drawn) // rows]] + [""] * (len(drawn) - len(drawn) // rows)
+    captions = [f"NFE {p.nfe},  SW2 {p.distance:.3f}\nstraightness {p.straightness:.3f}" for p in drawn]
+    figure, axes = planes.panels(titles, captions, rows, t)
+    for ax, panel in zip(axes, drawn, strict=True):
+        ways = panel.at(1.0 if t is None else t)
+        planes.particles(ax, ways[-1], ways[0])
+        planes.paths(ax, ways[:, :WAYS])
+    return figure
+
+
+def listed(drawn: list[Panel], method: str) -> str:
+    """The numbers under the panels as a table."""
+    lines = [["flow", "method", "steps", "NFE", "SW2", "straightness"]]
+    for p in drawn:
+        steps = "" if p.steps is None else str(p.steps)
+        lines.append([p.name, method, steps, str(p.nfe), f"{p.distance:.4f}", f"{p.straightness:.4f}"])
+    return table.markdown(lines)
+
+
+if __name__ == "__main__":
+    runtime.run(main)
