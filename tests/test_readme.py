@@ -14,8 +14,20 @@ import sample
 import train
 from configs import schema
 from scripts import (
-    animate, benchmark, compare, doctor, gallery, halve, likelihood, make_pairs, plain_loop, plot_loss, rectify, solver_study,
-    torture, tune_grid,
+    animate,
+    benchmark,
+    compare,
+    doctor,
+    gallery,
+    halve,
+    likelihood,
+    make_pairs,
+    plain_loop,
+    plot_loss,
+    rectify,
+    solver_study,
+    torture,
+    tune_grid,
 )  # fmt: skip
 
 SCRIPTS = {

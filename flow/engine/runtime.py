@@ -87,7 +87,7 @@ def place(net: nn.Module, accelerator: Accelerator, compiled: bool = False) -> N
     but slower in bf16, whose group norm loses more than the convolutions gain (docs/performance.md).
     """
     side_by_side = accelerator.device.type == "cuda" or accelerator.mixed_precision == "no"
-    net.to(accelerator.device, memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
+    net.to(accelerator.device).to(memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
     if compiled:
         net.compile()
 
