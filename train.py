@@ -67,7 +67,7 @@ def main() -> None:
         distance = loss.distance(cfg.flow.distance, **cfg.flow.distance_args)
     with runtime.blame("flow.objective"):
         training = objective(cfg.flow.objective, distance, cfg.flow.prediction, **cfg.flow.objective_args)
-    flow_model = snapshot.flow_model(net, cfg)
+    flow_model = snapshot.flow_model(net, cfg, data.codec, models.codec)
     path = flow_model.path
     with runtime.blame("preview"):
         preview_settings = SamplerSettings(
@@ -91,7 +91,9 @@ def main() -> None:
     found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
     if cfg.train.init_from and not found:
         with runtime.blame("train.init_from"):
-            snapshot.load(cfg.train.init_from).load_into(net)
+            before = snapshot.load(cfg.train.init_from)
+            snapshot.check_codec(f"train.init_from={cfg.train.init_from}", before, data.codec)
+            before.load_into(net)
     optimizer = torch.optim.AdamW(
         net.parameters(),
         lr=cfg.optimizer.lr,
@@ -117,7 +119,9 @@ def main() -> None:
             raise UserError(f"train.steps={cfg.train.steps}: the run is at step {step} already")
         meter.load_state(accelerator, state["meter"])
         for i, name in enumerate(checkpoint.ema_files(half_lives)):
-            ema.load_state_dict(i, snapshot.load(found / name).weights)
+            average = snapshot.load(found / name)
+            snapshot.check_codec(f"data.args={cfg.data.args}", average, data.codec)
+            ema.load_state_dict(i, average.weights)
         newest = f"the newest checkpoint is {found}"
     if accelerator.is_main_process:
         run_folder.write(run_dir, cfg, accelerator)
@@ -133,7 +137,7 @@ def main() -> None:
 
         def write_averages(folder: Path) -> None:
             for i, name in enumerate(checkpoint.ema_files(half_lives)):
-                snapshot.save(folder / name, ema.state_dict(i), cfg, data.image_shape, step, half_lives[i])
+                snapshot.save(folder / name, ema.state_dict(i), cfg, data.image_shape, step, half_lives[i], data.codec)
 
         saved = checkpoint.save(accelerator, checkpoints, step, state, write_averages)
         if accelerator.is_main_process:
@@ -256,7 +260,9 @@ def introduce(
 ) -> None:
     """Say what is about to be trained, with the numbers that are mistaken most often."""
     size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
-    what = "images of {}x{}x{}".format(*data.image_shape) if len(data.image_shape) == 3 else "points"
+    what = "points"
+    if len(data.image_shape) == 3:
+        what = ("latents" if data.codec else "images") + " of {}x{}x{}".format(*data.image_shape)
     processes, micro = accelerator.num_processes, cfg.train.accumulate
     share = cfg.train.batch_size // (processes * micro)
     epochs = cfg.train.steps * cfg.train.batch_size / len(data)

@@ -1,5 +1,6 @@
 """Data sets: `build(name, root, args)` gives images and labels: uint8 in memory (`Images`) or read from disk (`Folder`), or
-float16 with the noise that they were made from (`Pairs`), or points in place of images (`Points`).
+float16 with the noise that they were made from (`Pairs`), the posteriors of an autoencoder (`Latents`), or points in place of
+images (`Points`). `data.codec` describes the autoencoder that decodes them; None: they are what they are.
 
 `Dataset` and `IterableDataset` below are never instantiated: where the Hugging Face package `datasets` is installed,
 accelerate imports these two names from whatever package is called `datasets`, and finds this one.
@@ -12,13 +13,17 @@ from typing import Any
 
 from datasets.digits import digits
 from datasets.images import Folder, Images, cifar10, fashion_mnist, folder, mnist
+from datasets.latents import Latents, latents
+from datasets.latents import origin as latents_origin
 from datasets.pairs import Pairs, pairs
+from datasets.pairs import origin as pairs_origin
 from datasets.toys import Points, toys
 
 DATASETS = {
     "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "pairs": pairs,
-    "toys": toys,
+    "latents": latents, "toys": toys,
 }  # fmt: skip
+_ORIGINS = {"pairs": pairs_origin, "latents": latents_origin}
 
 
 class Dataset: ...
@@ -32,7 +37,7 @@ def default_root() -> Path:
     return Path(os.environ.get("FLOW_DATA") or "data")
 
 
-def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Points:
+def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Latents | Points:
     """The data set `name`; `root` (None: `default_root()`) holds downloaded sets, `args` are the set's own arguments.
 
     Raises ValueError for an unknown name or argument (naming what exists), FileNotFoundError where the files are absent
@@ -48,3 +53,13 @@ def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | 
         return DATASETS[name](Path(root) if root else default_root(), **args)
     except TypeError as error:  # a missing argument, or a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
+
+
+def real_images(name: str, root: str | Path | None, args: dict[str, Any]) -> tuple[str, Path, dict[str, Any]]:
+    """(name, root, args) of the real images behind a data set: behind pairs what their flow was trained on, behind latents
+    what was encoded; other sets are what they are."""
+    root = Path(root) if root else default_root()
+    if name not in _ORIGINS:
+        return name, root, args
+    behind = _ORIGINS[name](root, **args)
+    return real_images(behind["name"], behind["root"] or root, behind["args"])

@@ -17,7 +17,7 @@ import datasets
 import models
 from flow import prior, solvers
 from flow.engine import cli, images, runtime, snapshot
-from flow.engine.generate import SamplerSettings, check, solver_state, velocity_of
+from flow.engine.generate import SamplerSettings, check, decoded, solver_state, velocity_of
 from flow.evaluation import animation, planes
 from flow.guidance import FlowModel, GuidedVelocity
 from flow.likelihood import log_likelihood
@@ -51,7 +51,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
-    model = snap.model(models.build)
+    model = snap.model(models.build, models.codec)
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
     plane = len(snap.image_shape) == 1
@@ -72,7 +72,7 @@ def main() -> None:
         made = [*moving_plane(args.out, model, times, states), strip(args.out, times, states)]
         made.append(likelihood_map(args.out, accelerator, model, snap))
     else:
-        made = moving_images(args.out, states, model.net.num_classes)
+        made = moving_images(args.out, [decoded(accelerator, model, x) for x in states], model.net.num_classes)
     print(f"in {args.out}: {' '.join(made)}")
 
 

@@ -4,15 +4,12 @@ The pixels are dequantised uniformly; the divergence is Hutchinson's estimate wi
 of the data set has the same dequantisation and probes in every run.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 import datasets
 import models
 from configs.schema import UserError
-from datasets.pairs import origin
 from flow import rng
 from flow.engine import cli, runtime, snapshot
 from flow.engine.generate import SamplerSettings, batches, check, solver_state, velocity_of
@@ -41,10 +38,11 @@ def main() -> None:
     if model.net.prompt_bytes:
         raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
     source = snap.config.data
-    root = Path(source.root) if source.root else datasets.default_root()
     with runtime.blame("data"):
-        real = origin(root, **source.args) if source.name == "pairs" else {"name": source.name, "args": dict(source.args)}
-        data = datasets.build(real["name"], root, real["args"] | ({"train": False} if args.test else {}))
+        if snap.codec:
+            raise ValueError("--weights: a flow on latents has no likelihood of images")
+        name, root, build_args = datasets.real_images(source.name, source.root, source.args)
+        data = datasets.build(name, root, build_args | ({"train": False} if args.test else {}))
     if args.n_images > len(data):
         raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}")
     accelerator = runtime.start()

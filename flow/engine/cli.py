@@ -20,10 +20,10 @@ class Parser(argparse.ArgumentParser):
     `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
     """
 
-    def __init__(self, description: str, examples: str, kind: type = schema.Config):
+    def __init__(self, description: str, examples: str, kind: type = schema.Config, keys: str = "configs/schema.py"):
         super().__init__(
             description=description,
-            epilog=f"examples:\n{examples}\n\nevery configuration key: configs/schema.py",
+            epilog=f"examples:\n{examples}\n\nevery configuration key: {keys}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

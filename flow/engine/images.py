@@ -17,6 +17,11 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def to_network(pixels: Tensor) -> Tensor:
+    """uint8 images to float32 in [-1, 1]; floats are of pairs or latents and stay what they are."""
+    return pixels.float().div_(127.5).sub_(1) if pixels.dtype == torch.uint8 else pixels.float()
+
+
 def write_png(path: Path, image: Tensor) -> None:
     """Write a uint8 image [C, H, W] under its name once it is whole."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
@@ -37,6 +42,12 @@ def read_png(path: Path) -> np.ndarray:
 def to_pil(image: Tensor) -> Image.Image:
     """uint8 [C, H, W] with 1 or 3 channels."""
     return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """uint8 [C, H, W] of a grey or an RGB image."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
 def point_cloud(points: Tensor, side: int = 400, reach: float = 2.5) -> Tensor:
@@ -61,3 +72,10 @@ def grid(images: Tensor, columns: int, transposed: bool = False, zoomed: bool = 
     picture = make_grid(images, nrow=columns, padding=1, pad_value=128)[: images.shape[1]]
     zoom = max(1, -(-400 // max(picture.shape[1:]))) if zoomed else 1
     return picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+
+
+def beside(originals: Tensor, others: Tensor, columns: int = 8) -> Tensor:
+    """uint8 [N, C, H, W] twice: rows of originals, each above the row of their counterparts, as one picture."""
+    gap = originals.new_zeros(-len(originals) % columns, *originals.shape[1:])
+    rows = [torch.cat([images, gap]).unflatten(0, (-1, columns)) for images in (originals, others)]
+    return grid(torch.stack(rows, dim=1).flatten(0, 2), columns)
