@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from flow.engine.generate import SamplerSettings, check
 from flow.engine.loader import Loader, MicroBatch
 from flow.engine.preview import write_preview
 from flow.engine.schedule import learning_rate
+from flow.engine.sharding import whole
 from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Tracker
 from flow.guidance import drop_labels
@@ -106,7 +108,7 @@ def main() -> None:
         net.compile()
     model, optimizer = accelerator.prepare(net, optimizer)
     half_lives = schema.half_lives(cfg)
-    ema = Ema(net, half_lives, cfg.ema.warmup_ratio)
+    ema = Ema(net, half_lives, cfg.ema.warmup_ratio, lambda: models.build(cfg.model.name, data.image_shape, cfg.model.args))
     meter = Meter(device)
 
     # Where to begin: at step 0 in a new folder, or where a checkpoint left off.
@@ -134,10 +136,11 @@ def main() -> None:
     def save_checkpoint() -> str:
         meter.check(accelerator, newest)
         state = {"updates": updates, "meter": meter.state(accelerator)}
+        averages = [ema.state_dict(i) for i in range(len(half_lives))]  # gathered by all processes where they are sharded
 
         def write_averages(folder: Path) -> None:
             for i, name in enumerate(checkpoint.ema_files(half_lives)):
-                snapshot.save(folder / name, ema.state_dict(i), cfg, data.image_shape, step, half_lives[i], data.codec)
+                snapshot.save(folder / name, averages[i], cfg, data.image_shape, step, half_lives[i], data.codec)
 
         saved = checkpoint.save(accelerator, checkpoints, step, state, write_averages)
         if accelerator.is_main_process:
@@ -168,7 +171,7 @@ def main() -> None:
                     accelerator.backward(losses.mean() / cfg.train.accumulate)
                 meter.add(step + 1, losses, training.times(t))
             max_norm = cfg.optimizer.clip_grad_norm or float("inf")
-            meter.add_grad_norm(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+            meter.add_grad_norm(whole(accelerator.clip_grad_norm_(model.parameters(), max_norm)))
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -193,10 +196,10 @@ def main() -> None:
             if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
                 newest = save_checkpoint()
             if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
-                with ema.applied():
+                with ema.applied() as averaged:
                     write_preview(
-                        accelerator, flow_model, data.image_shape, preview_settings, cfg.preview.n_samples,
-                        run_dir / "samples" / f"step_{step:08d}.png",
+                        accelerator, replace(flow_model, net=averaged), data.image_shape, preview_settings,
+                        cfg.preview.n_samples, run_dir / "samples" / f"step_{step:08d}.png",
                     )  # fmt: skip
                 model.train()
             window_start += time.perf_counter() - pause

@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from tqdm import tqdm
 
 from configs.schema import UserError
+from flow.engine import sharding
 
 
 def start(
@@ -29,6 +30,7 @@ def start(
     found = torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
     if mixed_precision == "fp16" and not found:
         raise UserError("train.mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
+    sharding.prepare_launch(found)
     # Without cpu=True, two processes on a machine without GPUs would each believe to be process 0 of 1.
     try:
         accelerator = Accelerator(
