@@ -28,7 +28,7 @@ EXAMPLES = """\
       --steps 2 --rounds 3 --out docs/benchmark train.batch_size=32
   python -m scripts.benchmark -c configs/mnist_mini_cond.yaml --parts scaling --processes 1 2 --precisions bf16"""
 PARTS = ("train", "sample", "evaluate", "scaling")
-COMPUTE = ("forward", "backward", "network", "features")  # sections that are networks
+COMPUTE = ("forward", "backward", "network", "decoder", "features")  # sections that are networks
 
 
 def parse_args():

@@ -218,16 +218,17 @@ def blank_snapshot(job: dict) -> Path:
 
     path = Path(job["scratch"]) / "blank.safetensors"
     if not path.is_file():
-        cfg, shape, _ = material(job)
+        cfg, shape, data = material(job)
         net = models.build(cfg.model.name, shape, cfg.model.args)
-        snapshot.save(path, net.state_dict(), cfg, shape, 0, 1)
+        snapshot.save(path, net.state_dict(), cfg, shape, 0, 1, data.codec)
     return path
 
 
 def sample_job(job: dict) -> dict:
-    """sample.py itself; "network" is a section."""
+    """sample.py itself; "network" and, of latents, "decoder" are sections."""
     import sample
     from flow.guidance import GuidedVelocity
+    from models.autoencoder import VAE
     from scripts.stopwatch import Stopwatch
 
     watch = Stopwatch(synchronise=True)
@@ -245,6 +246,7 @@ def sample_job(job: dict) -> dict:
 
     sample.generate = timed_generate
     GuidedVelocity._forward = watch.watch("network", GuidedVelocity._forward)
+    VAE.decode = watch.watch("decoder", VAE.decode)
     weights = blank_snapshot(job)
     with tempfile.TemporaryDirectory() as scratch:
         sys.argv = [

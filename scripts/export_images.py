@@ -18,12 +18,16 @@ EXAMPLES = "  python -m scripts.export_images --save_dir data/mnist64 --size 64 
 AHEAD = 1000  # images a round
 
 
-def main() -> None:
+def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument("--size", type=cli.at_least(1), help="side in pixels (default: that of the data set)")
     parser.add_argument("--n_images", type=cli.at_least(1), help="the first N (default: all)")
-    args = parser.parse()
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
     source = schema.load(None, args.overrides).data
     accelerator = runtime.start_alone("export_images")
     with runtime.blame("data"):

@@ -62,6 +62,8 @@ def main() -> None:
     accelerator = runtime.start(
         cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), timeout_minutes=cfg.train.timeout_minutes
     )
+    if accelerator.is_fsdp2:
+        raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
     device = accelerator.device
     with runtime.blame("data"):
         data = runtime.one_process_first(accelerator, lambda: datasets.build(cfg.data.name, cfg.data.root, cfg.data.args))

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, succeed
-from torch import Tensor
 
 import datasets
 import models
@@ -35,19 +36,10 @@ CACHE = ["data.name=digits", "--shard_images", "800", "--bspp", "200"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """An untrained AutoencoderKL as `save_pretrained` writes it: images 1x8x8, latents 2x4x4."""
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("vae") / "autoencoder"
-    autoencoder.new(1, [8, 8], 2, 1).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, folder) -> Path:
+def cache(tmp_path_factory, vae_folder) -> Path:
     out = tmp_path_factory.mktemp("cache") / "latents"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["cache_latents", "--vae", str(folder), "--save_dir", str(out), *CACHE])
+        patch.setattr(sys, "argv", ["cache_latents", "--vae", str(vae_folder), "--save_dir", str(out), *CACHE])
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         cache_latents.main()
@@ -70,60 +62,18 @@ def contents(path: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.is_file()}
 
 
-# ---- codecs
+# ---- the cache
 
 
-def test_the_identity_changes_nothing():
-    codec, x = models.codec(None), torch.randn(2, 3, 4, 4)
-    assert codec.decode(x) is x and codec.latent_shape((3, 4, 4)) == (3, 4, 4)
-    assert torch.equal(codec.encode(x)[0], x) and not codec.encode(x)[1].any()
-
-
-def test_a_folder_of_diffusers_is_loaded_as_it_is(folder):
-    from diffusers import AutoencoderKL
-
-    theirs, ours = AutoencoderKL.from_pretrained(folder), autoencoder.load(str(folder))
-    x = torch.rand(3, 1, 8, 8) * 2 - 1
-    with torch.no_grad():
-        posterior = theirs.encode(x).latent_dist
-        assert ours.latent_shape((1, 8, 8)) == tuple(posterior.mean.shape[1:]) == (2, 4, 4)
-        for mine, other in zip(ours.encode(x), (posterior.mean, posterior.std), strict=True):
-            torch.testing.assert_close(mine, other)
-        torch.testing.assert_close(ours.decode(posterior.mean), theirs.decode(posterior.mean).sample)
-
-
-def test_decoding_undoes_normalisation(folder, data):
-    plain, codec = autoencoder.load(str(folder)), models.codec(data.codec)
+def test_decoding_undoes_normalisation(vae_folder, data):
+    plain, codec = autoencoder.load(str(vae_folder)), models.codec(data.codec)
     z = torch.randn(4, 2, 4, 4)
     torch.testing.assert_close(codec.decode(data.normalised(z)), plain.decode(z), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(codec.decode(z), plain.decode(z), atol=1e-3)
 
 
-def test_short_memory_halves_the_batch_then_tiles(folder, monkeypatch):
-    """With room for three images a batch of eight is the same in parts; with room for none it goes in tiles, and says so."""
-    vae = autoencoder.load(str(folder))
-    z = torch.randn(8, 2, 4, 4)
-    expected, decode, sizes = vae.decode(z), vae.net.decode, []
-
-    def short(z: Tensor, room: int = 3):
-        if len(z) > room or (room == 0 and not vae.net.use_tiling):
-            raise torch.OutOfMemoryError
-        sizes.append(len(z))
-        return decode(z)
-
-    monkeypatch.setattr(vae.net, "decode", short)
-    torch.testing.assert_close(vae.decode(z), expected)
-    assert sizes == [2, 2, 2, 2]
-    monkeypatch.setattr(vae.net, "decode", lambda z: short(z, 1 if vae.net.use_tiling else 0))
-    with pytest.warns(UserWarning, match="tiles"):
-        assert vae.decode(z[:1]).shape == (1, 1, 8, 8)
-
-
-# ---- the cache
-
-
-def test_the_cache_holds_posteriors_of_images_and_mirror_images(folder, cache, data):
-    vae, real = autoencoder.load(str(folder)), datasets.build("digits", None, {})
+def test_the_cache_holds_posteriors_of_images_and_mirror_images(vae_folder, cache, data):
+    vae, real = autoencoder.load(str(vae_folder)), datasets.build("digits", None, {})
     assert len(data) == len(real) == 1797 and data.image_shape == (2, 4, 4)
     assert torch.equal(data.labels, real.labels) and data.class_names == real.class_names
     chosen = [0, 799, 800, 1796]  # both sides of a seam
@@ -148,7 +98,7 @@ def test_latents_are_standard_in_each_channel(data):
     torch.testing.assert_close((mean.square() + variance).mean((0, 2, 3)), torch.ones(2).double(), atol=1e-6, rtol=1e-6)
 
 
-def test_a_cache_that_was_cut_off_ends_as_the_same_files(here, folder, cache, tmp_path):
+def test_a_cache_that_was_cut_off_ends_as_the_same_files(here, vae_folder, cache, tmp_path):
     """Killed while the second shard was written, the first one damaged on the disk since."""
     out = tmp_path / "cut"
     out.mkdir()
@@ -156,25 +106,47 @@ def test_a_cache_that_was_cut_off_ends_as_the_same_files(here, folder, cache, tm
     (out / first.name).write_bytes(first.read_bytes()[:-100])
     shutil.copy(cache / "latents_00002.safetensors", out)
     (out / f".tmp-1-{second.name}").write_bytes(b"half")
-    printed = here("cache_latents", "--vae", folder, "--save_dir", out, *CACHE)
+    printed = here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
     assert "1600 of them made now" in printed and contents(out) == contents(cache)
-    assert "0 of them made now" in here("cache_latents", "--vae", folder, "--save_dir", out, *CACHE)
+    assert "0 of them made now" in here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_files(folder, cache, tmp_path):
-    succeed("-m", "scripts.cache_latents", "--vae", folder, "--save_dir", tmp_path / "two", *CACHE, processes=2)
+def test_two_processes_write_the_same_files(vae_folder, cache, tmp_path):
+    succeed("-m", "scripts.cache_latents", "--vae", vae_folder, "--save_dir", tmp_path / "two", *CACHE, processes=2)
     assert contents(tmp_path / "two") == contents(cache)
 
 
-def test_reconstructions_are_checked(here, folder, tmp_path):
+@pytest.mark.slow
+def test_a_cache_killed_again_and_again_ends_as_the_same_files(vae_folder, tmp_path):
+    """With shards of 40 images, so that kills come in the middle of files, between them and before the manifest."""
+    ask = ["--vae", vae_folder, "data.name=digits", "--shard_images", 40, "--bspp", 20]
+    command = [sys.executable, "-m", "scripts.cache_latents", *map(str, ask), "--save_dir"]
+    succeed(*command[1:], tmp_path / "whole")
+    seen = []
+    for wait in (0.0, 0.05, 0.1, 0.2, 0.3):
+        out = tmp_path / "killed"
+        process = subprocess.Popen([*command, str(out)], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(list(out.glob("*.safetensors"))) if out.is_dir() else 0
+        while process.poll() is None and not (out.is_dir() and len(list(out.glob("*.safetensors"))) > before):
+            time.sleep(0.002)
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        seen.append(len(list(out.glob("*.safetensors"))))
+    assert 0 < seen[0] < 45
+    succeed(*command[1:], out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_reconstructions_are_checked(here, vae_folder, tmp_path):
     out = tmp_path / "checked"
     printed = here(
-        "cache_latents", "--vae", folder, "--save_dir", out, *CACHE, "--flipped", "no", "--check", 50,
+        "cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE, "--flipped", "no", "--check", 50,
         "--feature_extractor", "digits",
     )  # fmt: skip
     found = json.loads((out / "reconstructions.json").read_text())
-    vae, real = autoencoder.load(str(folder)), datasets.build("digits", None, {})
+    vae, real = autoencoder.load(str(vae_folder)), datasets.build("digits", None, {})
     x = real.images[[k * 1797 // 50 for k in range(50)]]
     made = to_uint8(vae.decode(vae.encode(to_network(x))[0]))
     expected = (10 * torch.log10(255**2 / (made.double() - x.double()).square().mean((1, 2, 3)))).mean()
@@ -257,12 +229,12 @@ def other_autoencoder(path: Path) -> Path:
     return path
 
 
-def test_another_autoencoder_than_that_of_the_training(error, here, run, folder, tmp_path):
+def test_another_autoencoder_than_that_of_the_training(error, here, run, vae_folder, tmp_path):
     ask = ["sample", "--weights", run, "--n_samples", 2, "--sampling_steps", 1]
     message = error(*ask, "--save_dir", tmp_path / "a", f"data.autoencoder={other_autoencoder(tmp_path / 'other')}")
     assert "data.autoencoder" in message and "is not the autoencoder of these latents" in message
     assert "there is no such folder" in error(*ask, "--save_dir", tmp_path / "b", "data.autoencoder=/nowhere")
-    shutil.copytree(folder, tmp_path / "moved")
+    shutil.copytree(vae_folder, tmp_path / "moved")
     here(*ask, "--save_dir", tmp_path / "c", f"data.autoencoder={tmp_path / 'moved'}")
 
 
@@ -285,9 +257,9 @@ def test_a_cache_made_by_another_codec(error, here, cache, run, tmp_path):
     (lambda f: edit(f, layers_per_block=2), "its weights lack"),
     (lambda f: edit(f, in_channels=[1]), "not a whole AutoencoderKL"),
 ])  # fmt: skip
-def test_a_folder_that_is_no_autoencoder(error, folder, tmp_path, damage, words):
+def test_a_folder_that_is_no_autoencoder(error, vae_folder, tmp_path, damage, words):
     copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
+    shutil.copytree(vae_folder, copy)
     damage(copy)
     message = error("cache_latents", "--vae", copy, "--save_dir", tmp_path / "out", *CACHE)
     assert words in message and str(copy) in message and not (tmp_path / "out").exists()
@@ -298,8 +270,8 @@ def edit(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_what_cannot_be_encoded(error, folder, cache, tmp_path, monkeypatch):
-    ask = ["cache_latents", "--vae", folder, "--save_dir", tmp_path / "out"]
+def test_what_cannot_be_encoded(error, vae_folder, cache, tmp_path, monkeypatch):
+    ask = ["cache_latents", "--vae", vae_folder, "--save_dir", tmp_path / "out"]
     assert "holds no images" in error(*ask, "data.name=toys", "data.args.name=moons")
     assert "holds no images" in error(*ask, "data.name=latents", f"data.args.path={cache}")
     readme = REPOSITORY / "docs" / "images"
@@ -307,7 +279,7 @@ def test_what_cannot_be_encoded(error, folder, cache, tmp_path, monkeypatch):
     assert "must divide by 2" in error(*ask, "data.name=folder", f"data.args={{path: {readme}, size: 7, channels: 1}}")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    message = error("cache_latents", "--vae", folder, "--save_dir", tmp_path / "mine", *CACHE)
+    message = error("cache_latents", "--vae", vae_folder, "--save_dir", tmp_path / "mine", *CACHE)
     assert "was not written by cache_latents" in message
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "pip install -r requirements-latent.txt" in error(*ask, "data.name=digits")

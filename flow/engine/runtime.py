@@ -30,7 +30,8 @@ def start(
     found = torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
     if mixed_precision == "fp16" and not found:
         raise UserError("train.mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
-    sharding.prepare_launch(found)
+    timeout = timedelta(minutes=timeout_minutes)
+    sharding.prepare_launch(found, timeout)
     # Without cpu=True, two processes on a machine without GPUs would each believe to be process 0 of 1.
     try:
         accelerator = Accelerator(
@@ -39,7 +40,7 @@ def start(
             log_with=log_with or None,
             project_dir=log_dir,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+                InitProcessGroupKwargs(timeout=timeout),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )

@@ -1,6 +1,7 @@
 """Weights that lie in shards on the processes of a run (FSDP2): this process's part of them, and the whole."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate.state import PartialState
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from configs.schema import UserError
 
 
-def prepare_launch(device_found: bool) -> None:
+def prepare_launch(device_found: bool, timeout: timedelta) -> None:
     """Call before the Accelerator is made. Raises UserError for FSDP's first version, whose flat weights have no names.
 
     accelerate shards only what it takes for GPUs; gloo shards on CPUs just as well, which the tests live on.
@@ -22,7 +23,7 @@ def prepare_launch(device_found: bool) -> None:
     if version != "2":
         raise UserError(f"fsdp_version={version}: must be 2, see configs/accelerate/fsdp.yaml")
     if not device_found and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=True)
+        PartialState(cpu=True, timeout=timeout)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
