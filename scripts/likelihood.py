@@ -37,10 +37,10 @@ def main() -> None:
     model = snap.model(models.build)
     if model.net.prompt_bytes:
         raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
+    if snap.codec:
+        raise UserError("--weights: a flow on latents gives no likelihood of images")
     source = snap.config.data
     with runtime.blame("data"):
-        if snap.codec:
-            raise ValueError("--weights: a flow on latents has no likelihood of images")
         name, root, build_args = datasets.real_images(source.name, source.root, source.args)
         data = datasets.build(name, root, build_args | ({"train": False} if args.test else {}))
     if args.n_images > len(data):

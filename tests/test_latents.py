@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, succeed
+from PIL import Image
 
 import datasets
 import models
@@ -218,6 +219,13 @@ def test_pairs_of_latents_keep_the_codec(here, run, tmp_path):
     pairs = datasets.build("pairs", None, {"path": str(tmp_path)})
     assert pairs.image_shape == (2, 4, 4) and pairs.codec == snapshot.load(run).codec
     assert datasets.real_images("pairs", None, {"path": str(tmp_path)})[0] == "digits"
+
+
+def test_other_scripts_know_of_latents(here, error, run, tmp_path):
+    here("animate", "--weights", run, "--out", tmp_path, "--n", 10, "--frames", 2, "--steps_a_frame", 1)
+    with Image.open(tmp_path / "trajectory.gif") as gif:
+        assert gif.size[0] % 91 == 0  # ten columns of 8 pixels and their borders
+    assert "gives no likelihood of images" in error("likelihood", "--weights", run, "--n_images", 2)
 
 
 # ---- mistakes

@@ -5,6 +5,7 @@ Position p of the endless stream of training images (step k holds positions k B 
 any number of them sees the same global batches, and resuming needs the step alone.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import tee
@@ -121,6 +122,7 @@ class Loader:
             batch_sampler=_Sampler(index_batches, count),
             num_workers=self.num_workers,
             collate_fn=_collate,
+            worker_init_fn=_outlive_signals,
             pin_memory=self.device.type == "cuda",
         )
         for batch in loader:
@@ -183,6 +185,12 @@ class _Reader:
             return self.data[index]
         except (ValueError, OSError) as error:
             return str(error)
+
+
+def _outlive_signals(worker: int) -> None:
+    """SIGTERM and Ctrl-C often reach the whole process group; it is the trainer that decides when to stop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: list) -> tuple[Tensor, Tensor] | str:

@@ -76,7 +76,7 @@ def flow_model(
     if description is None or codec is None:
         return FlowModel(net, chosen, config.flow.prediction)
     moved = {"source": config.data.autoencoder} if config.data.autoencoder else {}
-    with runtime.blame("autoencoder" if not moved else "data.autoencoder"):
+    with runtime.blame("data.autoencoder" if moved else "the autoencoder (data.autoencoder can name another place)"):
         return FlowModel(net, chosen, config.flow.prediction, codec({**description, **moved}).decode)
 
 
