@@ -21,7 +21,7 @@ from flow.engine.ema import Ema
 from flow.engine.generate import SamplerSettings, check
 from flow.engine.loader import Loader, MicroBatch
 from flow.engine.preview import write_preview
-from flow.engine.schedule import learning_rate
+from flow.engine.schedule import adamw, learning_rate
 from flow.engine.sharding import whole
 from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Tracker
@@ -36,15 +36,7 @@ EXAMPLES = """\
 
 
 def parse_args():
-    parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; with -r the run's own is the default")
-    parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
-    parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
-    args = parser.parse()
-    if args.mixed_precision:
-        args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
-    return args
+    return cli.parse_training(cli.Parser(__doc__, EXAMPLES))
 
 
 def main() -> None:
@@ -96,14 +88,7 @@ def main() -> None:
             before = snapshot.load(cfg.train.init_from)
             snapshot.check_codec(f"train.init_from={cfg.train.init_from}", before, data.codec)
             before.load_into(net)
-    optimizer = torch.optim.AdamW(
-        net.parameters(),
-        lr=cfg.optimizer.lr,
-        betas=tuple(cfg.optimizer.betas),
-        eps=cfg.optimizer.eps,
-        weight_decay=cfg.optimizer.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    optimizer = adamw(net, cfg.optimizer, device)
     if cfg.train.compile:
         net.compile()
     model, optimizer = accelerator.prepare(net, optimizer)

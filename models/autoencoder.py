@@ -10,6 +10,7 @@ shift and scale (one number a channel) and image_shape (of what it decodes to).
 
 import hashlib
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -54,6 +55,7 @@ class VAE(nn.Module):
         self.net = net
         self.channels, self.latent_channels = net.config.in_channels, net.config.latent_channels
         self.factor = 2 ** (len(net.config.block_out_channels) - 1)  # of downsampling
+        self.room = sys.maxsize  # images at once, as found out
         self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
 
@@ -113,16 +115,19 @@ class VAE(nn.Module):
         self.net.save_pretrained(folder)
 
     def _in_memory(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        if len(batch) > self.room:
+            return torch.cat([self._in_memory(function, part) for part in batch.split(self.room)])
         try:
             return function(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1 and self.net.use_tiling:
                 raise
-        if len(batch) == 1:
-            warnings.warn("the memory is too short for one image: the autoencoder works in tiles from here on", stacklevel=3)
-            self.net.enable_tiling()
-            return function(batch)
-        return torch.cat([self._in_memory(function, half) for half in batch.chunk(2)])
+        if len(batch) > 1:
+            self.room = len(batch) // 2
+            return self._in_memory(function, batch)
+        warnings.warn("the memory is too short for one image: the autoencoder works in tiles from here on", stacklevel=3)
+        self.net.enable_tiling()
+        return function(batch)
 
 
 def codec(description: dict[str, Any] | None) -> Codec:

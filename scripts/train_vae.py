@@ -28,7 +28,7 @@ from flow.engine.ema import Ema
 from flow.engine.generate import share
 from flow.engine.images import to_network, to_uint8
 from flow.engine.loader import Loader
-from flow.engine.schedule import learning_rate
+from flow.engine.schedule import adamw, learning_rate
 from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Tracker
 from flow.evaluation.metrics import psnr
@@ -44,15 +44,7 @@ PREVIEW_BATCH = 16
 
 
 def parse_args():
-    parser = cli.Parser(__doc__, EXAMPLES, kind=VaeConfig, keys="configs/vae.py")
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; with -r the run's own is the default")
-    parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
-    parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
-    args = parser.parse()
-    if args.mixed_precision:
-        args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
-    return args
+    return cli.parse_training(cli.Parser(__doc__, EXAMPLES, kind=VaeConfig, keys="configs/vae.py"))
 
 
 def main() -> None:
@@ -81,10 +73,7 @@ def main() -> None:
     )  # fmt: skip
     checkpoints = run_dir / "checkpoints"
     found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
-    optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=cfg.optimizer.lr, betas=tuple(cfg.optimizer.betas), eps=cfg.optimizer.eps,
-        weight_decay=cfg.optimizer.weight_decay, fused=device.type in ("cpu", "cuda"),
-    )  # fmt: skip
+    optimizer = adamw(vae, cfg.optimizer, device)
     if cfg.train.compile:
         vae.compile()
     model, optimizer = accelerator.prepare(vae, optimizer)
