@@ -1,4 +1,4 @@
-"""The latent DiT of configs/celebahq_dit.yaml as large as it is, with an autoencoder of the usual size: one step, one sample."""
+"""The DiT of configs/celebahq_dit.yaml and an autoencoder of the usual size, as large as they are: one step, one sample."""
 
 import json
 
