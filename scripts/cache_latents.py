@@ -22,6 +22,7 @@ import datasets
 from configs import schema
 from configs.schema import UserError
 from datasets.shards import MANIFEST, damage_of, read_shard, save_shard
+from flow import rng
 from flow.engine import cli, files, images, runtime
 from flow.engine.generate import batches, share
 from flow.engine.images import to_network, to_uint8
@@ -212,7 +213,7 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
         )
         extractor.dimension(data.image_shape)
     count = min(args.check, len(data))
-    chosen = [k * len(data) // count for k in range(count)]  # from the whole set, as folders are sorted by class
+    chosen = rng.generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
     mine = share(accelerator, range(count), args.bspp)
     real_features, made_features, ratios, shown = FeatureSet(), FeatureSet(), [], None
     with runtime.progress(accelerator, sum(map(len, mine)), "reconstructions (of this process)") as bar:
