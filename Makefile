@@ -26,9 +26,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The stamp is newer than requirements.txt only when the installation went through.
-.venv/installed: requirements.txt
+# The stamp is newer than the requirements only when the installation went through.
+.venv/installed: requirements.txt requirements-latent.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-latent.txt
 	touch $@

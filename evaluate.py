@@ -8,7 +8,6 @@ results.csv, results.md and nfe.png; rows that are there already are not compute
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from configs.schema import Config, UserError
 from datasets import captions
 from flow.engine import cli, files, runtime, snapshot, tuned_grids
 from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
+from flow.engine.reading import Data, read_images
 from flow.evaluation import metrics, plots, points, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.points import PointSpace
@@ -81,7 +81,7 @@ def main() -> None:
 def score_weights(args, accelerator: Accelerator) -> None:
     """A row for each method x steps x guidance scale x range of images."""
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    model = snap.model(models.build)
+    model = snap.model(models.build, models.codec)
     net = model.net
     runtime.place(net, accelerator, args.compile)
     labels, prompts = asked_for(args, accelerator, snap.config, net)
@@ -104,7 +104,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
     for settings in plan:
         with runtime.blame("evaluate"):
             check(settings, net)
-    extractor, real = prepare(args, accelerator, snap.image_shape, snap.config)
+    extractor, real = prepare(args, accelerator, snap.decoded_shape, snap.config)
     given = Path(args.weights)
     out = args.out or (given if given.is_dir() else given.parent) / "evaluation"
     identity = {
@@ -247,15 +247,11 @@ def prepare(
     return extractor, found
 
 
-def read(
-    data: datasets.Images | datasets.Folder, accelerator: Accelerator, batch_size: int, what: str
-) -> Iterator[tuple[range, Tensor]]:
+def read(data: Data, accelerator: Accelerator, batch_size: int, what: str) -> Iterator[tuple[range, Tensor]]:
     """This process's share of the images of a data set, without augmentation, under a bar that says `what`."""
     mine = share(accelerator, range(len(data)), batch_size)
-    with ThreadPoolExecutor(max_workers=4) as pool, runtime.progress(accelerator, sum(map(len, mine)), what) as bar:
-        for batch in mine:
-            with runtime.blame("data"):
-                images = torch.stack([image for image, _ in pool.map(data.__getitem__, batch)])
+    with runtime.progress(accelerator, sum(map(len, mine)), what) as bar:
+        for batch, images in read_images(data, mine):
             yield batch, images
             bar.update(len(batch))
 

@@ -57,7 +57,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    model = snap.model(models.build)
+    model = snap.model(models.build, models.codec)
     net = model.net
     labels = tuple(args.labels) if args.labels else None
     prompts = tuple(args.prompts) if args.prompts else None
@@ -158,7 +158,7 @@ def claim(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes:
         **dataclasses.asdict(settings),
         "num_classes": num_classes,
         "mixed_precision": args.mixed_precision,
-        "image_shape": snap.image_shape,
+        "image_shape": snap.decoded_shape,
         **({"bspp": args.bspp} if settings.method in BY_BATCH else {}),
     }
     mine = json.loads(json.dumps(mine))

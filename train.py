@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from flow.engine.ema import Ema
 from flow.engine.generate import SamplerSettings, check
 from flow.engine.loader import Loader, MicroBatch
 from flow.engine.preview import write_preview
-from flow.engine.schedule import learning_rate
+from flow.engine.schedule import adamw, learning_rate
+from flow.engine.sharding import whole
 from flow.engine.skips import Skips
 from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Tracker
@@ -37,14 +39,12 @@ EXAMPLES = """\
 
 
 def parse_args():
-    parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
-    return cli.parse_training(parser)
+    return cli.parse_training(cli.add_resume_flag(cli.Parser(__doc__, EXAMPLES)))
 
 
 def main() -> None:
     args = parse_args()
-    run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides)
+    run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides, Config)
     accelerator = runtime.start(
         cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), cfg.train.timeout_minutes, cfg.train.gradient_compression
     )
@@ -63,7 +63,7 @@ def main() -> None:
         distance = loss.distance(cfg.flow.distance, **cfg.flow.distance_args)
     with runtime.blame("flow.objective"):
         training = objective(cfg.flow.objective, distance, cfg.flow.prediction, **cfg.flow.objective_args)
-    flow_model = snapshot.flow_model(net, cfg)
+    flow_model = snapshot.flow_model(net, cfg, data.codec, models.codec)
     path = flow_model.path
     with runtime.blame("preview"):
         preview_settings = SamplerSettings(
@@ -87,19 +87,14 @@ def main() -> None:
     found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
     if cfg.train.init_from and not found:
         with runtime.blame("train.init_from"):
-            snapshot.load(cfg.train.init_from).load_into(net)
+            before = snapshot.load(cfg.train.init_from)
+            snapshot.check_codec(f"train.init_from={cfg.train.init_from}", before, data.codec)
+            before.load_into(net)
     runtime.place(net, accelerator, cfg.train.compile)
-    optimizer = torch.optim.AdamW(
-        net.parameters(),
-        lr=cfg.optimizer.lr,
-        betas=tuple(cfg.optimizer.betas),
-        eps=cfg.optimizer.eps,
-        weight_decay=cfg.optimizer.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    optimizer = adamw(net, cfg.optimizer, device)
     model, optimizer = accelerator.prepare(net, optimizer)
     half_lives = schema.half_lives(cfg)
-    ema = Ema(net, half_lives, cfg.ema.warmup_ratio)
+    ema = Ema(net, half_lives, cfg.ema.warmup_ratio, lambda: models.build(cfg.model.name, data.image_shape, cfg.model.args))
     meter = Meter(device, cfg.train.not_finite)
     skips = Skips(accelerator, cfg.train.not_finite)
 
@@ -113,7 +108,9 @@ def main() -> None:
             raise UserError(f"train.steps={cfg.train.steps}: the run is at step {step} already")
         meter.load_state(accelerator, state["meter"])
         for i, name in enumerate(checkpoint.ema_files(half_lives)):
-            ema.load_state_dict(i, snapshot.load(found / name).weights)
+            average = snapshot.load(found / name)
+            snapshot.check_codec(f"data.args={cfg.data.args}", average, data.codec)
+            ema.load_state_dict(i, average.weights)
         newest = f"the newest checkpoint is {found}"
     if accelerator.is_main_process:
         run_folder.write(run_dir, cfg, accelerator)
@@ -141,10 +138,11 @@ def main() -> None:
     def save_checkpoint() -> str:
         meter.check(accelerator, newest)
         state = {"updates": updates, "meter": meter.state(accelerator)}
+        averages = [ema.state_dict(i) for i in range(len(half_lives))]  # gathered by all processes where they are sharded
 
         def write_averages(folder: Path) -> None:
             for i, name in enumerate(checkpoint.ema_files(half_lives)):
-                snapshot.save(folder / name, ema.state_dict(i), cfg, data.image_shape, step, half_lives[i])
+                snapshot.save(folder / name, averages[i], cfg, data.image_shape, step, half_lives[i], data.codec)
 
         saved = checkpoint.save(accelerator, checkpoints, step, state, write_averages)
         if accelerator.is_main_process:
@@ -167,7 +165,7 @@ def main() -> None:
                     accelerator.backward(losses.mean() / cfg.train.accumulate)
                 meter.add(step + 1, losses, training.times(t))
             max_norm = cfg.optimizer.clip_grad_norm or float("inf")
-            norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+            norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
             taken = skips.take(optimizer, norm)
             meter.add_grad_norm(step + 1, norm, taken)
             optimizer.zero_grad()
@@ -194,10 +192,10 @@ def main() -> None:
             if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
                 newest = save_checkpoint()
             if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
-                with ema.applied():
+                with ema.applied() as averaged:
                     write_preview(
-                        accelerator, flow_model, data.image_shape, preview_settings, cfg.preview.n_samples,
-                        run_dir / "samples" / f"step_{step:08d}.png",
+                        accelerator, replace(flow_model, net=averaged), data.image_shape, preview_settings,
+                        cfg.preview.n_samples, run_dir / "samples" / f"step_{step:08d}.png",
                     )  # fmt: skip
                 model.train()
             window_start += time.perf_counter() - pause
@@ -259,7 +257,9 @@ def check_conditions(cfg: Config, data, net: torch.nn.Module) -> None:
 def introduce(tracker: Tracker, accelerator: Accelerator, cfg: Config, data, net: torch.nn.Module, step: int) -> None:
     """Say what is about to be trained, with the numbers that are mistaken most often."""
     size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
-    what = "images of {}x{}x{}".format(*data.image_shape) if len(data.image_shape) == 3 else "points"
+    what = "points"
+    if len(data.image_shape) == 3:
+        what = ("latents" if data.codec else "images") + " of {}x{}x{}".format(*data.image_shape)
     processes, micro = accelerator.num_processes, cfg.train.accumulate
     share = cfg.train.batch_size // (processes * micro)
     epochs = cfg.train.steps * cfg.train.batch_size / len(data)

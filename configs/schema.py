@@ -33,7 +33,7 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
-Kind = TypeVar("Kind", bound="Config | RectifyConfig")
+Kind = TypeVar("Kind")  # a configuration: a dataclass of keys and sections with validate()
 
 
 class UserError(ValueError):
@@ -47,6 +47,7 @@ class DataConfig:
     args: dict[str, Any] = field(default_factory=dict)  # arguments of the data set
     horizontal_flip: bool = False  # mirror each training image with probability 1/2
     num_workers: int = 2  # processes that decode images, for sets that are read from disk
+    autoencoder: str | None = None  # of latents: folder or hub id, where it is not where it was when they were made
 
 
 @dataclass
@@ -141,6 +142,20 @@ class RectifyConfig:  # of scripts/rectify.py, which trains several models one a
     straightness_images: int = 200  # over which straightness is the mean
     straightness_steps: int = 50  # Euler steps of its integral
 
+    def validate(self) -> None:
+        """What the scripts that are called would only find out after the first training."""
+        for key in ("rounds", "straightness_steps", "first_pairs.n_pairs", "later_pairs.n_pairs"):
+            require(self, key, lambda v: v >= 1, "at least 1")
+        for key in ("first_pairs.sampling_steps", "later_pairs.sampling_steps"):
+            require(self, key, lambda v: v >= 1, "at least 1")
+        for key in ("first_pairs.guidance_scale", "later_pairs.guidance_scale"):
+            require(self, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
+        for key in ("first_pairs.inverted_share", "later_pairs.inverted_share"):
+            require(self, key, lambda v: 0 <= v <= 1, "between 0 and 1")
+        for key in ("n_samples", "straightness_images"):
+            require(self, key, lambda v: v >= 2, "at least 2")
+        require(self, "nfe", lambda v: v and all(n >= 1 for n in v) and len(set(v)) == len(v), "distinct numbers from 1")
+
 
 @dataclass
 class Config:
@@ -152,6 +167,12 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def validate(self) -> None:
+        """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
+        check_common(self)
+        require(self, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
+        require(self, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
 
 
 @overload
@@ -179,11 +200,19 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None, bas
             raise UserError(f"{override}: the value {value!r} is not YAML ({_first_line(error)})") from None
         config = _merge(config, node, source=override)
     config = OmegaConf.to_object(config)
-    (validate if kind is Config else _validate_rectify)(config)
+    config.validate()
     return config
 
 
-def parse(text: str, source: str = "stored config") -> Config:
+@overload
+def parse(text: str, source: str = "stored config") -> Config: ...
+
+
+@overload
+def parse(text: str, source: str = "stored config", *, kind: type[Kind]) -> Kind: ...
+
+
+def parse(text: str, source: str = "stored config", kind: type = Config) -> Any:
     """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run). Raises UserError that names
     the source where it is not one."""
     try:
@@ -192,12 +221,12 @@ def parse(text: str, source: str = "stored config") -> Config:
         raise UserError(f"{source}: not YAML ({_first_line(error)})") from None
     if not isinstance(node, DictConfig) or not node:
         raise UserError(f"{source}: holds no `key: value` lines")
-    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(Config), node, source))
-    validate(config)
+    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(kind), node, source))
+    config.validate()
     return config
 
 
-def dump(config: Config) -> str:
+def dump(config: Any) -> str:
     """The whole configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -228,43 +257,27 @@ def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def validate(config: Config) -> None:
-    """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
-    for key in all_keys():
-        _require(config, key, lambda v: not isinstance(v, int) or v < _TOO_LARGE, "less than 2^63")
-    for key in _AT_LEAST_ONE:
-        _require(config, key, lambda v: v >= 1, "at least 1")
-    for key in _NOT_NEGATIVE:
-        _require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
+def check_common(config: Any) -> None:
+    """What the types cannot say of the sections that the trainers share."""
+    known = all_keys(type(config))
+    for key in known:
+        require(config, key, lambda v: not isinstance(v, int) or v < _TOO_LARGE, "less than 2^63")
+    for key in filter(known.__contains__, _AT_LEAST_ONE):
+        require(config, key, lambda v: v >= 1, "at least 1")
+    for key in filter(known.__contains__, _NOT_NEGATIVE):
+        require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
     for key in ("optimizer.lr", "optimizer.eps"):
-        _require(config, key, lambda v: v > 0 and math.isfinite(v), "greater than 0, and finite")
-    _require(config, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
-    _require(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
-    _require(config, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
-    _require(config, "train.mixed_precision", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
-    _require(config, "train.gradient_compression", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
-    _require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-    _require(config, "train.not_finite", lambda v: v in NOT_FINITE, f"one of {', '.join(NOT_FINITE)}")
-    _require(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
-    _require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
+        require(config, key, lambda v: v > 0 and math.isfinite(v), "greater than 0, and finite")
+    require(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+    for key in ("train.mixed_precision", "train.gradient_compression"):
+        require(config, key, lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
+    require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+    require(config, "train.not_finite", lambda v: v in NOT_FINITE, f"one of {', '.join(NOT_FINITE)}")
+    require(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
+    require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
 
 
-def _validate_rectify(config: RectifyConfig) -> None:
-    """What the scripts that are called would only find out after the first training."""
-    for key in ("rounds", "straightness_steps", "first_pairs.n_pairs", "later_pairs.n_pairs"):
-        _require(config, key, lambda v: v >= 1, "at least 1")
-    for key in ("first_pairs.sampling_steps", "later_pairs.sampling_steps"):
-        _require(config, key, lambda v: v >= 1, "at least 1")
-    for key in ("first_pairs.guidance_scale", "later_pairs.guidance_scale"):
-        _require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
-    for key in ("first_pairs.inverted_share", "later_pairs.inverted_share"):
-        _require(config, key, lambda v: 0 <= v <= 1, "between 0 and 1")
-    for key in ("n_samples", "straightness_images"):
-        _require(config, key, lambda v: v >= 2, "at least 2")
-    _require(config, "nfe", lambda v: v and all(n >= 1 for n in v) and len(set(v)) == len(v), "distinct numbers from 1")
-
-
-def half_lives(config: Config) -> list[int]:
+def half_lives(config: Any) -> list[int]:
     """ema.half_life_images as a list."""
     value = config.ema.half_life_images
     return list(value) if isinstance(value, list) else [value]
@@ -276,7 +289,7 @@ def _is_half_lives(value: Any) -> bool:
     return whole and bool(values) and len(set(values)) == len(values)
 
 
-def _require(config: Any, key: str, holds, rule: str) -> None:
+def require(config: Any, key: str, holds, rule: str) -> None:
     value = get(config, key)
     if not holds(value):
         raise UserError(f"{key}={value}: must be {rule}")

@@ -4,12 +4,15 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torchvision.datasets as tv_datasets
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from datasets.shards import below
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -18,6 +21,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 class Images:
     """A data set in memory."""
 
+    codec: ClassVar[None] = None  # pixels
     images: Tensor  # uint8 [N, C, H, W]
     labels: Tensor | None  # int64 [N]
     class_names: tuple[str, ...]
@@ -43,6 +47,8 @@ class Folder:
     Subfolders are classes, in alphabetical order; without subfolders there are no labels. Alpha is laid over white,
     rotation flags of cameras are applied, of an animation the first frame counts.
     """
+
+    codec = None  # pixels
 
     def __init__(self, path: Path, size: int | None, channels: int):
         """size: side in pixels, or None to take images as they are, which then must all have one size."""
@@ -108,8 +114,7 @@ class Folder:
 
 def folder(root: Path, path: str, size: int | None = None, channels: int = 3) -> Folder:
     """Image files below `path` (as it is, or below `root`)."""
-    given = Path(path)
-    return Folder(given if given.is_dir() or given.is_absolute() else root / given, size, channels)
+    return Folder(below(root, path), size, channels)
 
 
 def mnist(root: Path, train: bool = True) -> Images:

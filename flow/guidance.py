@@ -45,6 +45,7 @@ class FlowModel:
     net: Network
     path: Path  # of its training
     prediction: str = "velocity"  # one of path.PREDICTIONS
+    decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
 
 
 class GuidedVelocity:

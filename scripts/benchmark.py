@@ -30,7 +30,7 @@ EXAMPLES = """\
   python -m scripts.benchmark -c configs/mnist_mini_cond.yaml --parts scaling --processes 1 2 --precisions bf16
   python -m scripts.benchmark -c configs/cifar10.yaml --parts train --vary train.batch_size 8 16 32"""
 PARTS = ("train", "sample", "evaluate", "scaling")
-COMPUTE = ("forward", "backward", "network", "features")  # sections that are networks
+COMPUTE = ("forward", "backward", "network", "decoder", "features")  # sections that are networks
 
 
 def parse_args():

@@ -53,7 +53,8 @@ def cost_job(job: dict) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    cfg, shape = shape_of(job)
+    cfg, data = material(job)
+    shape = data.image_shape
     with torch.device("meta"):
         import models
 
@@ -104,14 +105,13 @@ def ceilings_job(job: dict) -> dict:
     return found
 
 
-def shape_of(job: dict):
-    """The configuration and the shape of its images."""
+def material(job: dict):
+    """The configuration and its data set."""
     import datasets
 
     cfg = schema.load(job["config"], job["overrides"])
     with runtime.blame("data"):
-        data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
-    return cfg, data.image_shape
+        return cfg, datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
 
 
 def condition(net, n: int):
@@ -213,16 +213,17 @@ def blank_snapshot(job: dict) -> Path:
 
     path = Path(job["scratch"]) / f"blank-{hashlib.sha256(repr(job['overrides']).encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        cfg, shape = shape_of(job)
-        net = models.build(cfg.model.name, shape, cfg.model.args)
-        snapshot.save(path, net.state_dict(), cfg, shape, 0, 1)
+        cfg, data = material(job)
+        net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
+        snapshot.save(path, net.state_dict(), cfg, data.image_shape, 0, 1, data.codec)
     return path
 
 
 def sample_job(job: dict) -> dict:
-    """sample.py itself; "network" is a section."""
+    """sample.py itself; "network" and, of latents, "decoder" are sections."""
     import sample
     from flow.guidance import GuidedVelocity
+    from models.autoencoder import VAE
     from scripts.stopwatch import Stopwatch
 
     watch = Stopwatch(synchronise=True)
@@ -240,6 +241,7 @@ def sample_job(job: dict) -> dict:
 
     sample.generate = timed_generate
     GuidedVelocity._forward = watch.watch("network", GuidedVelocity._forward)
+    VAE.decode = watch.watch("decoder", VAE.decode)
     weights = blank_snapshot(job)
     with tempfile.TemporaryDirectory() as scratch:
         sys.argv = [
@@ -260,7 +262,8 @@ def plain_sample_job(job: dict) -> dict:
     from scripts import plain_loop
     from scripts.stopwatch import Stopwatch
 
-    cfg, shape = shape_of(job)
+    cfg, data = material(job)
+    shape = data.image_shape
     net = models.build(cfg.model.name, shape, cfg.model.args)
     watch = Stopwatch(synchronise=True)
     first_batch = 0.0

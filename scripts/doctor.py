@@ -106,7 +106,7 @@ def devices(patient: Patient) -> Lines:
 
 def folder(patient: Patient) -> Lines:
     """Free to begin a run in, and writable."""
-    run_folder.open_run(patient.args.config, patient.args.exp_dir, None, patient.args.overrides)
+    run_folder.open_run(patient.args.config, patient.args.exp_dir, None, patient.args.overrides, Config)
     parent = existing(patient.run_dir)
     if not os.access(parent, os.W_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
         yield "fail", f"{patient.run_dir}: {parent} cannot be written to; name another folder with -e"

@@ -37,6 +37,8 @@ def main() -> None:
     model = snap.model(models.build)
     if model.net.prompt_bytes:
         raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
+    if snap.codec:
+        raise UserError("--weights: a flow on latents gives no likelihood of images")
     source = snap.config.data
     with runtime.blame("data"):
         real = datasets.original(source.name, source.root, source.args)

@@ -117,7 +117,7 @@ def compare(
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
     for name, scale in rows:
         snap = snapshots[name]
-        model = snap.model(models.build)
+        model = snap.model(models.build, models.codec)
         runtime.place(model.net, accelerator)
         key = f"{name}@{snap.step}, {scale:g}"
         titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")

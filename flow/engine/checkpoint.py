@@ -50,7 +50,10 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_m
                 random_state.unlink()
             write_more(temporary)
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
-            entries = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
+            written = sorted(p for p in temporary.rglob("*") if p.is_file())
+            entries = {
+                p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written
+            }
             (temporary / "manifest.json").write_text(json.dumps(entries, indent=1))
             if path.exists():  # a damaged one that resuming has passed over
                 shutil.rmtree(path)

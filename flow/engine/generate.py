@@ -24,15 +24,16 @@ class Generated:
     """One batch of images."""
 
     indices: range
-    x: Tensor  # the end of the flow, about [-1, 1], [b, C, H, W], or points [b, 2], on the device
+    x: Tensor  # the end of the flow: images, about [-1, 1], or latents, [b, C, H, W], or points [b, 2], on the device
     labels: Tensor | None  # int64 [b], on the CPU, where they are known
     nfe: int  # velocity evaluations per image
     forwards: int  # network evaluations per image: twice the NFE with guidance
+    decode: Callable[[Tensor], Tensor] = lambda x: x  # from x to what people see
 
     @property
     def images(self) -> Tensor:
-        """uint8 [b, C, H, W], on the CPU; points as they are, float32 [b, 2]."""
-        return to_uint8(self.x).cpu() if self.x.dim() == 4 else self.x.float().cpu()
+        """uint8 [b, C, H, W], on the CPU, decoded where x are latents; points as they are, float32 [b, 2]."""
+        return to_uint8(self.decode(self.x)).cpu() if self.x.dim() == 4 else self.x.float().cpu()
 
 
 class Cost:
@@ -93,7 +94,7 @@ def generate(
     settings: SamplerSettings,
     stream: str = "sample",
 ) -> Iterator[Generated]:
-    """The images of the batches `mine`, usually those of `share`, batch by batch.
+    """The images of the batches `mine`, usually those of `share`, batch by batch. `image_shape` is what the network sees.
 
     Image k is a function of the weights, the settings and k: its noise comes from (stream, seed, k), its label or prompt
     from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. Methods with tolerances
@@ -112,7 +113,15 @@ def generate(
         with accelerator.autocast():
             solution = solvers.solve(velocity, x0, times, settings.method, **options)
         labels = labels_of(batch, settings, model.net.num_classes)
-        yield Generated(batch, solution.x, labels, solution.nfe, velocity.forwards)
+        yield Generated(batch, solution.x, labels, solution.nfe, velocity.forwards, partial(decoded, accelerator, model))
+
+
+def decoded(accelerator: Accelerator, model: FlowModel, x: Tensor) -> Tensor:
+    """Images [b, C, H, W], about [-1, 1], of the end x of a flow: x itself, or what its decoder makes of latents."""
+    if model.decode is None:
+        return x
+    with torch.inference_mode(), accelerator.autocast():
+        return model.decode(x)
 
 
 @torch.inference_mode()

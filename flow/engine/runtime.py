@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from configs.schema import UserError
+from flow.engine import sharding
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 _CONNECTION = re.compile(r"timed out|timeout|connection (closed|reset)|broken pipe|socket|gloo|nccl", re.IGNORECASE)
@@ -42,6 +43,8 @@ def start(
     found = torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
     if mixed_precision == "fp16" and not found:
         raise UserError("train.mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
+    timeout = timedelta(minutes=timeout_minutes)
+    sharding.prepare_launch(found, timeout)
     # Without cpu=True, two processes on a machine without GPUs would each believe to be process 0 of 1.
     try:
         accelerator = Accelerator(
@@ -50,7 +53,7 @@ def start(
             log_with=log_with or None,
             project_dir=log_dir,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+                InitProcessGroupKwargs(timeout=timeout),
                 DistributedDataParallelKwargs(
                     gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(gradient_compression)
                 ),

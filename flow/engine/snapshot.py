@@ -19,6 +19,8 @@ from flow import path as paths
 from flow.engine import checkpoint, files, runtime, seal
 from flow.guidance import FlowModel, Network
 
+Description = dict[str, Any]
+
 
 @dataclass
 class Snapshot:
@@ -29,16 +31,23 @@ class Snapshot:
     images: int  # training images seen
     half_life_images: int  # of the moving average
     weights: dict[str, Tensor]
+    codec: Description | None = None  # of a flow on latents: the autoencoder that decodes them, see models/autoencoder.py
 
-    def model(self, build: Callable[..., Any]) -> FlowModel:
-        """The network with these weights, its path and prediction; `build(name, image_shape, args)` makes the network.
+    @property
+    def decoded_shape(self) -> tuple[int, ...]:
+        """Of the images that come out in the end; `image_shape` is that of what the network sees."""
+        return tuple(self.codec["image_shape"]) if self.codec else self.image_shape
 
-        Raises UserError where the weights do not fit.
+    def model(self, build: Callable[..., Any], codec: Callable[[Description], Any] | None = None) -> FlowModel:
+        """The network with these weights, its path, prediction and decoder; `build(name, image_shape, args)` makes the
+        network, `codec(description)` the decoder, for those who look at images.
+
+        Raises UserError where the weights do not fit, and for an autoencoder that is not that of the training.
         """
         with runtime.blame("model"):
             net = build(self.config.model.name, self.image_shape, self.config.model.args)
         self.load_into(net)
-        return flow_model(net, self.config)
+        return flow_model(net, self.config, self.codec, codec)
 
     def load_into(self, net: nn.Module) -> None:
         """Raises UserError that names the first weight that does not fit."""
@@ -54,13 +63,31 @@ class Snapshot:
         net.load_state_dict(self.weights)
 
 
-def flow_model(net: Network, config: Config) -> FlowModel:
-    """The network with what the configuration says of its path and prediction. Raises UserError for unknown names."""
+def flow_model(
+    net: Network, config: Config, description: Description | None = None, codec: Callable[[Description], Any] | None = None
+) -> FlowModel:
+    """The network with what the configuration says of its path and prediction, and the decoder that codec(description) makes
+    where there is a description. Raises UserError for unknown names and an autoencoder that is not that of the description.
+    """
     with runtime.blame("flow.path"):
         chosen = paths.build(config.flow.path)
     if config.flow.prediction not in paths.PREDICTIONS:
         raise UserError(f"flow.prediction={config.flow.prediction}: must be one of {', '.join(paths.PREDICTIONS)}")
-    return FlowModel(net, chosen, config.flow.prediction)
+    if description is None or codec is None:
+        return FlowModel(net, chosen, config.flow.prediction)
+    moved = {"source": config.data.autoencoder} if config.data.autoencoder else {}
+    with runtime.blame("data.autoencoder" if moved else "the autoencoder (data.autoencoder can name another place)"):
+        return FlowModel(net, chosen, config.flow.prediction, codec({**description, **moved}).decode)
+
+
+def check_codec(key: str, weights: Snapshot, description: Description | None) -> None:
+    """Raises UserError where the weights were trained on latents of another autoencoder than the data now are of."""
+    compared = ("digest", "shift", "scale")
+    theirs, ours = ({k: d[k] for k in compared} if d else None for d in (weights.codec, description))
+    if theirs != ours:
+        was, now = (f"latents of the autoencoder {d['digest'][:12]}" if d else "no latents" for d in (theirs, ours))
+        scaled = " with another shift and scale" if was == now else ""
+        raise UserError(f"{key}: {weights.path} was trained on {was}, the data are {now}{scaled}")
 
 
 def save(
@@ -70,6 +97,7 @@ def save(
     image_shape: tuple[int, ...],
     step: int,
     half_life_images: int,
+    codec: Description | None = None,
 ) -> None:
     """Write a snapshot, whole or not at all."""
     header = {
@@ -78,6 +106,7 @@ def save(
         "step": str(step),
         "images": str(step * config.train.batch_size),
         "half_life_images": str(half_life_images),
+        **({"codec": json.dumps(codec)} if codec else {}),
         seal.KEY: seal.BLANK,
     }
     with files.atomic_file(path) as temporary:
@@ -127,9 +156,10 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     try:
         image_shape = tuple(int(side) for side in json.loads(header["image_shape"]))
         step, images, half_life_images = (int(header[name]) for name in ("step", "images", "half_life_images"))
+        codec = json.loads(header["codec"]) if "codec" in header else None
     except (ValueError, TypeError) as error:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
-    return Snapshot(path, config, image_shape, step, images, half_life_images, tensors)
+    return Snapshot(path, config, image_shape, step, images, half_life_images, tensors, codec)
 
 
 def find(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import schema
-from configs.schema import Config, UserError
+from configs.schema import UserError
 from flow.engine import files
 
 TIME_BINS = 10
@@ -18,7 +19,7 @@ TIME_BINS = 10
 class Tracker:
     """Writes on the main process; other processes may call every method."""
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, config: Config, first_step: int):
+    def __init__(self, accelerator: Accelerator, run_dir: Path, config: Any, first_step: int):
         """Rows of metrics.jsonl past `first_step`, from a run that went on after its last checkpoint, are dropped."""
         self.accelerator, self.run_dir = accelerator, run_dir
         self.metrics_file = run_dir / "metrics.jsonl"
@@ -26,7 +27,7 @@ class Tracker:
             kept = [row for row in read_metrics(self.metrics_file) if row["step"] <= first_step]
             files.write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
         if config.train.log_with:
-            flat = {key: _plain(schema.get(config, key)) for key in schema.all_keys()}
+            flat = {key: _plain(schema.get(config, key)) for key in schema.all_keys(type(config))}
             purge = {"tensorboard": {"purge_step": first_step + 1}} if "tensorboard" in config.train.log_with else {}
             accelerator.init_trackers("tensorboard", config=flat, init_kwargs=purge)
 
