@@ -13,11 +13,15 @@ from flow.engine import cli, runtime, snapshot
 EXAMPLES = "  python -m scripts.halve --weights runs/mnist --out mnist.safetensors"
 
 
-def main() -> None:
+def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new .safetensors file")
-    args = parser.parse()
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; name another file")
     snap = snapshot.load(args.weights, None, args.overrides)

@@ -24,12 +24,16 @@ from flow.engine import cli, runtime, snapshot
 EXAMPLES = "  python -m scripts.plain_loop -c configs/cifar10_fast.yaml --minutes 25 --out plain.safetensors"
 
 
-def main() -> None:
+def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("-c", "--config", required=True, metavar="YAML", help="its data, network, batch size and learning rate")
     parser.add_argument("--minutes", type=float, required=True, help="of training")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the snapshot, a new .safetensors file")
-    args = parser.parse()
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; name another file")
     cfg = schema.load(args.config, args.overrides)

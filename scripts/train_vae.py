@@ -29,6 +29,7 @@ from flow.engine.generate import share
 from flow.engine.images import to_network, to_uint8
 from flow.engine.loader import Loader
 from flow.engine.schedule import adamw, learning_rate
+from flow.engine.skips import Skips
 from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Tracker
 from flow.evaluation.metrics import psnr
@@ -73,14 +74,14 @@ def main() -> None:
     )  # fmt: skip
     checkpoints = run_dir / "checkpoints"
     found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
+    runtime.place(vae, accelerator, cfg.train.compile)
     optimizer = adamw(vae, cfg.optimizer, device)
-    if cfg.train.compile:
-        vae.compile()
     model, optimizer = accelerator.prepare(vae, optimizer)
     ema = Ema(vae, schema.half_lives(cfg)[:1], cfg.ema.warmup_ratio)
-    meter = Meter(device)
+    meter = Meter(device, cfg.train.not_finite)
+    skips = Skips(accelerator, cfg.train.not_finite)
 
-    step, updates = 0, 0  # updates: steps less those that fp16 loss scaling skipped
+    step, updates = 0, 0  # updates: steps less those that were skipped, see flow/engine/skips.py
     newest = "there is no checkpoint yet"
     if found:
         state = checkpoint.load(accelerator, found)
@@ -135,11 +136,12 @@ def main() -> None:
                 terms = (distance, kl, feeling, torch.ones_like(kl))
                 parts += torch.stack([value.detach().sum() for value in terms]).to(parts.dtype)
             max_norm = cfg.optimizer.clip_grad_norm or float("inf")
-            meter.add_grad_norm(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-            optimizer.step()
+            norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+            taken = skips.take(optimizer, norm)
+            meter.add_grad_norm(step + 1, norm, taken)
             optimizer.zero_grad()
             step += 1
-            if not accelerator.optimizer_step_was_skipped:
+            if taken:
                 updates += 1
                 ema.update(cfg.train.batch_size, step * cfg.train.batch_size)
             bar.update()
@@ -147,6 +149,7 @@ def main() -> None:
             done = step == cfg.train.steps
             if step % cfg.train.log_every_steps == 0 or done:
                 meter.check(accelerator, newest)
+                skips.check(step, newest)
                 read = meter.read(accelerator)
                 *sums, n = accelerator.reduce(parts, "sum").tolist()
                 parts.zero_()
@@ -154,6 +157,7 @@ def main() -> None:
                     "loss": read["loss"],
                     "grad_norm": read["grad_norm"],
                     "learning_rate": optimizer.param_groups[0]["lr"],
+                    "skipped_steps": step - updates,
                 }
                 metrics |= dict(zip((cfg.autoencoder.distance, "kl", "lpips"), (s / n for s in sums), strict=True))
                 metrics["images"] = step * cfg.train.batch_size

@@ -13,6 +13,7 @@ import evaluate
 import sample
 import train
 from configs import schema
+from configs.rectify import RectifyConfig
 from configs.vae import VaeConfig
 from scripts import (
     animate,
@@ -43,7 +44,7 @@ SCRIPTS = {
     "-m scripts.halve": halve, "-m scripts.plain_loop": plain_loop, "-m scripts.export_images": export_images,
     "-m scripts.train_vae": train_vae, "-m scripts.cache_latents": cache_latents,
 }  # fmt: skip
-KINDS = {rectify: schema.RectifyConfig, train_vae: VaeConfig}  # of configuration, where it is not that of train.py
+KINDS = {rectify: RectifyConfig, train_vae: VaeConfig}  # of configuration, where it is not that of train.py
 COMMAND = rf"(?<![\w/])({'|'.join(map(re.escape, SCRIPTS))}) (.*)$"
 READMES = ("README.md", "README_zh.md")
 
@@ -89,7 +90,7 @@ def test_configuration_table_is_the_schema(name):
 def test_commands_are_accepted(command, monkeypatch):
     """Each command parses, and its configuration keys and files exist."""
     script, arguments = re.search(COMMAND, command).groups()
-    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments)])
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments, comments=True)])
     args = SCRIPTS[script].parse_args()
     if getattr(args, "config", None):
         schema.load(str(REPOSITORY / args.config), args.overrides, kind=KINDS.get(SCRIPTS[script], schema.Config))
