@@ -60,9 +60,6 @@ def main() -> None:
     args = parse_args()
     source = schema.load(args.config, args.overrides).data
     accelerator = runtime.start(args.mixed_precision)
-    thread_note = runtime.set_threads()
-    if thread_note:
-        accelerator.print(thread_note)
     with runtime.blame("data"):
         data = runtime.one_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
         if data.codec or len(data.image_shape) != 3:

@@ -57,7 +57,6 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     cfg = schema.load(args.config, args.overrides)
-    runtime.set_threads()
     accelerator = runtime.start(
         cfg.train.mixed_precision, cfg.train.log_with, tempfile.gettempdir(), timeout_minutes=cfg.train.timeout_minutes
     )

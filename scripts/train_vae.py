@@ -51,9 +51,8 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides, VaeConfig)
-    thread_note = runtime.set_threads()
     accelerator = runtime.start(
-        cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), timeout_minutes=cfg.train.timeout_minutes
+        cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), cfg.train.timeout_minutes, cfg.train.gradient_compression
     )
     if accelerator.is_fsdp2:
         raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
@@ -98,8 +97,6 @@ def main() -> None:
     size = f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M"
     tracker.say("autoencoder: {}, images of {}x{}x{} to latents of {}x{}x{}".format(size, *data.image_shape, *latent_shape))
     tracker.say(f"data: {cfg.data.name}, {len(data):,} images; batch {cfg.train.batch_size}, {cfg.train.steps:,} steps")
-    if thread_note:
-        tracker.say(thread_note)
 
     def save_checkpoint() -> str:
         meter.check(accelerator, newest)
