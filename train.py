@@ -1,8 +1,5 @@
 """Train a flow matching model: `accelerate-launch train.py -c configs/mnist.yaml`."""
 
-import signal
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,10 +21,9 @@ from flow.engine.generate import SamplerSettings, check
 from flow.engine.loader import Loader, MicroBatch
 from flow.engine.preview import write_preview
 from flow.engine.schedule import adamw, learning_rate
-from flow.engine.sharding import whole
 from flow.engine.skips import Skips
 from flow.engine.stop import StopSignal
-from flow.engine.tracker import Meter, Tracker
+from flow.engine.tracker import Meter, Throughput, Tracker
 from flow.guidance import drop_labels
 from flow.objective import objective
 
@@ -152,7 +148,7 @@ def main() -> None:
 
     done = step == cfg.train.steps
     model.train()
-    window_start, window_step = time.perf_counter(), step
+    throughput = Throughput(cfg.train.batch_size, step)
     with StopSignal() as stop, runtime.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
         # A GPU computes one step while the CPU draws the noise of the next; cores that compute have no time to spare.
         for micro_batches in ahead(inputs(step), 0 if device.type == "cpu" else 1):
@@ -164,13 +160,8 @@ def main() -> None:
                     losses = training.loss(model, path, x0, x1, t, y)  # [b]
                     accelerator.backward(losses.mean() / cfg.train.accumulate)
                 meter.add(step + 1, losses, training.times(t))
-            max_norm = cfg.optimizer.clip_grad_norm or float("inf")
-            norm = whole(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-            taken = skips.take(optimizer, norm)
-            meter.add_grad_norm(step + 1, norm, taken)
-            optimizer.zero_grad()
             step += 1
-            if taken:
+            if skips.update(model, optimizer, cfg.optimizer.clip_grad_norm, meter, step):
                 updates += 1
                 ema.update(cfg.train.batch_size, step * cfg.train.batch_size)
             bar.update()
@@ -180,32 +171,27 @@ def main() -> None:
                 meter.check(accelerator, newest)
                 skips.check(step, newest)
                 metrics = meter.read(accelerator) | {"skipped_steps": step - updates} | skips.metrics()
-                seconds = time.perf_counter() - window_start
                 metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
                 metrics["images"] = step * cfg.train.batch_size
-                metrics["images_per_second"] = (step - window_step) * cfg.train.batch_size / seconds
+                metrics["images_per_second"] = throughput.read(step)
                 tracker.log(step, metrics)
                 bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False)
-                window_start, window_step = time.perf_counter(), step
             stopping = runtime.agree(accelerator, stop.received is not None)
-            pause = time.perf_counter()
-            if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
-                newest = save_checkpoint()
-            if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
-                with ema.applied() as averaged:
-                    write_preview(
-                        accelerator, replace(flow_model, net=averaged), data.image_shape, preview_settings,
-                        cfg.preview.n_samples, run_dir / "samples" / f"step_{step:08d}.png",
-                    )  # fmt: skip
-                model.train()
-            window_start += time.perf_counter() - pause
+            with throughput.paused():
+                if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
+                    newest = save_checkpoint()
+                if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
+                    with ema.applied() as averaged:
+                        write_preview(
+                            accelerator, replace(flow_model, net=averaged), data.image_shape, preview_settings,
+                            cfg.preview.n_samples, run_dir / "samples" / f"step_{step:08d}.png",
+                        )  # fmt: skip
+                    model.train()
             if stopping:
                 break
     accelerator.end_training()
     if not done:
-        name = signal.Signals(stop.received or signal.SIGTERM).name
-        tracker.say(f"stopped by {name}; {newest}; go on with: {run_folder.resume_command(run_dir)}")
-        sys.exit(128 + (stop.received or signal.SIGTERM))
+        stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir)}")
     tracker.say(f"finished step {step}; sample with: python sample.py --weights {run_dir} --n_samples 64 --save_dir samples")
 
 

@@ -7,9 +7,6 @@ averaged weights in the format of diffusers, for scripts.cache_latents and every
 """
 
 import shutil
-import signal
-import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,7 +28,7 @@ from flow.engine.loader import Loader
 from flow.engine.schedule import adamw, learning_rate
 from flow.engine.skips import Skips
 from flow.engine.stop import StopSignal
-from flow.engine.tracker import Meter, Tracker
+from flow.engine.tracker import Meter, Throughput, Tracker
 from flow.evaluation.metrics import psnr
 from models import autoencoder
 from models.autoencoder import VAE
@@ -115,7 +112,7 @@ def main() -> None:
     done = step == cfg.train.steps
     model.train()
     parts = torch.zeros(4, device=device, dtype=meter.sums.dtype)  # sums of distance, KL, LPIPS; number of images
-    window_start, window_step = time.perf_counter(), step
+    throughput = Throughput(cfg.train.batch_size, step)
     with StopSignal() as stop, runtime.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
         for micro_batches in loader.steps(step, cfg.train.steps):
             torch.manual_seed(int(rng.generator("dropout", cfg.seed, step, accelerator.process_index).integers(2**63)))
@@ -132,13 +129,8 @@ def main() -> None:
                 meter.add(step + 1, losses, torch.zeros_like(losses))
                 terms = (distance, kl, feeling, torch.ones_like(kl))
                 parts += torch.stack([value.detach().sum() for value in terms]).to(parts.dtype)
-            max_norm = cfg.optimizer.clip_grad_norm or float("inf")
-            norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
-            taken = skips.take(optimizer, norm)
-            meter.add_grad_norm(step + 1, norm, taken)
-            optimizer.zero_grad()
             step += 1
-            if taken:
+            if skips.update(model, optimizer, cfg.optimizer.clip_grad_norm, meter, step):
                 updates += 1
                 ema.update(cfg.train.batch_size, step * cfg.train.batch_size)
             bar.update()
@@ -158,30 +150,26 @@ def main() -> None:
                 }
                 metrics |= dict(zip((cfg.autoencoder.distance, "kl", "lpips"), (s / n for s in sums), strict=True))
                 metrics["images"] = step * cfg.train.batch_size
-                seconds = time.perf_counter() - window_start
-                metrics["images_per_second"] = (step - window_step) * cfg.train.batch_size / seconds
+                metrics["images_per_second"] = throughput.read(step)
                 tracker.log(step, metrics)
                 bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False)
-                window_start, window_step = time.perf_counter(), step
             stopping = runtime.agree(accelerator, stop.received is not None)
-            pause = time.perf_counter()
-            if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
-                newest = save_checkpoint()
-            if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
-                with ema.applied():
-                    decibels = preview(accelerator, vae, data, cfg.preview_images, run_dir / "samples" / f"step_{step:08d}.png")
-                if decibels is not None:
-                    tracker.say(f"step {step}: PSNR {decibels:.2f} dB of {cfg.preview_images} training images")
-                model.train()
-            window_start += time.perf_counter() - pause
+            with throughput.paused():
+                if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
+                    newest = save_checkpoint()
+                if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
+                    with ema.applied():
+                        decibels = preview(
+                            accelerator, vae, data, cfg.preview_images, run_dir / "samples" / f"step_{step:08d}.png"
+                        )
+                    if decibels is not None:
+                        tracker.say(f"step {step}: PSNR {decibels:.2f} dB of {cfg.preview_images} training images")
+                    model.train()
             if stopping:
                 break
     accelerator.end_training()
     if not done:
-        name = signal.Signals(stop.received or signal.SIGTERM).name
-        again = run_folder.resume_command(run_dir, "-m scripts.train_vae")
-        tracker.say(f"stopped by {name}; {newest}; go on with: {again}")
-        sys.exit(128 + (stop.received or signal.SIGTERM))
+        stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir, '-m scripts.train_vae')}")
     tracker.say(f"finished step {step}; encode images with: python -m scripts.cache_latents --vae {run_dir / 'autoencoder'}")
 
 

@@ -2,9 +2,11 @@
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.schema import UserError
+from flow.engine.sharding import whole
+from flow.engine.tracker import Meter
 
 IN_A_ROW = 50  # so many skipped steps mean that there is nothing more to learn
 LEAST_SCALE = 1.0  # of fp16: below it the gradient overflows without any scaling
@@ -14,10 +16,20 @@ class Skips:
     """Counts the steps that changed nothing. All processes see the same gradient, so they agree on each step."""
 
     def __init__(self, accelerator: Accelerator, not_finite: str):
+        self.accelerator = accelerator
         self.scaler = accelerator.scaler
         self.by_us = not_finite == "skip" and self.scaler is None  # fp16 has its own way, which also lowers its scale
         self.scale: float | None = None  # of fp16, after the last step
         self.in_a_row = 0
+
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, meter: Meter, step: int) -> bool:
+        """Clip the gradient to max_norm (0: not at all), take step number `step` unless it has to be left out, and forget the
+        gradient; whether the weights changed."""
+        norm = whole(self.accelerator.clip_grad_norm_(model.parameters(), max_norm or float("inf")))
+        taken = self.take(optimizer, norm)
+        meter.add_grad_norm(step, norm, taken)
+        optimizer.zero_grad()
+        return taken
 
     def take(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
         """Take the step with a gradient of this norm, unless it has to be left out; whether the weights changed.

@@ -1,6 +1,9 @@
 """What a run tells: log.txt, metrics.jsonl, accelerate's trackers; and the running means of the training loss."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +124,24 @@ class Meter:
         self.grad_norm.zero_()
         bins = {f"loss_t_{i / TIME_BINS:.1f}": loss[i] / count[i] for i in range(TIME_BINS) if count[i]}
         return {"loss": sum(loss) / sum(count) if sum(count) else float("nan"), **bins, "grad_norm": norm / max(steps, 1)}
+
+
+class Throughput:
+    """Images per second of training since the last reading; pauses do not count."""
+
+    def __init__(self, batch_size: int, step: int):
+        self.batch_size, self.step, self.start = batch_size, step, time.perf_counter()
+
+    def read(self, step: int) -> float:
+        seconds, steps = time.perf_counter() - self.start, step - self.step
+        self.step, self.start = step, time.perf_counter()
+        return steps * self.batch_size / seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begun
 
 
 def _plain(value: object) -> int | float | str | bool:
