@@ -175,10 +175,11 @@ def claim(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes:
                     f"--save_dir {save_dir}: holds images of another run ({key} {theirs.get(key)}, now {value}); "
                     "name another folder"
                 )
-    elif save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
+    elif save_dir.exists() and not files.holds_nothing(save_dir):
         raise UserError(f"--save_dir {save_dir}: exists and was not written by sample.py; name another folder")
     else:
         files.write_text(path, json.dumps(mine, indent=1))
+    files.remove_unfinished(save_dir)
 
 
 def write_npz(path: Path, folder: Path, indices: range, settings: SamplerSettings, num_classes: int | None) -> None:
