@@ -28,7 +28,7 @@ EXAMPLES = """\
   python -m scripts.animate --weights runs/toy_mixture --out pictures --pictures likelihood --probes 16
   python -m scripts.animate --weights runs/mnist --out pictures --guidance_scale 1.5 --n 50"""
 PICTURES = ("flow", "density", "likelihood")  # of flows in the plane
-SHOWN = 2000  # particles of flow.gif, at most: more would hide each other
+SHOWN = 1500  # particles of flow.gif, at most: more would hide each other
 STRIP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAP_CELLS = 80  # of a side of the likelihood map
 MAP_NATS = 8  # below the highest log-density are shown
@@ -40,7 +40,7 @@ def parse_args():
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument("--n", type=cli.at_least(1), help="particles, or images of the grid (default: 20000, or 50)")
-    parser.add_argument("--frames", type=cli.at_least(2), default=40, help="of a GIF (default: 40)")
+    parser.add_argument("--frames", type=cli.at_least(2), default=32, help="of a GIF (default: 32)")
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="(default: heun)")
     parser.add_argument("--steps_a_frame", type=cli.at_least(1), default=2, help="of the solver (default: 2)")
     parser.add_argument("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="of points (default: all)")

@@ -28,7 +28,7 @@ from flow.solvers.grid import uniform
 EXAMPLES = """\
   python -m scripts.compare --weights runs/toy_checkerboard runs/toy_reflow --names flow reflow --sampling_steps 1 2 100 --out pictures
   python -m scripts.compare --weights runs/independent runs/ot --sampling_method dopri5 --out pictures"""  # noqa: E501
-SHOWN = 1500  # particles of a panel
+SHOWN = 1000  # particles of a panel
 WAYS = 40  # of them are followed by a line
 STRAIGHTNESS_STEPS = 100
 
@@ -62,7 +62,7 @@ def parse_args():
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="euler", help="(default: euler)")
     cli.add_step_flags(parser, [2, 100], several=True)
     parser.add_argument("--n_samples", type=cli.at_least(2), default=10_000, help="of the distance (default: 10000)")
-    parser.add_argument("--frames", type=cli.at_least(2), default=40, help="of the GIF (default: 40)")
+    parser.add_argument("--frames", type=cli.at_least(2), default=32, help="of the GIF (default: 32)")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
     return parser.parse()
 
@@ -127,7 +127,7 @@ def solved(args, accelerator: Accelerator, name: str, model: FlowModel, real: Te
 def drawing(drawn: list[Panel], rows: int, t: float | None) -> Figure:
     """The panels at time t (None: at the end, without a line of time), a row for each number of steps."""
     titles = [panel.name for panel in drawn[: len(drawn) // rows]] + [""] * (len(drawn) - len(drawn) // rows)
-    captions = [f"NFE {p.nfe},  SW2 {p.distance:.3f}\nstraightness {p.straightness:.3f}" for p in drawn]
+    captions = [f"NFE {p.nfe},  SW2 {p.distance:.3f}\nstraightness {p.straightness:.2g}" for p in drawn]
     figure, axes = planes.panels(titles, captions, rows, t)
     for ax, panel in zip(axes, drawn, strict=True):
         ways = panel.at(1.0 if t is None else t)

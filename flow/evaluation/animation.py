@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-COLOURS = 64  # of a GIF: flat drawings need no more, and the file stays small
+COLOURS = 128  # of a GIF: flat drawings need no more, and the file stays small
 SECONDS = 4.0  # of a GIF, before its end is held
 
 
@@ -33,10 +33,12 @@ def write(path: Path, frames: list[np.ndarray], seconds: float = SECONDS) -> lis
 
 def write_gif(path: Path, frames: list[np.ndarray], seconds: float, hold_seconds: float = 1.5) -> None:
     """Frames uint8 [H, W, 3] that last `seconds` together; the last one is held before it starts anew."""
-    pictures = [Image.fromarray(frame) for frame in frames]
-    sheet = Image.fromarray(np.concatenate([frames[i] for i in (0, len(frames) // 2, -1)]))
-    palette = sheet.quantize(COLOURS, dither=Image.Dither.NONE)  # one for all: colours do not flicker
-    indexed = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    sheet = np.concatenate([frames[i] for i in (0, len(frames) // 2, -1)]).reshape(-1, 3)
+    # One palette for all frames, so that colours do not flicker; by the root of their pixels, so that small dots keep theirs.
+    shades, counts = np.unique(sheet, axis=0, return_counts=True)
+    weighted = np.repeat(shades, np.sqrt(counts).astype(int), axis=0)
+    palette = Image.fromarray(weighted[None]).quantize(COLOURS, kmeans=3, dither=Image.Dither.NONE)
+    indexed = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [each + round(1000 * hold_seconds)]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def panels(
     lines = max((c.count("\n") + 1 for c in captions if c), default=0)
     titled = sum(any(titles[i * columns : (i + 1) * columns]) for i in range(rows))
     foot = 0.3 if time is not None else 0.0
-    size = INCH * columns, (INCH + 0.2 * lines) * rows + 0.25 * titled + foot
+    size = INCH * columns, (INCH + 0.2 * lines) * rows + 0.32 * titled + foot
     layout = ConstrainedLayoutEngine(rect=(0, foot / size[1], 1, 1 - foot / size[1]))
     figure = Figure(figsize=size, dpi=100, layout=layout)
     axes = list(np.ravel(figure.subplots(rows, columns)))
