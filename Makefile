@@ -1,9 +1,9 @@
 # make quickstart: environment, training, samples and a table on the embedded digits. make gallery: the pictures of
-# docs/gallery.md. make test: the CPU test suite.
+# docs/gallery.md. make torture: three scripts killed a hundred times each. make test: the CPU test suite.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: quickstart gallery test test-slow lint
+.PHONY: quickstart gallery test test-slow torture lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -18,13 +18,17 @@ test: .venv/installed lint
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
+torture: .venv/installed
+	for script in train sample make_pairs; do $(BIN)/python -m scripts.torture --kills 100 --script $$script || exit 1; done
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
-# The stamp is newer than requirements.txt only when the installation went through.
-.venv/installed: requirements.txt
+# The stamp is newer than the requirements only when the installation went through.
+.venv/installed: requirements.txt requirements-latent.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-latent.txt
 	touch $@

@@ -8,7 +8,6 @@ results.csv, results.md and nfe.png; rows that are there already are not compute
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from configs.schema import Config, UserError
 from datasets import captions
 from flow.engine import cli, files, runtime, snapshot, tuned_grids
 from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
+from flow.engine.reading import Data, read_images
 from flow.evaluation import metrics, plots, points, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.points import PointSpace
@@ -55,6 +55,7 @@ def parse_args():
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
     parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
     parser.add_argument("--feature_extractor", default=INCEPTION, metavar="NAME", help=f"(default: {INCEPTION})")
     parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
     parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
@@ -70,10 +71,7 @@ def main() -> None:
         raise UserError("give either --weights PATH or --samples DIR")
     if args.samples and not args.reference:
         raise UserError("--samples: a --reference is needed: a folder, an npz file or the name of a data set")
-    thread_note = runtime.set_threads()
     accelerator = runtime.start(args.mixed_precision)
-    if thread_note:
-        accelerator.print(thread_note)
     if args.samples:
         score_folder(args, accelerator)
     else:
@@ -83,9 +81,9 @@ def main() -> None:
 def score_weights(args, accelerator: Accelerator) -> None:
     """A row for each method x steps x guidance scale x range of images."""
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    model = snap.model(models.build)
+    model = snap.model(models.build, models.codec)
     net = model.net
-    net.to(accelerator.device)
+    runtime.place(net, accelerator, args.compile)
     labels, prompts = asked_for(args, accelerator, snap.config, net)
     plan = [
         SamplerSettings(
@@ -106,7 +104,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
     for settings in plan:
         with runtime.blame("evaluate"):
             check(settings, net)
-    extractor, real = prepare(args, accelerator, snap.image_shape, snap.config)
+    extractor, real = prepare(args, accelerator, snap.decoded_shape, snap.config)
     given = Path(args.weights)
     out = args.out or (given if given.is_dir() else given.parent) / "evaluation"
     identity = {
@@ -249,15 +247,11 @@ def prepare(
     return extractor, found
 
 
-def read(
-    data: datasets.Images | datasets.Folder, accelerator: Accelerator, batch_size: int, what: str
-) -> Iterator[tuple[range, Tensor]]:
+def read(data: Data, accelerator: Accelerator, batch_size: int, what: str) -> Iterator[tuple[range, Tensor]]:
     """This process's share of the images of a data set, without augmentation, under a bar that says `what`."""
     mine = share(accelerator, range(len(data)), batch_size)
-    with ThreadPoolExecutor(max_workers=4) as pool, runtime.progress(accelerator, sum(map(len, mine)), what) as bar:
-        for batch in mine:
-            with runtime.blame("data"):
-                images = torch.stack([image for image, _ in pool.map(data.__getitem__, batch)])
+    with runtime.progress(accelerator, sum(map(len, mine)), what) as bar:
+        for batch, images in read_images(data, mine):
             yield batch, images
             bar.update(len(batch))
 

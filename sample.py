@@ -48,6 +48,7 @@ def parse_args():
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
     parser.add_argument("--grid_by_class", action="store_true", help="grid.png: a row, not a column, for each class or prompt")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 [N, H, W, C], labels [N]")
     return parser.parse()
@@ -56,7 +57,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    model = snap.model(models.build)
+    model = snap.model(models.build, models.codec)
     net = model.net
     labels = tuple(args.labels) if args.labels else None
     prompts = tuple(args.prompts) if args.prompts else None
@@ -71,10 +72,7 @@ def main() -> None:
         check(settings, net)
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
-    thread_note = runtime.set_threads()
     accelerator = runtime.start(args.mixed_precision)
-    if thread_note:
-        accelerator.print(thread_note)
     folder = args.save_dir / "images"
     if accelerator.is_main_process:
         claim(args, snap, settings, net.num_classes)
@@ -82,7 +80,7 @@ def main() -> None:
             folder.mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
 
-    net.to(accelerator.device)
+    runtime.place(net, accelerator, args.compile)
     indices = range(args.n_samples)
     mine = share(accelerator, indices, args.bspp)
     if len(snap.image_shape) == 1:
@@ -160,24 +158,28 @@ def claim(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes:
         **dataclasses.asdict(settings),
         "num_classes": num_classes,
         "mixed_precision": args.mixed_precision,
-        "image_shape": snap.image_shape,
+        "image_shape": snap.decoded_shape,
         **({"bspp": args.bspp} if settings.method in BY_BATCH else {}),
     }
     mine = json.loads(json.dumps(mine))
     save_dir = args.save_dir
     path = save_dir / "sampling.json"
     if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        with runtime.blame(f"{path}: is damaged; name another folder with --save_dir"):
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(theirs, dict):
+                raise ValueError("it holds no settings")
         for key, value in mine.items():
             if theirs.get(key) != value:
                 raise UserError(
                     f"--save_dir {save_dir}: holds images of another run ({key} {theirs.get(key)}, now {value}); "
                     "name another folder"
                 )
-    elif save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
+    elif save_dir.exists() and not files.holds_nothing(save_dir):
         raise UserError(f"--save_dir {save_dir}: exists and was not written by sample.py; name another folder")
     else:
         files.write_text(path, json.dumps(mine, indent=1))
+    files.remove_unfinished(save_dir)
 
 
 def write_npz(path: Path, folder: Path, indices: range, settings: SamplerSettings, num_classes: int | None) -> None:

@@ -1,9 +1,8 @@
 """Train a flow matching model: `accelerate-launch train.py -c configs/mnist.yaml`."""
 
-import signal
-import sys
-import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,13 +15,15 @@ from configs.schema import Config, UserError
 from datasets import captions
 from flow import coupling, loss, rng, time_sampler
 from flow.engine import checkpoint, cli, run_folder, runtime, snapshot
+from flow.engine.ahead import ahead
 from flow.engine.ema import Ema
 from flow.engine.generate import SamplerSettings, check
 from flow.engine.loader import Loader, MicroBatch
 from flow.engine.preview import write_preview
-from flow.engine.schedule import learning_rate
+from flow.engine.schedule import adamw, learning_rate
+from flow.engine.skips import Skips
 from flow.engine.stop import StopSignal
-from flow.engine.tracker import Meter, Tracker
+from flow.engine.tracker import Meter, Throughput, Tracker
 from flow.guidance import drop_labels
 from flow.objective import objective
 
@@ -34,23 +35,14 @@ EXAMPLES = """\
 
 
 def parse_args():
-    parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; with -r the run's own is the default")
-    parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
-    parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
-    args = parser.parse()
-    if args.mixed_precision:
-        args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
-    return args
+    return cli.parse_training(cli.add_resume_flag(cli.Parser(__doc__, EXAMPLES)))
 
 
 def main() -> None:
     args = parse_args()
-    run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides)
-    thread_note = runtime.set_threads()
+    run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides, Config)
     accelerator = runtime.start(
-        cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), timeout_minutes=cfg.train.timeout_minutes
+        cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), cfg.train.timeout_minutes, cfg.train.gradient_compression
     )
     device = accelerator.device
 
@@ -67,7 +59,7 @@ def main() -> None:
         distance = loss.distance(cfg.flow.distance, **cfg.flow.distance_args)
     with runtime.blame("flow.objective"):
         training = objective(cfg.flow.objective, distance, cfg.flow.prediction, **cfg.flow.objective_args)
-    flow_model = snapshot.flow_model(net, cfg)
+    flow_model = snapshot.flow_model(net, cfg, data.codec, models.codec)
     path = flow_model.path
     with runtime.blame("preview"):
         preview_settings = SamplerSettings(
@@ -91,24 +83,19 @@ def main() -> None:
     found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
     if cfg.train.init_from and not found:
         with runtime.blame("train.init_from"):
-            snapshot.load(cfg.train.init_from).load_into(net)
-    optimizer = torch.optim.AdamW(
-        net.parameters(),
-        lr=cfg.optimizer.lr,
-        betas=tuple(cfg.optimizer.betas),
-        eps=cfg.optimizer.eps,
-        weight_decay=cfg.optimizer.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
-    if cfg.train.compile:
-        net.compile()
+            before = snapshot.load(cfg.train.init_from)
+            snapshot.check_codec(f"train.init_from={cfg.train.init_from}", before, data.codec)
+            before.load_into(net)
+    runtime.place(net, accelerator, cfg.train.compile)
+    optimizer = adamw(net, cfg.optimizer, device)
     model, optimizer = accelerator.prepare(net, optimizer)
     half_lives = schema.half_lives(cfg)
-    ema = Ema(net, half_lives, cfg.ema.warmup_ratio)
-    meter = Meter(device)
+    ema = Ema(net, half_lives, cfg.ema.warmup_ratio, lambda: models.build(cfg.model.name, data.image_shape, cfg.model.args))
+    meter = Meter(device, cfg.train.not_finite)
+    skips = Skips(accelerator, cfg.train.not_finite)
 
     # Where to begin: at step 0 in a new folder, or where a checkpoint left off.
-    step, updates = 0, 0  # updates: steps less those that fp16 loss scaling skipped
+    step, updates = 0, 0  # updates: steps less those that were skipped, see flow/engine/skips.py
     newest = "there is no checkpoint yet"
     if found:
         state = checkpoint.load(accelerator, found)
@@ -117,7 +104,9 @@ def main() -> None:
             raise UserError(f"train.steps={cfg.train.steps}: the run is at step {step} already")
         meter.load_state(accelerator, state["meter"])
         for i, name in enumerate(checkpoint.ema_files(half_lives)):
-            ema.load_state_dict(i, snapshot.load(found / name).weights)
+            average = snapshot.load(found / name)
+            snapshot.check_codec(f"data.args={cfg.data.args}", average, data.codec)
+            ema.load_state_dict(i, average.weights)
         newest = f"the newest checkpoint is {found}"
     if accelerator.is_main_process:
         run_folder.write(run_dir, cfg, accelerator)
@@ -125,15 +114,31 @@ def main() -> None:
             snapshot.publish(found, run_dir / "snapshots", step, half_lives, cfg.train.keep_snapshots)
     accelerator.wait_for_everyone()
     tracker = Tracker(accelerator, run_dir, cfg, first_step=step)
-    introduce(tracker, accelerator, cfg, data, net, step, thread_note)
+    introduce(tracker, accelerator, cfg, data, net, step)
+
+    conditional = net.null is not None  # else nothing is lost by coupling noise with images across classes
+
+    def inputs(first: int) -> Iterator[list[tuple[torch.Tensor, ...]]]:
+        """What the network is trained on in each step from `first`: (x0, x1, t, y) of each micro-batch."""
+        for step, micro_batches in enumerate(loader.steps(first, cfg.train.steps), start=first):
+            t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
+            made = []
+            for batch in micro_batches:
+                x0 = pairing.noise(batch.positions, batch.indices, batch.x1, batch.y if conditional else None)
+                y = condition(net, data, batch, cfg.seed)
+                if y is not None:
+                    y = drop_labels(y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.null)
+                made.append((runtime.send(x0, device), batch.x1, runtime.send(t_global[batch.rows], device), y))
+            yield made
 
     def save_checkpoint() -> str:
         meter.check(accelerator, newest)
         state = {"updates": updates, "meter": meter.state(accelerator)}
+        averages = [ema.state_dict(i) for i in range(len(half_lives))]  # gathered by all processes where they are sharded
 
         def write_averages(folder: Path) -> None:
             for i, name in enumerate(checkpoint.ema_files(half_lives)):
-                snapshot.save(folder / name, ema.state_dict(i), cfg, data.image_shape, step, half_lives[i])
+                snapshot.save(folder / name, averages[i], cfg, data.image_shape, step, half_lives[i], data.codec)
 
         saved = checkpoint.save(accelerator, checkpoints, step, state, write_averages)
         if accelerator.is_main_process:
@@ -142,33 +147,21 @@ def main() -> None:
         return f"the newest checkpoint is {saved}"
 
     done = step == cfg.train.steps
-    conditional = net.null is not None  # else nothing is lost by coupling noise with images across classes
     model.train()
-    window_start, window_step = time.perf_counter(), step
+    throughput = Throughput(cfg.train.batch_size, step)
     with StopSignal() as stop, runtime.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
-        for micro_batches in loader.steps(step, cfg.train.steps):
+        # A GPU computes one step while the CPU draws the noise of the next; cores that compute have no time to spare.
+        for micro_batches in ahead(inputs(step), 0 if device.type == "cpu" else 1):
             torch.manual_seed(int(rng.generator("dropout", cfg.seed, step, accelerator.process_index).integers(2**63)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(cfg.optimizer, updates, cfg.train.steps)
-            t_global = time_sampler.sample(time_law, cfg.seed, step, cfg.train.batch_size)  # [B]
-            for number, batch in enumerate(micro_batches, start=1):
-                x0 = pairing.noise(batch.positions, batch.indices, batch.x1, batch.y if conditional else None).to(
-                    device, non_blocking=True
-                )
-                t = t_global[batch.rows].to(device, non_blocking=True)
-                y = condition(net, data, batch, cfg.seed)
-                if y is not None:
-                    y = drop_labels(y, batch.rows, cfg.seed, step, cfg.train.batch_size, cfg.flow.label_dropout, net.null)
+            for number, (x0, x1, t, y) in enumerate(micro_batches, start=1):
                 with accelerator.no_sync(model) if number < cfg.train.accumulate else nullcontext():
-                    losses = training.loss(model, path, x0, batch.x1, t, y)  # [b]
+                    losses = training.loss(model, path, x0, x1, t, y)  # [b]
                     accelerator.backward(losses.mean() / cfg.train.accumulate)
                 meter.add(step + 1, losses, training.times(t))
-            max_norm = cfg.optimizer.clip_grad_norm or float("inf")
-            meter.add_grad_norm(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-            optimizer.step()
-            optimizer.zero_grad()
             step += 1
-            if not accelerator.optimizer_step_was_skipped:
+            if skips.update(model, optimizer, cfg.optimizer.clip_grad_norm, meter, step):
                 updates += 1
                 ema.update(cfg.train.batch_size, step * cfg.train.batch_size)
             bar.update()
@@ -176,33 +169,29 @@ def main() -> None:
             done = step == cfg.train.steps
             if step % cfg.train.log_every_steps == 0 or done:
                 meter.check(accelerator, newest)
-                metrics = meter.read(accelerator)
-                seconds = time.perf_counter() - window_start
+                skips.check(step, newest)
+                metrics = meter.read(accelerator) | {"skipped_steps": step - updates} | skips.metrics()
                 metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
                 metrics["images"] = step * cfg.train.batch_size
-                metrics["images_per_second"] = (step - window_step) * cfg.train.batch_size / seconds
+                metrics["images_per_second"] = throughput.read(step)
                 tracker.log(step, metrics)
                 bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False)
-                window_start, window_step = time.perf_counter(), step
             stopping = runtime.agree(accelerator, stop.received is not None)
-            pause = time.perf_counter()
-            if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
-                newest = save_checkpoint()
-            if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
-                with ema.applied():
-                    write_preview(
-                        accelerator, flow_model, data.image_shape, preview_settings, cfg.preview.n_samples,
-                        run_dir / "samples" / f"step_{step:08d}.png",
-                    )  # fmt: skip
-                model.train()
-            window_start += time.perf_counter() - pause
+            with throughput.paused():
+                if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
+                    newest = save_checkpoint()
+                if done or (cfg.train.sample_every_steps and step % cfg.train.sample_every_steps == 0):
+                    with ema.applied() as averaged:
+                        write_preview(
+                            accelerator, replace(flow_model, net=averaged), data.image_shape, preview_settings,
+                            cfg.preview.n_samples, run_dir / "samples" / f"step_{step:08d}.png",
+                        )  # fmt: skip
+                    model.train()
             if stopping:
                 break
     accelerator.end_training()
     if not done:
-        name = signal.Signals(stop.received or signal.SIGTERM).name
-        tracker.say(f"stopped by {name}; {newest}; go on with: {run_folder.resume_command(run_dir)}")
-        sys.exit(128 + (stop.received or signal.SIGTERM))
+        stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir)}")
     tracker.say(f"finished step {step}; sample with: python sample.py --weights {run_dir} --n_samples 64 --save_dir samples")
 
 
@@ -251,12 +240,12 @@ def check_conditions(cfg: Config, data, net: torch.nn.Module) -> None:
         raise UserError(f"model.args.num_classes={num_classes}: the data set has {needed} classes; use {needed}")
 
 
-def introduce(
-    tracker: Tracker, accelerator: Accelerator, cfg: Config, data, net: torch.nn.Module, step: int, thread_note: str | None
-) -> None:
+def introduce(tracker: Tracker, accelerator: Accelerator, cfg: Config, data, net: torch.nn.Module, step: int) -> None:
     """Say what is about to be trained, with the numbers that are mistaken most often."""
     size = f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M"
-    what = "images of {}x{}x{}".format(*data.image_shape) if len(data.image_shape) == 3 else "points"
+    what = "points"
+    if len(data.image_shape) == 3:
+        what = ("latents" if data.codec else "images") + " of {}x{}x{}".format(*data.image_shape)
     processes, micro = accelerator.num_processes, cfg.train.accumulate
     share = cfg.train.batch_size // (processes * micro)
     epochs = cfg.train.steps * cfg.train.batch_size / len(data)
@@ -271,8 +260,6 @@ def introduce(
         f"device: {accelerator.device.type}, precision {accelerator.mixed_precision}, {torch.get_num_threads()} thread(s); "
         f"folder: {tracker.run_dir}" + (f"; going on from step {step}" if step else "")
     )
-    if thread_note:
-        tracker.say(thread_note)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,9 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 COUPLINGS = ("independent", "ot", "given")
 SCHEDULES = ("constant", "linear", "cosine")
+NOT_FINITE = ("stop", "skip")
+_TOO_LARGE = 2**63  # for the whole numbers of torch
 
 _AT_LEAST_ONE = (
-    "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps", "train.timeout_minutes",
+    "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps",
     "preview.n_samples", "preview.sampling_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -31,7 +33,7 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
-Kind = TypeVar("Kind", bound="Config | RectifyConfig")
+Kind = TypeVar("Kind")  # a configuration: a dataclass of keys and sections with validate()
 
 
 class UserError(ValueError):
@@ -45,6 +47,7 @@ class DataConfig:
     args: dict[str, Any] = field(default_factory=dict)  # arguments of the data set
     horizontal_flip: bool = False  # mirror each training image with probability 1/2
     num_workers: int = 2  # processes that decode images, for sets that are read from disk
+    autoencoder: str | None = None  # of latents: folder or hub id, where it is not where it was when they were made
 
 
 @dataclass
@@ -94,6 +97,7 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per optimizer step
     mixed_precision: str = "no"  # no | fp16 | bf16
     compile: bool = False  # torch.compile the network
+    gradient_compression: str = "no"  # no | fp16 | bf16: what processes send each other
     init_from: str | None = None  # snapshot whose weights a new run starts from
     log_every_steps: int = 50  # rows of metrics.jsonl, means over the steps between
     sample_every_steps: int = 5_000  # preview grids; 0: never
@@ -101,7 +105,8 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest ones kept; 0: all
     keep_snapshots: int = 0  # newest ones kept; 0: all
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers of accelerate; metrics.jsonl always
-    timeout_minutes: int = 30  # a process that waits longer for the others stops
+    timeout_minutes: float = 30.0  # a process that waits longer for the others stops
+    not_finite: str = "stop"  # stop | skip: a loss or gradient that is not finite ends the run, or costs one step
 
 
 @dataclass
@@ -111,31 +116,6 @@ class PreviewConfig:
     sampling_steps: int = 18  # steps of its solver
     guidance_scale: float = 1.0  # 1: off
     seed: int = 8888  # of its noise
-
-
-@dataclass
-class RoundConfig:
-    n_pairs: int = 20_000  # (noise, image) pairs
-    sampling_method: str = "heun"  # a key of flow.solvers.METHODS
-    sampling_steps: int = 8  # steps of its solver
-    guidance_scale: float = 1.0  # 1: off
-    inverted_share: float = 0.0  # share of the pairs whose image is real
-
-
-@dataclass
-class RectifyConfig:  # of scripts/rectify.py, which trains several models one after the other
-    folder: str = "runs/rectify"  # everything is written below it
-    first: str = "configs/mnist_mini_cond.yaml"  # configuration of 1-RF
-    reflow: str = "configs/mnist_reflow.yaml"  # configuration of 2-RF and later rounds
-    distill: str = "configs/mnist_distill.yaml"  # configuration of the distilled model
-    rounds: int = 2  # flows before distillation: 2 is 1-RF and 2-RF
-    first_pairs: RoundConfig = field(default_factory=RoundConfig)  # of 1-RF
-    later_pairs: RoundConfig = field(default_factory=RoundConfig)  # of the flows after it
-    nfe: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 8, 50])  # Euler steps of the table
-    n_samples: int = 2_000  # images a cell of the table
-    feature_extractor: str = "mnist"  # of evaluate.py
-    straightness_images: int = 200  # over which straightness is the mean
-    straightness_steps: int = 50  # Euler steps of its integral
 
 
 @dataclass
@@ -149,15 +129,27 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
+    def validate(self) -> None:
+        """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
+        check_common(self)
+        require(self, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
+        require(self, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
 
-def load(
-    path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: type[Kind] = Config
-) -> Kind:
+
+@overload
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None) -> Config: ...
+
+
+@overload
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, *, kind: type[Kind]) -> Kind: ...
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: type = Config) -> Any:
     """Defaults of `kind` (or `base`), then the YAML file at `path`, then `key=value` overrides; checked.
 
     Raises UserError that names the key, the value and what would be right.
     """
-    config = OmegaConf.structured(base or kind)
+    config: Any = OmegaConf.structured(base or kind)
     if path is not None:
         config = _merge(config, _read_yaml(Path(path), kind), source=str(path))
     for override in overrides or []:
@@ -169,18 +161,33 @@ def load(
             raise UserError(f"{override}: the value {value!r} is not YAML ({_first_line(error)})") from None
         config = _merge(config, node, source=override)
     config = OmegaConf.to_object(config)
-    (validate if kind is Config else _validate_rectify)(config)
+    config.validate()
     return config
 
 
-def parse(text: str) -> Config:
-    """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run)."""
-    config = OmegaConf.to_object(_merge(OmegaConf.structured(Config), OmegaConf.create(text), source="stored config"))
-    validate(config)
+@overload
+def parse(text: str, source: str = "stored config") -> Config: ...
+
+
+@overload
+def parse(text: str, source: str = "stored config", *, kind: type[Kind]) -> Kind: ...
+
+
+def parse(text: str, source: str = "stored config", kind: type = Config) -> Any:
+    """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run). Raises UserError that names
+    the source where it is not one."""
+    try:
+        node = OmegaConf.create(text)
+    except Exception as error:  # yaml.YAMLError, OmegaConf's own
+        raise UserError(f"{source}: not YAML ({_first_line(error)})") from None
+    if not isinstance(node, DictConfig) or not node:
+        raise UserError(f"{source}: holds no `key: value` lines")
+    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(kind), node, source))
+    config.validate()
     return config
 
 
-def dump(config: Config) -> str:
+def dump(config: Any) -> str:
     """The whole configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -189,8 +196,9 @@ def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys: ['seed', 'data.name', ...]."""
     found = []
     for f in dataclasses.fields(config_class):
+        kind: Any = f.type
         nested = dataclasses.is_dataclass(f.type)
-        found += all_keys(f.type, f"{prefix}{f.name}.") if nested else [prefix + f.name]
+        found += all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
     return found
 
 
@@ -210,38 +218,27 @@ def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def validate(config: Config) -> None:
-    """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
-    for key in _AT_LEAST_ONE:
-        _require(config, key, lambda v: v >= 1, "at least 1")
-    for key in _NOT_NEGATIVE:
-        _require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
+def check_common(config: Any) -> None:
+    """What the types cannot say of the sections that the trainers share."""
+    known = all_keys(type(config))
+    for key in known:
+        require(config, key, lambda v: not isinstance(v, int) or v < _TOO_LARGE, "less than 2^63")
+    for key in filter(known.__contains__, _AT_LEAST_ONE):
+        require(config, key, lambda v: v >= 1, "at least 1")
+    for key in filter(known.__contains__, _NOT_NEGATIVE):
+        require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
     for key in ("optimizer.lr", "optimizer.eps"):
-        _require(config, key, lambda v: v > 0 and math.isfinite(v), "greater than 0, and finite")
-    _require(config, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
-    _require(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
-    _require(config, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
-    _require(config, "train.mixed_precision", lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
-    _require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-    _require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
+        require(config, key, lambda v: v > 0 and math.isfinite(v), "greater than 0, and finite")
+    require(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+    for key in ("train.mixed_precision", "train.gradient_compression"):
+        require(config, key, lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
+    require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+    require(config, "train.not_finite", lambda v: v in NOT_FINITE, f"one of {', '.join(NOT_FINITE)}")
+    require(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
+    require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
 
 
-def _validate_rectify(config: RectifyConfig) -> None:
-    """What the scripts that are called would only find out after the first training."""
-    for key in ("rounds", "straightness_steps", "first_pairs.n_pairs", "later_pairs.n_pairs"):
-        _require(config, key, lambda v: v >= 1, "at least 1")
-    for key in ("first_pairs.sampling_steps", "later_pairs.sampling_steps"):
-        _require(config, key, lambda v: v >= 1, "at least 1")
-    for key in ("first_pairs.guidance_scale", "later_pairs.guidance_scale"):
-        _require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
-    for key in ("first_pairs.inverted_share", "later_pairs.inverted_share"):
-        _require(config, key, lambda v: 0 <= v <= 1, "between 0 and 1")
-    for key in ("n_samples", "straightness_images"):
-        _require(config, key, lambda v: v >= 2, "at least 2")
-    _require(config, "nfe", lambda v: v and all(n >= 1 for n in v) and len(set(v)) == len(v), "distinct numbers from 1")
-
-
-def half_lives(config: Config) -> list[int]:
+def half_lives(config: Any) -> list[int]:
     """ema.half_life_images as a list."""
     value = config.ema.half_life_images
     return list(value) if isinstance(value, list) else [value]
@@ -249,11 +246,11 @@ def half_lives(config: Config) -> list[int]:
 
 def _is_half_lives(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v < _TOO_LARGE for v in values)
     return whole and bool(values) and len(set(values)) == len(values)
 
 
-def _require(config: Any, key: str, holds, rule: str) -> None:
+def require(config: Any, key: str, holds, rule: str) -> None:
     value = get(config, key)
     if not holds(value):
         raise UserError(f"{key}={value}: must be {rule}")
@@ -273,10 +270,10 @@ def _read_yaml(path: Path, kind: type) -> DictConfig:
     return node
 
 
-def _check_tree(tree: dict, config_class: type, source: str, prefix: str = "", known: list[str] | None = None) -> None:
+def _check_tree(tree: Any, config_class: type, source: str, prefix: str = "", known: list[str] | None = None) -> None:
     """Unknown keys of a YAML file, named with the nearest known one."""
     known = known or all_keys(config_class)
-    fields = {f.name: f.type for f in dataclasses.fields(config_class)}
+    fields: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(config_class)}
     for name, value in tree.items():
         key = f"{prefix}{name}"
         nested = dataclasses.is_dataclass(fields.get(name))
@@ -299,11 +296,14 @@ def _check_key(key: str, override: str, known: list[str]) -> None:
 
 def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
     try:
-        if OmegaConf.select(node, "train.mixed_precision") is False:  # what YAML makes of the word no
-            OmegaConf.update(node, "train.mixed_precision", "no")
-        merged = OmegaConf.merge(config, node)
+        for key in ("train.mixed_precision", "train.gradient_compression"):
+            if OmegaConf.select(node, key) is False:  # what YAML makes of the word no
+                OmegaConf.update(node, key, "no")
+        merged: Any = OmegaConf.merge(config, node)
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged
+    except (OverflowError, TypeError) as error:  # a number of hundreds of digits; a list in place of a section
+        raise UserError(f"{source[:60]}: {_first_line(error)}") from None
     except OmegaConfBaseException as error:
         hint = ""
         if "Integer" in str(error) and isinstance(error.value, (float, str)):

@@ -1,5 +1,6 @@
 """Data sets: `build(name, root, args)` gives images and labels: uint8 in memory (`Images`) or read from disk (`Folder`), or
-float16 with the noise that they were made from (`Pairs`), or points in place of images (`Points`).
+float16 with the noise that they were made from (`Pairs`), the posteriors of an autoencoder (`Latents`), or points in place of
+images (`Points`). `data.codec` describes the autoencoder that decodes them; None: they are what they are.
 
 `Dataset` and `IterableDataset` below are never instantiated: where the Hugging Face package `datasets` is installed,
 accelerate imports these two names from whatever package is called `datasets`, and finds this one.
@@ -7,18 +8,23 @@ accelerate imports these two names from whatever package is called `datasets`, a
 
 import inspect
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from datasets.digits import digits
 from datasets.images import Folder, Images, cifar10, fashion_mnist, folder, mnist
-from datasets.pairs import Pairs, origin, pairs
+from datasets.latents import Latents, latents
+from datasets.latents import origin as latents_origin
+from datasets.pairs import Pairs, pairs
+from datasets.pairs import origin as pairs_origin
 from datasets.toys import Points, toys
 
 DATASETS = {
     "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "pairs": pairs,
-    "toys": toys,
+    "latents": latents, "toys": toys,
 }  # fmt: skip
+_ORIGINS = {"pairs": pairs_origin, "latents": latents_origin}
 
 
 class Dataset: ...
@@ -32,17 +38,20 @@ def default_root() -> Path:
     return Path(os.environ.get("FLOW_DATA") or "data")
 
 
-def original(name: str, root: str | Path | None, args: dict[str, Any]) -> dict[str, Any]:
-    """{"name": ..., "root": ..., "args": ...}: the real data behind a set, which is itself but for `pairs`, whose images were
-    made by a flow. Raises as `build` does for pairs that are not there.
+def original(
+    name: str, root: str | Path | None, args: dict[str, Any], made: Collection[str] = ("pairs", "latents")
+) -> dict[str, Any]:
+    """{"name": ..., "root": ..., "args": ...}: the real data behind a set of a kind that was `made`: behind pairs what their
+    flow was trained on, behind latents the images; others are that themselves. Raises as `build` does for a set that is not
+    there.
     """
-    if name == "pairs":
-        found = origin(Path(root) if root else default_root(), **args)
-        return found | {"root": found["root"] or root}
-    return {"name": name, "root": root, "args": dict(args)}
+    if name not in made:
+        return {"name": name, "root": root, "args": dict(args)}
+    behind = _ORIGINS[name](Path(root) if root else default_root(), **args)
+    return original(behind["name"], behind["root"] or root, behind["args"], made)
 
 
-def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Points:
+def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Latents | Points:
     """The data set `name`; `root` (None: `default_root()`) holds downloaded sets, `args` are the set's own arguments.
 
     Raises ValueError for an unknown name or argument (naming what exists), FileNotFoundError where the files are absent

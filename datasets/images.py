@@ -3,12 +3,16 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import ClassVar
 
 import numpy as np
 import torch
 import torchvision.datasets as tv_datasets
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from datasets.shards import below
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -17,6 +21,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".g
 class Images:
     """A data set in memory."""
 
+    codec: ClassVar[None] = None  # pixels
     images: Tensor  # uint8 [N, C, H, W]
     labels: Tensor | None  # int64 [N]
     class_names: tuple[str, ...]
@@ -42,6 +47,8 @@ class Folder:
     Subfolders are classes, in alphabetical order; without subfolders there are no labels. Alpha is laid over white,
     rotation flags of cameras are applied, of an animation the first frame counts.
     """
+
+    codec = None  # pixels
 
     def __init__(self, path: Path, size: int | None, channels: int):
         """size: side in pixels, or None to take images as they are, which then must all have one size."""
@@ -107,8 +114,7 @@ class Folder:
 
 def folder(root: Path, path: str, size: int | None = None, channels: int = 3) -> Folder:
     """Image files below `path` (as it is, or below `root`)."""
-    given = Path(path)
-    return Folder(given if given.is_dir() or given.is_absolute() else root / given, size, channels)
+    return Folder(below(root, path), size, channels)
 
 
 def mnist(root: Path, train: bool = True) -> Images:
@@ -136,7 +142,7 @@ def _download(cls: type, root: Path, train: bool):
     """The torchvision data set, from the files below root if they are whole, downloaded otherwise."""
     try:
         return cls(root, train=train, download=False)
-    except (RuntimeError, ValueError, EOFError, OSError):  # torchvision's words for absent, damaged and cut-off files
+    except (RuntimeError, ValueError, EOFError, OSError, UnpicklingError):  # torchvision's words for absent or damaged files
         pass
     try:
         return cls(root, train=train, download=True)

@@ -26,6 +26,7 @@ class Points:
     log_density: Callable[[Tensor], Tensor] | None  # of points [N, 2], in nats, where it is known exactly
     labels: None = None
     class_names: tuple[str, ...] = ()
+    codec: None = None
 
     @property
     def image_shape(self) -> tuple[int]:

@@ -1,6 +1,6 @@
 """Which noise x0 belongs to which data x1 in training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -75,7 +75,7 @@ class Given:
         made = [row for row, k in enumerate(indices) if k < self.generated]
         x0[made] = prior.noise("pairs", self.seed, [indices[row] for row in made], self.image_shape)
         kept = [row for row, k in enumerate(indices) if k >= self.generated]
-        if kept:
+        if kept and self.stored is not None:
             x0[kept] = self.stored[[indices[row] - self.generated for row in kept]].float()
         return x0
 
@@ -85,5 +85,5 @@ def build(name: str, seed: int, image_shape: tuple[int, ...], rows: int, args: d
 
     Raises ValueError for an unknown name or argument and for a value out of range.
     """
-    known = {"independent": Independent, "ot": OptimalTransport}
+    known: dict[str, Callable[..., Coupling]] = {"independent": Independent, "ot": OptimalTransport}
     return registry.pick("coupling of new noise", known, name, args)(seed, image_shape, rows)

@@ -1,7 +1,8 @@
 """Labels or prompts: dropped per sample in training, guided towards in sampling. `net.null` stands for none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,28 @@ def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, p
     return torch.where(dropped.view(-1, *[1] * (y.dim() - 1)), null, y)
 
 
+class Network(Protocol):
+    """What the engine asks of a network; those of `models` answer."""
+
+    num_classes: int | None  # for labels
+    prompt_bytes: int | None  # for prompts, read as tokens
+    null: int | None  # the y that stands for no condition
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor: ...
+
+    def encode(self, prompts: Sequence[str]) -> Tensor: ...
+
+    def eval(self) -> Any: ...
+
+
 @dataclass
 class FlowModel:
     """A network and what has to be known to make velocities of it."""
 
-    net: nn.Module
+    net: Network
     path: Path  # of its training
     prediction: str = "velocity"  # one of path.PREDICTIONS
+    decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
 
 
 class GuidedVelocity:
@@ -51,8 +67,9 @@ class GuidedVelocity:
     ):
         """model: with a bare network the path is linear and the prediction the velocity. y: labels [B], tokens [B, L] or None
         for an unconditional network; `null` is needed where y is given."""
-        model = model if isinstance(model, FlowModel) else FlowModel(model, LinearPath())
-        self.net, self.path, self.prediction = model.net, model.path, model.prediction
+        self.net: Callable[..., Tensor] = model.net if isinstance(model, FlowModel) else model
+        self.path = model.path if isinstance(model, FlowModel) else LinearPath()
+        self.prediction = model.prediction if isinstance(model, FlowModel) else "velocity"
         self.y, self.null, self.scale = y, null, scale
         self.forwards = 0
         double = isinstance(self.net, nn.Module) and any(p.dtype == torch.float64 for p in self.net.parameters())
@@ -78,6 +95,7 @@ class GuidedVelocity:
             return self._forward(x, t, None)
         if self.scale == 1:
             return self._forward(x, t, self.y)
+        assert self.null is not None
         nothing = torch.full_like(self.y, self.null)
         if self.scale == 0:
             return self._forward(x, t, nothing)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def log_likelihood(
     method: str = "dopri5",
     times: list[float] | None = None,
     probes: Tensor | None = None,
-    **options: float,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, int]:
     """(log p(x1) in nats [B], x0 [B, ...], NFE) of the data x1 [B, ...], float64.
 

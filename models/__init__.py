@@ -1,7 +1,8 @@
 """Networks: net(x [B, C, H, W], t [B] in [0, 1], y) -> [B, C, H, W]; `mlp` also for points [B, 2].
 
 y is labels [B] where `net.num_classes` is not None, tokens [B, net.prompt_bytes] of prompts where that is not None (then
-`net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition.
+`net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition. `codec(description)`
+is what stands between images and the latents that a network may be trained on.
 """
 
 import inspect
@@ -9,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from models.autoencoder import codec
 from models.dit import DiT
 from models.mini_unet import MiniUNet
 from models.mlp import MLP
 from models.unet import UNet
 
+__all__ = ["MODELS", "build", "codec"]
 MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mini_unet": MiniUNet, "dit": DiT, "mlp": MLP}
 
 

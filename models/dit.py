@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from models.blocks import check_time_frequency, sinusoidal_embedding, zero
 
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
+
 
 class DiT(nn.Module):
     """net(x [B, C, H, W], t [B] in [0, 1], y [B] or None) -> [B, C, H, W]."""
@@ -19,25 +21,33 @@ class DiT(nn.Module):
     def __init__(
         self,
         image_shape: tuple[int, int, int],
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
+        size: str = "S",
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
         patch: int = 2,
         positions: str = "rope",
         dropout: float = 0.0,
         time_frequency: float = 1000.0,
         num_classes: int | None = None,
         cross_attention: bool = False,
+        qk_norm: bool = False,
     ):
-        """image_shape: (C, H, W), sides divisible by patch. width: of a token, divisible by 4 heads. depth: blocks.
+        """image_shape: (C, H, W), sides divisible by patch. size: S, B, L or XL, the paper's width, depth and heads; each can
+        be given on its own. width: of a token, divisible by 4 heads. depth: blocks.
         positions: "rope" turns queries and keys, so that tokens know where others are; "sine" adds features of row and column
         to a token, so that it knows where it is.
         time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
         num_classes: None for an unconditional network; label num_classes is the null label, and its
         embedding is added to that of the time. cross_attention: tokens also attend to label and time, each as it needs.
+        qk_norm: root mean square norm of queries and keys (Esser et al. 2024, arXiv:2403.03206), against attention that
+        grows without bound in long training at low precision.
         """
         super().__init__()
         check_time_frequency(time_frequency)
+        if size not in SIZES:
+            raise ValueError(f"size={size!r}: must be one of {', '.join(SIZES)}")
+        width, depth, heads = (p if g is None else g for g, p in zip((width, depth, heads), SIZES[size], strict=True))
         _check(image_shape, width, depth, heads, patch, positions, dropout, num_classes, cross_attention)
         self.num_classes, self.null, self.patch, self.width = num_classes, num_classes, patch, width
         self.time_frequency = time_frequency
@@ -45,7 +55,7 @@ class DiT(nn.Module):
         self.embed = nn.Linear(channels, width)
         self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, dropout, cross_attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, dropout, cross_attention, qk_norm) for _ in range(depth))
         self.cross_attention = cross_attention
         self.modulation = zero(nn.Linear(width, 2 * width))
         self.unembed = zero(nn.Linear(width, channels))
@@ -79,9 +89,10 @@ class DiT(nn.Module):
 class DiTBlock(nn.Module):
     """Tokens [B, L, width] -> the same: self-attention, cross-attention to context [B, M, width] if any, MLP."""
 
-    def __init__(self, width: int, heads: int, dropout: float, cross_attention: bool):
+    def __init__(self, width: int, heads: int, dropout: float, cross_attention: bool, qk_norm: bool):
         super().__init__()
         self.heads = heads
+        self.qk_scale = nn.Parameter(torch.ones(2, width // heads)) if qk_norm else None
         self.modulation = zero(nn.Linear(width, 6 * width))
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -96,6 +107,8 @@ class DiTBlock(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(emb)[:, None].chunk(6, dim=2)
         a = F.layer_norm(h, h.shape[-1:]) * (1 + scale_a) + shift_a
         q, k, v = (self._split(part) for part in self.qkv(a).chunk(3, dim=2))
+        if self.qk_scale is not None:
+            q, k = (F.rms_norm(p, p.shape[-1:]) * scale.to(p.dtype) for p, scale in zip((q, k), self.qk_scale, strict=True))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         a = F.scaled_dot_product_attention(q, k, v)

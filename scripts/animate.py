@@ -16,7 +16,7 @@ import datasets
 import models
 from flow import rng
 from flow.engine import cli, images, runtime, snapshot
-from flow.engine.generate import SamplerSettings, check, solver_state, trajectory, velocity_of
+from flow.engine.generate import SamplerSettings, check, decoded, solver_state, trajectory, velocity_of
 from flow.evaluation import animation, planes
 from flow.guidance import FlowModel, GuidedVelocity
 from flow.likelihood import log_likelihood
@@ -54,7 +54,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
-    model = snap.model(models.build)
+    model = snap.model(models.build, models.codec)
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
     plane = len(snap.image_shape) == 1
@@ -63,8 +63,8 @@ def main() -> None:
         if plane and model.net.num_classes is not None:
             raise ValueError("--weights: a flow of points with labels has a field for each of them; train one without")
     accelerator = runtime.start_alone("animate")
-    runtime.set_threads()
-    model.net.to(accelerator.device).eval().requires_grad_(False)
+    runtime.place(model.net, accelerator)
+    model.net.eval().requires_grad_(False)
     made = []
     if not plane or {"flow", "density"} & set(args.pictures):
         indices = range(args.n or (20_000 if plane else 50))
@@ -73,7 +73,7 @@ def main() -> None:
             states, _ = trajectory(accelerator, model, snap.image_shape, indices, settings, times, tick=bar.update)
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
-            made += moving_images(args.out, states, model.net.num_classes)
+            made += moving_images(args.out, [decoded(accelerator, model, x) for x in states], model.net.num_classes)
         if plane and "flow" in args.pictures:
             made += moving_plane(args.out, model, times, states)
         if plane and "density" in args.pictures:

@@ -7,6 +7,7 @@ ceiling is the fastest matrix product or convolution of the machine in the same 
 benchmark.md.
 """
 
+import ast
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 
 from configs import schema
-from configs.schema import Config, UserError
+from configs.schema import UserError
 from flow.engine import cli, files, runtime
 from flow.evaluation import table
 
@@ -26,9 +27,10 @@ EXAMPLES = """\
   python -m scripts.benchmark -c configs/mnist_mini_cond.yaml --against eager
   python -m scripts.benchmark -c configs/cifar10.yaml --parts train --precisions no bf16 --against eager \\
       --steps 2 --rounds 3 --out docs/benchmark train.batch_size=32
-  python -m scripts.benchmark -c configs/mnist_mini_cond.yaml --parts scaling --processes 1 2 --precisions bf16"""
+  python -m scripts.benchmark -c configs/mnist_mini_cond.yaml --parts scaling --processes 1 2 --precisions bf16
+  python -m scripts.benchmark -c configs/cifar10.yaml --parts train --vary train.batch_size 8 16 32"""
 PARTS = ("train", "sample", "evaluate", "scaling")
-COMPUTE = ("forward", "backward", "network", "features")  # sections that are networks
+COMPUTE = ("forward", "backward", "network", "decoder", "features")  # sections that are networks
 
 
 def parse_args():
@@ -46,32 +48,44 @@ def parse_args():
     parser.add_argument("--n_samples", type=cli.at_least(4), default=500, help="images of evaluate (default: 500)")
     parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of evaluate (default: mnist)")
     parser.add_argument("--processes", nargs="+", type=cli.at_least(1), default=[1, 2], help="of scaling (default: 1 2)")
+    parser.add_argument("--vary", nargs="+", metavar=("KEY", "VALUE"), default=[], help="all of it for each value of a key")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, except for the loop of --against")
     parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: only printed)")
     args = parser.parse()
     if "train.steps" in " ".join(args.overrides):
         raise UserError("train.steps: --steps says how many are measured")
+    if len(args.vary) == 1:
+        raise UserError(f"--vary {args.vary[0]}: give a key and its values")
     return args
 
 
 def main() -> None:
     args = parse_args()
-    cfg = schema.load(args.config, args.overrides)
-    plan = jobs(args)
+    key, *values = args.vary or [""]
+    plan: dict[str, dict] = {}
+    for extra in [[f"{key}={value}"] for value in values] or [[]]:
+        overrides = [*args.overrides, *extra]
+        schema.load(args.config, overrides)
+        plan |= {", ".join([name, *extra]): {**job, "overrides": overrides} for name, job in jobs(args).items()}
     with tempfile.TemporaryDirectory() as scratch:
         found: dict[str, list[dict]] = {name: [] for name in plan}
-        cost = start_job({"kind": "cost"}, args, Path(scratch))
-        ceilings = start_job({"kind": "ceilings", "precisions": args.precisions}, args, Path(scratch))
+        costs: dict[str, dict] = {}  # by overrides
+        for overrides in {str(job["overrides"]): job["overrides"] for job in plan.values()}.values():
+            costs[str(overrides)] = start_job({"kind": "cost", "overrides": overrides}, args, Path(scratch))
+        precisions = sorted({job["precision"] for job in plan.values()})
+        ceilings = start_job({"kind": "ceilings", "precisions": precisions}, args, Path(scratch))
         for turn in range(args.rounds):
             for name, job in plan.items():
                 print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
                 found[name].append(start_job(job, args, Path(scratch)))
-    rows = [summary(name, plan[name], results, cost, ceilings, args.against) for name, results in found.items()]
+    rows = [summary(name, job, found[name], costs[str(job["overrides"])], ceilings) for name, job in plan.items()]
     for row in rows:
-        slow = next((r for r in rows if r["kind"] == row["kind"] and r["what"] == "eager"), None)
+        alike = [r for r in rows if (r["kind"], r["overrides"]) == (row["kind"], row["overrides"])]
+        slow = next((r for r in alike if r["what"] == "eager"), None)
         row["ratio"] = row["images_per_second"] / slow["images_per_second"] if slow else None
-    result = {"machine": machine(), "config": args.config, "overrides": args.overrides, "batch": cfg.train.batch_size,
-              "cost": cost, "ceilings": ceilings, "rows": rows, "rounds": found}  # fmt: skip
-    text = report(cfg, result)
+    result = {"machine": machine(), "config": args.config, "overrides": args.overrides, "costs": costs,
+              "ceilings": ceilings, "rows": rows, "rounds": found}  # fmt: skip
+    text = report(result)
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -107,7 +121,8 @@ def start_job(job: dict, args, scratch: Path) -> dict:
     result = scratch / "result.json"
     result.unlink(missing_ok=True)
     job = {
-        **job, "config": args.config, "overrides": args.overrides, "result": str(result), "scratch": str(scratch),
+        "overrides": args.overrides, **job, "config": args.config, "result": str(result), "scratch": str(scratch),
+        "compile": args.compile,
         "steps": args.steps, "warmup": args.warmup, "sampling_batch": args.sampling_batch, "n_samples": args.n_samples,
         "sampling_batches": args.sampling_batches, "sampling_steps": args.sampling_steps,
         "feature_extractor": args.feature_extractor, "started": time.time(),
@@ -125,7 +140,7 @@ def start_job(job: dict, args, scratch: Path) -> dict:
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-def summary(name: str, job: dict, results: list[dict], cost: dict, ceilings: dict, against: str | None) -> dict:
+def summary(name: str, job: dict, results: list[dict], cost: dict, ceilings: dict) -> dict:
     """Medians over the rounds of a job, and what follows from them."""
     laps = [lap for r in results for lap in r["laps"]]
     per_lap = results[0]["images_per_lap"]
@@ -145,13 +160,18 @@ def summary(name: str, job: dict, results: list[dict], cost: dict, ceilings: dic
     }  # fmt: skip
 
 
-def report(cfg: Config, result: dict) -> str:
+def report(result: dict) -> str:
     """The tables as Markdown."""
-    host, cost, ceilings = result["machine"], result["cost"], result["ceilings"]
-    lines = [
-        f"{host['device']}, {host['cores']} cores, torch {host['torch']}; {cfg.model.name} of {cost['parameters'] / 1e6:.1f} M "
-        f"parameters, {cost['forward'] / 1e9:.2f} GFLOP an image forward, {cost['training'] / 1e9:.2f} forward and backward; "
-        f"training batches of {result['batch']}.",
+    host, ceilings = result["machine"], result["ceilings"]
+    lines = [f"{host['device']}, {host['cores']} cores, torch {host['torch']}", ""]
+    for overrides, cost in result["costs"].items():
+        cfg = schema.load(result["config"], ast.literal_eval(overrides))
+        lines.append(
+            f"- {result['config']} {overrides}: {cfg.model.name} of {cost['parameters'] / 1e6:.1f} M parameters, "
+            f"{cost['forward'] / 1e9:.2f} GFLOP an image forward, {cost['training'] / 1e9:.2f} forward and backward; "
+            f"training batches of {cfg.train.batch_size}"
+        )
+    lines += [
         "",
         table.markdown([["precision", "matrix product, GFLOP/s", "convolution, GFLOP/s"],
                         *([p, f"{ceilings[p]['matmul'] / 1e9:.0f}", f"{ceilings[p]['convolution'] / 1e9:.0f}"]

@@ -5,6 +5,7 @@ loop, the cost of the network in FLOPs and the ceilings of the machine.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -14,7 +15,6 @@ import time
 from pathlib import Path
 
 from configs import schema
-from configs.schema import UserError
 from flow.engine import runtime
 from scripts.benchmark import name_of
 
@@ -53,7 +53,8 @@ def cost_job(job: dict) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    cfg, shape, _ = material(job)
+    cfg, data = material(job)
+    shape = data.image_shape
     with torch.device("meta"):
         import models
 
@@ -105,13 +106,12 @@ def ceilings_job(job: dict) -> dict:
 
 
 def material(job: dict):
-    """The configuration, the shape of its images and its data set."""
+    """The configuration and its data set."""
     import datasets
 
     cfg = schema.load(job["config"], job["overrides"])
     with runtime.blame("data"):
-        data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
-    return cfg, data.image_shape, data
+        return cfg, datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
 
 
 def condition(net, n: int):
@@ -131,25 +131,25 @@ def train_job(job: dict) -> dict:
 
     import train
     from flow.engine.ema import Ema
-    from flow.engine.loader import Loader
     from flow.engine.tracker import Meter, Tracker
     from scripts.stopwatch import Stopwatch
 
     watch = Stopwatch(synchronise=True)
     first_step = 0.0
-    steps, make_pairing, make_objective = Loader.steps, train.pairing_of, train.objective
+    ahead, make_pairing, make_objective = train.ahead, train.pairing_of, train.objective
 
-    def timed_steps(loader, first: int, last: int):
+    def timed_ahead(items, depth: int):
         nonlocal first_step
-        batches = steps(loader, first, last)
+        inputs = ahead(items, depth)
         for done in range(job["warmup"] + job["steps"]):
             with watch.section("data"):
-                batch = next(batches)
-            yield batch
+                made = next(inputs)
+            yield made
             watch.lap()
             first_step = first_step or time.time()
             if done == job["warmup"] - 1:
                 watch.restart()
+        inputs.close()
         raise Enough
 
     def timed_pairing(*args):
@@ -163,7 +163,7 @@ def train_job(job: dict) -> dict:
         training.loss = watch.watch("path and loss", lambda model, *rest: loss(watch.watch("forward", model), *rest))
         return training
 
-    Loader.steps, train.pairing_of, train.objective = timed_steps, timed_pairing, timed_objective
+    train.ahead, train.pairing_of, train.objective = timed_ahead, timed_pairing, timed_objective
     for owner, name, section in [
         (train.time_sampler, "sample", "times"), (train, "condition", "labels"), (train, "drop_labels", "labels"),
         (Accelerator, "backward", "backward"), (Accelerator, "clip_grad_norm_", "clipping"),
@@ -178,6 +178,7 @@ def train_job(job: dict) -> dict:
         sys.argv = [
             "train.py", *config, "-e", f"{scratch}/run", "-mp", job["precision"], *job["overrides"], "train.log_with=[]",
             "train.sample_every_steps=0", "train.checkpoint_every_steps=0", "train.steps=1_000_000_000",
+            *(["train.compile=true"] if job["compile"] else []),
         ]  # fmt: skip
         with contextlib.suppress(Enough):
             train.main()
@@ -187,20 +188,14 @@ def train_job(job: dict) -> dict:
 
 
 def plain_train_job(job: dict) -> dict:
-    import torch
-
-    import models
     from scripts import plain_loop
     from scripts.stopwatch import Stopwatch
 
-    cfg, shape, data = material(job)
-    net = models.build(cfg.model.name, shape, cfg.model.args)
-    if net.prompt_bytes or not hasattr(data, "images") or data.images.dtype != torch.uint8:
-        raise UserError("--against eager: is for networks without prompts on images in memory")
-    labels = data.labels if net.num_classes is not None else None
+    cfg = schema.load(job["config"], job["overrides"])
+    net, images, labels = plain_loop.material(cfg)
     watch = Stopwatch(synchronise=True)
     first_step = 0.0
-    for done, _ in enumerate(plain_loop.train(net, data.images, labels, cfg.train.batch_size, cfg.optimizer.lr)):
+    for done, _ in enumerate(plain_loop.train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr)):
         watch.lap()
         first_step = first_step or time.time()
         if done == job["warmup"] - 1:
@@ -216,18 +211,19 @@ def blank_snapshot(job: dict) -> Path:
     import models
     from flow.engine import snapshot
 
-    path = Path(job["scratch"]) / "blank.safetensors"
+    path = Path(job["scratch"]) / f"blank-{hashlib.sha256(repr(job['overrides']).encode()).hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        cfg, shape, _ = material(job)
-        net = models.build(cfg.model.name, shape, cfg.model.args)
-        snapshot.save(path, net.state_dict(), cfg, shape, 0, 1)
+        cfg, data = material(job)
+        net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
+        snapshot.save(path, net.state_dict(), cfg, data.image_shape, 0, 1, data.codec)
     return path
 
 
 def sample_job(job: dict) -> dict:
-    """sample.py itself; "network" is a section."""
+    """sample.py itself; "network" and, of latents, "decoder" are sections."""
     import sample
     from flow.guidance import GuidedVelocity
+    from models.autoencoder import VAE
     from scripts.stopwatch import Stopwatch
 
     watch = Stopwatch(synchronise=True)
@@ -245,6 +241,7 @@ def sample_job(job: dict) -> dict:
 
     sample.generate = timed_generate
     GuidedVelocity._forward = watch.watch("network", GuidedVelocity._forward)
+    VAE.decode = watch.watch("decoder", VAE.decode)
     weights = blank_snapshot(job)
     with tempfile.TemporaryDirectory() as scratch:
         sys.argv = [
@@ -254,6 +251,8 @@ def sample_job(job: dict) -> dict:
         ]  # fmt: skip
         if schema.load(job["config"], job["overrides"]).model.args.get("prompt_bytes"):
             sys.argv += ["--prompts", "a"]
+        if job["compile"]:
+            sys.argv += ["--compile"]
         sample.main()
     return measured(job, watch, job["sampling_batch"], first_batch, job["sampling_steps"])
 
@@ -263,7 +262,8 @@ def plain_sample_job(job: dict) -> dict:
     from scripts import plain_loop
     from scripts.stopwatch import Stopwatch
 
-    cfg, shape, _ = material(job)
+    cfg, data = material(job)
+    shape = data.image_shape
     net = models.build(cfg.model.name, shape, cfg.model.args)
     watch = Stopwatch(synchronise=True)
     first_batch = 0.0
@@ -308,6 +308,7 @@ def evaluate_job(job: dict) -> dict:
             "evaluate.py", "--weights", str(weights), "--out", f"{scratch}/out", "-mp", job["precision"], "--metrics", "fid",
             "--n_samples", str(job["n_samples"]), "--bspp", str(job["sampling_batch"]),
             "--sampling_steps", str(job["sampling_steps"]), "--feature_extractor", job["feature_extractor"],
+            *(["--compile"] if job["compile"] else []),
         ]  # fmt: skip
         evaluate.main()
     return measured(job, watch, job["n_samples"], ready, job["sampling_steps"])

@@ -77,11 +77,11 @@ def main() -> None:
     steps = cli.steps_of(args, args.sampling_method)
     reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]
     accelerator = runtime.start_alone("compare")
-    runtime.set_threads()
     found: list[list[Panel]] = [[] for _ in steps]
     with runtime.progress(accelerator, len(flows) * len(steps), "panels") as bar:
         for name, model, real in zip(names, flows, reals, strict=True):
-            model.net.to(accelerator.device).eval().requires_grad_(False)
+            runtime.place(model.net, accelerator)
+            model.net.eval().requires_grad_(False)
             for row, panel in zip(found, solved(args, accelerator, name, model, real, steps), strict=True):
                 row.append(panel)
                 bar.update()

@@ -37,6 +37,8 @@ def main() -> None:
     model = snap.model(models.build)
     if model.net.prompt_bytes:
         raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
+    if snap.codec:
+        raise UserError("--weights: a flow on latents gives no likelihood of images")
     source = snap.config.data
     with runtime.blame("data"):
         real = datasets.original(source.name, source.root, source.args)
@@ -44,8 +46,8 @@ def main() -> None:
     if args.n_images > len(data):
         raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}")
     accelerator = runtime.start()
-    runtime.set_threads()
-    model.net.to(accelerator.device).eval().requires_grad_(False)
+    runtime.place(model.net, accelerator)
+    model.net.eval().requires_grad_(False)
     mine = batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
     found, nfe = [], 0
     dimensions = int(np.prod(data.image_shape))

@@ -18,10 +18,12 @@ import models
 from configs import schema
 from configs.schema import UserError
 from datasets import captions
-from datasets.pairs import MANIFEST, Shard, damage_of, read_manifest, save_shard, shards
+from datasets.pairs import Shard, damage_of, read_manifest, shards_of
+from datasets.shards import MANIFEST, save_shard
 from flow import prior, rng
-from flow.engine import cli, files, images, runtime, snapshot
+from flow.engine import cli, files, runtime, snapshot
 from flow.engine.generate import SamplerSettings, batches, check, generate, solver_state, velocity_of
+from flow.engine.images import to_network
 from flow.guidance import FlowModel
 from flow.inversion import invert
 from flow.solvers import DETERMINISTIC
@@ -53,16 +55,13 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    model = snap.model(models.build)
+    model = snap.model(models.build, models.codec)
     net = model.net
     source = snap.config.data
     with runtime.blame("data"):
-        real = datasets.original(source.name, source.root, source.args)  # in a second round those of the first
+        real = datasets.original(source.name, source.root, source.args, made=["pairs"])  # in a second round that of the first
     labels = tuple(args.labels) if args.labels else None
     accelerator = runtime.start(args.mixed_precision)
-    thread_note = runtime.set_threads()
-    if thread_note:
-        accelerator.print(thread_note)
     with runtime.blame("data"):
         data = runtime.one_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
     known, prompts = labels, None
@@ -98,14 +97,16 @@ def main() -> None:
         "image_shape": snap.image_shape,
         "class_names": data.class_names,
         "data": real,
+        **({"codec": snap.codec} if snap.codec else {}),
     }
     manifest = json.loads(json.dumps(manifest))
     if accelerator.is_main_process:
         claim(args.save_dir, manifest)
     accelerator.wait_for_everyone()
-    net.to(accelerator.device).eval()
+    runtime.place(net, accelerator)
+    net.eval()
     make = partial(make_shard, accelerator, model, data, real_ones, settings, args.bspp)
-    mine = shards(manifest)[accelerator.process_index :: accelerator.num_processes]
+    mine = shards_of(manifest)[accelerator.process_index :: accelerator.num_processes]
     made = 0
     with runtime.progress(accelerator, sum(len(s.indices) for s in mine), "pairs (of this process)") as bar:
         for shard in mine:
@@ -187,7 +188,7 @@ def invert_batch(
     """
     with runtime.blame("data"):
         pixels, labels = zip(*(data[k] for k in chosen), strict=True)
-    x1 = images.from_data(torch.stack(pixels))
+    x1 = to_network(torch.stack(pixels))
     y = torch.tensor(labels)
     prompts = tuple(captions.plain(data.class_names[label]) for label in labels) if model.net.prompt_bytes else None
     unguided = SamplerSettings(labels=tuple(labels), prompts=prompts)

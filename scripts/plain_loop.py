@@ -1,21 +1,67 @@
-"""The training and sampling loops that a user would write without this project, for `scripts/benchmark.py --against eager`.
+"""The training and sampling loops that a user would write without this project: what scripts/benchmark.py measures against,
+and `python -m scripts.plain_loop -c CONFIG --minutes 25 --out FILE` trains, for tables of equal time (scripts/gpu_check.sh).
 
 fp32, a DataLoader with two workers, torch.optim.AdamW, averages by a Python loop over the parameters, loss.item() in each
 step; sampling by Euler's method, batch after batch, each image saved by torchvision. Both yield after every step or batch,
 so that whoever iterates can take the time.
 """
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchvision.utils import save_image
 
+import datasets
+import models
+from configs import schema
+from configs.schema import Config, UserError
+from flow.engine import cli, runtime, snapshot
 
-def train(net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, batch_size: int, lr: float) -> Iterator[None]:
-    """Endless training of net(x, t, y) on uint8 images [N, C, H, W], labels int64 [N] or None."""
+EXAMPLES = "  python -m scripts.plain_loop -c configs/cifar10_fast.yaml --minutes 25 --out plain.safetensors"
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("-c", "--config", required=True, metavar="YAML", help="its data, network, batch size and learning rate")
+    parser.add_argument("--minutes", type=float, required=True, help="of training")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the snapshot, a new .safetensors file")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: exists already; name another file")
+    cfg = schema.load(args.config, args.overrides)
+    net, images, labels = material(cfg)
+    with runtime.progress(runtime.start_alone("plain_loop"), cfg.train.steps, "plain loop") as bar:
+        end = time.monotonic() + 60 * args.minutes
+        for step, averages in enumerate(train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr), start=1):  # noqa: B007
+            bar.update()
+            if time.monotonic() > end:
+                break
+    names = [name for name, _ in net.named_parameters()]
+    snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
+    print(f"{args.out}: {step} steps of {cfg.train.batch_size} images")
+
+
+def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:
+    """The network, the images and the labels of a configuration. Raises UserError for what the loop cannot train."""
+    with runtime.blame("data"):
+        data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
+    with runtime.blame("model"):
+        net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
+    if net.prompt_bytes or not hasattr(data, "images") or data.images.dtype != torch.uint8:
+        raise UserError(f"data.name={cfg.data.name}: the plain loop is for networks without prompts on images in memory")
+    return net, data.images, data.labels if net.num_classes is not None else None
+
+
+def train(net: nn.Module, images: Tensor, labels: Tensor | None, batch_size: int, lr: float) -> Iterator[list[Tensor]]:
+    """Endless training of net(x, t, y) on uint8 images [N, C, H, W], labels int64 [N] or None; yields the averages."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device).train()
     averages = [p.detach().clone() for p in net.parameters()]
@@ -37,7 +83,7 @@ def train(net: nn.Module, images: torch.Tensor, labels: torch.Tensor | None, bat
             for average, p in zip(averages, net.parameters(), strict=True):
                 average.mul_(0.9999).add_(p, alpha=1 - 0.9999)
         loss.item()
-        yield
+        yield averages
 
 
 @torch.no_grad()
@@ -57,3 +103,7 @@ def sample(
             save_image((image + 1) / 2, folder / f"{made:06d}.png")
             made += 1
         yield
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 
 import models
 from configs import schema
-from configs.schema import Config, RectifyConfig, RoundConfig, UserError
+from configs.rectify import RectifyConfig, RoundConfig
+from configs.schema import Config, UserError
 from flow import solvers
 from flow.engine import cli, files, images, runtime, snapshot
 from flow.engine.commands import run_command, train_arguments
@@ -33,7 +34,7 @@ COLUMNS = 8  # images of a class in a panel of the figure
 
 
 def parse_args():
-    parser = cli.Parser(__doc__, EXAMPLES, kind=RectifyConfig)
+    parser = cli.Parser(__doc__, EXAMPLES, kind=RectifyConfig, keys="configs/rectify.py")
     parser.add_argument("-c", "--config", metavar="YAML", required=True, help="e.g. configs/mnist_rectify.yaml")
     parser.add_argument("--launcher", metavar="COMMAND", help="what starts each script (default: this Python)")
     return parser.parse()
@@ -112,14 +113,13 @@ def compare(
 ) -> None:
     """Write and print comparison.md, draw comparison.png."""
     accelerator = runtime.start(first.train.mixed_precision)
-    runtime.set_threads()
     titles, straight, pictures = {}, {}, []
     bar = runtime.progress(accelerator, len(rows), "straightness and figure (models)")
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
     for name, scale in rows:
         snap = snapshots[name]
-        model = snap.model(models.build)
-        model.net.to(accelerator.device)
+        model = snap.model(models.build, models.codec)
+        runtime.place(model.net, accelerator)
         key = f"{name}@{snap.step}, {scale:g}"
         titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")
         settings = SamplerSettings(guidance_scale=scale)

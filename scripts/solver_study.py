@@ -73,7 +73,6 @@ def main() -> None:
         for n in cli.steps_of(args, method, args.until)
     ]  # fmt: skip
     accelerator = runtime.start_alone("solver_study")
-    runtime.set_threads()
     rows, fine_nfe = distances(args, accelerator, snap, base, plan)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.fd:

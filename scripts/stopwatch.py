@@ -1,5 +1,6 @@
 """Where the time of a script goes: its own functions, wrapped from outside, so that the loops stay free of clocks."""
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -10,18 +11,23 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by section name. A section inside another one counts for itself only."""
+    """Seconds by section name. A section inside another one counts for itself only; what other threads do meanwhile does not
+    count at all."""
 
     def __init__(self, synchronise: bool = False):
         """synchronise: wait for the GPU at every border, for shares that are right; it costs speed."""
         self.seconds: dict[str, float] = defaultdict(float)
         self.laps: list[float] = []  # seconds of each lap
         self._open: list[str] = []
+        self._thread = threading.get_ident()
         self._since = self._lap = time.perf_counter()
         self._wait = torch.cuda.synchronize if synchronise and torch.cuda.is_available() else lambda: None
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
+        if threading.get_ident() != self._thread:
+            yield
+            return
         self._border()
         self._open.append(name)
         try:

@@ -50,8 +50,8 @@ def main() -> None:
     with runtime.blame("tune_grid"):
         check(settings, model.net)
     accelerator = runtime.start_alone("tune_grid")
-    runtime.set_threads()
-    model.net.to(accelerator.device).eval()
+    runtime.place(model.net, accelerator)
+    model.net.eval()
     with torch.inference_mode():
         tune(args, accelerator, snap, model, settings)
 

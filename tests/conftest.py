@@ -12,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from flow.engine import runtime
+from models import autoencoder
 
 torch.set_num_threads(1)  # the networks of the tests are too small for more
 ENTRY_SCRIPTS = ("train", "sample", "evaluate")
@@ -105,6 +106,16 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "tiny"
     succeed("train.py", *TINY_TRAIN, "-e", run)
     return run
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained AutoencoderKL as diffusers writes it: images 1x8x8, latents 2x4x4. Tests must not write to it."""
+    pytest.importorskip("diffusers")
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("vae") / "autoencoder"
+    autoencoder.new(1, [8, 8], 2, 1).save(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 
 # Folder or file -> what it may import besides the standard library. `lazy` only inside a function: these are not needed by all.
 LAYERS = {
-    "models": ({"torch", "models"}, set()),
+    "models": ({"torch", "models"}, {"diffusers"}),
     "datasets": ({"torch", "torchvision", "numpy", "PIL", "safetensors", "datasets"}, {"sklearn"}),
     "configs": ({"omegaconf", "configs"}, set()),
     "flow/*.py": ({"torch", "numpy", "flow"}, {"scipy"}),

@@ -1,11 +1,16 @@
 """The benchmark measures the scripts themselves: every job runs, and the clocks add up."""
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import TINY, succeed
+from conftest import REPOSITORY, TINY, succeed
 
+from flow.engine import images, snapshot
 from scripts.stopwatch import Stopwatch
 
 
@@ -45,5 +50,36 @@ def test_every_job(tmp_path):
     assert {"data", "noise", "forward", "backward", "optimizer", "EMA", "logging"} <= rows["train, fp32"]["shares"].keys()
     assert sum(rows["train, fp32"]["shares"].values()) == pytest.approx(1)
     assert 0 < rows["train, fp32"]["outside"] < 1 and rows["train, fp32"]["seconds_to_first_step"] > 0.5
-    assert result["cost"]["training"] == pytest.approx(3 * result["cost"]["forward"], rel=0.1)
+    [cost] = result["costs"].values()
+    assert cost["training"] == pytest.approx(3 * cost["forward"], rel=0.1)
     assert all(name in text for name in rows) and (tmp_path / "benchmark.md").read_text() in text + "\n"
+
+
+def test_a_halved_snapshot_is_half_the_size_and_samples_the_same(tmp_path, tiny_run, here, error):
+    half = tmp_path / "half.safetensors"
+    here("halve", "--weights", tiny_run, "--out", half)
+    assert half.stat().st_size < 0.6 * snapshot.find(tiny_run).stat().st_size
+    options = ["--n_samples", 4, "--sampling_steps", 2, "--save_dir"]
+    here("sample", "--weights", half, *options, tmp_path / "half")
+    here("sample", "--weights", tiny_run, *options, tmp_path / "whole")
+    for k in range(4):
+        a, b = (images.read_png(tmp_path / d / "images" / f"{k:06d}.png").astype(int) for d in ("half", "whole"))
+        assert abs(a - b).max() <= 2
+    assert "exists already" in error("halve", "--weights", tiny_run, "--out", half)
+
+
+@pytest.mark.slow
+def test_the_gpu_check_on_a_cpu_with_tiny_numbers(tmp_path, real_data):
+    environment = {
+        **os.environ, "MINUTES": "0.15", "SAMPLES": "20", "NFE": "2", "FLOW_DATA": str(real_data),
+        "CONFIG": "configs/mnist.yaml",
+        "FEATURES": "--feature_extractor mnist", "BENCHMARK": "--steps 1 --warmup 1 --rounds 1 --sampling_batches 1",
+        "OVERRIDES": "model.args.width=16 model.args.attention_resolutions=[] train.batch_size=8",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    command = ["scripts/gpu_check.sh", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = (tmp_path / "out" / "evaluation_20" / "results.md").read_text()
+    assert rows.count("euler") == 2 and rows.count("plain@") == 1 + rows.count("heun") // 2
+    assert (tmp_path / "out" / "half.safetensors").is_file() and (tmp_path / "out" / "benchmark" / "benchmark.md").is_file()

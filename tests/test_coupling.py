@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import TINY_TRAIN, succeed
+from conftest import TINY_TRAIN
 
 from flow import coupling, prior
 from flow.engine.tracker import read_metrics
@@ -54,9 +54,9 @@ def test_mistakes():
         coupling.build("ot", 0, SHAPE, 10, {})
 
 
-def test_training_with_it(error, tmp_path):
+def test_training_with_it(here, error, tmp_path):
     run = tmp_path / "run"
-    succeed("train.py", *TINY_TRAIN, "-e", run, "flow.coupling=ot", "flow.coupling_args.block=16")
+    here("train", *TINY_TRAIN, "-e", run, "flow.coupling=ot", "flow.coupling_args.block=16")
     assert read_metrics(run / "metrics.jsonl")[-1]["loss"] > 0
     message = error("train", *TINY_TRAIN, "-e", tmp_path / "other", "flow.coupling=ot", "flow.coupling_args.block=24")
     assert "flow.coupling_args: block=24: must divide the 32 rows" in message

@@ -146,6 +146,30 @@ def test_broken_files_are_named(tmp_path, name, share):
         data[0]
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about odd metadata
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.bmp", "a.webp", "a.tif"])
+def test_mutated_files_are_decoded_or_named(tmp_path, name):
+    """A hundred files of each kind with bytes changed at random: an image of the size that was asked for, or an error."""
+    Image.fromarray(NOISE).save(tmp_path / name)
+    whole = np.frombuffer((tmp_path / name).read_bytes(), np.uint8)
+    data = Folder(tmp_path, 16, 3)
+    rng = np.random.default_rng(0)
+    outcomes = {"decoded": 0, "named": 0}
+    for _ in range(100):
+        mutated = whole.copy()
+        places = rng.integers(0, len(mutated) if rng.random() < 0.5 else 64, rng.integers(1, 9))
+        mutated[places] = rng.integers(0, 256, len(places))
+        (tmp_path / name).write_bytes(mutated.tobytes())
+        try:
+            image, _ = data[0]
+            assert image.shape == (3, 16, 16) and image.dtype == torch.uint8
+            outcomes["decoded"] += 1
+        except ValueError as error:
+            assert f"{name}: not a readable image" in str(error)
+            outcomes["named"] += 1
+    assert outcomes["named"], outcomes
+
+
 def test_sizes_must_agree_without_size(tmp_path):
     Image.new("L", (4, 6)).save(tmp_path / "a.png")
     Image.new("L", (4, 5)).save(tmp_path / "b.png")

@@ -1,5 +1,9 @@
 """The global batch is a function of (seed, step): order, processes, micro-batches, flips, files; and the way back to images."""
 
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -163,6 +167,16 @@ def test_a_folder_without_classes_gives_no_labels(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     (batch,) = next(make(Folder(tmp_path, None, 1), 2).steps(0, 1))
     assert batch.y is None and batch.x1.shape == (2, 1, 4, 4)
+
+
+def test_workers_outlive_the_signals_that_ask_a_run_to_stop(folder):
+    """A launcher, a scheduler or `timeout` send SIGTERM to every process: the step is finished, then comes the checkpoint."""
+    steps = make(folder, 7, num_workers=1).steps(0, 40)
+    next(steps)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(steps)) == 39
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

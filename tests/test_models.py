@@ -266,6 +266,7 @@ DIT = {"width": 32, "depth": 2, "heads": 2, "patch": 2}
         ((1, 8, 8), {"positions": "sine"}),
         ((3, 8, 12), {"num_classes": 3}),
         ((4, 4, 4), {"num_classes": 3, "cross_attention": True, "patch": 1}),
+        ((1, 8, 8), {"qk_norm": True, "num_classes": 3}),
     ],
 )
 def test_dit_has_the_shape_of_its_input_and_sees_time_place_and_label(shape, args):
@@ -280,6 +281,35 @@ def test_dit_has_the_shape_of_its_input_and_sees_time_place_and_label(shape, arg
     assert not torch.allclose(shifted, out, atol=1e-4)  # a patch knows its place among the others
     if net.num_classes:
         assert not torch.allclose(out[0], out[1], atol=1e-4) and not torch.allclose(out[0], out[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_with_qk_norm_the_length_of_queries_and_keys_does_not_matter(qk_norm):
+    net = perturbed(models.build("dit", (1, 8, 8), DIT | {"qk_norm": qk_norm}))
+    x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.3)
+    before = net(x, t)
+    with torch.no_grad():
+        for block in net.blocks:
+            for part in (block.qkv.weight, block.qkv.bias):
+                part[: 2 * 32] *= 30
+    assert torch.allclose(net(x, t), before, atol=1e-3) == qk_norm
+    with torch.autocast("cpu", torch.bfloat16):
+        assert net(x, t).isfinite().all()
+
+
+@pytest.mark.parametrize(("size", "millions"), [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
+def test_dit_sizes_are_those_of_the_paper(size, millions):
+    """Of DiT-*/2 on latents 4x32x32 with 1000 classes (Peebles & Xie 2023, table 4)."""
+    with torch.device("meta"):
+        net = models.build("dit", (4, 32, 32), {"size": size, "num_classes": 1000})
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+def test_the_dit_of_the_celebahq_config_has_38_75_million_parameters():
+    cfg = schema.load("configs/celebahq_dit.yaml")
+    with torch.device("meta"):
+        net = models.build(cfg.model.name, (4, 32, 32), cfg.model.args)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(38.75e6, rel=0.02)
 
 
 def test_rotary_scores_depend_on_the_difference_of_places():
@@ -299,6 +329,7 @@ def test_rotary_scores_depend_on_the_difference_of_places():
         ({"cross_attention": True}, "cross_attention=True: needs labels to attend to"),
         ({"positions": "learned"}, "positions='learned': must be rope or sine"),
         ({"depth": 0}, "depth=0: must be a whole number of at least 1"),
+        ({"size": "M"}, "size='M': must be one of S, B, L, XL"),
     ],
 )
 def test_dit_names_the_argument_that_is_wrong(args, message):

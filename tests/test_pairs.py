@@ -111,6 +111,7 @@ def test_two_processes_write_the_same_bytes(tmp_path, folder, tiny_run):
     assert contents(out) == contents(folder)
 
 
+@pytest.mark.slow
 def test_a_kill_costs_one_shard(tmp_path, tiny_run):
     """Killed once two shards are there: they stay as they are, and the folder ends as if nothing had happened."""
     command = ["-m", "scripts.make_pairs", "--weights", str(tiny_run), "--n_pairs", "320", "--shard_pairs", "40"]

@@ -13,14 +13,38 @@ import evaluate
 import sample
 import train
 from configs import schema
-from scripts import animate, compare, gallery, likelihood, make_pairs, plot_loss, rectify, solver_study, tune_grid
+from configs.rectify import RectifyConfig
+from configs.vae import VaeConfig
+from scripts import (
+    animate,
+    benchmark,
+    cache_latents,
+    compare,
+    doctor,
+    export_images,
+    gallery,
+    halve,
+    likelihood,
+    make_pairs,
+    plain_loop,
+    plot_loss,
+    rectify,
+    solver_study,
+    torture,
+    train_vae,
+    tune_grid,
+)  # fmt: skip
 
 SCRIPTS = {
     "train.py": train, "sample.py": sample, "evaluate.py": evaluate, "-m scripts.make_pairs": make_pairs,
     "-m scripts.rectify": rectify, "-m scripts.plot_loss": plot_loss, "-m scripts.tune_grid": tune_grid,
     "-m scripts.solver_study": solver_study, "-m scripts.likelihood": likelihood,
     "-m scripts.animate": animate, "-m scripts.compare": compare, "-m scripts.gallery": gallery,
+    "-m scripts.doctor": doctor, "-m scripts.torture": torture, "-m scripts.benchmark": benchmark,
+    "-m scripts.halve": halve, "-m scripts.plain_loop": plain_loop, "-m scripts.export_images": export_images,
+    "-m scripts.train_vae": train_vae, "-m scripts.cache_latents": cache_latents,
 }  # fmt: skip
+KINDS = {rectify: RectifyConfig, train_vae: VaeConfig}  # of configuration, where it is not that of train.py
 COMMAND = rf"(?<![\w/])({'|'.join(map(re.escape, SCRIPTS))}) (.*)$"
 READMES = ("README.md", "README_zh.md")
 
@@ -30,8 +54,9 @@ def blocks(name: str, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every training, sampling and evaluation command of the README, line continuations joined."""
-    text = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ")
+    """Every training, sampling and evaluation command of the README and the pages of docs/, line continuations joined."""
+    pages = ["README.md", *(str(p.relative_to(REPOSITORY)) for p in sorted((REPOSITORY / "docs").glob("*.md")))]
+    text = "\n".join(block for page in pages for block in blocks(page, "bash")).replace("\\\n", " ")
     return [line for line in text.splitlines() if re.search(COMMAND, line)]
 
 
@@ -65,11 +90,10 @@ def test_configuration_table_is_the_schema(name):
 def test_commands_are_accepted(command, monkeypatch):
     """Each command parses, and its configuration keys and files exist."""
     script, arguments = re.search(COMMAND, command).groups()
-    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments)])
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments, comments=True)])
     args = SCRIPTS[script].parse_args()
     if getattr(args, "config", None):
-        kind = schema.RectifyConfig if SCRIPTS[script] is rectify else schema.Config
-        schema.load(str(REPOSITORY / args.config), args.overrides, kind=kind)
+        schema.load(str(REPOSITORY / args.config), args.overrides, kind=KINDS.get(SCRIPTS[script], schema.Config))
 
 
 def test_both_languages_have_the_same_code():

@@ -74,6 +74,14 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, tiny_run, sampled
     assert (out / "images" / "000000.png").stat().st_mtime == 1
 
 
+def test_a_kill_before_the_first_file_leaves_a_folder_that_can_be_used(tmp_path, tiny_run, here):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".tmp-1-sampling.json").write_text("{")
+    here("sample", "--weights", tiny_run, "--save_dir", out, "--n_samples", 1, "--sampling_steps", 1)
+    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "images", "sampling.json"]
+
+
 def test_image_depends_on_its_index_alone(model):
     """Batch size and the images around it change nothing but the rounding of the kernels."""
     settings = SamplerSettings("midpoint", 4, seed=3)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_TRAIN, fail, succeed
+from conftest import TINY_TRAIN
 
 import models
 from datasets import captions
@@ -81,20 +81,31 @@ def test_captions_name_their_class_and_never_a_held_out_wording(names):
     assert len({len(captions.held_out(name)) for name in names}) == 1
 
 
-def test_training_and_prompting(tmp_path):
+def test_training_and_prompting(tmp_path, here, error):
     run, out = tmp_path / "run", tmp_path / "samples"
     config = tmp_path / "text.yaml"
     config.write_text(yaml.safe_dump({"data": {"name": "digits"}, "model": {"name": "mini_unet", "args": NET}}))
     arguments = ["-c", config, *(a for a in TINY_TRAIN[2:] if not a.startswith("model.args"))]
-    succeed("train.py", *arguments, "-e", run)
-    sample = ["sample.py", "--weights", run, "--n_samples", "6", "--save_dir", out, "--sampling_steps", "2"]
-    succeed(*sample, "--prompts", "a handwritten three", "数字7", "--guidance_scale", "2", "--grid_by_class", "-mp", "bf16")
+    here("train", *arguments, "-e", run)
+    sample = ["--weights", run, "--n_samples", "6", "--save_dir", out, "--sampling_steps", "2"]
+    here(
+        "sample",
+        *sample,
+        "--prompts",
+        "a handwritten three",
+        "数字7",
+        "--guidance_scale",
+        "2",
+        "--grid_by_class",
+        "-mp",
+        "bf16",
+    )
     assert len(list((out / "images").iterdir())) == 6
-    assert "reads prompts (of at most 48 bytes): give some with --prompts" in fail(*sample)
-    assert "has 60 bytes, this network reads at most 48" in fail(*sample, "--prompts", "x" * 60)
-    evaluate = ["evaluate.py", "--weights", run, "--sampling_steps", "1", "--n_samples", "60", "--metrics", "accuracy", "fid"]
-    result = succeed(*evaluate, "--feature_extractor", "digits", "--captions", "held_out", "--out", tmp_path / "table")
-    assert "accuracy" in result.stdout
-    assert "| captions |" in result.stdout and "held_out" in result.stdout
-    line = fail("train.py", *arguments, "model.args.prompt_bytes=10", "-e", tmp_path / "short")
+    assert "reads prompts (of at most 48 bytes): give some with --prompts" in error("sample", *sample)
+    assert "has 60 bytes, this network reads at most 48" in error("sample", *sample, "--prompts", "x" * 60)
+    evaluate = ["--weights", run, "--sampling_steps", "1", "--n_samples", "60", "--metrics", "accuracy", "fid"]
+    told = here("evaluate", *evaluate, "--feature_extractor", "digits", "--captions", "held_out", "--out", tmp_path / "table")
+    assert "accuracy" in told
+    assert "| captions |" in told and "held_out" in told
+    line = error("train", *arguments, "model.args.prompt_bytes=10", "-e", tmp_path / "short")
     assert "model.args.prompt_bytes=10: captions have up to" in line

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -49,7 +50,10 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_m
                 random_state.unlink()
             write_more(temporary)
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
-            entries = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(temporary.iterdir())}
+            written = sorted(p for p in temporary.rglob("*") if p.is_file())
+            entries = {
+                p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written
+            }
             (temporary / "manifest.json").write_text(json.dumps(entries, indent=1))
             if path.exists():  # a damaged one that resuming has passed over
                 shutil.rmtree(path)
@@ -73,7 +77,9 @@ def load(accelerator: Accelerator, path: Path) -> dict:
     try:
         accelerator.load_state(str(path))
         return json.loads((path / "state.json").read_text())
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except UnpicklingError:
+        raise UserError(f"-r {path}: holds something other than tensors and numbers, which is not loaded") from None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, SafetensorError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise UserError(f"-r {path}: does not fit this configuration ({first})") from None
 
@@ -120,6 +126,8 @@ def damage_of(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text())
         for name, entry in manifest.items():
             file = path / name
+            if file.parent != path:
+                return f"manifest.json names a file outside of the checkpoint, {name}"
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != entry["bytes"]:

@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from configs import schema
 from configs.schema import UserError
@@ -20,10 +21,10 @@ class Parser(argparse.ArgumentParser):
     `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
     """
 
-    def __init__(self, description: str, examples: str, kind: type = schema.Config):
+    def __init__(self, description: str, examples: str, kind: type = schema.Config, keys: str = "configs/schema.py"):
         super().__init__(
             description=description,
-            epilog=f"examples:\n{examples}\n\nevery configuration key: configs/schema.py",
+            epilog=f"examples:\n{examples}\n\nevery configuration key: {keys}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -56,6 +57,23 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown argument {unknown[0]!r}.{schema.nearest(unknown[0], flags)}")
         namespace.overrides = overrides
         return namespace
+
+
+def parse_training(parser: Parser) -> argparse.Namespace:
+    """The command line of a trainer: -c, -e, -mp, which becomes an override, and configuration keys."""
+    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; of a run that goes on, its own is the default")
+    parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
+    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
+    args = parser.parse()
+    if args.mixed_precision:
+        args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
+    return args
+
+
+def add_resume_flag(parser: Parser) -> Parser:
+    """-r, of the trainers that can go on."""
+    parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
+    return parser
 
 
 def add_step_flags(parser: argparse.ArgumentParser, default: list[int], several: bool) -> None:

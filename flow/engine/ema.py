@@ -1,10 +1,14 @@
 """Exponential moving averages of the weights, measured in images: several half-lives at once."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flow.engine.sharding import copy, local, whole
 
 
 class Ema:
@@ -15,8 +19,11 @@ class Ema:
     arXiv:2206.00364, table 7, and its training code).
     """
 
-    def __init__(self, net: nn.Module, half_lives: list[int], warmup_ratio: float):
-        self.net, self.half_lives, self.warmup_ratio = net, half_lives, warmup_ratio
+    def __init__(
+        self, net: nn.Module, half_lives: list[int], warmup_ratio: float, build: Callable[[], nn.Module] | None = None
+    ):
+        """build: makes an unsharded network, needed by `applied` where `net` is sharded."""
+        self.net, self.half_lives, self.warmup_ratio, self.build = net, half_lives, warmup_ratio, build
         self.averages: list[dict[str, Tensor]] = [
             {name: value.detach().float().clone() for name, value in _floating(net).items()} for _ in half_lives
         ]
@@ -24,35 +31,40 @@ class Ema:
     @torch.no_grad()
     def update(self, batch_size: int, images: int) -> None:
         """Call after an optimizer step on `batch_size` images that brought the total to `images`."""
-        weights = [value.detach().float() for value in _floating(self.net).values()]
+        weights = [local(value.detach()).float() for value in _floating(self.net).values()]
+        longest = images * self.warmup_ratio if self.warmup_ratio > 0 else math.inf
         for half_life, average in zip(self.half_lives, self.averages, strict=True):
-            if self.warmup_ratio > 0:
-                half_life = min(half_life, images * self.warmup_ratio)
-            torch._foreach_lerp_(list(average.values()), weights, 1 - 0.5 ** (batch_size / half_life))
+            shards = [local(value) for value in average.values()]
+            torch._foreach_lerp_(shards, weights, 1 - 0.5 ** (batch_size / min(half_life, longest)))
 
     @contextmanager
     def applied(self, index: int = 0) -> Iterator[nn.Module]:
-        """The network with the averaged weights inside the block, with its own again after it, whatever happens."""
+        """The network with the averaged weights inside the block, with its own again after it, whatever happens.
+
+        Of a sharded network it is an unsharded copy, so that processes may sample different numbers of batches.
+        """
         weights = _floating(self.net)
+        if any(isinstance(value, DTensor) for value in weights.values()):
+            if self.build is None:
+                raise ValueError("averages of a sharded network are applied to a copy: give a `build` that makes one")
+            plain = self.build()
+            plain.load_state_dict(self.state_dict(index))
+            yield plain.to(local(next(iter(weights.values()))).device)
+            return
         kept = {name: value.detach().clone() for name, value in weights.items()}
         try:
-            _copy(self.averages[index], weights)
+            copy(self.averages[index], weights)
             yield self.net
         finally:
-            _copy(kept, weights)
+            copy(kept, weights)
 
     def state_dict(self, index: int) -> dict[str, Tensor]:
-        """A complete state dict of the network with the averaged weights."""
-        return {name: self.averages[index].get(name, value) for name, value in self.net.state_dict().items()}
+        """A complete state dict of the network with the averaged weights, unsharded; every process calls it."""
+        return {name: whole(self.averages[index].get(name, value)) for name, value in self.net.state_dict().items()}
 
     def load_state_dict(self, index: int, state: dict[str, Tensor]) -> None:
-        _copy({name: state[name] for name in self.averages[index]}, self.averages[index])
+        copy({name: state[name] for name in self.averages[index]}, self.averages[index])
 
 
 def _floating(net: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in net.state_dict(keep_vars=True).items() if value.is_floating_point()}
-
-
-@torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    torch._foreach_copy_([target[name] for name in source], list(source.values()))

@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from flow import prior, solvers
 from flow.engine import runtime
 from flow.engine.images import to_uint8
-from flow.guidance import FlowModel, GuidedVelocity
+from flow.guidance import FlowModel, GuidedVelocity, Network
 from flow.path import Path
 from flow.solvers import grid
 from flow.solvers.adaptive import ADAPTIVE, OWN_TIMES
@@ -23,15 +24,16 @@ class Generated:
     """One batch of images."""
 
     indices: range
-    x: Tensor  # the end of the flow, about [-1, 1], [b, C, H, W], or points [b, 2], on the device
+    x: Tensor  # the end of the flow: images, about [-1, 1], or latents, [b, C, H, W], or points [b, 2], on the device
     labels: Tensor | None  # int64 [b], on the CPU, where they are known
     nfe: int  # velocity evaluations per image
     forwards: int  # network evaluations per image: twice the NFE with guidance
+    decode: Callable[[Tensor], Tensor] = lambda x: x  # from x to what people see
 
     @property
     def images(self) -> Tensor:
-        """uint8 [b, C, H, W], on the CPU; points as they are, float32 [b, 2]."""
-        return to_uint8(self.x).cpu() if self.x.dim() == 4 else self.x.float().cpu()
+        """uint8 [b, C, H, W], on the CPU, decoded where x are latents; points as they are, float32 [b, 2]."""
+        return to_uint8(self.decode(self.x)).cpu() if self.x.dim() == 4 else self.x.float().cpu()
 
 
 class Cost:
@@ -92,7 +94,7 @@ def generate(
     settings: SamplerSettings,
     stream: str = "sample",
 ) -> Iterator[Generated]:
-    """The images of the batches `mine`, usually those of `share`, batch by batch.
+    """The images of the batches `mine`, usually those of `share`, batch by batch. `image_shape` is what the network sees.
 
     Image k is a function of the weights, the settings and k: its noise comes from (stream, seed, k), its label or prompt
     from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. Methods with tolerances
@@ -105,13 +107,21 @@ def generate(
     for batch in mine:
         x0 = solver_state(prior.noise(stream, settings.seed, batch, image_shape), accelerator.device)
         velocity = velocity_of(model, batch, settings, accelerator.device)
-        options = dict(settings.options)
+        options: dict[str, Any] = dict(settings.options)
         if settings.method in solvers.STOCHASTIC:
             options["noise"] = partial(increments, settings.seed, batch, image_shape, x0)
         with accelerator.autocast():
             solution = solvers.solve(velocity, x0, times, settings.method, **options)
         labels = labels_of(batch, settings, model.net.num_classes)
-        yield Generated(batch, solution.x, labels, solution.nfe, velocity.forwards)
+        yield Generated(batch, solution.x, labels, solution.nfe, velocity.forwards, partial(decoded, accelerator, model))
+
+
+def decoded(accelerator: Accelerator, model: FlowModel, x: Tensor) -> Tensor:
+    """Images [b, C, H, W], about [-1, 1], of the end x of a flow: x itself, or what its decoder makes of latents."""
+    if model.decode is None:
+        return x
+    with torch.inference_mode(), accelerator.autocast():
+        return model.decode(x)
 
 
 @torch.inference_mode()
@@ -167,7 +177,7 @@ def velocity_of(model: FlowModel, indices: Sequence[int], settings: SamplerSetti
     """The network as the velocity of the images with these indices: their labels or prompts, the guidance scale."""
     net = model.net
     y = labels_of(indices, settings, net.num_classes) if net.num_classes is not None else None
-    if net.prompt_bytes:
+    if net.prompt_bytes and settings.prompts:
         tokens = net.encode(settings.prompts)
         y = tokens[torch.tensor([k % len(tokens) for k in indices])]
     y = y.to(device, non_blocking=True) if y is not None else None
@@ -185,11 +195,11 @@ def labels_of(indices: Sequence[int], settings: SamplerSettings, num_classes: in
     what the prompts stand for."""
     if num_classes is None and not settings.labels:
         return None
-    choices: Sequence[int] = settings.labels or range(num_classes)
+    choices: Sequence[int] = settings.labels or range(num_classes or 0)
     return torch.tensor([choices[k % len(choices)] for k in indices])
 
 
-def check(settings: SamplerSettings, net: nn.Module) -> None:
+def check(settings: SamplerSettings, net: Network) -> None:
     """Raises ValueError for settings that the network cannot serve."""
     solvers.check_values(settings.method, **dict(settings.options))
     if not settings.times:
@@ -206,10 +216,14 @@ def check(settings: SamplerSettings, net: nn.Module) -> None:
         if settings.labels and len(settings.labels) != len(settings.prompts):
             raise ValueError(f"labels: {len(settings.labels)} for {len(settings.prompts)} prompts; give one a prompt")
         return
-    if net.num_classes is None and settings.labels:
-        raise ValueError(f"labels={list(settings.labels)}: this network was trained without labels (model.args.num_classes)")
-    if net.num_classes is None and settings.guidance_scale != 1:
-        raise ValueError(f"guidance_scale={settings.guidance_scale}: needs a network with labels (model.args.num_classes)")
+    if net.num_classes is None:
+        if settings.labels:
+            raise ValueError(
+                f"labels={list(settings.labels)}: this network was trained without labels (model.args.num_classes)"
+            )
+        if settings.guidance_scale != 1:
+            raise ValueError(f"guidance_scale={settings.guidance_scale}: needs a network with labels (model.args.num_classes)")
+        return
     for label in settings.labels or ():
         if not 0 <= label < net.num_classes:
             raise ValueError(f"labels: {label} is out of range; this network knows 0 to {net.num_classes - 1}")

@@ -17,8 +17,8 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def from_data(x: Tensor) -> Tensor:
-    """What a data set holds as networks see it, float32: uint8 images go to [-1, 1], pairs and points are there already."""
+def to_network(x: Tensor) -> Tensor:
+    """What a data set holds as networks see it, float32: uint8 images go to [-1, 1]; pairs, latents and points are there."""
     return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
 
 
@@ -44,6 +44,12 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
 
 
+def from_pil(image: Image.Image) -> Tensor:
+    """uint8 [C, H, W] of a grey or an RGB image."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
 def point_cloud(points: Tensor, side: int = 400, reach: float = 2.5) -> Tensor:
     """Points [N, 2] as a picture uint8 [1, side, side] of the square from -reach to reach: the darker, the more of them."""
     cell = ((points.double().cpu() + reach) * (side / (2 * reach))).floor().long()
@@ -66,3 +72,10 @@ def grid(images: Tensor, columns: int, transposed: bool = False, zoomed: bool = 
     picture = make_grid(images, nrow=columns, padding=1, pad_value=128)[: images.shape[1]]
     zoom = max(1, -(-400 // max(picture.shape[1:]))) if zoomed else 1
     return picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+
+
+def beside(originals: Tensor, others: Tensor, columns: int = 8) -> Tensor:
+    """uint8 [N, C, H, W] twice: rows of originals, each above the row of their counterparts, as one picture."""
+    gap = originals.new_zeros(-len(originals) % columns, *originals.shape[1:])
+    rows = [torch.cat([images, gap]).unflatten(0, (-1, columns)) for images in (originals, others)]
+    return grid(torch.stack(rows, dim=1).flatten(0, 2), columns)

@@ -5,6 +5,7 @@ Position p of the endless stream of training images (step k holds positions k B 
 any number of them sees the same global batches, and resuming needs the step alone.
 """
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import tee
@@ -12,17 +13,18 @@ from itertools import tee
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import UserError
-from flow import rng
-from flow.engine.images import from_data
+from flow import prior, rng
+from flow.engine.images import to_network
 
 
 @dataclass
 class MicroBatch:
     """What one process feeds through the network at once."""
 
-    x1: Tensor  # images in [-1, 1], float32 [b, C, H, W], on the device
+    x1: Tensor  # images in [-1, 1] or normalised latents, float32 [b, C, H, W], on the device
     y: Tensor | None  # labels int64 [b]
     rows: slice  # which rows of the global batch these are
     indices: list[int]  # which images of the data set
@@ -45,20 +47,19 @@ class Loader:
         horizontal_flip: bool,
         num_workers: int,
     ):
-        """data: Images or Pairs (kept on the device where they take less than a quarter of its free memory) or Folder.
+        """data: Images or Pairs (kept on the device where they take less than a quarter of its free memory), Folder or
+        Latents.
 
-        Raises UserError where the global batch does not divide by processes x micro-batches.
+        Raises UserError where the global batch does not divide by processes x micro-batches, and for flips of latents that
+        have no flipped copies.
         """
-        shares = world_size * accumulate
-        if batch_size % shares:
-            near = max(1, round(batch_size / shares)) * shares
-            raise UserError(
-                f"train.batch_size={batch_size}: must divide by {world_size} process(es) x train.accumulate={accumulate}; "
-                f"{near} would"
-            )
+        self.micro = rows_of_a_micro_batch(batch_size, world_size, accumulate)
         self.data, self.seed, self.batch_size, self.accumulate = data, seed, batch_size, accumulate
-        self.rank, self.world_size, self.micro = rank, world_size, batch_size // shares
+        self.rank, self.world_size = rank, world_size
         self.device, self.horizontal_flip, self.num_workers = device, horizontal_flip, num_workers
+        self.latent = hasattr(data, "moments")
+        if self.latent and horizontal_flip and not data.has_flipped:
+            raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
         self.resident = hasattr(data, "images")
         if self.resident:
             images, fits = data.images, True
@@ -70,7 +71,11 @@ class Loader:
     def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
         """The micro-batches of steps first .. last - 1."""
         drawn, ahead = tee(self._index_batches(first, last))  # workers read ahead of what is handed out
-        fetched = map(self._select, ahead) if self.resident else self._read(ahead, (last - first) * self.accumulate)
+        fetched: Iterator[tuple[Tensor | None, Tensor | None]]
+        if self.resident or self.latent:
+            fetched = map(self._select, ahead)
+        else:
+            fetched = self._read(ahead, (last - first) * self.accumulate)
         for step in range(first, last):
             yield [self._micro_batch(step, m, next(drawn), *next(fetched)) for m in range(self.accumulate)]
 
@@ -101,16 +106,19 @@ class Loader:
             for micro in range(self.accumulate):
                 yield indices[self.rows(micro)].tolist()
 
-    def _select(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+    def _select(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        if self.latent:  # drawn when the step is known
+            return None, self.data.labels[indices] if self.data.labels is not None else None
         index = torch.tensor(indices, device=self.images.device)
         return self.images[index], self.labels[index] if self.labels is not None else None
 
-    def _read(self, index_batches: Iterator[list[int]], count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        loader = torch.utils.data.DataLoader(
+    def _read(self, index_batches: Iterator[list[int]], count: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        loader: DataLoader = DataLoader(
             _Reader(self.data),
             batch_sampler=_Sampler(index_batches, count),
             num_workers=self.num_workers,
             collate_fn=_collate,
+            worker_init_fn=_outlive_signals,
             pin_memory=self.device.type == "cuda",
         )
         for batch in loader:
@@ -119,16 +127,43 @@ class Loader:
             images, labels = batch
             yield images, labels if self.data.labels is not None else None
 
-    def _micro_batch(self, step: int, micro: int, indices: list[int], images: Tensor, labels: Tensor | None) -> MicroBatch:
+    def _micro_batch(
+        self, step: int, micro: int, indices: list[int], images: Tensor | None, labels: Tensor | None
+    ) -> MicroBatch:
         rows = self.rows(micro)
-        x1 = from_data(images.to(self.device, non_blocking=True))
+        start = step * self.batch_size
+        positions = range(start + rows.start, start + rows.stop)
+        mirrored = None
         if self.horizontal_flip:
             mirrored = rng.generator("flip", self.seed, step).random(self.batch_size)[rows] < 0.5
-            flip = torch.from_numpy(mirrored).to(self.device, non_blocking=True)
-            x1 = torch.where(flip[:, None, None, None], x1.flip(-1), x1)
+        if images is None:
+            x1 = self._draw(indices, positions, mirrored)
+        else:
+            x1 = to_network(images.to(self.device, non_blocking=True))
+            if mirrored is not None:
+                flip = torch.from_numpy(mirrored).to(self.device, non_blocking=True)
+                x1 = torch.where(flip[:, None, None, None], x1.flip(-1), x1)
         y = labels.to(self.device, non_blocking=True) if labels is not None else None
-        start = step * self.batch_size
-        return MicroBatch(x1, y, rows, indices, range(start + rows.start, start + rows.stop))
+        return MicroBatch(x1, y, rows, indices, positions)
+
+    def _draw(self, indices: list[int], positions: range, mirrored: np.ndarray | None) -> Tensor:
+        """Latents [b, C, h, w] drawn from their posteriors with noise that is a function of (seed, position)."""
+        moments = self.data.moments(indices, None if mirrored is None else mirrored.tolist())
+        noise = prior.noise("posterior", self.seed, positions, self.data.image_shape)
+        mean, std, noise = (part.to(self.device, non_blocking=True).float() for part in (*moments, noise))
+        return self.data.normalised(mean + std * noise)
+
+
+def rows_of_a_micro_batch(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Images that a process takes at once. Raises UserError where the global batch does not divide."""
+    shares = world_size * accumulate
+    if batch_size % shares:
+        near = max(1, round(batch_size / shares)) * shares
+        raise UserError(
+            f"train.batch_size={batch_size}: must divide by {world_size} process(es) x train.accumulate={accumulate}; "
+            f"{near} would"
+        )
+    return batch_size // shares
 
 
 class _Sampler:
@@ -144,7 +179,7 @@ class _Sampler:
         return self.count
 
 
-class _Reader:
+class _Reader(Dataset):
     """A data set whose errors travel as text: a worker's exception would arrive as a traceback."""
 
     def __init__(self, data):
@@ -158,6 +193,12 @@ class _Reader:
             return self.data[index]
         except (ValueError, OSError) as error:
             return str(error)
+
+
+def _outlive_signals(worker: int) -> None:
+    """SIGTERM and Ctrl-C often reach the whole process group; it is the trainer that decides when to stop."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(items: list) -> tuple[Tensor, Tensor] | str:

@@ -9,24 +9,28 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from configs import schema
-from configs.schema import Config, UserError
-from flow.engine import checkpoint, files
+from configs.schema import Kind, UserError
+from flow.engine import checkpoint, files, runtime
 
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
     "flow.time_law", "flow.time_args", "flow.path", "flow.prediction", "flow.coupling",
     "flow.coupling_args", "flow.objective", "flow.objective_args",
+    "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks",
 )  # fmt: skip
 
 
-def open_run(config: str | None, exp_dir: Path | None, resume: str | None, overrides: list[str]) -> tuple[Path, Config]:
-    """The run folder and the configuration that the command line means; nothing is written.
+def open_run(
+    config: str | None, exp_dir: Path | None, resume: str | None, overrides: list[str], kind: type[Kind]
+) -> tuple[Path, Kind]:
+    """The run folder and the configuration of this `kind` that the command line means; nothing is written.
 
     A new run needs a folder that does not exist; a resumed one takes its stored configuration where no -c is given.
     Raises UserError.
@@ -34,15 +38,16 @@ def open_run(config: str | None, exp_dir: Path | None, resume: str | None, overr
     run_dir = _resumed_folder(config, exp_dir, resume) if resume else exp_dir or _default_folder(config)
     stored_file = run_dir / "config.yaml"
     if not resume:
-        cfg = schema.load(config, overrides)
+        cfg = schema.load(config, overrides, kind=kind)
         if run_dir.exists() and not files.holds_nothing(run_dir):
             raise UserError(f"-e {run_dir}: exists already; go on with it by -r latest, or name another folder with -e")
         return run_dir, cfg
     if not stored_file.is_file():
         raise UserError(f"-r {resume}: there is no run in {run_dir}; start one without -r")
-    stored = schema.parse(stored_file.read_text(encoding="utf-8"))
-    cfg = schema.load(config, overrides, base=None if config else stored)
-    for key in FIXED:
+    with runtime.blame(str(stored_file)):
+        stored = schema.parse(stored_file.read_text(encoding="utf-8"), source=str(stored_file), kind=kind)
+    cfg = schema.load(config, overrides, base=None if config else stored, kind=kind)
+    for key in filter(schema.all_keys(kind).__contains__, FIXED):
         before, now = schema.get(stored, key), schema.get(cfg, key)
         if before != now:
             raise UserError(f"{key}={now}: the run in {run_dir} was started with {before}, which resuming cannot change")
@@ -69,13 +74,14 @@ def checkpoint_to_resume(accelerator: Accelerator, resume: str, folder: Path) ->
     return path
 
 
-def write(run_dir: Path, config: Config, accelerator: Accelerator) -> None:
+def write(run_dir: Path, config: Any, accelerator: Accelerator) -> None:
     """Make the folder and write config.yaml and environment.json, which gains an entry at every start."""
     run_dir.mkdir(parents=True, exist_ok=True)
     files.remove_unfinished(run_dir)
     files.write_text(run_dir / "config.yaml", schema.dump(config))
     path = run_dir / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    with runtime.blame(f"{path}: is damaged; move it away"):
+        starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     files.write_text(path, json.dumps([*starts, environment(accelerator)], indent=1))
 
 
@@ -98,10 +104,10 @@ def environment(accelerator: Accelerator) -> dict:
     }
 
 
-def resume_command(run_dir: Path) -> str:
+def resume_command(run_dir: Path, script: str = "train.py") -> str:
     """What to type to go on with a run."""
     launcher = "torchrun --nproc_per_node " + os.environ["WORLD_SIZE"] if "WORLD_SIZE" in os.environ else "python"
-    return f"{launcher} train.py -e {shlex.quote(str(run_dir))} -r latest"
+    return f"{launcher} {script} -e {shlex.quote(str(run_dir))} -r latest"
 
 
 def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Path:

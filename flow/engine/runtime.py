@@ -1,7 +1,9 @@
 """The processes of a run: the accelerator, the threads, one-line errors, data sets fetched by one process."""
 
+import ctypes
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,23 +14,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DDPCommunicationHookType
+from torch import nn
 from tqdm import tqdm
 
 from configs.schema import UserError
+from flow.engine import sharding
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+_CONNECTION = re.compile(r"timed out|timeout|connection (closed|reset)|broken pipe|socket|gloo|nccl", re.IGNORECASE)
 
 
 def start(
-    mixed_precision: str = "no", log_with: list[str] | None = None, log_dir: str | None = None, timeout_minutes: int = 30
+    mixed_precision: str = "no",
+    log_with: list[str] | None = None,
+    log_dir: str | None = None,
+    timeout_minutes: float = 30,
+    gradient_compression: str = "no",
 ) -> Accelerator:
-    """The one place where the Accelerator is made.
+    """The one place where the Accelerator is made; threads and memory of the process are set here too.
 
     Raises UserError where the launcher started another number of processes than it was asked for, and for a precision
     that the device does not have.
     """
     _check_launch()
+    thread_note = set_threads()
+    keep_memory()
     found = torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
     if mixed_precision == "fp16" and not found:
         raise UserError("train.mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
+    timeout = timedelta(minutes=timeout_minutes)
+    sharding.prepare_launch(found, timeout)
     # Without cpu=True, two processes on a machine without GPUs would each believe to be process 0 of 1.
     try:
         accelerator = Accelerator(
@@ -37,8 +53,10 @@ def start(
             log_with=log_with or None,
             project_dir=log_dir,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timeout),
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(gradient_compression)
+                ),
             ],
         )
     except ValueError as error:  # e.g. bf16 on a GPU that has none
@@ -52,7 +70,29 @@ def start(
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", mixed_precision):
         accelerator.print(f"note: the launcher's mixed precision {launcher} is not used; pass -mp {launcher} to the script")
+    if thread_note:
+        accelerator.print(thread_note)
     return accelerator
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device, without waiting for what the device is doing."""
+    if device.type != "cuda":
+        return x.to(device)
+    with torch.cuda.device(device):  # in a thread of its own the first GPU would be the current one
+        return x.pin_memory().to(device, non_blocking=True)
+
+
+def place(net: nn.Module, accelerator: Accelerator, compiled: bool = False) -> None:
+    """The network to the device, in the memory layout in which it is fastest there, and through torch.compile if asked.
+
+    Pixels with their channels side by side are what the tensor cores of GPUs work on; on a CPU that is also faster in fp32,
+    but slower in bf16, whose group norm loses more than the convolutions gain (docs/performance.md).
+    """
+    side_by_side = accelerator.device.type == "cuda" or accelerator.mixed_precision == "no"
+    net.to(accelerator.device).to(memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
+    if compiled:
+        net.compile()
 
 
 def start_alone(script: str) -> Accelerator:
@@ -84,6 +124,14 @@ def set_threads() -> str | None:
     return f"threads: {threads} a process (the launcher had set OMP_NUM_THREADS=1; FLOW_NUM_THREADS overrides)"
 
 
+def keep_memory() -> None:
+    """Have glibc hold on to freed memory: it gives blocks above 32 MiB back to the system, and to fetch the activations of a
+    large network page by page again in every step takes a tenth of the step (docs/performance.md)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def one_process_first(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
     """make() on the main process, then on one process of each machine, then on all others: only one downloads."""
     turn = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2
@@ -108,7 +156,7 @@ def agree(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     value = torch.tensor([int(flag)])
-    dist.all_reduce(value, group=_control_group())
+    dist.all_reduce(value, group=_control_group(accelerator.init_handler.timeout))
     return bool(value.item())
 
 
@@ -117,14 +165,14 @@ def gather_to_main(accelerator: Accelerator, mine: Any) -> list | None:
     if accelerator.num_processes == 1:
         return [mine]
     gathered = [None] * accelerator.num_processes if accelerator.is_main_process else None
-    dist.gather_object(mine, gathered, group=_control_group())
+    dist.gather_object(mine, gathered, group=_control_group(accelerator.init_handler.timeout))
     return gathered
 
 
 @functools.cache
-def _control_group():
+def _control_group(timeout: timedelta):
     """Processes talk about flags and objects over the CPU, whatever carries the gradients."""
-    return dist.new_group(backend="gloo", timeout=dist.distributed_c10d._get_default_timeout("gloo"))
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 @contextmanager
@@ -139,26 +187,58 @@ def blame(key: str) -> Iterator[None]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130.
+    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130, and a
+    process that has lost another one says so and leaves with 1.
 
     FLOW_TRACEBACK=1 shows the traceback of such an error as well.
     """
+    rank = int(os.environ.get("RANK", "0"))
+    who = f"[process {rank}] " if rank else ""
     try:
         main()
         status = 0
     except (UserError, OSError) as error:
         if os.environ.get("FLOW_TRACEBACK"):
             raise
-        rank = int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(2)  # what all processes find wrong is said once: the launcher ends the others when rank 0 leaves
-        print(f"{f'[process {rank}] ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
+        print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
         status = 2
+    except (MemoryError, torch.OutOfMemoryError):
+        if os.environ.get("FLOW_TRACEBACK"):
+            raise
+        print(f"{who}error: out of memory; use a smaller batch, or for training more of train.accumulate", file=sys.stderr)
+        status = 2
+    except RuntimeError as error:
+        if os.environ.get("FLOW_TRACEBACK") or not _is_of_the_connection(error):
+            raise
+        print(f"{who}error: {_lost(error)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)  # leaving in order would wait for the lost process
     except KeyboardInterrupt:
         status = 130
     if dist.is_available() and dist.is_initialized() and status == 0:
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def _one_line(error: Exception) -> str:
+    """Its text with line breaks, and what else moves the cursor, spelt out: a value of the user may be part of it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+
+
+def _is_of_the_connection(error: RuntimeError) -> bool:
+    """Whether an error says that other processes do not answer: torch's own kinds, and those of gloo, which have none."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    return isinstance(error, dist.DistError) or _CONNECTION.search(str(error)) is not None
+
+
+def _lost(error: RuntimeError) -> str:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = re.sub(r"^\[[^]]*\] ", "", first).partition(". This ")[0]  # without gloo's source line and advice
+    told = "another process has ended, hangs or cannot be reached (train.timeout_minutes)"
+    return f"{told}: {reason}; a training goes on with -r latest"
 
 
 def _check_launch() -> None:

@@ -1,6 +1,9 @@
-"""The learning rate as a function of the number of updates made so far."""
+"""The optimizer, and its learning rate as a function of the number of updates made so far."""
 
 import math
+
+import torch
+from torch import nn
 
 from configs.schema import OptimizerConfig
 
@@ -15,3 +18,12 @@ def learning_rate(config: OptimizerConfig, update: int, total: int) -> float:
         "cosine": (1 + math.cos(math.pi * progress)) / 2,
     }[config.schedule]
     return config.lr * warmup * decay
+
+
+def adamw(net: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+    """The optimizer of a network on this device; its learning rate is then that of `learning_rate` at each step."""
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(
+        net.parameters(), lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )  # fmt: skip

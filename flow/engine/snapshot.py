@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,29 +16,38 @@ from torch import Tensor, nn
 from configs import schema
 from configs.schema import Config, UserError
 from flow import path as paths
-from flow.engine import checkpoint, files, runtime
-from flow.guidance import FlowModel
+from flow.engine import checkpoint, files, runtime, seal
+from flow.guidance import FlowModel, Network
+
+Description = dict[str, Any]
 
 
 @dataclass
 class Snapshot:
     path: Path
     config: Config
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     step: int
     images: int  # training images seen
     half_life_images: int  # of the moving average
     weights: dict[str, Tensor]
+    codec: Description | None = None  # of a flow on latents: the autoencoder that decodes them, see models/autoencoder.py
 
-    def model(self, build: Callable[..., nn.Module]) -> FlowModel:
-        """The network with these weights, its path and prediction; `build(name, image_shape, args)` makes the network.
+    @property
+    def decoded_shape(self) -> tuple[int, ...]:
+        """Of the images that come out in the end; `image_shape` is that of what the network sees."""
+        return tuple(self.codec["image_shape"]) if self.codec else self.image_shape
 
-        Raises UserError where the weights do not fit.
+    def model(self, build: Callable[..., Any], codec: Callable[[Description], Any] | None = None) -> FlowModel:
+        """The network with these weights, its path, prediction and decoder; `build(name, image_shape, args)` makes the
+        network, `codec(description)` the decoder, for those who look at images.
+
+        Raises UserError where the weights do not fit, and for an autoencoder that is not that of the training.
         """
         with runtime.blame("model"):
             net = build(self.config.model.name, self.image_shape, self.config.model.args)
         self.load_into(net)
-        return flow_model(net, self.config)
+        return flow_model(net, self.config, self.codec, codec)
 
     def load_into(self, net: nn.Module) -> None:
         """Raises UserError that names the first weight that does not fit."""
@@ -53,22 +63,41 @@ class Snapshot:
         net.load_state_dict(self.weights)
 
 
-def flow_model(net: nn.Module, config: Config) -> FlowModel:
-    """The network with what the configuration says of its path and prediction. Raises UserError for unknown names."""
+def flow_model(
+    net: Network, config: Config, description: Description | None = None, codec: Callable[[Description], Any] | None = None
+) -> FlowModel:
+    """The network with what the configuration says of its path and prediction, and the decoder that codec(description) makes
+    where there is a description. Raises UserError for unknown names and an autoencoder that is not that of the description.
+    """
     with runtime.blame("flow.path"):
         chosen = paths.build(config.flow.path)
     if config.flow.prediction not in paths.PREDICTIONS:
         raise UserError(f"flow.prediction={config.flow.prediction}: must be one of {', '.join(paths.PREDICTIONS)}")
-    return FlowModel(net, chosen, config.flow.prediction)
+    if description is None or codec is None:
+        return FlowModel(net, chosen, config.flow.prediction)
+    moved = {"source": config.data.autoencoder} if config.data.autoencoder else {}
+    with runtime.blame("data.autoencoder" if moved else "the autoencoder (data.autoencoder can name another place)"):
+        return FlowModel(net, chosen, config.flow.prediction, codec({**description, **moved}).decode)
+
+
+def check_codec(key: str, weights: Snapshot, description: Description | None) -> None:
+    """Raises UserError where the weights were trained on latents of another autoencoder than the data now are of."""
+    compared = ("digest", "shift", "scale")
+    theirs, ours = ({k: d[k] for k in compared} if d else None for d in (weights.codec, description))
+    if theirs != ours:
+        was, now = (f"latents of the autoencoder {d['digest'][:12]}" if d else "no latents" for d in (theirs, ours))
+        scaled = " with another shift and scale" if was == now else ""
+        raise UserError(f"{key}: {weights.path} was trained on {was}, the data are {now}{scaled}")
 
 
 def save(
     path: Path,
     weights: dict[str, Tensor],
     config: Config,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     step: int,
     half_life_images: int,
+    codec: Description | None = None,
 ) -> None:
     """Write a snapshot, whole or not at all."""
     header = {
@@ -77,9 +106,12 @@ def save(
         "step": str(step),
         "images": str(step * config.train.batch_size),
         "half_life_images": str(half_life_images),
+        **({"codec": json.dumps(codec)} if codec else {}),
+        seal.KEY: seal.BLANK,
     }
     with files.atomic_file(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata=header)
+        seal.seal(temporary)
 
 
 def publish(saved: Path, folder: Path, step: int, half_lives: list[int], keep: int) -> None:
@@ -116,17 +148,18 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     missing = {"config", "image_shape", "step", "images", "half_life_images"} - header.keys()
     if missing:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header lacks {', '.join(sorted(missing))}")
-    stored = schema.parse(header["config"])
+    carried, actual = seal.digests(path)
+    if carried not in (None, actual):
+        raise UserError(f"--weights {path}: has changed since it was written (its digest does not fit)")
+    stored = schema.parse(header["config"], source=f"--weights {path}")
     config = schema.load(config_path, overrides) if config_path else schema.load(None, overrides, base=stored)
-    return Snapshot(
-        path=path,
-        config=config,
-        image_shape=tuple(json.loads(header["image_shape"])),
-        step=int(header["step"]),
-        images=int(header["images"]),
-        half_life_images=int(header["half_life_images"]),
-        weights=tensors,
-    )
+    try:
+        image_shape = tuple(int(side) for side in json.loads(header["image_shape"]))
+        step, images, half_life_images = (int(header[name]) for name in ("step", "images", "half_life_images"))
+        codec = json.loads(header["codec"]) if "codec" in header else None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
+    return Snapshot(path, config, image_shape, step, images, half_life_images, tensors, codec)
 
 
 def find(path: Path) -> Path:

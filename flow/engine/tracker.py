@@ -1,7 +1,11 @@
 """What a run tells: log.txt, metrics.jsonl, accelerate's trackers; and the running means of the training loss."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -9,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import schema
-from configs.schema import Config, UserError
+from configs.schema import UserError
 from flow.engine import files
 
 TIME_BINS = 10
@@ -18,7 +22,7 @@ TIME_BINS = 10
 class Tracker:
     """Writes on the main process; other processes may call every method."""
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, config: Config, first_step: int):
+    def __init__(self, accelerator: Accelerator, run_dir: Path, config: Any, first_step: int):
         """Rows of metrics.jsonl past `first_step`, from a run that went on after its last checkpoint, are dropped."""
         self.accelerator, self.run_dir = accelerator, run_dir
         self.metrics_file = run_dir / "metrics.jsonl"
@@ -26,7 +30,7 @@ class Tracker:
             kept = [row for row in read_metrics(self.metrics_file) if row["step"] <= first_step]
             files.write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
         if config.train.log_with:
-            flat = {key: _plain(schema.get(config, key)) for key in schema.all_keys()}
+            flat = {key: _plain(schema.get(config, key)) for key in schema.all_keys(type(config))}
             purge = {"tensorboard": {"purge_step": first_step + 1}} if "tensorboard" in config.train.log_with else {}
             accelerator.init_trackers("tensorboard", config=flat, init_kwargs=purge)
 
@@ -46,20 +50,25 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a crash cut off is left out."""
+    """The rows of a metrics.jsonl, up to the first that is none: the last one, where a crash cut it off."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
 class Meter:
     """Means over the steps since the last reading, kept on the device so that a step needs no synchronisation."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, not_finite: str = "stop"):
+        """not_finite: with "skip" a loss or gradient that is not finite is no part of the means, with "stop" it is the end."""
+        self.stops = not_finite == "stop"
         # Adam's arithmetic is float32 anyway; mps has no float64
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2, TIME_BINS, device=device, dtype=dtype)  # loss and number of samples, by time bin
@@ -69,24 +78,33 @@ class Meter:
     def add(self, step: int, loss: Tensor, t: Tensor) -> None:
         """Per-sample loss [b] at times t [b]."""
         bins = (t * TIME_BINS).long().clamp_(0, TIME_BINS - 1)
+        finite = torch.isfinite(loss.detach())
         values = torch.stack([loss.detach(), torch.ones_like(loss)]).to(self.sums.dtype)
-        self.sums.index_add_(1, bins, values)
-        bad = ~torch.isfinite(loss.detach()).all() & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(bad, step, self.first_bad_step)
+        self.sums.index_add_(1, bins, torch.where(finite, values, 0))
+        self._note(step, finite.all())
 
-    def add_grad_norm(self, norm: Tensor) -> None:
-        self.grad_norm += torch.stack([norm.detach().to(self.grad_norm.dtype), self.grad_norm.new_ones(())])
+    def add_grad_norm(self, step: int, norm: Tensor, taken: bool) -> None:
+        """The norm of a step's gradient, and whether the step was taken: one that was skipped is no part of the mean."""
+        if taken:
+            finite = torch.isfinite(norm.detach())
+            self.grad_norm += torch.stack([torch.where(finite, norm.detach(), 0), finite]).to(self.grad_norm.dtype)
+            self._note(step, finite)
+
+    def _note(self, step: int, finite: Tensor) -> None:
+        if self.stops:
+            bad = ~finite & (self.first_bad_step < 0)
+            self.first_bad_step = torch.where(bad, step, self.first_bad_step)
 
     def check(self, accelerator: Accelerator, newest: str) -> None:
-        """Raises UserError on every process where any loss since the last check was not finite."""
+        """Raises UserError on every process where a loss, or the gradient of a step, since the last check was not finite."""
         worst = int(self.first_bad_step)
         if accelerator.num_processes > 1:
             steps = accelerator.gather(self.first_bad_step[None])
             worst = int(steps[steps >= 0].min()) if bool((steps >= 0).any()) else -1
         if worst >= 0:
             raise UserError(
-                f"the loss of step {worst} is not finite; {newest}. A smaller optimizer.lr, a smaller "
-                "optimizer.clip_grad_norm or train.mixed_precision=bf16 instead of fp16 may help"
+                f"the loss of step {worst} is not finite, or its gradient; {newest}. A smaller optimizer.lr, "
+                "train.mixed_precision=bf16 instead of fp16, or train.not_finite=skip may help"
             )
 
     def state(self, accelerator: Accelerator) -> dict:
@@ -105,7 +123,25 @@ class Meter:
         self.sums.zero_()
         self.grad_norm.zero_()
         bins = {f"loss_t_{i / TIME_BINS:.1f}": loss[i] / count[i] for i in range(TIME_BINS) if count[i]}
-        return {"loss": sum(loss) / sum(count), **bins, "grad_norm": norm / max(steps, 1)}
+        return {"loss": sum(loss) / sum(count) if sum(count) else float("nan"), **bins, "grad_norm": norm / max(steps, 1)}
+
+
+class Throughput:
+    """Images per second of training since the last reading; pauses do not count."""
+
+    def __init__(self, batch_size: int, step: int):
+        self.batch_size, self.step, self.start = batch_size, step, time.perf_counter()
+
+    def read(self, step: int) -> float:
+        seconds, steps = time.perf_counter() - self.start, step - self.step
+        self.step, self.start = step, time.perf_counter()
+        return steps * self.batch_size / seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begun
 
 
 def _plain(value: object) -> int | float | str | bool:

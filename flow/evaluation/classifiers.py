@@ -7,6 +7,7 @@ are part of the repository, so a Frechet distance measured with them compares be
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -67,9 +68,15 @@ class ClassifierFeatures(FeatureExtractorBase):
         return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if images.shape[-2:] != (self.side, self.side):
-            raise ValueError(f"the extractor takes {self.side}x{self.side} images, not {images.shape[-2]}x{images.shape[-1]}")
-        features = self.net.features(images.float().mean(1, keepdim=True) / 255)
+        grey = images.float().mean(1, keepdim=True) / 255
+        height, width = grey.shape[-2:]
+        if height != width or height < self.side:
+            raise ValueError(
+                f"the extractor takes {self.side}x{self.side} images, not {height}x{width}; it shrinks larger squares"
+            )
+        if height > self.side:
+            grey = F.interpolate(grey, size=self.side, mode="bilinear", antialias=True)
+        features = self.net.features(grey)
         outputs = {str(FEATURES): features, "logits": self.net.head(features)}
         return tuple(outputs[name] for name in self.features_list)
 

@@ -1,17 +1,22 @@
 """Features of uint8 images by torch-fidelity's extractors, and their statistics, merged over processes."""
 
 import hashlib
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from flow.evaluation import classifiers
 
 INCEPTION, INCEPTION_LAYER = "inception-v3-compat", "2048"
+INCEPTION_FILE = Path(URL_INCEPTION_V3).name  # as torch.hub stores it
 
 
 class Extractor:
@@ -40,7 +45,9 @@ class Extractor:
         if weights is not None:
             _refuse_damaged(weights)
         try:
-            self.net = cls(name, self.layers, feature_extractor_weights_path=str(weights) if weights else None)
+            # It would unpickle whatever is there; CLIP's are no pickles, but archives that torch refuses to read as weights.
+            with nullcontext() if name.startswith("clip") else mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
+                self.net = cls(name, self.layers, feature_extractor_weights_path=str(weights) if weights else None)
         except Exception as error:  # downloads and state dicts fail in many ways
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
@@ -97,6 +104,7 @@ class FeatureSet:
 
     @property
     def mu(self) -> np.ndarray:
+        assert self.total is not None, "no features yet"
         return self.total / self.n
 
     @property
@@ -121,11 +129,12 @@ def merge(parts: list[FeatureSet]) -> FeatureSet:
 
 
 def _refuse_damaged(weights: Path) -> None:
-    """torch-fidelity unpickles weight files without a guard, so they are first read with one."""
+    """A file that is not there or holds more than weights, by name."""
     if not weights.is_file():
         raise ValueError(f"--feature_weights {weights}: there is no such file")
-    if weights.suffix == ".safetensors":
-        return
+    with open(weights, "rb") as file:
+        if weights.suffix == ".safetensors" and file.read(9)[8:] == b"{":
+            return
     try:
         torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -53,6 +55,13 @@ def evaluate(
     if "accuracy" in metrics and extractor.classifies and labels is not None:
         found["accuracy"] = float((samples.matrix("logits").argmax(1).numpy() == labels).mean())
     return found
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio [B] in decibels of uint8 images [B, C, H, W]: 10 log10(255^2 / mean squared difference), at
+    most 100."""
+    error = (images.double() - others.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(255**2 / error)).clamp(max=100)
 
 
 def _root(sigma: np.ndarray) -> np.ndarray:

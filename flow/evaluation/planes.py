@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from flow.evaluation.plots import COLOURS
 
@@ -31,8 +32,8 @@ def panels(
     titled = sum(any(titles[i * columns : (i + 1) * columns]) for i in range(rows))
     foot = 0.3 if time is not None else 0.0
     size = INCH * columns, (INCH + 0.2 * lines) * rows + 0.32 * titled + foot
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
-    figure.get_layout_engine().set(rect=(0, foot / size[1], 1, 1 - foot / size[1]))
+    layout = ConstrainedLayoutEngine(rect=(0, foot / size[1], 1, 1 - foot / size[1]))
+    figure = Figure(figsize=size, dpi=100, layout=layout)
     axes = list(np.ravel(figure.subplots(rows, columns)))
     for i, (ax, title) in enumerate(zip(axes, titles, strict=False)):
         ax.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), xticks=[], yticks=[], aspect="equal")

@@ -1,6 +1,7 @@
 """Pictures of tables, losses and samples side by side."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -37,11 +38,13 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     for i, (label, line) in enumerate(lines.items()):
         line.sort(key=lambda e: e["NFE"])
         means, spreads = zip(*(e["metrics"][names[0]] for e in line), strict=True)
-        style = {"label": label, "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
         if any(spread > 0 for spread in spreads):
-            axes.errorbar([e["NFE"] for e in line], means, yerr=[s if s > 0 else 0 for s in spreads], capsize=3, **style)
+            axes.errorbar(
+                [e["NFE"] for e in line], means, yerr=[s if s > 0 else 0 for s in spreads], capsize=3, label=label, **look
+            )
         else:
-            axes.plot([e["NFE"] for e in line], means, **style)
+            axes.plot([e["NFE"] for e in line], means, label=label, **look)
     _log_axes(axes)
     axes.set_xlabel("network evaluations per image (NFE)")
     axes.set_ylabel(f"{names[0]}, lower is better")

@@ -81,7 +81,7 @@ def steps_within(method: str, nfe: int, end: float = 1.0) -> int:
 
 
 def _trial(method: str, steps: int, end: float = 1.0, **options: Any) -> Solution:
-    noise = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
+    noise: dict[str, Any] = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
     return solve(
         lambda x, t: x * 0, torch.zeros(1, dtype=torch.float64), [end * t for t in uniform(steps)], method, **options, **noise
     )

@@ -62,9 +62,7 @@ def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> 
     The corrector uses the evaluation that the next step needs anyway.
     """
     before: tuple[float, Tensor] | None = None
-    data = None  # prediction at x, where it is known already
-    v = velocity(x, grid[0])
-    data = x + (1 - grid[0]) * v
+    data = x + (1 - grid[0]) * velocity(x, grid[0])  # the prediction at x
     for t, t_next in pairwise(grid):
         here, there = _log_snr(t), _log_snr(t_next)
         h = there - here
@@ -83,7 +81,7 @@ def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> 
         new = predicted + (1 - t_next) * velocity(predicted, t_next)
         if not math.isinf(h):
             corrected = _towards(x, data, t, t_next)
-            weights = [0.5] if slope is None else _corrector((before[0] - here) / h, h)
+            weights = [0.5] if slope is None or before is None else _corrector((before[0] - here) / h, h)
             differences = [new - data] if slope is None else [slope, new - data]
             for weight, difference in zip(weights, differences, strict=True):
                 corrected = corrected - t_next * math.expm1(-h) * weight * difference

@@ -1,0 +1,93 @@
+"""Latents of images, as `scripts/cache_latents.py` writes them: what a flow in the space of an autoencoder is trained on.
+
+A folder holds manifest.json and shards (datasets/shards.py) of float16 tensors [n, C, h, w]: mean and std of the posterior
+q(z | image), mean_flipped and std_flipped of the mirrored image, and labels int64 [n] where there are any. A latent is
+z = mean + std e with e ~ N(0, I), drawn anew each time; networks see x1 = (z - shift) / scale, which has mean 0 and
+variance 1 in each channel over the data set. The manifest says which autoencoder (`codec`) and which images are behind it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from datasets.shards import below, read_manifest, read_shard
+
+
+@dataclass
+class Latents:
+    """All latents of a folder, read from the disk as they are used; each shard but the last holds `rows` images."""
+
+    shards: list[dict[str, Tensor]]
+    rows: int
+    labels: Tensor | None  # int64 [N]
+    class_names: tuple[str, ...]
+    codec: dict[str, Any]  # name, source, digest, shift, scale and image_shape, see models/autoencoder.py
+    digest: str  # of the content of all shards
+
+    def __post_init__(self):
+        self._shift, self._scale = (torch.tensor(self.codec[key]).view(-1, 1, 1) for key in ("shift", "scale"))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of a latent: (C, h, w)."""
+        return tuple(self.shards[0]["mean"].shape[1:])  # type: ignore[return-value]
+
+    @property
+    def has_flipped(self) -> bool:
+        return "mean_flipped" in self.shards[0]
+
+    def __len__(self) -> int:
+        return (len(self.shards) - 1) * self.rows + len(self.shards[-1]["mean"])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The mean of the posterior of one image, float32 [C, h, w], normalised, and its label (-1 without classes)."""
+        mean, _ = self.moments([index])
+        return self.normalised(mean[0].float()), -1 if self.labels is None else int(self.labels[index])
+
+    def moments(self, indices: list[int], mirrored: list[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and std float16 [b, C, h, w] of these images, or of their mirror images."""
+        read: dict[str, list[Tensor]] = {"mean": [], "std": []}
+        for index, flip in zip(indices, mirrored or [False] * len(indices), strict=True):
+            shard, row = divmod(index, self.rows)
+            for name, rows in read.items():
+                rows.append(self.shards[shard][f"{name}_flipped" if flip else name][row])
+        return torch.stack(read["mean"]), torch.stack(read["std"])
+
+    def normalised(self, z: Tensor) -> Tensor:
+        """(z - shift) / scale, on the device of z [..., C, h, w]; `VAE.decode` is the way back."""
+        return (z - self._shift.to(z.device)) / self._scale.to(z.device)
+
+    def fingerprint(self) -> str:
+        return self.digest
+
+
+def latents(root: Path, path: str) -> Latents:
+    """The latents in the folder `path` (as it is, or below `root`).
+
+    Raises FileNotFoundError for a folder without a manifest and ValueError that names the first shard that is not what the
+    manifest says. Only sizes and digests are compared here: reading everything would take minutes for a large set.
+    """
+    folder = below(root, path)
+    manifest = read_manifest(folder, "latents", {"codec", "shards", "shard_images", "digest"})
+    found = []
+    for entry in manifest["shards"]:
+        again = "run cache_latents with the same arguments: it makes this shard again"
+        try:
+            tensors, header = read_shard(folder / entry["name"])
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"path={path}: {entry['name']} is missing or damaged ({error}); {again}") from None
+        if header.get("digest") != entry["digest"] or len(tensors["mean"]) != entry["images"]:
+            raise ValueError(f"path={path}: {entry['name']} is not the shard of this manifest; {again}")
+        found.append(tensors)
+    labels = torch.cat([shard["labels"] for shard in found]) if "labels" in found[0] else None
+    names = tuple(manifest["class_names"])
+    return Latents(found, manifest["shard_images"], labels, names, manifest["codec"], manifest["digest"])
+
+
+def origin(root: Path, path: str) -> dict[str, Any]:
+    """{"name": ..., "root": ..., "args": ...}: the images that the latents were made from."""
+    return read_manifest(below(root, path), "latents", {"codec"})["data"]

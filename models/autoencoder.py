@@ -1,0 +1,215 @@
+"""Codecs: images [B, C, H, W] in [-1, 1] to latents [B, c, h, w] and back. `Identity` for pixels, `VAE` for AutoencoderKL.
+
+A flow on latents is trained on x1 = (z - shift) / scale, where z is drawn from the posterior N(mean, std^2) of an
+autoencoder (Rombach et al. 2022, arXiv:2112.10752, section 3.1) and shift and scale make x1 standard in each channel. The
+description of a codec is a dict that caches and snapshots carry: name, source (folder or hub id), digest (of the weights),
+shift and scale (one number a channel) and image_shape (of what it decodes to).
+
+`diffusers` is imported where an autoencoder is loaded or made, and nowhere else.
+"""
+
+import hashlib
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+INSTALL = "autoencoders need the package diffusers: pip install -r requirements-latent.txt"
+
+
+class Codec(Protocol):
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior of images in [-1, 1], not normalised."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of normalised latents, float32, about [-1, 1]."""
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]: ...
+
+
+class Identity:
+    """The codec of pixels."""
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return images, torch.zeros_like(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        return image_shape
+
+
+class VAE(nn.Module):
+    """diffusers.AutoencoderKL as a codec. Where the memory is too short for a batch it goes in halves; an image that is too
+    large alone is decoded in overlapping tiles, which is said in a warning, as their seams are blended."""
+
+    def __init__(self, net: nn.Module, shift: Sequence[float] = (0.0,), scale: Sequence[float] = (1.0,)):
+        super().__init__()
+        self.net = net
+        self.channels, self.latent_channels = net.config.in_channels, net.config.latent_channels
+        self.factor = 2 ** (len(net.config.block_out_channels) - 1)  # of downsampling
+        self.room = sys.maxsize  # images at once, as found out
+        self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """For training: images [B, C, H, W] and standard normal noise [B, c, h, w] -> the decoded mean + std noise, mean and
+        std. With gradients."""
+        posterior = self.net.encode(images).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+        return self.net.decode(mean + std * noise).sample.float(), mean, std
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std [B, c, h, w], float32, of images [B, C, H, W] in [-1, 1]."""
+        self.to(images.device)
+
+        def moments(part: Tensor) -> Tensor:
+            with _precision(images.device):
+                posterior = self.net.encode(part.float()).latent_dist
+            return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
+
+        mean, std = self._in_memory(moments, images).chunk(2, dim=1)
+        return mean, std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, C, H, W], float32, about [-1, 1], of normalised latents [B, c, h, w]."""
+        self.to(latents.device)
+
+        def decoded(part: Tensor) -> Tensor:
+            with _precision(latents.device):
+                return self.net.decode(part.float() * self.scale + self.shift).sample.float()
+
+        return self._in_memory(decoded, latents)
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Raises ValueError for images that the autoencoder does not take."""
+        channels, height, width = image_shape
+        if channels != self.channels:
+            raise ValueError(
+                f"the autoencoder takes images of {self.channels} channel(s), these have {channels}; a folder can be read "
+                f"with data.args.channels={self.channels}"
+            )
+        if height % self.factor or width % self.factor:
+            raise ValueError(f"images of {height}x{width} pixels: the sides must divide by {self.factor} for this autoencoder")
+        return self.latent_channels, height // self.factor, width // self.factor
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights, whatever file they came from."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.net.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)}".encode() + value.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """In the format of diffusers: config.json and diffusion_pytorch_model.safetensors."""
+        self.net.save_pretrained(folder)
+
+    def _in_memory(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        if len(batch) > self.room:
+            return torch.cat([self._in_memory(function, part) for part in batch.split(self.room)])
+        try:
+            return function(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1 and self.net.use_tiling:
+                raise
+        if len(batch) > 1:
+            self.room = len(batch) // 2
+            return self._in_memory(function, batch)
+        warnings.warn("the memory is too short for one image: the autoencoder works in tiles from here on", stacklevel=3)
+        self.net.enable_tiling()
+        return function(batch)
+
+
+def codec(description: dict[str, Any] | None) -> Codec:
+    """The codec of a description; None is the identity.
+
+    Raises ValueError for an autoencoder that cannot be loaded and for one whose weights are not those of the description.
+    """
+    if description is None:
+        return Identity()
+    if description["name"] != "vae":
+        raise ValueError(f"{description['name']!r} is not a codec; choose vae")
+    found = load(description["source"], description["shift"], description["scale"])
+    if found.digest != description["digest"]:
+        raise ValueError(
+            f"{description['source']}: is not the autoencoder of these latents (its weights have the digest "
+            f"{found.digest[:12]}, theirs had {description['digest'][:12]})"
+        )
+    return found
+
+
+def load(source: str, shift: Sequence[float] = (0.0,), scale: Sequence[float] = (1.0,)) -> VAE:
+    """The AutoencoderKL in a folder that `save_pretrained` wrote, or on the hub: owner/name, or owner/name/subfolder.
+
+    Raises ValueError that names the source for whatever is not a whole AutoencoderKL.
+    """
+    autoencoder = _autoencoder_kl()
+    path, parts = Path(source), source.split("/")
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or len(parts) < 2):
+        raise ValueError(f"{source}: there is no such folder; give one that save_pretrained wrote, or a hub id owner/name")
+    place, inner = (source, {}) if path.is_dir() else ("/".join(parts[:2]), {"subfolder": "/".join(parts[2:])})
+    try:
+        kind = autoencoder.load_config(place, **inner).get("_class_name")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"its config.json is of {kind}")
+        net, found = autoencoder.from_pretrained(place, output_loading_info=True, torch_dtype=torch.float32, **inner)
+        absent = sorted(found["missing_keys"])
+        if absent:
+            raise ValueError(f"its weights lack {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""))
+    except Exception as error:  # files, hub, config and shapes fail in a dozen ways
+        raise ValueError(f"{source}: not a whole AutoencoderKL ({_first_sentence(error)})") from None
+    return VAE(net.eval().requires_grad_(False), shift, scale)
+
+
+def new(image_channels: int, channels: Sequence[int], latent_channels: int, blocks: int) -> VAE:
+    """An untrained VAE: `channels` of each resolution (the images get 2^(len - 1) times smaller), `blocks` residual blocks
+    each. Raises ValueError for numbers that make no network."""
+    for name, value in {"latent_channels": latent_channels, "blocks": blocks}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+    if not channels or any(not isinstance(c, int) or c < 4 or c % 4 for c in channels):
+        raise ValueError(f"channels={list(channels)}: must be whole numbers that divide by 4, one for each resolution")
+    levels = len(channels)
+    net = _autoencoder_kl()(
+        in_channels=image_channels,
+        out_channels=image_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(channels),
+        layers_per_block=blocks,
+        latent_channels=latent_channels,
+        norm_num_groups=math.gcd(32, *(c // 4 for c in channels)),  # of at least 4 channels
+        scaling_factor=1.0,
+    )
+    return VAE(net)
+
+
+def _autoencoder_kl():
+    try:
+        from diffusers import AutoencoderKL
+        from diffusers.utils import logging
+    except ImportError:
+        raise ValueError(INSTALL) from None
+    logging.set_verbosity_error()
+    return AutoencoderKL
+
+
+def _precision(device: torch.device):
+    """Published autoencoders overflow in float16: under its autocast they work in float32."""
+    if torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16:
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _first_sentence(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,250 @@
+"""Encode images to latents once: `python -m scripts.cache_latents --vae FOLDER --save_dir DIR data.name=folder ...`.
+
+The posterior (mean and std) of every image and of its mirror image goes to shards, with labels; training then reads
+`data.name=latents data.args.path=DIR`. Image k is encoded beside the same others whatever the number of processes. Run it
+again after a kill: whole shards stay, one that is missing or damaged is made again. --check N decodes N of the latents,
+writes originals beside reconstructions, PSNR and the Frechet distance between the two (rFID).
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor
+
+import datasets
+from configs import schema
+from configs.schema import UserError
+from datasets.shards import MANIFEST, damage_of, read_shard, save_shard
+from flow import rng
+from flow.engine import cli, files, images, runtime
+from flow.engine.generate import batches, share
+from flow.engine.images import to_network, to_uint8
+from flow.engine.reading import Data, read_images
+from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
+from flow.evaluation.metrics import frechet_distance, psnr
+from models import autoencoder
+from models.autoencoder import VAE
+
+EXAMPLES = """\
+  python -m scripts.cache_latents --vae runs/mnist_vae/autoencoder --save_dir data/mnist64_latents \\
+      data.name=folder data.args='{path: data/mnist64, channels: 1}' --check 1000 --feature_extractor mnist
+  accelerate-launch --multi_gpu --num_processes 8 -m scripts.cache_latents --vae stabilityai/sd-vae-ft-mse \\
+      --save_dir data/celebahq_latents data.name=folder data.args='{path: data/celebahq, size: 256}' -mp bf16"""
+SHOWN = 32  # pairs of the picture of --check
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("-c", "--config", metavar="YAML", help="its data section names the images")
+    parser.add_argument("--vae", required=True, metavar="FOLDER|ID", help="AutoencoderKL: a folder, or owner/name on the hub")
+    parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--flipped", choices=("yes", "no"), default="yes", help="also encode mirror images (default: yes)")
+    parser.add_argument("--bspp", type=cli.at_least(1), default=32, help="batch size per process (default: 32)")
+    parser.add_argument("--shard_images", type=cli.at_least(1), default=1024, help="images a file (default: 1024)")
+    parser.add_argument("--check", type=cli.at_least(2), metavar="N", help="decode N latents and compare with their images")
+    parser.add_argument("--feature_extractor", default=INCEPTION, metavar="NAME", help=f"of --check (default: {INCEPTION})")
+    parser.add_argument("--feature_layer", metavar="LAYER", help="of --check (default: that of the Frechet distance)")
+    parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
+    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    source = schema.load(args.config, args.overrides).data
+    accelerator = runtime.start(args.mixed_precision)
+    with runtime.blame("data"):
+        data = runtime.one_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
+        if data.codec or len(data.image_shape) != 3:
+            raise ValueError(f"data.name={source.name}: holds no images that could be encoded")
+    with runtime.blame("--vae"):
+        vae = runtime.one_process_first(accelerator, lambda: autoencoder.load(args.vae)).to(accelerator.device)
+        latent_shape = vae.latent_shape(data.image_shape)
+    settings = [{}]
+    if accelerator.is_main_process:
+        settings = [settings_of(args, data, vae, latent_shape)]
+    broadcast_object_list(settings)
+    plan = {f"latents_{i:05d}.safetensors": cut for i, cut in enumerate(batches(range(len(data)), args.shard_images))}
+    if accelerator.is_main_process:
+        claim(args.save_dir, settings[0])
+    accelerator.wait_for_everyone()
+
+    mine, made = list(plan.items())[accelerator.process_index :: accelerator.num_processes], 0
+    with runtime.progress(accelerator, sum(len(cut) for _, cut in mine), "encoding (images of this process)") as bar:
+        for name, cut in mine:
+            damage = damage_of(args.save_dir / name, len(cut))
+            if damage:
+                if (args.save_dir / name).exists():
+                    bar.write(f"{damage}; it is made again")
+                write_shard(accelerator, args, vae, data, name, cut, settings[0], bar)
+                made += len(cut)
+            else:
+                bar.update(len(cut))
+    made = sum(runtime.gather_to_main(accelerator, made) or [0])
+    if accelerator.is_main_process:
+        write_manifest(args, source, data, vae, settings[0], plan)
+    accelerator.wait_for_everyone()
+    accelerator.print(
+        f"latents of {len(data)} images in {args.save_dir}, {made} of them made now; train on them with data.name=latents "
+        f"data.args.path={args.save_dir}"
+    )
+    if args.check:
+        check(args, accelerator, data)
+
+
+def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What decides the content of every shard; each carries it in its header."""
+    found = {
+        "autoencoder": vae.digest,
+        "images": data.fingerprint(),
+        "count": len(data),
+        "image_shape": data.image_shape,
+        "latent_shape": latent_shape,
+        "flipped": args.flipped,
+        "bspp": args.bspp,
+        "shard_images": args.shard_images,
+        "mixed_precision": args.mixed_precision,
+    }
+    return json.loads(json.dumps(found))
+
+
+def claim(save_dir: Path, settings: dict[str, Any]) -> None:
+    """Check that what is in the folder is of the same latents; nothing of another run is overwritten."""
+    if save_dir.exists() and not files.holds_nothing(save_dir):
+        there = sorted(save_dir.glob("latents_*.safetensors")) if save_dir.is_dir() else []
+        if not there:
+            raise UserError(f"--save_dir {save_dir}: exists and was not written by cache_latents; name another folder")
+        for path in there:
+            try:
+                theirs = read_shard(path)[1].get("settings", {})
+            except (SafetensorError, OSError):
+                continue  # cut off: it is made again
+            for key, value in settings.items():
+                if theirs.get(key) != value:
+                    raise UserError(
+                        f"--save_dir {save_dir}: holds latents of another run ({key} {theirs.get(key)}, now {value}); "
+                        "name another folder"
+                    )
+    save_dir.mkdir(parents=True, exist_ok=True)
+    files.remove_unfinished(save_dir)
+
+
+def write_shard(
+    accelerator: Accelerator, args, vae: VAE, data: Data, name: str, cut: range, settings: dict[str, Any], bar
+) -> None:
+    """Encode the images `cut` and write them as one file."""
+    parts: dict[str, list[Tensor]] = {}
+    for batch, pixels in read_images(data, batches(cut, args.bspp)):
+        x = to_network(pixels.to(accelerator.device))
+        for suffix, shown in {"": x, "_flipped": x.flip(-1)}.items() if args.flipped == "yes" else [("", x)]:
+            with accelerator.autocast():
+                mean, std = vae.encode(shown)
+            parts.setdefault(f"mean{suffix}", []).append(mean.half().cpu())
+            parts.setdefault(f"std{suffix}", []).append(std.half().cpu())
+        bar.update(len(batch))
+    tensors = {key: torch.cat(value) for key, value in parts.items()}
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise UserError(f"--vae {args.vae}: latents of images {cut.start} to {cut.stop - 1} are not finite; use -mp no")
+    header = {"settings": settings, "sums": sums_of(tensors)}
+    if data.labels is not None:
+        tensors["labels"] = data.labels[cut.start : cut.stop].clone()
+    with files.atomic_file(args.save_dir / name) as temporary:
+        save_shard(temporary, tensors, header)
+
+
+def sums_of(tensors: dict[str, Tensor]) -> list[list[float]]:
+    """For each channel the sums over images and pixels of E[z] and E[z^2] = mean^2 + std^2, in float64: [2, c]."""
+    first = second = torch.zeros((), dtype=torch.float64)
+    for name in [name for name in tensors if name.startswith("mean")]:
+        mean, std = tensors[name].double(), tensors[name.replace("mean", "std")].double()
+        first = first + mean.sum((0, 2, 3))
+        second = second + (mean.square() + std.square()).sum((0, 2, 3))
+    return [first.tolist(), second.tolist()]
+
+
+def write_manifest(
+    args, source: schema.DataConfig, data: Data, vae: VAE, settings: dict[str, Any], plan: dict[str, range]
+) -> None:
+    """manifest.json, last of all, with mean (shift) and standard deviation (scale) of each channel over the data set.
+
+    The sums of the shards are added by math.fsum, whose result does not depend on their order.
+    """
+    headers = {name: read_shard(args.save_dir / name)[1] for name in plan}
+    sums = [header["sums"] for header in headers.values()]
+    _, height, width = settings["latent_shape"]
+    n = len(data) * height * width * (2 if args.flipped == "yes" else 1)
+    first, second = ([math.fsum(column) / n for column in zip(*(s[i] for s in sums), strict=True)] for i in (0, 1))
+    scale = [math.sqrt(max(b - a * a, 0.0)) for a, b in zip(first, second, strict=True)]
+    if not all(scale):
+        raise UserError(f"--vae {args.vae}: channel {scale.index(0.0)} of its latents is the same number everywhere")
+    digests = {name: header["digest"] for name, header in headers.items()}
+    manifest = {
+        **settings,
+        "codec": {
+            "name": "vae", "source": args.vae, "digest": settings["autoencoder"], "shift": first, "scale": scale,
+            "image_shape": settings["image_shape"],
+        },
+        "class_names": data.class_names,
+        "data": {"name": source.name, "root": source.root, "args": source.args},
+        "shards": [{"name": name, "images": len(cut), "digest": digests[name]} for name, cut in plan.items()],
+        "digest": hashlib.blake2b("".join(digests.values()).encode(), digest_size=16).hexdigest(),
+    }  # fmt: skip
+    files.write_text(args.save_dir / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def check(args, accelerator: Accelerator, data: Data) -> None:
+    """Write reconstructions.png and reconstructions.json: latents as training reads them, decoded, against their images."""
+    with runtime.blame("--check"):
+        latents = datasets.build("latents", None, {"path": str(args.save_dir)})
+        codec = autoencoder.codec(latents.codec)
+        extractor = runtime.one_process_first(
+            accelerator,
+            lambda: Extractor(args.feature_extractor, args.feature_layer, args.feature_weights, accelerator.device),
+        )
+        extractor.dimension(data.image_shape)
+    count = min(args.check, len(data))
+    chosen = rng.generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
+    mine = share(accelerator, range(count), args.bspp)
+    real_features, made_features, ratios, shown = FeatureSet(), FeatureSet(), [], None
+    with runtime.progress(accelerator, sum(map(len, mine)), "reconstructions (of this process)") as bar:
+        read = read_images(data, [[chosen[k] for k in batch] for batch in mine])
+        for batch, (indices, real) in zip(mine, read, strict=True):
+            mean, _ = latents.moments(indices)
+            with accelerator.autocast():
+                made = to_uint8(codec.decode(latents.normalised(mean.float().to(accelerator.device)))).cpu()
+            real_features.add(extractor.layer, batch, extractor(real))
+            made_features.add(extractor.layer, batch, extractor(made))
+            ratios += psnr(real, made).tolist()
+            shown = shown or (real[:SHOWN], made[:SHOWN])
+            bar.update(len(batch))
+    everything = runtime.gather_to_main(accelerator, (ratios, real_features, made_features))
+    if everything is None:
+        return
+    decibels = torch.tensor([ratio for part, _, _ in everything for ratio in part])
+    real, made = (merge([part[i] for part in everything]) for i in (1, 2))
+    distance = frechet_distance(real.mu, real.sigma, made.mu, made.sigma)
+    found = {
+        "images": count, "PSNR": round(decibels.mean().item(), 3), "PSNR_error": round(standard_error(decibels), 3),
+        f"r{extractor.distance_name}": round(distance, 4),
+    }  # fmt: skip
+    files.write_text(args.save_dir / "reconstructions.json", json.dumps(found, indent=1))
+    images.write_png(args.save_dir / "reconstructions.png", images.beside(*shown))
+    print(
+        f"PSNR {decibels.mean():.2f} ± {standard_error(decibels):.2f} dB, r{extractor.distance_name} {distance:.3f} over "
+        f"{count} images; look at {args.save_dir / 'reconstructions.png'}"
+    )
+
+
+def standard_error(values: Tensor) -> float:
+    return values.std().item() / len(values) ** 0.5
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,64 @@
+"""Write a built-in data set as a folder of PNG files: `python -m scripts.export_images --save_dir DIR data.name=mnist`.
+
+Classes become subfolders, which `data.name=folder` reads back as labels.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import datasets
+from configs import schema
+from configs.schema import UserError
+from flow.engine import cli, files, images, runtime
+
+EXAMPLES = "  python -m scripts.export_images --save_dir data/mnist64 --size 64 data.name=mnist"
+AHEAD = 1000  # images a round
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--size", type=cli.at_least(1), help="side in pixels (default: that of the data set)")
+    parser.add_argument("--n_images", type=cli.at_least(1), help="the first N (default: all)")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    source = schema.load(None, args.overrides).data
+    accelerator = runtime.start_alone("export_images")
+    with runtime.blame("data"):
+        data = datasets.build(source.name, source.root, source.args)
+        if data.codec or len(data.image_shape) != 3:
+            raise ValueError(f"data.name={source.name}: holds no images")
+    if args.save_dir.exists() and not files.holds_nothing(args.save_dir):
+        raise UserError(f"--save_dir {args.save_dir}: exists already; name another folder")
+    count = min(args.n_images or len(data), len(data))
+    folders = [args.save_dir / name.replace("/", "-") for name in data.class_names] or [args.save_dir]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(k: int) -> None:
+        image, label = data[k]
+        images.write_png(folders[max(label, 0)] / f"{k:06d}.png", resized(image, args.size) if args.size else image)
+
+    with ThreadPoolExecutor(4) as pool, runtime.progress(accelerator, count, "images") as bar:
+        for start in range(0, count, AHEAD):
+            part = range(start, min(start + AHEAD, count))
+            list(pool.map(write, part))
+            bar.update(len(part))
+    told = f", channels: {data.image_shape[0]}" if data.image_shape[0] != 3 else ""
+    print(f"{count} images in {args.save_dir}; read them with data.name=folder data.args='{{path: {args.save_dir}{told}}}'")
+
+
+def resized(image: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [C, H, W] -> [C, size, size], by Lanczos."""
+    pixels = images.to_pil(image).resize((size, size), Image.Resampling.LANCZOS)
+    return images.from_pil(pixels)
+
+
+if __name__ == "__main__":
+    runtime.run(main)

@@ -1,0 +1,49 @@
+"""Codecs: AutoencoderKL as diffusers writes it, memory that is too short."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import models
+from models import autoencoder
+
+pytest.importorskip("diffusers")
+
+
+def test_the_identity_changes_nothing():
+    codec, x = models.codec(None), torch.randn(2, 3, 4, 4)
+    assert codec.decode(x) is x and codec.latent_shape((3, 4, 4)) == (3, 4, 4)
+    assert torch.equal(codec.encode(x)[0], x) and not codec.encode(x)[1].any()
+
+
+def test_a_folder_of_diffusers_is_loaded_as_it_is(vae_folder):
+    from diffusers import AutoencoderKL
+
+    theirs, ours = AutoencoderKL.from_pretrained(vae_folder), autoencoder.load(str(vae_folder))
+    x = torch.rand(3, 1, 8, 8) * 2 - 1
+    with torch.no_grad():
+        posterior = theirs.encode(x).latent_dist
+        assert ours.latent_shape((1, 8, 8)) == tuple(posterior.mean.shape[1:]) == (2, 4, 4)
+        for mine, other in zip(ours.encode(x), (posterior.mean, posterior.std), strict=True):
+            torch.testing.assert_close(mine, other)
+        torch.testing.assert_close(ours.decode(posterior.mean), theirs.decode(posterior.mean).sample)
+
+
+def test_short_memory_halves_the_batch_then_tiles(vae_folder, monkeypatch):
+    """With room for three images a batch of eight is the same in parts; with room for none it goes in tiles, and says so."""
+    vae = autoencoder.load(str(vae_folder))
+    z = torch.randn(8, 2, 4, 4)
+    expected, decode, sizes = vae.decode(z), vae.net.decode, []
+
+    def short(z: Tensor, room: int = 3):
+        if len(z) > room or (room == 0 and not vae.net.use_tiling):
+            raise torch.OutOfMemoryError
+        sizes.append(len(z))
+        return decode(z)
+
+    monkeypatch.setattr(vae.net, "decode", short)
+    torch.testing.assert_close(vae.decode(z), expected)
+    assert sizes == [2, 2, 2, 2]
+    monkeypatch.setattr(vae.net, "decode", lambda z: short(z, 1 if vae.net.use_tiling else 0))
+    with pytest.warns(UserWarning, match="tiles"):
+        assert vae.decode(z[:1]).shape == (1, 1, 8, 8)

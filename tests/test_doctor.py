@@ -1,0 +1,142 @@
+"""The doctor: a healthy run passes, each sickness is named with its mend, nothing is left behind."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY, succeed
+from PIL import Image
+
+from configs import schema
+from flow.engine import runtime
+from flow.engine.ema import Ema
+from scripts import doctor, doctor_machine
+from scripts.doctor_trial import Trial
+
+HEALTHY = ["-c", "configs/digits.yaml", TINY, "train.batch_size=32", "preview.n_samples=4", "preview.sampling_steps=1"]
+
+
+def patient(*overrides: str, device: str = "cpu", processes: int = 1, **made) -> SimpleNamespace:
+    accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
+    return SimpleNamespace(
+        cfg=schema.load(None, list(overrides)), accelerator=accelerator, data=None, trial=None, lines=[], **made
+    )
+
+
+def found(check, *overrides: str, **made) -> list[tuple[str, str]]:
+    return list(check(patient(*overrides, **made)))
+
+
+def test_a_healthy_run_passes_and_leaves_nothing(here, tmp_path):
+    said = here("doctor", *HEALTHY, "-e", tmp_path / "run")
+    lines = said.splitlines()
+    assert lines[-1].startswith("0 failed, 0 warned"), said
+    assert any("images/s; the first took" in line for line in lines) and any("until 20" in line for line in lines)
+    assert any("disk: 2 checkpoint(s) and 3 snapshot(s) need 0.0" in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_keeps_a_run_from_beginning_is_told_at_once(main_of, capsys, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as left:
+        runtime.run(main_of(
+            "doctor", *HEALTHY, "-e", run, "train.batch_size=33", "train.accumulate=2", "optimizer.warmup_steps=1200",
+            "model.args.attention_resolutions=[5]", "ema.warmup_ratio=0", "ema.half_life_images=1000000",
+        ))  # fmt: skip
+    said = capsys.readouterr().out
+    assert left.value.code == 2
+    for told in (
+        "fail  folder: -e ", "fail  network: model: attention_resolutions=[5]: no level has 5 pixels",
+        "fail  batch: train.batch_size=33: must divide by 1 process(es) x train.accumulate=2; 32 would",
+        "fail  learning rate: optimizer.warmup_steps=1200 of train.steps=1200", "warn  ema: half-life 1,000,000",
+        "warn  trial: left out", "4 failed",
+    ):  # fmt: skip
+        assert told in said, said
+
+
+def test_a_trial_that_fails_is_a_line(main_of, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        runtime.run(main_of("doctor", *HEALTHY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0",
+                            "optimizer.warmup_steps=0"))  # fmt: skip
+    assert "fail  trial: the loss of step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("half_life", "ratio"), [(1000, 0), (1000, 0.05), (400, 0.3), (10**6, 0.5), (64, 1.0)])
+def test_what_is_left_of_the_start_is_what_the_average_holds(half_life, ratio):
+    net = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(net.weight)
+    ema = Ema(net, [half_life], ratio)
+    torch.nn.init.zeros_(net.weight)
+    for step in range(1, 41):
+        ema.update(32, 32 * step)
+    left = ema.state_dict(0)["weight"].item()
+    assert doctor.start_left(40, 32, half_life, ratio) == pytest.approx(left, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "level", "told"),
+    [(8, 1, "warn", "but 8 GPUs; start with accelerate-launch --multi_gpu --num_processes 8"),
+     (1, 2, "fail", "only 1 GPU(s)"), (2, 2, "pass", "2 process(es) on cuda")],
+)  # fmt: skip
+def test_processes_against_gpus(monkeypatch, gpus, processes, level, told):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    (first, text), (second, _) = found(doctor.devices, device="cuda", processes=processes)
+    assert first == level and told in text
+    assert second == "warn"  # fp32 where bf16 is to be had
+
+
+def test_memory_and_disk(tmp_path):
+    def trial(checkpoint: int, peak: int) -> dict:
+        return {"trial": Trial(1.0, 1.0, 1.0, 1.0, checkpoint, checkpoint // 4, peak), "run_dir": tmp_path / "a" / "run"}
+
+    def examined(check, **made) -> list[tuple[str, str]]:
+        sick = patient("train.checkpoint_every_steps=1000")
+        vars(sick).update(made)
+        return list(check(sick))
+
+    assert [level for level, _ in examined(doctor.disk, **trial(10**6, 0))] == ["pass"]
+    ((level, text),) = examined(doctor.disk, **trial(10**15, 0))
+    assert level == "fail" and "2 checkpoint(s) and 100 snapshot(s)" in text and "train.keep_checkpoints=1" in text
+    assert [level for level, _ in examined(doctor.memory, **trial(1, 10**6))] == ["pass"]
+    ((level, text),) = examined(doctor.memory, **trial(1, 10**15))
+    assert level == "warn" and "double train.accumulate" in text
+
+
+def test_files_of_a_folder_are_opened(main_of, capsys, tmp_path):
+    for k in range(3):
+        Image.new("L", (8, 8), k).save(tmp_path / f"{k}.png")
+    (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
+    with pytest.raises(SystemExit):
+        runtime.run(main_of("doctor", *HEALTHY, "-e", tmp_path / "run", "data.name=folder",
+                            f"data.args={{path: {tmp_path}, size: 8, channels: 1}}"))  # fmt: skip
+    said = capsys.readouterr().out
+    assert "fail  data: " in said and "1.png: not a readable image" in said
+
+
+def test_versions_and_feature_weights(tmp_path, monkeypatch):
+    file = tmp_path / "requirements.txt"
+    file.write_text("torch>=99\nno-such-package>=1.0\nnumpy>=1.0\n# for the tests\nalso-absent>=1\n")
+    level, text = doctor_machine.versions(file)
+    assert level == "fail" and "torch is" in text and "no-such-package is not installed" in text and "also-absent" not in text
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    level, text = doctor_machine.feature_weights((3, 32, 32))
+    assert level == "warn" and "--feature_weights" in text
+    weights = Path(tmp_path) / "checkpoints" / doctor_machine.INCEPTION_FILE
+    weights.parent.mkdir()
+    weights.touch()
+    assert doctor_machine.feature_weights((3, 32, 32))[0] == "pass"
+    assert doctor_machine.feature_weights((1, 28, 28)) == (
+        "pass", "evaluate with --feature_extractor mnist, whose weights are part of the repository",
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_are_examined_together(tmp_path):
+    said = succeed("-m", "scripts.doctor", *HEALTHY, "-e", tmp_path / "run", processes=2).stdout
+    assert "pass  devices: 2 process(es) on cpu" in said and "32 images = 2 process(es) x 1 micro-batch(es) x 16" in said
+    assert "images/s; the first took" in said and said.count("passed") == 1 and not list(tmp_path.iterdir())

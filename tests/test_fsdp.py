@@ -1,0 +1,70 @@
+"""Training in shards (FSDP2) on two CPU processes: the same network as without, checkpoints, snapshots, previews."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, succeed
+from safetensors.torch import load_file
+
+from flow.engine import sharding
+from flow.engine.ema import Ema
+
+DIT = "model.args={width: 16, depth: 2, heads: 2, patch: 2, num_classes: 10}"
+TRAIN = [
+    "data.name=digits", "model.name=dit", DIT, "train.steps=4", "train.batch_size=32", "train.accumulate=2",
+    "train.checkpoint_every_steps=2", "train.sample_every_steps=4", "train.log_with=[]", "ema.half_life_images=[200, 50]",
+    "preview.n_samples=20", "preview.sampling_steps=1",
+]  # fmt: skip
+
+
+def fsdp_environment() -> dict[str, str]:
+    """What accelerate-launch makes of configs/accelerate/fsdp.yaml."""
+    text = (REPOSITORY / "configs" / "accelerate" / "fsdp.yaml").read_text()
+    config = yaml.safe_load(text)["fsdp_config"]
+    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+    settings = {names.get(key, key.upper()): str(value) for key, value in config.items()}
+    return {"ACCELERATE_USE_FSDP": "true", **settings}
+
+
+def snapshots(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {p.name: load_file(p) for p in sorted((run / "snapshots").iterdir())}
+
+
+def test_the_first_version_of_fsdp_is_refused(error, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    assert "fsdp_version=1: must be 2" in error("train", *TRAIN, "-e", tmp_path / "run")
+
+
+def test_unsharded_tensors_are_their_own_parts():
+    net = torch.nn.Linear(2, 2)
+    assert sharding.local(net.weight) is net.weight and sharding.whole(net.weight) is net.weight
+    ema = Ema(net, [100], 0)
+    with ema.applied() as averaged:
+        assert averaged is net
+
+
+@pytest.mark.slow
+def test_training_in_shards_is_training(tmp_path):
+    environment = fsdp_environment()
+    sharded, whole, cut = (tmp_path / name for name in ("sharded", "whole", "cut"))
+    succeed("train.py", *TRAIN, "-e", sharded, processes=2, **environment)
+    succeed("train.py", *TRAIN, "-e", whole, processes=2)
+    succeed("train.py", *TRAIN, "-e", cut, "train.steps=2", processes=2, **environment)
+    succeed("train.py", "-e", cut, "-r", "latest", "train.steps=4", processes=2, **environment)
+
+    found, expected, resumed = (snapshots(run) for run in (sharded, whole, cut))
+    assert list(found) == list(expected) and len(found) == 4
+    for name, weights in expected.items():
+        assert found[name].keys() == weights.keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(found[name][key], value, atol=2e-5, rtol=1e-3)
+            if "00000004" in name:
+                assert torch.equal(resumed[name][key], found[name][key])
+    assert (sharded / "samples" / "step_00000004.png").is_file()
+    norms = [[json.loads(line)["grad_norm"] for line in (run / "metrics.jsonl").open()] for run in (sharded, whole)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    succeed("sample.py", "--weights", sharded, "--n_samples", "4", "--save_dir", tmp_path / "s", "--sampling_steps", "2")

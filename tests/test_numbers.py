@@ -1,0 +1,151 @@
+"""Numbers that are not finite: the run stops or skips the step, as configured, and skipped steps leave no trace."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TINY_TRAIN
+from safetensors.torch import load_file
+
+import train
+from flow.engine import checkpoint, runtime, snapshot
+from flow.engine.ema import Ema
+from flow.engine.tracker import read_metrics
+
+# A network of two layers on the digits, without the configuration file: a step takes milliseconds.
+MLP = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 16, depth: 1}", "train.log_every_steps=1", "train.steps=6"]
+
+
+@pytest.fixture
+def ruin(monkeypatch):
+    """ruin(step, value): put a value that is not finite into the gradient of that step (from 1), by way of backward."""
+
+    backward = Accelerator.backward
+
+    def prepare(*steps: int, value: float = float("inf")) -> None:
+        calls = [0]
+
+        def broken(accelerator, loss, **kwargs):
+            backward(accelerator, loss, **kwargs)
+            calls[0] += 1
+            if not steps or calls[0] in steps:
+                for group in accelerator._optimizers[0].param_groups:
+                    group["params"][0].grad.view(-1)[0] = value
+
+        monkeypatch.setattr(Accelerator, "backward", broken)
+
+    return prepare
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Learning rates of the steps that were taken, and how often the moving average moved."""
+    seen = {"rates": [], "averaged": 0}
+    adam, update = torch.optim.AdamW.step, Ema.update
+
+    def step(optimizer, *args, **kwargs):
+        seen["rates"].append(optimizer.param_groups[0]["lr"])
+        return adam(optimizer, *args, **kwargs)
+
+    def averaged(ema, *args):
+        seen["averaged"] += 1
+        update(ema, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(Ema, "update", averaged)
+    return seen
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_broken_is_saved(error, ruin, tmp_path, value, step):
+    """Also that of the last step, after which no loss would tell."""
+    ruin(step, value=value)
+    line = error("train", *MLP, "-e", tmp_path / "run", "train.log_every_steps=100")
+    assert f"the loss of step {step} is not finite, or its gradient" in line
+    saved = checkpoint.all_of(tmp_path / "run" / "checkpoints")
+    assert [checkpoint.step_of(path) for path in saved] == [k for k in (2, 4) if k < step][-2:]
+    assert all(value.isfinite().all() for path in saved for value in load_file(path / "model.safetensors").values())
+
+
+def test_with_skip_such_a_step_leaves_no_trace(here, ruin, watched, tmp_path):
+    """Weights, moving average and learning rate go on as if the step had not been."""
+    ruin(2, 5)
+    run = tmp_path / "run"
+    warm = ["train.not_finite=skip", "optimizer.warmup_steps=6", "optimizer.lr=6"]
+    here("train", *MLP, "-e", run, *warm, "train.steps=6")
+    assert watched["rates"] == [1, 2, 3, 4] and watched["averaged"] == 4
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1, 2, 2]
+    assert all(value.isfinite().all() for value in load_file(snapshot.find(run)).values())
+    state = checkpoint.load(runtime.start(), checkpoint.all_of(run / "checkpoints")[-1])
+    assert (state["step"], state["updates"]) == (6, 4)
+
+
+def test_a_run_that_only_skips_ends(error, ruin, tmp_path):
+    ruin()
+    line = error("train", *MLP, "-e", tmp_path / "run", "train.not_finite=skip", "train.steps=100")
+    assert "the gradients of the last 50 steps up to 50 were not finite, and all of them were skipped" in line
+
+
+def broken_pairs(monkeypatch) -> None:
+    """Digits as floats in [-1, 1], one image of which is not a number."""
+    build = train.datasets.build
+
+    def broken(*args):
+        data = build(*args)
+        data.images = data.images.float() / 127.5 - 1
+        data.images[7] = float("nan")
+        return data
+
+    monkeypatch.setattr(train.datasets, "build", broken)
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_nan_in_the_data(error, here, monkeypatch, tmp_path, mode):
+    """One image in 1,797: it comes once an epoch, in one of 57 batches of 32."""
+    broken_pairs(monkeypatch)
+    run = tmp_path / "run"
+    arguments = [*MLP, "-e", run, f"train.not_finite={mode}", "train.steps=60", "train.checkpoint_every_steps=0"]
+    if mode == "stop":
+        assert "is not finite" in error("train", *arguments)
+        return
+    here("train", *arguments)
+    rows = read_metrics(run / "metrics.jsonl")
+    assert rows[-1]["skipped_steps"] in (1, 2) and all(row["loss"] < 5 for row in rows)
+
+
+@pytest.fixture
+def loss_scaler(monkeypatch):
+    """The loss scaler of fp16, on a CPU: accelerate's own way through it, with float32 networks. A call takes it away."""
+    start = runtime.start
+
+    def started(*args, **kwargs):
+        accelerator = start(*args, **kwargs)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1000)
+        accelerator.unscale_gradients = lambda *ignored: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+        return accelerator
+
+    monkeypatch.setattr(runtime, "start", started)
+    return lambda: monkeypatch.setattr(runtime, "start", start)
+
+
+def test_overflow_with_a_loss_scaler_moves_neither_average_nor_schedule(here, ruin, watched, loss_scaler, tmp_path):
+    """A fused optimizer's step is called all the same, and does nothing, so that nobody counting calls would see it."""
+    ruin(1, 4)
+    warm = ["optimizer.warmup_steps=6", "optimizer.lr=6"]
+    here("train", *MLP, "-e", tmp_path / "run", *warm)
+    assert watched["rates"] == [1, 1, 2, 3, 3, 4] and watched["averaged"] == 4
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["skipped_steps"] for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert [row["loss_scale"] for row in rows] == [8, 8, 8, 4, 4, 4]
+    loss_scaler()  # the same steps left out without one: scales are powers of two, so that nothing is rounded
+    ruin(1, 4)
+    here("train", *MLP, "-e", tmp_path / "plain", *warm, "train.not_finite=skip")
+    a, b = (load_file(snapshot.find(tmp_path / name)) for name in ("run", "plain"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_loss_scale_that_collapses_is_reported(error, ruin, loss_scaler, tmp_path):
+    ruin()
+    line = error("train", *MLP, "-e", tmp_path / "run")
+    assert "the loss scale of fp16 has collapsed to 0.5 at step 5" in line

@@ -1,0 +1,137 @@
+"""Several processes: stopped by the scheduler, one of them dead or hung, another number of them after a resume."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import REPOSITORY, TINY_TRAIN, succeed
+from safetensors.torch import load_file
+
+from flow.engine import checkpoint, snapshot
+from flow.engine.tracker import read_metrics
+
+MLP = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 64, depth: 2}", "train.log_every_steps=1"]
+LAUNCHER = [str(Path(sys.executable).with_name("accelerate-launch")), "--multi_gpu", "--main_process_port", "0"]
+
+
+def start(run: Path, *overrides: str, processes: int = 2) -> subprocess.Popen:
+    """A long training of so many processes by accelerate-launch; returns once it has taken some steps."""
+    command = [*LAUNCHER, "--num_processes", str(processes), "train.py", *MLP, "train.steps=1_000_000"]
+    command += ["train.checkpoint_every_steps=0", "-e", str(run), *overrides]
+    environment = {**os.environ, "FLOW_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.time() + 120
+    while not (run / "metrics.jsonl").exists() or len(read_metrics(run / "metrics.jsonl")) < 5:
+        assert process.poll() is None and time.time() < deadline, process.stdout.read()
+        time.sleep(0.02)
+    return process
+
+
+def workers(process: subprocess.Popen) -> list[psutil.Process]:
+    """The processes that train, by rank."""
+    children = [p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in p.cmdline()]
+    return sorted(children, key=lambda p: int(p.environ()["RANK"]))
+
+
+def end(process: subprocess.Popen) -> str:
+    """Wait for the launcher; what everybody said."""
+    said, _ = process.communicate(timeout=90)
+    return said
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_one_checkpoint_and_ends_soon(tmp_path, capsys):
+    """What Slurm and spot machines send."""
+    run = tmp_path / "run"
+    process = start(run)
+    family = workers(process)
+    assert len(family) == 2
+    since = time.perf_counter()
+    process.send_signal(signal.SIGTERM)
+    said = end(process)
+    seconds = time.perf_counter() - since
+    assert seconds < 30 and process.returncode != 0
+    assert not any(p.is_running() for p in family)
+    (saved,) = checkpoint.all_of(run / "checkpoints")
+    assert checkpoint.damage_of(saved) is None
+    step = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    assert checkpoint.step_of(saved) == step  # all processes agreed on it
+    assert f"stopped by SIGTERM; the newest checkpoint is {saved}; go on with:" in said
+    assert not list(run.rglob(".tmp-*"))
+    with capsys.disabled():
+        print(f"\nSIGTERM to the end: {seconds:.1f} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("blow", "rank"), [(signal.SIGSTOP, 0), (signal.SIGSTOP, 1), (signal.SIGKILL, 0), (signal.SIGKILL, 1)])
+def test_a_hung_or_dead_process_ends_the_others_with_a_message(tmp_path, capsys, blow, rank):
+    run = tmp_path / "run"
+    process = start(run, "train.timeout_minutes=0.05")
+    family = workers(process)
+    since = time.perf_counter()
+    family[rank].send_signal(blow)
+    survivor = family[1 - rank]
+    while survivor.is_running() and survivor.status() != psutil.STATUS_ZOMBIE:
+        assert time.perf_counter() - since < 60
+        time.sleep(0.05)
+    seconds = time.perf_counter() - since
+    said = end(process)
+    if blow == signal.SIGSTOP or "another process has ended" in said:  # of a dead one the launcher itself may end the others
+        assert re.search(r"error: another process has ended, hangs or cannot be reached", said), said
+    assert 'train.py", line' not in said, said  # the launcher's own traceback comes after it
+    assert seconds < 20 and process.returncode != 0
+    with capsys.disabled():
+        print(f"\n{blow.name} of process {rank}: the other one ended after {seconds:.1f} s, the launcher after "
+              f"{time.perf_counter() - since:.1f} s")  # fmt: skip
+
+
+SPLITS = [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)]  # processes, micro-batches
+
+
+@pytest.mark.slow
+def test_every_split_of_a_global_batch_gives_the_same_run(tmp_path, capsys):
+    """Started on two processes and resumed on each split, and from the start on each: the same but for rounding."""
+    steps = ["train.steps=40", "train.checkpoint_every_steps=20", "train.log_every_steps=1", "train.keep_checkpoints=0"]
+    two = tmp_path / "two"
+    succeed("train.py", *TINY_TRAIN, *steps, "-e", two, processes=2)
+    reference = load_file(checkpoint.all_of(two / "checkpoints")[-1] / "model.safetensors")
+    size = max(value.abs().max().item() for value in reference.values())
+    bound = 0.0
+    for processes, accumulate in SPLITS:
+        resumed, fresh = (tmp_path / f"{kind}_{processes}_{accumulate}" for kind in ("resumed", "fresh"))
+        shutil.copytree(two, resumed, ignore=shutil.ignore_patterns("step_00000040*"))
+        split = [f"train.accumulate={accumulate}"]
+        succeed("train.py", "-e", resumed, "-r", "latest", *split, processes=processes)
+        succeed("train.py", *TINY_TRAIN, *steps, *split, "-e", fresh, processes=processes)
+        for run in (resumed, fresh):
+            rows, expected = (read_metrics(r / "metrics.jsonl") for r in (run, two))
+            assert [row["step"] for row in rows] == list(range(1, 41))
+            for row, right in zip(rows, expected, strict=True):
+                assert row["loss"] == pytest.approx(right["loss"], rel=1e-4)
+            weights = load_file(checkpoint.all_of(run / "checkpoints")[-1] / "model.safetensors")
+            bound = max(bound, *((weights[k] - reference[k]).abs().max().item() for k in reference))
+            assert snapshot.load(run).step == 40
+    with capsys.disabled():
+        print(f"\nelastic: the largest difference of a weight after 40 steps is {bound:.1e}, of weights up to {size:.2f}")
+    assert bound < 1e-4
+
+
+@pytest.mark.slow
+def test_two_hosts_are_one(tmp_path):
+    """scripts/two_hosts.sh: two network namespaces; the numbers of one host; the cable cut and mended."""
+    environment = {**os.environ, "PYTHON": sys.executable}
+    result = subprocess.run(["scripts/two_hosts.sh", tmp_path], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    if result.returncode == 77:
+        pytest.skip(result.stdout.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "the weights are those of one host, to the bit" in result.stdout
+    assert "the cable mended, the run went on" in result.stdout
