@@ -146,6 +146,7 @@ def test_stochastic_images_are_functions_of_seed_and_index(model):
     assert torch.equal(images_of(model, range(10), 10, still), images_of(model, range(10), 10, SamplerSettings("heun", 5)))
 
 
+@pytest.mark.slow
 def test_adaptive_methods_count_all_batches_and_keep_their_batch_size(tmp_path, tiny_run, error):
     """Their step sizes are those of a batch: the cost is the mean over images, for any number of processes."""
     sample = ["--weights", tiny_run, "--n_samples", "7", "--sampling_method", "bosh3", "--rtol", "0.1", "--atol", "0.1"]

@@ -76,6 +76,7 @@ def test_commands(tmp_path, tiny_run, here, error):
     assert "is not a whole file of grids" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
 
 
+@pytest.mark.slow
 def test_the_study(tmp_path, tiny_run, here, error):
     study = ["solver_study", "--weights", tiny_run, "--out", tmp_path, "--n_images", "2"]
     out = here(*study, "--methods", "euler", "heun", "unipc", "--grids", "uniform", "edm", "--sampling_steps", "2", "4")
