@@ -41,9 +41,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides, Config)
-    accelerator = runtime.start(
-        cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), cfg.train.timeout_minutes, cfg.train.gradient_compression
-    )
+    accelerator = runtime.start_training(cfg.train, run_dir)
     device = accelerator.device
 
     # Data, network and optimizer: whatever is wrong with the configuration comes out here, before a folder is made.
@@ -67,17 +65,7 @@ def main() -> None:
             prompts=tuple(captions.plain(name) for name in data.class_names) if net.prompt_bytes else None,
         )  # fmt: skip
         check(preview_settings, net)
-    loader = Loader(
-        data,
-        seed=cfg.seed,
-        batch_size=cfg.train.batch_size,
-        accumulate=cfg.train.accumulate,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        device=device,
-        horizontal_flip=cfg.data.horizontal_flip,
-        num_workers=cfg.data.num_workers,
-    )
+    loader = Loader.of(accelerator, cfg, data)
     pairing = pairing_of(cfg, data, loader.micro)
     checkpoints = run_dir / "checkpoints"
     found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None

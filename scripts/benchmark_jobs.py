@@ -35,7 +35,7 @@ def main() -> None:
         Path(job["result"]).write_text(json.dumps(found), encoding="utf-8")
 
 
-def measured(job: dict, watch, images_per_lap: int, first_step: float, forwards: int = 1) -> dict:
+def measured(job: dict, watch, images_per_lap: int, forwards: int = 1) -> dict:
     """The result of a job of steps or batches."""
     import torch
 
@@ -44,7 +44,7 @@ def measured(job: dict, watch, images_per_lap: int, first_step: float, forwards:
         peak = torch.cuda.max_memory_allocated()
     return {
         "laps": watch.laps, "seconds": dict(watch.seconds), "images_per_lap": images_per_lap, "forwards": forwards,
-        "peak_memory_gib": peak / 2**30, "seconds_to_first_step": first_step - job["started"],
+        "peak_memory_gib": peak / 2**30, "seconds_to_first_step": watch.first_lap - job["started"],
     }  # fmt: skip
 
 
@@ -135,21 +135,17 @@ def train_job(job: dict) -> dict:
     from scripts.stopwatch import Stopwatch
 
     watch = Stopwatch(synchronise=True)
-    first_step = 0.0
     ahead, make_pairing, make_objective = train.ahead, train.pairing_of, train.objective
 
     def timed_ahead(items, depth: int):
-        nonlocal first_step
-        inputs = ahead(items, depth)
-        for done in range(job["warmup"] + job["steps"]):
-            with watch.section("data"):
-                made = next(inputs)
-            yield made
-            watch.lap()
-            first_step = first_step or time.time()
-            if done == job["warmup"] - 1:
-                watch.restart()
-        inputs.close()
+        def fetched(inputs):
+            while True:
+                with watch.section("data"):
+                    made = next(inputs)
+                yield made
+
+        with contextlib.closing(ahead(items, depth)) as inputs:
+            yield from watch.timed(fetched(inputs), job["warmup"], job["steps"])
         raise Enough
 
     def timed_pairing(*args):
@@ -184,7 +180,7 @@ def train_job(job: dict) -> dict:
             train.main()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return measured(job, watch, cfg.train.batch_size, first_step)
+    return measured(job, watch, cfg.train.batch_size)
 
 
 def plain_train_job(job: dict) -> dict:
@@ -194,16 +190,11 @@ def plain_train_job(job: dict) -> dict:
     cfg = schema.load(job["config"], job["overrides"])
     net, images, labels = plain_loop.material(cfg)
     watch = Stopwatch(synchronise=True)
-    first_step = 0.0
-    for done, _ in enumerate(plain_loop.train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr)):
-        watch.lap()
-        first_step = first_step or time.time()
-        if done == job["warmup"] - 1:
-            watch.restart()
-        if done == job["warmup"] + job["steps"] - 1:
-            break
+    steps = plain_loop.train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr)
+    for _ in watch.timed(steps, job["warmup"], job["steps"]):
+        pass
     watch.seconds.clear()
-    return measured(job, watch, cfg.train.batch_size, first_step)
+    return measured(job, watch, cfg.train.batch_size)
 
 
 def blank_snapshot(job: dict) -> Path:
@@ -227,19 +218,8 @@ def sample_job(job: dict) -> dict:
     from scripts.stopwatch import Stopwatch
 
     watch = Stopwatch(synchronise=True)
-    first_batch = 0.0
     generate = sample.generate
-
-    def timed_generate(*args):
-        nonlocal first_batch
-        for done, batch in enumerate(generate(*args)):
-            yield batch
-            watch.lap()
-            first_batch = first_batch or time.time()
-            if done == job["warmup"] - 1:
-                watch.restart()
-
-    sample.generate = timed_generate
+    sample.generate = lambda *args: watch.timed(generate(*args), job["warmup"], job["sampling_batches"])
     GuidedVelocity._forward = watch.watch("network", GuidedVelocity._forward)
     VAE.decode = watch.watch("decoder", VAE.decode)
     weights = blank_snapshot(job)
@@ -254,7 +234,7 @@ def sample_job(job: dict) -> dict:
         if job["compile"]:
             sys.argv += ["--compile"]
         sample.main()
-    return measured(job, watch, job["sampling_batch"], first_batch, job["sampling_steps"])
+    return measured(job, watch, job["sampling_batch"], job["sampling_steps"])
 
 
 def plain_sample_job(job: dict) -> dict:
@@ -266,18 +246,12 @@ def plain_sample_job(job: dict) -> dict:
     shape = data.image_shape
     net = models.build(cfg.model.name, shape, cfg.model.args)
     watch = Stopwatch(synchronise=True)
-    first_batch = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         batches = plain_loop.sample(net, shape, net.num_classes, job["sampling_batch"], job["sampling_steps"], Path(scratch))
-        for done, _ in enumerate(batches):
-            watch.lap()
-            first_batch = first_batch or time.time()
-            if done == job["warmup"] - 1:
-                watch.restart()
-            if done == job["warmup"] + job["sampling_batches"] - 1:
-                break
+        for _ in watch.timed(batches, job["warmup"], job["sampling_batches"]):
+            pass
     watch.seconds.clear()
-    return measured(job, watch, job["sampling_batch"], first_batch, job["sampling_steps"])
+    return measured(job, watch, job["sampling_batch"], job["sampling_steps"])
 
 
 def evaluate_job(job: dict) -> dict:
@@ -288,12 +262,10 @@ def evaluate_job(job: dict) -> dict:
     from scripts.stopwatch import Stopwatch
 
     watch = Stopwatch(synchronise=True)
-    ready = 0.0
     measure = evaluate.measure
 
     def timed_measure(*args):
-        nonlocal ready
-        ready = time.time()
+        watch.first_lap = time.time()
         watch.restart()
         found = measure(*args)
         watch.lap()
@@ -311,7 +283,7 @@ def evaluate_job(job: dict) -> dict:
             *(["--compile"] if job["compile"] else []),
         ]  # fmt: skip
         evaluate.main()
-    return measured(job, watch, job["n_samples"], ready, job["sampling_steps"])
+    return measured(job, watch, job["n_samples"], job["sampling_steps"])
 
 
 if __name__ == "__main__":

@@ -57,9 +57,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     cfg = schema.load(args.config, args.overrides)
-    accelerator = runtime.start(
-        cfg.train.mixed_precision, cfg.train.log_with, tempfile.gettempdir(), timeout_minutes=cfg.train.timeout_minutes
-    )
+    accelerator = runtime.start_training(cfg.train, Path(tempfile.gettempdir()))
     patient = Patient(args, cfg, accelerator, args.exp_dir or Path("runs") / Path(args.config or "run").stem)
     for check in CHECKS:
         try:

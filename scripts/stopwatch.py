@@ -3,11 +3,13 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Stopwatch:
@@ -18,6 +20,7 @@ class Stopwatch:
         """synchronise: wait for the GPU at every border, for shares that are right; it costs speed."""
         self.seconds: dict[str, float] = defaultdict(float)
         self.laps: list[float] = []  # seconds of each lap
+        self.first_lap = 0.0  # when the first of `timed` ended, in seconds of the epoch
         self._open: list[str] = []
         self._thread = threading.get_ident()
         self._since = self._lap = time.perf_counter()
@@ -42,6 +45,17 @@ class Stopwatch:
         now = time.perf_counter()
         self.laps.append(now - self._lap)
         self._lap = now
+
+    def timed(self, items: Iterable[T], warmup: int, count: int) -> Iterator[T]:
+        """The items, each with its work a lap, forgotten for the first `warmup` ones; ends after `count` more."""
+        for done, item in enumerate(items, start=1):
+            yield item
+            self.lap()
+            self.first_lap = self.first_lap or time.time()
+            if done == warmup:
+                self.restart()
+            if done == warmup + count:
+                return
 
     def restart(self) -> None:
         """Forget what was measured so far, as after a warm-up."""

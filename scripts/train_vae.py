@@ -48,9 +48,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides, VaeConfig)
-    accelerator = runtime.start(
-        cfg.train.mixed_precision, cfg.train.log_with, str(run_dir), cfg.train.timeout_minutes, cfg.train.gradient_compression
-    )
+    accelerator = runtime.start_training(cfg.train, run_dir)
     if accelerator.is_fsdp2:
         raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
     device = accelerator.device
@@ -63,11 +61,7 @@ def main() -> None:
     with runtime.blame("data"):
         latent_shape = vae.latent_shape(data.image_shape)
     perceptual = lpips(device) if cfg.autoencoder.lpips_weight else None
-    loader = Loader(
-        data, seed=cfg.seed, batch_size=cfg.train.batch_size, accumulate=cfg.train.accumulate, rank=accelerator.process_index,
-        world_size=accelerator.num_processes, device=device, horizontal_flip=cfg.data.horizontal_flip,
-        num_workers=cfg.data.num_workers,
-    )  # fmt: skip
+    loader = Loader.of(accelerator, cfg, data)
     checkpoints = run_dir / "checkpoints"
     found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
     runtime.place(vae, accelerator, cfg.train.compile)

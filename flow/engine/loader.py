@@ -12,10 +12,12 @@ from itertools import tee
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from configs.schema import UserError
+from configs.schema import Config, UserError
+from configs.vae import VaeConfig
 from flow import prior, rng
 from flow.engine.images import to_network
 
@@ -67,6 +69,15 @@ class Loader:
                 fits = images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
             self.images = images.to(device) if fits else images.pin_memory()
             self.labels = data.labels.to(self.images.device) if data.labels is not None else None
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, config: Config | VaeConfig, data) -> "Loader":
+        """That of a trainer, on its process."""
+        return cls(
+            data, seed=config.seed, batch_size=config.train.batch_size, accumulate=config.train.accumulate,
+            rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
+            horizontal_flip=config.data.horizontal_flip, num_workers=config.data.num_workers,
+        )  # fmt: skip
 
     def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
         """The micro-batches of steps first .. last - 1."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from accelerate.utils import DDPCommunicationHookType
 from torch import nn
 from tqdm import tqdm
 
-from configs.schema import UserError
+from configs.schema import TrainConfig, UserError
 from flow.engine import sharding
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -73,6 +74,11 @@ def start(
     if thread_note:
         accelerator.print(thread_note)
     return accelerator
+
+
+def start_training(config: TrainConfig, log_dir: Path) -> Accelerator:
+    """The accelerator of a trainer; its trackers write to `log_dir`."""
+    return start(config.mixed_precision, config.log_with, str(log_dir), config.timeout_minutes, config.gradient_compression)
 
 
 def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
