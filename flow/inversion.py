@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flow import solvers
 
-START = 0.98  # no network is asked about t = 1, where the noise can no longer be seen
+T_MAX = 0.98  # the marginal there still shows the noise, which is mixed into the image
 
 
 def invert(velocity: Callable[[Tensor, float], Tensor], x1: Tensor, noise: Tensor, steps: int, method: str) -> Tensor:
@@ -15,5 +15,5 @@ def invert(velocity: Callable[[Tensor, float], Tensor], x1: Tensor, noise: Tenso
     It starts at x_t = t x1 + (1 - t) noise with standard normal noise [B, ...], a sample of the flow's own marginal at
     that time: a clean image has no place there, and would come out as noise of too small a variance.
     """
-    times = [START * (1 - i / steps) for i in range(steps + 1)]
-    return solvers.solve(velocity, START * x1 + (1 - START) * noise, times, method).x
+    times = [T_MAX * (1 - i / steps) for i in range(steps + 1)]
+    return solvers.solve(velocity, T_MAX * x1 + (1 - T_MAX) * noise, times, method).x

@@ -7,7 +7,7 @@ import torch
 
 from flow import loss, solvers, time_sampler
 from flow.distill import distillation_loss, euler_times
-from flow.inversion import START, invert
+from flow.inversion import T_MAX, invert
 from flow.objective import objective
 from flow.path import LinearPath
 from flow.solvers import grid
@@ -102,5 +102,5 @@ def test_inversion_finds_the_noise_back():
     assert torch.allclose(x1, 3 + 0.5 * x0, atol=1e-3)
     noise = torch.randn(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = invert(velocity, x1, noise, 100, "heun")
-    assert torch.allclose(found, x0, atol=4 * (1 - START) / 0.5 + 0.05)
+    assert torch.allclose(found, x0, atol=4 * (1 - T_MAX) / 0.5 + 0.05)
     assert found.std().item() == pytest.approx(1, abs=0.02)

@@ -9,6 +9,7 @@ import torch
 
 from flow import solvers
 from flow.guidance import GuidedVelocity
+from flow.inversion import T_MAX
 from flow.solvers import adaptive, grid
 from flow.solvers.adaptive import ADAPTIVE
 from flow.solvers.multistep import STARTS
@@ -144,6 +145,59 @@ def test_no_noise_is_left_when_the_data_is_one_point(method):
     x = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     landed = solvers.solve(velocity, x, grid.uniform(5), method).x
     assert (landed - mu).abs().max() < 0.02 * x.std()
+
+
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")  # in the strongest field
+@pytest.mark.parametrize("method", solvers.METHODS)
+def test_no_method_evaluates_the_velocity_outside_the_times_it_solves_over(method):
+    """Forwards as sampling does it, backwards as likelihood and inversion do, in weak and strong fields."""
+    backwards = [(1 - grid.END_EPS, 0.0), (T_MAX, 0.0)] if method in solvers.DETERMINISTIC else []
+    for start, end in [(0.0, 1.0), (0.0, 0.9), *backwards]:
+        for strength in (-30.0, -1e-9, 0.0, 1.0, 30.0):
+            times = []
+
+            def velocity(x, t, start=start, end=end, strength=strength, times=times):
+                times.append(t)
+                if not min(start, end) <= t <= max(start, end) or t >= 1:
+                    raise RuntimeError(f"velocity at t = {t}")
+                return strength * x
+
+            x = torch.linspace(-2, 2, 8, dtype=torch.float64).view(4, 2)
+            options = {"rtol": 1e-2, "atol": 1e-2} if method in solvers.BY_BATCH else {}
+            if method in solvers.STOCHASTIC:
+                options["noise"] = torch.zeros_like(x).mul
+            steps = [start + (end - start) * t for t in grid.uniform(7)]
+            assert solvers.solve(velocity, x, steps, method, **options).nfe == len(times) > 0
+
+
+def test_adaptive_methods_have_no_error_floor_of_their_last_step():
+    """It was 2e-6 here, and 1e-4 for data as narrow as 0.01, whatever the tolerances."""
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    for method in ("dopri5", "dopri8"):
+        x = solvers.solve(gaussian_velocity, x0, [0.0, 1.0], method, rtol=1e-11, atol=1e-11).x
+        assert (x - (3 + 0.5 * x0)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_states_within_the_last_step_of_an_adaptive_method(method):
+    """Grids finer than END_EPS have times beyond 1 - END_EPS."""
+    x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+    for times in (grid.uniform(1500), [0.0, 0.5, 1 - grid.END_EPS, 0.9996, 1.0], [0.9995, 0.9999, 1.0]):
+        states, start = [], 3 * times[0] + math.hypot(1 - times[0], times[0] / 2) * x0
+        solvers.solve(gaussian_velocity, start, times, method, states.append, rtol=1e-5, atol=1e-5)
+        errors = [(x - 3 * t - math.hypot(1 - t, t / 2) * x0).abs().max() for x, t in zip(states, times[1:], strict=True)]
+        assert max(errors) < 0.01
+
+
+def test_times_outside_the_interval_are_refused():
+    for times in ([1.0, 0.5], [-0.1, 0.5], [0.5, 1.1]):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\] and start before 1"):
+            solvers.solve(rotation, torch.zeros(1, 2), times, "euler")
+
+
+def test_a_velocity_that_is_not_finite_is_named():
+    with pytest.raises(ValueError, match="dopri5: the velocity is not finite"):
+        solvers.solve(lambda x, t: x / 0, torch.ones(1, 2), [0.0, 1.0], "dopri5")
 
 
 def test_solver_keeps_the_dtype_and_leaves_its_input_alone():

@@ -97,11 +97,14 @@ def solve(
 ) -> Solution:
     """Integrate dx/dt = velocity(x, t) over the times of `grid`, from x [B, ...] at grid[0].
 
-    Runs in the dtype of x. No method evaluates the velocity at the data end, t = 1. `options` are those of the method:
-    rtol and atol, or noise, noise_scale and diffusion, or noise and eta. `watch` is shown the state at each time of the
-    grid after the first. Raises ValueError for what `check` refuses.
+    The times lie in [0, 1] and rise or fall; backwards they start before the data end, t = 1, where no method evaluates the
+    velocity. Runs in the dtype of x. `options` are those of the method: rtol and atol, or noise, noise_scale and diffusion,
+    or noise and eta. `watch` is shown the state at each time of the grid after the first. Raises ValueError for what `check`
+    refuses, for other times, and where a method with tolerances finds no step that meets them.
     """
     check(method, **options)
+    if min(grid) < 0 or max(grid) > 1 or grid[0] == 1:
+        raise ValueError(f"times from {grid[0]:g} to {grid[-1]:g}: must lie in [0, 1] and start before 1")
     nfe = 0
 
     def counted(x: Tensor, t: float) -> Tensor:

@@ -3,6 +3,10 @@
 import math
 from collections.abc import Callable
 
+# Before t = 1, where the velocity is undefined: the noise can no longer be seen in x. Adaptive methods and the likelihood,
+# which have no grid that would say how near to go, solve up to (from) 1 - END_EPS and take one open step beyond.
+END_EPS = 1e-3
+
 
 def uniform(steps: int) -> list[float]:
     """0, 1/N, ..., 1."""
