@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from flow import solvers
-
-FIRST_STEP = 1e-3  # from the data end; no network is asked about t = 1
+from flow.solvers.grid import END_EPS
 
 
 def log_likelihood(
@@ -25,9 +24,13 @@ def log_likelihood(
     log p(x1) = log N(x0; 0, I) - integral of div v(x_t, t) dt over [0, 1] (Chen et al. 2018, arXiv:1806.07366, eq. 2). The
     divergence is exact without `probes`, at the price of a backward pass for each element of x; with probes [P, B, ...] of
     +1 and -1 it is the mean of e . (dv/dx) e over them (Hutchinson's estimator, as in FFJORD, arXiv:1810.01367, eq. 8),
-    unbiased for log p. `times` rise from 0 to 1 and are used backwards by methods that are not adaptive; the first step,
-    from t = 1, is one of Euler's with the velocity a little before.
+    unbiased for log p. `times` rise from 0 to 1 and are used backwards by methods that are not adaptive. The first step, from
+    t = 1 to 1 - END_EPS, is a midpoint rule whose midpoint comes from the velocity at its end.
+
+    The result carries no gradient. Raises ValueError for an x1 that requires one.
     """
+    if x1.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x1 requires a gradient, and log_likelihood gives none: pass x1.detach()")
     shape, n = x1.shape, len(x1)
     directions = torch.eye(x1[0].numel(), dtype=x1.dtype, device=x1.device) if probes is None else probes.flatten(2)
 
@@ -47,16 +50,30 @@ def log_likelihood(
         return torch.cat([v, divergence[:, None]], dim=1)
 
     state = torch.cat([x1.reshape(n, -1), x1.new_zeros(n, 1)], dim=1)
-    start = 1 - FIRST_STEP
-    state = state - FIRST_STEP * augmented(state, start)
+    start = 1 - END_EPS
+    middle = state - END_EPS / 2 * augmented(state, start)
+    state = state - END_EPS * augmented(middle, 1 - END_EPS / 2)
     backwards = [start, *(t for t in reversed(times or []) if 0 < t < start), 0.0]
     solution = solvers.solve(augmented, state, backwards, method, **options)
     x0, integral = solution.x[:, :-1], -solution.x[:, -1]
     log_prior = -0.5 * x0.square().sum(1) - 0.5 * x0.shape[1] * math.log(2 * math.pi)
-    return log_prior - integral, x0.view(shape), solution.nfe + 1
+    return log_prior - integral, x0.view(shape), solution.nfe + 2
+
+
+def dequantize(pixels: Tensor, u: Tensor) -> Tensor:
+    """Images (k + u - 1/2) / 127.5 - 1 of pixels k [B, ...] in 0 to 255 and u [B, ...], uniform in [0, 1), in float64.
+
+    Level k owns the bin from k - 1/2 to k + 1/2, of width one and centred on the value k / 127.5 - 1 that networks are
+    trained on, which is also what rounding makes k of in sampling. So do levels 0 and 255, whose bins reach half a level
+    beyond [-1, 1]; sampling also clips to them whatever lies farther out, which counts for nothing here.
+    """
+    return (pixels.double() + u - 0.5) / 127.5 - 1
 
 
 def bits_per_dimension(log_p: Tensor, dimensions: int) -> Tensor:
-    """Of 8-bit images: log_p [B] in nats of (pixel + u) / 127.5 - 1 with u uniform in [0, 1) (uniform dequantisation,
-    Theis et al. 2016, arXiv:1511.01844), whose density bounds the probability of the pixels from below."""
+    """Of 8-bit images: log_p [B] in nats, the log-density of `dequantize(pixels, u)`.
+
+    Its mean over u bounds from below the log of the mean density over the bins, which is the log-probability of the pixels
+    (uniform dequantisation, Theis et al. 2016, arXiv:1511.01844): the bits are an upper bound.
+    """
     return -log_p / (dimensions * math.log(2)) + math.log2(127.5)

@@ -1,7 +1,8 @@
 """Bits per dimension of real images under a flow: `python -m scripts.likelihood --weights runs/mnist --n_images 100`.
 
-The pixels are dequantised uniformly; the divergence is Hutchinson's estimate with `--probes` random signs an image. Image k
-of the data set has the same dequantisation and probes in every run.
+Pixels are dequantised uniformly over bins of width one centred on their levels; the divergence is Hutchinson's estimate with
+`--probes` random signs an image. Image k of the data set has the same dequantisation and probes in every run. Points, which
+have no levels, get their log-likelihood in nats a point.
 """
 
 import numpy as np
@@ -13,7 +14,7 @@ from configs.schema import UserError
 from flow import rng
 from flow.engine import cli, runtime, snapshot
 from flow.engine.generate import SamplerSettings, batches, check, solver_state, velocity_of
-from flow.likelihood import bits_per_dimension, log_likelihood
+from flow.likelihood import bits_per_dimension, dequantize, log_likelihood
 
 EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 --test"
 
@@ -51,29 +52,32 @@ def main() -> None:
     mine = batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
     found, nfe = [], 0
     dimensions = int(np.prod(data.image_shape))
+    points = len(data.image_shape) == 1
     with runtime.progress(accelerator, sum(map(len, mine)), "likelihood (images of this process)") as bar:
         for batch in mine:
-            pixels, labels = zip(*(data[k] for k in batch), strict=True)
+            images, labels = zip(*(data[k] for k in batch), strict=True)
             draws = [rng.generator("likelihood", args.seed, k) for k in batch]
             u = torch.from_numpy(np.stack([g.random(data.image_shape) for g in draws]))
             signs = np.stack([g.integers(2, size=(args.probes, *data.image_shape)) * 2.0 - 1 for g in draws], axis=1)
-            x1 = solver_state((torch.stack(pixels).double() + u) / 127.5 - 1, accelerator.device)
+            real = torch.stack(images)
+            x1 = solver_state(real if points else dequantize(real, u), accelerator.device)
             settings = SamplerSettings(labels=tuple(labels) if model.net.num_classes else None)
             check(settings, model.net)
             velocity = velocity_of(model, range(len(batch)), settings, accelerator.device)
             probes = solver_state(torch.from_numpy(signs), accelerator.device)
             with runtime.blame("likelihood"):
                 log_p, _, nfe = log_likelihood(velocity, x1, probes=probes, rtol=args.rtol, atol=args.atol)
-            found += bits_per_dimension(log_p, dimensions).tolist()
+            found += (log_p if points else bits_per_dimension(log_p, dimensions)).tolist()
             bar.update(len(batch))
     everything = runtime.gather_to_main(accelerator, found)
     if everything is not None:
-        bits = torch.tensor([value for part in everything for value in part])
-        error = bits.std().item() / len(bits) ** 0.5
+        values = torch.tensor([value for part in everything for value in part])
+        error = values.std().item() / len(values) ** 0.5
+        unit = "nats a point, log-likelihood" if points else "bits per dimension"
         print(
-            f"{bits.mean().item():.4f} ± {error:.4f} bits per dimension (mean ± standard error over {len(bits)} images; "
-            f"dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe} for the last batch, {args.probes} probe(s), "
-            "uniform dequantisation)"
+            f"{values.mean().item():.4f} ± {error:.4f} {unit} (mean ± standard error over {len(values)} "
+            f"{'points' if points else 'images'}; dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe} for the last "
+            f"batch, {args.probes} probe(s){'' if points else ', uniform dequantisation, bins centred on the levels'})"
         )
 
 
