@@ -40,6 +40,7 @@ def distillation_loss(
     With steps = 1 all t_k are 0, and x0 + net(x0, 0, y) learns to be x1, the end of the teacher's flow (Liu et al. 2023,
     arXiv:2209.03003, paragraph "Distillation"). With N steps it learns what N Euler steps look at, and forgets what lies
     between, unless a share of uniform t goes to flow matching at all times. x0 and x1 [B, ...], t [B] in [0, 1], y as in
-    `flow_matching_loss`. Raises ValueError for steps or a share out of range.
+    `flow_matching_loss`. Prediction "noise" has nothing to learn at t_k = 0; `objective` refuses it. Raises ValueError for
+    steps or a share out of range.
     """
     return flow_matching_loss(net, path, x0, x1, euler_times(t, steps, flow_share), y, distance, prediction)

@@ -81,6 +81,7 @@ class GuidedVelocity:
             return self._guided(x.to(self.dtype), t).to(x.dtype)
         # where alpha is 0 the noise says nothing about the data: a network that predicts noise is asked a little later
         own = max(self.path.time_of(t), FIRST_NOISE_TIME if self.prediction == "noise" else 0.0)
+        own = min(own, self.path.t_max)  # the last time of its training
         times = torch.full((len(x),), own, device=x.device, dtype=x.dtype)
         alpha, sigma, *_ = self.path.coefficients(times[:1])
         point = x * (alpha + sigma).view(-1, *[1] * (x.dim() - 1))

@@ -17,6 +17,12 @@ PREDICTIONS = ("velocity", "data", "noise")  # what networks learn; `convert` al
 class Path(ABC):
     """x_t = alpha(t) x1 + sigma(t) x0 with alpha rising to 1 and sigma falling to 0 at t = 1. Times [B] in [0, 1]."""
 
+    t_max = 1.0  # networks are trained, and asked, at times up to this one
+
+    def clip(self, t: Tensor) -> Tensor:
+        """The times [B] at which a network is trained for t [B] in [0, 1]: later ones become t_max."""
+        return t.clamp(max=self.t_max)
+
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """alpha, sigma and their derivatives at the times t, each of its shape."""
@@ -106,9 +112,15 @@ class CosinePath(Path):
 
 class VPPath(Path):
     """The variance-preserving path: DDPM's linear beta in continuous time (Song et al. 2021, arXiv:2011.13456, appendix C),
-    run backwards. With s = 1 - t, log alpha = -(beta_1 - beta_0) s^2 / 4 - beta_0 s / 2 and sigma^2 = 1 - alpha^2."""
+    run backwards. With s = 1 - t, log alpha = -(beta_1 - beta_0) s^2 / 4 - beta_0 s / 2 and sigma^2 = 1 - alpha^2.
+
+    The velocity has a pole at the data end: sigma_dot is about -sqrt(beta_0 / (4 s)), -650 at the largest float32 below 1.
+    As in the training of the authors' code (yang-song/score_sde_pytorch, losses.py), s is at least 1e-5, where sigma is
+    0.001 and sigma_dot -50.
+    """
 
     BETA_0, BETA_1 = 0.1, 20.0
+    t_max = 1 - 1e-5
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         s = 1 - t
