@@ -15,7 +15,11 @@ def uniform(u: Tensor) -> Tensor:
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """logit(t) ~ N(mean, std^2): more weight on the middle of the path (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
+    """logit(t) ~ N(mean, std^2): more weight on the middle of the path, with mean > 0 towards the data at t = 1.
+
+    The law of Esser et al. 2024 (arXiv:2403.03206, eq. 19), whose t runs the other way: their z_t = (1 - t) x0 + t noise has
+    the data at t = 0. Their location m is mean = -m here, as logit(1 - t) = -logit(t); their scale s is std.
+    """
     if std <= 0:
         raise ValueError(f"std={std}: must be greater than 0")
     return torch.sigmoid(mean + std * torch.special.ndtri(u))

@@ -286,6 +286,36 @@ def test_without_noise_the_sde_is_the_ode(method, ode):
 
 
 @pytest.mark.parametrize("method", SDE)
+@pytest.mark.parametrize(
+    ("diffusion", "form"),
+    [
+        ("constant", lambda t: 1.0),
+        ("sigma", lambda t: 1 - t),  # also "linear" of SiT
+        ("sine", lambda t: math.sin(math.pi * t) ** 2),
+        ("decreasing", lambda t: 0.25 * (math.cos(math.pi * t) + 1) ** 2),
+    ],
+)
+def test_diffusion_coefficients_are_those_of_sit(method, diffusion, form):
+    """A step adds sqrt(w h) times the increment, w = g^2 of the paper; SiT's code has sqrt(2 D h): noise_scale sqrt(2)."""
+    x, h, t = torch.zeros(1, 2, dtype=torch.float64), 1e-6, 0.3
+
+    def step(noise_scale: float, increment: float) -> torch.Tensor:
+        noise = lambda i: torch.full_like(x, increment)  # noqa: E731
+        options = {"noise": noise, "noise_scale": noise_scale, "diffusion": diffusion}
+        return solvers.solve(lambda x, t: x * 0, x, [t, t + h], method, **options).x
+
+    for noise_scale, w in ((1.0, form(t)), (math.sqrt(2), 2 * form(t))):
+        added = (step(noise_scale, 1.0) - step(noise_scale, 0.0)) / math.sqrt(h)
+        assert torch.allclose(added, torch.full_like(x, math.sqrt(w)), rtol=1e-4)
+
+
+def test_linear_is_no_longer_a_name_for_two_coefficients():
+    """SiT's is 1 - t, which is sigma; t is increasing."""
+    with pytest.raises(ValueError, match="'linear' is no diffusion coefficient; choose one of constant, sigma, increasing"):
+        solvers.check_values("euler_maruyama", diffusion="linear")
+
+
+@pytest.mark.parametrize("method", SDE)
 def test_the_sde_leaves_no_noise_where_the_data_is_one_point(method):
     mu = 0.7
     x0 = torch.randn(100, dtype=torch.float64)

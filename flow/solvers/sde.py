@@ -1,7 +1,10 @@
 """Stochastic sampling of the same marginals: dx = [v + (g^2 / 2) s] dt + g dW with the score s taken from the velocity.
 
-On the linear path x0 = x - t v is the predicted noise and s = -x0 / (1 - t) (Ma et al. 2024, SiT, arXiv:2401.08740, whose
-diffusion coefficients these are but for the last). Increments are functions of (seed, image, step).
+On the linear path x0 = x - t v is the predicted noise and s = -x0 / (1 - t). This is the SDE of Ma et al. 2024 (SiT,
+arXiv:2401.08740) with g^2 for their diffusion coefficient w. Increments are functions of (seed, image, step).
+
+The authors' code (willisma/SiT, transport/path.py and integrators.py) adds sqrt(2 D) dW, so its D is g^2 / 2: a form there
+with its norm n is the coefficient of that shape here with noise_scale = sqrt(2 n).
 """
 
 import math
@@ -10,14 +13,15 @@ from itertools import pairwise
 
 from torch import Tensor
 
-# g^2 as a function of t, before the noise scale. The last step, to t = 1, adds no noise whatever g is there.
+# g^2 as a function of t, before the factor noise_scale^2, with SiT's name for the form where it has one. In SiT's code t runs
+# as here, with the data at 1. The last step, to t = 1, adds no noise whatever g is there.
 DIFFUSIONS: dict[str, Callable[[float], float]] = {
-    "constant": lambda t: 1.0,
-    "sigma": lambda t: 1 - t,
-    "linear": lambda t: t,
-    "sine": lambda t: math.sin(math.pi * t) ** 2,
-    "decreasing": lambda t: 0.25 * (math.cos(math.pi * t) + 1) ** 2,
-    "sigma_squared": lambda t: (1 - t) ** 2,
+    "constant": lambda t: 1.0,  # "constant"
+    "sigma": lambda t: 1 - t,  # "sigma", and "linear", which on the linear path is the same
+    "increasing": lambda t: t,  # ours
+    "sine": lambda t: math.sin(math.pi * t) ** 2,  # "increasing-decreasing"
+    "decreasing": lambda t: 0.25 * (math.cos(math.pi * t) + 1) ** 2,  # "decreasing"
+    "sigma_squared": lambda t: (1 - t) ** 2,  # ours
 }
 SDE = ("euler_maruyama", "stochastic_heun")
 
