@@ -27,7 +27,7 @@ class RectifyConfig:
     nfe: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 8, 50])  # Euler steps of the table
     n_samples: int = 2_000  # images a cell of the table
     feature_extractor: str = "mnist"  # of evaluate.py
-    straightness_images: int = 200  # over which straightness is the mean
+    straightness_images: int = 200  # over which the straightness deviation is the mean
     straightness_steps: int = 50  # Euler steps of its integral
 
     def validate(self) -> None:

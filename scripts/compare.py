@@ -1,8 +1,8 @@
 """Flows in the plane side by side on the same noise: `python -m scripts.compare --weights runs/a runs/b --out pictures`.
 
 A column for each of the weights, a row for each number of steps: where particles go, and the ways of some of them. Under
-each panel its NFE, sliced Wasserstein-2 distance to the data and straightness (0: one Euler step is exact). `--out` gets
-compare.gif, compare.png and compare.md; with ffmpeg installed also compare.mp4.
+each panel its NFE, sliced Wasserstein-2 distance to the data and straightness deviation (0: one Euler step is exact).
+`--out` gets compare.gif, compare.png and compare.md; with ffmpeg installed also compare.mp4.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import datasets
 import models
 from configs.schema import UserError
 from flow.engine import cli, files, runtime, snapshot
-from flow.engine.generate import SamplerSettings, check, mean_straightness, trajectory
+from flow.engine.generate import SamplerSettings, check, mean_straightness_deviation, trajectory
 from flow.evaluation import animation, planes, table
 from flow.evaluation.points import sliced_wasserstein
 from flow.guidance import FlowModel
@@ -41,7 +41,7 @@ class Panel:
     steps: int | None  # None: as many as the method takes
     nfe: int
     distance: float  # sliced Wasserstein-2 to the data
-    straightness: float
+    straightness_deviation: float
     times: list[float]
     states: np.ndarray  # of the particles that are shown at these times, [T, K, 2]
 
@@ -117,17 +117,17 @@ def solved(args, accelerator: Accelerator, name: str, model: FlowModel, real: Te
         times = uniform(args.frames - 1 if adaptive else n)
         states, end = trajectory(accelerator, model, shape, indices, settings, times, SHOWN)
         if not panels:
-            straight, _ = mean_straightness(accelerator, model, shape, indices[:SHOWN], settings, STRAIGHTNESS_STEPS)
+            deviation, _ = mean_straightness_deviation(accelerator, model, shape, indices[:SHOWN], settings, STRAIGHTNESS_STEPS)
         distance = sliced_wasserstein(end.x.float().cpu(), real)
         ways = np.stack([x.float().cpu().numpy() for x in states])
-        panels.append(Panel(name, None if adaptive else n, end.nfe, distance, straight, times, ways))
+        panels.append(Panel(name, None if adaptive else n, end.nfe, distance, deviation, times, ways))
     return panels
 
 
 def drawing(drawn: list[Panel], rows: int, t: float | None) -> Figure:
     """The panels at time t (None: at the end, without a line of time), a row for each number of steps."""
     titles = [panel.name for panel in drawn[: len(drawn) // rows]] + [""] * (len(drawn) - len(drawn) // rows)
-    captions = [f"NFE {p.nfe},  SW2 {p.distance:.3f}\nstraightness {p.straightness:.2g}" for p in drawn]
+    captions = [f"NFE {p.nfe},  SW2 {p.distance:.3f}\nstraightness deviation {p.straightness_deviation:.2g}" for p in drawn]
     figure, axes = planes.panels(titles, captions, rows, t)
     for ax, panel in zip(axes, drawn, strict=True):
         ways = panel.at(1.0 if t is None else t)
@@ -138,10 +138,10 @@ def drawing(drawn: list[Panel], rows: int, t: float | None) -> Figure:
 
 def listed(drawn: list[Panel], method: str) -> str:
     """The numbers under the panels as a table."""
-    lines = [["flow", "method", "steps", "NFE", "SW2", "straightness"]]
+    lines = [["flow", "method", "steps", "NFE", "SW2", "straightness deviation"]]
     for p in drawn:
         steps = "" if p.steps is None else str(p.steps)
-        lines.append([p.name, method, steps, str(p.nfe), f"{p.distance:.4f}", f"{p.straightness:.4f}"])
+        lines.append([p.name, method, steps, str(p.nfe), f"{p.distance:.4f}", f"{p.straightness_deviation:.4f}"])
     return table.markdown(lines)
 
 

@@ -17,13 +17,14 @@ import models
 from configs import schema
 from configs.rectify import RectifyConfig, RoundConfig
 from configs.schema import Config, UserError
-from flow import solvers
+from flow import loss, solvers
 from flow.engine import cli, files, images, runtime, snapshot
 from flow.engine.commands import run_command, train_arguments
-from flow.engine.generate import SamplerSettings, generate, mean_straightness
+from flow.engine.generate import SamplerSettings, generate, mean_straightness_deviation
 from flow.evaluation import plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.guidance import FlowModel
+from flow.objective import objective
 
 EXAMPLES = """\
   python -m scripts.rectify -c configs/mnist_rectify.yaml
@@ -78,6 +79,9 @@ def main() -> None:
 
 def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
     """Raises UserError for what would otherwise come out after hours, in the middle of the chain."""
+    for path, stage in stages.items():
+        with runtime.blame(f"{path}: flow.objective"):
+            objective(stage.flow.objective, loss.l2, stage.flow.prediction, **stage.flow.objective_args)
     first = stages[cfg.first].model
     for path in (cfg.reflow, cfg.distill):
         if stages[path].flow.coupling != "given":
@@ -114,7 +118,7 @@ def compare(
     """Write and print comparison.md, draw comparison.png."""
     accelerator = runtime.start(first.train.mixed_precision)
     titles, straight, pictures = {}, {}, []
-    bar = runtime.progress(accelerator, len(rows), "straightness and figure (models)")
+    bar = runtime.progress(accelerator, len(rows), "straightness deviation and figure (models)")
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
     for name, scale in rows:
         snap = snapshots[name]
@@ -124,7 +128,9 @@ def compare(
         titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")
         settings = SamplerSettings(guidance_scale=scale)
         indices = range(cfg.straightness_images)
-        mean, error = mean_straightness(accelerator, model, snap.image_shape, indices, settings, cfg.straightness_steps)
+        mean, error = mean_straightness_deviation(
+            accelerator, model, snap.image_shape, indices, settings, cfg.straightness_steps
+        )
         straight[titles[key]] = f"{mean:.4f} ± {error:.4f}"
         pictures.append([panel(accelerator, model, snap.image_shape, n, scale) for n in nfes])
         bar.update()
@@ -134,8 +140,8 @@ def compare(
     entries = table.aggregate([r for r in found if r["steps"] in cfg.nfe])
     distance = next(name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-")))
     shown = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
-    text = table.by_nfe(entries, shown, titles, {"straightness": straight})
-    note = f"Cells: {' / '.join(shown)} of {cfg.n_samples:,} images, Euler steps. Straightness: its mean over "
+    text = table.by_nfe(entries, shown, titles, {"straightness deviation": straight})
+    note = f"Cells: {' / '.join(shown)} of {cfg.n_samples:,} images, Euler steps. Straightness deviation: its mean over "
     note += f"{cfg.straightness_images} images ± standard error; 0 is straight."
     files.write_text(folder / "comparison.md", f"{text}\n\n{note}\n")
     columns = [list(column) for column in zip(*pictures, strict=True)]

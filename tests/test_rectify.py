@@ -75,7 +75,8 @@ def results(folder: Path) -> dict:
 
 def test_table_and_figure(rectified):
     text = (rectified / "comparison.md").read_text()
-    for word in ("NFE 1", "NFE 2", "straightness", "1-rf ", "1-rf, w = 1.5", "2-rf", "distilled", "FD-digits / accuracy"):
+    rows = ("1-rf ", "1-rf, w = 1.5", "2-rf", "distilled")
+    for word in ("NFE 1", "NFE 2", "straightness deviation", *rows, "FD-digits / accuracy"):
         assert word in text
     assert len(table.read_rows(rectified / "evaluation")) == 8
     assert min(Image.open(rectified / "comparison.png").size) > 200
@@ -96,6 +97,8 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
     assert "first_pairs.sampling_method: 'hen' is no solver" in error(*command, "first_pairs.sampling_method=hen")
     assert "feature_extractor=mnst: unknown; choose one of" in error(*command, "feature_extractor=mnst")
     assert "model: must be that of" in error(*command, "reflow=configs/mnist_reflow.yaml")
+    (tmp_path / "noise.yaml").write_text("flow: {objective: distillation, prediction: noise}")
+    assert "use velocity or data" in error(*command, f"distill={tmp_path / 'noise.yaml'}")
     assert not (tmp_path / "never").exists()
 
 

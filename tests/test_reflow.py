@@ -1,4 +1,4 @@
-"""Reflow and distillation: time law, distances, objectives, straightness, inversion."""
+"""Reflow and distillation: time law, distances, objectives, straightness deviation, inversion."""
 
 import math
 
@@ -11,7 +11,7 @@ from flow.inversion import T_MAX, invert
 from flow.objective import objective
 from flow.path import LinearPath
 from flow.solvers import grid
-from flow.straightness import straightness
+from flow.straightness import straightness_deviation
 
 
 def test_u_shaped_law_has_its_density():
@@ -82,11 +82,11 @@ def test_a_share_of_distillation_stays_flow_matching():
     assert t[400:700].unique().tolist() == [0.0] and t[700:].unique().tolist() == [0.5]
 
 
-def test_straightness():
+def test_straightness_deviation():
     """0 for a velocity that does not change along the way; for v = 2 t the integral of (1 - 2 t)^2 is 1 / 3."""
     x0 = torch.randn(5, 2, 3, dtype=torch.float64)
-    assert straightness(lambda x, t: torch.ones_like(x), x0, 20).abs().max() < 1e-12
-    curved = straightness(lambda x, t: torch.full_like(x, 2 * t), x0, 1000)
+    assert straightness_deviation(lambda x, t: torch.ones_like(x), x0, 20).abs().max() < 1e-12
+    curved = straightness_deviation(lambda x, t: torch.full_like(x, 2 * t), x0, 1000)
     assert torch.allclose(curved, torch.full((5,), 1 / 3, dtype=torch.float64), atol=1e-3)
 
 

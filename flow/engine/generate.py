@@ -16,7 +16,7 @@ from flow.guidance import FlowModel, GuidedVelocity, Network
 from flow.path import Path
 from flow.solvers import grid
 from flow.solvers.adaptive import ADAPTIVE, OWN_TIMES
-from flow.straightness import straightness
+from flow.straightness import straightness_deviation
 
 
 @dataclass
@@ -146,15 +146,15 @@ def trajectory(
 
 
 @torch.inference_mode()
-def mean_straightness(
+def mean_straightness_deviation(
     accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, ...], indices: range, settings: SamplerSettings,
     steps: int,
 ) -> tuple[float, float]:  # fmt: skip
-    """Mean and standard error of the straightness of the flow over these images, by so many Euler steps."""
+    """Mean and standard error of the deviation from straightness over these images, by so many Euler steps."""
     model.net.eval()
     x0 = solver_state(prior.noise("sample", settings.seed, indices, image_shape), accelerator.device)
     with accelerator.autocast():
-        found = straightness(velocity_of(model, indices, settings, accelerator.device), x0, steps).cpu()
+        found = straightness_deviation(velocity_of(model, indices, settings, accelerator.device), x0, steps).cpu()
     return found.mean().item(), found.std().item() / len(found) ** 0.5
 
 
