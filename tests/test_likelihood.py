@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import succeed
 
+from flow import solvers
 from flow.engine.images import to_uint8
+from flow.inversion import invert
 from flow.likelihood import bits_per_dimension, dequantize, log_likelihood
 from flow.solvers import grid
 
@@ -34,6 +36,25 @@ def test_a_gaussian_to_a_thousandth_of_a_nat(data, method, times, options):
     log_p, x0, nfe = log_likelihood(velocity, x1, method, times, **options)
     assert (log_p - expected).abs().max() < 1e-3
     assert torch.allclose(x0, (x1 - MEAN) / STD, atol=1e-3) and nfe > 40
+
+
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")  # in the strong field
+@pytest.mark.parametrize("method", solvers.DETERMINISTIC)
+def test_likelihood_and_inversion_stay_in_the_interval(method):
+    def field(strength: float):
+        def velocity(x, t):
+            if not 0 <= t < 1:
+                raise RuntimeError(f"velocity at t = {t}")
+            return strength * x
+
+        return velocity
+
+    x1 = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
+    options = {"rtol": 1e-2, "atol": 1e-2} if method in solvers.BY_BATCH else {}
+    for strength in (-10.0, 1e-9, 1.0, 10.0):
+        log_p, _, nfe = log_likelihood(field(strength), x1, method, grid.uniform(6), **options)
+        assert log_p.isfinite().all() and nfe > 2
+        assert invert(field(strength), x1, x1, 6, method).isfinite().all()
 
 
 def test_probes_are_unbiased():
