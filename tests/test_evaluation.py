@@ -532,4 +532,5 @@ def test_one_bar_at_a_time(here, tmp_path, tiny_run, monkeypatch):
     names = [bar.desc for bar in bars]
     images = [f"images of this process, row {k} of 2" for k in (1, 2)]
     assert names == ["features of the reference", "metrics", images[0], "metrics", images[1], "metrics"]
-    assert all(bar.n == bar.total for bar in bars)
+    assert [bar.n for bar in bars if bar.desc in images] == [70, 140]  # of 140: the time left is that of all rows
+    assert all(bar.n == bar.total for bar in bars if bar.desc == "metrics")
