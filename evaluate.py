@@ -255,6 +255,12 @@ def score_folder(args, accelerator: Accelerator) -> None:
     args.n_samples = len(data)
     source = real_images(args, accelerator, data.image_shape, schema.load(args.config, args.overrides))
     extractor, real = prepare(args, accelerator, data.image_shape, source)
+    if stored and stored["num_classes"] and not stored["labels"] and source and source.data.labels is not None:
+        if len(source.data.class_names) == stored["num_classes"] and len(set(source.data.labels.bincount().tolist())) > 1:
+            accelerator.print(
+                f"warning: the images of {args.samples} take turns over the classes, which are not equally frequent in the "
+                "reference; this makes the distance larger (with --weights the classes are drawn by their frequency)"
+            )
     out = args.out or args.samples / "evaluation"
     add_control(args, accelerator, out, extractor, real, source)
 
@@ -390,7 +396,8 @@ def add_control(
         return {"metrics": found, "seconds": seconds}
 
     kind = other[0] if other else "half against half"
-    subject = {"weights": f"{table.CONTROL} ({kind})", "n": n, "first": 0}
+    subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
+    subject = {"weights": f"{table.CONTROL} ({kind})", **subject, "n": n, "first": 0}
     record(args, accelerator, out, subject, {"control": kind}, extractor, real, compute)
 
 
@@ -407,6 +414,7 @@ def log_density_of(
 
     def log_density(settings: SamplerSettings) -> float:
         if settings.guidance_scale not in known:
+            print(f"log-density of {len(x1):,} held-out points under the flow")
             velocity = velocity_of(model, range(len(x1)), settings, accelerator.device)
             known[settings.guidance_scale] = points.mean_log_likelihood(velocity, x1)
         return known[settings.guidance_scale]

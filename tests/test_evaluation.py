@@ -184,6 +184,18 @@ def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
     assert not (tmp_path / "one.png").exists()
     plots.distance_against_nfe(tmp_path / "two.png", [entry, {**entry, "NFE": 4}])
     assert Image.open(tmp_path / "two.png").width > 400
+    control = {
+        **entry,
+        "weights": "real (test split)",
+        "method": None,
+        "NFE": None,
+        "n": 9,
+        "metrics": {"FID": (1.0, math.nan)},
+    }
+    plots.distance_against_nfe(tmp_path / "control.png", [entry, control])
+    assert not (tmp_path / "control.png").exists()
+    plots.distance_against_nfe(tmp_path / "control.png", [entry, {**entry, "NFE": 4}, control])
+    assert (tmp_path / "control.png").read_bytes() != (tmp_path / "two.png").read_bytes()
 
 
 def test_npz_reference_serves_the_distance_alone(tmp_path, extractor, real):
@@ -315,6 +327,12 @@ def test_where_no_data_tell_the_frequency_classes_take_turns(here, tmp_path, tin
     assert "warning" not in here(*command)  # the digits of the training are here
     printed = here(*command, "data.name=folder", f"data.args={{path: {tmp_path / 'none'}}}")
     assert "warning: the classes take turns" in printed and "no row of real images" in printed
+
+
+def test_a_folder_whose_classes_take_turns_is_warned_about(here, tmp_path, tiny_run):
+    here("sample", "--weights", tiny_run, "--n_samples", 66, "--sampling_steps", 1, "--save_dir", tmp_path / "samples")
+    command = ["evaluate", "--samples", tmp_path / "samples", "--reference", "digits", "--feature_extractor", "digits"]
+    assert "take turns over the classes, which are not equally frequent" in here(*command, f"data.root={tmp_path}")
 
 
 # ---- metrics in blocks, and what is no number

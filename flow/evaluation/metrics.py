@@ -31,20 +31,22 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 
 def precision_recall(
-    samples: Tensor, real: Tensor, neighborhood: int = NEIGHBORHOOD, advance: Callable[[], object] = lambda: None
+    samples: Tensor, real: Tensor, real_radii: Tensor | None = None, advance: Callable[[], object] = lambda: None
 ) -> tuple[float, float]:
     """(precision, recall) of features [n, d] against real ones [m, d] (Kynkaanniemi et al. 2019, arXiv:1904.06991).
 
     Precision is the share of samples that lie within the ball of a real image, recall the share of real images within the
-    ball of a sample; a ball reaches to the `neighborhood`-th nearest neighbor of its center in its own set. Distances are
-    computed in float32, a block of BLOCK x BLOCK at a time, with less than 0.5 GB beside the features; `advance` is called
-    after each of the `num_blocks`. Raises ValueError for sets without so many neighbors.
+    ball of a sample; a ball reaches to the third nearest neighbor of its center in its own set. Distances are computed in
+    float32, a block of BLOCK x BLOCK at a time, with less than 0.5 GB beside the features; `real_radii` are `squared_radii` of
+    the real ones where they are known, `advance` is called after each of the `num_blocks`. Raises ValueError for sets without
+    three neighbors.
     """
-    if min(len(samples), len(real)) <= neighborhood:
-        raise ValueError(f"precision and recall need more than {neighborhood} images, not {min(len(samples), len(real))}")
-    center = real[:BLOCK].mean(0)  # any point among the features: distances from the origin would round more
-    sample_radii = _squared_radii(samples, center, neighborhood, advance)
-    real_radii = _squared_radii(real, center, neighborhood, advance)
+    if min(len(samples), len(real)) <= NEIGHBORHOOD:
+        raise ValueError(f"precision and recall need more than {NEIGHBORHOOD} images, not {min(len(samples), len(real))}")
+    sample_radii = squared_radii(samples, advance)
+    if real_radii is None:
+        real_radii = squared_radii(real, advance)
+    center = _center(real)
     inside_real, inside_samples = (torch.zeros(len(x), dtype=torch.bool) for x in (samples, real))
     for rows in _blocks(len(samples)):
         a = samples[rows] - center
@@ -56,10 +58,34 @@ def precision_recall(
     return inside_real.double().mean().item(), inside_samples.double().mean().item()
 
 
-def num_blocks(n: int, m: int) -> int:
+def squared_radii(features: Tensor, advance: Callable[[], object] = lambda: None) -> Tensor:
+    """Squared distance [n] from each of the features [n, d] to its third nearest neighbor among them."""
+    nearest = torch.full((len(features), NEIGHBORHOOD + 1), torch.inf)  # itself included
+    center = _center(features)
+
+    def update(rows: slice, squared: Tensor) -> None:
+        block = squared.topk(min(NEIGHBORHOOD + 1, squared.shape[1]), largest=False).values
+        nearest[rows] = torch.cat([nearest[rows], block], dim=1).topk(NEIGHBORHOOD + 1, largest=False).values
+
+    blocks = _blocks(len(features))
+    for i, rows in enumerate(blocks):
+        a = features[rows] - center
+        for columns in blocks[i:]:
+            squared = _squared_distances(a, features[columns] - center)
+            if columns == rows:
+                squared.fill_diagonal_(0)
+            else:
+                update(columns, squared.T.contiguous())
+            update(rows, squared)
+            advance()
+    return nearest[:, -1]
+
+
+def num_blocks(n: int, m: int, real_radii: Tensor | None = None) -> int:
     """Blocks of distances that `precision_recall` of n samples and m real images computes."""
     rows, columns = len(_blocks(n)), len(_blocks(m))
-    return rows * (rows + 1) // 2 + columns * (columns + 1) // 2 + rows * columns
+    within_real = columns * (columns + 1) // 2 if real_radii is None else 0
+    return rows * (rows + 1) // 2 + within_real + rows * columns
 
 
 def evaluate(
@@ -83,7 +109,8 @@ def evaluate(
     features, real = samples.matrix(extractor.layer), reference.features
     requested = [name for name in METRICS if name in metrics]
     with_prc = "prc" in requested and real is not None and min(len(features), len(real)) > NEIGHBORHOOD
-    bar.reset(len(requested) + (num_blocks(len(features), len(real)) if with_prc and real is not None else 0))
+    blocks = num_blocks(len(features), len(real), reference.squared_radii) if with_prc and real is not None else 0
+    bar.reset(len(requested) + blocks)
     for name in requested:
         bar.set_postfix_str(name)
         if name == "fid":
@@ -96,7 +123,10 @@ def evaluate(
             )  # fmt: skip
             results[f"KD-{space}" if space else "KID"] = kid["kernel_inception_distance_mean"]
         elif name == "prc" and real is not None and with_prc:
-            results["precision"], results["recall"] = precision_recall(features, real, advance=bar.update)
+            if reference.squared_radii is None:
+                reference.squared_radii = squared_radii(real, bar.update)
+            pair = precision_recall(features, real, reference.squared_radii, bar.update)
+            results["precision"], results["recall"] = pair
         elif name == "isc" and extractor.isc_layer and extractor.isc_layer in samples.rows and samples.n >= ISC_SPLITS:
             logits = samples.matrix(extractor.isc_layer)
             results["IS"] = isc_features_to_metric(logits, ISC_SPLITS)["inception_score_mean"]
@@ -119,6 +149,11 @@ def _root(sigma: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
+def _center(features: Tensor) -> Tensor:
+    """A point among the features: distances that are computed from the origin would round more."""
+    return features[:BLOCK].mean(0)
+
+
 def _blocks(n: int) -> list[slice]:
     return [slice(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
 
@@ -127,25 +162,3 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """|a - b|^2 of features [n, d] and [m, d]: [n, m]."""
     squared = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
     return squared.add_(a.square().sum(1, keepdim=True)).clamp_(min=0)
-
-
-def _squared_radii(features: Tensor, center: Tensor, neighborhood: int, advance: Callable[[], object]) -> Tensor:
-    """Squared distance [n] from each of the features [n, d] to its `neighborhood`-th nearest neighbor among them."""
-    nearest = torch.full((len(features), neighborhood + 1), torch.inf)  # itself included
-
-    def update(rows: slice, squared: Tensor) -> None:
-        block = squared.topk(min(neighborhood + 1, squared.shape[1]), largest=False).values
-        nearest[rows] = torch.cat([nearest[rows], block], dim=1).topk(neighborhood + 1, largest=False).values
-
-    blocks = _blocks(len(features))
-    for i, rows in enumerate(blocks):
-        a = features[rows] - center
-        for columns in blocks[i:]:
-            squared = _squared_distances(a, features[columns] - center)
-            if columns == rows:
-                squared.fill_diagonal_(0)
-            else:
-                update(columns, squared.T.contiguous())
-            update(rows, squared)
-            advance()
-    return nearest[:, -1]

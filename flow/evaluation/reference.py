@@ -25,6 +25,7 @@ class Reference:
     sigma: np.ndarray
     features: Tensor | None
     feature_set: FeatureSet | None = None  # the features with those of further layers
+    squared_radii: Tensor | None = None  # [n] for precision and recall, from the first row that asks for them
 
 
 def from_npz(path: Path, extractor: Extractor | PointSpace, dimension: int) -> Reference:
