@@ -3,12 +3,18 @@
 One row for each method, number of steps, guidance scale and range of images. Images go from the network straight into
 the feature extractor, on every process. `--samples DIR` scores a folder of images instead. `--out` gets results.jsonl,
 results.csv, results.md and nfe.png; rows that are there already are not computed again.
+
+The classes of the images are as frequent as in the reference. A row `real (...)` shows the floor: as many real images that are
+not in the reference, from the other split of the data set; where it has none, one random half against the other half.
 """
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -21,13 +27,26 @@ import models
 from configs import schema
 from configs.schema import Config, UserError
 from datasets import captions
-from flow.engine import cli, files, runtime, snapshot, tuned_grids
-from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
-from flow.engine.reading import Data, read_images
+from flow import rng
+from flow.engine import cli, features, files, runtime, snapshot, tuned_grids
+from flow.engine.generate import (
+    Cost,
+    SamplerSettings,
+    check,
+    conditions_by_frequency,
+    conditions_in_turn,
+    generate,
+    labels_of,
+    share,
+    solver_state,
+    velocity_of,
+)  # fmt: skip
+from flow.engine.reading import Data
 from flow.evaluation import metrics, plots, points, reference, table
-from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
+from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
 from flow.evaluation.points import PointSpace
 from flow.evaluation.reference import Reference
+from flow.guidance import FlowModel
 from flow.solvers import BY_BATCH, METHODS
 from flow.solvers.adaptive import ADAPTIVE
 
@@ -35,6 +54,8 @@ EXAMPLES = """\
   accelerate-launch evaluate.py --weights runs/mnist --feature_extractor mnist --methods euler heun --sampling_steps 5 10 50
   accelerate-launch evaluate.py --weights runs/cifar10 --methods heun --sampling_steps 18 --n_samples 50000 --repeats 3
   accelerate-launch evaluate.py --samples samples/mnist --reference mnist --feature_extractor mnist"""
+
+HELD_OUT_POINTS = 2000  # whose log-density under a flow of points is reported, the first of another seed
 
 
 def parse_args():
@@ -46,7 +67,9 @@ def parse_args():
     cli.add_step_flags(parser, [100], several=True)
     cli.add_solver_flags(parser)
     parser.add_argument("--guidance_scale", nargs="+", type=cli.scale, default=[1.0], help="(default: 1, off)")
-    parser.add_argument("--labels", type=int, nargs="+", help="classes, one image after the other (default: all)")
+    parser.add_argument(
+        "--labels", type=int, nargs="+", help="classes in turn (default: each as often as in the reference or training set)"
+    )
     parser.add_argument(
         "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
     )
@@ -59,8 +82,16 @@ def parse_args():
     parser.add_argument("--feature_extractor", default=INCEPTION, metavar="NAME", help=f"(default: {INCEPTION})")
     parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
     parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
-    parser.add_argument("--reference", metavar="DIR|NPZ|NAME", help="real images (default: the training set)")
-    parser.add_argument("--metrics", nargs="+", choices=metrics.METRICS, default=list(metrics.METRICS))
+    parser.add_argument(
+        "--reference",
+        metavar="DIR|NPZ|NAME",
+        help="real images; NAME:train or NAME:test is a split (default: the training set)",
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=metrics.METRICS, default=list(metrics.DEFAULT),
+        help=f"(default: {' '.join(metrics.DEFAULT)}, which take seconds; kid and prc take minutes for 50,000 images)",
+    )  # fmt: skip
+    parser.add_argument("--no_control", action="store_true", help="leave out the row of real images that shows the floor")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(default: evaluation/ beside the weights or samples)")
     return parser.parse()
 
@@ -84,7 +115,8 @@ def score_weights(args, accelerator: Accelerator) -> None:
     model = snap.model(models.build, models.codec)
     net = model.net
     runtime.place(net, accelerator, args.compile)
-    labels, prompts = asked_for(args, accelerator, snap.config, net)
+    captions_of = captions_by_class(args, accelerator, snap.config, net)
+    labels, prompts = conditions_in_turn(args.labels, captions_of)
     plan = [
         SamplerSettings(
             method,
@@ -104,9 +136,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
     for settings in plan:
         with runtime.blame("evaluate"):
             check(settings, net)
-    extractor, real = prepare(args, accelerator, snap.decoded_shape, snap.config)
-    given = Path(args.weights)
-    out = args.out or (given if given.is_dir() else given.parent) / "evaluation"
+    source = real_images(args, accelerator, snap.decoded_shape, snap.config)
     identity = {
         "weights_sha256": files.sha256(snap.path),
         "seed": args.seed,
@@ -114,24 +144,45 @@ def score_weights(args, accelerator: Accelerator) -> None:
         "prompts": prompts,
         "mixed_precision": args.mixed_precision,
     }
+    num_classes = len(captions_of) if captions_of else net.num_classes
+    if num_classes and not args.labels:
+        counts = class_counts(accelerator, snap.config, source, num_classes)
+        if len(set(counts)) > 1:
+            labels, prompts = conditions_by_frequency(counts, args.n_samples * args.repeats, captions_of)
+            plan = [replace(settings, labels=labels, prompts=prompts) for settings in plan]
+            identity["labels"] = f"by frequency {hashlib.sha256(json.dumps(counts).encode()).hexdigest()[:16]}"
+            identity["prompts"] = captions_of
+    extractor, real = prepare(args, accelerator, snap.decoded_shape, source)
+    given = Path(args.weights)
+    out = args.out or (given if given.is_dir() else given.parent) / "evaluation"
+    add_control(args, accelerator, out, extractor, real, source)
+    log_density = log_density_of(accelerator, model, source)
+    if log_density:
+        identity["held_out_points"] = HELD_OUT_POINTS
 
-    mine = args.n_samples // accelerator.num_processes
-    bar = runtime.progress(accelerator, len(plan) * args.repeats * mine, "images of this process")
-
-    def compute(settings: SamplerSettings, indices: range) -> dict | None:
+    def compute(settings: SamplerSettings, indices: range, number: int) -> dict | None:
         cost = Cost()
+        batches = share(accelerator, indices, args.bspp)
+        local = sum(map(len, batches))
+        total, name = len(plan) * args.repeats, "images of this process"
+        bar = runtime.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
+        bar.leave = False  # the next bar takes its place
 
         def stream() -> Iterator[tuple[range, Tensor]]:
-            for result in generate(accelerator, model, snap.image_shape, share(accelerator, indices, args.bspp), settings):
-                cost.add(result)
-                yield result.indices, result.images
-                bar.update(len(result.indices))
+            with bar:
+                for result in generate(accelerator, model, snap.image_shape, batches, settings):
+                    cost.add(result)
+                    yield result.indices, result.images
+                    bar.update(len(result.indices))
 
         y = labels_of(indices, settings, net.num_classes)
-        found = measure(args, accelerator, extractor, real, stream(), y)
+        row = measure(args, accelerator, extractor, real, stream(), y)
         nfe, forwards = cost.mean(accelerator)
-        return found and {"NFE": nfe, "forwards": forwards, **found}
+        if row and log_density:
+            row["metrics"]["held_out_log_p"] = log_density(settings)
+        return row and {"NFE": nfe, "forwards": forwards, **row}
 
+    numbers = count()
     for settings in plan:
         for repeat in range(args.repeats):
             indices = range(repeat * args.n_samples, (repeat + 1) * args.n_samples)
@@ -147,34 +198,47 @@ def score_weights(args, accelerator: Accelerator) -> None:
             which = {**identity, "times": settings.times}  # a grid may be tuned again
             if settings.method in BY_BATCH:
                 which["bspp"] = args.bspp
-            if not record(args, accelerator, out, subject, which, extractor, real, partial(compute, settings, indices)):
-                bar.update(mine)
-    bar.close()
+            make = partial(compute, settings, indices, next(numbers))
+            record(args, accelerator, out, subject, which, extractor, real, make)
     report(accelerator, out)
 
 
-def asked_for(
-    args, accelerator: Accelerator, config: Config, net: torch.nn.Module
-) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
-    """Labels and prompts of the images: those of the command line; for a network with text one caption of each class, or
-    every wording that training never saw."""
-    labels = tuple(args.labels) if args.labels else None
+def captions_by_class(args, accelerator: Accelerator, config: Config, net: torch.nn.Module) -> list[list[str]] | None:
+    """Captions of each class for a network with text: one, or every wording that training never saw."""
     if args.captions and not net.prompt_bytes:
         raise UserError(f"--captions {args.captions}: this network was trained without prompts (model.args.prompt_bytes)")
     if not net.prompt_bytes:
-        return labels, None
+        return None
     source = config.data
     with runtime.blame("data"):
         data = runtime.one_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
-    names = data.class_names
-    for label in labels or ():
-        if not 0 <= label < len(names):
-            raise UserError(f"--labels {label}: is out of range; the data set has classes 0 to {len(names) - 1}")
-    known = [(label, names[label]) for label in labels or range(len(names))]
+    for label in args.labels or ():
+        if not 0 <= label < len(data.class_names):
+            raise UserError(f"--labels {label}: is out of range; the data set has classes 0 to {len(data.class_names) - 1}")
     wordings = captions.held_out if args.captions == "held_out" else lambda name: [captions.plain(name)]
-    by_class = [[(label, prompt) for prompt in wordings(name)] for label, name in known]
-    pairs = [pair for one_of_each in zip(*by_class, strict=False) for pair in one_of_each]  # the same number of each class
-    return tuple(label for label, _ in pairs), tuple(prompt for _, prompt in pairs)
+    return [wordings(name) for name in data.class_names]
+
+
+def class_counts(accelerator: Accelerator, config: Config, source: "Source | None", num_classes: int) -> list[int]:
+    """Images of each class in the reference, or in the training set where the reference has no such classes; where neither is
+    there, a warning, and the same number for each class."""
+
+    def training_set() -> Data | None:
+        try:
+            real = datasets.original(config.data.name, config.data.root, config.data.args)
+            return datasets.build(**real)
+        except (ValueError, FileNotFoundError):
+            return None
+
+    for load in (lambda: source.data if source else None, lambda: runtime.one_process_first(accelerator, training_set)):
+        data = load()
+        if data is not None and data.labels is not None and len(data.class_names) == num_classes:
+            return torch.bincount(data.labels, minlength=num_classes).tolist()
+    accelerator.print(
+        "warning: the classes take turns, as neither the reference nor the training set is here to tell how frequent they are; "
+        "where the classes are not equally frequent this makes the distance larger"
+    )
+    return [1] * num_classes
 
 
 def score_folder(args, accelerator: Accelerator) -> None:
@@ -186,21 +250,62 @@ def score_folder(args, accelerator: Accelerator) -> None:
         data = datasets.build("folder", None, {"path": str(path), "channels": channels})
     labels = data.labels
     if stored:
-        cycle = tuple(stored["labels"]) if stored["labels"] else None
-        labels = labels_of(range(len(data)), SamplerSettings(labels=cycle), stored["num_classes"])
-    extractor, real = prepare(args, accelerator, data.image_shape, schema.load(args.config, args.overrides))
+        turns = tuple(stored["labels"]) if stored["labels"] else None
+        labels = labels_of(range(len(data)), SamplerSettings(labels=turns), stored["num_classes"])
+    args.n_samples = len(data)
+    source = real_images(args, accelerator, data.image_shape, schema.load(args.config, args.overrides))
+    extractor, real = prepare(args, accelerator, data.image_shape, source)
+    if stored and stored["num_classes"] and not stored["labels"] and source and source.data.labels is not None:
+        if len(source.data.class_names) == stored["num_classes"] and len(set(source.data.labels.bincount().tolist())) > 1:
+            accelerator.print(
+                f"warning: the images of {args.samples} take turns over the classes, which are not equally frequent in the "
+                "reference; this makes the distance larger (with --weights the classes are drawn by their frequency)"
+            )
     out = args.out or args.samples / "evaluation"
+    add_control(args, accelerator, out, extractor, real, source)
 
     def compute() -> dict | None:
-        return measure(args, accelerator, extractor, real, read(data, accelerator, args.bspp, "samples"), labels)
+        return measure(args, accelerator, extractor, real, features.read(data, accelerator, args.bspp, "samples"), labels)
 
     subject = {"weights": args.samples.name, "n": len(data), "first": 0}
     record(args, accelerator, out, subject, {"images": data.fingerprint()}, extractor, real, compute)
     report(accelerator, out)
 
 
+@dataclass
+class Source:
+    """The real images of a reference."""
+
+    name: str  # in tables
+    build: dict  # arguments of datasets.build
+    data: Data
+    root: Path  # of the cache
+
+
+def real_images(args, accelerator: Accelerator, image_shape: tuple[int, ...], config: Config) -> Source | None:
+    """Those that samples of this shape are compared with; None for an npz file, which holds statistics alone."""
+    given, root = args.reference, Path(config.data.root) if config.data.root else datasets.default_root()
+    if given and given.endswith(".npz"):
+        return None
+    with runtime.blame("--reference"):
+        split = datasets.named_split(given) if given else None
+        if given is None:
+            build = datasets.original(config.data.name, config.data.root, config.data.args)
+            root = Path(build["root"]) if build["root"] else root
+        elif split:
+            build = {"name": split[0], "root": root, "args": split[1]}
+        else:
+            folder = {"path": given, "size": image_shape[-1], "channels": image_shape[0]}
+            build = {"name": "folder", "root": root, "args": folder}
+        data = runtime.one_process_first(accelerator, lambda: datasets.build(**build))
+        if data.image_shape[1:] != image_shape[1:]:
+            name = given or build["name"]
+            raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
+    return Source(given or build["name"], build, data, root)
+
+
 def prepare(
-    args, accelerator: Accelerator, image_shape: tuple[int, int, int], config: Config
+    args, accelerator: Accelerator, image_shape: tuple[int, ...], source: Source | None
 ) -> tuple[Extractor | PointSpace, Reference]:
     """The feature extractor, checked on a blank image of the shape to come, and what samples are compared with."""
 
@@ -212,59 +317,109 @@ def prepare(
     with runtime.blame("evaluate"):
         extractor = runtime.one_process_first(accelerator, load)  # it may download its weights
         dimension = extractor.dimension(image_shape)
-    root = Path(config.data.root) if config.data.root else datasets.default_root()
-    given = args.reference
-    if given and given.endswith(".npz"):
-        with runtime.blame("evaluate"):
-            return extractor, reference.from_npz(Path(given), extractor, dimension)
-    with runtime.blame("--reference"):
-        if given is None:
-            real = datasets.original(config.data.name, config.data.root, config.data.args)
-            name, build_args, root = real["name"], real["args"], Path(real["root"]) if real["root"] else root
-        elif given in datasets.DATASETS:
-            name, build_args = given, {}
+        if source is None:
+            real = reference.from_npz(Path(args.reference), extractor, dimension)
         else:
-            name, build_args = "folder", {"path": given, "size": image_shape[-1], "channels": image_shape[0]}
-        data = runtime.one_process_first(accelerator, lambda: datasets.build(name, root, build_args))
-        if data.image_shape[1:] != image_shape[1:]:
-            raise ValueError(f"{given or name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
-    identity = reference.identity_of(data.fingerprint(), extractor)
-    cached = root / "features" / f"{name}-{extractor.name}-{extractor.layer}-{identity}.npy"
-    found = [reference.load_cached(cached, extractor.layer) is not None if accelerator.is_main_process else None]
-    broadcast_object_list(found)
-    if found[0]:
-        features = reference.load_cached(cached, extractor.layer)
-    else:
-        features = collect(accelerator, extractor, read(data, accelerator, args.bspp, "features of the reference"))
-        if accelerator.is_main_process:
+            layers = [name for name in extractor.layers if name != extractor.isc_layer]
+            what = "features of the reference"
+            identity, found = features_of(args, accelerator, extractor, source.data, source, what, layers)
+            real = reference.from_features(source.name, identity, found, extractor.layer)
+    counts = {"samples": args.n_samples, "reference": dimension + 1 if source is None else len(source.data)}
+    for name, n in counts.items():
+        if n <= dimension and not isinstance(extractor, PointSpace):
+            accelerator.print(
+                f"warning: {n} images ({name}) are too few for a Frechet distance of {dimension} features: with n <= "
+                f"{dimension} the covariance is singular and the distance far too large; take more, better 10,000"
+            )
+    return extractor, real
+
+
+def features_of(
+    args, accelerator: Accelerator, extractor: Extractor | PointSpace, data: Data, source: Source, what: str,
+    layers: Sequence[str], order: Sequence[int] | None = None,
+) -> tuple[str, FeatureSet | None]:  # fmt: skip
+    """The identity of these features, and on the main process they themselves, from the cache where they are there."""
+    fingerprint = data.fingerprint() + ("" if order is None else f" {len(order)} at random")
+    identity = reference.identity_of(fingerprint, extractor)
+    path = source.root / "features" / f"{source.build['name']}-{extractor.name}-{extractor.layer}-{identity}.npz"
+    return identity, features.cached(accelerator, extractor, data, identity, path, args.bspp, what, layers, order)
+
+
+def add_control(
+    args, accelerator: Accelerator, out: Path, extractor: Extractor | PointSpace, real: Reference, source: Source | None
+) -> None:
+    """The row of a perfect model: as many real images as there are samples, or as there are, that are not in the reference.
+
+    They are a random choice from the other split of the data set, for toys points of another seed. Where a set has neither,
+    one random half of the reference is compared with the other half.
+    """
+    if args.no_control:
+        return
+    if source is None:
+        accelerator.print("note: no row of real images: an npz file of statistics holds none")
+        return
+    other, data = datasets.held_out(source.build), source.data
+    if other:
+
+        def load() -> Data | None:
             try:
-                with files.atomic_file(cached) as temporary:
-                    reference.save_cached(temporary, features, extractor.layer)
-            except OSError as error:
-                accelerator.print(f"warning: the features of the reference are not cached: {error}")
-    found = reference.from_features(name if given is None else given, identity, features, extractor.layer)
-    found.log_density = getattr(data, "log_density", None)
-    return extractor, found
+                return datasets.build(**other[1])
+            except FileNotFoundError as error:
+                accelerator.print(f"warning: no row of real images: {error}")
+                return None
+
+        data = runtime.one_process_first(accelerator, load)
+        if runtime.agree(accelerator, data is None):
+            return
+    order = rng.generator("control").permutation(len(data))
+    n = min(args.n_samples, len(data) if other else len(data) // 2)
+
+    def compute() -> dict | None:
+        start = time.perf_counter()
+        if other:
+            what, layers = "features of real images", extractor.layers
+            _, samples = features_of(args, accelerator, extractor, data, source, what, layers, order[:n].tolist())
+            against = real
+        elif real.feature_set is not None:
+            samples = real.feature_set.select(extractor.layer, order[:n])
+            rest = real.feature_set.select(extractor.layer, order[len(data) // 2 :])
+            against = reference.from_features(real.name, real.identity, rest, extractor.layer)
+        else:
+            return None
+        seconds = time.perf_counter() - start
+        if samples is None:
+            return None
+        labels = None if data.labels is None else data.labels[order[:n]]
+        found = compute_metrics(args, accelerator, extractor, samples, against, labels)
+        if getattr(data, "log_density", None):
+            found["held_out_log_p"] = data.log_density(data.images[order[:n]].double()).mean().item()
+        return {"metrics": found, "seconds": seconds}
+
+    kind = other[0] if other else "half against half"
+    subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
+    subject = {"weights": f"{table.CONTROL} ({kind})", **subject, "n": n, "first": 0}
+    record(args, accelerator, out, subject, {"control": kind}, extractor, real, compute)
 
 
-def read(data: Data, accelerator: Accelerator, batch_size: int, what: str) -> Iterator[tuple[range, Tensor]]:
-    """This process's share of the images of a data set, without augmentation, under a bar that says `what`."""
-    mine = share(accelerator, range(len(data)), batch_size)
-    with runtime.progress(accelerator, sum(map(len, mine)), what) as bar:
-        for batch, images in read_images(data, mine):
-            yield batch, images
-            bar.update(len(batch))
+def log_density_of(
+    accelerator: Accelerator, model: FlowModel, source: Source | None
+) -> Callable[[SamplerSettings], float] | None:
+    """For flows of points: a function of the settings, the mean log-density of held-out points under the flow, which depends
+    on no solver and is computed once a guidance scale; None where there are no such points, or where labels are needed."""
+    other = datasets.held_out(source.build) if source else None
+    if other is None or other[1]["name"] != "toys" or model.net.num_classes is not None or model.net.prompt_bytes:
+        return None
+    x1 = solver_state(datasets.build(**other[1]).images[:HELD_OUT_POINTS], accelerator.device)
+    known: dict[float, float] = {}
 
+    def log_density(settings: SamplerSettings) -> float:
+        if settings.guidance_scale not in known:
+            print(f"log-density of {len(x1):,} held-out points under the flow")
+            velocity = velocity_of(model, range(len(x1)), settings, accelerator.device)
+            known[settings.guidance_scale] = points.mean_log_likelihood(velocity, x1)
+        return known[settings.guidance_scale]
 
-def collect(
-    accelerator: Accelerator, extractor: Extractor | PointSpace, stream: Iterable[tuple[range, Tensor]]
-) -> FeatureSet | None:
-    """The features of all images of all processes, on the main process; None on the others."""
-    features = FeatureSet()
-    for indices, images in stream:
-        features.add(extractor.layer, indices, extractor(images))
-    parts = runtime.gather_to_main(accelerator, features)
-    return None if parts is None else merge(parts)
+    return log_density
 
 
 def measure(
@@ -277,15 +432,26 @@ def measure(
 ) -> dict | None:
     """The metrics of a row and the seconds that images and features took, on the main process; None on the others."""
     start = time.perf_counter()
-    samples = collect(accelerator, extractor, stream)
+    samples = features.collect(accelerator, extractor, stream)
     seconds = time.perf_counter() - start
     if samples is None:
         return None
-    if isinstance(extractor, PointSpace):
-        found = points.evaluate(samples.matrix(extractor.layer), real.features, real.log_density)
-    else:
-        found = metrics.evaluate(extractor, samples, real, None if labels is None else labels.numpy(), args.metrics)
-    return {"metrics": found, "seconds": seconds}
+    return {"metrics": compute_metrics(args, accelerator, extractor, samples, real, labels), "seconds": seconds}
+
+
+def compute_metrics(
+    args, accelerator: Accelerator, extractor: Extractor | PointSpace, samples: FeatureSet, real: Reference,
+    labels: Tensor | None,
+) -> dict[str, float]:  # fmt: skip
+    """The metrics of a row, under a bar of their own."""
+    with runtime.blame(f"--weights {args.weights}" if args.weights else f"--samples {args.samples}"):
+        if isinstance(extractor, PointSpace):
+            assert real.features is not None, "points are compared with points"
+            return points.evaluate(samples.matrix(extractor.layer), real.features)
+        y = None if labels is None else labels.numpy()
+        with runtime.progress(accelerator, 0, "metrics") as bar:
+            bar.leave = False
+            return metrics.evaluate(extractor, samples, real, y, args.metrics, bar)
 
 
 def record(

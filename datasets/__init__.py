@@ -51,6 +51,39 @@ def original(
     return original(behind["name"], behind["root"] or root, behind["args"], made)
 
 
+def has_test_split(name: str) -> bool:
+    """Whether the data set comes in a part for training and one for tests."""
+    return name in DATASETS and "train" in inspect.signature(DATASETS[name]).parameters
+
+
+def named_split(text: str) -> tuple[str, dict[str, Any]] | None:
+    """(name, arguments) of the data set that NAME, NAME:train or NAME:test stands for; None where NAME is no data set.
+
+    Raises ValueError for another split and for a data set without splits.
+    """
+    name, colon, split = text.partition(":")
+    if name not in DATASETS:
+        return None
+    if not colon:
+        return name, {}
+    if not has_test_split(name) or split not in ("train", "test"):
+        able = ", ".join(filter(has_test_split, DATASETS))
+        raise ValueError(f"{text}: must be NAME, NAME:train or NAME:test; data sets with these splits: {able}")
+    return name, {"train": split == "train"}
+
+
+def held_out(source: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """(what they are called, their source) of real data that are not in `source` {"name": ..., "root": ..., "args": ...}: the
+    other split, or for toys points of another seed. None where there are none."""
+    name, args = source["name"], source["args"]
+    if has_test_split(name):
+        train = bool(args.get("train", True))
+        return ("test split" if train else "train split"), {**source, "args": {**args, "train": not train}}
+    if name == "toys":
+        return "new points", {**source, "args": {**args, "seed": args.get("seed", 0) + 1}}
+    return None
+
+
 def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Latents | Points:
     """The data set `name`; `root` (None: `default_root()`) holds downloaded sets, `args` are the set's own arguments.
 

@@ -279,7 +279,7 @@ def evaluate_job(job: dict) -> dict:
         sys.argv = [
             "evaluate.py", "--weights", str(weights), "--out", f"{scratch}/out", "-mp", job["precision"], "--metrics", "fid",
             "--n_samples", str(job["n_samples"]), "--bspp", str(job["sampling_batch"]),
-            "--sampling_steps", str(job["sampling_steps"]), "--feature_extractor", job["feature_extractor"],
+            "--sampling_steps", str(job["sampling_steps"]), "--feature_extractor", job["feature_extractor"], "--no_control",
             *(["--compile"] if job["compile"] else []),
         ]  # fmt: skip
         evaluate.main()

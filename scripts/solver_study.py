@@ -131,7 +131,8 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
         evaluate = [
             "evaluate.py", "--weights", args.weights, "--methods", *args.methods, *steps, "--grid", name, "--metrics", "fid",
             "--guidance_scale", f"{args.guidance_scale:g}", "--n_samples", str(args.fd), "-mp", args.mixed_precision,
-            "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), *args.overrides,
+            "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), "--no_control",
+            *args.overrides,
         ]  # fmt: skip
         run_command(evaluate)
     weights = files.sha256(snap.path)

@@ -105,10 +105,8 @@ def test_the_marker_classes_that_accelerate_looks_for():
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_a_file_is_short_and_says_what_it_is(file):
-    tree = parse(file)
-    assert ast.get_docstring(tree), f"{name_of(file)} has no docstring"
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 350
+def test_a_file_says_what_it_is(file):
+    assert ast.get_docstring(parse(file)), f"{name_of(file)} has no docstring"
 
 
 def test_pickles_are_loaded_as_weights_only():

@@ -10,9 +10,15 @@ import torch
 import torch_fidelity
 from conftest import run_script, succeed
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 import datasets
-from flow.engine.generate import SamplerSettings
+import evaluate
+from flow import rng
+from flow.engine import runtime
+from flow.engine.generate import SamplerSettings, conditions_by_frequency, labels_by_frequency
 from flow.evaluation import metrics, plots, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 
@@ -50,13 +56,14 @@ def real(extractor) -> reference.Reference:
     return reference.from_features("digits", "x", feature_set(noisy_digits(1797, 0), extractor), extractor.layer)
 
 
-def test_command_equals_torch_fidelity_on_the_same_files(tmp_path):
+def test_command_equals_torch_fidelity_on_the_same_files(tmp_path, here):
     """`evaluate.py --samples DIR --reference DIR` against `torch_fidelity.calculate_metrics` on both folders."""
     samples = write_folder(tmp_path / "samples", noisy_digits(1200))
     originals = write_folder(tmp_path / "real", noisy_digits(1797, 0))
-    succeed(
-        "evaluate.py", "--samples", samples, "--reference", originals, "--feature_extractor", "digits", f"data.root={tmp_path}"
-    )
+    here(
+        "evaluate", "--samples", samples, "--reference", originals, "--feature_extractor", "digits", f"data.root={tmp_path}",
+        "--metrics", *metrics.METRICS, "--no_control",
+    )  # fmt: skip
     ours = json.loads((samples / "evaluation" / "results.jsonl").read_text())["metrics"]
     theirs = torch_fidelity.calculate_metrics(
         input1=str(samples), input2=str(originals), feature_extractor="digits", cuda=False, fid=True, kid=True, prc=True,
@@ -111,25 +118,28 @@ def evaluated(tmp_path_factory, tiny_run):
     out = tmp_path_factory.mktemp("evaluation")
     command = ["evaluate.py", "--weights", tiny_run, "--feature_extractor", "digits", "--n_samples", "60", "--bspp", "16"]
     command += ["--methods", "euler", "heun", "--sampling_steps", "1", "3", "--repeats", "2", f"data.root={out / 'data'}"]
-    succeed(*command, "--out", out / "one")
+    printed = succeed(*command, "--out", out / "one").stdout
+    assert "60 images (samples) are too few for a Frechet distance of 64 features" in printed
     return command, out
 
 
 def test_two_processes_find_the_same_numbers(evaluated):
+    """Also those of the reference, which the second run computes anew."""
     command, out = evaluated
-    succeed(*command, "--out", out / "two", processes=2)
+    succeed(*command[:-1], f"data.root={out / 'other'}", "--out", out / "two", processes=2)
     one, two = table.read_rows(out / "one"), table.read_rows(out / "two")
-    assert len(one) == len(two) == 8
+    assert len(one) == len(two) == 9
     for a, b in zip(one, two, strict=True):
-        assert a["NFE"] == b["NFE"]
+        assert a.get("NFE") == b.get("NFE")
         assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-6)
 
 
-def test_table_files_and_finished_rows(evaluated):
+def test_table_files_and_finished_rows(evaluated, here):
     command, out = evaluated
     folder = out / "one"
     assert {p.name for p in folder.iterdir()} == {"results.jsonl", "results.csv", "results.md", "nfe.png"}
-    rows = table.read_rows(folder)
+    control, *rows = table.read_rows(folder)
+    assert table.is_control(control) and control["n"] == 60
     assert [(r["method"], r["steps"], r["NFE"]) for r in rows[::2]] == [
         ("euler", 1, 1), ("euler", 3, 3), ("heun", 1, 1), ("heun", 3, 5),
     ]  # fmt: skip
@@ -137,10 +147,11 @@ def test_table_files_and_finished_rows(evaluated):
     assert rows[0]["metrics"]["FD-digits"] != rows[1]["metrics"]["FD-digits"]
     text = (folder / "results.md").read_text()
     assert "FD-digits" in text and "FID" not in text and "±" in text
+    assert "real (half against half)" in text and "real (half against half)" in (folder / "results.csv").read_text()
     before = (folder / "results.jsonl").read_bytes()
-    again = succeed(*command, "--out", folder)
+    again = here("evaluate", *command[1:], "--out", folder)
     assert (folder / "results.jsonl").read_bytes() == before
-    assert "| euler" in again.stdout
+    assert "| euler" in again
 
 
 def test_aggregate_is_the_mean_and_spread_of_the_ranges():
@@ -173,6 +184,18 @@ def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
     assert not (tmp_path / "one.png").exists()
     plots.distance_against_nfe(tmp_path / "two.png", [entry, {**entry, "NFE": 4}])
     assert Image.open(tmp_path / "two.png").width > 400
+    control = {
+        **entry,
+        "weights": "real (test split)",
+        "method": None,
+        "NFE": None,
+        "n": 9,
+        "metrics": {"FID": (1.0, math.nan)},
+    }
+    plots.distance_against_nfe(tmp_path / "control.png", [entry, control])
+    assert not (tmp_path / "control.png").exists()
+    plots.distance_against_nfe(tmp_path / "control.png", [entry, {**entry, "NFE": 4}, control])
+    assert (tmp_path / "control.png").read_bytes() != (tmp_path / "two.png").read_bytes()
 
 
 def test_npz_reference_serves_the_distance_alone(tmp_path, extractor, real):
@@ -201,7 +224,7 @@ def test_inception_768_gives_a_number_on_cifar10(tmp_path, real_data):
     a, b = (write_folder(tmp_path / str(i), data.images[200 * i : 200 * i + 200]) for i in range(2))
     result = run_script(
         "evaluate.py", "--samples", a, "--reference", b, "--feature_layer", "768", "--feature_weights", weights, "--metrics",
-        "fid", f"data.root={tmp_path}", timeout=600, FLOW_NUM_THREADS="2",
+        "fid", "--no_control", f"data.root={tmp_path}", timeout=600, FLOW_NUM_THREADS="2",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     ours = json.loads((a / "evaluation" / "results.jsonl").read_text())["metrics"]["FD-inception-768"]
@@ -218,3 +241,314 @@ def test_rows_of_other_solver_options_are_other_rows():
     assert plain.solver == "euler_maruyama"
     assert replace(plain, options=(("noise_scale", 0.5),)).solver == "euler_maruyama, noise_scale=0.5"
     assert SamplerSettings("ab2", 5, grid="tuned", times=(0.0, 1.0)).solver == "ab2, tuned grid"
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize("counts", [[9, 1], [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949], [3, 0, 5, 1], [2, 2]])
+def test_every_beginning_has_the_classes_by_their_frequency(counts):
+    n = min(2 * sum(counts), 3000)
+    labels = labels_by_frequency(counts, n)
+    share = np.array(counts) / sum(counts)
+    so_far = np.cumsum(np.eye(len(counts))[labels], axis=0)
+    assert np.abs(so_far - np.arange(1, n + 1)[:, None] * share).max() < 1
+    assert labels_by_frequency(counts, n // 2) == labels[: n // 2]
+
+
+def test_classes_of_one_frequency_take_turns():
+    assert labels_by_frequency([5000] * 10, 25) == [k % 10 for k in range(25)]
+    labels, prompts = conditions_by_frequency([2, 1], 6, [["a", "A"], ["b"]])
+    assert [p for _, p in sorted(zip(labels, prompts, strict=True), key=lambda pair: pair[0])] == ["a", "A", "a", "A", "b", "b"]
+
+
+@pytest.fixture
+def unbalanced(tmp_path):
+    """A folder of digits in ten classes: nine images of each but for the eights, of which there are 19."""
+    data = datasets.build("digits", None, {})
+    for label in range(10):
+        write_folder(tmp_path / "unbalanced" / str(label), data.images[data.labels == label][: 19 if label == 8 else 9])
+    return tmp_path / "unbalanced"
+
+
+def test_evaluation_draws_classes_by_their_frequency_in_the_reference(here, tmp_path, tiny_run, unbalanced, monkeypatch):
+    """Over the repeats together; labels of the command line take turns."""
+    drawn = []
+    generate = evaluate.generate
+
+    def recorded(*args):
+        for result in generate(*args):
+            drawn.extend(result.labels.tolist())
+            yield result
+
+    monkeypatch.setattr(evaluate, "generate", recorded)
+    command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--bspp", 32]
+    command += [
+        "--reference",
+        unbalanced,
+        "--n_samples",
+        50,
+        "--repeats",
+        2,
+        f"data.root={tmp_path}",
+        "--out",
+        tmp_path / "out",
+    ]
+    here(*command)
+    assert [drawn.count(label) for label in range(10)] == [9, 9, 9, 9, 9, 9, 9, 9, 19, 9]
+    drawn.clear()
+    here(*command, "--labels", 8, 1)
+    assert drawn == [8, 1] * 50
+    rows = [row for row in table.read_rows(tmp_path / "out") if not table.is_control(row)]
+    assert len(rows) == 4 and {str(row["identity"]["labels"])[:12] for row in rows} == {"by frequency", "[8, 1]"}
+
+
+def test_a_perfect_model_of_an_unbalanced_set_is_near(extractor):
+    """Real images with labels by frequency are as near as chance allows; in turn they are far away."""
+    data = datasets.build("digits", None, {})
+    ones, eights = [data.images[data.labels == label] for label in (1, 8)]
+    counts = [90, 10]
+    real = torch.cat([ones[:90], eights[:10]])
+    held_out = [ones[90:], eights[10:]]
+
+    def distance(labels) -> float:
+        used = [iter(images) for images in held_out]
+        samples = torch.stack([next(used[label]) for label in labels])
+        stats = [feature_set(images, extractor) for images in (samples, real)]
+        return metrics.frechet_distance(stats[0].mu, stats[0].sigma, stats[1].mu, stats[1].sigma)
+
+    assert 4 * distance(labels_by_frequency(counts, 90)) < distance([k % 2 for k in range(90)])
+
+
+def test_where_no_data_tell_the_frequency_classes_take_turns(here, tmp_path, tiny_run, extractor, real):
+    np.savez(tmp_path / "stats.npz", mu=real.mu, sigma=real.sigma)
+    command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 70]
+    command += ["--reference", tmp_path / "stats.npz", "--out", tmp_path / "out"]
+    assert "warning" not in here(*command)  # the digits of the training are here
+    printed = here(*command, "data.name=folder", f"data.args={{path: {tmp_path / 'none'}}}")
+    assert "warning: the classes take turns" in printed and "no row of real images" in printed
+
+
+def test_a_folder_whose_classes_take_turns_is_warned_about(here, tmp_path, tiny_run):
+    here("sample", "--weights", tiny_run, "--n_samples", 66, "--sampling_steps", 1, "--save_dir", tmp_path / "samples")
+    command = ["evaluate", "--samples", tmp_path / "samples", "--reference", "digits", "--feature_extractor", "digits"]
+    assert "take turns over the classes, which are not equally frequent" in here(*command, f"data.root={tmp_path}")
+
+
+# ---- metrics in blocks, and what is no number
+
+
+@pytest.mark.parametrize(("n", "m"), [(130, 200), (64, 65), (4, 300)])
+def test_precision_and_recall_in_blocks_are_those_of_torch_fidelity(n, m, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", 64)
+    generator = torch.Generator().manual_seed(0)
+    samples, real = (torch.randn(k, 5, generator=generator) + 20 for k in (n, m))
+    theirs = prc_features_to_metric(
+        samples.double(), real.double(), prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
+    )
+    calls = []
+    ours = metrics.precision_recall(samples, real, advance=lambda: calls.append(1))
+    assert ours == pytest.approx((theirs["precision"], theirs["recall"]))
+    assert len(calls) == metrics.num_blocks(n, m)
+
+
+def test_no_tensor_holds_the_distances_of_all_pairs(monkeypatch):
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for value in result if isinstance(result, tuple | list) else [result]:
+                self.size = max(self.size, value.numel() if isinstance(value, torch.Tensor) else 0)
+            return result
+
+    monkeypatch.setattr(metrics, "BLOCK", 32)
+    samples, real = torch.randn(300, 8), torch.randn(400, 8)
+    with Largest() as largest:
+        metrics.precision_recall(samples, real)
+    assert largest.size <= 400 * 8  # the features themselves
+
+
+def inception(n: int) -> tuple[Extractor, FeatureSet]:
+    """What Inception would give of n images, at random, with eight features."""
+    blank = Extractor.__new__(Extractor)
+    blank.name, blank.layer, blank.isc_layer, blank.classifies = INCEPTION, "2048", "logits_unbiased", False
+    features, generator = FeatureSet(), torch.Generator().manual_seed(0)
+    outputs = {name: torch.randn(n, 8, generator=generator) for name in ("2048", "logits_unbiased")}
+    features.add("2048", range(n), outputs)
+    return blank, features
+
+
+@pytest.mark.parametrize("n", [9, 10, 25])
+def test_the_inception_score_is_a_number_or_absent(n):
+    extractor, features = inception(n)
+    real = reference.from_features("x", "x", inception(50)[1], "2048")
+    found = metrics.evaluate(extractor, features, real, None, metrics.DEFAULT)
+    assert ("IS" in found) == (n >= 10) and all(math.isfinite(value) for value in found.values())
+    if n >= 10:
+        assert found["IS"] == isc_features_to_metric(features.matrix("logits_unbiased"))["inception_score_mean"]
+
+
+def test_features_that_are_not_finite_are_refused(extractor, real):
+    features = feature_set(noisy_digits(200), extractor)
+    features.rows["64"][1][17, 3] = np.nan
+    with pytest.raises(ValueError, match=r"of 1 of 200 images of the samples are not finite .* the first is image 117"):
+        metrics.evaluate(extractor, features, real, None, ["fid"])
+    with pytest.raises(ValueError, match="of 1 of 200 images of mine are not finite"):
+        reference.from_features("mine", "x", features, "64")
+
+
+def damaged_statistics(kind: str, mu: np.ndarray, sigma: np.ndarray, path) -> None:
+    values = {"mu": mu, "sigma": sigma}
+    if kind == "nan":
+        values["mu"] = np.where(np.arange(len(mu)) == 3, np.nan, mu)
+    elif kind == "infinite":
+        values["sigma"] = np.full_like(sigma, np.inf)
+    elif kind == "not symmetric":
+        values["sigma"] = sigma + np.triu(np.ones_like(sigma), 1)
+    elif kind == "indefinite":
+        values["sigma"] = sigma - np.eye(len(mu))
+    elif kind == "no sigma":
+        del values["sigma"]
+    elif kind == "text":
+        values["mu"] = np.array(["a"] * len(mu))
+    elif kind == "complex":
+        values["sigma"] = sigma * 1j
+    elif kind == "pickled":
+        values["mu"] = np.array([None] * len(mu))
+    np.savez(path, **values)
+    whole = path.read_bytes()
+    if kind == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "bad CRC":
+        path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    elif kind == "npy":
+        with open(path, "wb") as file:
+            np.save(file, mu)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nan", "mu holds values that are not finite"), ("infinite", "sigma holds values that are not finite"),
+        ("not symmetric", "sigma is not symmetric"), ("indefinite", "sigma has the eigenvalue -"),
+        ("no sigma", "not an npz file with mu and sigma"), ("text", "mu holds <U1, not real numbers"),
+        ("complex", "sigma holds complex128, not real numbers"), ("pickled", "not an npz file"), ("cut", "not an npz file"),
+        ("empty", "not an npz file"), ("bad CRC", "Bad CRC-32"), ("npy", "not an npz file"), ("absent", "No such file"),
+    ],
+)  # fmt: skip
+def test_damaged_statistics_are_named(kind, message, error, tmp_path, tiny_run, real):
+    path = tmp_path / "stats.npz"
+    if kind != "absent":
+        damaged_statistics(kind, real.mu, real.sigma, path)
+    command = ["--weights", tiny_run, "--n_samples", 4, "--sampling_steps", 1, "--feature_extractor", "digits"]
+    line = error("evaluate", *command, "--reference", path, "--out", tmp_path / "out")
+    assert str(path) in line and message in line
+
+
+def test_mutated_statistics_are_refused_or_the_same(extractor, real, tmp_path):
+    """No flipped byte and no cut changes a number without a word."""
+    path = tmp_path / "stats.npz"
+    np.savez(path, mu=real.mu, sigma=real.sigma)
+    whole, draws, refused = path.read_bytes(), rng.generator("mutations"), 0
+    for k in range(300):
+        mutated = bytearray(whole)
+        for position in draws.integers(len(whole), size=1 + k % 3):
+            mutated[position] ^= 1 << int(draws.integers(8))
+        if k % 5 == 0:
+            del mutated[int(draws.integers(len(whole))) :]
+        path.write_bytes(mutated)
+        try:
+            loaded = reference.from_npz(path, extractor, 64)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert np.array_equal(loaded.mu, real.mu) and np.array_equal(loaded.sigma, real.sigma)
+    assert refused > 200
+
+
+# ---- the reference and its cache
+
+
+def test_damaged_caches_are_named_and_computed_again(here, tmp_path, tiny_run):
+    command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 70]
+    command += [f"data.root={tmp_path}", "--no_control"]
+
+    def distance(name: str) -> tuple[str, float]:
+        printed = here(*command, "--out", tmp_path / name)
+        (row,) = table.read_rows(tmp_path / name)
+        return printed, row["metrics"]["FD-digits"]
+
+    _, expected = distance("whole")
+    (cache,) = (tmp_path / "features").iterdir()
+    whole = cache.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    cache.write_bytes(flipped)
+    printed, value = distance("flipped")
+    assert f"warning: {cache}: damaged cache" in printed and value == expected
+    assert "warning" not in distance("again")[0]
+    with np.load(cache) as file:
+        arrays = dict(file)
+    np.savez(cache, **{**arrays, "64": arrays["64"][:-100], "logits": arrays["logits"][:-100]})
+    printed, value = distance("cut")
+    assert f"warning: {cache}: damaged cache" in printed and value == expected
+
+
+def test_the_row_of_real_images_of_a_set_without_splits(evaluated, extractor):
+    """Two random halves of the reference, of which the first has no more images than the rows have samples."""
+    control = next(row for row in table.read_rows(evaluated[1] / "one") if table.is_control(row))
+    data = datasets.build("digits", None, {})
+    order = rng.generator("control").permutation(len(data))
+    a, b = (feature_set(data.images[part], extractor) for part in (order[:60], order[898:]))
+    expected = metrics.frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+    assert control["metrics"]["FD-digits"] == pytest.approx(expected, rel=1e-6)
+    assert control["metrics"]["accuracy"] > 0.95
+
+
+def test_splits_of_a_reference_by_name(error, tmp_path, tiny_run):
+    assert datasets.named_split("mnist:test") == ("mnist", {"train": False})
+    assert datasets.named_split("cifar10") == ("cifar10", {}) and datasets.named_split("some/folder:x") is None
+    train = {"name": "mnist", "root": None, "args": {}}
+    kind, test = datasets.held_out(train)
+    assert kind == "test split" and test["args"] == {"train": False}
+    assert datasets.held_out(test)[0] == "train split" and datasets.held_out({**train, "name": "digits"}) is None
+    command = ["--weights", tiny_run, "--n_samples", 4, "--feature_extractor", "digits", "--out", tmp_path / "out"]
+    for name in ("digits:test", "mnist:validation"):
+        assert f"{name}: must be NAME, NAME:train or NAME:test" in error("evaluate", *command, "--reference", name)
+
+
+@pytest.mark.slow
+def test_the_row_of_real_images_of_mnist(here, tmp_path, real_data):
+    """Test images against training ones, and the other way round."""
+    samples = write_folder(tmp_path / "samples", datasets.build("mnist", real_data, {"train": False}).images[:1000])
+    for name, kind in (("mnist", "test split"), ("mnist:test", "train split")):
+        out = tmp_path / kind
+        here("evaluate", "--samples", samples, "--reference", name, "--feature_extractor", "mnist", "--out", out)
+        control = next(row for row in table.read_rows(out) if table.is_control(row))
+        assert control["weights"] == f"real ({kind})" and control["n"] == 1000
+        assert 0.8 < control["metrics"]["FD-mnist"] < 2.5 and control["metrics"]["accuracy"] > 0.98
+
+
+def test_one_bar_at_a_time(here, tmp_path, tiny_run, monkeypatch):
+    bars = []
+    progress = runtime.progress
+
+    def recorded(*args, **kwargs):
+        assert all(bar.disable for bar in bars), "the bar before is still open"
+        bars.append(progress(*args, **kwargs))
+        return bars[-1]
+
+    monkeypatch.setattr(runtime, "progress", recorded)
+    here(
+        "evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, 2, "--n_samples", 70,
+        "--metrics", "fid", "prc", f"data.root={tmp_path}", "--out", tmp_path / "out",
+    )  # fmt: skip
+    names = [bar.desc for bar in bars]
+    images = [f"images of this process, row {k} of 2" for k in (1, 2)]
+    assert names == ["features of the reference", "metrics", images[0], "metrics", images[1], "metrics"]
+    assert [bar.n for bar in bars if bar.desc in images] == [70, 140]  # of 140: the time left is that of all rows
+    assert all(bar.n == bar.total for bar in bars if bar.desc == "metrics")

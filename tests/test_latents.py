@@ -206,7 +206,7 @@ def test_samples_of_a_latent_flow_are_images(here, run, cache, tmp_path):
 def test_latent_flows_are_compared_with_the_images(here, run, tmp_path):
     printed = here(
         "evaluate", "--weights", run, "--n_samples", 20, "--sampling_steps", 1, "--feature_extractor", "digits",
-        "--metrics", "fid", "--out", tmp_path,
+        "--metrics", "fid", "--no_control", "--out", tmp_path,
     )  # fmt: skip
     (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert "FD-digits" in printed and row["reference"] == "digits"

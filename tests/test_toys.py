@@ -12,7 +12,7 @@ import datasets
 import models
 from datasets.toys import LOG_DENSITIES, TOYS
 from flow.engine import images
-from flow.evaluation import animation, planes, points
+from flow.evaluation import animation, planes, points, table
 
 SETS = [name for name in TOYS if name != "image"]
 
@@ -118,7 +118,29 @@ def test_train_sample_and_evaluate(tmp_path, here):
     one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
     assert one.shape == (70, 2) and np.array_equal(one, two)
     told = here("evaluate", "--weights", run, "--sampling_steps", "3", "--n_samples", "100", "--methods", "euler", "dopri5")
-    assert all(name in told for name in ("SW2", "MMD", "energy", "NLL", "dopri5"))
+    assert all(name in told for name in ("SW2", "MMD", "energy", "held_out_log_p", "dopri5", "real (new points)"))
+    control, *rows = table.read_rows(run / "evaluation")
+    assert control["metrics"]["held_out_log_p"] == pytest.approx(-math.log(8))  # of the density itself, which is uniform
+    assert -6 < rows[0]["metrics"]["held_out_log_p"] == rows[1]["metrics"]["held_out_log_p"] < -math.log(8)
+
+
+@pytest.mark.parametrize("std", [0.05, 1.0, 2.0])
+def test_held_out_log_density(std):
+    """Of standard normal points under the flow to a normal distribution of another width, which has a formula: it is largest
+    for the right one, and a flow that has collapsed loses."""
+
+    def velocity(x, t):  # of the linear path from N(0, 1) to N(0, std^2): E[x1 - x0 | x_t]
+        return x * (t * std**2 - (1 - t)) / (t**2 * std**2 + (1 - t) ** 2)
+
+    x1 = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.distributions.Normal(0, std).log_prob(x1).sum(1).mean().item()
+    assert points.mean_log_likelihood(velocity, x1) == pytest.approx(expected, rel=2e-2)
+
+
+def test_points_that_are_not_finite_are_refused():
+    real = toys("moons", 100).images
+    with pytest.raises(ValueError, match="1 of 100 points of the samples are not finite"):
+        points.evaluate(real.index_fill(0, torch.tensor([3]), torch.nan), real)
 
 
 def test_the_way_of_images_from_noise(tmp_path, tiny_run, here):

@@ -16,6 +16,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation import classifiers
 
 INCEPTION, INCEPTION_LAYER = "inception-v3-compat", "2048"
+STATISTICS_ROWS = 4096  # at a time in float64
 INCEPTION_FILE = Path(URL_INCEPTION_V3).name  # as torch.hub stores it
 
 
@@ -88,11 +89,12 @@ class FeatureSet:
 
     def add(self, layer: str, indices: range, features: dict[str, Tensor]) -> None:
         """Add a batch of {layer: [b, d]}; the statistics are those of `layer`."""
-        x = features[layer].double()
-        total, outer = x.sum(0).numpy(), (x.T @ x).numpy()
-        self.n += len(x)
-        self.total = total if self.total is None else self.total + total
-        self.outer = outer if self.outer is None else self.outer + outer
+        for x in features[layer].split(STATISTICS_ROWS):
+            x = x.double()
+            total, outer = x.sum(0).numpy(), (x.T @ x).numpy()
+            self.n += len(x)
+            self.total = total if self.total is None else self.total + total
+            self.outer = outer if self.outer is None else self.outer + outer
         self.indices.append(indices)
         for name, value in features.items():
             self.rows.setdefault(name, []).append(value.numpy())
@@ -100,7 +102,33 @@ class FeatureSet:
     def matrix(self, layer: str) -> Tensor:
         """All features [n, d], float32, in the order of the image indices."""
         order = sorted(range(len(self.indices)), key=lambda i: self.indices[i].start)
-        return torch.from_numpy(np.concatenate([self.rows[layer][i] for i in order]))
+        blocks = [self.rows[layer][i] for i in order]
+        return torch.from_numpy(np.concatenate(blocks) if len(blocks) > 1 else blocks[0])
+
+    def join(self) -> None:
+        """Make the blocks one, in the order of the image indices, which must be without gaps."""
+        self.rows = {name: [self.matrix(name).numpy()] for name in self.rows}
+        self.indices = [range(min(i.start for i in self.indices), max(i.stop for i in self.indices))]
+
+    def select(self, layer: str, positions: np.ndarray) -> "FeatureSet":
+        """The images at these positions [k] of the order, with statistics of `layer`."""
+        selection = FeatureSet()
+        selection.add(layer, range(len(positions)), {name: self.matrix(name)[positions] for name in self.rows})
+        return selection
+
+    def check_finite(self, owner: str) -> None:
+        """Raises ValueError that counts the images of `owner` whose features are not finite, and names the first."""
+        bad = [
+            indices[int(k)]
+            for blocks in self.rows.values()
+            for indices, block in zip(self.indices, blocks, strict=True)
+            for k in np.flatnonzero(~np.isfinite(block).all(1))
+        ]
+        if bad:
+            raise ValueError(
+                f"the features of {len(set(bad))} of {self.n} images of {owner} are not finite (NaN or infinite), "
+                f"the first is image {min(bad)}"
+            )
 
     @property
     def mu(self) -> np.ndarray:

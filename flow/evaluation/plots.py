@@ -9,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from flow.evaluation.table import is_control
+
 matplotlib.use("Agg")
 
 # Okabe & Ito's colours, told apart by colour-blind readers; every line also has its own marker.
@@ -19,7 +21,8 @@ MARKERS = "osD^vPX"
 def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     """The first Frechet distance of the table, for points their SW2, against NFE; `path` is a PNG.
 
-    There is a line for each (weights, method, guidance scale). Writes nothing where fewer than two entries have one.
+    There is a line for each (weights, method, guidance scale), and a dashed one for real images. Writes nothing where fewer
+    than two entries have one.
     """
     names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2"))]
     drawn = [e for e in entries if e["NFE"] and names and names[0] in e["metrics"]]
@@ -45,6 +48,10 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
             )
         else:
             axes.plot([e["NFE"] for e in line], means, label=label, **look)
+    for i, e in enumerate(e for e in entries if is_control(e) and names[0] in e["metrics"]):
+        floor = e["metrics"][names[0]][0]
+        if floor > 0:  # the axis is logarithmic
+            axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
     _log_axes(axes)
     axes.set_xlabel("network evaluations per image (NFE)")
     axes.set_ylabel(f"{names[0]}, lower is better")

@@ -1,7 +1,7 @@
 """What samples are compared with: features of real images, cached by content, or statistics from an npz file."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.points import PointSpace
+
+TOLERANCE = 1e-5  # of a covariance that was stored in float32, relative to its largest entry or eigenvalue
 
 
 @dataclass
@@ -22,27 +24,54 @@ class Reference:
     mu: np.ndarray
     sigma: np.ndarray
     features: Tensor | None
-    log_density: Callable[[Tensor], Tensor] | None = None  # exact, in nats, of points whose density has a formula
+    feature_set: FeatureSet | None = None  # the features with those of further layers
+    squared_radii: Tensor | None = None  # [n] for precision and recall, from the first row that asks for them
 
 
-def from_npz(path: Path, extractor: Extractor, dimension: int) -> Reference:
-    """Statistics `mu` and `sigma`, as most projects publish them. Raises ValueError where they are not there or are not
-    those of `dimension` features."""
+def from_npz(path: Path, extractor: Extractor | PointSpace, dimension: int) -> Reference:
+    """Statistics `mu` and `sigma`, as most projects publish them. Raises ValueError where they are not there, damaged, not
+    finite, not those of `dimension` features, or no covariance."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--reference {path}: not an npz file with mu and sigma ({error})") from None
+            arrays = [file[name] for name in ("mu", "sigma")]
+        for name, array in zip(("mu", "sigma"), arrays, strict=True):
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"{name} holds {array.dtype}, not real numbers")
+        mu, sigma = (array.astype(np.float64) for array in arrays)
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"--reference {path}: not an npz file with mu and sigma ({reason})") from None
     if mu.shape != (dimension,) or sigma.shape != (dimension, dimension):
         raise ValueError(
             f"--reference {path}: mu {mu.shape} and sigma {sigma.shape} are not statistics of the {dimension} features of "
             f"{extractor.name} layer {extractor.layer}"
         )
+    check_statistics(mu, sigma, f"--reference {path}")
     return Reference(path.name, hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:16], mu, sigma, None)
 
 
-def from_features(name: str, identity: str, features: FeatureSet, layer: str) -> Reference:
-    return Reference(name, identity, features.mu, features.sigma, features.matrix(layer))
+def check_statistics(mu: np.ndarray, sigma: np.ndarray, owner: str) -> None:
+    """Raises ValueError that names `owner` for a mean [d] or covariance [d, d] that is not finite, and for a covariance that is
+    not symmetric and positive semidefinite up to rounding."""
+    for name, values in (("mu", mu), ("sigma", sigma)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{owner}: {name} holds values that are not finite (NaN or infinite)")
+    if np.abs(sigma - sigma.T).max() > TOLERANCE * np.abs(sigma).max():
+        raise ValueError(f"{owner}: sigma is not symmetric, so it is no covariance")
+    eigenvalues = np.linalg.eigvalsh((sigma + sigma.T) / 2)
+    if eigenvalues[0] < -TOLERANCE * max(eigenvalues[-1], 0):
+        raise ValueError(f"{owner}: sigma has the eigenvalue {eigenvalues[0]:.3g}; a covariance has none below 0")
+
+
+def from_features(name: str, identity: str, features: FeatureSet | None, layer: str) -> Reference:
+    """features None: a process that computes no metrics. Raises ValueError for features that are not finite and for fewer than
+    two images."""
+    if features is None:
+        return Reference(name, identity, np.empty(0), np.empty((0, 0)), None)
+    if features.n < 2:
+        raise ValueError(f"{name} holds {features.n} image; a reference needs at least 2")
+    features.check_finite(name)
+    return Reference(name, identity, features.mu, features.sigma, features.matrix(layer), features)
 
 
 def identity_of(fingerprint: str, extractor: Extractor | PointSpace) -> str:
@@ -51,17 +80,38 @@ def identity_of(fingerprint: str, extractor: Extractor | PointSpace) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def load_cached(path: Path, layer: str) -> FeatureSet | None:
-    """Features that `save_cached` wrote, or None where the file is absent or damaged."""
-    try:
-        features = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+def save_cached(path: Path, features: FeatureSet, identity: str) -> None:
+    """All layers of the features and a digest of them; `path` ends in .npz, the caller makes the writing atomic."""
+    matrices = {name: features.matrix(name).numpy() for name in features.rows}
+    np.savez(path, digest=np.array(_digest(matrices, identity)), **matrices)  # type: ignore[arg-type]
+
+
+def load_cached(path: Path, layers: Sequence[str], identity: str, n: int) -> FeatureSet | None:
+    """The features of n images that `save_cached` wrote, or None where there is no such file.
+
+    The first of the `layers` is that of the statistics. Raises ValueError for a damaged file.
+    """
+    if not path.exists():
         return None
-    found = FeatureSet()
-    found.add(layer, range(len(features)), {layer: torch.from_numpy(features)})
-    return found
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = str(file["digest"])
+            matrices = {name: file[name] for name in file.files if name != "digest"}
+            if stored != _digest(matrices, identity):
+                raise ValueError("its content does not match its digest")
+            if set(matrices) != set(layers) or any(len(matrix) != n for matrix in matrices.values()):
+                raise ValueError(f"it does not hold {n} rows of {', '.join(layers)}")
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
+        raise ValueError((str(error).splitlines() or [""])[0] or type(error).__name__) from None
+    features = FeatureSet()
+    features.add(layers[0], range(n), {name: torch.from_numpy(matrix) for name, matrix in matrices.items()})
+    return features
 
 
-def save_cached(path: Path, features: FeatureSet, layer: str) -> None:
-    """`path` ends in .npy; the caller makes the writing atomic."""
-    np.save(path, features.matrix(layer).numpy())
+def _digest(matrices: dict[str, np.ndarray], identity: str) -> str:
+    """SHA-256 of features {layer: [n, d]} and of what they are features of."""
+    digest = hashlib.sha256(identity.encode())
+    for name, matrix in sorted(matrices.items()):
+        digest.update(f"{name} {matrix.dtype} {matrix.shape}".encode())
+        digest.update(np.ascontiguousarray(matrix).data)
+    return digest.hexdigest()

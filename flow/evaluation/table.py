@@ -9,6 +9,8 @@ from pathlib import Path
 # What a row is about, in the order of the columns; rows that agree in these are repetitions of one measurement.
 SUBJECT = ("weights", "captions", "method", "steps", "NFE", "forwards", "guidance_scale", "n", "reference")
 
+CONTROL = "real"  # begins the weights of a row of real images, e.g. "real (test split)"
+
 
 def append_row(folder: Path, row: dict) -> None:
     """Add a finished row to results.jsonl."""
@@ -95,6 +97,11 @@ def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra
         cells = [" / ".join(_cell(m, *found[key, n][m]) for m in metrics) if (key, n) in found else "" for n in nfe]
         lines.append([name, *cells, *(column.get(name, "") for column in extra.values())])
     return markdown(lines)
+
+
+def is_control(entry: dict) -> bool:
+    """Whether this is the row of real images, which no method made."""
+    return entry.get("method") is None and str(entry["weights"]).startswith(f"{CONTROL} (")
 
 
 def _key(row: dict) -> str:
