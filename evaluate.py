@@ -83,6 +83,8 @@ def score_weights(args, accelerator: Accelerator) -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model(models.build, models.codec)
     net = model.net
+    if args.reference is None or net.prompt_bytes:
+        snap.check_data()
     runtime.place(net, accelerator, args.compile)
     labels, prompts = asked_for(args, accelerator, snap.config, net)
     plan = [

@@ -35,6 +35,13 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
     if len(image_shape) != 3 and name != "mlp":
         raise ValueError(f"{name} is a network for images; for points use mlp")
     try:
-        return MODELS[name](image_shape, **args)
+        net = MODELS[name](image_shape, **args)
     except TypeError as error:  # e.g. a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
+    if getattr(net, "prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
+        raise ValueError(f"{name} has prompt_bytes: it needs encode(prompts), and null, the token of no prompt")
+    defaults = {"num_classes": None, "prompt_bytes": None, "null": getattr(net, "num_classes", None)}
+    for attribute, value in defaults.items():  # of a network that says nothing of labels or prompts
+        if not hasattr(net, attribute):
+            setattr(net, attribute, value)
+    return net
