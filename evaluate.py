@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -182,7 +183,10 @@ def asked_for(
 def score_folder(args, accelerator: Accelerator) -> None:
     """One row for the images of a folder, by sample.py (whose labels are known) or from elsewhere."""
     note = args.samples / "sampling.json"
-    stored = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    stored = None
+    if note.is_file():
+        with runtime.blame(f"--samples {args.samples}: sampling.json is damaged"):
+            stored = sampling_of(json.loads(note.read_text(encoding="utf-8")))
     path, channels = (args.samples / "images", stored["image_shape"][0]) if stored else (args.samples, 3)
     with runtime.blame("--samples"):
         data = datasets.build("folder", None, {"path": str(path), "channels": channels})
@@ -199,6 +203,21 @@ def score_folder(args, accelerator: Accelerator) -> None:
     subject = {"weights": args.samples.name, "n": len(data), "first": 0}
     record(args, accelerator, out, subject, {"images": data.fingerprint()}, extractor, real, compute)
     report(accelerator, out)
+
+
+def sampling_of(stored: Any) -> dict[str, Any]:
+    """What sample.py wrote beside its images. Raises ValueError where it is something else."""
+    whole = isinstance(stored, dict) and {"image_shape", "labels", "num_classes"} <= stored.keys()
+    if whole:
+        shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"]
+        whole = (
+            isinstance(shape, list)
+            and isinstance(labels, list)
+            and all(type(n) is int for n in [*shape, *labels, classes or 0])
+        )
+    if not whole or not shape or not 0 <= (classes or 0) < 2**31:
+        raise ValueError("it lacks image_shape, labels or num_classes, or holds something else there")
+    return stored
 
 
 def prepare(
