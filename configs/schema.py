@@ -263,7 +263,10 @@ def _is_half_lives(value: Any) -> bool:
 
 def require(config: Any, key: str, holds, rule: str) -> None:
     value = get(config, key)
-    if not holds(value):
+    right = False
+    with contextlib.suppress(TypeError):  # e.g. a section among the numbers of a list
+        right = holds(value)
+    if not right:
         raise UserError(f"{key}={value}: must be {rule}")
 
 
