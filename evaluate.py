@@ -205,21 +205,6 @@ def score_folder(args, accelerator: Accelerator) -> None:
     report(accelerator, out)
 
 
-def sampling_of(stored: Any) -> dict[str, Any]:
-    """What sample.py wrote beside its images. Raises ValueError where it is something else."""
-    whole = isinstance(stored, dict) and {"image_shape", "labels", "num_classes"} <= stored.keys()
-    if whole:
-        shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"]
-        whole = (
-            isinstance(shape, list)
-            and isinstance(labels, list)
-            and all(type(n) is int for n in [*shape, *labels, classes or 0])
-        )
-    if not whole or not shape or not 0 <= (classes or 0) < 2**31:
-        raise ValueError("it lacks image_shape, labels or num_classes, or holds something else there")
-    return stored
-
-
 def prepare(
     args, accelerator: Accelerator, image_shape: tuple[int, int, int], config: Config
 ) -> tuple[Extractor | PointSpace, Reference]:
@@ -323,6 +308,18 @@ def record(
         if result is not None:
             table.append_row(out, {**row, **result})
     return not there[0]
+
+
+def sampling_of(stored: Any) -> dict[str, Any]:
+    """What sample.py wrote beside its images. Raises ValueError where it is something else."""
+    whole = isinstance(stored, dict) and {"image_shape", "labels", "num_classes"} <= stored.keys()
+    if whole:
+        shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"] or 0
+        lists = isinstance(shape, list) and isinstance(labels, list) and len(shape) == 3
+        whole = lists and all(type(n) is int and 0 <= n < 2**31 for n in [*shape, *labels, classes])
+    if not whole:
+        raise ValueError("it lacks image_shape, labels or num_classes, or holds something else there")
+    return stored
 
 
 def report(accelerator: Accelerator, out: Path) -> None:
