@@ -8,6 +8,7 @@ against its signature.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,8 +171,8 @@ def parse(text: str, source: str = "stored config", kind: Any = Config, confirme
     Raises UserError that names the source where it is not one.
     """
     config, interpolations = parse_parts(text, source, kind, confirmed)
-    for key, value in interpolations.items():
-        raise UserError(f"{source}: {stored.refusal(key, value)}")
+    if interpolations:
+        raise UserError(f"{source}: {stored.refusal(*next(iter(interpolations.items())))}")
     return config
 
 
@@ -183,8 +184,7 @@ def parse_parts(text: str, source: str, kind: Any, confirmed: dict[str, Any] | N
         raise UserError(f"{source}: {error}") from None
     config: Any = _merge(OmegaConf.structured(kind), OmegaConf.create(tree), source)
     for key in interpolations.keys() & (confirmed or {}).keys():
-        node = OmegaConf.create({})
-        OmegaConf.update(node, key, (confirmed or {})[key])
+        OmegaConf.update(node := OmegaConf.create({}), key, (confirmed or {})[key])
         config = _merge(config, node, source=key)
         del interpolations[key]
     return _finished(config), interpolations
@@ -215,10 +215,7 @@ def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
 
 def get(config: Any, key: str) -> Any:
     """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
@@ -263,11 +260,10 @@ def _is_half_lives(value: Any) -> bool:
 
 def require(config: Any, key: str, holds, rule: str) -> None:
     value = get(config, key)
-    right = False
     with contextlib.suppress(TypeError):  # e.g. a section among the numbers of a list
-        right = holds(value)
-    if not right:
-        raise UserError(f"{key}={value}: must be {rule}")
+        if holds(value):
+            return
+    raise UserError(f"{key}={value}: must be {rule}")
 
 
 def _read_yaml(path: Path, kind: type) -> DictConfig:
@@ -310,7 +306,10 @@ def _read_override(override: str, kind: type) -> DictConfig:
 
 def _finished(node: DictConfig) -> Any:
     """The checked dataclass of a merged configuration; it remembers what `dump` must not resolve."""
-    config: Any = OmegaConf.to_object(node)
+    try:
+        config: Any = OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:  # elements of lists are looked at here
+        raise UserError(f"{error.full_key}: {_first_line(error)}") from None
     for key, value in stored.unwritable(dataclasses.asdict(config)):
         raise UserError(f"{key}={value!r}: holds a character that no file name and no text can have")
     config.typed = stored.typed_interpolations(node)

@@ -240,7 +240,7 @@ def mutated_jsonl(line: str, rng: random.Random) -> tuple[bytes, bool]:
         place = rng.randrange(len(rows[k]))
         rows[k] = rows[k][:place] + rng.choice([b"\xff", b"\xc3\x28", b"\0"]) + rows[k][place:]
     elif kind == "glued":
-        rows[k] += rows.pop()
+        rows[0] += rows.pop()
     elif kind == "type":
         rows[k] = json.dumps({**row, rng.choice(["metrics", "asked"]): rng.choice([3, None, "a", [1]])}).encode()
     else:
@@ -255,8 +255,9 @@ def fuzz_jsonl(cases: int, seed: int, main_of, capsys, scored, scratch: Path) ->
     out = scratch / "out"
     assert attempt(main_of, capsys, "evaluate", [*ask, str(out)]) == "ran"
     right, line = scores(out), (out / "results.jsonl").read_text()
-    for _ in range(cases):
+    for case in range(cases):
         shutil.rmtree(out, ignore_errors=True)
+        out = scratch / f"out_{case}"  # a line that was named once in a process may not be named again
         out.mkdir()
         content, named = mutated_jsonl(line, rng)
         (out / "results.jsonl").write_bytes(content)
