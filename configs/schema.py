@@ -308,7 +308,8 @@ def _finished(node: DictConfig) -> Any:
     """The checked dataclass of a merged configuration; it remembers what `dump` must not resolve."""
     try:
         config: Any = OmegaConf.to_object(node)
-    except OmegaConfBaseException as error:  # elements of lists are looked at here
+        OmegaConf.structured(config)  # merging does not look at the elements of lists
+    except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {_first_line(error)}") from None
     for key, value in stored.unwritable(dataclasses.asdict(config)):
         raise UserError(f"{key}={value!r}: holds a character that no file name and no text can have")

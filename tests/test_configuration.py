@@ -100,6 +100,11 @@ def test_text_that_no_file_name_can_have(error, tmp_path, override):
     assert "holds a character that no file name" in error("train", *MLP, override, "-e", tmp_path / "run")
 
 
+@pytest.mark.parametrize("override", ["train.log_with=[[1]]", "optimizer.betas=[{a: 1}, 0.9]"])
+def test_elements_of_lists_of_another_kind(error, tmp_path, override):
+    assert override.split("=")[0] in error("train", *MLP, override, "-e", tmp_path / "run")
+
+
 class Plain(nn.Module):
     """A network that says nothing of labels and prompts."""
 
