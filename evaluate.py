@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -114,6 +115,8 @@ def score_weights(args, accelerator: Accelerator) -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model(models.build, models.codec)
     net = model.net
+    if args.reference is None or net.prompt_bytes:
+        snap.check_data()
     runtime.place(net, accelerator, args.compile)
     captions_of = captions_by_class(args, accelerator, snap.config, net)
     labels, prompts = conditions_in_turn(args.labels, captions_of)
@@ -244,7 +247,10 @@ def class_counts(accelerator: Accelerator, config: Config, source: "Source | Non
 def score_folder(args, accelerator: Accelerator) -> None:
     """One row for the images of a folder, by sample.py (whose labels are known) or from elsewhere."""
     note = args.samples / "sampling.json"
-    stored = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    stored = None
+    if note.is_file():
+        with runtime.blame(f"--samples {args.samples}: sampling.json is damaged"):
+            stored = sampling_of(json.loads(note.read_text(encoding="utf-8")))
     path, channels = (args.samples / "images", stored["image_shape"][0]) if stored else (args.samples, 3)
     with runtime.blame("--samples"):
         data = datasets.build("folder", None, {"path": str(path), "channels": channels})
@@ -468,6 +474,18 @@ def record(
         if result is not None:
             table.append_row(out, {**row, **result})
     return not there[0]
+
+
+def sampling_of(stored: Any) -> dict[str, Any]:
+    """What sample.py wrote beside its images. Raises ValueError where it is something else."""
+    whole = isinstance(stored, dict) and {"image_shape", "labels", "num_classes"} <= stored.keys()
+    if whole:
+        shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"] or 0
+        lists = isinstance(shape, list) and isinstance(labels, list) and len(shape) == 3
+        whole = lists and all(type(n) is int and 0 <= n < 2**31 for n in [*shape, *labels, classes])
+    if not whole:
+        raise ValueError("it lacks image_shape, labels or num_classes, or holds something else there")
+    return stored
 
 
 def report(accelerator: Accelerator, out: Path) -> None:

@@ -123,6 +123,8 @@ def main() -> None:
         meter.check(accelerator, newest)
         state = {"updates": updates, "meter": meter.state(accelerator)}
         averages = [ema.state_dict(i) for i in range(len(half_lives))]  # gathered by all processes where they are sharded
+        if bad := next(filter(None, map(snapshot.first_nonfinite, averages)), None):
+            raise UserError(f"the average of {bad} is not finite after step {step}; {newest}. A smaller optimizer.lr may help")
 
         def write_averages(folder: Path) -> None:
             for i, name in enumerate(checkpoint.ema_files(half_lives)):
@@ -179,7 +181,7 @@ def main() -> None:
                 break
     accelerator.end_training()
     if not done:
-        stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir)}")
+        stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir, config=cfg)}")
     tracker.say(f"finished step {step}; sample with: python sample.py --weights {run_dir} --n_samples 64 --save_dir samples")
 
 

@@ -8,19 +8,26 @@ against its signature.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from configs import stored
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 COUPLINGS = ("independent", "ot", "given")
 SCHEDULES = ("constant", "linear", "cosine")
 NOT_FINITE = ("stop", "skip")
 _TOO_LARGE = 2**63  # for the whole numbers of torch
+_ARGS_OF = {  # a name and its arguments; those of another name mean nothing to it
+    "data.name": "data.args", "model.name": "model.args", "flow.coupling": "flow.coupling_args",
+    "flow.objective": "flow.objective_args", "flow.distance": "flow.distance_args", "flow.time_law": "flow.time_args",
+}  # fmt: skip
 
 _AT_LEAST_ONE = (
     "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps",
@@ -136,60 +143,64 @@ class Config:
         require(self, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
 
 
-@overload
-def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None) -> Config: ...
-
-
-@overload
-def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, *, kind: type[Kind]) -> Kind: ...
-
-
-def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: type = Config) -> Any:
+def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: Any = Config) -> Any:
     """Defaults of `kind` (or `base`), then the YAML file at `path`, then `key=value` overrides; checked.
+
+    An override that names another network, data set, coupling, objective, distance or time law starts from empty arguments,
+    whatever the order of the overrides. Interpolations (${oc.env:HOME}) are resolved.
 
     Raises UserError that names the key, the value and what would be right.
     """
     config: Any = OmegaConf.structured(base or kind)
     if path is not None:
         config = _merge(config, _read_yaml(Path(path), kind), source=str(path))
-    for override in overrides or []:
-        key, _, value = override.partition("=")
-        _check_key(key, override, all_keys(kind))
-        try:
-            node = OmegaConf.from_dotlist([override])
-        except Exception as error:  # OmegaConf lets the errors of the YAML scanner through
-            raise UserError(f"{override}: the value {value!r} is not YAML ({_first_line(error)})") from None
+    nodes = [(override, _read_override(override, kind)) for override in overrides or []]
+    for name, args in _ARGS_OF.items():
+        names = [value for override, node in nodes if (value := overridden([override], kind).get(name))]
+        if names and names[-1] != OmegaConf.select(config, name):
+            OmegaConf.update(config, args, {}, merge=False)
+    for override, node in nodes:
         config = _merge(config, node, source=override)
-    config = OmegaConf.to_object(config)
-    config.validate()
+    return _finished(config)
+
+
+def parse(text: str, source: str = "stored config", kind: Any = Config, confirmed: dict[str, Any] | None = None) -> Any:
+    """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run). Interpolations are refused but
+    for those of keys that are `confirmed`, whose values are taken from there (see `overridden`).
+
+    Raises UserError that names the source where it is not one.
+    """
+    config, interpolations = parse_parts(text, source, kind, confirmed)
+    if interpolations:
+        raise UserError(f"{source}: {stored.refusal(*next(iter(interpolations.items())))}")
     return config
 
 
-@overload
-def parse(text: str, source: str = "stored config") -> Config: ...
-
-
-@overload
-def parse(text: str, source: str = "stored config", *, kind: type[Kind]) -> Kind: ...
-
-
-def parse(text: str, source: str = "stored config", kind: type = Config) -> Any:
-    """The configuration that `dump` wrote (the header of a snapshot, the config.yaml of a run). Raises UserError that names
-    the source where it is not one."""
+def parse_parts(text: str, source: str, kind: Any, confirmed: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    """As `parse`, with the interpolations that nobody confirmed beside it: {key: as typed}; their keys have defaults."""
     try:
-        node = OmegaConf.create(text)
-    except Exception as error:  # yaml.YAMLError, OmegaConf's own
-        raise UserError(f"{source}: not YAML ({_first_line(error)})") from None
-    if not isinstance(node, DictConfig) or not node:
-        raise UserError(f"{source}: holds no `key: value` lines")
-    config: Any = OmegaConf.to_object(_merge(OmegaConf.structured(kind), node, source))
-    config.validate()
-    return config
+        tree, interpolations = stored.read(text)
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    config: Any = _merge(OmegaConf.structured(kind), OmegaConf.create(tree), source)
+    for key in interpolations.keys() & (confirmed or {}).keys():
+        OmegaConf.update(node := OmegaConf.create({}), key, (confirmed or {})[key])
+        config = _merge(config, node, source=key)
+        del interpolations[key]
+    return _finished(config), interpolations
+
+
+def overridden(overrides: list[str] | None, kind: type = Config) -> dict[str, Any]:
+    """{dotted key: value as typed} of what the overrides set."""
+    trees = [OmegaConf.to_container(_read_override(override, kind)) for override in overrides or []]
+    return {stored.dotted(place): value for tree in trees for place, value in stored.leaves(tree)}
 
 
 def dump(config: Any) -> str:
-    """The whole configuration as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The whole configuration as YAML. Text from the environment stays as it was typed: ${oc.env:HOME}."""
+    node = OmegaConf.structured(config)
+    typed = getattr(config, "typed", {})
+    return OmegaConf.to_yaml(OmegaConf.create(stored.restore(OmegaConf.to_container(node), typed)) if typed else node)
 
 
 def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
@@ -204,10 +215,7 @@ def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
 
 def get(config: Any, key: str) -> Any:
     """The value of a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
@@ -252,8 +260,10 @@ def _is_half_lives(value: Any) -> bool:
 
 def require(config: Any, key: str, holds, rule: str) -> None:
     value = get(config, key)
-    if not holds(value):
-        raise UserError(f"{key}={value}: must be {rule}")
+    with contextlib.suppress(TypeError):  # e.g. a section among the numbers of a list
+        if holds(value):
+            return
+    raise UserError(f"{key}={value}: must be {rule}")
 
 
 def _read_yaml(path: Path, kind: type) -> DictConfig:
@@ -263,7 +273,7 @@ def _read_yaml(path: Path, kind: type) -> DictConfig:
     try:
         node = OmegaConf.load(path)
     except Exception as error:  # yaml.YAMLError, UnicodeDecodeError, OmegaConf's own
-        raise UserError(f"-c {path}: not a YAML file ({_first_line(error)})") from None
+        raise UserError(f"-c {path}: not a YAML file ({stored.yaml_problem(error)})") from None
     if not isinstance(node, DictConfig):
         raise UserError(f"-c {path}: holds a list, expected `key: value` lines")
     _check_tree(OmegaConf.to_container(node), kind, str(path))
@@ -283,6 +293,29 @@ def _check_tree(tree: Any, config_class: type, source: str, prefix: str = "", kn
             raise UserError(f"{source}: {key}={value!r}: must be a section with keys {', '.join(all_keys(fields[name]))}")
         if nested:
             _check_tree(value, fields[name], source, f"{key}.", known)
+
+
+def _read_override(override: str, kind: type) -> DictConfig:
+    key, _, value = override.partition("=")
+    _check_key(key, override, all_keys(kind))
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # OmegaConf lets the errors of the YAML scanner through
+        raise UserError(f"{override}: the value {value!r} is not YAML ({stored.yaml_problem(error)})") from None
+
+
+def _finished(node: DictConfig) -> Any:
+    """The checked dataclass of a merged configuration; it remembers what `dump` must not resolve."""
+    try:
+        config: Any = OmegaConf.to_object(node)
+        OmegaConf.structured(config)  # merging does not look at the elements of lists
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {_first_line(error)}") from None
+    for key, value in stored.unwritable(dataclasses.asdict(config)):
+        raise UserError(f"{key}={value!r}: holds a character that no file name and no text can have")
+    config.typed = stored.typed_interpolations(node)
+    config.validate()
+    return config
 
 
 def _check_key(key: str, override: str, known: list[str]) -> None:

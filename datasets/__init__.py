@@ -92,10 +92,13 @@ def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | 
     """
     if name not in DATASETS:
         raise ValueError(f"{name!r} is not a data set; choose one of {', '.join(DATASETS)}")
-    parameters = list(inspect.signature(DATASETS[name]).parameters)[1:]
-    for key in args:
+    parameters = dict(list(inspect.signature(DATASETS[name]).parameters.items())[1:])
+    for key, value in args.items():
         if key not in parameters:
             raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(parameters) or 'none'}")
+        truth = parameters[key].annotation is bool
+        if isinstance(value, bool) != truth:
+            raise ValueError(f"{key}={value!r}: must be {'true or false' if truth else 'something else than true or false'}")
     try:
         return DATASETS[name](Path(root) if root else default_root(), **args)
     except TypeError as error:  # a missing argument, or a word where a number belongs

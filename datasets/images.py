@@ -15,6 +15,8 @@ from torch import Tensor
 from datasets.shards import below
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# What Pillow may read, whatever a file is called: among its other formats is EPS, for which it starts Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 @dataclass
@@ -54,8 +56,8 @@ class Folder:
         """size: side in pixels, or None to take images as they are, which then must all have one size."""
         if not path.is_dir():
             raise FileNotFoundError(f"path={path}: there is no such folder")
-        if channels not in (1, 3):
-            raise ValueError(f"channels={channels}: must be 1 (grey) or 3 (RGB)")
+        if type(channels) is not int or channels not in (1, 3):
+            raise ValueError(f"channels={channels!r}: must be 1 (grey) or 3 (RGB)")
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"size={size!r}: must be a whole number of at least 1, or null")
         self.path, self.size, self.channels = path, size, channels
@@ -77,7 +79,7 @@ class Folder:
         """Image uint8 [C, H, W] and its label (-1 without classes). Raises ValueError that names an unreadable file."""
         file = self.files[index]
         try:
-            with Image.open(file) as opened:
+            with Image.open(file, formats=FORMATS) as opened:
                 pixels = self._decode(opened)
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
             raise ValueError(f"{file}: not a readable image ({error})") from None

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from datasets.images import FORMATS
+
 DRAWS = 4  # uniform numbers that a point is made from
 SIDE = 4.0  # of the square
 
@@ -127,7 +129,7 @@ def _picture(root: Path, path: str) -> np.ndarray:
     if not file.is_file():
         raise FileNotFoundError(f"path={path}: there is no such picture")
     try:
-        with Image.open(file) as opened:
+        with Image.open(file, formats=FORMATS) as opened:
             picture = opened.convert("RGBA")
     except (OSError, Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(f"path={path}: is no picture that can be read ({error})") from None

@@ -38,6 +38,14 @@ class Network(Protocol):
     def eval(self) -> Any: ...
 
 
+def condition_defaults(net: Any) -> dict[str, int | None]:
+    """The attributes of `Network` that `net` lacks, with their defaults. Raises ValueError where no default can be given."""
+    if getattr(net, "prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
+        raise ValueError(f"{type(net).__name__} has prompt_bytes: it needs encode(prompts), and null, the token of no prompt")
+    defaults = {"num_classes": None, "prompt_bytes": None, "null": getattr(net, "num_classes", None)}
+    return {name: value for name, value in defaults.items() if not hasattr(net, name)}
+
+
 @dataclass
 class FlowModel:
     """A network and what has to be known to make velocities of it."""
@@ -46,6 +54,11 @@ class FlowModel:
     path: Path  # of its training
     prediction: str = "velocity"  # one of path.PREDICTIONS
     decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
+
+    def __post_init__(self):
+        """A network that says nothing of labels or prompts has none; the null label is `num_classes`."""
+        for name, value in condition_defaults(self.net).items():
+            setattr(self.net, name, value)
 
 
 class GuidedVelocity:

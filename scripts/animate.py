@@ -144,6 +144,7 @@ def likelihood_map(
 
 def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
     """The log-density of the real data at points [N, 2], where it has a formula."""
+    snap.check_data()
     source = snap.config.data
     with runtime.blame("data"):
         real = datasets.original(source.name, source.root, source.args)

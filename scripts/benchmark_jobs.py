@@ -200,13 +200,15 @@ def plain_train_job(job: dict) -> dict:
 def blank_snapshot(job: dict) -> Path:
     """Untrained weights of the configuration, as a file."""
     import models
-    from flow.engine import snapshot
+    from flow.engine import files, snapshot
 
-    path = Path(job["scratch"]) / f"blank-{hashlib.sha256(repr(job['overrides']).encode()).hexdigest()[:16]}.safetensors"
+    name = f"blank-{hashlib.sha256(repr(job['overrides']).encode()).hexdigest()[:16]}"
+    path = Path(job["scratch"]) / name / "snapshots" / "step_00000000.safetensors"  # a run folder: its autoencoder is used
     if not path.is_file():
         cfg, data = material(job)
         net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
         snapshot.save(path, net.state_dict(), cfg, data.image_shape, 0, 1, data.codec)
+        files.write_text(path.parent.parent / "config.yaml", schema.dump(cfg))
     return path
 
 

@@ -99,6 +99,7 @@ def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:
     """The points that the flow was to make, [N, 2]. Raises UserError for a flow of anything else, or one with labels."""
     if len(snap.image_shape) != 1 or model.net.num_classes is not None:
         raise UserError(f"--weights {path}: is no flow of points without labels; to compare images use evaluate.py")
+    snap.check_data()
     source = snap.config.data
     with runtime.blame("data"):
         real = datasets.original(source.name, source.root, source.args)

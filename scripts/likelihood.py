@@ -40,6 +40,7 @@ def main() -> None:
         raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
     if snap.codec:
         raise UserError("--weights: a flow on latents gives no likelihood of images")
+    snap.check_data()
     source = snap.config.data
     with runtime.blame("data"):
         real = datasets.original(source.name, source.root, source.args)

@@ -57,6 +57,7 @@ def main() -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model(models.build, models.codec)
     net = model.net
+    snap.check_data()
     source = snap.config.data
     with runtime.blame("data"):
         real = datasets.original(source.name, source.root, source.args, made=["pairs"])  # in a second round that of the first

@@ -163,7 +163,7 @@ def main() -> None:
                 break
     accelerator.end_training()
     if not done:
-        stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir, '-m scripts.train_vae')}")
+        stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir, '-m scripts.train_vae', cfg)}")
     tracker.say(f"finished step {step}; encode images with: python -m scripts.cache_latents --vae {run_dir / 'autoencoder'}")
 
 

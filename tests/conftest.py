@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from flow.engine import runtime
+from flow.engine import runtime, snapshot
 from models import autoencoder
 
 torch.set_num_threads(1)  # the networks of the tests are too small for more
@@ -57,6 +59,18 @@ def fail(*command: str | Path, **options) -> str:
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+def stranger(run: Path, path: Path, replaced: dict[str, str] | None = None, **entries: str) -> Path:
+    """The snapshot of a run as a bare file, with other text in its configuration or other entries in its header."""
+    source = snapshot.find(run)
+    with safe_open(source, framework="pt") as file:
+        header = {key: value for key, value in file.metadata().items() if key != "digest"}
+    for old, new in (replaced or {}).items():
+        assert old in header["config"]
+        header["config"] = header["config"].replace(old, new, 1)
+    save_file(load_file(source), path, metadata={**header, **entries})
+    return path
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 LAYERS = {
     "models": ({"torch", "models"}, {"diffusers"}),
     "datasets": ({"torch", "torchvision", "numpy", "PIL", "safetensors", "datasets"}, {"sklearn"}),
-    "configs": ({"omegaconf", "configs"}, set()),
+    "configs": ({"omegaconf", "yaml", "configs"}, set()),
     "flow/*.py": ({"torch", "numpy", "flow"}, {"scipy"}),
     "flow/solvers": ({"torch", "numpy", "flow"}, {"torchdiffeq", "scipy"}),
 }

@@ -87,19 +87,25 @@ class Outcomes(Counter):
 
 def attempt(main_of, capsys, script: str, arguments: list[str]) -> str:
     """Run the script in this process; returns 'ran' or its one line of error, and fails on anything else."""
+    return attempt_and_read(main_of, capsys, script, arguments)[0]
+
+
+def attempt_and_read(main_of, capsys, script: str, arguments: list[str]) -> tuple[str, str]:
+    """The same, with all that was printed."""
     shown = f"{script} {arguments}"
     try:
         with pytest.raises(SystemExit) as left:
             runtime.run(main_of(script, *arguments))
     except BaseException as error:
         raise AssertionError(f"{shown}: {type(error).__name__} {error}") from error
-    told = capsys.readouterr().err
+    printed = capsys.readouterr()
+    told = printed.err
     if left.value.code == 0:
-        return "ran"
+        return "ran", printed.out + printed.err
     lines = [line for line in told.splitlines() if line.startswith("error: ")]
     assert left.value.code == 2 and len(lines) == 1 and "Traceback" not in told, f"{shown}: {left.value.code}\n{told}"
     assert told.rstrip("\n").endswith(lines[0]), f"{shown}: more than a line after it\n{told}"
-    return lines[0]
+    return lines[0], printed.out + printed.err
 
 
 def check_training(main_of, capsys, parts: list[list[str]]) -> str:

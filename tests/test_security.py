@@ -14,13 +14,14 @@ import pytest
 import torch
 import torchvision.datasets as tv_datasets
 from conftest import TINY_TRAIN
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import datasets
 from configs import schema
 from configs.schema import UserError
 from datasets.images import Folder
-from flow.engine import checkpoint, files, runtime, snapshot
+from flow.engine import checkpoint, files, images, runtime, snapshot
 from flow.engine.loader import Loader
 from flow.evaluation import features, reference
 
@@ -213,6 +214,39 @@ def test_an_image_bomb_is_refused_before_it_is_unpacked(tmp_path):
     (tmp_path / "bomb.png").write_bytes(bomb)
     with pytest.raises(ValueError, match=r"bomb\.png: not a readable image .*exceeds limit"):
         Folder(tmp_path, 32, 3)[0]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_image_reaches_ghostscript(pwned, monkeypatch, tmp_path):
+    """Pillow starts it for EPS, whatever the file is called."""
+    programs, pictures = tmp_path / "bin", tmp_path / "pictures"
+    programs.mkdir()
+    pictures.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {pwned}\nexit 1\n")
+    (programs / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    file = pictures / "a.png"
+    file.write_bytes(EPS)
+    with pytest.raises(Exception), Image.open(file) as opened:  # noqa: B017 (of Pillow and of the program)
+        opened.load()
+    assert pwned.exists()  # it works
+    pwned.unlink()
+    with pytest.raises(ValueError, match=r"a\.png: not a readable image"):
+        datasets.build("folder", tmp_path, {"path": str(pictures)})
+    with pytest.raises(ValueError, match=r"a\.png: is no picture that can be read"):
+        datasets.build("toys", tmp_path, {"name": "image", "path": str(file)})
+    with pytest.raises(OSError):
+        images.read_png(file)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF"])
+def test_the_formats_of_image_folders_open(tmp_path, format):
+    suffix = {"MPO": "jpg", "JPEG": "jpg", "TIFF": "tif"}.get(format, format.lower())
+    Image.new("RGB", (8, 8), "red").save(tmp_path / f"a.{suffix}", format=format)
+    pixel = Folder(tmp_path, None, 3)[0][0][:, 0, 0].int()
+    assert (pixel - torch.tensor([255, 0, 0])).abs().max() <= 3
 
 
 def test_a_training_listens_on_no_port(here, monkeypatch, tmp_path):

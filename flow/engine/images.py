@@ -34,7 +34,7 @@ def write_png(path: Path, image: Tensor) -> None:
 
 def read_png(path: Path) -> np.ndarray:
     """uint8 [H, W, C] of an image that `write_png` wrote."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG",)) as image:
         pixels = np.asarray(image)
     return pixels[:, :, None].copy() if pixels.ndim == 2 else pixels.copy()
 

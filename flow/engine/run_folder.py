@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from configs import schema
+from configs import schema, stored
 from configs.schema import Kind, UserError
 from flow.engine import checkpoint, files, runtime
 
@@ -44,13 +44,15 @@ def open_run(
         return run_dir, cfg
     if not stored_file.is_file():
         raise UserError(f"-r {resume}: there is no run in {run_dir}; start one without -r")
+    cfg = schema.load(config, overrides, kind=kind) if config else None
+    confirmed = stored.typed_values(cfg) if cfg else schema.overridden(overrides, kind)
     with runtime.blame(str(stored_file)):
-        stored = schema.parse(stored_file.read_text(encoding="utf-8"), source=str(stored_file), kind=kind)
-    cfg = schema.load(config, overrides, base=None if config else stored, kind=kind)
+        before = schema.parse(stored_file.read_text(encoding="utf-8"), str(stored_file), kind, confirmed)
+    cfg = cfg or schema.load(None, overrides, base=before, kind=kind)
     for key in filter(schema.all_keys(kind).__contains__, FIXED):
-        before, now = schema.get(stored, key), schema.get(cfg, key)
-        if before != now:
-            raise UserError(f"{key}={now}: the run in {run_dir} was started with {before}, which resuming cannot change")
+        was, now = schema.get(before, key), schema.get(cfg, key)
+        if was != now:
+            raise UserError(f"{key}={now}: the run in {run_dir} was started with {was}, which resuming cannot change")
     return run_dir, cfg
 
 
@@ -104,10 +106,10 @@ def environment(accelerator: Accelerator) -> dict:
     }
 
 
-def resume_command(run_dir: Path, script: str = "train.py") -> str:
-    """What to type to go on with a run."""
+def resume_command(run_dir: Path, script: str = "train.py", config: Any = None) -> str:
+    """What to type to go on with a run; of its configuration it repeats what config.yaml keeps as it was typed."""
     launcher = "torchrun --nproc_per_node " + os.environ["WORLD_SIZE"] if "WORLD_SIZE" in os.environ else "python"
-    return f"{launcher} {script} -e {shlex.quote(str(run_dir))} -r latest"
+    return shlex.join([*launcher.split(), *script.split(), "-e", str(run_dir), "-r", "latest", *stored.typed_overrides(config)])
 
 
 def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Path:

@@ -216,8 +216,11 @@ def run(main: Callable[[], None]) -> None:
         print(f"{who}error: out of memory; use a smaller batch, or for training more of train.accumulate", file=sys.stderr)
         status = 2
     except RuntimeError as error:
-        if os.environ.get("FLOW_TRACEBACK") or not _is_of_the_connection(error):
+        if os.environ.get("FLOW_TRACEBACK") or not (_is_of_the_connection(error) or "DefaultCPUAllocator" in str(error)):
             raise
+        if "DefaultCPUAllocator" in str(error):  # torch's MemoryError of a CPU
+            print(f"{who}error: out of memory; use a smaller batch", file=sys.stderr, flush=True)
+            sys.exit(2)
         print(f"{who}error: {_lost(error)}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)  # leaving in order would wait for the lost process

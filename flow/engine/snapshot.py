@@ -1,22 +1,30 @@
-"""Snapshots: averaged weights that carry their configuration, in one safetensors file, for sampling."""
+"""Snapshots: averaged weights that carry their configuration, in one safetensors file, for sampling.
+
+A snapshot may come from a stranger. Its header is checked before anything is built of it, sizes against the tensors of the
+file; it resolves no interpolation; and the places that it names (data.root, paths among data.args, the autoencoder) are used
+only where the file lies in a run folder or the command line repeats them.
+"""
 
 import json
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from configs import schema
+from configs import schema, stored
 from configs.schema import Config, UserError
 from flow import path as paths
-from flow.engine import checkpoint, files, runtime, seal
+from flow.engine import checkpoint, files, header, runtime, seal
 from flow.guidance import FlowModel, Network
 
 Description = dict[str, Any]
@@ -32,6 +40,7 @@ class Snapshot:
     half_life_images: int  # of the moving average
     weights: dict[str, Tensor]
     codec: Description | None = None  # of a flow on latents: the autoencoder that decodes them, see models/autoencoder.py
+    unconfirmed: dict[str, Any] = field(default_factory=dict)  # {key: value} that the header names and nobody has repeated
 
     @property
     def decoded_shape(self) -> tuple[int, ...]:
@@ -44,23 +53,56 @@ class Snapshot:
 
         Raises UserError where the weights do not fit, and for an autoencoder that is not that of the training.
         """
+        model = self.config.model
+        self._refuse_unconfirmed(lambda key: key.split(".")[0] in ("model", "flow"))
         with runtime.blame("model"):
-            net = build(self.config.model.name, self.image_shape, self.config.model.args)
+            build_net = partial(build, model.name, self.image_shape, model.args)
+            net = header.build_within(self.weights, self.image_shape, model.args, build_net, self.check_fit)
         self.load_into(net)
+        if self.codec and codec:
+            self._refuse_unconfirmed(lambda key: key == "data.autoencoder")
         return flow_model(net, self.config, self.codec, codec)
 
     def load_into(self, net: nn.Module) -> None:
         """Raises UserError that names the first weight that does not fit."""
-        fits = {name: tuple(value.shape) for name, value in net.state_dict().items()}
-        for name in sorted(fits.keys() | self.weights.keys()):
-            theirs = tuple(self.weights[name].shape) if name in self.weights else "absent"
-            ours = fits.get(name, "absent")
-            if theirs != ours:
-                raise UserError(
-                    f"--weights {self.path}: do not fit the model of the configuration: {name} is {theirs} in the file, "
-                    f"{ours} in model.name={self.config.model.name} with model.args={self.config.model.args}"
-                )
+        self.check_fit(net)
         net.load_state_dict(self.weights)
+
+    def check_fit(self, net: nn.Module) -> None:
+        """Raises UserError that names the first weight whose shape or kind is not that of the network."""
+        expected = {name: _kind_of(value) for name, value in net.state_dict().items()}
+        actual = {name: _kind_of(value) for name, value in self.weights.items()}
+        for name in sorted(expected.keys() | actual.keys()):
+            if actual.get(name, "absent") != expected.get(name, "absent"):
+                raise UserError(
+                    f"--weights {self.path}: do not fit the model of the configuration: {name} is "
+                    f"{actual.get(name, 'absent')} in the file, {expected.get(name, 'absent')} in "
+                    f"model.name={self.config.model.name} with model.args={self.config.model.args}"
+                )
+
+    def check_data(self) -> None:
+        """For those who are about to read the data of the training.
+
+        Raises UserError where the header alone says where they lie.
+        """
+        self._refuse_unconfirmed(lambda key: key.split(".")[0] == "data" and key != "data.autoencoder")
+
+    def _refuse_unconfirmed(self, concerns: Callable[[str], bool]) -> None:
+        for key, value in self.unconfirmed.items():
+            if not concerns(key):
+                continue
+            if "${" in str(value):
+                raise UserError(f"--weights {self.path}: {stored.refusal(key, value)}")
+            again = shlex.quote(f"{key}={value}")
+            raise UserError(
+                f"--weights {self.path}: lies in no run folder, so the place {key}={value} in it is used only where the "
+                f"command line repeats it; add {again}, or another place"
+            )
+
+
+def _kind_of(value: Tensor) -> tuple[int, ...] | str:
+    shape = tuple(value.shape)
+    return shape if value.is_floating_point() else f"{value.dtype} {shape}"
 
 
 def flow_model(
@@ -100,7 +142,7 @@ def save(
     codec: Description | None = None,
 ) -> None:
     """Write a snapshot, whole or not at all."""
-    header = {
+    metadata = {
         "config": schema.dump(config),
         "image_shape": json.dumps(image_shape),
         "step": str(step),
@@ -110,7 +152,7 @@ def save(
         seal.KEY: seal.BLANK,
     }
     with files.atomic_file(path) as temporary:
-        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata=header)
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata=metadata)
         seal.seal(temporary)
 
 
@@ -141,25 +183,58 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     path = find(Path(weights))
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"--weights {path}: not a whole safetensors file ({error})") from None
-    missing = {"config", "image_shape", "step", "images", "half_life_images"} - header.keys()
+    missing = header.KEYS - metadata.keys()
     if missing:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header lacks {', '.join(sorted(missing))}")
     carried, actual = seal.digests(path)
     if carried not in (None, actual):
         raise UserError(f"--weights {path}: has changed since it was written (its digest does not fit)")
-    stored = schema.parse(header["config"], source=f"--weights {path}")
-    config = schema.load(config_path, overrides) if config_path else schema.load(None, overrides, base=stored)
     try:
-        image_shape = tuple(int(side) for side in json.loads(header["image_shape"]))
-        step, images, half_life_images = (int(header[name]) for name in ("step", "images", "half_life_images"))
-        codec = json.loads(header["codec"]) if "codec" in header else None
-    except (ValueError, TypeError) as error:
+        image_shape, counts, codec = header.read(metadata)
+    except ValueError as error:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
-    return Snapshot(path, config, image_shape, step, images, half_life_images, tensors, codec)
+    if name := first_nonfinite(tensors):
+        raise UserError(f"--weights {path}: {name} holds numbers that are not finite; nothing can be sampled from it")
+    config, unconfirmed = _configuration(path, metadata["config"], config_path, overrides, codec)
+    return Snapshot(path, config, image_shape, *counts, tensors, codec, unconfirmed)
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, in alphabetical order."""
+    return next((name for name in sorted(tensors) if not torch.isfinite(tensors[name]).all()), None)
+
+
+def _configuration(
+    path: Path, text: str, config_path: str | None, overrides: list[str] | None, codec: Description | None
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a snapshot, and the places that its header names and the command line does not."""
+    source, given = f"--weights {path}", schema.overridden(overrides)
+    unconfirmed: dict[str, Any] = {}
+    if config_path:
+        config = schema.load(config_path, overrides)
+    else:
+        base, unconfirmed = schema.parse_parts(text, source, Config, given)
+        if not _in_run_folder(path):
+            unconfirmed |= header.take_places(base.data, given)
+        config = schema.load(None, overrides, base=base)
+        if config.data.name != base.data.name:  # its arguments are those of the command line
+            unconfirmed = {key: value for key, value in unconfirmed.items() if not key.startswith("data.args")}
+        config.typed |= {tuple(key.split(".")): value for key, value in unconfirmed.items()}  # a copy keeps them
+    if codec and not config.data.autoencoder and not _in_run_folder(path):
+        unconfirmed.setdefault("data.autoencoder", codec["source"])
+    return config, unconfirmed
+
+
+def _in_run_folder(path: Path) -> bool:
+    """Whether the file lies where a run keeps its snapshots and checkpoints: such a folder counts as the user's own."""
+    folder = path.resolve().parent
+    if folder.name != "snapshots":
+        folder = folder.parent
+    return folder.name in ("snapshots", "checkpoints") and (folder.parent / "config.yaml").is_file()
 
 
 def find(path: Path) -> Path:

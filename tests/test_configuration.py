@@ -1,0 +1,147 @@
+"""Configurations: what is resolved and what is stored, arguments that belong to a name, networks that say less."""
+
+import pytest
+import torch
+from conftest import TINY_TRAIN
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import models
+from configs import schema
+from configs.schema import UserError
+from flow.engine import snapshot
+from flow.engine.images import write_png
+from flow.guidance import FlowModel
+
+MLP = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 8, depth: 1}", "train.steps=2"]
+
+
+def header_of(path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return {key: value for key, value in file.metadata().items() if key != "digest"}
+
+
+def test_text_from_the_environment_is_stored_as_typed(here, error, monkeypatch, tmp_path):
+    """Own numbers and references are stored as values; config.yaml and snapshots do not tell what a variable held."""
+    monkeypatch.setenv("PLACE", str(tmp_path / "hunter2"))
+    monkeypatch.setenv("STEPS", "2")
+    run = tmp_path / "run"
+    typed = ["data.root=${oc.env:PLACE}/data", "train.steps=${oc.env:STEPS}", "preview.seed=${train.batch_size}"]
+    here("train", *MLP, *typed, "-e", run)
+    for text in ((run / "config.yaml").read_text(), header_of(snapshot.find(run))["config"]):
+        assert "root: ${oc.env:PLACE}/data" in text and "hunter2" not in text
+        assert "steps: 2\n" in text and "seed: 32\n" in text
+    line = error("train", "-e", run, "-r", "latest")
+    assert "config.yaml: data.root=${oc.env:PLACE}/data: a stored configuration resolves nothing; give data.root=..." in line
+    assert "finished step 2" in here("train", "-e", run, "-r", "latest", "data.root=${oc.env:PLACE}")
+    assert "hunter2" not in (run / "config.yaml").read_text()
+    here("sample", "--weights", run, "--n_samples", "2", "--sampling_steps", "1", "--save_dir", tmp_path / "out")
+    assert "data.root=${oc.env:PLACE}/data: a stored" in error("evaluate", "--weights", run, "--n_samples", "4")
+
+
+@pytest.mark.parametrize("key", ["model.args.width", "flow.path"])
+def test_a_header_resolves_nothing(error, here, monkeypatch, tiny_run, tmp_path, key):
+    """An interpolation that sampling needs is refused, and may be given on the command line."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    header, path = header_of(snapshot.find(tiny_run)), tmp_path / "s.safetensors"
+    value = {"model.args.width": "width: 16", "flow.path": "path: linear"}[key]
+    name, right = value.split(": ")
+    header["config"] = header["config"].replace(value, f"{name}: ${{oc.env:SECRET}}", 1)
+    save_file(load_file(snapshot.find(tiny_run)), path, metadata=header)
+    ask = ["--weights", path, "--n_samples", "2", "--sampling_steps", "1", "--save_dir", tmp_path / "out"]
+    line = error("sample", *ask)
+    assert f"{key}=${{oc.env:SECRET}}: a stored configuration resolves nothing" in line and "hunter2" not in line
+    here("sample", *ask, f"{key}={right}")
+
+
+def test_aliases_in_a_stored_configuration_are_refused():
+    """Ten lines of them are a thousand million values."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 11)]
+    with pytest.raises(UserError, match="holds YAML aliases"):
+        schema.parse("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "before", "after"),
+    [
+        ("model.name=mlp", "model.args", "model.args.width=8", {"width": 8}),
+        ("data.name=toys", "data.args", "data.args.name=moons", {"name": "moons"}),
+        ("flow.time_law=logit_normal", "flow.time_args", "flow.time_args.mean=1", {"mean": 1}),
+        ("flow.distance=pseudo_huber", "flow.distance_args", "flow.distance_args.c=1", {"c": 1}),
+        ("flow.objective=distillation", "flow.objective_args", "flow.objective_args.x=1", {"x": 1}),
+        ("flow.coupling=ot", "flow.coupling_args", "flow.coupling_args.x=1", {"x": 1}),
+    ],
+)
+def test_another_name_has_arguments_of_its_own(tmp_path, name, args, before, after):
+    """Those of the YAML were for another one; those of the command line count, wherever they stand."""
+    section, key = args.split(".")
+    (tmp_path / "c.yaml").write_text(f"{section}: {{{key}: {{from_yaml: 1}}}}")
+    for overrides in ([name, before], [before, name]):
+        assert schema.get(schema.load(tmp_path / "c.yaml", overrides), args) == after
+    same = f"{name.split('=')[0]}={schema.get(schema.load(), name.split('=')[0])}"
+    assert schema.get(schema.load(tmp_path / "c.yaml", [same, before]), args) == {"from_yaml": 1, **after}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\ntrain:\n  steps: 3\n  steps: 5\n", "found duplicate key steps, line 4"),
+        ("seed: 1\nseed: 1\n", "seed, line 2"),
+    ],
+)
+def test_duplicate_keys_are_named(error, tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    assert message in error("train", "-c", tmp_path / "c.yaml", "-e", tmp_path / "run")
+
+
+@pytest.mark.parametrize("override", ['data.root="a\\0b"', 'data.args={path: "\\0"}', 'train.init_from="\\0"'])
+def test_text_that_no_file_name_can_have(error, tmp_path, override):
+    assert "holds a character that no file name" in error("train", *MLP, override, "-e", tmp_path / "run")
+
+
+@pytest.mark.parametrize("override", ["train.log_with=[[1]]", "optimizer.betas=[{a: 1}, 0.9]"])
+def test_elements_of_lists_of_another_kind(error, tmp_path, override):
+    assert override.split("=")[0] in error("train", *MLP, override, "-e", tmp_path / "run")
+
+
+class Plain(nn.Module):
+    """A network that says nothing of labels and prompts."""
+
+    def __init__(self, image_shape):
+        super().__init__()
+        self.layer = nn.Conv2d(image_shape[0], image_shape[0], 1)
+
+    def forward(self, x, t, y=None):
+        return self.layer(x)
+
+
+def test_a_network_without_words_on_conditions(here, error, monkeypatch, tmp_path):
+    monkeypatch.setitem(models.MODELS, "plain", Plain)
+    here("train", *TINY_TRAIN[:2], *TINY_TRAIN[3:], "model.name=plain", "-e", tmp_path / "run")
+    ask = ["--weights", tmp_path / "run", "--n_samples", "2", "--sampling_steps", "1", "--save_dir", tmp_path / "out"]
+    assert "was trained without labels" in error("sample", *ask, "--labels", "1")
+    assert "2 images" in here("sample", *ask)
+    net = FlowModel(Plain((1, 8, 8)), None).net
+    assert (net.num_classes, net.prompt_bytes, net.null) == (None, None, None)
+
+
+def test_a_network_that_reads_prompts_needs_an_encoder(error, monkeypatch, tmp_path):
+    monkeypatch.setitem(models.MODELS, "plain", type("Reader", (Plain,), {"prompt_bytes": 8}))
+    line = error("train", *TINY_TRAIN[:2], *TINY_TRAIN[3:], "model.name=plain", "-e", tmp_path / "run")
+    assert "plain has prompt_bytes: it needs encode(prompts), and null" in line
+
+
+def test_a_training_that_diverges_in_its_last_step_saves_nothing(error, tmp_path):
+    line = error("train", *MLP, "train.steps=1", "optimizer.lr=1e38", "optimizer.eps=1e-38", "-e", tmp_path / "run")
+    assert "is not finite after step 1; there is no checkpoint yet" in line
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_run_whose_yaml_reads_the_environment_is_resumed_with_its_yaml(here, monkeypatch, tmp_path):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("data: {name: toys, args: {name: image, path: '${oc.env:PLACE}/p.png'}}")
+    write_png(tmp_path / "p.png", torch.zeros(1, 4, 4, dtype=torch.uint8))
+    run = ["-c", tmp_path / "c.yaml", *MLP, "-e", tmp_path / "run"]
+    here("train", *run)
+    assert "finished step 3" in here("train", *run, "-r", "latest", "train.steps=3")
