@@ -50,6 +50,9 @@ def attention_heights(net: nn.Module, shape: tuple[int, int, int]) -> list[int]:
         ((1, 28, 28), {"patch": 2, "attention_resolutions": [7]}),
         ((4, 12, 12), {"channel_mult": [2], "attention_resolutions": [], "dropout": 0.5}),
         ((2, 8, 8), {"width": 20, "head_channels": 20}),  # no power of two
+        ((1, 16, 16), {"channel_mult": [1, 2, 2], "middle_attention": True}),
+        ((1, 8, 8), {"scale_shift_norm": False, "num_classes": 3}),
+        ((3, 8, 16), {"resblock_updown": False}),
     ],
 )
 def test_output_has_the_shape_of_the_input_and_is_zero_at_first(shape, args):
@@ -122,6 +125,10 @@ def test_attention_mixes_pixels_and_heads_stay_apart():
         ({"channel_mult": 2}, r"unet cannot be built"),
         ({"dropout": 1.0}, r"dropout=1.0: must be in \[0, 1\)"),
         ({"num_classes": 0}, r"num_classes=0"),
+        ({"middle_attention": True, "attention_resolutions": [], "head_channels": 12}, r"head_channels=12: must divide the 32"),
+        ({"scale_shift_norm": "off"}, r"scale_shift_norm='off': must be true or false"),
+        ({"time_frequency": 1.0, "min_time_frequency": 1.0}, r"time_frequency=1.0: must be a number above 1, in radians"),
+        ({"min_time_frequency": 0}, r"min_time_frequency=0: must be a finite number above 0"),
         ({"widht": 16}, r"unet has no argument 'widht'; it takes width, "),
         ({"image_shape": [1, 8, 8]}, r"unet has no argument 'image_shape'"),
     ],
@@ -162,7 +169,14 @@ def test_images_of_a_batch_do_not_see_each_other():
     assert torch.allclose(net(x, t, y), alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("args", [{"num_classes": 2}, {"patch": 2, "channel_mult": [1, 2, 2], "attention_resolutions": [2, 8]}])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"num_classes": 2},
+        {"patch": 2, "channel_mult": [1, 2, 2], "attention_resolutions": [2, 8]},
+        {"middle_attention": True, "scale_shift_norm": False, "resblock_updown": False},
+    ],
+)
 def test_the_gradient_reaches_every_parameter(args):
     net = perturbed(models.build("unet", (1, 16, 16), SMALL | {"attention_resolutions": [8]} | args))
     y = torch.tensor([0, 1, 2]) if net.num_classes else None
@@ -190,6 +204,13 @@ def test_time_embedding():
     assert torch.allclose(emb[2], torch.cat([(1000 * angles).cos(), (1000 * angles).sin()]), atol=1e-3)
 
 
+def test_time_embedding_of_a_narrow_range():
+    """Frequencies 1 to 1e-4, t as it is: the features of torchcfm's U-Net."""
+    emb = sinusoidal_embedding(torch.tensor([0.5]), 8, 1.0, 1e-4)
+    angles = 0.5 * torch.tensor([1.0, 0.1, 0.01, 0.001])
+    assert torch.allclose(emb[0], torch.cat([angles.cos(), angles.sin()]), atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "args"), [("unet", SMALL), ("mini_unet", {"width": 16}), ("dit", {"width": 32, "depth": 1, "heads": 2})]
 )
@@ -209,13 +230,38 @@ def test_a_lower_time_frequency_is_smoother_in_time(name, args):
         models.build(name, (1, 8, 8), {"time_frequency": 0})
 
 
-def test_the_network_of_cifar10_has_the_usual_size():
-    """The published U-Nets of this recipe have 36 M (DDPM) to 56 M (DDPM++) parameters."""
+def test_the_network_of_cifar10_is_that_of_torchcfm():
+    """35,746,307 parameters and six attentions, as torchcfm 1.0.7 counts in its UNetModelWrapper of this recipe."""
     config = schema.load("configs/cifar10.yaml")
     with torch.device("meta"):  # shapes only
         net = models.build(config.model.name, (3, 32, 32), config.model.args)
     assert isinstance(net, UNet)
-    assert 36e6 < sum(p.numel() for p in net.parameters()) < 56e6
+    assert sum(p.numel() for p in net.parameters()) == 35_746_307
+    small = {"width": 32, "head_channels": 16}
+    assert attention_heights(models.build("unet", (3, 32, 32), config.model.args | small), (3, 32, 32)) == [16, 16, 4, 16, 16, 16]
+
+
+def conv(c_in: int, c_out: int, side: int = 3) -> int:
+    return (side**2 * c_in + 1) * c_out
+
+
+def residual(c_in: int, c_out: int, emb: int) -> int:
+    """Parameters of a residual block to which time is added: two norms, two convolutions, a projection of time, the skip."""
+    skip = conv(c_in, c_out, 1) if c_in != c_out else 0
+    return 2 * c_in + conv(c_in, c_out) + (emb + 1) * c_out + 2 * c_out + conv(c_out, c_out) + skip
+
+
+def test_parameters_of_the_ddpm_style_unet_follow_from_its_drawing():
+    """Layer by layer for two levels of 8 and 16 channels, one block each, attention in the middle only."""
+    args = SMALL | {"width": 8, "attention_resolutions": [], "middle_attention": True, "scale_shift_norm": False}
+    net = models.build("unet", (3, 8, 8), args | {"resblock_updown": False})
+    emb = 32
+    time = (8 + 1) * emb + (emb + 1) * emb
+    down = conv(3, 8) + residual(8, 8, emb) + conv(8, 8) + residual(8, 16, emb)
+    middle = 2 * residual(16, 16, emb) + 2 * 16 + conv(16, 48, 1) + conv(16, 16, 1)
+    up = residual(16 + 16, 16, emb) + residual(16 + 8, 16, emb) + conv(16, 16)  # skips: 16, and 8 from the downsampling
+    up += residual(16 + 8, 8, emb) + residual(8 + 8, 8, emb)
+    assert sum(p.numel() for p in net.parameters()) == time + down + middle + up + 2 * 8 + conv(8, 3)
 
 
 @pytest.mark.parametrize(
