@@ -66,8 +66,9 @@ class UNet(nn.Module):
                     f"head_channels={head_channels}: must divide the {width * mult} channels of the level with attention at "
                     f"{resolution} pixels"
                 )
-        if middle_attention and width * channel_mult[-1] % head_channels:
-            raise ValueError(f"head_channels={head_channels}: must divide the {width * channel_mult[-1]} channels in the middle")
+        deepest = width * channel_mult[-1]
+        if middle_attention and deepest % head_channels:
+            raise ValueError(f"head_channels={head_channels}: must divide the {deepest} channels of the middle, with attention")
         self.num_classes, self.null, self.patch = num_classes, num_classes, patch
         embedding = 4 * width
         self.width, self.time_frequency, self.min_time_frequency = width, time_frequency, min_time_frequency

@@ -237,8 +237,8 @@ def test_the_network_of_cifar10_is_that_of_torchcfm():
         net = models.build(config.model.name, (3, 32, 32), config.model.args)
     assert isinstance(net, UNet)
     assert sum(p.numel() for p in net.parameters()) == 35_746_307
-    small = {"width": 32, "head_channels": 16}
-    assert attention_heights(models.build("unet", (3, 32, 32), config.model.args | small), (3, 32, 32)) == [16, 16, 4, 16, 16, 16]
+    small = models.build("unet", (3, 32, 32), config.model.args | {"width": 32, "head_channels": 16})
+    assert attention_heights(small, (3, 32, 32)) == [16, 16, 4, 16, 16, 16]
 
 
 def conv(c_in: int, c_out: int, side: int = 3) -> int:
