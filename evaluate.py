@@ -46,7 +46,9 @@ def parse_args():
     cli.add_step_flags(parser, [100], several=True)
     cli.add_solver_flags(parser)
     parser.add_argument("--guidance_scale", nargs="+", type=cli.scale, default=[1.0], help="(default: 1, off)")
-    parser.add_argument("--labels", type=int, nargs="+", help="classes, one image after the other (default: all)")
+    parser.add_argument(
+        "--labels", nargs="+", metavar="CLASS", help="classes by name or number, one image after the other (default: all)"
+    )
     parser.add_argument(
         "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
     )
@@ -84,7 +86,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
     model = snap.model(models.build, models.codec)
     net = model.net
     runtime.place(net, accelerator, args.compile)
-    labels, prompts = asked_for(args, accelerator, snap.config, net)
+    labels, prompts = asked_for(args, accelerator, snap, net)
     plan = [
         SamplerSettings(
             method,
@@ -154,16 +156,16 @@ def score_weights(args, accelerator: Accelerator) -> None:
 
 
 def asked_for(
-    args, accelerator: Accelerator, config: Config, net: torch.nn.Module
+    args, accelerator: Accelerator, snap: snapshot.Snapshot, net: torch.nn.Module
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
     """Labels and prompts of the images: those of the command line; for a network with text one caption of each class, or
     every wording that training never saw."""
-    labels = tuple(args.labels) if args.labels else None
+    labels = cli.labels_of(args.labels, snap.class_names)
     if args.captions and not net.prompt_bytes:
         raise UserError(f"--captions {args.captions}: this network was trained without prompts (model.args.prompt_bytes)")
     if not net.prompt_bytes:
         return labels, None
-    source = config.data
+    source = snap.config.data
     with runtime.blame("data"):
         data = runtime.one_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
     names = data.class_names

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from configs import schema
 from configs.schema import Kind, UserError
-from flow.engine import checkpoint, files, runtime
+from flow.engine import checkpoint, commands, files, runtime
 
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
@@ -47,6 +47,8 @@ def open_run(
     with runtime.blame(str(stored_file)):
         stored = schema.parse(stored_file.read_text(encoding="utf-8"), source=str(stored_file), kind=kind)
     cfg = schema.load(config, overrides, base=None if config else stored, kind=kind)
+    if isinstance(cfg, schema.Config) and isinstance(stored, schema.Config):
+        schema.keep_auto_classes(cfg, stored)
     for key in filter(schema.all_keys(kind).__contains__, FIXED):
         before, now = schema.get(stored, key), schema.get(cfg, key)
         if before != now:
@@ -105,9 +107,16 @@ def environment(accelerator: Accelerator) -> dict:
 
 
 def resume_command(run_dir: Path, script: str = "train.py") -> str:
-    """What to type to go on with a run."""
-    launcher = "torchrun --nproc_per_node " + os.environ["WORLD_SIZE"] if "WORLD_SIZE" in os.environ else "python"
-    return f"{launcher} {script} -e {shlex.quote(str(run_dir))} -r latest"
+    """What to type to go on with a run. Of several machines or sharded weights only the launcher's own command knows all."""
+    arguments = [*script.split(), "-e", str(run_dir), "-r", "latest"]
+    processes = os.environ.get("WORLD_SIZE")
+    if processes is None:
+        return commands.command(*arguments)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded or os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
+        return f"the launcher of this run and {shlex.join(arguments)}"
+    launcher = f"{commands.interpreter('torchrun')} --standalone --nproc_per_node {processes}"
+    return commands.command(*arguments, launcher=launcher)
 
 
 def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Path:

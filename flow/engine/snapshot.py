@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Snapshot:
     half_life_images: int  # of the moving average
     weights: dict[str, Tensor]
     codec: Description | None = None  # of a flow on latents: the autoencoder that decodes them, see models/autoencoder.py
+    class_names: tuple[str, ...] = ()  # of the labels that the network was trained with
 
     @property
     def decoded_shape(self) -> tuple[int, ...]:
@@ -98,6 +99,7 @@ def save(
     step: int,
     half_life_images: int,
     codec: Description | None = None,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Write a snapshot, whole or not at all."""
     header = {
@@ -107,6 +109,7 @@ def save(
         "images": str(step * config.train.batch_size),
         "half_life_images": str(half_life_images),
         **({"codec": json.dumps(codec)} if codec else {}),
+        **({"class_names": json.dumps(list(class_names))} if class_names else {}),
         seal.KEY: seal.BLANK,
     }
     with files.atomic_file(path) as temporary:
@@ -153,13 +156,17 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
         raise UserError(f"--weights {path}: has changed since it was written (its digest does not fit)")
     stored = schema.parse(header["config"], source=f"--weights {path}")
     config = schema.load(config_path, overrides) if config_path else schema.load(None, overrides, base=stored)
+    schema.keep_auto_classes(config, stored)
     try:
         image_shape = tuple(int(side) for side in json.loads(header["image_shape"]))
         step, images, half_life_images = (int(header[name]) for name in ("step", "images", "half_life_images"))
         codec = json.loads(header["codec"]) if "codec" in header else None
+        class_names = json.loads(header.get("class_names", "[]"))
+        if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+            raise ValueError("class_names is not a list of names")
     except (ValueError, TypeError) as error:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
-    return Snapshot(path, config, image_shape, step, images, half_life_images, tensors, codec)
+    return Snapshot(path, config, image_shape, step, images, half_life_images, tensors, codec, tuple(class_names))
 
 
 def find(path: Path) -> Path:
