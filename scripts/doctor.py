@@ -182,8 +182,9 @@ def without_data(cfg: Config) -> str:
             except ValueError:
                 if shape in (expected, USUAL_SHAPES[-1]):
                     raise
+    about = "" if expected else "about "
     kind = "x".join(map(str, shape))
-    return f"{cfg.model.name}, {parameters(net)} for data of shape {kind}; whether it fits the data is not checked without them"
+    return f"{cfg.model.name}, {about}{parameters(net)} (for data of shape {kind}); whether it fits the data is not known yet"
 
 
 def batch(patient: Patient) -> Lines:
