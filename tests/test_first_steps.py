@@ -31,7 +31,7 @@ TINY = {
     "evaluate.py": "--n_samples 4 --sampling_steps 1 --metrics fid -mp no",
     "scripts.make_pairs": "--n_pairs 8 --sampling_steps 1 -mp no",
     "scripts.tune_grid": "--methods ab2 --steps 6 --n_images 4 --fine_steps 16 --evaluations 30",
-    "scripts.solver_study": "--n_images 2 --sampling_steps 6 --methods ab2 -mp no",
+    "scripts.solver_study": "--n_images 2 --sampling_steps 6 --methods ab2 --until 0.5 -mp no",
     "scripts.animate": "--n 4 --frames 2 --steps_a_frame 1 --sampling_method euler",
     "scripts.compare": "--n_samples 4 --frames 2",
     "scripts.likelihood": "--n_images 2 --rtol 0.5 --atol 0.5",
@@ -44,7 +44,8 @@ SHORTER = {"--nfe 5 10 20 50": "--nfe 10", "--fd 2000": "--fd 4", "--n_samples 1
 SHORTER |= {"--sampling_steps 5 50 ": "", "--double --until 0.9": "--until 0.9"}
 ELSEWHERE = ("make ", "source ")  # the environment
 # Chains of processes, run by tests of their own, with what needs their runs; and Inception's features of CIFAR-10.
-SLOW = ("scripts.rectify", "runs/mnist_rectify", "scripts.benchmark", "evaluate.py --weights runs/cifar10")
+LEFT_OUT = ("scripts.rectify", "runs/mnist_rectify", "scripts.benchmark", "evaluate.py --weights runs/cifar10")
+SLOW = ("runs/mnist_smooth",)  # what is also run with other weights
 SUGGESTION = re.compile(r"with: (.+)$", re.M)
 
 
@@ -108,11 +109,12 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
     return script, [*arguments, *more]
 
 
-def test_readme_in_order_with_every_suggested_command(here, home):
+@pytest.mark.parametrize("left_out", [LEFT_OUT + SLOW, pytest.param(LEFT_OUT, marks=pytest.mark.slow)], ids=["short", "all"])
+def test_readme_in_order_with_every_suggested_command(here, home, left_out):
     """In one folder, from top to bottom; after each command those that it suggests, as they are printed."""
     suggested = set()
     for words in readme_commands():
-        if any(mark in " ".join(words) for mark in SLOW):
+        if any(mark in " ".join(words) for mark in left_out):
             continue
         script, arguments = tiny(words)
         said = here(script.removeprefix("scripts.").removesuffix(".py"), *arguments)
