@@ -69,7 +69,10 @@ def parse_args():
     cli.add_solver_flags(parser)
     parser.add_argument("--guidance_scale", nargs="+", type=cli.scale, default=[1.0], help="(default: 1, off)")
     parser.add_argument(
-        "--labels", type=int, nargs="+", help="classes in turn (default: each as often as in the reference or training set)"
+        "--labels",
+        nargs="+",
+        metavar="CLASS",
+        help="classes by name or number, in turn (default: each as often as in the reference or training set)",
     )
     parser.add_argument(
         "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
@@ -118,6 +121,7 @@ def score_weights(args, accelerator: Accelerator) -> None:
     if args.reference is None or net.prompt_bytes:
         snap.check_data()
     runtime.place(net, accelerator, args.compile)
+    args.labels = cli.labels_of(args.labels, snap.class_names)
     captions_of = captions_by_class(args, accelerator, snap.config, net)
     labels, prompts = conditions_in_turn(args.labels, captions_of)
     plan = [

@@ -44,7 +44,9 @@ def parse_args():
     cli.add_solver_flags(parser)
     parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
-    parser.add_argument("--labels", type=int, nargs="+", help="classes, one image after the other (default: all)")
+    parser.add_argument(
+        "--labels", nargs="+", metavar="CLASS", help="classes by name or number, one image after the other (default: all)"
+    )
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
@@ -59,7 +61,7 @@ def main() -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model(models.build, models.codec)
     net = model.net
-    labels = tuple(args.labels) if args.labels else None
+    labels = cli.labels_of(args.labels, snap.class_names)
     prompts = tuple(args.prompts) if args.prompts else None
     method = args.sampling_method
     [steps] = cli.steps_of(args, method)

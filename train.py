@@ -14,7 +14,7 @@ from configs import schema
 from configs.schema import Config, UserError
 from datasets import captions
 from flow import coupling, loss, rng, time_sampler
-from flow.engine import checkpoint, cli, run_folder, runtime, snapshot
+from flow.engine import checkpoint, cli, commands, files, run_folder, runtime, snapshot
 from flow.engine.ahead import ahead
 from flow.engine.ema import Ema
 from flow.engine.generate import SamplerSettings, check
@@ -33,6 +33,8 @@ EXAMPLES = """\
   accelerate-launch train.py -c configs/mnist.yaml -r latest
   accelerate-launch --multi_gpu --num_processes 8 train.py -c configs/cifar10.yaml -mp bf16"""
 
+NAMED_CLASSES = 10  # in the log
+
 
 def parse_args():
     return cli.parse_training(cli.add_resume_flag(cli.Parser(__doc__, EXAMPLES)))
@@ -47,6 +49,9 @@ def main() -> None:
     # Data, network and optimizer: whatever is wrong with the configuration comes out here, before a folder is made.
     with runtime.blame("data"):
         data = runtime.one_process_first(accelerator, lambda: datasets.build(cfg.data.name, cfg.data.root, cfg.data.args))
+    class_names = data.class_names if data.labels is not None else ()
+    if not args.resume:
+        schema.set_auto_classes(cfg, class_names)
     torch.manual_seed(cfg.seed)  # of the initial weights
     with runtime.blame("model"):
         net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
@@ -68,6 +73,7 @@ def main() -> None:
     loader = Loader.of(accelerator, cfg, data)
     pairing = pairing_of(cfg, data, loader.micro)
     checkpoints = run_dir / "checkpoints"
+    trained_names = class_names if net.null is not None else ()  # which the snapshots carry
     found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
     if cfg.train.init_from and not found:
         with runtime.blame("train.init_from"):
@@ -128,7 +134,7 @@ def main() -> None:
 
         def write_averages(folder: Path) -> None:
             for i, name in enumerate(checkpoint.ema_files(half_lives)):
-                snapshot.save(folder / name, averages[i], cfg, data.image_shape, step, half_lives[i], data.codec)
+                snapshot.save(folder / name, averages[i], cfg, data.image_shape, step, half_lives[i], data.codec, trained_names)
 
         saved = checkpoint.save(accelerator, checkpoints, step, state, write_averages)
         if accelerator.is_main_process:
@@ -182,7 +188,14 @@ def main() -> None:
     accelerator.end_training()
     if not done:
         stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir, config=cfg)}")
-    tracker.say(f"finished step {step}; sample with: python sample.py --weights {run_dir} --n_samples 64 --save_dir samples")
+    tracker.say(f"finished step {step}; sample with: {sample_command(run_dir, net, data)}")
+
+
+def sample_command(run_dir: Path, net: torch.nn.Module, data) -> str:
+    """What to type to sample from the run, into a folder that is free."""
+    prompts = ["--prompts", captions.plain(data.class_names[0])] if net.prompt_bytes else []
+    folder = files.free_folder(Path("samples") / run_dir.name)
+    return commands.command("sample.py", "--weights", run_dir, "--n_samples", "64", "--save_dir", folder, *prompts)
 
 
 def condition(net: torch.nn.Module, data, batch: MicroBatch, seed: int) -> torch.Tensor | None:
@@ -239,8 +252,15 @@ def introduce(tracker: Tracker, accelerator: Accelerator, cfg: Config, data, net
     processes, micro = accelerator.num_processes, cfg.train.accumulate
     share = cfg.train.batch_size // (processes * micro)
     epochs = cfg.train.steps * cfg.train.batch_size / len(data)
-    told = f"{net.num_classes} classes" if net.num_classes is not None else "no labels"
+    told = "no labels"
+    if net.num_classes is not None:
+        shown = data.class_names[:NAMED_CLASSES]
+        told = f"{net.num_classes} classes ({', '.join(shown)}{', ...' * (len(data.class_names) > len(shown))})"
+    elif data.labels is not None and "num_classes" not in cfg.model.args:
+        told += f" (model.args.num_classes=auto would use the {len(data.class_names)} classes of the data set)"
     told = f"prompts of at most {net.prompt_bytes} bytes" if net.prompt_bytes else told
+    for note in getattr(data, "notes", []):
+        tracker.say(f"note: {note}")
     tracker.say(f"data: {cfg.data.name}, {len(data):,} {what}; model: {cfg.model.name}, {size}, {told}")
     tracker.say(
         f"batch: {cfg.train.batch_size} images = {processes} process(es) x {micro} micro-batch(es) x {share}; "

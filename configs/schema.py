@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,9 @@ _NOT_NEGATIVE = (
 Kind = TypeVar("Kind")  # a configuration: a dataclass of keys and sections with validate()
 
 
+AUTO = "auto"  # of model.args.num_classes: as many as the data set has
+
+
 class UserError(ValueError):
     """A mistake of the user: the entry scripts print its one line and leave with exit code 2."""
 
@@ -62,7 +66,7 @@ class ModelConfig:
     name: str = "unet"  # a key of models.MODELS
     args: dict[str, Any] = field(
         default_factory=dict
-    )  # arguments of the network; num_classes switches labels on, prompt_bytes prompts
+    )  # arguments of the network; num_classes (N, null, or auto as for data.name=folder): labels; prompt_bytes: prompts
 
 
 @dataclass
@@ -218,7 +222,28 @@ def get(config: Any, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), config)
 
 
-def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str:
+def wants_auto_classes(config: Config) -> bool:
+    """Whether the data set decides the number of classes: num_classes=auto, or unset for a folder without prompts."""
+    args = config.model.args
+    default = AUTO if config.data.name == "folder" and not args.get("prompt_bytes") else None
+    return args.get("num_classes", default) == AUTO
+
+
+def set_auto_classes(config: Config, class_names: Sequence[str]) -> None:
+    """Replace num_classes=auto by the number of classes, or by null for fewer than two, which leave nothing to choose."""
+    if wants_auto_classes(config):
+        config.model.args["num_classes"] = len(class_names) if len(class_names) > 1 else None
+
+
+def keep_auto_classes(config: Config, stored: Config) -> None:
+    """Replace num_classes=auto by what a run or snapshot was trained with."""
+    if wants_auto_classes(config):
+        config.model.args.pop("num_classes", None)
+        if "num_classes" in stored.model.args:
+            config.model.args["num_classes"] = stored.model.args["num_classes"]
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
     """' Did you mean X?' or '' — the tail of an error about an unknown name."""
     matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if not matches:  # `steps` for `train.steps`

@@ -24,6 +24,9 @@ DATASETS = {
     "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "pairs": pairs,
     "latents": latents, "toys": toys,
 }  # fmt: skip
+SHAPES: dict[str, tuple[int, ...]] = {
+    "digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "toys": (2,),
+}  # fmt: skip
 _ORIGINS = {"pairs": pairs_origin, "latents": latents_origin}
 
 
@@ -82,6 +85,13 @@ def held_out(source: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     if name == "toys":
         return "new points", {**source, "args": {**args, "seed": args.get("seed", 0) + 1}}
     return None
+
+
+def expected_shape(name: str, args: dict[str, Any]) -> tuple[int, ...] | None:
+    """The shape of what a network sees of the data set, (C, H, W) or (2,), where it is known without its files."""
+    if name == "folder" and type(args.get("size")) is int and args.get("channels", 3) in (1, 3):
+        return args.get("channels", 3), args["size"], args["size"]
+    return SHAPES.get(name)
 
 
 def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Latents | Points:

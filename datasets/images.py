@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datasets.shards import below
 
+NAMED_FILES = 5  # of those that are skipped, in a note
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 # What Pillow may read, whatever a file is called: among its other formats is EPS, for which it starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -46,8 +47,9 @@ class Images:
 class Folder:
     """Image files below a folder, decoded on access: centre crop to a square, resize to `size`.
 
-    Subfolders are classes, in alphabetical order; without subfolders there are no labels. Alpha is laid over white,
-    rotation flags of cameras are applied, of an animation the first frame counts.
+    Subfolders are classes, in alphabetical order; without subfolders, or with images beside them, there are no labels. Alpha
+    is laid over white, rotation flags of cameras are applied, of an animation the first frame counts. Files that are not images
+    by their suffix and hidden ones (`.x`, the `._x.png` of macOS) are skipped. `notes` are lines about what was skipped.
     """
 
     codec = None  # pixels
@@ -61,10 +63,14 @@ class Folder:
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"size={size!r}: must be a whole number of at least 1, or null")
         self.path, self.size, self.channels = path, size, channels
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        files, skipped = _scan(path)
         if not files:
             raise FileNotFoundError(f"path={path}: holds no image ({' '.join(IMAGE_SUFFIXES)})")
+        self.notes = [f"path={path}: skipped {_listed(skipped)}, not images"] if skipped else []
         top = [p.relative_to(path).parts for p in files]
+        beside = [parts[0] for parts in top if len(parts) == 1]
+        if 0 < len(beside) < len(top):
+            self.notes.append(f"path={path}: no classes, as {_listed(beside)} beside the subfolders; move what lies there")
         nested = all(len(parts) > 1 for parts in top)
         self.class_names = tuple(sorted({parts[0] for parts in top})) if nested else ()
         class_of = {name: i for i, name in enumerate(self.class_names)}
@@ -112,6 +118,25 @@ class Folder:
             image = image.crop((left, top, left + side, top + side))
             image = image.resize((self.size, self.size), Image.Resampling.LANCZOS)
         return image
+
+
+def _scan(path: Path) -> tuple[list[Path], list[str]]:
+    """The images below a folder, sorted, and the names of the other files there, relative to it."""
+    images, others = [], []
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        relative = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if file.suffix.lower() in IMAGE_SUFFIXES and not hidden:
+            images.append(file)
+        else:
+            others.append(str(relative))
+    return images, others
+
+
+def _listed(names: list[str]) -> str:
+    """'3 files (a, b, c)', or the first few of more."""
+    more = ", ..." if len(names) > NAMED_FILES else ""
+    return f"{len(names)} file{'s' * (len(names) > 1)} ({', '.join(names[:NAMED_FILES])}{more})"
 
 
 def folder(root: Path, path: str, size: int | None = None, channels: int = 3) -> Folder:

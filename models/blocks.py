@@ -8,14 +8,21 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Residual block, optionally resampling by 2 and followed by self-attention: [B, c_in, H, W] -> [B, c_out, H', W']."""
+    """Residual block, optionally resampling by 2 and followed by self-attention: [B, c_in, H, W] -> [B, c_out, H', W'].
 
-    def __init__(self, c_in: int, c_out: int, embedding: int, dropout: float, heads: int = 0, resampling: str = ""):
+    The embedding of time [B, embedding] scales and shifts what the second group norm leaves (the adaptive group norm of
+    Dhariwal & Nichol 2021, arXiv:2105.05233); with scale_shift=False it is added before that norm, as in DDPM (Ho et al. 2020).
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, embedding: int, dropout: float, heads: int = 0, resampling: str = "",
+        scale_shift: bool = True,
+    ):  # fmt: skip
         super().__init__()
-        self.resampling = resampling
+        self.resampling, self.scale_shift = resampling, scale_shift
         self.norm1 = group_norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.modulation = nn.Linear(embedding, 2 * c_out)
+        self.modulation = nn.Linear(embedding, 2 * c_out if scale_shift else c_out)
         self.norm2 = group_norm(c_out)
         self.dropout = Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
@@ -24,10 +31,29 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(resample(F.silu(self.norm1(x)), self.resampling))
-        scale, shift = self.modulation(emb)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        modulation = self.modulation(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        else:
+            h = F.silu(self.norm2(h + modulation))
         h = self.skip(resample(x, self.resampling)) + self.conv2(self.dropout(h))
         return self.attention(h)
+
+
+class ConvResampling(nn.Module):
+    """A convolution that halves the side, or doubles it after nearest-neighbor upsampling: [B, C, H, W] -> [B, C, H', W'].
+
+    The resampling of DDPM (Ho et al. 2020, appendix B); the embedding is not used.
+    """
+
+    def __init__(self, channels: int, resampling: str):
+        super().__init__()
+        self.resampling = resampling
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resampling == "down" else 1, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(resample(x, "up") if self.resampling == "up" else x)
 
 
 class Attention(nn.Module):
@@ -88,21 +114,24 @@ class Dropout(nn.Module):
         return x * kept.to(x.dtype).div_(1 - self.p)
 
 
-def sinusoidal_embedding(t: Tensor, dim: int, fastest: float) -> Tensor:
-    """Features [B, dim] of t [B] in [0, 1]: cosines and sines of t times geometric frequencies, `fastest` to 0.1 radians.
+def sinusoidal_embedding(t: Tensor, dim: int, fastest: float, slowest: float = 0.1) -> Tensor:
+    """Features [B, dim] of t [B] in [0, 1]: cosines and sines of t times geometric frequencies, from `fastest` down towards
+    `slowest` radians.
 
     The positions of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5); DDPM's, for 1000 timesteps, are fastest = 1000.
     A flow is only as smooth in time as these features: solvers reach their order on steps well below 1 / fastest.
     """
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(fastest / 0.1) / half))
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(fastest / slowest) / half))
     angles = fastest * t[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def check_time_frequency(value: float) -> None:
-    if not isinstance(value, int | float) or not 0.1 < value < math.inf:
-        raise ValueError(f"time_frequency={value!r}: must be a number above 0.1, in radians")
+def check_time_frequency(value: float, slowest: float = 0.1) -> None:
+    if not isinstance(slowest, int | float) or not 0 < slowest < math.inf:
+        raise ValueError(f"min_time_frequency={slowest!r}: must be a finite number above 0, in radians")
+    if not isinstance(value, int | float) or not slowest < value < math.inf:
+        raise ValueError(f"time_frequency={value!r}: must be a number above {slowest:g}, in radians")
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -1,14 +1,17 @@
-"""The U-Net of diffusion models: residual blocks with adaptive group norm, attention at chosen resolutions.
+"""The U-Net of diffusion models: residual blocks under group norm, attention at chosen resolutions.
 
-The ADM network (Dhariwal & Nichol 2021, arXiv:2105.05233, section 3) on the skeleton of DDPM (Ho et al. 2020) with the
-residual up- and downsampling of DDPM++ (Song et al. 2021, arXiv:2011.13456, appendix H).
+The skeleton is DDPM's (Ho et al. 2020, appendix B). By default time scales and shifts every block and the blocks themselves
+resample, as in ADM (Dhariwal & Nichol 2021, arXiv:2105.05233, section 3), but without ADM's attention between the middle
+blocks, which `middle_attention` adds. With middle_attention=true, scale_shift_norm=false, resblock_updown=false,
+time_frequency=1 and min_time_frequency=1e-4 it is the CIFAR-10 network of torchcfm (configs/cifar10.yaml), which is ADM's code
+with those two options off.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Block, check_time_frequency, group_norm, sinusoidal_embedding, zero
+from models.blocks import Block, ConvResampling, check_time_frequency, group_norm, sinusoidal_embedding, zero
 
 
 class UNet(nn.Module):
@@ -28,16 +31,27 @@ class UNet(nn.Module):
         patch: int = 1,
         time_frequency: float = 1000.0,
         num_classes: int | None = None,
+        middle_attention: bool = False,
+        scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+        min_time_frequency: float = 0.1,
     ):
         """image_shape: (C, H, W). width: channels of the first level. channel_mult: multiple of it per level, each level
         half the resolution of the one before. attention_resolutions: in pixels of height; each must be that of a level.
         patch: the first level works on patches of this side as channels, which costs patch^2 times less.
         time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
         num_classes: None for an unconditional network; label num_classes is the null label.
+        middle_attention: attention between the two blocks at the lowest resolution, whether that is named or not.
+        scale_shift_norm: time scales and shifts normalized features; false: it is added to them before they are normalized.
+        resblock_updown: residual blocks change the resolution; false: single convolutions do.
+        min_time_frequency: slowest feature of t in radians.
         """
         super().__init__()
-        check_time_frequency(time_frequency)
-        _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes)
+        check_time_frequency(time_frequency, min_time_frequency)
+        switches = {
+            "middle_attention": middle_attention, "scale_shift_norm": scale_shift_norm, "resblock_updown": resblock_updown,
+        }  # fmt: skip
+        _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes, switches)
         channels, height = image_shape[0] * patch**2, image_shape[1] // patch
         resolutions = [height // 2**level for level in range(len(channel_mult))]
         for resolution in attention_resolutions:
@@ -52,41 +66,51 @@ class UNet(nn.Module):
                     f"head_channels={head_channels}: must divide the {width * mult} channels of the level with attention at "
                     f"{resolution} pixels"
                 )
+        deepest = width * channel_mult[-1]
+        if middle_attention and deepest % head_channels:
+            raise ValueError(f"head_channels={head_channels}: must divide the {deepest} channels of the middle, with attention")
         self.num_classes, self.null, self.patch = num_classes, num_classes, patch
         embedding = 4 * width
-        self.width, self.time_frequency = width, time_frequency
+        self.width, self.time_frequency, self.min_time_frequency = width, time_frequency, min_time_frequency
         self.time_mlp = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.label_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes is not None else None
 
-        def block(c_in: int, c_out: int, resolution: int, resampling: str = "") -> Block:
-            heads = c_out // head_channels if resolution in attention_resolutions and not resampling else 0
-            return Block(c_in, c_out, embedding, dropout, heads, resampling)
+        def block(c_in: int, c_out: int, attention: bool) -> Block:
+            heads = c_out // head_channels if attention else 0
+            return Block(c_in, c_out, embedding, dropout, heads, scale_shift=scale_shift_norm)
 
+        def resampling(channels: int, direction: str) -> nn.Module:
+            if not resblock_updown:
+                return ConvResampling(channels, direction)
+            return Block(channels, channels, embedding, dropout, resampling=direction, scale_shift=scale_shift_norm)
+
+        attends = [resolution in attention_resolutions for resolution in resolutions]
         c = width
         self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
         self.down = nn.ModuleList()
         skips = [c]
         for level, mult in enumerate(channel_mult):
             for _ in range(blocks_per_level):
-                self.down.append(block(c, width * mult, resolutions[level]))
+                self.down.append(block(c, width * mult, attends[level]))
                 c = width * mult
                 skips.append(c)
             if level + 1 < len(channel_mult):
-                self.down.append(block(c, c, resolutions[level], resampling="down"))
+                self.down.append(resampling(c, "down"))
                 skips.append(c)
-        self.middle = nn.ModuleList([block(c, c, resolutions[-1]), Block(c, c, embedding, dropout)])
+        self.middle = nn.ModuleList([block(c, c, middle_attention or attends[-1]), block(c, c, False)])
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for _ in range(blocks_per_level + 1):
-                self.up.append(block(c + skips.pop(), width * mult, resolutions[level]))
+                self.up.append(block(c + skips.pop(), width * mult, attends[level]))
                 c = width * mult
             if level > 0:
-                self.up.append(block(c, c, resolutions[level], resampling="up"))
+                self.up.append(resampling(c, "up"))
         self.norm_out = group_norm(c)
         self.conv_out = zero(nn.Conv2d(c, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, 4 width]
+        features = sinusoidal_embedding(t, self.width, self.time_frequency, self.min_time_frequency)
+        emb = self.time_mlp(features)  # [B, 4 width]
         if self.label_embedding is not None:
             if y is None:
                 raise ValueError("this network is class-conditional: it needs labels y [B]")
@@ -104,7 +128,10 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
-def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes) -> None:
+def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes, switches) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: must be true or false")
     counts = {"width": width, "blocks_per_level": blocks_per_level, "head_channels": head_channels, "patch": patch}
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:

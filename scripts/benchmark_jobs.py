@@ -111,7 +111,9 @@ def material(job: dict):
 
     cfg = schema.load(job["config"], job["overrides"])
     with runtime.blame("data"):
-        return cfg, datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
+        data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
+    schema.set_auto_classes(cfg, data.class_names if data.labels is not None else ())
+    return cfg, data
 
 
 def condition(net, n: int):

@@ -23,7 +23,7 @@ from configs import schema
 from configs.schema import UserError
 from datasets.shards import MANIFEST, damage_of, read_shard, save_shard
 from flow import rng
-from flow.engine import cli, files, images, runtime
+from flow.engine import cli, commands, files, images, runtime
 from flow.engine.generate import batches, share
 from flow.engine.images import to_network, to_uint8
 from flow.engine.reading import Data, read_images
@@ -64,6 +64,8 @@ def main() -> None:
         data = runtime.one_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
         if data.codec or len(data.image_shape) != 3:
             raise ValueError(f"data.name={source.name}: holds no images that could be encoded")
+    for note in getattr(data, "notes", []):
+        accelerator.print(f"note: {note}")
     with runtime.blame("--vae"):
         vae = runtime.one_process_first(accelerator, lambda: autoencoder.load(args.vae)).to(accelerator.device)
         latent_shape = vae.latent_shape(data.image_shape)
@@ -91,12 +93,22 @@ def main() -> None:
     if accelerator.is_main_process:
         write_manifest(args, source, data, vae, settings[0], plan)
     accelerator.wait_for_everyone()
-    accelerator.print(
-        f"latents of {len(data)} images in {args.save_dir}, {made} of them made now; train on them with data.name=latents "
-        f"data.args.path={args.save_dir}"
-    )
+    train = train_command(args.save_dir, data, latent_shape)
+    accelerator.print(f"latents of {len(data)} images in {args.save_dir}, {made} of them made now; train on them with: {train}")
     if args.check:
         check(args, accelerator, data)
+
+
+def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]) -> str:
+    """What to type to train a small transformer on the latents."""
+    overrides = {"data.args.path": str(save_dir), "model.args.num_classes": schema.AUTO}
+    if data.labels is None or len(data.class_names) < 2:
+        overrides["preview.guidance_scale"] = 1
+    if latent_shape[1] % 2 or latent_shape[2] % 2:
+        overrides["model.args.patch"] = 1
+    folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_dit"))
+    config = commands.shipped("mnist_latent_dit.yaml")
+    return commands.command("train.py", "-c", config, "-e", folder, *(commands.override(k, v) for k, v in overrides.items()))
 
 
 def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:

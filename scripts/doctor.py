@@ -33,6 +33,7 @@ EXAMPLES = """\
   python -m scripts.doctor -c configs/cifar10.yaml -mp bf16 train.batch_size=256
   accelerate-launch --config_file configs/accelerate/eight_gpus.yaml -m scripts.doctor -c configs/cifar10.yaml -mp bf16"""
 IMAGES_LOOKED_AT = 500
+USUAL_SHAPES = ((4, 32, 32), (3, 64, 64), (1, 28, 28), (1, 8, 8), (2,))  # that stand in for missing latents and images
 GIB = 2**30
 
 
@@ -125,6 +126,8 @@ def data(patient: Patient) -> Lines:
     patient.data = found
     told = f"{cfg.name}, {len(found):,} of shape {'x'.join(map(str, found.image_shape))}"
     told += f", {len(found.class_names)} classes" if found.labels is not None else ", no labels"
+    for note in getattr(found, "notes", []):
+        yield "warn", note
     if hasattr(found, "images"):
         if not torch.isfinite(found.images if found.images.is_floating_point() else torch.zeros(1)).all():
             yield "fail", f"{told}: not all values are finite numbers; make it again"
@@ -143,14 +146,18 @@ def data(patient: Patient) -> Lines:
 
 def network(patient: Patient) -> Lines:
     """Fits the images and the labels; attention that matches no level is refused by the network."""
+    cfg, names = patient.cfg, ()
+    if patient.data is not None and patient.data.labels is not None:
+        names = patient.data.class_names
+    schema.set_auto_classes(cfg, names)
     if patient.data is None:
+        yield "pass", without_data(cfg)
         return
-    cfg = patient.cfg
     with runtime.blame("model"), torch.device("meta"):
         patient.net = models.build(cfg.model.name, patient.data.image_shape, cfg.model.args)
+    told = f", {patient.net.num_classes} classes" if patient.net.num_classes is not None else ""
+    yield "pass", f"{cfg.model.name}, {parameters(patient.net)}{told}"
     train.check_conditions(cfg, patient.data, patient.net)
-    size = sum(p.numel() for p in patient.net.parameters())
-    yield "pass", f"{cfg.model.name}, {size / 1e6:.2f} M parameters"
     if patient.data.labels is not None and not (patient.net.num_classes or patient.net.prompt_bytes):
         yield (
             "warn",
@@ -158,6 +165,26 @@ def network(patient: Patient) -> Lines:
         )
     if cfg.model.name == "unet" and not cfg.model.args.get("attention_resolutions", [1]):
         yield "warn", "model.args.attention_resolutions=[]: a U-Net without attention; name a level's side in pixels"
+
+
+def parameters(net: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
+
+
+def without_data(cfg: Config) -> str:
+    """The network and its size where there are no data: for the shape that they have, or for a usual one that fits."""
+    expected = datasets.expected_shape(cfg.data.name, cfg.data.args)
+    with runtime.blame("model"), torch.device("meta"):
+        for shape in [expected] if expected else USUAL_SHAPES:
+            try:
+                net = models.build(cfg.model.name, shape, cfg.model.args)
+                break
+            except ValueError:
+                if shape in (expected, USUAL_SHAPES[-1]):
+                    raise
+    about = "" if expected else "about "
+    kind = "x".join(map(str, shape))
+    return f"{cfg.model.name}, {about}{parameters(net)} (for data of shape {kind}); whether it fits the data is not known yet"
 
 
 def batch(patient: Patient) -> Lines:

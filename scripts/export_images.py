@@ -12,7 +12,7 @@ from PIL import Image
 import datasets
 from configs import schema
 from configs.schema import UserError
-from flow.engine import cli, files, images, runtime
+from flow.engine import cli, commands, files, images, runtime
 
 EXAMPLES = "  python -m scripts.export_images --save_dir data/mnist64 --size 64 data.name=mnist"
 AHEAD = 1000  # images a round
@@ -50,8 +50,11 @@ def main() -> None:
             part = range(start, min(start + AHEAD, count))
             list(pool.map(write, part))
             bar.update(len(part))
-    told = f", channels: {data.image_shape[0]}" if data.image_shape[0] != 3 else ""
-    print(f"{count} images in {args.save_dir}; read them with data.name=folder data.args='{{path: {args.save_dir}{told}}}'")
+    folder = {"path": str(args.save_dir), **({"channels": 1} if data.image_shape[0] == 1 else {})}
+    run_dir = files.free_folder(Path("runs") / args.save_dir.name)
+    overrides = ["data.horizontal_flip=false", commands.override("data.args", folder)]
+    train = commands.command("train.py", "-c", commands.shipped("photos64.yaml"), "-e", run_dir, *overrides)
+    print(f"{count} images in {args.save_dir}; train on them with: {train}")
 
 
 def resized(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -30,7 +30,9 @@ def main() -> None:
         if value.is_floating_point() and not torch.isfinite(half).all():
             raise UserError(f"--weights {snap.path}: {name} has values beyond the range of fp16")
         snap.weights[name] = half
-    snapshot.save(args.out, snap.weights, snap.config, snap.image_shape, snap.step, snap.half_life_images, snap.codec)
+    snapshot.save(
+        args.out, snap.weights, snap.config, snap.image_shape, snap.step, snap.half_life_images, snap.codec, snap.class_names
+    )
     print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB, {snap.path}: {snap.path.stat().st_size / 2**20:.1f} MiB")
 
 

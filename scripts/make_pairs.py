@@ -21,7 +21,7 @@ from datasets import captions
 from datasets.pairs import Shard, damage_of, read_manifest, shards_of
 from datasets.shards import MANIFEST, save_shard
 from flow import prior, rng
-from flow.engine import cli, files, runtime, snapshot
+from flow.engine import cli, commands, files, runtime, snapshot
 from flow.engine.generate import SamplerSettings, batches, check, generate, solver_state, velocity_of
 from flow.engine.images import to_network
 from flow.guidance import FlowModel
@@ -43,7 +43,9 @@ def parse_args():
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="solver (default: heun)")
     parser.add_argument("--sampling_steps", type=cli.at_least(1), default=50, help="steps of the solver (default: 50)")
     parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
-    parser.add_argument("--labels", type=int, nargs="+", help="classes, one pair after the other (default: all)")
+    parser.add_argument(
+        "--labels", nargs="+", metavar="CLASS", help="classes by name or number, one pair after the other (default: all)"
+    )
     parser.add_argument("--inverted_share", type=cli.share, default=0.0, help="share of pairs from real images (default: 0)")
     parser.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
@@ -61,7 +63,7 @@ def main() -> None:
     source = snap.config.data
     with runtime.blame("data"):
         real = datasets.original(source.name, source.root, source.args, made=["pairs"])  # in a second round that of the first
-    labels = tuple(args.labels) if args.labels else None
+    labels = cli.labels_of(args.labels, snap.class_names)
     accelerator = runtime.start(args.mixed_precision)
     with runtime.blame("data"):
         data = runtime.one_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
@@ -122,7 +124,19 @@ def main() -> None:
             else:
                 bar.update(len(shard.indices))
     made = sum(runtime.gather_to_main(accelerator, made) or [0])
-    accelerator.print(f"{args.n_pairs} pairs in {args.save_dir}, {made} of them made now; train on them with data.name=pairs")
+    train = train_command(args.weights, args.save_dir, snap.config)
+    accelerator.print(f"{args.n_pairs} pairs in {args.save_dir}, {made} of them made now; train on them with: {train}")
+
+
+def train_command(weights: str, save_dir: Path, config: schema.Config) -> str:
+    """What to type to train the network of these weights on the pairs, from the weights."""
+    same = ["model.name", "model.args", "flow.path", "flow.prediction"]
+    overrides = {key: schema.get(config, key) for key in same} | {
+        "data.name": "pairs", "data.args.path": str(save_dir), "flow.coupling": "given", "flow.label_dropout": 0.0,
+        "train.init_from": weights,
+    }  # fmt: skip
+    folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_reflow"))
+    return commands.command("train.py", "-e", folder, *(commands.override(key, value) for key, value in overrides.items()))
 
 
 def claim(save_dir: Path, manifest: dict) -> None:

@@ -53,6 +53,7 @@ def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:
     """The network, the images and the labels of a configuration. Raises UserError for what the loop cannot train."""
     with runtime.blame("data"):
         data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
+    schema.set_auto_classes(cfg, data.class_names if data.labels is not None else ())
     with runtime.blame("model"):
         net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
     if net.prompt_bytes or not hasattr(data, "images") or data.images.dtype != torch.uint8:

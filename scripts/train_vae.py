@@ -20,7 +20,7 @@ from configs import schema
 from configs.schema import UserError
 from configs.vae import VaeConfig
 from flow import prior, rng
-from flow.engine import checkpoint, cli, files, images, run_folder, runtime
+from flow.engine import checkpoint, cli, commands, files, images, run_folder, runtime
 from flow.engine.ema import Ema
 from flow.engine.generate import share
 from flow.engine.images import to_network, to_uint8
@@ -87,6 +87,8 @@ def main() -> None:
     tracker = Tracker(accelerator, run_dir, cfg, first_step=step)
     size = f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M"
     tracker.say("autoencoder: {}, images of {}x{}x{} to latents of {}x{}x{}".format(size, *data.image_shape, *latent_shape))
+    for note in getattr(data, "notes", []):
+        tracker.say(f"note: {note}")
     tracker.say(f"data: {cfg.data.name}, {len(data):,} images; batch {cfg.train.batch_size}, {cfg.train.steps:,} steps")
 
     def save_checkpoint() -> str:
@@ -164,7 +166,9 @@ def main() -> None:
     accelerator.end_training()
     if not done:
         stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir, '-m scripts.train_vae', cfg)}")
-    tracker.say(f"finished step {step}; encode images with: python -m scripts.cache_latents --vae {run_dir / 'autoencoder'}")
+    save_dir = files.free_folder(run_dir.with_name(f"{run_dir.name}_latents"))
+    encode = ["-m", "scripts.cache_latents", "--vae", run_dir / "autoencoder", "--save_dir", save_dir]
+    tracker.say(f"finished step {step}; encode images with: {commands.command(*encode, *commands.data_overrides(cfg.data))}")
 
 
 def build(accelerator: Accelerator, cfg: VaeConfig, image_shape: tuple[int, int, int]) -> VAE:

@@ -5,6 +5,7 @@ every grid by formula on images that were not used. They are saved beside the sn
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +14,7 @@ from torch import Tensor
 import models
 from configs.schema import UserError
 from flow import prior, solvers
-from flow.engine import cli, runtime, snapshot, tuned_grids
+from flow.engine import cli, commands, files, runtime, snapshot, tuned_grids
 from flow.engine.generate import SamplerSettings, check, solver_state, times_of, velocity_of
 from flow.guidance import FlowModel
 from flow.solvers import ON_A_GRID, grid, tuning
@@ -88,12 +89,20 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
                 if tuned < held_out[best]:
                     tuned_grids.store(snap.path, method, times)
                     kept += 1
+                    example = ["--sampling_method", method, "--sampling_steps", str(n), "--grid", "tuned"]
                 else:
                     verdict = "  not kept"
                 formula = f"{best} {held_out[best]:.4f}"
                 bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
                 bar.update()
-    print(f"{kept} kept in {tuned_grids.file_of(snap.path)}; use them with --grid tuned" if kept else "nothing was kept")
+    if not kept:
+        print("nothing was kept")
+        return
+    folder = files.free_folder(Path("samples") / f"{Path(args.weights).stem}_tuned")
+    sample = ["sample.py", "--weights", args.weights, "--n_samples", "64", "--save_dir", folder, *example]
+    sample += ["--guidance_scale", f"{args.guidance_scale:g}"] if args.guidance_scale != 1 else []
+    sample += ["--prompts", *args.prompts] if args.prompts else []
+    print(f"{kept} kept in {tuned_grids.file_of(snap.path)}; use them with: {commands.command(*sample)}")
 
 
 def rms(x: Tensor) -> float:

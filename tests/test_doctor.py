@@ -140,3 +140,28 @@ def test_two_processes_are_examined_together(tmp_path):
     said = succeed("-m", "scripts.doctor", *HEALTHY, "-e", tmp_path / "run", processes=2).stdout
     assert "pass  devices: 2 process(es) on cpu" in said and "32 images = 2 process(es) x 1 micro-batch(es) x 16" in said
     assert "images/s; the first took" in said and said.count("passed") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["-c", "configs/photos64.yaml", "data.args.path=no/such"], "unet, 4.81 M parameters (for data of shape 3x64x64)"),
+        (
+            ["-c", "configs/mnist_latent_dit.yaml", "data.args.path=no/such"],
+            "dit, about 1.85 M parameters (for data of shape 4x32x32)",
+        ),
+        (["-c", "configs/mnist_reflow.yaml", "data.args.path=no/such"], "mini_unet, about 1.19 M parameters"),
+    ],
+)
+def test_the_network_is_named_where_the_data_are_missing(main_of, capsys, tmp_path, arguments, told):
+    with pytest.raises(SystemExit):
+        runtime.run(main_of("doctor", *arguments, "-e", tmp_path / "run", "train.mixed_precision=no"))
+    said = capsys.readouterr().out
+    assert "fail  data: " in said and told in said
+
+
+def test_a_network_that_cannot_be_is_named_without_the_data(main_of, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        runtime.run(main_of("doctor", "-c", "configs/photos64.yaml", "-e", tmp_path / "run", "data.args.path=no/such",
+                            "model.args.attention_resolutions=[5]"))  # fmt: skip
+    assert "fail  network: model: attention_resolutions=[5]: no level has 5 pixels" in capsys.readouterr().out

@@ -67,6 +67,13 @@ def test_sigterm_to_the_launcher_saves_one_checkpoint_and_ends_soon(tmp_path, ca
     assert checkpoint.step_of(saved) == step  # all processes agreed on it
     assert f"stopped by SIGTERM; the newest checkpoint is {saved}; go on with:" in said
     assert not list(run.rglob(".tmp-*"))
+    (resume,) = set(re.findall(r"go on with: (.+)", said))
+    environment = {**os.environ, "FLOW_NUM_THREADS": "1"}
+    again = subprocess.run(
+        f"{resume} train.steps={step + 2}", shell=True, cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert "= 2 process(es) x" in again.stdout and f"finished step {step + 2}" in again.stdout
     with capsys.disabled():
         print(f"\nSIGTERM to the end: {seconds:.1f} s")
 

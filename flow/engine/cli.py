@@ -11,6 +11,7 @@ from configs.schema import UserError
 from flow.solvers import METHODS, check_values, grid, sde, steps_within
 from flow.solvers.adaptive import ADAPTIVE
 
+NAMED_CLASSES = 20  # in an error
 _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
 
@@ -127,6 +128,24 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
         message = str(error)
         raise UserError("--sde_" + message if message.startswith("noise_scale") else f"--{message}") from None
     return tuple(taken.items())
+
+
+def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[int, ...] | None:
+    """The labels that --labels names: a class by its name, which wins, or by its number. Raises UserError for another word."""
+    if not words:
+        return None
+    labels = []
+    for word in words:
+        if word in class_names:
+            labels.append(class_names.index(word))
+        elif re.fullmatch(r"-?[0-9]{1,18}", word):
+            labels.append(int(word))
+        elif class_names:
+            shown = ", ".join(class_names[:NAMED_CLASSES]) + (", ..." if len(class_names) > NAMED_CLASSES else "")
+            raise UserError(f"--labels {word}: unknown class; the classes are {shown}.{schema.nearest(word, class_names)}")
+        else:
+            raise UserError(f"--labels {word}: the weights carry no names of classes; give numbers")
+    return tuple(labels)
 
 
 def at_least(low: int):

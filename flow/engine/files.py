@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 TEMPORARY = ".tmp-"  # prefix of what is not finished
@@ -48,6 +49,12 @@ def remove_unfinished(folder: Path) -> None:
 def holds_nothing(folder: Path) -> bool:
     """Whether a folder is empty but for what an interrupted writer left behind; False for a file."""
     return folder.is_dir() and all(path.name.startswith(TEMPORARY) for path in folder.iterdir())
+
+
+def free_folder(path: Path) -> Path:
+    """The path, or with a number behind it the first one that is not there yet or empty: for a command that is suggested."""
+    candidates = (path if k == 1 else path.with_name(f"{path.name}_{k}") for k in count(1))
+    return next(p for p in candidates if not p.exists() or holds_nothing(p))
 
 
 def sync(path: Path) -> None:

@@ -17,12 +17,18 @@ MAX_NUMBERS = 2**26  # of an image: 3 x 4,700 x 4,700
 FREE_SIZE = 100_000  # an argument of a network up to this is not compared with the file
 
 
-def read(metadata: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any] | None]:
-    """(image_shape, (step, images, half_life_images), description of the codec). Raises ValueError that names the entry."""
+def read(
+    metadata: Mapping[str, str],
+) -> tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any] | None, tuple[str, ...]]:
+    """(image_shape, (step, images, half_life_images), description of the codec, class names). Raises ValueError that names the
+    entry."""
     image_shape = _shape("image_shape", _json("image_shape", metadata["image_shape"]), (1, 3))
     counts = [_count(name, metadata[name]) for name in ("step", "images", "half_life_images")]
     codec = _codec(_json("codec", metadata["codec"]), image_shape) if "codec" in metadata else None
-    return image_shape, (counts[0], counts[1], counts[2]), codec
+    class_names = _json("class_names", metadata.get("class_names", "[]"))
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError("class_names: must be a list of names")
+    return image_shape, (counts[0], counts[1], counts[2]), codec, tuple(class_names)
 
 
 def take_places(data: DataConfig, given: Mapping[str, Any]) -> dict[str, Any]:

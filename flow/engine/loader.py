@@ -52,14 +52,16 @@ class Loader:
         """data: Images or Pairs (kept on the device where they take less than a quarter of its free memory), Folder or
         Latents.
 
-        Raises UserError where the global batch does not divide by processes x micro-batches, and for flips of latents that
-        have no flipped copies.
+        Raises UserError where the global batch does not divide by processes x micro-batches, and for flips of points and of
+        latents that have no flipped copies.
         """
         self.micro = rows_of_a_micro_batch(batch_size, world_size, accumulate)
         self.data, self.seed, self.batch_size, self.accumulate = data, seed, batch_size, accumulate
         self.rank, self.world_size = rank, world_size
         self.device, self.horizontal_flip, self.num_workers = device, horizontal_flip, num_workers
         self.latent = hasattr(data, "moments")
+        if horizontal_flip and len(data.image_shape) != 3:
+            raise UserError("data.horizontal_flip=true: points have no mirror image; set it to false")
         if self.latent and horizontal_flip and not data.has_flipped:
             raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
         self.resident = hasattr(data, "images")

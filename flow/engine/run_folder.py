@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from configs import schema, stored
 from configs.schema import Kind, UserError
-from flow.engine import checkpoint, files, runtime
+from flow.engine import checkpoint, commands, files, runtime
 
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
@@ -49,6 +49,8 @@ def open_run(
     with runtime.blame(str(stored_file)):
         before = schema.parse(stored_file.read_text(encoding="utf-8"), str(stored_file), kind, confirmed)
     cfg = cfg or schema.load(None, overrides, base=before, kind=kind)
+    if isinstance(cfg, schema.Config) and isinstance(before, schema.Config):
+        schema.keep_auto_classes(cfg, before)
     for key in filter(schema.all_keys(kind).__contains__, FIXED):
         was, now = schema.get(before, key), schema.get(cfg, key)
         if was != now:
@@ -107,9 +109,17 @@ def environment(accelerator: Accelerator) -> dict:
 
 
 def resume_command(run_dir: Path, script: str = "train.py", config: Any = None) -> str:
-    """What to type to go on with a run; of its configuration it repeats what config.yaml keeps as it was typed."""
-    launcher = "torchrun --nproc_per_node " + os.environ["WORLD_SIZE"] if "WORLD_SIZE" in os.environ else "python"
-    return shlex.join([*launcher.split(), *script.split(), "-e", str(run_dir), "-r", "latest", *stored.typed_overrides(config)])
+    """What to type to go on with a run; of its configuration it repeats what config.yaml keeps as it was typed. Of several
+    machines or sharded weights only the launcher's own command knows all."""
+    arguments = [*script.split(), "-e", str(run_dir), "-r", "latest", *stored.typed_overrides(config)]
+    processes = os.environ.get("WORLD_SIZE")
+    if processes is None:
+        return commands.command(*arguments)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded or os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
+        return f"the launcher of this run and {shlex.join(arguments)}"
+    launcher = f"{commands.interpreter('torchrun')} --standalone --nproc_per_node {processes}"
+    return commands.command(*arguments, launcher=launcher)
 
 
 def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Path:

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ class Snapshot:
     half_life_images: int  # of the moving average
     weights: dict[str, Tensor]
     codec: Description | None = None  # of a flow on latents: the autoencoder that decodes them, see models/autoencoder.py
+    class_names: tuple[str, ...] = ()  # of the labels that the network was trained with
     unconfirmed: dict[str, Any] = field(default_factory=dict)  # {key: value} that the header names and nobody has repeated
 
     @property
@@ -140,6 +141,7 @@ def save(
     step: int,
     half_life_images: int,
     codec: Description | None = None,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Write a snapshot, whole or not at all."""
     metadata = {
@@ -149,6 +151,7 @@ def save(
         "images": str(step * config.train.batch_size),
         "half_life_images": str(half_life_images),
         **({"codec": json.dumps(codec)} if codec else {}),
+        **({"class_names": json.dumps(list(class_names))} if class_names else {}),
         seal.KEY: seal.BLANK,
     }
     with files.atomic_file(path) as temporary:
@@ -194,13 +197,13 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     if carried not in (None, actual):
         raise UserError(f"--weights {path}: has changed since it was written (its digest does not fit)")
     try:
-        image_shape, counts, codec = header.read(metadata)
+        image_shape, counts, codec, class_names = header.read(metadata)
     except ValueError as error:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
     if name := first_nonfinite(tensors):
         raise UserError(f"--weights {path}: {name} holds numbers that are not finite; nothing can be sampled from it")
     config, unconfirmed = _configuration(path, metadata["config"], config_path, overrides, codec)
-    return Snapshot(path, config, image_shape, *counts, tensors, codec, unconfirmed)
+    return Snapshot(path, config, image_shape, *counts, tensors, codec, class_names, unconfirmed)
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -214,16 +217,18 @@ def _configuration(
     """The configuration of a snapshot, and the places that its header names and the command line does not."""
     source, given = f"--weights {path}", schema.overridden(overrides)
     unconfirmed: dict[str, Any] = {}
+    base, places = schema.parse_parts(text, source, Config, given)
     if config_path:
         config = schema.load(config_path, overrides)
     else:
-        base, unconfirmed = schema.parse_parts(text, source, Config, given)
+        unconfirmed = places
         if not _in_run_folder(path):
             unconfirmed |= header.take_places(base.data, given)
         config = schema.load(None, overrides, base=base)
         if config.data.name != base.data.name:  # its arguments are those of the command line
             unconfirmed = {key: value for key, value in unconfirmed.items() if not key.startswith("data.args")}
         config.typed |= {tuple(key.split(".")): value for key, value in unconfirmed.items()}  # a copy keeps them
+    schema.keep_auto_classes(config, base)
     if codec and not config.data.autoencoder and not _in_run_folder(path):
         unconfirmed.setdefault("data.autoencoder", codec["source"])
     return config, unconfirmed

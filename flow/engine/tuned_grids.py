@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from configs.schema import UserError
-from flow.engine import files
+from flow.engine import commands, files
 from flow.solvers import ON_A_GRID
 
 
@@ -28,10 +28,11 @@ def load(snapshot: Path, method: str, steps: int) -> tuple[float, ...]:
     grids = _read(snapshot)
     if str(steps) not in grids.get(method, {}):
         there = "; ".join(f"{name} {' '.join(sorted(of, key=int))}" for name, of in grids.items()) or "nothing"
+        fit: list[str | Path] = ["-m", "scripts.tune_grid", "--weights", snapshot, "--methods", method, "--steps", str(steps)]
+        fit += ["--fine_steps", str(2 * steps)] if steps > 32 else []
         raise UserError(
             f"--grid tuned: none was fitted for {method} with {steps} steps (there is: {there}); "
-            f"make one with: python -m scripts.tune_grid --weights {snapshot} --methods {method} --steps {steps}"
-            + (f" --fine_steps {2 * steps}" if steps > 32 else "")
+            f"make one with: {commands.command(*fit)}"
         )
     return tuple(grids[method][str(steps)])
 

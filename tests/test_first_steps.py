@@ -1,0 +1,130 @@
+"""The README as a new user follows it: every command in order and every command that a script suggests, at a tiny size."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+from test_readme import blocks
+
+import datasets
+from configs import schema
+
+# What follows a command to make it tiny; a later flag or key wins over an earlier one.
+TRAIN = (
+    "train.steps=2 train.batch_size=4 train.mixed_precision=no train.compile=false train.log_with=[] train.log_every_steps=1 "
+    "train.sample_every_steps=0 preview.n_samples=2 preview.sampling_steps=1 optimizer.warmup_steps=0 optimizer.lr=0.03 "
+    "ema.half_life_images=1 data.num_workers=0"
+)
+NETWORKS = {
+    "unet": "model.args.width=16 model.args.head_channels=16",
+    "mini_unet": "model.args.width=16 model.args.head_channels=16",
+    "dit": "model.args.width=32 model.args.depth=1 model.args.heads=2",
+    "mlp": "model.args.width=8",
+}
+TINY = {
+    "sample.py": "--n_samples 4 --sampling_steps 2 -mp no",
+    "evaluate.py": "--n_samples 4 --sampling_steps 1 --metrics fid -mp no",
+    "scripts.make_pairs": "--n_pairs 8 --sampling_steps 1 -mp no",
+    "scripts.tune_grid": "--methods ab2 --steps 6 --n_images 4 --fine_steps 16 --evaluations 30",
+    "scripts.solver_study": "--n_images 2 --sampling_steps 6 --methods ab2 --until 0.5 -mp no",
+    "scripts.animate": "--n 4 --frames 2 --steps_a_frame 1 --sampling_method euler",
+    "scripts.compare": "--n_samples 4 --frames 2",
+    "scripts.likelihood": "--n_images 2 --rtol 0.5 --atol 0.5",
+    "scripts.export_images": "--n_images 12",
+    "scripts.train_vae": TRAIN.replace("preview.n_samples=2 preview.sampling_steps=1 ", "")
+    + " autoencoder.channels=[8,8,8] preview_images=2",
+    "scripts.cache_latents": "-mp no",
+}
+SHORTER = {"--nfe 5 10 20 50": "--nfe 10", "--fd 2000": "--fd 4", "--n_samples 1020": "--n_samples 4", "--bspp 5000": ""}
+SHORTER |= {"--sampling_steps 5 50 ": "", "--double --until 0.9": "--until 0.9"}
+ELSEWHERE = ("make ", "source ")  # the environment
+# Chains of processes, run by tests of their own, with what needs their runs; and Inception's features of CIFAR-10.
+LEFT_OUT = ("scripts.rectify", "runs/mnist_rectify", "scripts.benchmark", "evaluate.py --weights runs/cifar10")
+SLOW = ("runs/mnist_smooth",)  # what is also run with other weights
+SUGGESTION = re.compile(r"with: (.+)$", re.M)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """The format of MNIST's files."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+@pytest.fixture
+def home(main_of, monkeypatch, tmp_path) -> Path:
+    """A working folder with the shipped files and small data in the place of MNIST and CIFAR-10; the current one."""
+    for name in ("configs", "docs", "train.py", "sample.py", "evaluate.py"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    rng = np.random.default_rng(0)
+    raw = tmp_path / "data/MNIST/raw"
+    raw.mkdir(parents=True)
+    digits = datasets.build("digits", None, {})
+    for part, rows in {"train": slice(0, 20), "t10k": slice(20, 40)}.items():
+        images = np.kron(digits.images[rows, 0].numpy(), np.ones((3, 3)))  # 24x24
+        write_idx(raw / f"{part}-images-idx3-ubyte", np.pad(images, ((0, 0), (2, 2), (2, 2))))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", digits.labels[rows].numpy())
+    (tmp_path / "cifar").mkdir()
+    for k in range(4):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"cifar/{k}.png")
+    monkeypatch.delenv("FLOW_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def readme_commands() -> list[list[str]]:
+    """The words of every command of the README, launchers taken away, from the script on."""
+    text = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line and not line.startswith(("#", *ELSEWHERE))]
+    for old, new in SHORTER.items():
+        lines = [line.replace(old, new) for line in lines]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    return [words[next(i for i, word in enumerate(words) if word.endswith(".py") or word == "-m") :] for words in commands]
+
+
+def tiny(words: list[str]) -> tuple[str, list[str]]:
+    """The name of the script and its arguments, followed by what makes them small."""
+    script, arguments = (words[1], words[2:]) if words[0] == "-m" else (Path(words[0]).name, words[1:])
+    if script == "scripts.doctor" or script == "train.py":
+        config = arguments[arguments.index("-c") + 1] if "-c" in arguments else None
+        overrides = [word for word in arguments if "=" in word]
+        network = schema.load(config, overrides).model.name
+        more = [*shlex.split(TRAIN), *shlex.split(NETWORKS[network])]
+        if config == "configs/cifar10.yaml":
+            more += ["data.name=folder", "data.args={path: cifar, size: 32}", "ema.warmup_ratio=0.05"]
+        if config == "configs/toy_checkerboard.yaml":
+            more += ["data.args.n=50"]
+        return script, [*arguments, *more]
+    more = shlex.split(TINY.get(script, ""))
+    if "--nfe" in arguments:
+        del more[more.index("--sampling_steps") : more.index("--sampling_steps") + 2]
+    if "dopri5" in arguments:
+        more += ["--rtol", "0.5", "--atol", "0.5"]
+    if "tuned" in arguments:
+        more += ["--sampling_steps", "6"]
+    return script, [*arguments, *more]
+
+
+@pytest.mark.parametrize("left_out", [LEFT_OUT + SLOW, pytest.param(LEFT_OUT, marks=pytest.mark.slow)], ids=["short", "all"])
+def test_readme_in_order_with_every_suggested_command(here, home, left_out):
+    """In one folder, from top to bottom; after each command those that it suggests, as they are printed."""
+    suggested = set()
+    for words in readme_commands():
+        if any(mark in " ".join(words) for mark in left_out):
+            continue
+        script, arguments = tiny(words)
+        said = here(script.removeprefix("scripts.").removesuffix(".py"), *arguments)
+        for line in SUGGESTION.findall(said):
+            program, *rest = shlex.split(line)
+            assert shutil.which(program) or Path(program).is_file(), line
+            suggested.add(script)
+            script_of, smaller = tiny(rest)
+            here(script_of.removeprefix("scripts.").removesuffix(".py"), *smaller)
+    assert suggested == {
+        "train.py", "scripts.make_pairs", "scripts.tune_grid", "scripts.train_vae", "scripts.cache_latents",
+        "scripts.export_images",
+    }  # fmt: skip

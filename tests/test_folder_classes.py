@@ -1,0 +1,114 @@
+"""A folder with a subfolder for each class: found at the start of training, named to sample.py and the others."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flow.engine import snapshot
+
+SMALL_TRAIN = [
+    "model.args={width: 16, patch: 2, channel_mult: [1, 2], attention_resolutions: [4], head_channels: 16}",
+    "train.batch_size=4", "train.sample_every_steps=0", "train.log_with=[]", "train.mixed_precision=no",
+    "data.num_workers=0", "preview.n_samples=2", "preview.sampling_steps=1",
+]  # fmt: skip
+PHOTOS = ["-c", "configs/photos64.yaml", *SMALL_TRAIN]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Two classes of 16x16 pixels with what other programs leave in such a folder."""
+    folder = tmp_path_factory.mktemp("data") / "my photos"
+    rng = np.random.default_rng(0)
+    for name in ("discs", "cats"):
+        (folder / name).mkdir(parents=True)
+        for k in range(3):
+            Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(folder / name / f"{k}.png")
+    (folder / "cats/._0.png").write_bytes(b"\0\5\26\7 resource fork")
+    (folder / ".DS_Store").write_bytes(b"\0")
+    (folder / "notes.txt").write_text("who is on these photos")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs") / "photos"
+
+
+def data(folder: Path) -> str:
+    return f"data.args={{path: '{folder}', size: 16}}"
+
+
+def test_classes_are_used_and_known_by_name(here, error, photos, trained, tmp_path):
+    said = here("train", *PHOTOS, data(photos), "-e", trained, "train.steps=1")
+    assert "2 classes (cats, discs)" in said
+    assert said.count("skipped 3 files (.DS_Store, cats/._0.png, notes.txt)") == 1, said
+    assert "num_classes: 2" in (trained / "config.yaml").read_text()
+    assert snapshot.load(trained).class_names == ("cats", "discs")
+
+    here("sample", "--weights", trained, "--n_samples", 2, "--save_dir", tmp_path / "a", "--sampling_steps", 1,
+         "--labels", "discs", "0")  # fmt: skip
+    assert json.loads((tmp_path / "a/sampling.json").read_text())["labels"] == [1, 0]
+    for script, more in {
+        "sample": ["--n_samples", 2, "--save_dir", tmp_path / "x"],
+        "make_pairs": ["--n_pairs", 2, "--save_dir", tmp_path / "x"],
+        "evaluate": ["--out", tmp_path / "x"],
+    }.items():
+        message = error(script, "--weights", trained, *more, "--labels", "discs", "disks")
+        assert "--labels disks: unknown class; the classes are cats, discs. Did you mean 'discs'?" in message
+        assert "labels: 2 is out of range" in error(script, "--weights", trained, *more, "--labels", "2")
+    assert not (tmp_path / "x").exists()
+
+
+def test_names_reach_the_pairs_and_their_snapshot(here, photos, trained, tmp_path):
+    here("make_pairs", "--weights", trained, "--n_pairs", 4, "--save_dir", tmp_path / "pairs", "--sampling_steps", 1,
+         "--labels", "discs")  # fmt: skip
+    pairs = ["data.name=pairs", f"data.args.path={tmp_path / 'pairs'}", "flow.coupling=given", f"train.init_from={trained}"]
+    small = [*SMALL_TRAIN, "model.args.blocks_per_level=1", "model.args.num_classes=auto", "train.steps=1"]
+    here("train", *small, *pairs, "-e", tmp_path / "reflow")
+    assert snapshot.load(tmp_path / "reflow").class_names == ("cats", "discs")
+
+
+def test_a_resumed_run_keeps_the_number_it_began_with(here, photos, trained):
+    for config in ([], PHOTOS):
+        assert "finished step" in here("train", *config, data(photos), "-e", trained, "-r", "latest", "train.steps=2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "stored"),
+    [
+        (["data.name=folder", *SMALL_TRAIN], "2 classes (cats, discs)", "num_classes: 2"),  # unset
+        (["data.name=folder", *SMALL_TRAIN, "model.args.num_classes=null"], ", no labels\n", "num_classes: null"),
+        (["data.name=digits", *SMALL_TRAIN], "no labels (model.args.num_classes=auto would use the 10 classes", None),
+    ],
+)
+def test_only_a_folder_has_auto_as_its_default(here, photos, tmp_path, arguments, told, stored):
+    more = [data(photos)] if "data.name=folder" in arguments else []
+    assert told in here("train", *arguments, *more, "-e", tmp_path / "run", "train.steps=1")
+    text = (tmp_path / "run/config.yaml").read_text()
+    assert stored in text if stored else "num_classes" not in text
+
+
+def test_images_beside_the_subfolders_and_a_single_class_have_no_labels(here, photos, tmp_path):
+    folder = tmp_path / "mixed"
+    (folder / "a").mkdir(parents=True)
+    for name in ("a/0.png", "a/1.png", "stray.png"):
+        Image.new("RGB", (16, 16)).save(folder / name)
+    said = here("train", *PHOTOS, data(folder), "-e", tmp_path / "one", "train.steps=1")
+    assert "no classes, as 1 file (stray.png) beside the subfolders" in said and "no labels" in said
+    (folder / "stray.png").unlink()
+    assert "no labels" in here("train", *PHOTOS, data(folder), "-e", tmp_path / "two", "train.steps=1")
+
+
+def test_a_corrupt_image_is_still_an_error_that_names_it(error, photos, tmp_path):
+    (tmp_path / "photos/a").mkdir(parents=True)
+    (tmp_path / "photos/a/broken.png").write_bytes((photos / "cats/0.png").read_bytes()[:60])
+    message = error("train", *PHOTOS, data(tmp_path / "photos"), "-e", tmp_path / "run", "train.steps=1")
+    assert "broken.png: not a readable image" in message
+
+
+def test_flips_of_points_are_refused(error, tmp_path):
+    message = error("train", "-c", "configs/toy_checkerboard.yaml", "-e", tmp_path / "run", "data.horizontal_flip=true")
+    assert message == "error: data.horizontal_flip=true: points have no mirror image; set it to false"
