@@ -265,8 +265,9 @@ def score_folder(args, accelerator: Accelerator) -> None:
     args.n_samples = len(data)
     source = real_images(args, accelerator, data.image_shape, schema.load(args.config, args.overrides))
     extractor, real = prepare(args, accelerator, data.image_shape, source)
-    if stored and stored["num_classes"] and not stored["labels"] and source and source.data.labels is not None:
-        if len(source.data.class_names) == stored["num_classes"] and len(set(source.data.labels.bincount().tolist())) > 1:
+    in_turn = stored is not None and stored["num_classes"] and not stored["labels"]
+    if in_turn and source and source.data.labels is not None and len(source.data.class_names) == stored["num_classes"]:
+        if len(set(source.data.labels.bincount().tolist())) > 1:
             accelerator.print(
                 f"warning: the images of {args.samples} take turns over the classes, which are not equally frequent in the "
                 "reference; this makes the distance larger (with --weights the classes are drawn by their frequency)"
