@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from flow import loss, solvers, time_sampler
+from flow import loss, path, solvers, time_sampler
 from flow.distill import distillation_loss, euler_times
+from flow.guidance import FlowModel, GuidedVelocity
 from flow.inversion import T_MAX, invert
 from flow.objective import objective
 from flow.path import LinearPath
@@ -80,6 +81,55 @@ def test_a_share_of_distillation_stays_flow_matching():
     between = t[:400]
     assert torch.allclose(between, (torch.arange(400) + 0.5) / 400)
     assert t[400:700].unique().tolist() == [0.0] and t[700:].unique().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("name", path.PATHS)
+@pytest.mark.parametrize("prediction", path.PREDICTIONS)
+@pytest.mark.parametrize("objective_name", ["flow_matching", "distillation"])
+def test_targets_are_bounded_up_to_the_data_end(name, prediction, objective_name):
+    """The velocity of VP has a pole at t = 1: -650 x0 at the largest float32 below, infinite there."""
+    if (objective_name, prediction) == ("distillation", "noise"):
+        return
+    p, below_one = path.build(name), torch.tensor(1.0).nextafter(torch.tensor(0.0)).item()
+    t = torch.tensor([0.0, 0.5, 0.999, 1 - 1e-6, below_one, 1.0])
+    asked = []
+
+    def net(x, t, y):
+        asked.append(t)
+        return x * 0
+
+    args = {"flow_share": 0.9} if objective_name == "distillation" else {}
+    losses = objective(objective_name, loss.l2, prediction, **args).loss(net, p, torch.ones(6, 2), torch.zeros(6, 2), t)
+    assert losses.max() < 51**2 and asked[0].max() <= torch.tensor(p.t_max)
+    assert p.target(torch.ones(6, 2), torch.zeros(6, 2), p.clip(t), prediction).abs().max() < 51
+
+
+@pytest.mark.parametrize("name", path.PATHS)
+@pytest.mark.parametrize("method", ["dopri5", "heun3"])
+def test_sampling_asks_no_later_than_training(name, method):
+    asked = []
+
+    def net(x, t, y):
+        asked.append(t.max().item())
+        return -x
+
+    velocity = GuidedVelocity(FlowModel(net, path.build(name)))
+    times = [0.0, 0.5, 1 - 1e-7, 1.0] if method == "heun3" else [0.0, 1.0]
+    assert solvers.solve(velocity, torch.ones(1, 2, dtype=torch.float64), times, method).x.isfinite().all()
+    assert 0.99 < max(asked) <= torch.tensor(path.build(name).t_max).item()
+
+
+@pytest.mark.parametrize("name", path.PATHS)
+def test_distillation_of_noise_prediction_is_refused(name, error, tmp_path):
+    """Its loss is 0 for the identity; of the others the target at t = 0 depends on the data."""
+    given = ["flow.objective=distillation", "flow.prediction=noise", f"flow.path={name}", "train.steps=1"]
+    message = error("train", "-c", "configs/digits.yaml", "-e", tmp_path / "run", *given)
+    assert not (tmp_path / "run").exists()
+    assert "flow.prediction=noise has nothing to learn at t = 0" in message and "use velocity or data" in message
+    x0, t = torch.ones(1, 2), torch.zeros(1)
+    for prediction in ("velocity", "data"):
+        a, b = (path.build(name).target(x0, x1, t, prediction) for x1 in (x0, -x0))
+        assert (a - b).abs().min() > 0.1
 
 
 def test_straightness_deviation():

@@ -219,6 +219,8 @@ def test_unknown_method_and_too_few_steps_are_named():
             solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "dopri5", rtol=value)
     with pytest.raises(ValueError, match="euler has no option 'rtol'; it takes none"):
         solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "euler", rtol=1e-3)
+    with pytest.raises(ValueError, match="'linear' is no diffusion coefficient; choose one of constant, sigma, increasing"):
+        solvers.check_values("euler_maruyama", diffusion="linear")  # SiT's is 1 - t, which is sigma
     with pytest.raises(ValueError, match="noise_scale=-1: must be 0 or more"):
         solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "euler_maruyama", noise=lambda i: 0, noise_scale=-1)
 
@@ -307,12 +309,6 @@ def test_diffusion_coefficients_are_those_of_sit(method, diffusion, form):
     for noise_scale, w in ((1.0, form(t)), (math.sqrt(2), 2 * form(t))):
         added = (step(noise_scale, 1.0) - step(noise_scale, 0.0)) / math.sqrt(h)
         assert torch.allclose(added, torch.full_like(x, math.sqrt(w)), rtol=1e-4)
-
-
-def test_linear_is_no_longer_a_name_for_two_coefficients():
-    """SiT's is 1 - t, which is sigma; t is increasing."""
-    with pytest.raises(ValueError, match="'linear' is no diffusion coefficient; choose one of constant, sigma, increasing"):
-        solvers.check_values("euler_maruyama", diffusion="linear")
 
 
 @pytest.mark.parametrize("method", SDE)
