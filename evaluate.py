@@ -265,13 +265,12 @@ def score_folder(args, accelerator: Accelerator) -> None:
     args.n_samples = len(data)
     source = real_images(args, accelerator, data.image_shape, schema.load(args.config, args.overrides))
     extractor, real = prepare(args, accelerator, data.image_shape, source)
-    in_turn = stored is not None and stored["num_classes"] and not stored["labels"]
-    if in_turn and source and source.data.labels is not None and len(source.data.class_names) == stored["num_classes"]:
-        if len(set(source.data.labels.bincount().tolist())) > 1:
-            accelerator.print(
-                f"warning: the images of {args.samples} take turns over the classes, which are not equally frequent in the "
-                "reference; this makes the distance larger (with --weights the classes are drawn by their frequency)"
-            )
+    real_labels = source.data.labels if source and len(source.data.class_names) == (stored or {}).get("num_classes") else None
+    if stored and not stored["labels"] and real_labels is not None and len(set(real_labels.bincount().tolist())) > 1:
+        accelerator.print(
+            f"warning: the images of {args.samples} take turns over the classes, which are not equally frequent in the "
+            "reference; this makes the distance larger (with --weights the classes are drawn by their frequency)"
+        )
     out = args.out or args.samples / "evaluation"
     add_control(args, accelerator, out, extractor, real, source)
 
