@@ -242,7 +242,8 @@ def prepare(
                     reference.save_cached(temporary, features, extractor.layer)
             except OSError as error:
                 accelerator.print(f"warning: the features of the reference are not cached: {error}")
-    found = reference.from_features(name if given is None else given, identity, features, extractor.layer)
+    label = given or (f"toys {build_args['name']}" if name == "toys" else name)
+    found = reference.from_features(label, identity, features, extractor.layer)
     found.log_density = getattr(data, "log_density", None)
     return extractor, found
 
