@@ -311,7 +311,8 @@ def real_images(args, accelerator: Accelerator, image_shape: tuple[int, ...], co
         if data.image_shape[1:] != image_shape[1:]:
             name = given or build["name"]
             raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
-    return Source(given or build["name"], build, data, root)
+    label = f"toys {build['args']['name']}" if build["name"] == "toys" and not given else given or build["name"]
+    return Source(label, build, data, root)
 
 
 def prepare(

@@ -115,9 +115,12 @@ def main() -> None:
         files.remove_unfinished(folder)
         shown = torch.stack([torch.from_numpy(images.read_png(png(folder, k))) for k in indices[:GRID_IMAGES]])
         cycle = len(settings.prompts or settings.labels or range(net.num_classes or 0))
-        columns = cycle if args.grid_by_class or 2 <= cycle <= 20 else 10  # one for each label or prompt, if they are few
-        picture = images.grid(shown.permute(0, 3, 1, 2), columns, args.grid_by_class)
+        one_each = args.grid_by_class or 2 <= cycle <= 20  # a column for each label or prompt, if they are few
+        names = names_of(settings, snap, net.num_classes) if one_each else []
+        picture = images.labelled_grid(shown.permute(0, 3, 1, 2), cycle if one_each else 10, names, args.grid_by_class)
         images.write_png(args.save_dir / "grid.png", picture)
+        for line in images.margin_names(names)[1]:
+            print(f"in grid.png: {line}")
         if args.npz:
             write_npz(args.save_dir / "samples.npz", folder, indices, settings, net.num_classes)
     told = f", NFE {nfe} ({forwards} network evaluations) an image" if nfe else ", all of which were there already"
@@ -147,6 +150,14 @@ def sample_points(
             np.savez(file, **arrays)
         images.write_png(args.save_dir / "grid.png", images.point_cloud(points))
         print(f"{args.n_samples} points in {args.save_dir / 'samples.npz'}, NFE {nfe}; look at grid.png there")
+
+
+def names_of(settings: SamplerSettings, snap: snapshot.Snapshot, num_classes: int | None) -> list[str]:
+    """What stands beside the images of each prompt or label: the prompt, or the name of the class or else its number."""
+    if settings.prompts:
+        return list(settings.prompts)
+    names = getattr(snap, "class_names", None) or ()
+    return [names[k] if k < len(names) else str(k) for k in settings.labels or range(num_classes or 0)]
 
 
 def png(folder: Path, index: int) -> Path:

@@ -180,7 +180,7 @@ def main() -> None:
                     with ema.applied() as averaged:
                         write_preview(
                             accelerator, replace(flow_model, net=averaged), data.image_shape, preview_settings,
-                            cfg.preview.n_samples, run_dir / "samples" / f"step_{step:08d}.png",
+                            cfg.preview.n_samples, run_dir / "samples" / f"step_{step:08d}.png", data.class_names,
                         )  # fmt: skip
                     model.train()
             if stopping:

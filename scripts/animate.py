@@ -73,7 +73,8 @@ def main() -> None:
             states, _ = trajectory(accelerator, model, snap.image_shape, indices, settings, times, tick=bar.update)
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
-            made += moving_images(args.out, [decoded(accelerator, model, x) for x in states], model.net.num_classes)
+            pixels = [images.to_uint8(decoded(accelerator, model, x)).cpu() for x in states]
+            made += moving_images(args.out, times, pixels, margin_of(settings, snap, model.net.num_classes))
         if plane and "flow" in args.pictures:
             made += moving_plane(args.out, model, times, states)
         if plane and "density" in args.pictures:
@@ -152,11 +153,20 @@ def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
     return data.log_density(at) if getattr(data, "log_density", None) else None
 
 
-def moving_images(out: Path, states: list[Tensor], classes: int | None) -> list[str]:
-    """trajectory.gif: the grid of images on its way from noise."""
-    columns = classes or 10
-    frames = [images.grid(images.to_uint8(x).cpu(), columns).permute(1, 2, 0).numpy() for x in states]
-    return animation.write(out / "trajectory.gif", [np.repeat(f, 3, axis=2) if f.shape[2] == 1 else f for f in frames])
+def moving_images(out: Path, times: list[float], states: list[Tensor], names: list[str]) -> list[str]:
+    """trajectory.gif: the grid of images uint8 [N, C, H, W] on its way from noise, above a bar of time."""
+    frames = []
+    for t, x in zip(times, states, strict=True):
+        frame = images.labelled_grid(x, len(names) or 10, names).permute(1, 2, 0).numpy()
+        frames.append(animation.with_time_bar(frame if frame.shape[2] == 3 else np.repeat(frame, 3, axis=2), t))
+    return animation.write(out / "trajectory.gif", frames)
+
+
+def margin_of(settings: SamplerSettings, snap: snapshot.Snapshot, num_classes: int | None) -> list[str]:
+    """The name of each column of images, where there are few: its prompt, or its class."""
+    names = getattr(snap, "class_names", None) or ()
+    columns = settings.prompts or [names[k] if k < len(names) else str(k) for k in range(num_classes or 0)]
+    return list(columns) if len(columns) <= 20 else []
 
 
 def plain_velocity(model: FlowModel):

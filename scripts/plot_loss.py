@@ -1,8 +1,16 @@
-"""Loss curves of one or several runs in one picture: `python -m scripts.plot_loss --runs runs/a runs/b --out loss.png`."""
+"""Loss curves of one or several runs in one picture: `python -m scripts.plot_loss --runs runs/a runs/b --out loss.png`.
+
+Runs that minimize different losses get a panel for each loss.
+"""
 
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
+from configs import schema
 from configs.schema import UserError
+from configs.vae import VaeConfig
+from flow import jsonl
 from flow.engine import cli, runtime
 from flow.engine.tracker import read_metrics
 from flow.evaluation import plots
@@ -25,16 +33,40 @@ def main() -> None:
     args = parse_args()
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out}: must end in .png")
-    curves = {}
+    losses: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    labels: set[str] = set()
     for run in args.runs:
         file = run / "metrics.jsonl"
         rows = read_metrics(file) if file.is_file() else []
-        if not rows:
+        points = [(row[args.against], row["loss"]) for row in rows if has_numbers(row, args.against, "loss")]
+        if not points:
             raise UserError(f"--runs {run}: holds no row of metrics.jsonl; give the folder of a run that has logged")
-        label = run.name if run.name not in curves else str(run)
-        curves[label] = [row[args.against] for row in rows], [row["loss"] for row in rows]
-    plots.loss_curves(args.out, curves, args.against, args.smooth)
-    print(f"{len(curves)} curve(s) in {args.out}")
+        if len(points) < len(rows):
+            print(f"{file}: {len(rows) - len(points)} of {len(rows)} rows have no loss or no {args.against}")
+        label = run.name if run.name not in labels else str(run)
+        labels.add(label)
+        x, values = zip(*points, strict=True)
+        losses.setdefault(loss_name(run / "config.yaml"), {})[label] = list(x), list(values)
+    plots.loss_curves(args.out, losses, args.against, args.smooth)
+    print(f"{len(args.runs)} curve(s) in {args.out}")
+
+
+def has_numbers(row: dict, *keys: str) -> bool:
+    return all(jsonl.is_number(row.get(key)) for key in keys)
+
+
+def loss_name(config: Path) -> str:
+    """What a run minimizes, from its config.yaml; just "training loss" where that does not exist or is damaged."""
+    try:
+        text = config.read_text(encoding="utf-8")
+        if "autoencoder" in OmegaConf.create(text):
+            cfg = schema.parse(text, str(config), kind=VaeConfig).autoencoder
+            lpips = f" + {cfg.lpips_weight:g} LPIPS" if cfg.lpips_weight else ""
+            return f"autoencoder loss ({cfg.distance} + {cfg.kl_weight:g} KL{lpips})"
+        flow = schema.parse(text, str(config)).flow
+        return f"{flow.objective.replace('_', ' ')} loss ({flow.distance} of the velocity)"
+    except Exception:  # OmegaConf and YAML have many; the curve is worth more than its title
+        return "training loss"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ comparison.md and comparison.png.
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -50,31 +52,55 @@ def main() -> None:
     names = [*(f"{k}-rf" for k in range(1, cfg.rounds + 1)), "distilled"]
     precision = ["-mp", stages[cfg.first].train.mixed_precision]
 
+    stage_list = commands(cfg, folder, names, precision)
     started = time.perf_counter()
-    run_command(train_arguments(cfg.first, folder / names[0], []), args.launcher)
+    for k, (title, arguments) in enumerate(stage_list, start=1):
+        print(f"\nstage {k} of {len(stage_list) + 1}: {title} ({minutes(started)} so far)", flush=True)
+        before = time.perf_counter()
+        run_command(arguments(), args.launcher)
+        print(f"stage {k} of {len(stage_list) + 1} took {minutes(before)}", flush=True)
+    print(f"\nstage {len(stage_list) + 1} of {len(stage_list) + 1}: comparison ({minutes(started)} so far)", flush=True)
+    snapshots = {name: snapshot.load(folder / name) for name in names}
+    compare(cfg, folder, compared(cfg, names), snapshots, stages[cfg.first])
+    print(f"this call took {minutes(started)}")
+
+
+def commands(
+    cfg: RectifyConfig, folder: Path, names: list[str], precision: list[str]
+) -> list[tuple[str, Callable[[], list[str]]]]:
+    """Title and arguments of each command, in order; the arguments depend on what is there when the command starts."""
+    result: list[tuple[str, Callable[[], list[str]]]] = []
+    result.append((f"training of {names[0]}", partial(train_arguments, cfg.first, folder / names[0], [])))
     for k, (teacher, student) in enumerate(pairwise(names), start=1):
         pairs = folder / f"pairs_{teacher}"
-        asked = cfg.first_pairs if k == 1 else cfg.later_pairs
-        run_command(["-m", "scripts.make_pairs", *pair_arguments(folder / teacher, pairs, asked, k), *precision], args.launcher)
+        settings = cfg.first_pairs if k == 1 else cfg.later_pairs
+        make = ["-m", "scripts.make_pairs", *pair_arguments(folder / teacher, pairs, settings, k), *precision]
+        result.append((f"pairs of {teacher}", lambda make=make: make))
         config = cfg.distill if student == "distilled" else cfg.reflow
-        where = [f"data.args.path={pairs}", f"train.init_from={folder / teacher}"]
-        run_command(train_arguments(config, folder / student, where), args.launcher)
-
-    # The teacher with the guidance that its pairs were made with is what the others have to be compared with.
-    rows = [(name, 1.0) for name in names]
-    if cfg.first_pairs.guidance_scale != 1:
-        rows.insert(1, (names[0], cfg.first_pairs.guidance_scale))
-    for name, scale in rows:
+        overrides = [f"data.args.path={pairs}", f"train.init_from={folder / teacher}"]
+        result.append((f"training of {student}", partial(train_arguments, config, folder / student, overrides)))
+    for name, scale in compared(cfg, names):
         evaluate = [
             "evaluate.py", "--weights", str(folder / name), "--guidance_scale", f"{scale:g}", "--methods", "euler",
             "--sampling_steps", *map(str, cfg.nfe), "--n_samples", str(cfg.n_samples), "--metrics", "fid", "accuracy",
             "--feature_extractor", cfg.feature_extractor, "--out", str(folder / "evaluation"), *precision,
         ]  # fmt: skip
-        run_command(evaluate, args.launcher)
+        guided = f" with guidance {scale:g}" if scale != 1 else ""
+        result.append((f"evaluation of {name}{guided}", lambda evaluate=evaluate: evaluate))
+    return result
 
-    snapshots = {name: snapshot.load(folder / name) for name in names}
-    compare(cfg, folder, rows, snapshots, stages[cfg.first])
-    print(f"this call took {(time.perf_counter() - started) / 60:.0f} min")
+
+def compared(cfg: RectifyConfig, names: list[str]) -> list[tuple[str, float]]:
+    """Names and guidance scales of the rows of the table: the first flow also with the guidance that its pairs were made
+    with, which is what the others have to be compared with."""
+    rows = [(name, 1.0) for name in names]
+    if cfg.first_pairs.guidance_scale != 1:
+        rows.insert(1, (names[0], cfg.first_pairs.guidance_scale))
+    return rows
+
+
+def minutes(since: float) -> str:
+    return f"{(time.perf_counter() - since) / 60:.1f} min"
 
 
 def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
@@ -118,12 +144,17 @@ def compare(
     """Write and print comparison.md, draw comparison.png."""
     accelerator = runtime.start(first.train.mixed_precision)
     titles, straight, pictures = {}, {}, []
-    bar = runtime.progress(accelerator, len(rows), "straightness deviation and figure (models)")
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
+    classes = first.model.args.get("num_classes")
+    shown = COLUMNS * classes if classes else 10 * COLUMNS
+    each = cfg.straightness_images * cfg.straightness_steps + shown * sum(nfes)
+    total = sum(each * (2 if scale not in (0, 1) else 1) for _, scale in rows)
+    bar = runtime.progress(accelerator, total, "straightness deviation and figure (network calls)")
     for name, scale in rows:
         snap = snapshots[name]
         model = snap.model(models.build, models.codec)
         runtime.place(model.net, accelerator)
+        model.net.register_forward_hook(lambda net, inputs, output: bar.update(len(inputs[0])))
         key = f"{name}@{snap.step}, {scale:g}"
         titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")
         settings = SamplerSettings(guidance_scale=scale)
@@ -133,16 +164,18 @@ def compare(
         )
         straight[titles[key]] = f"{mean:.4f} ± {error:.4f}"
         pictures.append([panel(accelerator, model, snap.image_shape, n, scale) for n in nfes])
-        bar.update()
     bar.close()
     found = table.read_rows(folder / "evaluation")
-    found = [r for r in found if r["n"] == cfg.n_samples and r["identity"]["extractor"][0] == cfg.feature_extractor]
-    entries = table.aggregate([r for r in found if r["steps"] in cfg.nfe])
+    extractor = cfg.feature_extractor
+    found = [r for r in found if r["n"] == cfg.n_samples and r["identity"].get("extractor", [None])[0] == extractor]
+    entries = table.aggregate([r for r in found if r.get("steps") in cfg.nfe])
     distance = next(name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-")))
     shown = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
     text = table.by_nfe(entries, shown, titles, {"straightness deviation": straight})
     note = f"Cells: {' / '.join(shown)} of {cfg.n_samples:,} images, Euler steps. Straightness deviation: its mean over "
     note += f"{cfg.straightness_images} images ± standard error; 0 is straight."
+    if any(scale not in (0, 1) for _, scale in rows):
+        note += " With guidance (w) each velocity evaluation is two network calls, so NFE 2 costs four."
     files.write_text(folder / "comparison.md", f"{text}\n\n{note}\n")
     columns = [list(column) for column in zip(*pictures, strict=True)]
     plots.panels(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))

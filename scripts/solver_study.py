@@ -77,7 +77,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.fd:
         add_frechet(args, snap, rows)
-    columns = ["method", "grid", "steps", "NFE", "distance", "order", *(["FD"] if args.fd else [])]
+    calls = ["forwards"] if any(row["forwards"] != row["NFE"] for row in rows) else []
+    columns = ["method", "grid", "steps", "NFE", *calls, "distance", "order", *(["FD"] if args.fd else [])]
     with open(args.out / "study.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
@@ -96,7 +97,7 @@ def main() -> None:
 def distances(
     args, accelerator: Accelerator, snap: snapshot.Snapshot, base: SamplerSettings, plan: list[SamplerSettings]
 ) -> tuple[list[dict], int]:
-    """A row for each of the plan, {method, grid, steps, NFE, distance, order}, and the evaluations of the fine solution."""
+    """A row for each of the plan, {method, grid, steps, NFE, forwards, distance, order}, and the NFE of the fine solution."""
     model = snap.model(models.build)
     model.net.to(accelerator.device, torch.float64 if args.double else None).eval()
     tolerance = 1e-12 if args.double else 1e-6
@@ -109,10 +110,12 @@ def distances(
         bar.update()
         for settings in plan:
             times = [args.until * t for t in times_of(settings, model.path)]
+            before = velocity.forwards
             found = solvers.solve(velocity, x0, times, settings.method)
             distance = (found.x - fine.x).square().mean().sqrt().item()
             row = {"method": settings.method, "grid": settings.grid, "steps": settings.steps, "settings": settings}
-            rows.append({**row, "NFE": found.nfe, "distance": distance, "order": math.nan})
+            cost = {"NFE": found.nfe, "forwards": velocity.forwards - before}
+            rows.append({**row, **cost, "distance": distance, "order": math.nan})
             bar.update()
     for _, line in groupby(rows, key=lambda row: row["settings"].solver):
         previous = None
@@ -138,10 +141,11 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     weights = files.sha256(snap.path)
     found = {}
     for r in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
-        same = r["n"] == args.fd and r["guidance_scale"] in (None, args.guidance_scale)
+        same = r["n"] == args.fd and r.get("guidance_scale") in (None, args.guidance_scale)
         of = r["identity"]
         precision, extractor = args.mixed_precision, args.feature_extractor
-        if same and (of["weights_sha256"], of["mixed_precision"], of["extractor"][0]) == (weights, precision, extractor):
+        keys = (of.get("weights_sha256"), of.get("mixed_precision"), of.get("extractor", [None])[0])
+        if same and keys == (weights, precision, extractor):
             found[r["method"], r["steps"], json.dumps(of["times"])] = r["metrics"]
     for row in rows:
         settings = row["settings"]

@@ -16,14 +16,15 @@ class Stopwatch:
     """Seconds by section name. A section inside another one counts for itself only; what other threads do meanwhile does not
     count at all."""
 
-    def __init__(self, synchronise: bool = False):
-        """synchronise: wait for the GPU at every border, for shares that are right; it costs speed."""
+    def __init__(self, synchronise: bool = False, clock: Callable[[], float] = time.perf_counter):
+        """synchronise: wait for the GPU at every border, for shares that are right; it costs speed. clock: seconds."""
+        self._clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
         self.laps: list[float] = []  # seconds of each lap
         self.first_lap = 0.0  # when the first of `timed` ended, in seconds of the epoch
         self._open: list[str] = []
         self._thread = threading.get_ident()
-        self._since = self._lap = time.perf_counter()
+        self._since = self._lap = clock()
         self._wait = torch.cuda.synchronize if synchronise and torch.cuda.is_available() else lambda: None
 
     @contextmanager
@@ -42,7 +43,7 @@ class Stopwatch:
     def lap(self) -> None:
         """The end of a step or a batch."""
         self._border()
-        now = time.perf_counter()
+        now = self._clock()
         self.laps.append(now - self._lap)
         self._lap = now
 
@@ -62,7 +63,7 @@ class Stopwatch:
         self._border()
         self.seconds.clear()
         self.laps.clear()
-        self._lap = time.perf_counter()
+        self._lap = self._clock()
 
     def watch(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, timed as the section `name`."""
@@ -75,6 +76,6 @@ class Stopwatch:
 
     def _border(self) -> None:
         self._wait()
-        now = time.perf_counter()
+        now = self._clock()
         self.seconds[self._open[-1] if self._open else "other"] += now - self._since
         self._since = now

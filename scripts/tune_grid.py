@@ -62,39 +62,48 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     parts = [range(args.n_images), range(args.n_images, 2 * args.n_images)]  # to fit on, to decide on
     noises = [solver_state(prior.noise("tuning", args.seed, part, snap.image_shape), accelerator.device) for part in parts]
     velocities = [velocity_of(model, part, settings, accelerator.device) for part in parts]
-    fine = [tuning.fine_trajectory(v, x0, args.fine_steps) for v, x0 in zip(velocities, noises, strict=True)]
-
-    def error(part: int, method: str, times: list[float]) -> float:
-        """Root mean square distance to the fine solution, on images to fit on (0) or to decide on (1)."""
-        end = solvers.solve(velocities[part], noises[part], times, method).x
-        return rms(end - fine[part][0][-1])
-
     by_formula = {
         (name, n): times_of(SamplerSettings(steps=n, grid=name), model.path) for name in grid.GRIDS for n in args.steps
     }
-    print("distance to the fine solution, on images that nothing was fitted to")
-    print(f"{'method':>10} {'steps':>5} {'uniform':>9} {'best formula':>24} {'tuned':>9}")
+    # Velocity evaluations, each on one part: of the fine trajectories, and of every method and number of steps at most.
+    fine_cost = len(parts) * tuning.EVALUATIONS_A_STEP * args.fine_steps
+    errors = 2 * (len(grid.GRIDS) + 1) + 1 + args.evaluations
+    costs = {(method, n): errors * nfe_of(method, by_formula["uniform", n]) for method in args.methods for n in args.steps}
     kept = 0
-    with runtime.progress(accelerator, len(args.methods) * len(args.steps), "grids") as bar:
-        for method in args.methods:
-            for n in args.steps:
-                first = tuning.shortest_grid(*fine[0], n)
-                starts = [first, *(by_formula[name, n] for name in grid.GRIDS)]
-                start = min(starts, key=partial(error, 0, method))
-                times = tuning.descend(partial(error, 0, method), start, args.evaluations)
-                held_out = {name: error(1, method, by_formula[name, n]) for name in grid.GRIDS}
-                best = min(held_out, key=held_out.__getitem__)
-                tuned = error(1, method, times)
-                verdict = ""
-                if tuned < held_out[best]:
-                    tuned_grids.store(snap.path, method, times)
-                    kept += 1
-                    example = ["--sampling_method", method, "--sampling_steps", str(n), "--grid", "tuned"]
-                else:
-                    verdict = "  not kept"
-                formula = f"{best} {held_out[best]:.4f}"
-                bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
-                bar.update()
+    with runtime.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:
+
+        def velocity(part: int, x: Tensor, t: float) -> Tensor:
+            bar.update()
+            return velocities[part](x, t)
+
+        def error(part: int, method: str, times: list[float]) -> float:
+            """Root mean square distance to the fine solution, on images to fit on (0) or to decide on (1)."""
+            end = solvers.solve(partial(velocity, part), noises[part], times, method).x
+            return rms(end - fine[part][0][-1])
+
+        fine = [tuning.fine_trajectory(partial(velocity, i), x0, args.fine_steps) for i, x0 in enumerate(noises)]
+        bar.write("distance to the fine solution, on images that nothing was fitted to")
+        bar.write(f"{'method':>10} {'steps':>5} {'uniform':>9} {'best formula':>24} {'tuned':>9}")
+        finished = fine_cost
+        for (method, n), cost in costs.items():
+            first = tuning.shortest_grid(*fine[0], n)
+            starts = [first, *(by_formula[name, n] for name in grid.GRIDS)]
+            start = min(starts, key=partial(error, 0, method))
+            times = tuning.descend(partial(error, 0, method), start, args.evaluations)
+            held_out = {name: error(1, method, by_formula[name, n]) for name in grid.GRIDS}
+            best = min(held_out, key=held_out.__getitem__)
+            tuned = error(1, method, times)
+            verdict = ""
+            if tuned < held_out[best]:
+                tuned_grids.store(snap.path, method, times)
+                kept += 1
+                example = ["--sampling_method", method, "--sampling_steps", str(n), "--grid", "tuned"]
+            else:
+                verdict = "  not kept"
+            formula = f"{best} {held_out[best]:.4f}"
+            bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
+            finished += cost
+            bar.update(finished - bar.n)  # a descent may end early
     if not kept:
         print("nothing was kept")
         return
@@ -103,6 +112,11 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     sample += ["--guidance_scale", f"{args.guidance_scale:g}"] if args.guidance_scale != 1 else []
     sample += ["--prompts", *args.prompts] if args.prompts else []
     print(f"{kept} kept in {tuned_grids.file_of(snap.path)}; use them with: {commands.command(*sample)}")
+
+
+def nfe_of(method: str, times: list[float]) -> int:
+    """The velocity evaluations of a method on a time grid, counted on zeros."""
+    return solvers.solve(lambda x, t: x, torch.zeros(1), times, method).nfe
 
 
 def rms(x: Tensor) -> float:

@@ -1,6 +1,5 @@
 """Damaged files: flipped, cut, emptied or lost, each is found and named, and nothing wrong is taken for right."""
 
-import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from configs.schema import UserError
 from flow.engine import checkpoint, runtime, seal, snapshot
-from flow.engine.tracker import read_metrics
 
 TRIALS = 30  # damages to each file
 
@@ -105,13 +103,6 @@ def test_damaged_settings_beside_samples_are_named(error, tiny_run, tmp_path, co
     (tmp_path / "sampling.json").write_text(content)
     ask = ["--weights", tiny_run, "--n_samples", "2", "--sampling_steps", "1", "--save_dir", tmp_path]
     assert "sampling.json: is damaged; name another folder" in error("sample", *ask)
-
-
-def test_metrics_are_read_up_to_the_first_damage(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    for rest in (b'{"step": \xff}\n', b'3\n{"step": 2}\n', b'{"loss": 1}\n', b"\x00" * 10):
-        path.write_bytes(json.dumps({"step": 1}).encode() + b"\n" + rest)
-        assert read_metrics(path) == [{"step": 1}]
 
 
 def test_a_read_only_folder_is_one_line(error, tmp_path):

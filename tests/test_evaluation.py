@@ -162,13 +162,29 @@ def test_aggregate_is_the_mean_and_spread_of_the_ranges():
     assert entry["ranges"] == 2
 
 
+def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
+    """Its NFE is measured: every repeat has its own, and the table their mean and spread."""
+    row = {"weights": "w", "method": "dopri5", "steps": None, "guidance_scale": 2.0, "n": 9, "identity": {"seed": 1}}
+    for first, nfe in ((0, 72), (9, 74), (18, 79)):
+        cost = {"NFE": nfe, "forwards": 2 * nfe, "metrics": {"FID": nfe / 10}, "seconds": 1.0}
+        table.append_row(tmp_path, {**row, "first": first, **cost, "asked": ["fid"]})
+    assert table.has(tmp_path, {**row, "first": 9, "asked": ["fid"]})  # what is measured is no part of the question
+    rows = table.read_rows(tmp_path)
+    (entry,) = table.aggregate(rows)
+    assert (entry["ranges"], entry["NFE"], entry["forwards"]) == (3, 75, 150)
+    assert entry["metrics"]["FID"] == pytest.approx((7.5, 0.36056), abs=1e-5)
+    assert "| 75 ± 3.6 | 150 ± 7.2 |" in table.write(tmp_path, rows)
+    assert "NFE,NFE_std,forwards,forwards_std" in (tmp_path / "results.csv").read_text()
+
+
 def test_results_cut_off_by_a_crash_are_read_up_to_there(tmp_path):
-    table.append_row(tmp_path, {"weights": "a", "metrics": {}, "asked": ["fid"]})
+    row = {"weights": "a", "n": 9, "identity": {}, "metrics": {}, "seconds": 1.0, "asked": ["fid"]}
+    table.append_row(tmp_path, row)
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"weights": "b", "met')
     assert [r["weights"] for r in table.read_rows(tmp_path)] == ["a"]
-    assert table.has(tmp_path, {"weights": "a", "asked": ["fid"]})
-    assert not table.has(tmp_path, {"weights": "a", "asked": ["fid", "kid"]})
+    assert table.has(tmp_path, row)
+    assert not table.has(tmp_path, {**row, "asked": ["fid", "kid"]})
 
 
 def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):

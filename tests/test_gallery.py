@@ -110,7 +110,7 @@ def test_pairs_of_points_are_trained_on(flow, tmp_path, here):
     given = [f"data.args.path={folder}", f"train.init_from={teacher}", "-e", tmp_path / "run"]
     here("train", "-c", "configs/toy_reflow.yaml", *small, *given)
     told = here("evaluate", "--weights", tmp_path / "run", "--n_samples", "50", "--sampling_steps", "2")
-    assert "toys" in told and "SW2" in told  # against the real points
+    assert "| toys moons |" in told and "SW2" in told  # against the real points
 
 
 # ---- the gallery and its page

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -74,6 +75,19 @@ def test_commands(tmp_path, tiny_run, here, error):
     assert "was fitted to other weights" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
     tuned_grids.file_of(weights).write_text("{half")
     assert "is not a whole file of grids" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
+
+
+def test_one_bar_counts_all_evaluations(tmp_path, tiny_run, main_of, capsys):
+    """From the first fine trajectory on, and it ends full although a descent may end early."""
+    weights = tmp_path / "net.safetensors"
+    weights.write_bytes(snapshot.find(tiny_run).read_bytes())
+    tune = ["tune_grid", "--weights", weights, "--methods", "euler", "heun", "--steps", "2", "3"]
+    main_of(*tune, "--n_images", "2", "--fine_steps", "16", "--evaluations", "9")()
+    bars = re.findall(r"([^\r\n]+): +\d+%\|[^|]*\| (\d+)/(\d+)", capsys.readouterr().err)
+    errors = 2 * (len(grid.GRIDS) + 1) + 1 + 9
+    total = 2 * 2 * 16 + errors * (2 + 3 + 3 + 5)  # NFE of euler and heun with two and three steps
+    assert {(name, int(end)) for name, _, end in bars} == {("velocity evaluations", total)}
+    assert bars[-1][1] == bars[-1][2]
 
 
 @pytest.mark.slow

@@ -31,6 +31,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or none."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def commit_folder(temporary: Path, path: Path) -> None:
     """Sync a finished temporary folder and give it its name."""
     for file in temporary.rglob("*"):

@@ -1,6 +1,6 @@
 """What a run tells: log.txt, metrics.jsonl, accelerate's trackers; and the running means of the training loss."""
 
-import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from configs import schema
 from configs.schema import UserError
+from flow import jsonl
 from flow.engine import files
 
 TIME_BINS = 10
@@ -23,12 +24,14 @@ class Tracker:
     """Writes on the main process; other processes may call every method."""
 
     def __init__(self, accelerator: Accelerator, run_dir: Path, config: Any, first_step: int):
-        """Rows of metrics.jsonl past `first_step`, from a run that went on after its last checkpoint, are dropped."""
+        """Rows of metrics.jsonl past `first_step`, from a run that went on after its last checkpoint, are dropped.
+
+        Damaged lines move to metrics.damaged.jsonl and are named in log.txt.
+        """
         self.accelerator, self.run_dir = accelerator, run_dir
         self.metrics_file = run_dir / "metrics.jsonl"
-        if accelerator.is_main_process and self.metrics_file.exists():
-            kept = [row for row in read_metrics(self.metrics_file) if row["step"] <= first_step]
-            files.write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept))
+        if accelerator.is_main_process:
+            self._rewind(first_step)
         if config.train.log_with:
             flat = {key: _plain(schema.get(config, key)) for key in schema.all_keys(type(config))}
             purge = {"tensorboard": {"purge_step": first_step + 1}} if "tensorboard" in config.train.log_with else {}
@@ -44,23 +47,39 @@ class Tracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A row of metrics.jsonl, and the same to the trackers."""
         if self.accelerator.is_main_process:
-            with open(self.metrics_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            jsonl.append(self.metrics_file, {"step": step, **metrics})
         self.accelerator.log(metrics, step=step)
+
+    def _rewind(self, step: int) -> None:
+        """Leave the rows up to a step in metrics.jsonl, in their order and to the byte."""
+        lines = jsonl.read_lines(self.metrics_file, damage_of)
+        damaged = [line for line in lines if line.row is None]
+        if damaged:
+            aside = self.metrics_file.with_suffix(".damaged.jsonl")
+            before = aside.read_bytes() if aside.exists() else b""
+            files.write_bytes(aside, before + b"".join(line.raw + b"\n" for line in damaged))
+            for line in damaged:
+                self.say(f"warning: {jsonl.describe(self.metrics_file, line)}; it is now in {aside.name}")
+        retained = [line for line in lines if line.row is not None and line.row["step"] <= step]
+        if len(retained) < len(lines):
+            files.write_bytes(self.metrics_file, b"".join(line.raw + b"\n" for line in retained))
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, up to the first that is none: the last one, where a crash cut it off."""
+    """The rows of a metrics.jsonl. Lines that are no rows are left out, each with a warning on stderr."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
+    for line in jsonl.read_lines(path, damage_of):
+        if line.row is None:
+            tqdm.write(f"warning: {jsonl.describe(path, line)}", file=sys.stderr)
+        else:
+            rows.append(line.row)
     return rows
+
+
+def damage_of(row: dict) -> str | None:
+    """Why a JSON object is no row of metrics.jsonl, or None."""
+    step = row.get("step")
+    return None if isinstance(step, int) and jsonl.is_number(step) else "it has no whole number 'step'"
 
 
 class Meter:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = 128  # of a GIF: flat drawings need no more, and the file stays small
 SECONDS = 4.0  # of a GIF, before its end is held
+BAR_HEIGHT = 32  # pixels of the bar of time
 
 
 def rendered(figure: Figure) -> np.ndarray:
@@ -19,6 +20,22 @@ def rendered(figure: Figure) -> np.ndarray:
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
     return pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2].copy()
+
+
+def with_time_bar(frame: np.ndarray, t: float) -> np.ndarray:
+    """The frame uint8 [H, W, 3] above a bar from noise (t = 0) to data (t = 1) that is filled up to t: [H + 32, W, 3]."""
+    width, middle = frame.shape[1], BAR_HEIGHT // 2
+    strip = Image.new("RGB", (width, BAR_HEIGHT), "white")
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(13)
+    left, right = 52, max(60, width - 106)
+    here = round(left + (right - left) * t)
+    draw.line([(left, middle), (right, middle)], fill=(204, 204, 204), width=4)
+    draw.line([(left, middle), (here, middle)], fill=(89, 89, 89), width=4)
+    draw.ellipse([here - 6, middle - 6, here + 6, middle + 6], fill=(89, 89, 89))
+    draw.text((left - 10, middle), "noise", fill="black", font=font, anchor="rm")
+    draw.text((right + 10, middle), "data", fill="black", font=font, anchor="lm")
+    draw.text((width - 6, middle), f"t = {t:.2f}", fill="black", font=font, anchor="rm")
+    return np.concatenate([frame, np.asarray(strip)])
 
 
 def write(path: Path, frames: list[np.ndarray], seconds: float = SECONDS) -> list[str]:

@@ -1,5 +1,6 @@
 """Pictures of tables, losses and samples side by side."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from flow.evaluation.table import is_control
 
@@ -18,11 +19,18 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX"
 
 
-def distance_against_nfe(path: Path, entries: list[dict]) -> None:
-    """The first Frechet distance of the table, for points their SW2, against NFE; `path` is a PNG.
+# The horizontal axis: with guidance a velocity evaluation is two network calls, and calls are what takes time.
+NFE = "velocity evaluations per image (NFE), each one network call"
+CALLS = "network calls per image (forwards), with guidance two for each NFE"
+WIDTH = 7.0  # of a figure, in inches
 
-    There is a line for each (weights, method, guidance scale), and a dashed one for real images. Writes nothing where fewer
-    than two entries have one.
+
+def distance_against_nfe(path: Path, entries: list[dict]) -> None:
+    """The first Frechet distance of the table, for points their SW2, against its cost; `path` is a PNG.
+
+    The cost is the NFE or, where guidance makes the two differ, the number of network calls. There is a line for each
+    (weights, method, guidance scale), and a dashed one for real images. Writes nothing where fewer than two entries have a
+    distance.
     """
     names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2"))]
     drawn = [e for e in entries if e["NFE"] and names and names[0] in e["metrics"]]
@@ -32,85 +40,142 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     several = {key: len({e[key] for e in drawn}) > 1 for key in ("weights", "captions", "guidance_scale")}
     for e in drawn:
         label = e["method"]
-        label += f", guidance {e['guidance_scale']:g}" if several["guidance_scale"] else ""
+        if several["guidance_scale"] and e["guidance_scale"] is not None:
+            label += f", guidance {e['guidance_scale']:g}"
         label += f", {e['captions']} captions" if several["captions"] else ""
         label = f"{e['weights']}: {label}" if several["weights"] else label
         lines.setdefault(label, []).append(e)
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure(len(lines))
+    cost, title = _cost_axis(drawn)
     for i, (label, line) in enumerate(lines.items()):
-        line.sort(key=lambda e: e["NFE"])
+        line.sort(key=lambda e: e[cost])
         means, spreads = zip(*(e["metrics"][names[0]] for e in line), strict=True)
-        look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
+        x = [e[cost] for e in line]
         if any(spread > 0 for spread in spreads):
-            axes.errorbar(
-                [e["NFE"] for e in line], means, yerr=[s if s > 0 else 0 for s in spreads], capsize=3, label=label, **look
-            )
+            axes.errorbar(x, means, yerr=[s if s > 0 else 0 for s in spreads], capsize=3, label=label, **_look(i))
         else:
-            axes.plot([e["NFE"] for e in line], means, label=label, **look)
+            axes.plot(x, means, label=label, **_look(i))
     for i, e in enumerate(e for e in entries if is_control(e) and names[0] in e["metrics"]):
         floor = e["metrics"][names[0]][0]
         if floor > 0:  # the axis is logarithmic
             axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
-    _log_axes(axes)
-    axes.set_xlabel("network evaluations per image (NFE)")
+    _cost_scale(axes, title, [e[cost] for e in drawn])
+    _value_scale(axes)
     axes.set_ylabel(f"{names[0]}, lower is better")
-    axes.legend(frameon=False)
+    _legend(figure, axes)
     figure.savefig(path)
 
 
 def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> None:
-    """row[key] of the rows of a solver study, {method, grid, NFE, ...}, as a PNG: a line a (method, grid)."""
-    figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    """row[key] of the rows of a solver study, {method, grid, NFE, forwards, ...}, as a PNG: a line a (method, grid)."""
     lines: dict[str, list[dict]] = {}
     several = len({row["grid"] for row in rows}) > 1
+    cost, title = _cost_axis(rows)
     for row in rows:
         lines.setdefault(f"{row['method']}, {row['grid']}" if several else row["method"], []).append(row)
+    figure, axes = _figure(len(lines))
     for i, (name, line) in enumerate(lines.items()):
-        line.sort(key=lambda row: row["NFE"])
-        axes.plot(
-            [row["NFE"] for row in line], [row[key] for row in line], label=name, color=COLOURS[i % len(COLOURS)],
-            marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1, linestyle="--" if i >= len(COLOURS) else "-",
-        )  # fmt: skip
-    _log_axes(axes)
-    axes.set_xlabel("network evaluations per image (NFE)")
+        line.sort(key=lambda row: row[cost])
+        axes.plot([row[cost] for row in line], [row[key] for row in line], label=name, linewidth=1, **_look(i))
+    _cost_scale(axes, title, [row[cost] for row in rows])
+    _value_scale(axes)
     axes.set_ylabel(label)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(figure, axes)
     figure.savefig(path)
 
 
-def _log_axes(axes: Axes) -> None:
-    """Logarithmic axes with as many labels as there is room for."""
-    box = axes.dataLim
-    for axis, scale, (low, high) in (
-        (axes.xaxis, axes.set_xscale, box.intervalx), (axes.yaxis, axes.set_yscale, box.intervaly)
-    ):  # fmt: skip
-        scale("log")
-        span = high / low
-        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if span < 30 else (1, 2, 5) if span < 1000 else (1,)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_locator(NullLocator())
+def _figure(lines: int) -> tuple[Figure, Axes]:
+    """A figure for so many lines, with room for their names below."""
+    figure = Figure(figsize=(WIDTH, 4.2 + 0.2 * -(-lines // 2)), dpi=150, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+
+
+def _look(i: int) -> dict[str, Any]:
+    """Color, marker and dashes of line i."""
+    dashes = "-" if i < len(COLOURS) else "--"
+    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linestyle": dashes}
+
+
+def _cost_axis(rows: list[dict]) -> tuple[str, str]:
+    """The key of the horizontal axis, and its title."""
+    return ("NFE", NFE) if all(row.get("forwards") in (None, row["NFE"]) for row in rows) else ("forwards", CALLS)
+
+
+def _cost_scale(axes: Axes, title: str, values: Sequence[float]) -> None:
+    """A logarithmic horizontal axis with a tick at each measured number, and its label where there is room."""
+    axes.set_xscale("log")
+    axes.set_xlabel(title)
+    axes.set_xlim(min(values) / 1.15, max(values) * 1.15)
+    measured = sorted(set(values))
+    low, high = np.log(axes.get_xlim())
+    width = 0.85 * WIDTH * 72  # of the axes, in points
+    place = [(np.log(v) - low) / (high - low) * width for v in measured]
+    size = [6.5 * len(_short(v)) + 6 for v in measured]  # points of a label with its gap
+    labelled = [0]
+    last = len(measured) - 1
+    for i in range(1, last):
+        clear = (place[i] - place[labelled[-1]] >= (size[i] + size[labelled[-1]]) / 2) and (
+            place[last] - place[i] >= (size[i] + size[last]) / 2
+        )
+        labelled += [i] if clear else []
+    labelled += [last] if last else []
+    axes.xaxis.set_major_locator(FixedLocator([measured[i] for i in labelled]))
+    axes.xaxis.set_minor_locator(FixedLocator(measured))
+    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.xaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
 
 
-def loss_curves(path: Path, curves: dict[str, tuple[list[float], list[float]]], against: str, smooth: int = 1) -> None:
-    """Curves {label: (steps or images, losses)} as a PNG, each value the mean of the last `smooth` ones."""
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for i, (label, (x, losses)) in enumerate(curves.items()):
-        means = [sum(window := losses[max(0, k + 1 - smooth) : k + 1]) / len(window) for k in range(len(losses))]
-        axes.plot(x, means, label=label, color=COLOURS[i % len(COLOURS)], linewidth=1.2, marker="o" if len(x) == 1 else None)
+def _short(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _value_scale(axes: Axes) -> None:
+    """A logarithmic vertical axis with about three to ten labels; a linear one where there are numbers of 0 or less."""
+    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    values = values[np.isfinite(values)]
+    axes.grid(alpha=0.3)
+    if not len(values) or values.min() <= 0:
+        return
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    low, high = axes.get_ylim()
+    ratio = high / low
+    if ratio < 4:
+        axes.yaxis.set_major_locator(MaxNLocator(8, steps=(1, 2, 2.5, 5, 10)))
+    else:
+        bounds = {10: (1, 1.5, 2, 3, 4, 5, 7), 30: (1, 2, 3, 5, 7), 1000: (1, 2, 5)}
+        axes.yaxis.set_major_locator(LogLocator(subs=next((subs for bound, subs in bounds.items() if ratio < bound), (1,))))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("optimizer steps" if against == "step" else "training images")
-    axes.set_ylabel("training loss")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+
+
+def loss_curves(
+    path: Path, losses: dict[str, dict[str, tuple[list[float], list[float]]]], against: str, smooth: int = 1
+) -> None:
+    """Curves {loss: {label: (steps or images, values)}} as a PNG, each value the mean of the last `smooth` ones.
+
+    There is a panel for each loss, as different losses have different units.
+    """
+    figure = Figure(figsize=(7, 1 + 3.5 * len(losses)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(losses), squeeze=False)[:, 0]
+    i = 0
+    for axes, (loss, curves) in zip(panels, losses.items(), strict=True):
+        for label, (x, values) in curves.items():
+            means = [sum(window := values[max(0, k + 1 - smooth) : k + 1]) / len(window) for k in range(len(values))]
+            color, marker = COLOURS[i % len(COLOURS)], "o" if len(x) == 1 else None
+            axes.plot(x, means, label=label, color=color, linewidth=1.2, marker=marker)
+            i += 1
+        _value_scale(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("optimizer steps" if against == "step" else "training images")
+        axes.set_ylabel(loss)
+        axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -4,58 +4,89 @@ import csv
 import json
 import math
 import re
+import sys
+from functools import cache
 from pathlib import Path
 
-# What a row is about, in the order of the columns; rows that agree in these are repetitions of one measurement.
+from tqdm import tqdm
+
+from flow import jsonl
+
+# What a row is about, in the order of the columns.
 SUBJECT = ("weights", "captions", "method", "steps", "NFE", "forwards", "guidance_scale", "n", "reference")
+# Rows that agree in these are repeats of one measurement, on ranges of images of their own.
+SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
+COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
 
 CONTROL = "real"  # begins the weights of a row of real images, e.g. "real (test split)"
 
 
 def append_row(folder: Path, row: dict) -> None:
-    """Add a finished row to results.jsonl."""
+    """Add a finished row to results.jsonl, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "results.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    jsonl.append(folder / "results.jsonl", row)
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The rows of results.jsonl; of repeated ones the last, and without a last line that a crash cut off."""
+    """The rows of results.jsonl, one a measurement: where it was repeated, its last values of every metric.
+
+    Lines that are no rows are left out, each with a warning on stderr.
+    """
     path = folder / "results.jsonl"
     rows: dict[str, dict] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-            rows[_key(row)] = row
-        except json.JSONDecodeError:
+    for line in jsonl.read_lines(path, damage_of):
+        if line.row is None:
+            _warn(jsonl.describe(path, line))
             continue
+        key = _key(line.row)
+        before = rows.get(key, {"metrics": {}, "asked": []})
+        metrics = {**before["metrics"], **line.row["metrics"]}
+        rows[key] = {**line.row, "metrics": metrics, "asked": list(dict.fromkeys([*before["asked"], *line.row["asked"]]))}
     return list(rows.values())
+
+
+def damage_of(row: dict) -> str | None:
+    """Why a JSON object is no row of results.jsonl, or None."""
+    kinds = {"weights": str, "n": int, "identity": dict, "metrics": dict, "seconds": int | float, "asked": list}
+    for key, kind in kinds.items():
+        if key not in row:
+            return f"it has no {key!r}"
+        if not isinstance(row[key], kind) or isinstance(row[key], bool):
+            return f"its {key!r} has the wrong type"
+    for key in ("method", "captions", "reference"):
+        if not isinstance(row.get(key), str | None):
+            return f"its {key!r} is no text"
+    numbers = {key: row[key] for key in ("n", "first", "steps", *COST, "guidance_scale", "seconds") if row.get(key) is not None}
+    for key, value in {**numbers, **row["metrics"]}.items():
+        if value is not None and not jsonl.is_number(value):
+            return f"its {key!r} is no number"
+    return None if all(isinstance(name, str) for name in row["asked"]) else "its 'asked' is no list of metrics"
 
 
 def has(folder: Path, row: dict) -> bool:
     """Whether results.jsonl holds the same measurement with at least the metrics asked for in `row`."""
-    found = {_key(r): r for r in read_rows(folder)}.get(_key(row))
-    return found is not None and set(row["asked"]) <= set(found["asked"])
+    existing = {_key(r): r for r in read_rows(folder)}.get(_key(row))
+    return existing is not None and set(row["asked"]) <= set(existing["asked"])
 
 
 def aggregate(rows: list[dict]) -> list[dict]:
-    """One entry a subject: {**subject, "ranges": repetitions, "metrics": {name: (mean, std or nan)}}, by NFE.
+    """One entry a measurement, by NFE: {**subject, "ranges": repeats, "spreads": {...}, "metrics": {name: (mean, std)}}.
 
-    The standard deviation is that of the repetitions (n - 1), nan for a single one.
+    NFE and forwards are means over the repeats, too; "spreads" has their standard deviations. A standard deviation is that
+    of the repeats (n - 1), nan for a single one.
     """
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault(tuple(json.dumps(row.get(key)) for key in (*SUBJECT, "identity")), []).append(row)
+        groups.setdefault(_key(row, SETTINGS), []).append(row)
     entries = []
     for members in groups.values():
-        names = dict.fromkeys(name for row in members for name in (*row["metrics"], "seconds"))
-        metrics = {}
-        for name in names:
-            values = [v for row in members if (v := {**row["metrics"], "seconds": row["seconds"]}.get(name)) is not None]
-            mean = sum(values) / len(values)
-            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else math.nan
-            metrics[name] = (mean, spread)
-        entries.append({**{key: members[0].get(key) for key in SUBJECT}, "ranges": len(members), "metrics": metrics})
+        names = dict.fromkeys(name for row in members for name, value in row["metrics"].items() if value is not None)
+        metrics = {name: _statistics([row["metrics"].get(name) for row in members]) for name in names}
+        metrics["seconds"] = _statistics([row["seconds"] for row in members])
+        cost = {key: _statistics([row.get(key) for row in members]) for key in COST}
+        subject = {key: cost[key][0] if key in COST else members[-1].get(key) for key in SUBJECT}
+        spreads = {key: std for key, (_, std) in cost.items()}
+        entries.append({**subject, "ranges": len(members), "spreads": spreads, "metrics": metrics})
     return sorted(entries, key=lambda e: (str(e["weights"]), e["guidance_scale"] or 0, str(e["method"]), e["NFE"] or 0))
 
 
@@ -65,18 +96,21 @@ def write(folder: Path, rows: list[dict]) -> str:
     names = [*dict.fromkeys(name for e in entries for name in e["metrics"] if name != "seconds"), "seconds"]
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*SUBJECT, "ranges", *(column for name in names for column in (name, f"{name}_std"))])
+        subject = [column for key in SUBJECT for column in ((key, f"{key}_std") if key in COST else (key,))]
+        writer.writerow([*subject, "ranges", *(column for name in names for column in (name, f"{name}_std"))])
         for e in entries:
+            values = {**e, **{f"{key}_std": std for key, std in e["spreads"].items()}}
             pairs = [e["metrics"].get(name, (None, None)) for name in names]
-            values = ["" if v is None or math.isnan(v) else v for pair in pairs for v in pair]
-            writer.writerow([*("" if e[key] is None else e[key] for key in SUBJECT), e["ranges"], *values])
+            cells = [*(values[key] for key in subject), e["ranges"], *(v for pair in pairs for v in pair)]
+            writer.writerow(["" if v is None or v != v else v for v in cells])
     subject = [key for key in SUBJECT if any(e[key] is not None for e in entries)]
     if all(e["NFE"] == e["forwards"] for e in entries):
         subject = [key for key in subject if key != "forwards"]
     lines = [[*subject, "ranges", *names]]
     for e in entries:
+        about = [_cost_cell(e[key], e["spreads"][key]) if key in COST else e[key] for key in subject]
         cells = [_cell(name, *e["metrics"][name]) if name in e["metrics"] else "" for name in names]
-        lines.append([*("" if e[key] is None else str(e[key]) for key in subject), str(e["ranges"]), *cells])
+        lines.append([*("" if v is None else str(v) for v in about), str(e["ranges"]), *cells])
     text = markdown(lines)
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
     return text
@@ -104,10 +138,31 @@ def is_control(entry: dict) -> bool:
     return entry.get("method") is None and str(entry["weights"]).startswith(f"{CONTROL} (")
 
 
-def _key(row: dict) -> str:
+def _key(row: dict, names: tuple[str, ...] = (*SETTINGS, "first")) -> str:
     """What makes two rows the same measurement."""
-    names = ("weights", "method", "steps", "guidance_scale", "n", "first", "identity")
     return json.dumps([row.get(name) for name in names], sort_keys=True)
+
+
+@cache  # rows are read again before each new one
+def _warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def _statistics(values: list) -> tuple:
+    """Mean and standard deviation (n - 1) of those that are not None; (None, nan) for none, the value itself for one."""
+    known = [v for v in values if v is not None]
+    if len(set(known)) < 2:
+        return (known[0] if known else None), (0.0 if len(known) > 1 else math.nan)
+    mean = sum(known) / len(known)
+    return mean, math.sqrt(sum((v - mean) * (v - mean) for v in known) / (len(known) - 1))
+
+
+def _cost_cell(mean: float | None, spread: float) -> str | None:
+    """A number of evaluations: whole where it is, with its spread where repeats differ."""
+    if mean is None:
+        return None
+    number = f"{mean:.1f}".removesuffix(".0")
+    return f"{number} ± {spread:.1f}" if spread > 0 else number
 
 
 def _cell(name: str, mean: float, spread: float) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+EVALUATIONS_A_STEP = 2  # of the fine trajectory
+
 
 def fine_trajectory(velocity: Callable[[Tensor, float], Tensor], x0: Tensor, steps: int) -> tuple[list[Tensor], list[Tensor]]:
     """States x [B, ...] at 0, 1/M, ..., 1 and velocities there but at 1, by M steps of the midpoint rule."""

@@ -1,0 +1,126 @@
+"""Plots and grids as a reader sees them: ticks at what was measured, nothing on top of each other, names at the margin."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from flow.engine import images
+from flow.evaluation import animation, plots
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """Every figure that was saved."""
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: saved.append(figure))
+    return saved
+
+
+def entry(nfe: float, fd: float, method: str = "euler", scale: float | None = None) -> dict:
+    about = {"weights": "w", "captions": None, "method": method, "guidance_scale": scale, "grid": "uniform", "error": fd}
+    return {**about, "NFE": nfe, "forwards": nfe * (1 if scale in (None, 1) else 2), "metrics": {"FID": (fd, math.nan)}}
+
+
+def ticks(axes: Axes, axis: str) -> list[float]:
+    """The labelled numbers of an axis, after a check that no two labels touch."""
+    axes.figure.draw_without_rendering()
+    low, high = sorted(getattr(axes, f"get_{axis}lim")())
+    axis_ = getattr(axes, f"{axis}axis")
+    shown = [t for t in axis_.get_major_ticks() if low <= t.get_loc() <= high and t.label1.get_text()]
+    boxes = [t.label1.get_window_extent() for t in shown]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    return [t.get_loc() for t in shown]
+
+
+def test_ticks_are_measured_numbers(figures, tmp_path):
+    for nfes in ((74, 120), (7, 8, 9, 10, 11, 74.33, 75, 1000), (10, 10), (1, 2, 4, 8, 16, 32, 64, 128, 256)):
+        rows = [entry(nfe, 5 / (i + 1)) for i, nfe in enumerate(nfes)]
+        plots.distance_against_nfe(tmp_path / "nfe.png", rows)
+        plots.error_against_nfe(tmp_path / "study.png", rows, "error", "distance")
+        for figure in figures[-2:]:
+            (axes,) = figure.axes
+            labelled = ticks(axes, "x")
+            assert set(labelled) <= set(nfes) and {min(nfes), max(nfes)} <= set(labelled)
+            assert len(ticks(axes, "y")) >= 3
+
+
+def test_guidance_is_plotted_by_network_calls(figures, tmp_path):
+    rows = [entry(5, 4.0), entry(10, 3.0), entry(5, 2.0, scale=2.0), entry(10, 1.0, scale=2.0)]
+    plots.distance_against_nfe(tmp_path / "a.png", rows[:2])
+    plots.distance_against_nfe(tmp_path / "b.png", rows)
+    plots.error_against_nfe(tmp_path / "c.png", rows[2:], "error", "distance")
+    plain, both, study = (figure.axes[0] for figure in figures)
+    assert "velocity evaluations" in plain.get_xlabel() and "NFE" in plain.get_xlabel()
+    for axes in (both, study):
+        assert "network calls" in axes.get_xlabel() and "NFE" in axes.get_xlabel()
+        assert 20 in ticks(axes, "x") and 20 in axes.lines[-1].get_xdata()
+
+
+@pytest.mark.parametrize("values", [(0.0, 3.0), (-0.1, 2.0), (math.nan, 1.0), (1e-12, 1e3), (3.0, 3.0)])
+def test_odd_distances_are_drawn(figures, tmp_path, values):
+    plots.distance_against_nfe(tmp_path / "a.png", [entry(i + 1, v) for i, v in enumerate(values)])
+    assert ticks(figures[0].axes[0], "y")
+
+
+def test_different_losses_have_panels_of_their_own(figures, tmp_path, tiny_run, here):
+    run = tmp_path / "vae"
+    run.mkdir()
+    (run / "config.yaml").write_text("autoencoder: {distance: l2}\n")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n{"step": 2}\n{"step": 12345678, "loss": NaN}\n')
+    out = here("plot_loss", "--runs", tiny_run, run, tiny_run, "--out", tmp_path / "loss.png")
+    assert "1 of 3 rows have no loss" in out and "3 curve(s)" in out
+    flow, vae = figures[0].axes
+    assert flow.get_ylabel() == "flow matching loss (l2 of the velocity)" and len(flow.lines) == 2
+    assert vae.get_ylabel() == "autoencoder loss (l2 + 1e-06 KL)" and len(vae.lines) == 1
+    for axes in (flow, vae):
+        assert len(ticks(axes, "x")) >= 2 and ticks(axes, "y")
+
+
+def text_in(pixels: torch.Tensor) -> bool:
+    return bool((pixels < 128).any() and (pixels == 255).any())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_names_stand_at_the_margin(channels):
+    x = torch.full((7, channels, 8, 8), 200, dtype=torch.uint8)
+    plain = images.labelled_grid(x, 3, [])
+    above = images.labelled_grid(x, 3, ["one", "a handwritten two", "3"])
+    beside = images.labelled_grid(x, 3, ["one", "a handwritten two", "3"], transposed=True)
+    assert torch.equal(plain, images.grid(x, 3))
+    height, width = (3 * 9 + 1), (3 * 9 + 1)  # of a grid of three by three, with its lines
+    zoom = above.shape[2] // width
+    margin = above[:, : above.shape[1] - zoom * height]
+    assert all(text_in(third) for third in margin.chunk(3, dim=2))
+    zoom = beside.shape[1] // height
+    margin = beside[:, :, : beside.shape[2] - zoom * width]
+    assert all(text_in(third) for third in margin.chunk(3, dim=1))
+
+
+def test_prompts_without_glyphs_are_numbered():
+    shown, legend = images.margin_names(["a seven", "数字7", "Größe"])
+    assert shown == ["a seven", "#2", "#3"] and legend == ["#2: 数字7", "#3: Größe"]
+
+
+def test_sample_names_its_columns(tmp_path, tiny_run, here):
+    sample = ["sample", "--weights", tiny_run, "--n_samples", "4", "--sampling_steps", "1", "--save_dir"]
+    sizes = []
+    for name, flags in {"columns": [], "rows": ["--grid_by_class"]}.items():
+        here(*sample, tmp_path / name, "--labels", "3", "7", *flags)
+        with Image.open(tmp_path / name / "grid.png") as grid:
+            sizes.append(grid.size)
+            pixels = torch.from_numpy(np.asarray(grid).copy())
+        assert text_in(pixels[:20] if name == "columns" else pixels[:, :12])
+    assert sizes[0][1] > sizes[0][0] and sizes[1][0] > sizes[1][1]  # square but for the margin
+
+
+def test_time_bar_fills_up():
+    frame = np.zeros((40, 200, 3), np.uint8)
+    dark = [int((animation.with_time_bar(frame, t)[40 + 16, :, 0] == 89).sum()) for t in (0.0, 0.5, 1.0)]
+    assert animation.with_time_bar(frame, 0.5).shape == (72, 200, 3)
+    assert dark[0] < dark[1] < dark[2]
