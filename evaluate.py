@@ -8,6 +8,7 @@ results.csv, results.md and nfe.png; rows that are there already are not compute
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import models
 from configs import schema
 from configs.schema import Config, UserError
 from datasets import captions
-from flow.engine import cli, files, runtime, snapshot, tuned_grids
+from flow.engine import cli, files, lock, runtime, snapshot, tuned_grids
 from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
 from flow.engine.reading import Data, read_images
 from flow.evaluation import metrics, plots, points, reference, table
@@ -72,13 +73,14 @@ def main() -> None:
     if args.samples and not args.reference:
         raise UserError("--samples: a --reference is needed: a folder, an npz file or the name of a data set")
     accelerator = runtime.start(args.mixed_precision)
-    if args.samples:
-        score_folder(args, accelerator)
-    else:
-        score_weights(args, accelerator)
+    with ExitStack() as locked:
+        if args.samples:
+            score_folder(args, accelerator, locked)
+        else:
+            score_weights(args, accelerator, locked)
 
 
-def score_weights(args, accelerator: Accelerator) -> None:
+def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
     """A row for each method x steps x guidance scale x range of images."""
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model(models.build, models.codec)
@@ -104,9 +106,10 @@ def score_weights(args, accelerator: Accelerator) -> None:
     for settings in plan:
         with runtime.blame("evaluate"):
             check(settings, net)
-    extractor, real = prepare(args, accelerator, snap.decoded_shape, snap.config)
     given = Path(args.weights)
     out = args.out or (given if given.is_dir() else given.parent) / "evaluation"
+    locked.enter_context(lock.folder(out, accelerator))
+    extractor, real = prepare(args, accelerator, snap.decoded_shape, snap.config)
     identity = {
         "weights_sha256": files.sha256(snap.path),
         "seed": args.seed,
@@ -177,7 +180,7 @@ def asked_for(
     return tuple(label for label, _ in pairs), tuple(prompt for _, prompt in pairs)
 
 
-def score_folder(args, accelerator: Accelerator) -> None:
+def score_folder(args, accelerator: Accelerator, locked: ExitStack) -> None:
     """One row for the images of a folder, by sample.py (whose labels are known) or from elsewhere."""
     note = args.samples / "sampling.json"
     stored = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
@@ -188,8 +191,9 @@ def score_folder(args, accelerator: Accelerator) -> None:
     if stored:
         cycle = tuple(stored["labels"]) if stored["labels"] else None
         labels = labels_of(range(len(data)), SamplerSettings(labels=cycle), stored["num_classes"])
-    extractor, real = prepare(args, accelerator, data.image_shape, schema.load(args.config, args.overrides))
     out = args.out or args.samples / "evaluation"
+    locked.enter_context(lock.folder(out, accelerator))
+    extractor, real = prepare(args, accelerator, data.image_shape, schema.load(args.config, args.overrides))
 
     def compute() -> dict | None:
         return measure(args, accelerator, extractor, real, read(data, accelerator, args.bspp, "samples"), labels)
@@ -310,7 +314,7 @@ def report(accelerator: Accelerator, out: Path) -> None:
         rows = table.read_rows(out)
         print(table.write(out, rows))
         plots.distance_against_nfe(out / "nfe.png", table.aggregate(rows))
-        print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
+        print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir() if p.name != files.LOCK))}")
     accelerator.wait_for_everyone()
 
 

@@ -38,14 +38,12 @@ class Tracker:
         """A line on the terminal and in log.txt."""
         if self.accelerator.is_main_process:
             tqdm.write(line)
-            with open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            files.append_line(self.run_dir / "log.txt", line)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A row of metrics.jsonl, and the same to the trackers."""
         if self.accelerator.is_main_process:
-            with open(self.metrics_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            files.append_line(self.metrics_file, json.dumps({"step": step, **metrics}))
         self.accelerator.log(metrics, step=step)
 
 
