@@ -114,6 +114,20 @@ def test_runs_are_not_overwritten_and_resume_does_not_change_them(error, tiny_ru
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "before"), [("seed", 5, 0), ("train.batch_size", 16, 32), ("flow.prediction", "data", "velocity")]
+)
+def test_an_edited_config_yaml_does_not_change_what_resuming_cannot(error, tiny_run, tmp_path, key, value, before):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    stored = schema.parse((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(schema.dump(schema.load(None, [f"{key}={value}"], base=stored)))
+    edited = contents(run)
+    line = error("train", "-e", run, "-r", "latest", "train.steps=6")
+    assert f"{key}={value}: the checkpoint {run / 'checkpoints' / 'step_00000004'} was made with {before}" in line
+    assert contents(run) == edited
+
+
 def test_samples_are_not_overwritten(error, tiny_run, tmp_path):
     out = tmp_path / "out"
     ask = ["--weights", tiny_run, "--n_samples", "2", "--sampling_steps", "1", "--save_dir", out]
