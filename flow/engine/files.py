@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ def append_line(path: Path, line: str) -> None:
             while data:
                 data = data[file.write(data) :]
         except OSError:
-            file.truncate(size)
+            with suppress(OSError):
+                file.truncate(size)
             raise
 
 
