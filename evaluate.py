@@ -12,6 +12,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -29,7 +30,7 @@ from configs import schema
 from configs.schema import Config, UserError
 from datasets import captions
 from flow import rng
-from flow.engine import cli, features, files, runtime, snapshot, tuned_grids
+from flow.engine import cli, features, files, lock, runtime, snapshot, tuned_grids
 from flow.engine.generate import (
     Cost,
     SamplerSettings,
@@ -107,13 +108,14 @@ def main() -> None:
     if args.samples and not args.reference:
         raise UserError("--samples: a --reference is needed: a folder, an npz file or the name of a data set")
     accelerator = runtime.start(args.mixed_precision)
-    if args.samples:
-        score_folder(args, accelerator)
-    else:
-        score_weights(args, accelerator)
+    with ExitStack() as locked:
+        if args.samples:
+            score_folder(args, accelerator, locked)
+        else:
+            score_weights(args, accelerator, locked)
 
 
-def score_weights(args, accelerator: Accelerator) -> None:
+def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
     """A row for each method x steps x guidance scale x range of images."""
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model(models.build, models.codec)
@@ -143,6 +145,9 @@ def score_weights(args, accelerator: Accelerator) -> None:
     for settings in plan:
         with runtime.blame("evaluate"):
             check(settings, net)
+    given = Path(args.weights)
+    out = args.out or (given if given.is_dir() else given.parent) / "evaluation"
+    locked.enter_context(lock.folder(out, accelerator))
     source = real_images(args, accelerator, snap.decoded_shape, snap.config)
     identity = {
         "weights_sha256": files.sha256(snap.path),
@@ -160,8 +165,6 @@ def score_weights(args, accelerator: Accelerator) -> None:
             identity["labels"] = f"by frequency {hashlib.sha256(json.dumps(counts).encode()).hexdigest()[:16]}"
             identity["prompts"] = captions_of
     extractor, real = prepare(args, accelerator, snap.decoded_shape, source)
-    given = Path(args.weights)
-    out = args.out or (given if given.is_dir() else given.parent) / "evaluation"
     add_control(args, accelerator, out, extractor, real, source)
     log_density = log_density_of(accelerator, model, source)
     if log_density:
@@ -248,7 +251,7 @@ def class_counts(accelerator: Accelerator, config: Config, source: "Source | Non
     return [1] * num_classes
 
 
-def score_folder(args, accelerator: Accelerator) -> None:
+def score_folder(args, accelerator: Accelerator, locked: ExitStack) -> None:
     """One row for the images of a folder, by sample.py (whose labels are known) or from elsewhere."""
     note = args.samples / "sampling.json"
     stored = None
@@ -262,6 +265,8 @@ def score_folder(args, accelerator: Accelerator) -> None:
     if stored:
         turns = tuple(stored["labels"]) if stored["labels"] else None
         labels = labels_of(range(len(data)), SamplerSettings(labels=turns), stored["num_classes"])
+    out = args.out or args.samples / "evaluation"
+    locked.enter_context(lock.folder(out, accelerator))
     args.n_samples = len(data)
     source = real_images(args, accelerator, data.image_shape, schema.load(args.config, args.overrides))
     extractor, real = prepare(args, accelerator, data.image_shape, source)
@@ -271,7 +276,6 @@ def score_folder(args, accelerator: Accelerator) -> None:
             f"warning: the images of {args.samples} take turns over the classes, which are not equally frequent in the "
             "reference; this makes the distance larger (with --weights the classes are drawn by their frequency)"
         )
-    out = args.out or args.samples / "evaluation"
     add_control(args, accelerator, out, extractor, real, source)
 
     def compute() -> dict | None:
@@ -499,7 +503,7 @@ def report(accelerator: Accelerator, out: Path) -> None:
         rows = table.read_rows(out)
         print(table.write(out, rows))
         plots.distance_against_nfe(out / "nfe.png", table.aggregate(rows))
-        print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir()))}")
+        print(f"in {out}: {' '.join(sorted(p.name for p in out.iterdir() if p.name != files.LOCK))}")
     accelerator.wait_for_everyone()
 
 

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 import models
 from configs import schema
 from configs.schema import UserError
-from flow.engine import cli, files, images, runtime, snapshot, tuned_grids
+from flow.engine import cli, files, images, lock, runtime, snapshot, tuned_grids
 from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
 from flow.guidance import FlowModel
 from flow.solvers import BY_BATCH, METHODS
@@ -75,6 +75,15 @@ def main() -> None:
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
     accelerator = runtime.start(args.mixed_precision)
+    with lock.folder(args.save_dir, accelerator):
+        sample(args, accelerator, snap, model, settings)
+
+
+def sample(
+    args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings
+) -> None:  # fmt: skip
+    """Write the images and their grid, or the points."""
+    net = model.net
     folder = args.save_dir / "images"
     if accelerator.is_main_process:
         claim(args, snap, settings, net.num_classes)

@@ -20,7 +20,7 @@ from flow.engine.ema import Ema
 from flow.engine.generate import SamplerSettings, check
 from flow.engine.loader import Loader, MicroBatch
 from flow.engine.preview import write_preview
-from flow.engine.schedule import adamw, learning_rate
+from flow.engine.schedule import adamw, learning_rate, set_options
 from flow.engine.skips import Skips
 from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Throughput, Tracker
@@ -42,8 +42,12 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides, Config)
-    accelerator = runtime.start_training(cfg.train, run_dir)
+    with run_folder.locked_run(args, Config) as (run_dir, cfg, accelerator):
+        train(args, run_dir, cfg, accelerator)
+
+
+def train(args, run_dir: Path, cfg: Config, accelerator: Accelerator) -> None:
+    """Train to the last step, or until a signal."""
     device = accelerator.device
 
     # Data, network and optimizer: whatever is wrong with the configuration comes out here, before a folder is made.
@@ -74,7 +78,7 @@ def main() -> None:
     pairing = pairing_of(cfg, data, loader.micro)
     checkpoints = run_dir / "checkpoints"
     trained_names = class_names if net.null is not None else ()  # which the snapshots carry
-    found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
+    found = run_folder.checkpoint_to_resume(accelerator, args.resume, run_dir, cfg) if args.resume else None
     if cfg.train.init_from and not found:
         with runtime.blame("train.init_from"):
             before = snapshot.load(cfg.train.init_from)
@@ -92,11 +96,13 @@ def main() -> None:
     step, updates = 0, 0  # updates: steps less those that were skipped, see flow/engine/skips.py
     newest = "there is no checkpoint yet"
     if found:
-        state = checkpoint.load(accelerator, found)
-        step, updates = state["step"], state["updates"]
+        with checkpoint.reading(found):
+            state = checkpoint.load(accelerator, found)
+            step, updates = state["step"], state["updates"]
+            meter.load_state(accelerator, state["meter"])
         if step > cfg.train.steps:
             raise UserError(f"train.steps={cfg.train.steps}: the run is at step {step} already")
-        meter.load_state(accelerator, state["meter"])
+        set_options(optimizer, cfg.optimizer)
         for i, name in enumerate(checkpoint.ema_files(half_lives)):
             average = snapshot.load(found / name)
             snapshot.check_codec(f"data.args={cfg.data.args}", average, data.codec)

@@ -15,7 +15,7 @@ from torch import Tensor
 import datasets
 import models
 from flow import rng
-from flow.engine import cli, images, runtime, snapshot
+from flow.engine import cli, images, lock, runtime, snapshot
 from flow.engine.generate import SamplerSettings, check, decoded, solver_state, trajectory, velocity_of
 from flow.evaluation import animation, planes
 from flow.guidance import FlowModel, GuidedVelocity
@@ -65,6 +65,13 @@ def main() -> None:
     accelerator = runtime.start_alone("animate")
     runtime.place(model.net, accelerator)
     model.net.eval().requires_grad_(False)
+    with lock.folder(args.out, accelerator):
+        draw(args, accelerator, snap, model, settings)
+
+
+def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
+    """Write the pictures that were asked for."""
+    plane = len(snap.image_shape) == 1
     made = []
     if not plane or {"flow", "density"} & set(args.pictures):
         indices = range(args.n or (20_000 if plane else 50))

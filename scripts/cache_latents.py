@@ -23,7 +23,7 @@ from configs import schema
 from configs.schema import UserError
 from datasets.shards import MANIFEST, damage_of, read_shard, save_shard
 from flow import rng
-from flow.engine import cli, commands, files, images, runtime
+from flow.engine import cli, commands, files, images, lock, runtime
 from flow.engine.generate import batches, share
 from flow.engine.images import to_network, to_uint8
 from flow.engine.reading import Data, read_images
@@ -69,6 +69,14 @@ def main() -> None:
     with runtime.blame("--vae"):
         vae = runtime.one_process_first(accelerator, lambda: autoencoder.load(args.vae)).to(accelerator.device)
         latent_shape = vae.latent_shape(data.image_shape)
+    with lock.folder(args.save_dir, accelerator):
+        cache(args, accelerator, source, data, vae, latent_shape)
+
+
+def cache(
+    args, accelerator: Accelerator, source: schema.DataConfig, data: Data, vae: VAE, latent_shape: tuple[int, int, int]
+) -> None:
+    """Write the shards that are missing or damaged, then the manifest."""
     settings = [{}]
     if accelerator.is_main_process:
         settings = [settings_of(args, data, vae, latent_shape)]

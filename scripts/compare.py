@@ -16,7 +16,7 @@ from torch import Tensor
 import datasets
 import models
 from configs.schema import UserError
-from flow.engine import cli, files, runtime, snapshot
+from flow.engine import cli, files, lock, runtime, snapshot
 from flow.engine.generate import SamplerSettings, check, mean_straightness_deviation, trajectory
 from flow.evaluation import animation, planes, table
 from flow.evaluation.points import sliced_wasserstein
@@ -77,6 +77,14 @@ def main() -> None:
     steps = cli.steps_of(args, args.sampling_method)
     reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]
     accelerator = runtime.start_alone("compare")
+    with lock.folder(args.out, accelerator):
+        compare(args, accelerator, names, flows, reals, steps)
+
+
+def compare(
+    args, accelerator: Accelerator, names: list[str], flows: list[FlowModel], reals: list[Tensor], steps: list[int]
+) -> None:
+    """Solve the flows, write the animation, the picture and the table."""
     found: list[list[Panel]] = [[] for _ in steps]
     with runtime.progress(accelerator, len(flows) * len(steps), "panels") as bar:
         for name, model, real in zip(names, flows, reals, strict=True):

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
 import datasets
 from configs import schema
 from configs.schema import UserError
-from flow.engine import cli, commands, files, images, runtime
+from flow.engine import cli, commands, files, images, lock, runtime
 
 EXAMPLES = "  python -m scripts.export_images --save_dir data/mnist64 --size 64 data.name=mnist"
 AHEAD = 1000  # images a round
@@ -34,7 +35,13 @@ def main() -> None:
         data = datasets.build(source.name, source.root, source.args)
         if data.codec or len(data.image_shape) != 3:
             raise ValueError(f"data.name={source.name}: holds no images")
-    if args.save_dir.exists() and not files.holds_nothing(args.save_dir):
+    with lock.folder(args.save_dir, accelerator):
+        export(args, accelerator, data)
+
+
+def export(args, accelerator: Accelerator, data) -> None:
+    """Write each image of the data set to the folder of its class."""
+    if not files.holds_nothing(args.save_dir):
         raise UserError(f"--save_dir {args.save_dir}: exists already; name another folder")
     count = min(args.n_images or len(data), len(data))
     folders = [args.save_dir / name.replace("/", "-") for name in data.class_names] or [args.save_dir]

@@ -6,12 +6,15 @@ Run it again after a kill: whole shards stay, one that is missing or damaged is 
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 import datasets
 import models
@@ -21,7 +24,7 @@ from datasets import captions
 from datasets.pairs import Shard, damage_of, read_manifest, shards_of
 from datasets.shards import MANIFEST, save_shard
 from flow import prior, rng
-from flow.engine import cli, commands, files, runtime, snapshot
+from flow.engine import cli, commands, files, lock, runtime, snapshot
 from flow.engine.generate import SamplerSettings, batches, check, generate, solver_state, velocity_of
 from flow.engine.images import to_network
 from flow.guidance import FlowModel
@@ -102,13 +105,20 @@ def main() -> None:
         "data": real,
         **({"codec": snap.codec} if snap.codec else {}),
     }
-    manifest = json.loads(json.dumps(manifest))
-    if accelerator.is_main_process:
-        claim(args.save_dir, manifest)
-    accelerator.wait_for_everyone()
     runtime.place(net, accelerator)
     net.eval()
     make = partial(make_shard, accelerator, model, data, real_ones, settings, args.bspp)
+    with lock.folder(args.save_dir, accelerator):
+        write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
+
+
+def write_shards(
+    args, accelerator: Accelerator, manifest: dict[str, Any], make: Callable[[Shard, tqdm], dict[str, Tensor]]
+) -> None:
+    """Write the manifest and the shards that are missing or damaged; `make` computes the tensors of one."""
+    if accelerator.is_main_process:
+        claim(args.save_dir, manifest)
+    accelerator.wait_for_everyone()
     mine = shards_of(manifest)[accelerator.process_index :: accelerator.num_processes]
     made = 0
     with runtime.progress(accelerator, sum(len(s.indices) for s in mine), "pairs (of this process)") as bar:

@@ -20,7 +20,7 @@ from configs import schema
 from configs.rectify import RectifyConfig, RoundConfig
 from configs.schema import Config, UserError
 from flow import loss, solvers
-from flow.engine import cli, files, images, runtime, snapshot
+from flow.engine import cli, files, images, lock, runtime, snapshot
 from flow.engine.commands import run_command, train_arguments
 from flow.engine.generate import SamplerSettings, generate, mean_straightness_deviation
 from flow.evaluation import plots, table
@@ -48,6 +48,12 @@ def main() -> None:
     cfg = schema.load(args.config, args.overrides, kind=RectifyConfig)
     stages = {path: schema.load(path) for path in (cfg.first, cfg.reflow, cfg.distill)}
     check_stages(cfg, stages)
+    with lock.folder(Path(cfg.folder)):
+        rectify(args, cfg, stages)
+
+
+def rectify(args, cfg: RectifyConfig, stages: dict[str, Config]) -> None:
+    """The chain of commands, then the comparison."""
     folder = Path(cfg.folder)
     names = [*(f"{k}-rf" for k in range(1, cfg.rounds + 1)), "distilled"]
     precision = ["-mp", stages[cfg.first].train.mixed_precision]

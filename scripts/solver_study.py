@@ -19,7 +19,7 @@ import models
 from configs import schema
 from configs.schema import UserError
 from flow import prior, solvers
-from flow.engine import cli, files, runtime, snapshot, tuned_grids
+from flow.engine import cli, files, lock, runtime, snapshot, tuned_grids
 from flow.engine.commands import run_command
 from flow.engine.generate import SamplerSettings, check, solver_state, times_of, velocity_of
 from flow.evaluation import plots, table
@@ -73,8 +73,13 @@ def main() -> None:
         for n in cli.steps_of(args, method, args.until)
     ]  # fmt: skip
     accelerator = runtime.start_alone("solver_study")
+    with lock.folder(args.out, accelerator):
+        study(args, accelerator, snap, base, plan)
+
+
+def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: SamplerSettings, plan: list[SamplerSettings]) -> None:
+    """Write the table and the plots."""
     rows, fine_nfe = distances(args, accelerator, snap, base, plan)
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.fd:
         add_frechet(args, snap, rows)
     calls = ["forwards"] if any(row["forwards"] != row["NFE"] for row in rows) else []

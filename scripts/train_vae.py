@@ -25,7 +25,7 @@ from flow.engine.ema import Ema
 from flow.engine.generate import share
 from flow.engine.images import to_network, to_uint8
 from flow.engine.loader import Loader
-from flow.engine.schedule import adamw, learning_rate
+from flow.engine.schedule import adamw, learning_rate, set_options
 from flow.engine.skips import Skips
 from flow.engine.stop import StopSignal
 from flow.engine.tracker import Meter, Throughput, Tracker
@@ -47,8 +47,12 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    run_dir, cfg = run_folder.open_run(args.config, args.exp_dir, args.resume, args.overrides, VaeConfig)
-    accelerator = runtime.start_training(cfg.train, run_dir)
+    with run_folder.locked_run(args, VaeConfig) as (run_dir, cfg, accelerator):
+        train(args, run_dir, cfg, accelerator)
+
+
+def train(args, run_dir: Path, cfg: VaeConfig, accelerator: Accelerator) -> None:
+    """Train to the last step, or until a signal."""
     if accelerator.is_fsdp2:
         raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
     device = accelerator.device
@@ -63,7 +67,7 @@ def main() -> None:
     perceptual = lpips(device) if cfg.autoencoder.lpips_weight else None
     loader = Loader.of(accelerator, cfg, data)
     checkpoints = run_dir / "checkpoints"
-    found = run_folder.checkpoint_to_resume(accelerator, args.resume, checkpoints) if args.resume else None
+    found = run_folder.checkpoint_to_resume(accelerator, args.resume, run_dir, cfg) if args.resume else None
     runtime.place(vae, accelerator, cfg.train.compile)
     optimizer = adamw(vae, cfg.optimizer, device)
     model, optimizer = accelerator.prepare(vae, optimizer)
@@ -74,12 +78,14 @@ def main() -> None:
     step, updates = 0, 0  # updates: steps less those that were skipped, see flow/engine/skips.py
     newest = "there is no checkpoint yet"
     if found:
-        state = checkpoint.load(accelerator, found)
-        step, updates = state["step"], state["updates"]
+        with checkpoint.reading(found):
+            state = checkpoint.load(accelerator, found)
+            step, updates = state["step"], state["updates"]
+            meter.load_state(accelerator, state["meter"])
+            ema.load_state_dict(0, load_file(found / checkpoint.EMA_FILE))
         if step > cfg.train.steps:
             raise UserError(f"train.steps={cfg.train.steps}: the run is at step {step} already")
-        meter.load_state(accelerator, state["meter"])
-        ema.load_state_dict(0, load_file(found / checkpoint.EMA_FILE))
+        set_options(optimizer, cfg.optimizer)
         newest = f"the newest checkpoint is {found}"
     if accelerator.is_main_process:
         run_folder.write(run_dir, cfg, accelerator)
@@ -96,7 +102,8 @@ def main() -> None:
         state = {"updates": updates, "meter": meter.state(accelerator)}
 
         def write_average(folder: Path) -> None:
-            save_file({name: value.contiguous() for name, value in ema.state_dict(0).items()}, folder / checkpoint.EMA_FILE)
+            average = {name: value.contiguous() for name, value in ema.state_dict(0).items()}
+            save_file(average, folder / checkpoint.EMA_FILE, metadata={"config": schema.dump(cfg)})
 
         saved = checkpoint.save(accelerator, checkpoints, step, state, write_average)
         if accelerator.is_main_process:

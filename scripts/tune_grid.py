@@ -14,7 +14,7 @@ from torch import Tensor
 import models
 from configs.schema import UserError
 from flow import prior, solvers
-from flow.engine import cli, commands, files, runtime, snapshot, tuned_grids
+from flow.engine import cli, commands, files, lock, runtime, snapshot, tuned_grids
 from flow.engine.generate import SamplerSettings, check, solver_state, times_of, velocity_of
 from flow.guidance import FlowModel
 from flow.solvers import ON_A_GRID, grid, tuning
@@ -53,7 +53,7 @@ def main() -> None:
     accelerator = runtime.start_alone("tune_grid")
     runtime.place(model.net, accelerator)
     model.net.eval()
-    with torch.inference_mode():
+    with lock.folder(snap.path.parent, accelerator), torch.inference_mode():
         tune(args, accelerator, snap, model, settings)
 
 

@@ -36,7 +36,9 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def accelerator() -> Accelerator:
-    return runtime.start()
+    accelerator, net = runtime.start(), nn.Linear(2, 2)
+    accelerator.prepare(net, torch.optim.AdamW(net.parameters()))  # what its checkpoints hold
+    return accelerator
 
 
 # ---- moving averages
@@ -136,12 +138,10 @@ def test_atomic_file_keeps_the_old_content_when_writing_fails(tmp_path):
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
-    """A checkpoint as train.py writes it, of one tensor, without the weights of a network."""
-
-    def write_more(path: Path) -> None:
-        save_file({"weight": torch.full((2,), float(step))}, path / checkpoint.EMA_FILE)
-
-    return checkpoint.save(accelerator, folder, step, {"updates": step}, write_more)
+    """A checkpoint as train.py writes it, with an average of one tensor."""
+    average = {"weight": torch.full((2,), float(step))}
+    write_average = lambda path: save_file(average, path / checkpoint.EMA_FILE)  # noqa: E731
+    return checkpoint.save(accelerator, folder, step, {"updates": step}, write_average)
 
 
 def flip_byte(path: Path) -> None:
@@ -159,6 +159,7 @@ DAMAGES = {
     "half_manifest": (lambda p: os.truncate(p / "manifest.json", 20), "manifest.json cannot be read"),
     "binary_manifest": (lambda p: (p / "manifest.json").write_bytes(b"\xff\xfe\x00"), "manifest.json cannot be read"),
     "list_manifest": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+    "empty_manifest": (lambda p: (p / "manifest.json").write_text("{}"), "manifest.json names no file model"),
     "odd_manifest": (lambda p: (p / "manifest.json").write_text('{"state.json": 3}'), "manifest.json cannot be read"),
 }
 

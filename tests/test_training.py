@@ -1,16 +1,20 @@
 """Training: what was killed or stopped goes on to the same end, and the number of processes changes nothing but rounding."""
 
 import json
+import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import REPOSITORY, TINY_TRAIN, fail, run_script, succeed
 from safetensors.torch import load_file
 
@@ -82,6 +86,42 @@ def test_stopped_by_sigterm_saves_and_says_how_to_go_on(tmp_path, monkeypatch, u
     assert checkpoint.step_of(checkpoint.all_of(run / "checkpoints")[-1]) == step + 3
 
 
+def start_on_a_terminal(command: list[str]) -> tuple[int, int]:
+    """Start a command as the leader of a session on a terminal of its own: its process id, and the terminal's other end."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(REPOSITORY)
+        os.execv(command[0], command)
+    os.set_blocking(terminal, False)
+    return pid, terminal
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_stops_a_run_unless_it_is_ignored(tmp_path, monkeypatch, nohup):
+    monkeypatch.setenv("FLOW_NUM_THREADS", "1")
+    run = tmp_path / "run"
+    more = ["train.steps=60", "train.log_every_steps=5", "train.checkpoint_every_steps=0"] if nohup else ["train.steps=100_000"]
+    command = [sys.executable, "train.py", *TINY_TRAIN, "train.checkpoint_every_steps=0", *more, "-e", str(run)]
+    log = tmp_path / "printed.txt"
+    if nohup:  # as its command does: the signal is ignored, and what is printed goes to a file
+        command = ["/bin/sh", "-c", f'trap "" HUP; exec "$@" > {log} 2>&1', "sh", *command]
+    pid, terminal = start_on_a_terminal(command)
+    while not (run / "metrics.jsonl").exists():
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        with suppress(BlockingIOError, OSError):
+            os.read(terminal, 100_000)  # a terminal that nobody reads stops who writes to it
+        time.sleep(0.01)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    said = (run / "log.txt").read_text()
+    assert checkpoint.damage_of(newest(run)) is None
+    if nohup:
+        assert os.waitstatus_to_exitcode(status) == 0 and checkpoint.step_of(newest(run)) == 60
+    else:
+        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+        assert f"stopped by SIGHUP; the newest checkpoint is {newest(run)}; go on with: python train.py -e {run}" in said
+
+
 def test_two_processes_resume_to_the_bit_and_equal_one_within_rounding(tmp_path, monkeypatch):
     """Without dropout, whose masks belong to a process, two processes compute what one does."""
     monkeypatch.setenv("FLOW_NUM_THREADS", "1")
@@ -119,6 +159,33 @@ def test_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, uninterrup
     assert "step_00000040 is damaged and passed over: optimizer.bin has changed" in result.stdout
     assert "going on from step 20" in result.stdout + result.stderr
     assert_same_state(run, uninterrupted)
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"state.json": {}}', "[]"])
+def test_a_manifest_without_what_a_checkpoint_holds_is_passed_over(here, tmp_path, tiny_run, manifest):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "checkpoints" / "step_00000004" / "manifest.json").write_text(manifest)
+    printed = here("train", "-e", run, "-r", "latest")
+    assert "step_00000004 is damaged and passed over: manifest.json" in printed and "going on from step 2" in printed
+    assert checkpoint.damage_of(newest(run)) is None
+
+
+def test_changed_options_of_the_optimizer_are_applied(here, tmp_path, tiny_run):
+    """AdamW takes lr * weight_decay * w off each weight w besides the step of Adam, whose gradient is the same here."""
+    decay, runs = 0.5, [tmp_path / "plain", tmp_path / "decayed"]
+    for run, options in zip(runs, ([], [f"optimizer.weight_decay={decay}"]), strict=True):
+        shutil.copytree(tiny_run, run)
+        here("train", "-e", run, "-r", "latest", "train.steps=5", *options)
+    before = load_file(newest(tiny_run) / "model.safetensors")
+    plain, decayed = (load_file(newest(run) / "model.safetensors") for run in runs)
+    lr = losses(runs[0])[-1]["learning_rate"]
+    for name, weight in before.items():
+        torch.testing.assert_close(decayed[name], plain[name] - lr * decay * weight, rtol=0, atol=1e-6)
+    assert max((decayed[name] - plain[name]).abs().max().item() for name in before) > 1e-5
+    here("train", "-e", runs[0], "-r", "latest", "train.steps=6", "optimizer.betas=[0.8, 0.95]", "optimizer.eps=1e-6")
+    (group,) = torch.load(newest(runs[0]) / "optimizer.bin", weights_only=True)["param_groups"]
+    assert (*group["betas"], group["eps"], group["weight_decay"]) == (0.8, 0.95, 1e-6, 0)
 
 
 def test_a_kill_between_checkpoint_and_snapshot_loses_neither(tmp_path, uninterrupted):

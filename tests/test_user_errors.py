@@ -1,5 +1,6 @@
 """Bad input: one line that names the key, the value and what would be right, exit code 2, nothing written or lost."""
 
+import json
 import os
 import pickle
 import shutil
@@ -114,6 +115,20 @@ def test_runs_are_not_overwritten_and_resume_does_not_change_them(error, tiny_ru
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "before"), [("seed", 5, 0), ("train.batch_size", 16, 32), ("flow.prediction", "data", "velocity")]
+)
+def test_an_edited_config_yaml_does_not_change_what_resuming_cannot(error, tiny_run, tmp_path, key, value, before):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    stored = schema.parse((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(schema.dump(schema.load(None, [f"{key}={value}"], base=stored)))
+    edited = contents(run)
+    line = error("train", "-e", run, "-r", "latest", "train.steps=6")
+    assert f"{key}={value}: the checkpoint {run / 'checkpoints' / 'step_00000004'} was made with {before}" in line
+    assert contents(run) == edited
+
+
 def test_samples_are_not_overwritten(error, tiny_run, tmp_path):
     out = tmp_path / "out"
     ask = ["--weights", tiny_run, "--n_samples", "2", "--sampling_steps", "1", "--save_dir", out]
@@ -187,25 +202,62 @@ def test_exit_code_of_the_process(script):
     assert "unknown flag '--foo'" in fail(f"{script}.py", "--foo", "3")
 
 
-def test_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path):
-    """On a file system with room for two checkpoints and a half."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6500k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        many = [*TINY_TRAIN, "train.steps=8", "train.keep_checkpoints=0", "train.checkpoint_every_steps=1"]
-        line = fail("train.py", *many, "-e", disk / "run")
-        assert "was not written" in line and "the newest checkpoint is" in line
-        kept = checkpoint.all_of(disk / "run" / "checkpoints")
-        assert kept and checkpoint.damage_of(kept[-1]) is None and str(kept[-1]) in line
-        assert not list((disk / "run" / "checkpoints").glob(".tmp-*"))
-        roomy = tmp_path / "roomy"
-        shutil.copytree(disk / "run", roomy)
-        succeed("train.py", "-e", roomy, "-r", "latest")
-    finally:
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(kilobytes): the folder of a file system of that size, or a skip."""
+    mounted = []
+
+    def mount(kilobytes: int):
+        disk = tmp_path / f"disk_{len(mounted)}"
+        disk.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("mounting a small disk needs root")
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_full_disk_while_saving_leaves_the_last_checkpoint(small_disk, tmp_path):
+    """On a file system with room for two checkpoints and a half."""
+    disk = small_disk(6500)
+    many = [*TINY_TRAIN, "train.steps=8", "train.keep_checkpoints=0", "train.checkpoint_every_steps=1"]
+    line = fail("train.py", *many, "-e", disk / "run")
+    assert "was not written" in line and "the newest checkpoint is" in line
+    kept = checkpoint.all_of(disk / "run" / "checkpoints")
+    assert kept and checkpoint.damage_of(kept[-1]) is None and str(kept[-1]) in line
+    assert not list((disk / "run" / "checkpoints").glob(".tmp-*"))
+    roomy = tmp_path / "roomy"
+    shutil.copytree(disk / "run", roomy)
+    succeed("train.py", "-e", roomy, "-r", "latest")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [("metrics.jsonl", "train.log_every_steps=1"), ("samples/step_", "train.sample_every_steps=1")]
+)
+def test_full_disk_while_training_names_file_and_checkpoint(error, small_disk, tiny_run, name, option):
+    """On a file system with room for the run and a little more."""
+    sizes = {p.stat().st_ino: p.stat().st_size for p in tiny_run.rglob("*") if p.is_file()}  # a snapshot has two names
+    run = small_disk(sum(4 * -(-size // 4096) for size in sizes.values()) + 40) / "run"
+    subprocess.run(["cp", "-a", tiny_run, run], check=True)
+    line = error("train", "-e", run, "-r", "latest", "train.steps=2000", "train.checkpoint_every_steps=0", option)
+    assert "No space left on device" in line and f"{run / name}" in line
+    assert f"the newest checkpoint is {run / 'checkpoints' / 'step_00000004'}" in line
+    rows = (run / "metrics.jsonl").read_text()
+    assert rows.endswith("\n") and [json.loads(row)["step"] for row in rows.splitlines()][:2] == [2, 4]  # no half of a row
+
+
+def test_full_disk_while_making_data_names_the_file(error, small_disk, tiny_run, vae_folder):
+    pairs = ["--n_pairs", "1000", "--shard_pairs", "100", "--sampling_steps", "1"]
+    out = small_disk(60) / "out"
+    line = error("make_pairs", "--weights", tiny_run, "--save_dir", out, *pairs)
+    assert f"{out / 'generated_'}" in line and "No space left on device" in line
+    out = small_disk(300) / "out"
+    line = error("cache_latents", "--vae", vae_folder, "--save_dir", out, "data.name=digits")
+    assert f"{out / 'latents_'}" in line and "No space left on device" in line
+    assert not list(out.glob(".tmp-*"))
 
 
 def test_the_precision_no_is_a_word(tmp_path):

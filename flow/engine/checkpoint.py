@@ -8,19 +8,24 @@ nothing random is carried in a state. `latest` is found by looking, not stored.
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
-from configs.schema import UserError
+from configs import schema
+from configs.schema import Kind, UserError
 from flow.engine import files, runtime
 
 EMA_FILE = "ema.safetensors"  # the first half-life; others are ema_<half-life>.safetensors, all of them snapshots
 _NAME = re.compile(r"step_(\d{8,})")
+# Beginnings of the names of what every checkpoint holds; accelerate has several for the weights and the optimizer's state.
+_NEEDED = (("model", "pytorch_model"), ("optimizer",), (EMA_FILE,), ("state.json",))
+_READING_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, SafetensorError)
 
 
 def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_more: Callable[[Path], None]) -> Path:
@@ -73,15 +78,34 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def load(accelerator: Accelerator, path: Path) -> dict:
-    """Restore what accelerate saved; returns the state given to `save`."""
-    try:
+    """Restore what accelerate saved; returns the state given to `save`, with the step."""
+    with reading(path):
         accelerator.load_state(str(path))
-        return json.loads((path / "state.json").read_text())
+        state = files.read_json(path / "state.json")
+        if state["step"] != step_of(path) or not isinstance(state["updates"], int):
+            raise ValueError(f"state.json is of step {state['step']}, with {state['updates']} updates")
+        return state
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong while the content of a checkpoint is taken over becomes a UserError that names the checkpoint."""
+    try:
+        yield
+    except UserError:
+        raise
     except UnpicklingError:
         raise UserError(f"-r {path}: holds something other than tensors and numbers, which is not loaded") from None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, SafetensorError) as error:
+    except _READING_ERRORS as error:
         first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"-r {path}: does not fit this configuration ({first})") from None
+        raise UserError(f"-r {path}: does not fit this configuration ({type(error).__name__}: {first})") from None
+
+
+def stored_config(path: Path, kind: type[Kind]) -> Kind | None:
+    """The configuration that a checkpoint was made with; None for one of before it was stored. Raises UserError."""
+    with reading(path), safe_open(path / EMA_FILE, framework="pt") as file:
+        text = (file.metadata() or {}).get("config")
+    return schema.parse(text, source=f"-r {path / EMA_FILE}", kind=kind) if text else None
 
 
 def newest(accelerator: Accelerator, folder: Path) -> Path | None:
@@ -99,6 +123,12 @@ def newest(accelerator: Accelerator, folder: Path) -> Path | None:
     if found[0] is None and all_of(folder):
         raise UserError(f"-r: all checkpoints in {folder} are damaged")
     return found[0]
+
+
+def newest_in_words(folder: Path) -> str:
+    """For a message about a run that ends."""
+    saved = all_of(folder)
+    return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
 def all_of(folder: Path) -> list[Path]:
@@ -123,7 +153,7 @@ def step_of(path: Path) -> int:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest, or None."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = files.read_json(path / "manifest.json")
         for name, entry in manifest.items():
             file = path / name
             if file.parent != path:
@@ -134,6 +164,9 @@ def damage_of(path: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
             if files.sha256(file) != entry["sha256"]:
                 return f"{name} has changed since it was written"
+        for beginnings in _NEEDED:
+            if not any(name.startswith(beginnings) for name in manifest):
+                return f"manifest.json names no file {' or '.join(beginnings)}..."
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read ({error})"
     return None
@@ -145,7 +178,5 @@ def _stop_if(accelerator: Accelerator, problem: Exception | None, path: Path) ->
         return
     if accelerator.is_main_process:
         shutil.rmtree(path.with_name(f"{files.TEMPORARY}{path.name}"), ignore_errors=True)
-    kept = all_of(path.parent)
-    left = f"the newest checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
     reason = (str(problem).splitlines() or [""])[0] if problem else "another process failed"
-    raise UserError(f"checkpoint {path} was not written: {reason}; {left}")
+    raise UserError(f"checkpoint {path} was not written: {reason}; {newest_in_words(path.parent)}")

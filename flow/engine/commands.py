@@ -66,7 +66,7 @@ def data_overrides(data: DataConfig) -> list[str]:
 def run_command(arguments: list[str], launcher: str | None = None) -> None:
     """Run `python ARGUMENTS...`, or `LAUNCHER ARGUMENTS...`; leaves with the status of a command that fails.
 
-    Ctrl-C and SIGTERM reach the command, which may take its time to save what it has; then this process leaves too.
+    Ctrl-C, SIGTERM and SIGHUP reach the command, which may take its time to save what it has; then this process leaves too.
     """
     print(f"\n$ {command(*arguments, launcher=launcher)}", flush=True)
     with StopSignal() as stop:
@@ -77,8 +77,9 @@ def run_command(arguments: list[str], launcher: str | None = None) -> None:
                 status = process.wait(0.2)
                 break
             except subprocess.TimeoutExpired:
-                if stop.received == signal.SIGTERM and not forwarded:  # Ctrl-C reaches the whole foreground group by itself
-                    process.send_signal(signal.SIGTERM)
+                # Ctrl-C reaches the whole foreground group by itself; a second SIGHUP changes nothing.
+                if stop.received in (signal.SIGTERM, signal.SIGHUP) and not forwarded:
+                    process.send_signal(stop.received)
                     forwarded = True
     if stop.received:
         sys.exit(128 + stop.received)

@@ -1,14 +1,19 @@
 """Files that are whole or absent: written under a temporary name, synced, renamed."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 TEMPORARY = ".tmp-"  # prefix of what is not finished
+LOCK = ".lock"  # in a folder that is being written, see lock.py
 
 
 @contextmanager
@@ -17,12 +22,42 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with naming(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing `path` become OSErrors that name it: those of a full disk name no file, and those of safetensors are
+    of another kind. An error that names another file stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and not Path(str(error.filename)).name.startswith(TEMPORARY):
+            raise
+        if error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(f"{path}: {error}") from error
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a whole line to a text file, or nothing."""
+    with naming(path), open(path, "ab", buffering=0) as file:
+        size, data = file.tell(), (line + "\n").encode()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,8 +88,16 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def holds_nothing(folder: Path) -> bool:
-    """Whether a folder is empty but for what an interrupted writer left behind; False for a file."""
-    return folder.is_dir() and all(path.name.startswith(TEMPORARY) for path in folder.iterdir())
+    """Whether a folder is empty but for its lock and what an interrupted writer left behind; False for a file."""
+    return folder.is_dir() and all(p.name == LOCK or p.name.startswith(TEMPORARY) for p in folder.iterdir())
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError where it is damaged, OSError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def free_folder(path: Path) -> Path:

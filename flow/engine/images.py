@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from flow.engine.files import TEMPORARY
+from flow.engine.files import TEMPORARY, naming
 
 FONT_SIZE = 13  # pixels
 LINE_HEIGHT = 16
@@ -35,8 +35,9 @@ def write_png(path: Path, image: Tensor) -> None:
     """Write a uint8 image [C, H, W] under its name once it is whole."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:  # not files.atomic_file: syncing each of 50,000 small files takes longer than making them again
-        to_pil(image).save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with naming(path):
+            to_pil(image).save(temporary, format="PNG")
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

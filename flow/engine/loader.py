@@ -20,6 +20,7 @@ from configs.schema import Config, UserError
 from configs.vae import VaeConfig
 from flow import prior, rng
 from flow.engine.images import to_network
+from flow.engine.stop import SIGNALS
 
 
 @dataclass
@@ -209,8 +210,8 @@ class _Reader(Dataset):
 
 
 def _outlive_signals(worker: int) -> None:
-    """SIGTERM and Ctrl-C often reach the whole process group; it is the trainer that decides when to stop."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """They often reach the whole process group; it is the trainer that decides when to stop."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

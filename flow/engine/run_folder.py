@@ -7,6 +7,9 @@ import shlex
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from accelerate import Accelerator
 
 from configs import schema, stored
 from configs.schema import Kind, UserError
-from flow.engine import checkpoint, commands, files, runtime
+from flow.engine import checkpoint, commands, files, lock, runtime
 
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
@@ -25,6 +28,24 @@ FIXED = (
     "flow.coupling_args", "flow.objective", "flow.objective_args",
     "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks",
 )  # fmt: skip
+
+
+@contextmanager
+def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, Accelerator]]:
+    """Run folder, configuration and accelerator of a trainer's command line; inside the block no other process writes there.
+
+    An error of the file system inside the block becomes a UserError that also names the newest checkpoint.
+    """
+    run_dir, cfg = open_run(args.config, args.exp_dir, args.resume, args.overrides, kind)
+    accelerator = runtime.start_training(cfg.train, run_dir)  # type: ignore[attr-defined]
+    with lock.folder(run_dir, accelerator):
+        # Until here another process may have started a run in this folder, or gone on with it.
+        if (run_dir, cfg) != open_run(args.config, args.exp_dir, args.resume, args.overrides, kind):
+            raise UserError(f"{run_dir / 'config.yaml'}: another process has changed it; start this command again")
+        try:
+            yield run_dir, cfg, accelerator
+        except OSError as error:
+            raise UserError(f"{error}; {checkpoint.newest_in_words(run_dir / 'checkpoints')}") from error
 
 
 def open_run(
@@ -51,21 +72,34 @@ def open_run(
     cfg = cfg or schema.load(None, overrides, base=before, kind=kind)
     if isinstance(cfg, schema.Config) and isinstance(before, schema.Config):
         schema.keep_auto_classes(cfg, before)
-    for key in filter(schema.all_keys(kind).__contains__, FIXED):
-        was, now = schema.get(before, key), schema.get(cfg, key)
-        if was != now:
-            raise UserError(f"{key}={now}: the run in {run_dir} was started with {was}, which resuming cannot change")
+    refuse_changes(before, cfg, f"the run in {run_dir} was started")
     return run_dir, cfg
 
 
-def checkpoint_to_resume(accelerator: Accelerator, resume: str, folder: Path) -> Path | None:
+def checkpoint_to_resume(accelerator: Accelerator, resume: str, run_dir: Path, cfg: Any) -> Path | None:
     """The checkpoint that `-r latest|PATH` means, None for a run that was cut off before its first one.
 
-    Raises UserError where it is damaged, or where going on from it would overwrite later ones.
+    Raises UserError where it is damaged, where going on from it would overwrite later ones, or where it was made with
+    another configuration than `cfg` in what resuming cannot change, whatever config.yaml says by now.
     """
-    if resume == "latest" or not checkpoint.is_checkpoint(Path(resume)):
-        return checkpoint.newest(accelerator, folder)
-    path = Path(resume)
+    folder = run_dir / "checkpoints"
+    named = resume != "latest" and checkpoint.is_checkpoint(Path(resume))
+    path = _checkpoint_named(Path(resume), folder) if named else checkpoint.newest(accelerator, folder)
+    stored = path and checkpoint.stored_config(path, type(cfg))
+    if stored:
+        refuse_changes(stored, cfg, f"the checkpoint {path} was made")
+    return path
+
+
+def refuse_changes(stored: Any, cfg: Any, made: str) -> None:
+    """Raises UserError for the first key that resuming cannot change and that differs; `made` begins the reason."""
+    for key in filter(schema.all_keys(type(cfg)).__contains__, FIXED):
+        before, now = schema.get(stored, key), schema.get(cfg, key)
+        if before != now:
+            raise UserError(f"{key}={now}: {made} with {before}, which resuming cannot change")
+
+
+def _checkpoint_named(path: Path, folder: Path) -> Path:
     damage = checkpoint.damage_of(path)
     if damage:
         raise UserError(f"-r {path}: the checkpoint is damaged: {damage}")
@@ -85,7 +119,9 @@ def write(run_dir: Path, config: Any, accelerator: Accelerator) -> None:
     files.write_text(run_dir / "config.yaml", schema.dump(config))
     path = run_dir / "environment.json"
     with runtime.blame(f"{path}: is damaged; move it away"):
-        starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        starts = files.read_json(path) if path.is_file() else []
+        if not isinstance(starts, list):
+            raise ValueError("it holds no list of starts")
     files.write_text(path, json.dumps([*starts, environment(accelerator)], indent=1))
 
 

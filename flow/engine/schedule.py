@@ -20,6 +20,14 @@ def learning_rate(config: OptimizerConfig, update: int, total: int) -> float:
     return config.lr * warmup * decay
 
 
+def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+    """Give an optimizer whose state was loaded the betas, eps and weight_decay of the configuration: its own are those of
+    the checkpoint."""
+    beta1, beta2 = config.betas
+    for group in optimizer.param_groups:
+        group.update(betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay)
+
+
 def adamw(net: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
     """The optimizer of a network on this device; its learning rate is then that of `learning_rate` at each step."""
     beta1, beta2 = config.betas

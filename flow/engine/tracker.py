@@ -41,8 +41,7 @@ class Tracker:
         """A line on the terminal and in log.txt."""
         if self.accelerator.is_main_process:
             tqdm.write(line)
-            with open(self.run_dir / "log.txt", "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            files.append_line(self.run_dir / "log.txt", line)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A row of metrics.jsonl, and the same to the trackers."""
