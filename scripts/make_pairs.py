@@ -109,13 +109,16 @@ def main() -> None:
     net.eval()
     make = partial(make_shard, accelerator, model, data, real_ones, settings, args.bspp)
     with lock.folder(args.save_dir, accelerator):
-        write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
+        written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
+    train = train_command(args.weights, args.save_dir, snap.config)
+    accelerator.print(f"{args.n_pairs} pairs in {args.save_dir}, {written} of them made now; train on them with: {train}")
 
 
 def write_shards(
     args, accelerator: Accelerator, manifest: dict[str, Any], make: Callable[[Shard, tqdm], dict[str, Tensor]]
-) -> None:
-    """Write the manifest and the shards that are missing or damaged; `make` computes the tensors of one."""
+) -> int:
+    """Write the manifest and the shards that are missing or damaged; `make` computes the tensors of one. The number of pairs
+    that were written."""
     if accelerator.is_main_process:
         claim(args.save_dir, manifest)
     accelerator.wait_for_everyone()
@@ -133,9 +136,7 @@ def write_shards(
                 made += len(shard.indices)
             else:
                 bar.update(len(shard.indices))
-    made = sum(runtime.gather_to_main(accelerator, made) or [0])
-    train = train_command(args.weights, args.save_dir, snap.config)
-    accelerator.print(f"{args.n_pairs} pairs in {args.save_dir}, {made} of them made now; train on them with: {train}")
+    return sum(runtime.gather_to_main(accelerator, made) or [0])
 
 
 def train_command(weights: str, save_dir: Path, config: schema.Config) -> str:
