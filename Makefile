@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	$(BIN)/python -m scripts.quickstart
 
 gallery: .venv/installed
-	$(BIN)/python -m scripts.gallery
+	$(BIN)/python -m scripts.dev.gallery
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest
@@ -19,7 +19,7 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 torture: .venv/installed
-	for script in train sample make_pairs; do $(BIN)/python -m scripts.torture --kills 100 --script $$script || exit 1; done
+	for script in train sample make_pairs; do $(BIN)/python -m scripts.dev.fault_injection --kills 100 --script $$script || exit 1; done
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -29,28 +29,27 @@ import models
 from configs import schema
 from configs.schema import Config, UserError
 from datasets import captions
-from flow import rng
-from flow.engine import cli, features, files, lock, runtime, snapshot, tuned_grids
-from flow.engine.generate import (
-    Cost,
-    SamplerSettings,
-    check,
-    conditions_by_frequency,
-    conditions_in_turn,
-    generate,
-    labels_of,
-    share,
-    solver_state,
-    velocity_of,
-)  # fmt: skip
-from flow.engine.reading import Data
-from flow.evaluation import metrics, plots, points, reference, table
+from flow.evaluation import feature_cache, metrics, metrics_2d, plots, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
-from flow.evaluation.points import PointSpace
+from flow.evaluation.metrics_2d import PointSpace
+from flow.evaluation.reading import Data
 from flow.evaluation.reference import Reference
-from flow.guidance import FlowModel
-from flow.solvers import BY_BATCH, METHODS
-from flow.solvers.adaptive import ADAPTIVE
+from flow.model import FlowModel
+from flow.noise import generator
+from flow.runtime import cli, distributed, files, lock
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import grid_store, snapshot
+from flow.sampling.conditions import conditions_by_frequency, conditions_in_turn, labels_for
+from flow.sampling.generate import (
+    NFECounter,
+    build_velocity,  # fmt: skip
+    generate,
+    shard,
+    to_solver_dtype,
+)
+from flow.sampling.settings import SamplerSettings, validate
+from flow.solvers import HAS_TOLERANCES, SOLVERS
+from flow.solvers.torchdiffeq import ADAPTIVE
 
 EXAMPLES = """\
   accelerate-launch evaluate.py --weights runs/mnist --feature_extractor mnist --methods euler heun --sampling_steps 5 10 50
@@ -65,10 +64,10 @@ def parse_args():
     parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
     parser.add_argument("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors")
     parser.add_argument("--samples", type=Path, metavar="DIR", help="score this folder of images, no weights needed")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["euler"], help="solvers (default: euler)")
+    parser.add_argument("--methods", nargs="+", choices=SOLVERS, default=["euler"], help="solvers (default: euler)")
     cli.add_step_flags(parser, [100], several=True)
     cli.add_solver_flags(parser)
-    parser.add_argument("--guidance_scale", nargs="+", type=cli.scale, default=[1.0], help="(default: 1, off)")
+    parser.add_argument("--guidance_scale", nargs="+", type=cli.guidance_scale, default=[1.0], help="(default: 1, off)")
     parser.add_argument(
         "--labels",
         nargs="+",
@@ -107,7 +106,7 @@ def main() -> None:
         raise UserError("give either --weights PATH or --samples DIR")
     if args.samples and not args.reference:
         raise UserError("--samples: a --reference is needed: a folder, an npz file or the name of a data set")
-    accelerator = runtime.start(args.mixed_precision)
+    accelerator = distributed.build_accelerator(args.mixed_precision)
     with ExitStack() as locked:
         if args.samples:
             score_folder(args, accelerator, locked)
@@ -120,9 +119,9 @@ def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model(models.build, models.codec)
     net = model.net
-    if args.reference is None or net.prompt_bytes:
+    if args.reference is None or net.max_prompt_bytes:
         snap.check_data()
-    runtime.place(net, accelerator, args.compile)
+    distributed.prepare_model(net, accelerator, args.compile)
     args.labels = cli.labels_of(args.labels, snap.class_names)
     captions_of = captions_by_class(args, accelerator, snap.config, net)
     labels, prompts = conditions_in_turn(args.labels, captions_of)
@@ -134,17 +133,17 @@ def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
             args.seed,
             labels,
             prompts,
-            args.grid,
-            tuned_grids.load(snap.path, method, steps) if args.grid == "tuned" else None,
+            args.time_grid,
+            grid_store.load(snap.path, method, steps) if args.time_grid == "tuned" else None,
             cli.solver_options(args, method, args.methods),
         )
         for scale in args.guidance_scale
         for method in args.methods
-        for steps in cli.steps_of(args, method)
+        for steps in cli.num_steps(args, method)
     ]
     for settings in plan:
-        with runtime.blame("evaluate"):
-            check(settings, net)
+        with error_context("evaluate"):
+            validate(settings, net)
     given = Path(args.weights)
     out = args.out or (given if given.is_dir() else given.parent) / "evaluation"
     locked.enter_context(lock.folder(out, accelerator))
@@ -171,11 +170,11 @@ def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
         identity["held_out_points"] = HELD_OUT_POINTS
 
     def compute(settings: SamplerSettings, indices: range, number: int) -> dict | None:
-        cost = Cost()
-        batches = share(accelerator, indices, args.bspp)
+        cost = NFECounter()
+        batches = shard(accelerator, indices, args.bspp)
         local = sum(map(len, batches))
         total, name = len(plan) * args.repeats, "images of this process"
-        bar = runtime.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
+        bar = distributed.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
         bar.leave = False  # the next bar takes its place
 
         def stream() -> Iterator[tuple[range, Tensor]]:
@@ -185,7 +184,7 @@ def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
                     yield result.indices, result.images
                     bar.update(len(result.indices))
 
-        y = labels_of(indices, settings, net.num_classes)
+        y = labels_for(indices, settings, net.num_classes)
         row = measure(args, accelerator, extractor, real, stream(), y)
         nfe, forwards = cost.mean(accelerator)
         if row and log_density:
@@ -198,7 +197,7 @@ def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
             indices = range(repeat * args.n_samples, (repeat + 1) * args.n_samples)
             subject = {
                 "weights": f"{given.name if given.is_dir() else given.stem}@{snap.step}",
-                "captions": (args.captions or "plain") if net.prompt_bytes else None,
+                "captions": (args.captions or "plain") if net.max_prompt_bytes else None,
                 "method": settings.solver,
                 "steps": settings.steps if settings.method not in ADAPTIVE else None,
                 "guidance_scale": settings.guidance_scale if net.null is not None else None,
@@ -206,7 +205,7 @@ def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
                 "first": indices.start,
             }
             which = {**identity, "times": settings.times}  # a grid may be tuned again
-            if settings.method in BY_BATCH:
+            if settings.method in HAS_TOLERANCES:
                 which["bspp"] = args.bspp
             make = partial(compute, settings, indices, next(numbers))
             record(args, accelerator, out, subject, which, extractor, real, make)
@@ -215,13 +214,13 @@ def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
 
 def captions_by_class(args, accelerator: Accelerator, config: Config, net: torch.nn.Module) -> list[list[str]] | None:
     """Captions of each class for a network with text: one, or every wording that training never saw."""
-    if args.captions and not net.prompt_bytes:
-        raise UserError(f"--captions {args.captions}: this network was trained without prompts (model.args.prompt_bytes)")
-    if not net.prompt_bytes:
+    if args.captions and not net.max_prompt_bytes:
+        raise UserError(f"--captions {args.captions}: this network was trained without prompts (model.args.max_prompt_bytes)")
+    if not net.max_prompt_bytes:
         return None
     source = config.data
-    with runtime.blame("data"):
-        data = runtime.one_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
+    with error_context("data"):
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
     for label in args.labels or ():
         if not 0 <= label < len(data.class_names):
             raise UserError(f"--labels {label}: is out of range; the data set has classes 0 to {len(data.class_names) - 1}")
@@ -235,12 +234,12 @@ def class_counts(accelerator: Accelerator, config: Config, source: "Source | Non
 
     def training_set() -> Data | None:
         try:
-            real = datasets.original(config.data.name, config.data.root, config.data.args)
+            real = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
             return datasets.build(**real)
         except (ValueError, FileNotFoundError):
             return None
 
-    for load in (lambda: source.data if source else None, lambda: runtime.one_process_first(accelerator, training_set)):
+    for load in (lambda: source.data if source else None, lambda: distributed.main_process_first(accelerator, training_set)):
         data = load()
         if data is not None and data.labels is not None and len(data.class_names) == num_classes:
             return torch.bincount(data.labels, minlength=num_classes).tolist()
@@ -256,15 +255,15 @@ def score_folder(args, accelerator: Accelerator, locked: ExitStack) -> None:
     note = args.samples / "sampling.json"
     stored = None
     if note.is_file():
-        with runtime.blame(f"--samples {args.samples}: sampling.json is damaged"):
+        with error_context(f"--samples {args.samples}: sampling.json is damaged"):
             stored = sampling_of(json.loads(note.read_text(encoding="utf-8")))
     path, channels = (args.samples / "images", stored["image_shape"][0]) if stored else (args.samples, 3)
-    with runtime.blame("--samples"):
+    with error_context("--samples"):
         data = datasets.build("folder", None, {"path": str(path), "channels": channels})
     labels = data.labels
     if stored:
         turns = tuple(stored["labels"]) if stored["labels"] else None
-        labels = labels_of(range(len(data)), SamplerSettings(labels=turns), stored["num_classes"])
+        labels = labels_for(range(len(data)), SamplerSettings(labels=turns), stored["num_classes"])
     out = args.out or args.samples / "evaluation"
     locked.enter_context(lock.folder(out, accelerator))
     args.n_samples = len(data)
@@ -279,7 +278,7 @@ def score_folder(args, accelerator: Accelerator, locked: ExitStack) -> None:
     add_control(args, accelerator, out, extractor, real, source)
 
     def compute() -> dict | None:
-        return measure(args, accelerator, extractor, real, features.read(data, accelerator, args.bspp, "samples"), labels)
+        return measure(args, accelerator, extractor, real, feature_cache.read(data, accelerator, args.bspp, "samples"), labels)
 
     subject = {"weights": args.samples.name, "n": len(data), "first": 0}
     record(args, accelerator, out, subject, {"images": data.fingerprint()}, extractor, real, compute)
@@ -301,17 +300,17 @@ def real_images(args, accelerator: Accelerator, image_shape: tuple[int, ...], co
     given, root = args.reference, Path(config.data.root) if config.data.root else datasets.default_root()
     if given and given.endswith(".npz"):
         return None
-    with runtime.blame("--reference"):
+    with error_context("--reference"):
         split = datasets.named_split(given) if given else None
         if given is None:
-            build = datasets.original(config.data.name, config.data.root, config.data.args)
+            build = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
             root = Path(build["root"]) if build["root"] else root
         elif split:
             build = {"name": split[0], "root": root, "args": split[1]}
         else:
             folder = {"path": given, "size": image_shape[-1], "channels": image_shape[0]}
             build = {"name": "folder", "root": root, "args": folder}
-        data = runtime.one_process_first(accelerator, lambda: datasets.build(**build))
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(**build))
         if data.image_shape[1:] != image_shape[1:]:
             name = given or build["name"]
             raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
@@ -329,8 +328,8 @@ def prepare(
             return PointSpace()
         return Extractor(args.feature_extractor, args.feature_layer, args.feature_weights, accelerator.device)
 
-    with runtime.blame("evaluate"):
-        extractor = runtime.one_process_first(accelerator, load)  # it may download its weights
+    with error_context("evaluate"):
+        extractor = distributed.main_process_first(accelerator, load)  # it may download its weights
         dimension = extractor.dimension(image_shape)
         if source is None:
             real = reference.from_npz(Path(args.reference), extractor, dimension)
@@ -357,7 +356,7 @@ def features_of(
     fingerprint = data.fingerprint() + ("" if order is None else f" {len(order)} at random")
     identity = reference.identity_of(fingerprint, extractor)
     path = source.root / "features" / f"{source.build['name']}-{extractor.name}-{extractor.layer}-{identity}.npz"
-    return identity, features.cached(accelerator, extractor, data, identity, path, args.bspp, what, layers, order)
+    return identity, feature_cache.cached(accelerator, extractor, data, identity, path, args.bspp, what, layers, order)
 
 
 def add_control(
@@ -383,10 +382,10 @@ def add_control(
                 accelerator.print(f"warning: no row of real images: {error}")
                 return None
 
-        data = runtime.one_process_first(accelerator, load)
-        if runtime.agree(accelerator, data is None):
+        data = distributed.main_process_first(accelerator, load)
+        if distributed.any_process(accelerator, data is None):
             return
-    order = rng.generator("control").permutation(len(data))
+    order = generator("control").permutation(len(data))
     n = min(args.n_samples, len(data) if other else len(data) // 2)
 
     def compute() -> dict | None:
@@ -422,16 +421,16 @@ def log_density_of(
     """For flows of points: a function of the settings, the mean log-density of held-out points under the flow, which depends
     on no solver and is computed once a guidance scale; None where there are no such points, or where labels are needed."""
     other = datasets.held_out(source.build) if source else None
-    if other is None or other[1]["name"] != "toys" or model.net.num_classes is not None or model.net.prompt_bytes:
+    if other is None or other[1]["name"] != "toys" or model.net.num_classes is not None or model.net.max_prompt_bytes:
         return None
-    x1 = solver_state(datasets.build(**other[1]).images[:HELD_OUT_POINTS], accelerator.device)
+    x1 = to_solver_dtype(datasets.build(**other[1]).images[:HELD_OUT_POINTS], accelerator.device)
     known: dict[float, float] = {}
 
     def log_density(settings: SamplerSettings) -> float:
         if settings.guidance_scale not in known:
             print(f"log-density of {len(x1):,} held-out points under the flow")
-            velocity = velocity_of(model, range(len(x1)), settings, accelerator.device)
-            known[settings.guidance_scale] = points.mean_log_likelihood(velocity, x1)
+            velocity = build_velocity(model, range(len(x1)), settings, accelerator.device)
+            known[settings.guidance_scale] = metrics_2d.mean_log_likelihood(velocity, x1)
         return known[settings.guidance_scale]
 
     return log_density
@@ -447,7 +446,7 @@ def measure(
 ) -> dict | None:
     """The metrics of a row and the seconds that images and features took, on the main process; None on the others."""
     start = time.perf_counter()
-    samples = features.collect(accelerator, extractor, stream)
+    samples = feature_cache.collect(accelerator, extractor, stream)
     seconds = time.perf_counter() - start
     if samples is None:
         return None
@@ -459,12 +458,12 @@ def compute_metrics(
     labels: Tensor | None,
 ) -> dict[str, float]:  # fmt: skip
     """The metrics of a row, under a bar of their own."""
-    with runtime.blame(f"--weights {args.weights}" if args.weights else f"--samples {args.samples}"):
+    with error_context(f"--weights {args.weights}" if args.weights else f"--samples {args.samples}"):
         if isinstance(extractor, PointSpace):
             assert real.features is not None, "points are compared with points"
-            return points.evaluate(samples.matrix(extractor.layer), real.features)
+            return metrics_2d.evaluate(samples.matrix(extractor.layer), real.features)
         y = None if labels is None else labels.numpy()
-        with runtime.progress(accelerator, 0, "metrics") as bar:
+        with distributed.progress(accelerator, 0, "metrics") as bar:
             bar.leave = False
             return metrics.evaluate(extractor, samples, real, y, args.metrics, bar)
 
@@ -476,7 +475,7 @@ def record(
     """Append the row of `subject` to the results; False where it is there already with all metrics that are asked for."""
     identity = {**identity, "extractor": [extractor.name, extractor.layer, extractor.weights_hash], "reference": real.identity}
     row = {**subject, "reference": real.name, "identity": identity, "asked": list(args.metrics)}
-    there = [accelerator.is_main_process and table.has(out, row)]
+    there = [accelerator.is_main_process and table.contains(out, row)]
     broadcast_object_list(there)
     if not there[0]:
         result = compute()
@@ -508,4 +507,4 @@ def report(accelerator: Accelerator, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

@@ -18,10 +18,14 @@ from accelerate import Accelerator
 import models
 from configs import schema
 from configs.schema import UserError
-from flow.engine import cli, files, images, lock, runtime, snapshot, tuned_grids
-from flow.engine.generate import Cost, SamplerSettings, check, generate, labels_of, share
-from flow.guidance import FlowModel
-from flow.solvers import BY_BATCH, METHODS
+from flow.model import FlowModel
+from flow.runtime import cli, distributed, files, lock
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import grid_store, images, snapshot
+from flow.sampling.conditions import labels_for
+from flow.sampling.generate import NFECounter, generate, shard
+from flow.sampling.settings import SamplerSettings, validate
+from flow.solvers import HAS_TOLERANCES, SOLVERS
 
 EXAMPLES = """\
   accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples/mnist --sampling_steps 50
@@ -39,7 +43,7 @@ def parse_args():
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
     parser.add_argument("--n_samples", type=cli.at_least(1), required=True, help="number of images")
     parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--sampling_method", choices=METHODS, default="euler", help="solver (default: euler)")
+    parser.add_argument("--sampling_method", choices=SOLVERS, default="euler", help="solver (default: euler)")
     cli.add_step_flags(parser, [100], several=False)
     cli.add_solver_flags(parser)
     parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
@@ -48,7 +52,7 @@ def parse_args():
         "--labels", nargs="+", metavar="CLASS", help="classes by name or number, one image after the other (default: all)"
     )
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
-    parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
+    parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
     parser.add_argument("--grid_by_class", action="store_true", help="grid.png: a row, not a column, for each class or prompt")
@@ -64,17 +68,17 @@ def main() -> None:
     labels = cli.labels_of(args.labels, snap.class_names)
     prompts = tuple(args.prompts) if args.prompts else None
     method = args.sampling_method
-    [steps] = cli.steps_of(args, method)
+    [steps] = cli.num_steps(args, method)
     settings = SamplerSettings(
-        method, steps, args.guidance_scale, args.seed, labels, prompts, args.grid,
-        tuned_grids.load(snap.path, method, steps) if args.grid == "tuned" else None,
+        method, steps, args.guidance_scale, args.seed, labels, prompts, args.time_grid,
+        grid_store.load(snap.path, method, steps) if args.time_grid == "tuned" else None,
         cli.solver_options(args, method, [method]),
     )  # fmt: skip
-    with runtime.blame("sample"):
-        check(settings, net)
+    with error_context("sample"):
+        validate(settings, net)
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
-    accelerator = runtime.start(args.mixed_precision)
+    accelerator = distributed.build_accelerator(args.mixed_precision)
     with lock.folder(args.save_dir, accelerator):
         sample(args, accelerator, snap, model, settings)
 
@@ -91,13 +95,13 @@ def sample(
             folder.mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
 
-    runtime.place(net, accelerator, args.compile)
+    distributed.prepare_model(net, accelerator, args.compile)
     indices = range(args.n_samples)
-    mine = share(accelerator, indices, args.bspp)
+    mine = shard(accelerator, indices, args.bspp)
     if len(snap.image_shape) == 1:
         sample_points(args, accelerator, model, snap.image_shape, mine, settings)
         return
-    bar = runtime.progress(accelerator, sum(map(len, mine)), "sampling (images of this process)")
+    bar = distributed.progress(accelerator, sum(map(len, mine)), "sampling (images of this process)")
     writing: deque[Future] = deque()
 
     def finished(batch: range) -> bool:
@@ -106,7 +110,7 @@ def sample(
         return done
 
     generated = generate(accelerator, model, snap.image_shape, (b for b in mine if not finished(b)), settings)
-    cost = Cost()
+    cost = NFECounter()
     with ThreadPoolExecutor(max_workers=4) as pool:  # encodes while the next batch is computed
         for result in generated:
             for k, image in zip(result.indices, result.images, strict=True):
@@ -121,7 +125,7 @@ def sample(
     nfe, forwards = cost.mean(accelerator)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files.remove_unfinished(folder)
+        files.clean_temporaries(folder)
         shown = torch.stack([torch.from_numpy(images.read_png(png(folder, k))) for k in indices[:GRID_IMAGES]])
         cycle = len(settings.prompts or settings.labels or range(net.num_classes or 0))
         one_each = args.grid_by_class or 2 <= cycle <= 20  # a column for each label or prompt, if they are few
@@ -140,24 +144,24 @@ def sample_points(
     args, accelerator: Accelerator, model: FlowModel, shape: tuple[int, ...], mine: list[range], settings: SamplerSettings
 ) -> None:
     """Points are no files of their own: samples.npz with arr_0 float32 [N, 2] (and labels), grid.png is their cloud."""
-    found, cost = [], Cost()
-    with runtime.progress(accelerator, sum(map(len, mine)), "sampling (points of this process)") as bar:
+    found, cost = [], NFECounter()
+    with distributed.progress(accelerator, sum(map(len, mine)), "sampling (points of this process)") as bar:
         for result in generate(accelerator, model, shape, mine, settings):
             found.append((result.indices.start, result.images))
             cost.add(result)
             bar.update(len(result.indices))
     nfe, _ = cost.mean(accelerator)
-    parts = runtime.gather_to_main(accelerator, found)
+    parts = distributed.gather_to_main(accelerator, found)
     if parts is not None:
         ordered = sorted((item for part in parts for item in part), key=lambda item: item[0])
         points = torch.cat([made for _, made in ordered])
         arrays = {"arr_0": points.numpy()}
-        labels = labels_of(range(args.n_samples), settings, model.net.num_classes)
+        labels = labels_for(range(args.n_samples), settings, model.net.num_classes)
         if labels is not None:
             arrays["labels"] = labels.numpy()
         with files.atomic_file(args.save_dir / "samples.npz") as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
-        images.write_png(args.save_dir / "grid.png", images.point_cloud(points))
+        images.write_png(args.save_dir / "grid.png", images.scatter_image(points))
         print(f"{args.n_samples} points in {args.save_dir / 'samples.npz'}, NFE {nfe}; look at grid.png there")
 
 
@@ -181,13 +185,13 @@ def claim(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes:
         "num_classes": num_classes,
         "mixed_precision": args.mixed_precision,
         "image_shape": snap.decoded_shape,
-        **({"bspp": args.bspp} if settings.method in BY_BATCH else {}),
+        **({"bspp": args.bspp} if settings.method in HAS_TOLERANCES else {}),
     }
     mine = json.loads(json.dumps(mine))
     save_dir = args.save_dir
     path = save_dir / "sampling.json"
     if path.is_file():
-        with runtime.blame(f"{path}: is damaged; name another folder with --save_dir"):
+        with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             theirs = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(theirs, dict):
                 raise ValueError("it holds no settings")
@@ -197,16 +201,16 @@ def claim(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes:
                     f"--save_dir {save_dir}: holds images of another run ({key} {theirs.get(key)}, now {value}); "
                     "name another folder"
                 )
-    elif save_dir.exists() and not files.holds_nothing(save_dir):
+    elif save_dir.exists() and not files.is_empty_dir(save_dir):
         raise UserError(f"--save_dir {save_dir}: exists and was not written by sample.py; name another folder")
     else:
         files.write_text(path, json.dumps(mine, indent=1))
-    files.remove_unfinished(save_dir)
+    files.clean_temporaries(save_dir)
 
 
 def write_npz(path: Path, folder: Path, indices: range, settings: SamplerSettings, num_classes: int | None) -> None:
     """arr_0 uint8 [N, H, W, C], the layout that evaluation suites read, and labels int64 [N] where there are any."""
-    labels = labels_of(indices, settings, num_classes)
+    labels = labels_for(indices, settings, num_classes)
     arrays = {"arr_0": np.stack([images.read_png(png(folder, k)) for k in indices])}
     if labels is not None:
         arrays["labels"] = labels.numpy()
@@ -215,4 +219,4 @@ def write_npz(path: Path, folder: Path, indices: range, settings: SamplerSetting
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

@@ -21,17 +21,17 @@ from omegaconf.errors import OmegaConfBaseException
 from configs import stored
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
-COUPLINGS = ("independent", "ot", "given")
+COUPLINGS = ("independent", "ot", "paired")
 SCHEDULES = ("constant", "linear", "cosine")
-NOT_FINITE = ("stop", "skip")
-_TOO_LARGE = 2**63  # for the whole numbers of torch
+NONFINITE_GRAD = ("raise", "skip")
+INT64_LIMIT = 2**63  # for the whole numbers of torch
 _ARGS_OF = {  # a name and its arguments; those of another name mean nothing to it
     "data.name": "data.args", "model.name": "model.args", "flow.coupling": "flow.coupling_args",
-    "flow.objective": "flow.objective_args", "flow.distance": "flow.distance_args", "flow.time_law": "flow.time_args",
+    "flow.objective": "flow.objective_args", "flow.distance": "flow.distance_args", "flow.time_sampler": "flow.time_sampler_args",
 }  # fmt: skip
 
 _AT_LEAST_ONE = (
-    "train.steps", "train.batch_size", "train.accumulate", "train.log_every_steps",
+    "train.steps", "train.batch_size", "train.gradient_accumulation_steps", "train.log_every_steps",
     "preview.n_samples", "preview.sampling_steps",
 )  # fmt: skip
 _NOT_NEGATIVE = (
@@ -66,21 +66,21 @@ class ModelConfig:
     name: str = "unet"  # a key of models.MODELS
     args: dict[str, Any] = field(
         default_factory=dict
-    )  # arguments of the network; num_classes (N, null, or auto as for data.name=folder): labels; prompt_bytes: prompts
+    )  # arguments of the network; num_classes (N, null, or auto as for data.name=folder): labels; max_prompt_bytes: prompts
 
 
 @dataclass
 class FlowConfig:
     path: str = "linear"  # a key of flow.path.PATHS
     prediction: str = "velocity"  # what the network says: velocity | data | noise
-    coupling: str = "independent"  # independent | ot | given: each image with its noise (data.name=pairs)
+    coupling: str = "independent"  # independent | ot | paired: each image with its noise (data.name=pairs)
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
     objective: str = "flow_matching"  # a key of flow.objective.OBJECTIVES: what training minimises
     objective_args: dict[str, Any] = field(default_factory=dict)  # arguments of the objective
-    distance: str = "l2"  # a key of flow.loss.DISTANCES: between velocities
+    distance: str = "l2"  # a key of flow.losses.distances.DISTANCES: between velocities
     distance_args: dict[str, Any] = field(default_factory=dict)  # arguments of the distance
-    time_law: str = "uniform"  # a key of flow.time_sampler.LAWS: density of t in training
-    time_args: dict[str, Any] = field(default_factory=dict)  # arguments of the law
+    time_sampler: str = "uniform"  # a key of flow.time_samplers.LAWS: density of t in training
+    time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the law
     label_dropout: float = 0.1  # probability that a label or prompt becomes the null one, for guidance
 
 
@@ -105,10 +105,10 @@ class EmaConfig:
 class TrainConfig:
     steps: int = 100_000  # optimizer steps
     batch_size: int = 128  # images per optimizer step, over all processes and micro-batches
-    accumulate: int = 1  # micro-batches per optimizer step
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     mixed_precision: str = "no"  # no | fp16 | bf16
     compile: bool = False  # torch.compile the network
-    gradient_compression: str = "no"  # no | fp16 | bf16: what processes send each other
+    ddp_comm_hook: str = "no"  # no | fp16 | bf16: what processes send each other
     init_from: str | None = None  # snapshot whose weights a new run starts from
     log_every_steps: int = 50  # rows of metrics.jsonl, means over the steps between
     sample_every_steps: int = 5_000  # preview grids; 0: never
@@ -117,7 +117,7 @@ class TrainConfig:
     keep_snapshots: int = 0  # newest ones kept; 0: all
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers of accelerate; metrics.jsonl always
     timeout_minutes: float = 30.0  # a process that waits longer for the others stops
-    not_finite: str = "stop"  # stop | skip: a loss or gradient that is not finite ends the run, or costs one step
+    nonfinite_grad: str = "raise"  # raise | skip: a loss or gradient that is not finite ends the run, or costs one step
 
 
 @dataclass
@@ -143,8 +143,8 @@ class Config:
     def validate(self) -> None:
         """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
         check_common(self)
-        require(self, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
-        require(self, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
+        check(self, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
+        check(self, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: Any = Config) -> Any:
@@ -225,7 +225,7 @@ def get(config: Any, key: str) -> Any:
 def wants_auto_classes(config: Config) -> bool:
     """Whether the data set decides the number of classes: num_classes=auto, or unset for a folder without prompts."""
     args = config.model.args
-    default = AUTO if config.data.name == "folder" and not args.get("prompt_bytes") else None
+    default = AUTO if config.data.name == "folder" and not args.get("max_prompt_bytes") else None
     return args.get("num_classes", default) == AUTO
 
 
@@ -243,7 +243,7 @@ def keep_auto_classes(config: Config, stored: Config) -> None:
             config.model.args["num_classes"] = stored.model.args["num_classes"]
 
 
-def nearest(word: str, choices: Sequence[str]) -> str:
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
     """' Did you mean X?' or '' — the tail of an error about an unknown name."""
     matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if not matches:  # `steps` for `train.steps`
@@ -255,20 +255,20 @@ def check_common(config: Any) -> None:
     """What the types cannot say of the sections that the trainers share."""
     known = all_keys(type(config))
     for key in known:
-        require(config, key, lambda v: not isinstance(v, int) or v < _TOO_LARGE, "less than 2^63")
+        check(config, key, lambda v: not isinstance(v, int) or v < INT64_LIMIT, "less than 2^63")
     for key in filter(known.__contains__, _AT_LEAST_ONE):
-        require(config, key, lambda v: v >= 1, "at least 1")
+        check(config, key, lambda v: v >= 1, "at least 1")
     for key in filter(known.__contains__, _NOT_NEGATIVE):
-        require(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
+        check(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
     for key in ("optimizer.lr", "optimizer.eps"):
-        require(config, key, lambda v: v > 0 and math.isfinite(v), "greater than 0, and finite")
-    require(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
-    for key in ("train.mixed_precision", "train.gradient_compression"):
-        require(config, key, lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
-    require(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-    require(config, "train.not_finite", lambda v: v in NOT_FINITE, f"one of {', '.join(NOT_FINITE)}")
-    require(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
-    require(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
+        check(config, key, lambda v: v > 0 and math.isfinite(v), "greater than 0, and finite")
+    check(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+    for key in ("train.mixed_precision", "train.ddp_comm_hook"):
+        check(config, key, lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
+    check(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+    check(config, "train.nonfinite_grad", lambda v: v in NONFINITE_GRAD, f"one of {', '.join(NONFINITE_GRAD)}")
+    check(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
+    check(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
 
 
 def half_lives(config: Any) -> list[int]:
@@ -279,11 +279,11 @@ def half_lives(config: Any) -> list[int]:
 
 def _is_half_lives(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    whole = all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v < _TOO_LARGE for v in values)
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and 1 <= v < INT64_LIMIT for v in values)
     return whole and bool(values) and len(set(values)) == len(values)
 
 
-def require(config: Any, key: str, holds, rule: str) -> None:
+def check(config: Any, key: str, holds, rule: str) -> None:
     value = get(config, key)
     with contextlib.suppress(TypeError):  # e.g. a section among the numbers of a list
         if holds(value):
@@ -294,7 +294,7 @@ def require(config: Any, key: str, holds, rule: str) -> None:
 def _read_yaml(path: Path, kind: type) -> DictConfig:
     if not path.is_file():
         found = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"-c {path}: there is no such file.{nearest(str(path), found)}")
+        raise UserError(f"-c {path}: there is no such file.{did_you_mean(str(path), found)}")
     try:
         node = OmegaConf.load(path)
     except Exception as error:  # yaml.YAMLError, UnicodeDecodeError, OmegaConf's own
@@ -313,7 +313,7 @@ def _check_tree(tree: Any, config_class: type, source: str, prefix: str = "", kn
         key = f"{prefix}{name}"
         nested = dataclasses.is_dataclass(fields.get(name))
         if name not in fields:
-            raise UserError(f"{source}: unknown key {key!r}.{nearest(key, known)}")
+            raise UserError(f"{source}: unknown key {key!r}.{did_you_mean(key, known)}")
         if nested and not isinstance(value, dict):
             raise UserError(f"{source}: {key}={value!r}: must be a section with keys {', '.join(all_keys(fields[name]))}")
         if nested:
@@ -349,12 +349,12 @@ def _check_key(key: str, override: str, known: list[str]) -> None:
     if any(k.startswith(f"{key}.") for k in known):
         inner = ", ".join(k for k in known if k.startswith(f"{key}."))
         raise UserError(f"{override}: {key!r} is a section; set one of {inner}")
-    raise UserError(f"{override}: unknown key {key!r}.{nearest(key, known)}")
+    raise UserError(f"{override}: unknown key {key!r}.{did_you_mean(key, known)}")
 
 
 def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
     try:
-        for key in ("train.mixed_precision", "train.gradient_compression"):
+        for key in ("train.mixed_precision", "train.ddp_comm_hook"):
             if OmegaConf.select(node, key) is False:  # what YAML makes of the word no
                 OmegaConf.update(node, key, "no")
         merged: Any = OmegaConf.merge(config, node)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, check_common, require
+from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, check, check_common
 
 
 @dataclass
@@ -29,7 +29,7 @@ class VaeConfig:
     def validate(self) -> None:
         """Raises UserError for what the types cannot say."""
         check_common(self)
-        require(self, "preview_images", lambda v: v >= 2, "at least 2")
-        require(self, "autoencoder.distance", lambda v: v in ("l1", "l2"), "l1 or l2")
+        check(self, "preview_images", lambda v: v >= 2, "at least 2")
+        check(self, "autoencoder.distance", lambda v: v in ("l1", "l2"), "l1 or l2")
         for key in ("autoencoder.kl_weight", "autoencoder.lpips_weight"):
-            require(self, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
+            check(self, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")

@@ -15,10 +15,10 @@ from typing import Any
 from datasets.digits import digits
 from datasets.images import Folder, Images, cifar10, fashion_mnist, folder, mnist
 from datasets.latents import Latents, latents
-from datasets.latents import origin as latents_origin
+from datasets.latents import source as latents_origin
 from datasets.pairs import Pairs, pairs
-from datasets.pairs import origin as pairs_origin
-from datasets.toys import Points, toys
+from datasets.pairs import source as pairs_origin
+from datasets.toys import PointSet, toys
 
 DATASETS = {
     "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "pairs": pairs,
@@ -41,7 +41,7 @@ def default_root() -> Path:
     return Path(os.environ.get("FLOW_DATA") or "data")
 
 
-def original(
+def source_dataset(
     name: str, root: str | Path | None, args: dict[str, Any], made: Collection[str] = ("pairs", "latents")
 ) -> dict[str, Any]:
     """{"name": ..., "root": ..., "args": ...}: the real data behind a set of a kind that was `made`: behind pairs what their
@@ -51,7 +51,7 @@ def original(
     if name not in made:
         return {"name": name, "root": root, "args": dict(args)}
     behind = _ORIGINS[name](Path(root) if root else default_root(), **args)
-    return original(behind["name"], behind["root"] or root, behind["args"], made)
+    return source_dataset(behind["name"], behind["root"] or root, behind["args"], made)
 
 
 def has_test_split(name: str) -> bool:
@@ -94,7 +94,7 @@ def expected_shape(name: str, args: dict[str, Any]) -> tuple[int, ...] | None:
     return SHAPES.get(name)
 
 
-def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Latents | Points:
+def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Latents | PointSet:
     """The data set `name`; `root` (None: `default_root()`) holds downloaded sets, `args` are the set's own arguments.
 
     Raises ValueError for an unknown name or argument (naming what exists), FileNotFoundError where the files are absent

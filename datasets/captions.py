@@ -37,7 +37,7 @@ def draw(class_name: str, generator: np.random.Generator) -> str:
     word, chinese = _words(class_name, generator)
     in_chinese = chinese is not None and generator.random() < 0.3
     if generator.random() < _FILLED:
-        return _among_random_words(chinese if in_chinese else word, in_chinese, generator)
+        return _with_distractors(chinese if in_chinese else word, in_chinese, generator)
     if in_chinese:
         return CHINESE[generator.integers(len(CHINESE))].format(chinese)
     templates = ENGLISH + ENGLISH_DIGIT if digit else ENGLISH
@@ -74,7 +74,7 @@ def _words(class_name: str, generator: np.random.Generator) -> tuple[str, str | 
     return (digit if generator.random() < 0.25 else english), (digit if generator.random() < 0.5 else chinese)
 
 
-def _among_random_words(word: str, in_chinese: bool, generator: np.random.Generator) -> str:
+def _with_distractors(word: str, in_chinese: bool, generator: np.random.Generator) -> str:
     """The word at a random place of a sentence of random characters, of at most _FILLED_BYTES bytes."""
     room = max(0, _FILLED_BYTES - len(word.encode()) - 2)
     count = generator.integers(room // (3 if in_chinese else 1) + 1)

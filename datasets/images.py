@@ -12,7 +12,7 @@ import torchvision.datasets as tv_datasets
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from datasets.shards import below
+from datasets.shards import resolve_path
 
 NAMED_FILES = 5  # of those that are skipped, in a note
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -141,7 +141,7 @@ def _listed(names: list[str]) -> str:
 
 def folder(root: Path, path: str, size: int | None = None, channels: int = 3) -> Folder:
     """Image files below `path` (as it is, or below `root`)."""
-    return Folder(below(root, path), size, channels)
+    return Folder(resolve_path(root, path), size, channels)
 
 
 def mnist(root: Path, train: bool = True) -> Images:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from datasets.shards import below, read_manifest, read_shard
+from datasets.shards import read_manifest, read_shard, resolve_path
 
 
 @dataclass
@@ -71,7 +71,7 @@ def latents(root: Path, path: str) -> Latents:
     Raises FileNotFoundError for a folder without a manifest and ValueError that names the first shard that is not what the
     manifest says. Only sizes and digests are compared here: reading everything would take minutes for a large set.
     """
-    folder = below(root, path)
+    folder = resolve_path(root, path)
     manifest = read_manifest(folder, "latents", {"codec", "shards", "shard_images", "digest"})
     found = []
     for entry in manifest["shards"]:
@@ -88,6 +88,6 @@ def latents(root: Path, path: str) -> Latents:
     return Latents(found, manifest["shard_images"], labels, names, manifest["codec"], manifest["digest"])
 
 
-def origin(root: Path, path: str) -> dict[str, Any]:
+def source(root: Path, path: str) -> dict[str, Any]:
     """{"name": ..., "root": ..., "args": ...}: the images that the latents were made from."""
-    return read_manifest(below(root, path), "latents", {"codec"})["data"]
+    return read_manifest(resolve_path(root, path), "latents", {"codec"})["data"]

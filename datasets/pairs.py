@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from datasets import shards
-from datasets.shards import below, read_shard
+from datasets.shards import read_shard, resolve_path
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ def pairs(root: Path, path: str) -> Pairs:
 
     Raises FileNotFoundError for a folder without a manifest and ValueError that names the first missing or damaged shard.
     """
-    folder = below(root, path)
+    folder = resolve_path(root, path)
     manifest = read_manifest(folder)
     parts: dict[str, list[Tensor]] = {"images": [], "labels": [], "noise": []}
     for shard in shards_of(manifest):
-        damage = damage_of(folder, shard)
+        damage = verify_shard(folder, shard)
         if damage:
             raise ValueError(f"path={path}: {damage}; run make_pairs with the same arguments: it makes this shard again")
         for name, tensor in read_shard(folder / shard.name)[0].items():
@@ -69,9 +69,9 @@ def pairs(root: Path, path: str) -> Pairs:
     )
 
 
-def origin(root: Path, path: str) -> dict[str, Any]:
+def source(root: Path, path: str) -> dict[str, Any]:
     """{"name": ..., "root": ..., "args": ...}: the data set that the flow behind the pairs was trained on."""
-    return read_manifest(below(root, path))["data"]
+    return read_manifest(resolve_path(root, path))["data"]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -89,6 +89,6 @@ def shards_of(manifest: dict[str, Any]) -> list[Shard]:
     return found
 
 
-def damage_of(folder: Path, shard: Shard) -> str | None:
+def verify_shard(folder: Path, shard: Shard) -> str | None:
     """What is wrong with the shard, None if it is whole."""
-    return shards.damage_of(folder / shard.name, len(shard.indices))
+    return shards.verify_shard(folder / shard.name, len(shard.indices))

@@ -15,7 +15,7 @@ from torch import Tensor
 MANIFEST = "manifest.json"
 
 
-def below(root: Path, path: str) -> Path:
+def resolve_path(root: Path, path: str) -> Path:
     """The folder `path` as it is, or below `root`."""
     given = Path(path)
     return given if given.is_dir() or given.is_absolute() else root / given
@@ -47,7 +47,7 @@ def save_shard(path: Path, tensors: dict[str, Tensor], header: dict[str, Any] | 
     The same content gives the same bytes: the header is one entry, as safetensors writes several in any order.
     """
     tensors = {name: value.contiguous() for name, value in tensors.items()}
-    save_file(tensors, path, metadata={"header": json.dumps({**(header or {}), "digest": digest_of(tensors)})})
+    save_file(tensors, path, metadata={"header": json.dumps({**(header or {}), "digest": content_hash(tensors)})})
 
 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -58,7 +58,7 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 
-def damage_of(path: Path, rows: int) -> str | None:
+def verify_shard(path: Path, rows: int) -> str | None:
     """What is wrong with a shard of tensors [rows, ...], by its digest, or None."""
     if not path.is_file():
         return f"{path.name} is missing"
@@ -66,12 +66,12 @@ def damage_of(path: Path, rows: int) -> str | None:
         tensors, header = read_shard(path)
     except (SafetensorError, OSError) as error:
         return f"{path.name} is damaged ({error})"
-    if header.get("digest") != digest_of(tensors) or any(len(tensor) != rows for tensor in tensors.values()):
+    if header.get("digest") != content_hash(tensors) or any(len(tensor) != rows for tensor in tensors.values()):
         return f"{path.name} is damaged (its content is not what was written)"
     return None
 
 
-def digest_of(tensors: dict[str, Tensor]) -> str:
+def content_hash(tensors: dict[str, Tensor]) -> str:
     """Hash of names, shapes and content."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from datasets.images import FORMATS
 
-DRAWS = 4  # uniform numbers that a point is made from
+UNIFORMS_PER_POINT = 4  # uniform numbers that a point is made from
 SIDE = 4.0  # of the square
 
 
 @dataclass
-class Points:
+class PointSet:
     """A set of points in memory."""
 
     images: Tensor  # float32 [N, 2]; what an image is to other sets, a point is here
@@ -45,7 +45,7 @@ class Points:
         return hashlib.blake2b(self.images.contiguous().numpy(), digest_size=16).hexdigest()
 
 
-def toys(root: Path, name: str, n: int = 100_000, seed: int = 0, path: str | None = None) -> Points:
+def toys(root: Path, name: str, n: int = 100_000, seed: int = 0, path: str | None = None) -> PointSet:
     """n points of the set `name`, a key of TOYS; "image" takes a black-and-white picture at `path` (below `root` or as it is),
     whose darkness is the density. Raises ValueError for an unknown name, n < 1 and a picture without a dark pixel.
     """
@@ -57,10 +57,10 @@ def toys(root: Path, name: str, n: int = 100_000, seed: int = 0, path: str | Non
         raise ValueError(f"seed={seed}: must be a whole number from 0 to 2^64 - 1")
     if (name == "image") != (path is not None):
         raise ValueError(f"path={path}: name=image and a path need each other")
-    u = np.random.Generator(np.random.Philox(key=seed)).random((n, DRAWS))
+    u = np.random.Generator(np.random.Philox(key=seed)).random((n, UNIFORMS_PER_POINT))
     log_density = LOG_DENSITIES.get(name)
     points = image(u, _picture(root, path)) if path is not None else TOYS[name](u)
-    return Points(torch.from_numpy(points).float(), log_density)
+    return PointSet(torch.from_numpy(points).float(), log_density)
 
 
 def checkerboard(u: np.ndarray) -> np.ndarray:

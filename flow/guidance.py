@@ -1,16 +1,16 @@
-"""Labels or prompts: dropped per sample in training, guided towards in sampling. `net.null` stands for none."""
+"""Label dropout in training, classifier-free guidance in sampling."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flow import rng
-from flow.path import LinearPath, Path
+from flow.model import FlowModel
+from flow.noise import generator
+from flow.path import LinearPath
 
-FIRST_NOISE_TIME = 0.01
+MIN_NOISE_PREDICTION_TIME = 0.01
 
 
 def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, probability: float, null: int) -> Tensor:
@@ -19,46 +19,19 @@ def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, p
     Joint training of the conditional and the unconditional model (Ho & Salimans 2022, arXiv:2207.12598, algorithm 1).
     The choice is a function of (seed, step, row).
     """
-    u = rng.generator("label dropout", seed, step).random(batch_size)[rows]
+    u = generator("label dropout", seed, step).random(batch_size)[rows]
     dropped = torch.from_numpy(u < probability).to(y.device)
     return torch.where(dropped.view(-1, *[1] * (y.dim() - 1)), null, y)
 
 
-class Network(Protocol):
-    """What the engine asks of a network; those of `models` answer."""
-
-    num_classes: int | None  # for labels
-    prompt_bytes: int | None  # for prompts, read as tokens
-    null: int | None  # the y that stands for no condition
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor: ...
-
-    def encode(self, prompts: Sequence[str]) -> Tensor: ...
-
-    def eval(self) -> Any: ...
-
-
 def condition_defaults(net: Any) -> dict[str, int | None]:
     """The attributes of `Network` that `net` lacks, with their defaults. Raises ValueError where no default can be given."""
-    if getattr(net, "prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
-        raise ValueError(f"{type(net).__name__} has prompt_bytes: it needs encode(prompts), and null, the token of no prompt")
-    defaults = {"num_classes": None, "prompt_bytes": None, "null": getattr(net, "num_classes", None)}
+    if getattr(net, "max_prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
+        raise ValueError(
+            f"{type(net).__name__} has max_prompt_bytes: it needs encode(prompts), and null, the token of no prompt"
+        )
+    defaults = {"num_classes": None, "max_prompt_bytes": None, "null": getattr(net, "num_classes", None)}
     return {name: value for name, value in defaults.items() if not hasattr(net, name)}
-
-
-@dataclass
-class FlowModel:
-    """A network and what has to be known to make velocities of it."""
-
-    net: Network
-    path: Path  # of its training
-    prediction: str = "velocity"  # one of path.PREDICTIONS
-    decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
-
-    def __post_init__(self):
-        """A network that says nothing of labels or prompts has none; the null label is `num_classes`."""
-        for name, value in condition_defaults(self.net).items():
-            setattr(self.net, name, value)
 
 
 class GuidedVelocity:
@@ -93,7 +66,7 @@ class GuidedVelocity:
         if isinstance(self.path, LinearPath) and self.prediction == "velocity":
             return self._guided(x.to(self.dtype), t).to(x.dtype)
         # where alpha is 0 the noise says nothing about the data: a network that predicts noise is asked a little later
-        own = max(self.path.time_of(t), FIRST_NOISE_TIME if self.prediction == "noise" else 0.0)
+        own = max(self.path.time_of(t), MIN_NOISE_PREDICTION_TIME if self.prediction == "noise" else 0.0)
         own = min(own, self.path.t_max)  # the last time of its training
         times = torch.full((len(x),), own, device=x.device, dtype=x.dtype)
         alpha, sigma, *_ = self.path.coefficients(times[:1])

@@ -1,4 +1,4 @@
-"""The likelihood of data under a flow: the change of variables along its own trajectories."""
+"""The flow solved backwards: log-likelihood of data, and the noise that an image comes from."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flow import solvers
-from flow.solvers.grid import END_EPS
+from flow.solvers.time_grids import END_EPS
 
 
 def log_likelihood(
@@ -77,3 +77,16 @@ def bits_per_dimension(log_p: Tensor, dimensions: int) -> Tensor:
     (uniform dequantisation, Theis et al. 2016, arXiv:1511.01844): the bits are an upper bound.
     """
     return -log_p / (dimensions * math.log(2)) + math.log2(127.5)
+
+
+T_MAX = 0.98  # the marginal there still shows the noise, which is mixed into the image
+
+
+def invert(velocity: Callable[[Tensor, float], Tensor], x1: Tensor, noise: Tensor, steps: int, method: str) -> Tensor:
+    """x0 [B, ...] of the images x1 [B, ...]: the flow solved from t = 0.98 back to 0 in `steps` steps.
+
+    It starts at x_t = t x1 + (1 - t) noise with standard normal noise [B, ...], a sample of the flow's own marginal at
+    that time: a clean image has no place there, and would come out as noise of too small a variance.
+    """
+    times = [T_MAX * (1 - i / steps) for i in range(steps + 1)]
+    return solvers.solve(velocity, T_MAX * x1 + (1 - T_MAX) * noise, times, method).x

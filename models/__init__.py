@@ -1,7 +1,7 @@
 """Networks: net(x [B, C, H, W], t [B] in [0, 1], y) -> [B, C, H, W]; `mlp` also for points [B, 2].
 
-y is labels [B] where `net.num_classes` is not None, tokens [B, net.prompt_bytes] of prompts where that is not None (then
-`net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition. `codec(description)`
+y is labels [B] where `net.num_classes` is not None, tokens [B, net.max_prompt_bytes] of prompts where that is not None (then
+`net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition. `build_codec(spec)`
 is what stands between images and the latents that a network may be trained on.
 """
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from models.autoencoder import codec
+from models.autoencoder import build_codec
 from models.dit import DiT
 from models.mini_unet import MiniUNet
 from models.mlp import MLP
 from models.unet import UNet
 
-__all__ = ["MODELS", "build", "codec"]
+__all__ = ["MODELS", "build", "build_codec"]
 MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mini_unet": MiniUNet, "dit": DiT, "mlp": MLP}
 
 
@@ -41,9 +41,9 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
         net = MODELS[name](image_shape, **args)
     except TypeError as error:  # e.g. a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
-    if getattr(net, "prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
-        raise ValueError(f"{name} has prompt_bytes: it needs encode(prompts), and null, the token of no prompt")
-    defaults = {"num_classes": None, "prompt_bytes": None, "null": getattr(net, "num_classes", None)}
+    if getattr(net, "max_prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
+        raise ValueError(f"{name} has max_prompt_bytes: it needs encode(prompts), and null, the token of no prompt")
+    defaults = {"num_classes": None, "max_prompt_bytes": None, "null": getattr(net, "num_classes", None)}
     for attribute, value in defaults.items():  # of a network that says nothing of labels or prompts
         if not hasattr(net, attribute):
             setattr(net, attribute, value)

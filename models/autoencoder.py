@@ -130,7 +130,7 @@ class VAE(nn.Module):
         return function(batch)
 
 
-def codec(description: dict[str, Any] | None) -> Codec:
+def build_codec(description: dict[str, Any] | None) -> Codec:
     """The codec of a description; None is the identity.
 
     Raises ValueError for an autoencoder that cannot be loaded and for one whose weights are not those of the description.
@@ -171,7 +171,7 @@ def load(source: str, shift: Sequence[float] = (0.0,), scale: Sequence[float] = 
     return VAE(net.eval().requires_grad_(False), shift, scale)
 
 
-def new(image_channels: int, channels: Sequence[int], latent_channels: int, blocks: int) -> VAE:
+def build_vae(image_channels: int, channels: Sequence[int], latent_channels: int, blocks: int) -> VAE:
     """An untrained VAE: `channels` of each resolution (the images get 2^(len - 1) times smaller), `blocks` residual blocks
     each. Raises ValueError for numbers that make no network."""
     for name, value in {"latent_channels": latent_channels, "blocks": blocks}.items():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import check_time_frequency, sinusoidal_embedding, zero
+from models.layers import check_time_frequency, sinusoidal_embedding, zero_init
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
@@ -16,7 +16,7 @@ SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152
 class DiT(nn.Module):
     """net(x [B, C, H, W], t [B] in [0, 1], y [B] or None) -> [B, C, H, W]."""
 
-    prompt_bytes = None  # knows labels only
+    max_prompt_bytes = None  # knows labels only
 
     def __init__(
         self,
@@ -57,9 +57,9 @@ class DiT(nn.Module):
         self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
         self.blocks = nn.ModuleList(DiTBlock(width, heads, dropout, cross_attention, qk_norm) for _ in range(depth))
         self.cross_attention = cross_attention
-        self.modulation = zero(nn.Linear(width, 2 * width))
-        self.unembed = zero(nn.Linear(width, channels))
-        self.skip = zero(nn.Linear(width, 1))  # the last layer norm loses how large the noise of a token is
+        self.modulation = zero_init(nn.Linear(width, 2 * width))
+        self.unembed = zero_init(nn.Linear(width, channels))
+        self.skip = zero_init(nn.Linear(width, 1))  # the last layer norm loses how large the noise of a token is
         rows, columns = image_shape[1] // patch, image_shape[2] // patch
         rope = positions == "rope"
         self.register_buffer("rotation", angles(rows, columns, width // heads) if rope else None, persistent=False)
@@ -93,14 +93,14 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.qk_scale = nn.Parameter(torch.ones(2, width // heads)) if qk_norm else None
-        self.modulation = zero(nn.Linear(width, 6 * width))
+        self.modulation = zero_init(nn.Linear(width, 6 * width))
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.cross_attention = cross_attention
         if cross_attention:
             self.query = nn.Linear(width, width)
             self.key_value = nn.Linear(width, 2 * width)
-            self.cross_proj = zero(nn.Linear(width, width))
+            self.cross_proj = zero_init(nn.Linear(width, width))
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(4 * width, width))
 
     def forward(self, h: Tensor, emb: Tensor, rotation: Tensor | None, context: Tensor | None) -> Tensor:

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import text
-from models.blocks import Block, CrossAttention, check_time_frequency, group_norm, sinusoidal_embedding, zero
-from models.text import TextEncoder
+from models import text_encoder
+from models.layers import Block, CrossAttention, check_time_frequency, group_norm, sinusoidal_embedding, zero_init
+from models.text_encoder import TextEncoder
 
 
 class MiniUNet(nn.Module):
-    """net(x [B, C, H, W], t [B] in [0, 1], y) -> [B, C, H, W]; y: labels [B], tokens [B, prompt_bytes] or None."""
+    """net(x [B, C, H, W], t [B] in [0, 1], y) -> [B, C, H, W]; y: labels [B], tokens [B, max_prompt_bytes] or None."""
 
     def __init__(
         self,
@@ -22,25 +22,25 @@ class MiniUNet(nn.Module):
         patch: int = 2,
         time_frequency: float = 1000.0,
         num_classes: int | None = None,
-        prompt_bytes: int | None = None,
+        max_prompt_bytes: int | None = None,
     ):
         """image_shape: (C, H, W), sides divisible by 2 patch. width: channels at the first resolution, where a pixel is a
         patch of this side; twice as many at the second, half the resolution, which has self-attention.
         time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
-        num_classes: for labels; label num_classes is the null label. prompt_bytes: for prompts of at most so many bytes,
+        num_classes: for labels; label num_classes is the null label. max_prompt_bytes: for prompts of at most so many bytes,
         read by cross-attention; the empty prompt is the null condition. At most one of the two.
         """
         super().__init__()
         check_time_frequency(time_frequency)
-        _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, prompt_bytes)
-        self.num_classes, self.prompt_bytes, self.patch, self.width = num_classes, prompt_bytes, patch, width
+        _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, max_prompt_bytes)
+        self.num_classes, self.max_prompt_bytes, self.patch, self.width = num_classes, max_prompt_bytes, patch, width
         self.time_frequency = time_frequency
-        self.null = text.PADDING if prompt_bytes else num_classes
+        self.null = text_encoder.PADDING if max_prompt_bytes else num_classes
         channels, emb, deep = image_shape[0] * patch**2, 4 * width, 2 * width
         self.time_mlp = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label_embedding = nn.Embedding(num_classes + 1, emb) if num_classes else None
-        if prompt_bytes:
-            self.text_encoder = TextEncoder(prompt_bytes, deep)
+        if max_prompt_bytes:
+            self.text_encoder = TextEncoder(max_prompt_bytes, deep)
             self.text_summary = nn.Linear(deep, emb)
             self.text_attention = CrossAttention(deep, deep, deep // head_channels)
 
@@ -54,15 +54,15 @@ class MiniUNet(nn.Module):
         self.up = Block(deep, width, emb, 0.0, resampling="up")
         self.after = blocks(width)
         self.norm_out = group_norm(width)
-        self.conv_out = zero(nn.Conv2d(width, channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        if y is None and (self.num_classes or self.prompt_bytes):
-            raise ValueError("this network is conditional: it needs labels [B] or tokens [B, prompt_bytes]")
+        if y is None and (self.num_classes or self.max_prompt_bytes):
+            raise ValueError("this network is conditional: it needs labels [B] or tokens [B, max_prompt_bytes]")
         emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, 4 width]
         if self.label_embedding is not None:
             emb = emb + self.label_embedding(y)
-        if self.prompt_bytes:
+        if self.max_prompt_bytes:
             states, mask = self.text_encoder(y)
             emb = emb + self.text_summary(states[:, 0])
         emb = F.silu(emb)
@@ -71,7 +71,7 @@ class MiniUNet(nn.Module):
             h = block(h, emb)
         skip = h
         h = self.down(h, emb)
-        if self.prompt_bytes:
+        if self.max_prompt_bytes:
             h = self.text_attention(h, states, mask)
         for block in self.middle:
             h = block(h, emb)
@@ -81,13 +81,13 @@ class MiniUNet(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Tokens int64 [N, prompt_bytes] of N prompts. Raises ValueError for one that is longer than prompt_bytes."""
-        return text.encode(prompts, self.prompt_bytes)
+        """Tokens int64 [N, max_prompt_bytes] of N prompts. Raises ValueError for one that is longer than max_prompt_bytes."""
+        return text_encoder.encode(prompts, self.max_prompt_bytes)
 
 
-def _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, prompt_bytes) -> None:
+def _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, max_prompt_bytes) -> None:
     counts = {"width": width, "blocks_per_level": blocks_per_level, "head_channels": head_channels, "patch": patch}
-    optional = {"num_classes": num_classes, "prompt_bytes": prompt_bytes}
+    optional = {"num_classes": num_classes, "max_prompt_bytes": max_prompt_bytes}
     for name, value in (counts | {name: value for name, value in optional.items() if value is not None}).items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number of at least 1{' or null' * (name in optional)}")
@@ -95,9 +95,9 @@ def _check(image_shape, width, blocks_per_level, head_channels, patch, num_class
         raise ValueError(f"width={width}: must be a multiple of 4, for group norm")
     if 2 * width % head_channels:
         raise ValueError(f"head_channels={head_channels}: must divide 2 width = {2 * width}")
-    if num_classes and prompt_bytes:
+    if num_classes and max_prompt_bytes:
         raise ValueError(
-            f"num_classes={num_classes}, prompt_bytes={prompt_bytes}: labels or prompts, not both; set one to null"
+            f"num_classes={num_classes}, max_prompt_bytes={max_prompt_bytes}: labels or prompts, not both; set one to null"
         )
     if image_shape[1] % (2 * patch) or image_shape[2] % (2 * patch):
         raise ValueError(

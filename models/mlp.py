@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import check_time_frequency, sinusoidal_embedding, zero
+from models.layers import check_time_frequency, sinusoidal_embedding, zero_init
 
 TIME_FEATURES = 32
 
@@ -19,18 +19,18 @@ class MLP(nn.Module):
     that of late ones has edges, which one network of place with time beside it as an input learns far more slowly.
     """
 
-    prompt_bytes = None  # knows labels only
+    max_prompt_bytes = None  # knows labels only
 
     def __init__(
         self,
         image_shape: tuple[int, ...],
         width: int = 128,
         depth: int = 4,
-        octaves: int = 5,
+        num_frequencies: int = 5,
         time_frequency: float = 30.0,
         num_classes: int | None = None,
     ):
-        """image_shape: of a point, e.g. (2,). width, depth: of the hidden layers. octaves: of sines and cosines of place beside
+        """image_shape: of a point, e.g. (2,). width, depth: of the hidden layers. num_frequencies: of sines and cosines of place beside
         the place itself: sharp edges need them, a smooth density is smoother without. time_frequency: fastest feature of t
         in radians. num_classes: None for an unconditional network; label num_classes is the null label.
         """
@@ -39,22 +39,22 @@ class MLP(nn.Module):
         for name, value in {"width": width, "depth": depth}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
-        if not isinstance(octaves, int) or not 0 <= octaves <= 20:
-            raise ValueError(f"octaves={octaves!r}: must be a whole number from 0 to 20")
+        if not isinstance(num_frequencies, int) or not 0 <= num_frequencies <= 20:
+            raise ValueError(f"num_frequencies={num_frequencies!r}: must be a whole number from 0 to 20")
         if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
             raise ValueError(f"num_classes={num_classes!r}: must be a whole number of at least 1, or null")
         self.num_classes, self.null = num_classes, num_classes
-        self.octaves, self.time_frequency = octaves, time_frequency
+        self.num_frequencies, self.time_frequency = num_frequencies, time_frequency
         size = math.prod(image_shape)
-        sizes = [(1 + 2 * octaves) * size, *[width] * depth]
+        sizes = [(1 + 2 * num_frequencies) * size, *[width] * depth]
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes))
         self.modulation = nn.Linear(TIME_FEATURES, 2 * width * depth)  # of all layers at once
         self.label_embedding = nn.Embedding(num_classes + 1, TIME_FEATURES) if num_classes is not None else None
-        self.last = zero(nn.Linear(width, size))
+        self.last = zero_init(nn.Linear(width, size))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         place = x.flatten(1)
-        waves = [wave(2**k * place) for k in range(self.octaves) for wave in (torch.sin, torch.cos)]
+        waves = [wave(2**k * place) for k in range(self.num_frequencies) for wave in (torch.sin, torch.cos)]
         condition = sinusoidal_embedding(t, TIME_FEATURES, self.time_frequency)
         if self.label_embedding is not None:
             if y is None:

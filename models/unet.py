@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.blocks import Block, ConvResampling, check_time_frequency, group_norm, sinusoidal_embedding, zero
+from models.layers import Block, ConvResampling, check_time_frequency, group_norm, sinusoidal_embedding, zero_init
 
 
 class UNet(nn.Module):
     """net(x [B, C, H, W], t [B] in [0, 1], y [B] or None) -> [B, C, H, W]."""
 
-    prompt_bytes = None  # knows labels only
+    max_prompt_bytes = None  # knows labels only
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(resampling(c, "up"))
         self.norm_out = group_norm(c)
-        self.conv_out = zero(nn.Conv2d(c, channels, 3, padding=1))
+        self.conv_out = zero_init(nn.Conv2d(c, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         features = sinusoidal_embedding(t, self.width, self.time_frequency, self.min_time_frequency)

@@ -14,18 +14,22 @@ from torch import Tensor
 
 import datasets
 import models
-from flow import rng
-from flow.engine import cli, images, lock, runtime, snapshot
-from flow.engine.generate import SamplerSettings, check, decoded, solver_state, trajectory, velocity_of
-from flow.evaluation import animation, planes
-from flow.guidance import FlowModel, GuidedVelocity
+from flow.evaluation import animation, plots_2d
+from flow.guidance import GuidedVelocity
 from flow.likelihood import log_likelihood
+from flow.model import FlowModel
+from flow.noise import generator
+from flow.runtime import cli, distributed, lock
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import images, snapshot
+from flow.sampling.generate import build_velocity, decoded, to_solver_dtype, trajectory
+from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
-from flow.solvers.grid import uniform
+from flow.solvers.time_grids import uniform
 
 EXAMPLES = """\
   python -m scripts.animate --weights runs/toy_checkerboard --out pictures
-  python -m scripts.animate --weights runs/toy_mixture --out pictures --pictures likelihood --probes 16
+  python -m scripts.animate --weights runs/toy_mixture --out pictures --pictures likelihood --hutchinson_samples 16
   python -m scripts.animate --weights runs/mnist --out pictures --guidance_scale 1.5 --n 50"""
 PICTURES = ("flow", "density", "likelihood")  # of flows in the plane
 SHOWN = 1500  # particles of flow.gif, at most: more would hide each other
@@ -44,8 +48,10 @@ def parse_args():
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="(default: heun)")
     parser.add_argument("--steps_a_frame", type=cli.at_least(1), default=2, help="of the solver (default: 2)")
     parser.add_argument("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="of points (default: all)")
-    parser.add_argument("--probes", type=cli.at_least(1), default=4, help="of Hutchinson's estimate, a point (default: 4)")
-    parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="(default: 1, off)")
+    parser.add_argument(
+        "--hutchinson_samples", type=cli.at_least(1), default=4, help="of Hutchinson's estimate, a point (default: 4)"
+    )
+    parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="(default: 1, off)")
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
     return parser.parse()
@@ -58,12 +64,12 @@ def main() -> None:
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
     plane = len(snap.image_shape) == 1
-    with runtime.blame("animate"):
-        check(settings, model.net)
+    with error_context("animate"):
+        validate(settings, model.net)
         if plane and model.net.num_classes is not None:
             raise ValueError("--weights: a flow of points with labels has a field for each of them; train one without")
-    accelerator = runtime.start_alone("animate")
-    runtime.place(model.net, accelerator)
+    accelerator = distributed.build_single_process_accelerator("animate")
+    distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)
     with lock.folder(args.out, accelerator):
         draw(args, accelerator, snap, model, settings)
@@ -76,7 +82,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     if not plane or {"flow", "density"} & set(args.pictures):
         indices = range(args.n or (20_000 if plane else 50))
         times = uniform((args.frames - 1) * args.steps_a_frame)
-        with runtime.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar:
+        with distributed.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar:
             states, _ = trajectory(accelerator, model, snap.image_shape, indices, settings, times, tick=bar.update)
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
@@ -87,7 +93,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         if plane and "density" in args.pictures:
             made.append(strip(args.out, times, states))
     if plane and "likelihood" in args.pictures:
-        made.append(likelihood_map(args.out, accelerator, model, snap, args.probes, args.seed))
+        made.append(likelihood_map(args.out, accelerator, model, snap, args.hutchinson_samples, args.seed))
     print(f"in {args.out}: {' '.join(made)}")
 
 
@@ -97,21 +103,21 @@ def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[T
     field = plain_velocity(model)
     frames = []
     for t, x in zip(times, points, strict=True):
-        figure, (left, right) = planes.panels(["particles and velocity", "density"], time=t)
-        planes.arrows(left, field(planes.mesh(planes.ARROWS), min(t, 0.99)))
-        planes.particles(left, x[:SHOWN], points[0][:SHOWN])
-        planes.density(right, x)
-        frames.append(animation.rendered(figure))
+        figure, (left, right) = plots_2d.panels(["particles and velocity", "density"], time=t)
+        plots_2d.arrows(left, field(plots_2d.grid_centers(plots_2d.ARROWS), min(t, 0.99)))
+        plots_2d.particles(left, x[:SHOWN], points[0][:SHOWN])
+        plots_2d.density(right, x)
+        frames.append(animation.figure_to_array(figure))
     return animation.write(out / "flow.gif", frames)
 
 
 def strip(out: Path, times: list[float], states: list[Tensor]) -> str:
     """density.png: the density at six times."""
-    figure, axes = planes.panels([f"t = {t:g}" for t in STRIP])
+    figure, axes = plots_2d.panels([f"t = {t:g}" for t in STRIP])
     for ax, wanted in zip(axes, STRIP, strict=True):
         nearest = min(range(len(times)), key=lambda i, wanted=wanted: abs(times[i] - wanted))
-        planes.density(ax, states[nearest].float().cpu().numpy())
-    planes.save(out / "density.png", figure)
+        plots_2d.density(ax, states[nearest].float().cpu().numpy())
+    plots_2d.save(out / "density.png", figure)
     return "density.png"
 
 
@@ -120,12 +126,12 @@ def likelihood_map(
 ) -> str:
     """likelihood.png: log-density of the flow with the exact divergence and with Hutchinson's estimate of it, beside the
     exact density where there is one, from which the mean differences inside the mass are told."""
-    at = solver_state(torch.from_numpy(planes.mesh(MAP_CELLS)), accelerator.device)
-    velocity = velocity_of(model, range(len(at)), SamplerSettings(), accelerator.device)
-    signs = rng.generator("likelihood map", seed).integers(2, size=(probes, *at.shape)) * 2.0 - 1
+    at = to_solver_dtype(torch.from_numpy(plots_2d.grid_centers(MAP_CELLS)), accelerator.device)
+    velocity = build_velocity(model, range(len(at)), SamplerSettings(), accelerator.device)
+    signs = generator("likelihood map", seed).integers(2, size=(probes, *at.shape)) * 2.0 - 1
     estimates = {
         "exact divergence": None,
-        f"Hutchinson, {probes} probe{'s' * (probes > 1)}": solver_state(torch.from_numpy(signs), accelerator.device),
+        f"Hutchinson, {probes} probe{'s' * (probes > 1)}": to_solver_dtype(torch.from_numpy(signs), accelerator.device),
     }
     maps = {
         name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, probes=given)[0].cpu() for name, given in estimates.items()
@@ -142,11 +148,11 @@ def likelihood_map(
             )
         maps["exact density"] = exact
     high = (maps["exact divergence"] if exact is None else exact).max().item()
-    figure, axes = planes.panels(list(maps), captions if exact is not None else ())
+    figure, axes = plots_2d.panels(list(maps), captions if exact is not None else ())
     for ax, values in zip(axes, maps.values(), strict=True):
-        colours = planes.map_of(ax, values.clamp(min=-1e3).numpy(), high - MAP_NATS, high)
+        colours = plots_2d.heatmap(ax, values.clamp(min=-1e3).numpy(), high - MAP_NATS, high)
     figure.colorbar(colours, ax=axes, shrink=0.8, label="log-density (nats)")
-    planes.save(out / "likelihood.png", figure)
+    plots_2d.save(out / "likelihood.png", figure)
     return "likelihood.png"
 
 
@@ -154,8 +160,8 @@ def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
     """The log-density of the real data at points [N, 2], where it has a formula."""
     snap.check_data()
     source = snap.config.data
-    with runtime.blame("data"):
-        real = datasets.original(source.name, source.root, source.args)
+    with error_context("data"):
+        real = datasets.source_dataset(source.name, source.root, source.args)
         data = datasets.build(real["name"], real["root"], real["args"])
     return data.log_density(at) if getattr(data, "log_density", None) else None
 
@@ -188,4 +194,4 @@ def plain_velocity(model: FlowModel):
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

@@ -21,14 +21,16 @@ from torch import Tensor
 import datasets
 from configs import schema
 from configs.schema import UserError
-from datasets.shards import MANIFEST, damage_of, read_shard, save_shard
-from flow import rng
-from flow.engine import cli, commands, files, images, lock, runtime
-from flow.engine.generate import batches, share
-from flow.engine.images import to_network, to_uint8
-from flow.engine.reading import Data, read_images
+from datasets.shards import MANIFEST, read_shard, save_shard, verify_shard
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.metrics import frechet_distance, psnr
+from flow.evaluation.reading import Data, read_images
+from flow.noise import generator
+from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import images
+from flow.sampling.generate import batches, shard
+from flow.sampling.images import to_float, to_uint8
 from models import autoencoder
 from models.autoencoder import VAE
 
@@ -59,15 +61,15 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     source = schema.load(args.config, args.overrides).data
-    accelerator = runtime.start(args.mixed_precision)
-    with runtime.blame("data"):
-        data = runtime.one_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
+    accelerator = distributed.build_accelerator(args.mixed_precision)
+    with error_context("data"):
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
         if data.codec or len(data.image_shape) != 3:
             raise ValueError(f"data.name={source.name}: holds no images that could be encoded")
     for note in getattr(data, "notes", []):
         accelerator.print(f"note: {note}")
-    with runtime.blame("--vae"):
-        vae = runtime.one_process_first(accelerator, lambda: autoencoder.load(args.vae)).to(accelerator.device)
+    with error_context("--vae"):
+        vae = distributed.main_process_first(accelerator, lambda: autoencoder.load(args.vae)).to(accelerator.device)
         latent_shape = vae.latent_shape(data.image_shape)
     with lock.folder(args.save_dir, accelerator):
         cache(args, accelerator, source, data, vae, latent_shape)
@@ -87,9 +89,9 @@ def cache(
     accelerator.wait_for_everyone()
 
     mine, made = list(plan.items())[accelerator.process_index :: accelerator.num_processes], 0
-    with runtime.progress(accelerator, sum(len(cut) for _, cut in mine), "encoding (images of this process)") as bar:
+    with distributed.progress(accelerator, sum(len(cut) for _, cut in mine), "encoding (images of this process)") as bar:
         for name, cut in mine:
-            damage = damage_of(args.save_dir / name, len(cut))
+            damage = verify_shard(args.save_dir / name, len(cut))
             if damage:
                 if (args.save_dir / name).exists():
                     bar.write(f"{damage}; it is made again")
@@ -97,7 +99,7 @@ def cache(
                 made += len(cut)
             else:
                 bar.update(len(cut))
-    made = sum(runtime.gather_to_main(accelerator, made) or [0])
+    made = sum(distributed.gather_to_main(accelerator, made) or [0])
     if accelerator.is_main_process:
         write_manifest(args, source, data, vae, settings[0], plan)
     accelerator.wait_for_everyone()
@@ -115,8 +117,10 @@ def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]
     if latent_shape[1] % 2 or latent_shape[2] % 2:
         overrides["model.args.patch"] = 1
     folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_dit"))
-    config = commands.shipped("mnist_latent_dit.yaml")
-    return commands.command("train.py", "-c", config, "-e", folder, *(commands.override(k, v) for k, v in overrides.items()))
+    config = subprocesses.shipped("mnist_latent_dit.yaml")
+    return subprocesses.command(
+        "train.py", "-c", config, "-e", folder, *(subprocesses.override(k, v) for k, v in overrides.items())
+    )
 
 
 def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
@@ -137,7 +141,7 @@ def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) 
 
 def claim(save_dir: Path, settings: dict[str, Any]) -> None:
     """Check that what is in the folder is of the same latents; nothing of another run is overwritten."""
-    if save_dir.exists() and not files.holds_nothing(save_dir):
+    if save_dir.exists() and not files.is_empty_dir(save_dir):
         there = sorted(save_dir.glob("latents_*.safetensors")) if save_dir.is_dir() else []
         if not there:
             raise UserError(f"--save_dir {save_dir}: exists and was not written by cache_latents; name another folder")
@@ -153,7 +157,7 @@ def claim(save_dir: Path, settings: dict[str, Any]) -> None:
                         "name another folder"
                     )
     save_dir.mkdir(parents=True, exist_ok=True)
-    files.remove_unfinished(save_dir)
+    files.clean_temporaries(save_dir)
 
 
 def write_shard(
@@ -162,7 +166,7 @@ def write_shard(
     """Encode the images `cut` and write them as one file."""
     parts: dict[str, list[Tensor]] = {}
     for batch, pixels in read_images(data, batches(cut, args.bspp)):
-        x = to_network(pixels.to(accelerator.device))
+        x = to_float(pixels.to(accelerator.device))
         for suffix, shown in {"": x, "_flipped": x.flip(-1)}.items() if args.flipped == "yes" else [("", x)]:
             with accelerator.autocast():
                 mean, std = vae.encode(shown)
@@ -221,19 +225,19 @@ def write_manifest(
 
 def check(args, accelerator: Accelerator, data: Data) -> None:
     """Write reconstructions.png and reconstructions.json: latents as training reads them, decoded, against their images."""
-    with runtime.blame("--check"):
+    with error_context("--check"):
         latents = datasets.build("latents", None, {"path": str(args.save_dir)})
-        codec = autoencoder.codec(latents.codec)
-        extractor = runtime.one_process_first(
+        codec = autoencoder.build_codec(latents.codec)
+        extractor = distributed.main_process_first(
             accelerator,
             lambda: Extractor(args.feature_extractor, args.feature_layer, args.feature_weights, accelerator.device),
         )
         extractor.dimension(data.image_shape)
     count = min(args.check, len(data))
-    chosen = rng.generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
-    mine = share(accelerator, range(count), args.bspp)
+    chosen = generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
+    mine = shard(accelerator, range(count), args.bspp)
     real_features, made_features, ratios, shown = FeatureSet(), FeatureSet(), [], None
-    with runtime.progress(accelerator, sum(map(len, mine)), "reconstructions (of this process)") as bar:
+    with distributed.progress(accelerator, sum(map(len, mine)), "reconstructions (of this process)") as bar:
         read = read_images(data, [[chosen[k] for k in batch] for batch in mine])
         for batch, (indices, real) in zip(mine, read, strict=True):
             mean, _ = latents.moments(indices)
@@ -244,7 +248,7 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
             ratios += psnr(real, made).tolist()
             shown = shown or (real[:SHOWN], made[:SHOWN])
             bar.update(len(batch))
-    everything = runtime.gather_to_main(accelerator, (ratios, real_features, made_features))
+    everything = distributed.gather_to_main(accelerator, (ratios, real_features, made_features))
     if everything is None:
         return
     decibels = torch.tensor([ratio for part, _, _ in everything for ratio in part])
@@ -255,7 +259,7 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
         f"r{extractor.distance_name}": round(distance, 4),
     }  # fmt: skip
     files.write_text(args.save_dir / "reconstructions.json", json.dumps(found, indent=1))
-    images.write_png(args.save_dir / "reconstructions.png", images.beside(*shown))
+    images.write_png(args.save_dir / "reconstructions.png", images.side_by_side_grid(*shown))
     print(
         f"PSNR {decibels.mean():.2f} ± {standard_error(decibels):.2f} dB, r{extractor.distance_name} {distance:.3f} over "
         f"{count} images; look at {args.save_dir / 'reconstructions.png'}"
@@ -267,4 +271,4 @@ def standard_error(values: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

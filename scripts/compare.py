@@ -16,14 +16,17 @@ from torch import Tensor
 import datasets
 import models
 from configs.schema import UserError
-from flow.engine import cli, files, lock, runtime, snapshot
-from flow.engine.generate import SamplerSettings, check, mean_straightness_deviation, trajectory
-from flow.evaluation import animation, planes, table
-from flow.evaluation.points import sliced_wasserstein
-from flow.guidance import FlowModel
+from flow.evaluation import animation, plots_2d, table
+from flow.evaluation.metrics_2d import sliced_wasserstein
+from flow.model import FlowModel
+from flow.runtime import cli, distributed, files, lock
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import snapshot
+from flow.sampling.generate import mean_straightness_deviation, trajectory
+from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
-from flow.solvers.adaptive import ADAPTIVE
-from flow.solvers.grid import uniform
+from flow.solvers.time_grids import uniform
+from flow.solvers.torchdiffeq import ADAPTIVE
 
 EXAMPLES = """\
   python -m scripts.compare --weights runs/toy_checkerboard runs/toy_reflow --names flow reflow --sampling_steps 1 2 100 --out pictures
@@ -74,9 +77,9 @@ def main() -> None:
         raise UserError(f"--names: {len(names)} for {len(args.weights)} weights; give one for each")
     snaps = [snapshot.load(path, None, args.overrides) for path in args.weights]
     flows = [snap.model(models.build) for snap in snaps]
-    steps = cli.steps_of(args, args.sampling_method)
+    steps = cli.num_steps(args, args.sampling_method)
     reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]
-    accelerator = runtime.start_alone("compare")
+    accelerator = distributed.build_single_process_accelerator("compare")
     with lock.folder(args.out, accelerator):
         compare(args, accelerator, names, flows, reals, steps)
 
@@ -86,18 +89,18 @@ def compare(
 ) -> None:
     """Solve the flows, write the animation, the picture and the table."""
     found: list[list[Panel]] = [[] for _ in steps]
-    with runtime.progress(accelerator, len(flows) * len(steps), "panels") as bar:
+    with distributed.progress(accelerator, len(flows) * len(steps), "panels") as bar:
         for name, model, real in zip(names, flows, reals, strict=True):
-            runtime.place(model.net, accelerator)
+            distributed.prepare_model(model.net, accelerator)
             model.net.eval().requires_grad_(False)
             for row, panel in zip(found, solved(args, accelerator, name, model, real, steps), strict=True):
                 row.append(panel)
                 bar.update()
     drawn = [panel for row in found for panel in row]
     made = animation.write(
-        args.out / "compare.gif", [animation.rendered(drawing(drawn, len(steps), t)) for t in uniform(args.frames - 1)]
+        args.out / "compare.gif", [animation.figure_to_array(drawing(drawn, len(steps), t)) for t in uniform(args.frames - 1)]
     )
-    planes.save(args.out / "compare.png", drawing(drawn, len(steps), None))
+    plots_2d.save(args.out / "compare.png", drawing(drawn, len(steps), None))
     text = listed(drawn, args.sampling_method)
     files.write_text(args.out / "compare.md", text + "\n")
     print(f"{text}\nin {args.out}: {' '.join([*made, 'compare.png', 'compare.md'])}")
@@ -109,8 +112,8 @@ def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:
         raise UserError(f"--weights {path}: is no flow of points without labels; to compare images use evaluate.py")
     snap.check_data()
     source = snap.config.data
-    with runtime.blame("data"):
-        real = datasets.original(source.name, source.root, source.args)
+    with error_context("data"):
+        real = datasets.source_dataset(source.name, source.root, source.args)
         return datasets.build(real["name"], real["root"], real["args"]).images
 
 
@@ -120,8 +123,8 @@ def solved(args, accelerator: Accelerator, name: str, model: FlowModel, real: Te
     shape, indices = tuple(real.shape[1:]), range(args.n_samples)
     for n in steps:
         settings = SamplerSettings(args.sampling_method, n, seed=args.seed)
-        with runtime.blame("compare"):
-            check(settings, model.net)
+        with error_context("compare"):
+            validate(settings, model.net)
         adaptive = args.sampling_method in ADAPTIVE
         times = uniform(args.frames - 1 if adaptive else n)
         states, end = trajectory(accelerator, model, shape, indices, settings, times, SHOWN)
@@ -137,11 +140,11 @@ def drawing(drawn: list[Panel], rows: int, t: float | None) -> Figure:
     """The panels at time t (None: at the end, without a line of time), a row for each number of steps."""
     titles = [panel.name for panel in drawn[: len(drawn) // rows]] + [""] * (len(drawn) - len(drawn) // rows)
     captions = [f"NFE {p.nfe},  SW2 {p.distance:.3f}\nstraightness deviation {p.straightness_deviation:.2g}" for p in drawn]
-    figure, axes = planes.panels(titles, captions, rows, t)
+    figure, axes = plots_2d.panels(titles, captions, rows, t)
     for ax, panel in zip(axes, drawn, strict=True):
         ways = panel.at(1.0 if t is None else t)
-        planes.particles(ax, ways[-1], ways[0])
-        planes.paths(ax, ways[:, :WAYS])
+        plots_2d.particles(ax, ways[-1], ways[0])
+        plots_2d.paths(ax, ways[:, :WAYS])
     return figure
 
 
@@ -155,4 +158,4 @@ def listed(drawn: list[Panel], method: str) -> str:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

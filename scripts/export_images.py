@@ -13,7 +13,9 @@ from PIL import Image
 import datasets
 from configs import schema
 from configs.schema import UserError
-from flow.engine import cli, commands, files, images, lock, runtime
+from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import images
 
 EXAMPLES = "  python -m scripts.export_images --save_dir data/mnist64 --size 64 data.name=mnist"
 AHEAD = 1000  # images a round
@@ -30,8 +32,8 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     source = schema.load(None, args.overrides).data
-    accelerator = runtime.start_alone("export_images")
-    with runtime.blame("data"):
+    accelerator = distributed.build_single_process_accelerator("export_images")
+    with error_context("data"):
         data = datasets.build(source.name, source.root, source.args)
         if data.codec or len(data.image_shape) != 3:
             raise ValueError(f"data.name={source.name}: holds no images")
@@ -41,7 +43,7 @@ def main() -> None:
 
 def export(args, accelerator: Accelerator, data) -> None:
     """Write each image of the data set to the folder of its class."""
-    if not files.holds_nothing(args.save_dir):
+    if not files.is_empty_dir(args.save_dir):
         raise UserError(f"--save_dir {args.save_dir}: exists already; name another folder")
     count = min(args.n_images or len(data), len(data))
     folders = [args.save_dir / name.replace("/", "-") for name in data.class_names] or [args.save_dir]
@@ -52,15 +54,15 @@ def export(args, accelerator: Accelerator, data) -> None:
         image, label = data[k]
         images.write_png(folders[max(label, 0)] / f"{k:06d}.png", resized(image, args.size) if args.size else image)
 
-    with ThreadPoolExecutor(4) as pool, runtime.progress(accelerator, count, "images") as bar:
+    with ThreadPoolExecutor(4) as pool, distributed.progress(accelerator, count, "images") as bar:
         for start in range(0, count, AHEAD):
             part = range(start, min(start + AHEAD, count))
             list(pool.map(write, part))
             bar.update(len(part))
     folder = {"path": str(args.save_dir), **({"channels": 1} if data.image_shape[0] == 1 else {})}
     run_dir = files.free_folder(Path("runs") / args.save_dir.name)
-    overrides = ["data.horizontal_flip=false", commands.override("data.args", folder)]
-    train = commands.command("train.py", "-c", commands.shipped("photos64.yaml"), "-e", run_dir, *overrides)
+    overrides = ["data.horizontal_flip=false", subprocesses.override("data.args", folder)]
+    train = subprocesses.command("train.py", "-c", subprocesses.shipped("photos64.yaml"), "-e", run_dir, *overrides)
     print(f"{count} images in {args.save_dir}; train on them with: {train}")
 
 
@@ -71,4 +73,4 @@ def resized(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

@@ -1,7 +1,7 @@
 """Bits per dimension of real images under a flow: `python -m scripts.likelihood --weights runs/mnist --n_images 100`.
 
 Pixels are dequantised uniformly over bins of width one centred on their levels; the divergence is Hutchinson's estimate with
-`--probes` random signs an image. Image k of the data set has the same dequantisation and probes in every run. Points, which
+`--hutchinson_samples` random signs an image. Image k of the data set has the same dequantisation and probes in every run. Points, which
 have no levels, get their log-likelihood in nats a point.
 """
 
@@ -11,10 +11,13 @@ import torch
 import datasets
 import models
 from configs.schema import UserError
-from flow import rng
-from flow.engine import cli, runtime, snapshot
-from flow.engine.generate import SamplerSettings, batches, check, solver_state, velocity_of
 from flow.likelihood import bits_per_dimension, dequantize, log_likelihood
+from flow.noise import generator
+from flow.runtime import cli, distributed
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import snapshot
+from flow.sampling.generate import batches, build_velocity, to_solver_dtype
+from flow.sampling.settings import SamplerSettings, validate
 
 EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 --test"
 
@@ -23,7 +26,7 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
     parser.add_argument("--n_images", type=cli.at_least(2), default=100, help="the first of the data set (default: 100)")
-    parser.add_argument("--probes", type=cli.at_least(1), default=1, help="random directions an image (default: 1)")
+    parser.add_argument("--hutchinson_samples", type=cli.at_least(1), default=1, help="random directions an image (default: 1)")
     parser.add_argument("--rtol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--atol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--test", action="store_true", help="images of the test part, for data sets that have one")
@@ -36,41 +39,43 @@ def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model(models.build)
-    if model.net.prompt_bytes:
+    if model.net.max_prompt_bytes:
         raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
     if snap.codec:
         raise UserError("--weights: a flow on latents gives no likelihood of images")
     snap.check_data()
     source = snap.config.data
-    with runtime.blame("data"):
-        real = datasets.original(source.name, source.root, source.args)
+    with error_context("data"):
+        real = datasets.source_dataset(source.name, source.root, source.args)
         data = datasets.build(real["name"], real["root"], real["args"] | ({"train": False} if args.test else {}))
     if args.n_images > len(data):
         raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}")
-    accelerator = runtime.start()
-    runtime.place(model.net, accelerator)
+    accelerator = distributed.build_accelerator()
+    distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)
     mine = batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
     found, nfe = [], 0
     dimensions = int(np.prod(data.image_shape))
     points = len(data.image_shape) == 1
-    with runtime.progress(accelerator, sum(map(len, mine)), "likelihood (images of this process)") as bar:
+    with distributed.progress(accelerator, sum(map(len, mine)), "likelihood (images of this process)") as bar:
         for batch in mine:
             images, labels = zip(*(data[k] for k in batch), strict=True)
-            draws = [rng.generator("likelihood", args.seed, k) for k in batch]
+            draws = [generator("likelihood", args.seed, k) for k in batch]
             u = torch.from_numpy(np.stack([g.random(data.image_shape) for g in draws]))
-            signs = np.stack([g.integers(2, size=(args.probes, *data.image_shape)) * 2.0 - 1 for g in draws], axis=1)
+            signs = np.stack(
+                [g.integers(2, size=(args.hutchinson_samples, *data.image_shape)) * 2.0 - 1 for g in draws], axis=1
+            )
             real = torch.stack(images)
-            x1 = solver_state(real if points else dequantize(real, u), accelerator.device)
+            x1 = to_solver_dtype(real if points else dequantize(real, u), accelerator.device)
             settings = SamplerSettings(labels=tuple(labels) if model.net.num_classes else None)
-            check(settings, model.net)
-            velocity = velocity_of(model, range(len(batch)), settings, accelerator.device)
-            probes = solver_state(torch.from_numpy(signs), accelerator.device)
-            with runtime.blame("likelihood"):
+            validate(settings, model.net)
+            velocity = build_velocity(model, range(len(batch)), settings, accelerator.device)
+            probes = to_solver_dtype(torch.from_numpy(signs), accelerator.device)
+            with error_context("likelihood"):
                 log_p, _, nfe = log_likelihood(velocity, x1, probes=probes, rtol=args.rtol, atol=args.atol)
             found += (log_p if points else bits_per_dimension(log_p, dimensions)).tolist()
             bar.update(len(batch))
-    everything = runtime.gather_to_main(accelerator, found)
+    everything = distributed.gather_to_main(accelerator, found)
     if everything is not None:
         values = torch.tensor([value for part in everything for value in part])
         error = values.std().item() / len(values) ** 0.5
@@ -78,9 +83,9 @@ def main() -> None:
         print(
             f"{values.mean().item():.4f} ± {error:.4f} {unit} (mean ± standard error over {len(values)} "
             f"{'points' if points else 'images'}; dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe} for the last "
-            f"batch, {args.probes} probe(s){'' if points else ', uniform dequantisation, bins centred on the levels'})"
+            f"batch, {args.hutchinson_samples} probe(s){'' if points else ', uniform dequantisation, bins centred on the levels'})"
         )
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

@@ -1,6 +1,6 @@
 """Pairs (noise, image) of a trained flow, for reflow and distillation: `python -m scripts.make_pairs --weights runs/mnist ...`.
 
-Pair k is a function of the weights, the settings and k; classes come in turn. `--inverted_share` makes that share of the
+Pair k is a function of the weights, the settings and k; classes come in turn. `--real_fraction` makes that share of the
 pairs from real images, whose noise is found by solving the flow backwards. `--save_dir` gets manifest.json and shards.
 Run it again after a kill: whole shards stay, one that is missing or damaged is named and made again, alone.
 """
@@ -21,20 +21,23 @@ import models
 from configs import schema
 from configs.schema import UserError
 from datasets import captions
-from datasets.pairs import Shard, damage_of, read_manifest, shards_of
+from datasets.pairs import Shard, read_manifest, shards_of, verify_shard
 from datasets.shards import MANIFEST, save_shard
-from flow import prior, rng
-from flow.engine import cli, commands, files, lock, runtime, snapshot
-from flow.engine.generate import SamplerSettings, batches, check, generate, solver_state, velocity_of
-from flow.engine.images import to_network
-from flow.guidance import FlowModel
-from flow.inversion import invert
+from flow.likelihood import invert
+from flow.model import FlowModel
+from flow.noise import gaussian_noise, generator
+from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import snapshot
+from flow.sampling.generate import batches, build_velocity, generate, to_solver_dtype
+from flow.sampling.images import to_float
+from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
 
 EXAMPLES = """\
   python -m scripts.make_pairs --weights runs/mnist_mini_cond --n_pairs 20000 --save_dir runs/pairs --guidance_scale 1.5
   accelerate-launch --multi_gpu --num_processes 8 -m scripts.make_pairs --weights runs/cifar10 --n_pairs 1000000 \\
-      --save_dir runs/cifar10_pairs --sampling_method heun --sampling_steps 18 --inverted_share 0.2 -mp bf16"""
+      --save_dir runs/cifar10_pairs --sampling_method heun --sampling_steps 18 --real_fraction 0.2 -mp bf16"""
 
 
 def parse_args():
@@ -45,11 +48,11 @@ def parse_args():
     parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="solver (default: heun)")
     parser.add_argument("--sampling_steps", type=cli.at_least(1), default=50, help="steps of the solver (default: 50)")
-    parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
+    parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
     parser.add_argument(
         "--labels", nargs="+", metavar="CLASS", help="classes by name or number, one pair after the other (default: all)"
     )
-    parser.add_argument("--inverted_share", type=cli.share, default=0.0, help="share of pairs from real images (default: 0)")
+    parser.add_argument("--real_fraction", type=cli.fraction, default=0.0, help="share of pairs from real images (default: 0)")
     parser.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
     parser.add_argument("--shard_pairs", type=cli.at_least(1), default=1000, help="pairs a file (default: 1000)")
@@ -64,28 +67,30 @@ def main() -> None:
     net = model.net
     snap.check_data()
     source = snap.config.data
-    with runtime.blame("data"):
-        real = datasets.original(source.name, source.root, source.args, made=["pairs"])  # in a second round that of the first
+    with error_context("data"):
+        real = datasets.source_dataset(
+            source.name, source.root, source.args, made=["pairs"]
+        )  # in a second round that of the first
     labels = cli.labels_of(args.labels, snap.class_names)
-    accelerator = runtime.start(args.mixed_precision)
-    with runtime.blame("data"):
-        data = runtime.one_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
+    accelerator = distributed.build_accelerator(args.mixed_precision)
+    with error_context("data"):
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
     known, prompts = labels, None
-    if net.prompt_bytes:
+    if net.max_prompt_bytes:
         known = labels or tuple(range(len(data.class_names)))
         if not all(0 <= label < len(data.class_names) for label in known):
             raise UserError(f"--labels {labels}: the data set has classes 0 to {len(data.class_names) - 1}")
         prompts = tuple(captions.plain(data.class_names[label]) for label in known)
     settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, known, prompts)
-    with runtime.blame("make_pairs"):
-        check(settings, net)
+    with error_context("make_pairs"):
+        validate(settings, net)
         if data.image_shape != snap.image_shape:
             raise ValueError(f"the data set has images of {data.image_shape}, the network makes {snap.image_shape}")
-        inverted = round(args.inverted_share * args.n_pairs)
+        inverted = round(args.real_fraction * args.n_pairs)
         real_ones = invertible(data, labels, args.seed)
         if inverted > len(real_ones):
             raise ValueError(
-                f"--inverted_share {args.inverted_share}: {inverted} pairs of {len(real_ones)} real images; use less"
+                f"--real_fraction {args.real_fraction}: {inverted} pairs of {len(real_ones)} real images; use less"
             )
 
     manifest = {
@@ -105,7 +110,7 @@ def main() -> None:
         "data": real,
         **({"codec": snap.codec} if snap.codec else {}),
     }
-    runtime.place(net, accelerator)
+    distributed.prepare_model(net, accelerator)
     net.eval()
     make = partial(make_shard, accelerator, model, data, real_ones, settings, args.bspp)
     with lock.folder(args.save_dir, accelerator):
@@ -124,9 +129,9 @@ def write_shards(
     accelerator.wait_for_everyone()
     mine = shards_of(manifest)[accelerator.process_index :: accelerator.num_processes]
     made = 0
-    with runtime.progress(accelerator, sum(len(s.indices) for s in mine), "pairs (of this process)") as bar:
+    with distributed.progress(accelerator, sum(len(s.indices) for s in mine), "pairs (of this process)") as bar:
         for shard in mine:
-            damage = damage_of(args.save_dir, shard)
+            damage = verify_shard(args.save_dir, shard)
             if damage and (args.save_dir / shard.name).exists():
                 bar.write(f"{damage}; it is made again")
             if damage:
@@ -136,7 +141,7 @@ def write_shards(
                 made += len(shard.indices)
             else:
                 bar.update(len(shard.indices))
-    return sum(runtime.gather_to_main(accelerator, made) or [0])
+    return sum(distributed.gather_to_main(accelerator, made) or [0])
 
 
 def train_command(weights: str, save_dir: Path, config: schema.Config) -> str:
@@ -147,13 +152,15 @@ def train_command(weights: str, save_dir: Path, config: schema.Config) -> str:
         "train.init_from": weights,
     }  # fmt: skip
     folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_reflow"))
-    return commands.command("train.py", "-e", folder, *(commands.override(key, value) for key, value in overrides.items()))
+    return subprocesses.command(
+        "train.py", "-e", folder, *(subprocesses.override(key, value) for key, value in overrides.items())
+    )
 
 
 def claim(save_dir: Path, manifest: dict) -> None:
     """Write the manifest, or check that the one there is the same; nothing of another run is overwritten."""
     if (save_dir / MANIFEST).is_file():
-        with runtime.blame("--save_dir"):
+        with error_context("--save_dir"):
             theirs = read_manifest(save_dir)
         for key, value in manifest.items():
             before = theirs.get(key)
@@ -163,17 +170,17 @@ def claim(save_dir: Path, manifest: dict) -> None:
                 raise UserError(
                     f"--save_dir {save_dir}: holds pairs of another run ({key} {before}, now {value}); name another folder"
                 )
-        files.remove_unfinished(save_dir)
-    elif save_dir.exists() and not files.holds_nothing(save_dir):
+        files.clean_temporaries(save_dir)
+    elif save_dir.exists() and not files.is_empty_dir(save_dir):
         raise UserError(f"--save_dir {save_dir}: exists and was not written by make_pairs; name another folder")
     else:
-        files.remove_unfinished(save_dir)
+        files.clean_temporaries(save_dir)
         files.write_text(save_dir / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:
     """The real images of these classes in the order, given by the seed, in which they are inverted."""
-    order = rng.generator("inverted", seed).permutation(len(data)).tolist()
+    order = generator("inverted", seed).permutation(len(data)).tolist()
     return order if labels is None else [k for k in order if int(data.labels[k]) in labels]
 
 
@@ -212,19 +219,19 @@ def invert_batch(
 
     Inverted with the image's own label and without guidance, which a flow cannot be solved backwards with.
     """
-    with runtime.blame("data"):
+    with error_context("data"):
         pixels, labels = zip(*(data[k] for k in chosen), strict=True)
-    x1 = to_network(torch.stack(pixels))
+    x1 = to_float(torch.stack(pixels))
     y = torch.tensor(labels)
-    prompts = tuple(captions.plain(data.class_names[label]) for label in labels) if model.net.prompt_bytes else None
+    prompts = tuple(captions.plain(data.class_names[label]) for label in labels) if model.net.max_prompt_bytes else None
     unguided = SamplerSettings(labels=tuple(labels), prompts=prompts)
-    velocity = velocity_of(model, range(len(y)), unguided, accelerator.device)
-    noise = prior.noise("inversion", settings.seed, batch, data.image_shape)
+    velocity = build_velocity(model, range(len(y)), unguided, accelerator.device)
+    noise = gaussian_noise("inversion", settings.seed, batch, data.image_shape)
     with accelerator.autocast():
         x0 = invert(
             velocity,
-            solver_state(x1, accelerator.device),
-            solver_state(noise, accelerator.device),
+            to_solver_dtype(x1, accelerator.device),
+            to_solver_dtype(noise, accelerator.device),
             settings.steps,
             settings.method,
         )
@@ -233,4 +240,4 @@ def invert_batch(
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

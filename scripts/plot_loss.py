@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from configs import schema
 from configs.schema import UserError
 from configs.vae import VaeConfig
-from flow import jsonl
-from flow.engine import cli, runtime
-from flow.engine.tracker import read_metrics
 from flow.evaluation import plots
+from flow.runtime import cli, jsonl
+from flow.runtime.errors import cli_main
+from flow.training.logging import read_metrics
 
 EXAMPLES = """\
   python -m scripts.plot_loss --runs runs/mnist_mini_cond --out loss.png
@@ -70,4 +70,4 @@ def loss_name(config: Path) -> str:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

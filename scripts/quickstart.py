@@ -5,8 +5,9 @@ Each step is a command that a user would type, and is printed. Running it again 
 
 from pathlib import Path
 
-from flow.engine import cli, runtime
-from flow.engine.commands import run_command, train_arguments
+from flow.runtime import cli
+from flow.runtime.errors import cli_main
+from flow.runtime.subprocesses import run_command, train_arguments
 
 RUN = Path("runs/digits")
 SAMPLES = Path("samples/digits")
@@ -24,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

@@ -17,16 +17,19 @@ from accelerate import Accelerator
 
 import models
 from configs import schema
-from configs.rectify import RectifyConfig, RoundConfig
+from configs.rectify import RectifyConfig, ReflowStageConfig
 from configs.schema import Config, UserError
-from flow import loss, solvers
-from flow.engine import cli, files, images, lock, runtime, snapshot
-from flow.engine.commands import run_command, train_arguments
-from flow.engine.generate import SamplerSettings, generate, mean_straightness_deviation
+from flow import solvers
 from flow.evaluation import plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
-from flow.guidance import FlowModel
-from flow.objective import objective
+from flow.losses import distances, objective
+from flow.model import FlowModel
+from flow.runtime import cli, distributed, files, lock
+from flow.runtime.errors import cli_main, error_context
+from flow.runtime.subprocesses import run_command, train_arguments
+from flow.sampling import images, snapshot
+from flow.sampling.generate import generate, mean_straightness_deviation
+from flow.sampling.settings import SamplerSettings
 
 EXAMPLES = """\
   python -m scripts.rectify -c configs/mnist_rectify.yaml
@@ -112,19 +115,19 @@ def minutes(since: float) -> str:
 def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
     """Raises UserError for what would otherwise come out after hours, in the middle of the chain."""
     for path, stage in stages.items():
-        with runtime.blame(f"{path}: flow.objective"):
-            objective(stage.flow.objective, loss.l2, stage.flow.prediction, **stage.flow.objective_args)
+        with error_context(f"{path}: flow.objective"):
+            objective(stage.flow.objective, distances.mse, stage.flow.prediction, **stage.flow.objective_args)
     first = stages[cfg.first].model
     for path in (cfg.reflow, cfg.distill):
-        if stages[path].flow.coupling != "given":
+        if stages[path].flow.coupling != "paired":
             raise UserError(f"{path}: flow.coupling={stages[path].flow.coupling}: must be given, as it trains on pairs")
         if stages[path].model != first:
             raise UserError(f"{path}: model: must be that of {cfg.first}, from whose weights it starts")
-    if first.args.get("prompt_bytes"):
-        raise UserError(f"{cfg.first}: model.args.prompt_bytes: the chain is for networks with labels or without any")
+    if first.args.get("max_prompt_bytes"):
+        raise UserError(f"{cfg.first}: model.args.max_prompt_bytes: the chain is for networks with labels or without any")
     for key in ("first_pairs", "later_pairs"):
         asked = schema.get(cfg, key)
-        with runtime.blame(f"{key}.sampling_method"):
+        with error_context(f"{key}.sampling_method"):
             solvers.check(asked.sampling_method)
             if asked.sampling_method not in solvers.DETERMINISTIC:
                 raise ValueError(f"{asked.sampling_method!r} makes no pairs: its images depend on more than their noise")
@@ -135,12 +138,12 @@ def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
         raise UserError(f"feature_extractor={cfg.feature_extractor}: unknown; choose one of {known}")
 
 
-def pair_arguments(teacher: Path, save_dir: Path, asked: RoundConfig, seed: int) -> list[str]:
+def pair_arguments(teacher: Path, save_dir: Path, asked: ReflowStageConfig, seed: int) -> list[str]:
     """Of make_pairs; each round has noise of its own."""
     return [
         "--weights", str(teacher), "--save_dir", str(save_dir), "--n_pairs", str(asked.n_pairs), "--seed", str(seed),
         "--sampling_method", asked.sampling_method, "--sampling_steps", str(asked.sampling_steps),
-        "--guidance_scale", f"{asked.guidance_scale:g}", "--inverted_share", f"{asked.inverted_share:g}",
+        "--guidance_scale", f"{asked.guidance_scale:g}", "--real_fraction", f"{asked.real_fraction:g}",
     ]  # fmt: skip
 
 
@@ -148,18 +151,18 @@ def compare(
     cfg: RectifyConfig, folder: Path, rows: list[tuple[str, float]], snapshots: dict[str, snapshot.Snapshot], first: Config
 ) -> None:
     """Write and print comparison.md, draw comparison.png."""
-    accelerator = runtime.start(first.train.mixed_precision)
+    accelerator = distributed.build_accelerator(first.train.mixed_precision)
     titles, straight, pictures = {}, {}, []
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
     classes = first.model.args.get("num_classes")
     shown = COLUMNS * classes if classes else 10 * COLUMNS
     each = cfg.straightness_images * cfg.straightness_steps + shown * sum(nfes)
     total = sum(each * (2 if scale not in (0, 1) else 1) for _, scale in rows)
-    bar = runtime.progress(accelerator, total, "straightness deviation and figure (network calls)")
+    bar = distributed.progress(accelerator, total, "straightness deviation and figure (network calls)")
     for name, scale in rows:
         snap = snapshots[name]
         model = snap.model(models.build, models.codec)
-        runtime.place(model.net, accelerator)
+        distributed.prepare_model(model.net, accelerator)
         model.net.register_forward_hook(lambda net, inputs, output: bar.update(len(inputs[0])))
         key = f"{name}@{snap.step}, {scale:g}"
         titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")
@@ -203,4 +206,4 @@ def panel(
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

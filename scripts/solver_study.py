@@ -1,8 +1,8 @@
 """How close solvers come to the fine solution for how many evaluations: `python -m scripts.solver_study --weights runs/mnist`.
 
 The distance is the root mean square, over images and pixels, to a dopri5 solution with tight tolerances from the same
-noise: a measure of the solver alone that takes seconds. `--fd N` adds, by evaluate.py, the Frechet distance of N images,
-which takes minutes. `--out` gets study.md, study.csv and study.png (with --fd also fd.png); NFE is counted, and the order
+noise: a measure of the solver alone that takes seconds. `--num_fid_images N` adds, by evaluate.py, the Frechet distance of N images,
+which takes minutes. `--out` gets study.md, study.csv and study.png (with --num_fid_images also fd.png); NFE is counted, and the order
 of a row is the slope from the row before.
 """
 
@@ -18,61 +18,69 @@ from accelerate import Accelerator
 import models
 from configs import schema
 from configs.schema import UserError
-from flow import prior, solvers
-from flow.engine import cli, files, lock, runtime, snapshot, tuned_grids
-from flow.engine.commands import run_command
-from flow.engine.generate import SamplerSettings, check, solver_state, times_of, velocity_of
+from flow import solvers
 from flow.evaluation import plots, table
-from flow.solvers import ON_A_GRID, grid
+from flow.noise import gaussian_noise
+from flow.runtime import cli, distributed, files, lock
+from flow.runtime.errors import cli_main, error_context
+from flow.runtime.subprocesses import run_command
+from flow.sampling import grid_store, snapshot
+from flow.sampling.generate import build_velocity, to_solver_dtype
+from flow.sampling.settings import SamplerSettings, build_time_grid, validate
+from flow.solvers import FIXED_GRID, time_grids
 
 EXAMPLES = """\
   python -m scripts.solver_study --weights runs/mnist --out runs/mnist/study
-  python -m scripts.solver_study --weights runs/mnist --out runs/mnist/orders --double --until 0.9 --sampling_steps 64 128 256
+  python -m scripts.solver_study --weights runs/mnist --out runs/mnist/orders --float64 --t_end 0.9 --sampling_steps 64 128 256
   python -m scripts.solver_study --weights runs/mnist --methods euler ab2 unipc --grids uniform cosine --nfe 4 6 8 10 \\
-      --fd 2000 --feature_extractor mnist --out runs/mnist/study_10"""
+      --num_fid_images 2000 --feature_extractor mnist --out runs/mnist/study_10"""
 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
-    methods = [m for m in ON_A_GRID if m not in ("ddim", "heun2")]  # which are euler and heun
-    parser.add_argument("--methods", nargs="+", choices=ON_A_GRID, default=methods, help=f"(default: {' '.join(methods)})")
-    parser.add_argument("--grids", nargs="+", choices=[*grid.GRIDS, "tuned"], default=["uniform"], help="(default: uniform)")
+    methods = [m for m in FIXED_GRID if m not in ("ddim", "heun2")]  # which are euler and heun
+    parser.add_argument("--methods", nargs="+", choices=FIXED_GRID, default=methods, help=f"(default: {' '.join(methods)})")
+    parser.add_argument(
+        "--grids", nargs="+", choices=[*time_grids.GRIDS, "tuned"], default=["uniform"], help="(default: uniform)"
+    )
     cli.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)
-    parser.add_argument("--guidance_scale", type=cli.scale, default=1.0, help="(default: 1, off)")
+    parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="(default: 1, off)")
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
     parser.add_argument("--n_images", type=cli.at_least(1), default=32, help="(default: 32)")
     parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
     parser.add_argument(
-        "--until", type=cli.share, default=1.0, metavar="T", help="stop there: near the data the order hides (default: 1)"
+        "--t_end", type=cli.fraction, default=1.0, metavar="T", help="stop there: near the data the order hides (default: 1)"
     )
-    parser.add_argument("--double", action="store_true", help="the network in float64, to see small distances")
-    parser.add_argument("--fd", type=cli.at_least(2), metavar="N", help="Frechet distance of N images (default: none)")
-    parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of --fd (default: mnist)")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no", help="of --fd")
+    parser.add_argument("--float64", action="store_true", help="the network in float64, to see small distances")
+    parser.add_argument(
+        "--num_fid_images", type=cli.at_least(2), metavar="N", help="Frechet distance of N images (default: none)"
+    )
+    parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of --num_fid_images (default: mnist)")
+    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no", help="of --num_fid_images")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
     return parser.parse()
 
 
 def main() -> None:
     args = parse_args()
-    if args.until == 0 or (args.fd and args.until != 1):
-        raise UserError(f"--until {args.until:g}: must be greater than 0, and 1 with --fd")
+    if args.t_end == 0 or (args.num_fid_images and args.t_end != 1):
+        raise UserError(f"--t_end {args.t_end:g}: must be greater than 0, and 1 with --num_fid_images")
     snap = snapshot.load(args.weights, None, args.overrides)
     base = SamplerSettings(
         guidance_scale=args.guidance_scale, seed=args.seed, prompts=tuple(args.prompts) if args.prompts else None
     )
-    with runtime.blame("solver_study"):
-        check(base, snap.model(models.build).net)
+    with error_context("solver_study"):
+        validate(base, snap.model(models.build).net)
     plan = [
         SamplerSettings(
-            method, n, grid=name, times=tuned_grids.load(snap.path, method, n) if name == "tuned" else None
+            method, n, grid=name, times=grid_store.load(snap.path, method, n) if name == "tuned" else None
         )
         for method in args.methods
         for name in args.grids
-        for n in cli.steps_of(args, method, args.until)
+        for n in cli.num_steps(args, method, args.t_end)
     ]  # fmt: skip
-    accelerator = runtime.start_alone("solver_study")
+    accelerator = distributed.build_single_process_accelerator("solver_study")
     with lock.folder(args.out, accelerator):
         study(args, accelerator, snap, base, plan)
 
@@ -80,10 +88,10 @@ def main() -> None:
 def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: SamplerSettings, plan: list[SamplerSettings]) -> None:
     """Write the table and the plots."""
     rows, fine_nfe = distances(args, accelerator, snap, base, plan)
-    if args.fd:
+    if args.num_fid_images:
         add_frechet(args, snap, rows)
     calls = ["forwards"] if any(row["forwards"] != row["NFE"] for row in rows) else []
-    columns = ["method", "grid", "steps", "NFE", *calls, "distance", "order", *(["FD"] if args.fd else [])]
+    columns = ["method", "grid", "steps", "NFE", *calls, "distance", "order", *(["FD"] if args.num_fid_images else [])]
     with open(args.out / "study.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
@@ -93,8 +101,10 @@ def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: Sampler
     text = table.markdown([columns, *cells])
     files.write_text(args.out / "study.md", text + "\n")
     plots.error_against_nfe(args.out / "study.png", rows, "distance", "distance to the fine solution")
-    if args.fd:
-        plots.error_against_nfe(args.out / "fd.png", rows, "FD", f"FD-{args.feature_extractor} of {args.fd:,} images")
+    if args.num_fid_images:
+        plots.error_against_nfe(
+            args.out / "fd.png", rows, "FD", f"FD-{args.feature_extractor} of {args.num_fid_images:,} images"
+        )
     print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}; in {args.out}: study.md study.csv study.png")
 
 
@@ -104,17 +114,17 @@ def distances(
 ) -> tuple[list[dict], int]:
     """A row for each of the plan, {method, grid, steps, NFE, forwards, distance, order}, and the NFE of the fine solution."""
     model = snap.model(models.build)
-    model.net.to(accelerator.device, torch.float64 if args.double else None).eval()
-    tolerance = 1e-12 if args.double else 1e-6
+    model.net.to(accelerator.device, torch.float64 if args.float64 else None).eval()
+    tolerance = 1e-12 if args.float64 else 1e-6
     images = range(args.n_images)
-    x0 = solver_state(prior.noise("study", args.seed, images, snap.image_shape), accelerator.device)
-    velocity = velocity_of(model, images, base, accelerator.device)
+    x0 = to_solver_dtype(gaussian_noise("study", args.seed, images, snap.image_shape), accelerator.device)
+    velocity = build_velocity(model, images, base, accelerator.device)
     rows = []
-    with runtime.progress(accelerator, len(plan) + 1, "solutions") as bar:
-        fine = solvers.solve(velocity, x0, [0.0, args.until], "dopri5", rtol=tolerance, atol=tolerance)
+    with distributed.progress(accelerator, len(plan) + 1, "solutions") as bar:
+        fine = solvers.solve(velocity, x0, [0.0, args.t_end], "dopri5", rtol=tolerance, atol=tolerance)
         bar.update()
         for settings in plan:
-            times = [args.until * t for t in times_of(settings, model.path)]
+            times = [args.t_end * t for t in build_time_grid(settings, model.path)]
             before = velocity.forwards
             found = solvers.solve(velocity, x0, times, settings.method)
             distance = (found.x - fine.x).square().mean().sqrt().item()
@@ -137,8 +147,8 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     steps = ["--nfe", *map(str, args.nfe)] if args.nfe else ["--sampling_steps", *map(str, args.sampling_steps)]
     for name in args.grids:
         evaluate = [
-            "evaluate.py", "--weights", args.weights, "--methods", *args.methods, *steps, "--grid", name, "--metrics", "fid",
-            "--guidance_scale", f"{args.guidance_scale:g}", "--n_samples", str(args.fd), "-mp", args.mixed_precision,
+            "evaluate.py", "--weights", args.weights, "--methods", *args.methods, *steps, "--time_grid", name, "--metrics", "fid",
+            "--guidance_scale", f"{args.guidance_scale:g}", "--n_samples", str(args.num_fid_images), "-mp", args.mixed_precision,
             "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), "--no_control",
             *args.overrides,
         ]  # fmt: skip
@@ -146,7 +156,7 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     weights = files.sha256(snap.path)
     found = {}
     for r in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
-        same = r["n"] == args.fd and r.get("guidance_scale") in (None, args.guidance_scale)
+        same = r["n"] == args.num_fid_images and r.get("guidance_scale") in (None, args.guidance_scale)
         of = r["identity"]
         precision, extractor = args.mixed_precision, args.feature_extractor
         keys = (of.get("weights_sha256"), of.get("mixed_precision"), of.get("extractor", [None])[0])
@@ -159,4 +169,4 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

@@ -19,17 +19,20 @@ import datasets
 from configs import schema
 from configs.schema import UserError
 from configs.vae import VaeConfig
-from flow import prior, rng
-from flow.engine import checkpoint, cli, commands, files, images, run_folder, runtime
-from flow.engine.ema import Ema
-from flow.engine.generate import share
-from flow.engine.images import to_network, to_uint8
-from flow.engine.loader import Loader
-from flow.engine.schedule import adamw, learning_rate, set_options
-from flow.engine.skips import Skips
-from flow.engine.stop import StopSignal
-from flow.engine.tracker import Meter, Throughput, Tracker
 from flow.evaluation.metrics import psnr
+from flow.noise import gaussian_noise, generator
+from flow.runtime import cli, distributed, files, subprocesses
+from flow.runtime.errors import cli_main, error_context
+from flow.runtime.shutdown import StopSignal
+from flow.sampling import images, snapshot
+from flow.sampling.generate import shard
+from flow.sampling.images import to_float, to_uint8
+from flow.training import checkpoint
+from flow.training.data_loader import TrainingLoader
+from flow.training.ema import Ema
+from flow.training.logging import Logger, LossStatistics, Throughput
+from flow.training.optimizer import GuardedOptimizer, build_optimizer, lr_at, set_options
+from flow.training.run_dir import checkpoint_to_resume, locked_run, resume_command, write_run_files
 from models import autoencoder
 from models.autoencoder import VAE
 
@@ -47,7 +50,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    with run_folder.locked_run(args, VaeConfig) as (run_dir, cfg, accelerator):
+    with locked_run(args, VaeConfig) as (run_dir, cfg, accelerator):
         train(args, run_dir, cfg, accelerator)
 
 
@@ -56,41 +59,41 @@ def train(args, run_dir: Path, cfg: VaeConfig, accelerator: Accelerator) -> None
     if accelerator.is_fsdp2:
         raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
     device = accelerator.device
-    with runtime.blame("data"):
-        data = runtime.one_process_first(accelerator, lambda: datasets.build(cfg.data.name, cfg.data.root, cfg.data.args))
+    with error_context("data"):
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(cfg.data.name, cfg.data.root, cfg.data.args))
         if data.codec or len(data.image_shape) != 3:
             raise ValueError(f"data.name={cfg.data.name}: holds no images")
     torch.manual_seed(cfg.seed)  # of the initial weights
-    vae = build(accelerator, cfg, data.image_shape)
-    with runtime.blame("data"):
+    vae = build_autoencoder(accelerator, cfg, data.image_shape)
+    with error_context("data"):
         latent_shape = vae.latent_shape(data.image_shape)
     perceptual = lpips(device) if cfg.autoencoder.lpips_weight else None
-    loader = Loader.of(accelerator, cfg, data)
+    loader = TrainingLoader.of(accelerator, cfg, data)
     checkpoints = run_dir / "checkpoints"
-    found = run_folder.checkpoint_to_resume(accelerator, args.resume, run_dir, cfg) if args.resume else None
-    runtime.place(vae, accelerator, cfg.train.compile)
-    optimizer = adamw(vae, cfg.optimizer, device)
+    found = checkpoint_to_resume(accelerator, args.resume, run_dir, cfg) if args.resume else None
+    distributed.prepare_model(vae, accelerator, cfg.train.compile)
+    optimizer = build_optimizer(vae, cfg.optimizer, device)
     model, optimizer = accelerator.prepare(vae, optimizer)
     ema = Ema(vae, schema.half_lives(cfg)[:1], cfg.ema.warmup_ratio)
-    meter = Meter(device, cfg.train.not_finite)
-    skips = Skips(accelerator, cfg.train.not_finite)
+    meter = LossStatistics(device, cfg.train.nonfinite_grad)
+    skips = GuardedOptimizer(accelerator, cfg.train.nonfinite_grad)
 
-    step, updates = 0, 0  # updates: steps less those that were skipped, see flow/engine/skips.py
+    step, updates = 0, 0  # updates: steps less those that were skipped, see flow/training/optimizer.py
     newest = "there is no checkpoint yet"
     if found:
         with checkpoint.reading(found):
             state = checkpoint.load(accelerator, found)
             step, updates = state["step"], state["updates"]
             meter.load_state(accelerator, state["meter"])
-            ema.load_state_dict(0, load_file(found / checkpoint.EMA_FILE))
+            ema.load_state_dict(0, load_file(found / snapshot.EMA_FILE))
         if step > cfg.train.steps:
             raise UserError(f"train.steps={cfg.train.steps}: the run is at step {step} already")
         set_options(optimizer, cfg.optimizer)
         newest = f"the newest checkpoint is {found}"
     if accelerator.is_main_process:
-        run_folder.write(run_dir, cfg, accelerator)
+        write_run_files(run_dir, cfg, accelerator)
     accelerator.wait_for_everyone()
-    tracker = Tracker(accelerator, run_dir, cfg, first_step=step)
+    tracker = Logger(accelerator, run_dir, cfg, first_step=step)
     size = f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M"
     tracker.say("autoencoder: {}, images of {}x{}x{} to latents of {}x{}x{}".format(size, *data.image_shape, *latent_shape))
     for note in getattr(data, "notes", []):
@@ -103,7 +106,7 @@ def train(args, run_dir: Path, cfg: VaeConfig, accelerator: Accelerator) -> None
 
         def write_average(folder: Path) -> None:
             average = {name: value.contiguous() for name, value in ema.state_dict(0).items()}
-            save_file(average, folder / checkpoint.EMA_FILE, metadata={"config": schema.dump(cfg)})
+            save_file(average, folder / snapshot.EMA_FILE, metadata={"config": schema.dump(cfg)})
 
         saved = checkpoint.save(accelerator, checkpoints, step, state, write_average)
         if accelerator.is_main_process:
@@ -116,19 +119,19 @@ def train(args, run_dir: Path, cfg: VaeConfig, accelerator: Accelerator) -> None
     model.train()
     parts = torch.zeros(4, device=device, dtype=meter.sums.dtype)  # sums of distance, KL, LPIPS; number of images
     throughput = Throughput(cfg.train.batch_size, step)
-    with StopSignal() as stop, runtime.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
+    with StopSignal() as stop, distributed.progress(accelerator, cfg.train.steps, "training", initial=step) as bar:
         for micro_batches in loader.steps(step, cfg.train.steps):
-            torch.manual_seed(int(rng.generator("dropout", cfg.seed, step, accelerator.process_index).integers(2**63)))
+            torch.manual_seed(int(generator("dropout", cfg.seed, step, accelerator.process_index).integers(2**63)))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg.optimizer, updates, cfg.train.steps)
+                group["lr"] = lr_at(cfg.optimizer, updates, cfg.train.steps)
             for number, batch in enumerate(micro_batches, start=1):
-                noise = prior.noise("posterior", cfg.seed, batch.positions, latent_shape).to(device, non_blocking=True)
-                with accelerator.no_sync(model) if number < cfg.train.accumulate else nullcontext():
+                noise = gaussian_noise("posterior", cfg.seed, batch.positions, latent_shape).to(device, non_blocking=True)
+                with accelerator.no_sync(model) if number < cfg.train.gradient_accumulation_steps else nullcontext():
                     made, mean, std = model(batch.x1, noise)
                     distance, kl = distances(cfg.autoencoder.distance, batch.x1, made), divergence(mean, std)  # [b]
                     feeling = perceptual(batch.x1, made) if perceptual else torch.zeros_like(kl)
                     losses = distance + cfg.autoencoder.kl_weight * kl + cfg.autoencoder.lpips_weight * feeling
-                    accelerator.backward(losses.mean() / cfg.train.accumulate)
+                    accelerator.backward(losses.mean() / cfg.train.gradient_accumulation_steps)
                 meter.add(step + 1, losses, torch.zeros_like(losses))
                 terms = (distance, kl, feeling, torch.ones_like(kl))
                 parts += torch.stack([value.detach().sum() for value in terms]).to(parts.dtype)
@@ -156,7 +159,7 @@ def train(args, run_dir: Path, cfg: VaeConfig, accelerator: Accelerator) -> None
                 metrics["images_per_second"] = throughput.read(step)
                 tracker.log(step, metrics)
                 bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} images/s", refresh=False)
-            stopping = runtime.agree(accelerator, stop.received is not None)
+            stopping = distributed.any_process(accelerator, stop.received is not None)
             with throughput.paused():
                 if done or stopping or (cfg.train.checkpoint_every_steps and step % cfg.train.checkpoint_every_steps == 0):
                     newest = save_checkpoint()
@@ -172,20 +175,22 @@ def train(args, run_dir: Path, cfg: VaeConfig, accelerator: Accelerator) -> None
                 break
     accelerator.end_training()
     if not done:
-        stop.leave(tracker.say, f"{newest}; go on with: {run_folder.resume_command(run_dir, '-m scripts.train_vae', cfg)}")
+        stop.leave(tracker.say, f"{newest}; go on with: {resume_command(run_dir, '-m scripts.train_vae', cfg)}")
     save_dir = files.free_folder(run_dir.with_name(f"{run_dir.name}_latents"))
     encode = ["-m", "scripts.cache_latents", "--vae", run_dir / "autoencoder", "--save_dir", save_dir]
-    tracker.say(f"finished step {step}; encode images with: {commands.command(*encode, *commands.data_overrides(cfg.data))}")
+    tracker.say(
+        f"finished step {step}; encode images with: {subprocesses.command(*encode, *subprocesses.data_overrides(cfg.data))}"
+    )
 
 
-def build(accelerator: Accelerator, cfg: VaeConfig, image_shape: tuple[int, int, int]) -> VAE:
+def build_autoencoder(accelerator: Accelerator, cfg: VaeConfig, image_shape: tuple[int, int, int]) -> VAE:
     """An untrained autoencoder, or the one to fine-tune."""
     asked = cfg.autoencoder
     if not cfg.train.init_from:
-        with runtime.blame("autoencoder"):
-            return autoencoder.new(image_shape[0], asked.channels, asked.latent_channels, asked.blocks)
-    with runtime.blame("train.init_from"):
-        return runtime.one_process_first(accelerator, lambda: autoencoder.load(cfg.train.init_from)).requires_grad_(True)
+        with error_context("autoencoder"):
+            return autoencoder.build_vae(image_shape[0], asked.channels, asked.latent_channels, asked.blocks)
+    with error_context("train.init_from"):
+        return distributed.main_process_first(accelerator, lambda: autoencoder.load(cfg.train.init_from)).requires_grad_(True)
 
 
 def distances(name: str, x: Tensor, made: Tensor) -> Tensor:
@@ -218,27 +223,27 @@ def publish(vae: VAE, folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     vae.save(temporary)
     shutil.rmtree(folder, ignore_errors=True)
-    files.commit_folder(temporary, folder)
+    files.atomic_rename_dir(temporary, folder)
 
 
 def preview(accelerator: Accelerator, vae: VAE, data, n: int, path: Path) -> float | None:
     """Originals above their reconstructions as one PNG; the mean PSNR in dB, on the main process."""
     vae.eval()
     n, mine = min(n, len(data)), []
-    for batch in share(accelerator, range(n), PREVIEW_BATCH):
+    for batch in shard(accelerator, range(n), PREVIEW_BATCH):
         real = torch.stack([data[k * len(data) // n][0] for k in batch])
         with accelerator.autocast():
-            made = to_uint8(vae.decode(vae.encode(to_network(real.to(accelerator.device)))[0])).cpu()
+            made = to_uint8(vae.decode(vae.encode(to_float(real.to(accelerator.device)))[0])).cpu()
         mine.append((batch.start, real, made))
-    parts = runtime.gather_to_main(accelerator, mine)
+    parts = distributed.gather_to_main(accelerator, mine)
     if parts is None:
         return None
     ordered = sorted((item for part in parts for item in part), key=lambda item: item[0])
     real, made = (torch.cat([item[i] for item in ordered]) for i in (1, 2))
     path.parent.mkdir(parents=True, exist_ok=True)
-    images.write_png(path, images.beside(real, made))
+    images.write_png(path, images.side_by_side_grid(real, made))
     return psnr(real, made).mean().item()
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    cli_main(main)

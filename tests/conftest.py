@@ -13,11 +13,17 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flow.engine import runtime, snapshot
+from flow.runtime.errors import cli_main
+from flow.sampling import snapshot
 from models import autoencoder
 
 torch.set_num_threads(1)  # the networks of the tests are too small for more
 ENTRY_SCRIPTS = ("train", "sample", "evaluate")
+MAINS = {  # scripts whose main is not that of the module scripts.NAME
+    **{name: name for name in ENTRY_SCRIPTS},
+    **{name: f"scripts.{name}.__main__" for name in ("benchmark", "doctor")},
+    **{name: f"scripts.dev.{name}" for name in ("fault_injection", "gallery", "train_classifier")},
+}
 REPOSITORY = Path(__file__).parent.parent
 
 # A network and a run small enough for seconds.
@@ -82,7 +88,7 @@ def main_of(monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        return importlib.import_module(script if script in ENTRY_SCRIPTS else f"scripts.{script}").main
+        return importlib.import_module(MAINS.get(script, f"scripts.{script}")).main
 
     return prepare
 
@@ -104,7 +110,7 @@ def error(main_of, capsys):
 
     def call(script: str, *arguments) -> str:
         with pytest.raises(SystemExit) as left:
-            runtime.run(main_of(script, *arguments))
+            cli_main(main_of(script, *arguments))
         captured = capsys.readouterr().err
         assert left.value.code == 2, captured
         lines = [line for line in captured.splitlines() if line.startswith("error: ")]
@@ -128,7 +134,7 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("diffusers")
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("vae") / "autoencoder"
-    autoencoder.new(1, [8, 8], 2, 1).save(folder)
+    autoencoder.build_vae(1, [8, 8], 2, 1).save(folder)
     return folder
 
 

@@ -5,12 +5,12 @@ import time
 
 import pytest
 
-from flow.engine.ahead import ahead
+from flow.training.data_loader import prefetch
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_the_items_in_their_order(depth):
-    assert list(ahead(iter(range(20)), depth)) == list(range(20))
+    assert list(prefetch(iter(range(20)), depth)) == list(range(20))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -22,7 +22,7 @@ def test_no_further_than_asked(depth):
             begun.append(i)
             yield i
 
-    for item in ahead(items(), depth):
+    for item in prefetch(items(), depth):
         time.sleep(0.01)
         assert len(begun) <= item + 1 + depth
     assert len(begun) == 20
@@ -33,7 +33,7 @@ def test_an_error_comes_where_its_item_was_expected():
         yield 1
         raise ValueError("second")
 
-    found = ahead(items(), 1)
+    found = prefetch(items(), 1)
     assert next(found) == 1
     with pytest.raises(ValueError, match="second"):
         next(found)
@@ -41,7 +41,7 @@ def test_an_error_comes_where_its_item_was_expected():
 
 def test_leaving_early_ends_the_thread():
     before = threading.active_count()
-    found = ahead(iter(range(1000)), 2)
+    found = prefetch(iter(range(1000)), 2)
     assert next(found) == 0 and threading.active_count() == before + 1
     found.close()
     assert threading.active_count() == before

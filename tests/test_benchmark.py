@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, TINY, succeed
 
-from flow.engine import images, snapshot
-from scripts.stopwatch import Stopwatch
+from flow.sampling import images, snapshot
+from scripts.benchmark.timer import Stopwatch
 
 
 def test_sections_add_up_and_do_not_count_twice():
@@ -64,7 +64,7 @@ def test_every_job(tmp_path):
 
 def test_a_halved_snapshot_is_half_the_size_and_samples_the_same(tmp_path, tiny_run, here, error):
     half = tmp_path / "half.safetensors"
-    here("halve", "--weights", tiny_run, "--out", half)
+    here("export", "--weights", tiny_run, "--out", half)
     assert half.stat().st_size < 0.6 * snapshot.find(tiny_run).stat().st_size
     options = ["--n_samples", 4, "--sampling_steps", 2, "--save_dir"]
     here("sample", "--weights", half, *options, tmp_path / "half")
@@ -72,7 +72,7 @@ def test_a_halved_snapshot_is_half_the_size_and_samples_the_same(tmp_path, tiny_
     for k in range(4):
         a, b = (images.read_png(tmp_path / d / "images" / f"{k:06d}.png").astype(int) for d in ("half", "whole"))
         assert abs(a - b).max() <= 2
-    assert "exists already" in error("halve", "--weights", tiny_run, "--out", half)
+    assert "exists already" in error("export", "--weights", tiny_run, "--out", half)
 
 
 @pytest.mark.slow
@@ -84,7 +84,7 @@ def test_the_gpu_check_on_a_cpu_with_tiny_numbers(tmp_path, real_data):
         "OVERRIDES": "model.args.width=16 model.args.attention_resolutions=[] train.batch_size=8",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
-    command = ["scripts/gpu_check.sh", str(tmp_path / "out")]
+    command = ["scripts/benchmark/gpu_check.sh", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = (tmp_path / "out" / "evaluation_20" / "results.md").read_text()

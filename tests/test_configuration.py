@@ -10,9 +10,9 @@ from torch import nn
 import models
 from configs import schema
 from configs.schema import UserError
-from flow.engine import snapshot
-from flow.engine.images import write_png
-from flow.guidance import FlowModel
+from flow.model import FlowModel
+from flow.sampling import snapshot
+from flow.sampling.images import write_png
 
 MLP = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 8, depth: 1}", "train.steps=2"]
 
@@ -67,7 +67,7 @@ def test_aliases_in_a_stored_configuration_are_refused():
     [
         ("model.name=mlp", "model.args", "model.args.width=8", {"width": 8}),
         ("data.name=toys", "data.args", "data.args.name=moons", {"name": "moons"}),
-        ("flow.time_law=logit_normal", "flow.time_args", "flow.time_args.mean=1", {"mean": 1}),
+        ("flow.time_sampler=logit_normal", "flow.time_sampler_args", "flow.time_sampler_args.mean=1", {"mean": 1}),
         ("flow.distance=pseudo_huber", "flow.distance_args", "flow.distance_args.c=1", {"c": 1}),
         ("flow.objective=distillation", "flow.objective_args", "flow.objective_args.x=1", {"x": 1}),
         ("flow.coupling=ot", "flow.coupling_args", "flow.coupling_args.x=1", {"x": 1}),
@@ -123,13 +123,13 @@ def test_a_network_without_words_on_conditions(here, error, monkeypatch, tmp_pat
     assert "was trained without labels" in error("sample", *ask, "--labels", "1")
     assert "2 images" in here("sample", *ask)
     net = FlowModel(Plain((1, 8, 8)), None).net
-    assert (net.num_classes, net.prompt_bytes, net.null) == (None, None, None)
+    assert (net.num_classes, net.max_prompt_bytes, net.null) == (None, None, None)
 
 
 def test_a_network_that_reads_prompts_needs_an_encoder(error, monkeypatch, tmp_path):
-    monkeypatch.setitem(models.MODELS, "plain", type("Reader", (Plain,), {"prompt_bytes": 8}))
+    monkeypatch.setitem(models.MODELS, "plain", type("Reader", (Plain,), {"max_prompt_bytes": 8}))
     line = error("train", *TINY_TRAIN[:2], *TINY_TRAIN[3:], "model.name=plain", "-e", tmp_path / "run")
-    assert "plain has prompt_bytes: it needs encode(prompts), and null" in line
+    assert "plain has max_prompt_bytes: it needs encode(prompts), and null" in line
 
 
 def test_a_training_that_diverges_in_its_last_step_saves_nothing(error, tmp_path):

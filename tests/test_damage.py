@@ -11,7 +11,9 @@ from conftest import TINY_TRAIN
 from safetensors.torch import load_file, save_file
 
 from configs.schema import UserError
-from flow.engine import checkpoint, runtime, seal, snapshot
+from flow.runtime.errors import cli_main
+from flow.sampling import snapshot
+from flow.training import checkpoint
 
 TRIALS = 30  # damages to each file
 
@@ -27,7 +29,7 @@ def damages(whole: bytes, rng: np.random.Generator):
 
 def test_every_damage_to_a_checkpoint_is_found(tiny_run, tmp_path):
     path = tmp_path / "step_00000004"
-    shutil.copytree(checkpoint.all_of(tiny_run / "checkpoints")[-1], path)
+    shutil.copytree(checkpoint.list_checkpoints(tiny_run / "checkpoints")[-1], path)
     rng = np.random.default_rng(0)
     tried = 0
     for file in sorted(path.iterdir()):
@@ -36,11 +38,11 @@ def test_every_damage_to_a_checkpoint_is_found(tiny_run, tmp_path):
             file.write_bytes(damaged)
             tried += 1
             same = file.name == "manifest.json" and damaged.strip() == whole.strip()
-            assert checkpoint.damage_of(path) or same, (file.name, tried)
+            assert checkpoint.verify(path) or same, (file.name, tried)
         file.unlink()
-        assert checkpoint.damage_of(path)
+        assert checkpoint.verify(path)
         file.write_bytes(whole)
-    assert checkpoint.damage_of(path) is None and tried == TRIALS * 5
+    assert checkpoint.verify(path) is None and tried == TRIALS * 5
 
 
 def test_every_damage_to_a_snapshot_is_found(tiny_run, tmp_path):
@@ -57,7 +59,7 @@ def test_every_damage_to_a_snapshot_is_found(tiny_run, tmp_path):
             except UserError as error:
                 assert f"--weights {path}: " in str(error)
                 continue
-            assert seal.digests(path)[0] is None and found.config == right.config
+            assert snapshot.digests(path)[0] is None and found.config == right.config
             assert all(torch.equal(found.weights[name], right.weights[name]) for name in right.weights)
 
 
@@ -89,12 +91,12 @@ def test_damaged_files_of_a_run_are_named(main_of, capsys, tiny_run, tmp_path, n
     shutil.copytree(tiny_run, run)
     (run / name).write_bytes(content)
     with pytest.raises(SystemExit) as left:
-        runtime.run(main_of("train", "-e", run, "-r", "latest", "train.steps=5"))
+        cli_main(main_of("train", "-e", run, "-r", "latest", "train.steps=5"))
     told = capsys.readouterr().err
     if left.value.code:
         assert left.value.code == 2 and str(run / name) in told and "Traceback" not in told
     else:
-        assert checkpoint.step_of(checkpoint.all_of(run / "checkpoints")[-1]) == 5
+        assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == 5
         assert name == "metrics.jsonl" or (name, content) == ("environment.json", b"[3]")
 
 

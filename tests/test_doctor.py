@@ -9,10 +9,11 @@ from conftest import TINY, succeed
 from PIL import Image
 
 from configs import schema
-from flow.engine import runtime
-from flow.engine.ema import Ema
-from scripts import doctor, doctor_machine
-from scripts.doctor_trial import Trial
+from flow.runtime.errors import cli_main
+from flow.training.ema import Ema
+from scripts.doctor import __main__ as doctor
+from scripts.doctor import machine
+from scripts.doctor.trial import Trial
 
 HEALTHY = ["-c", "configs/digits.yaml", TINY, "train.batch_size=32", "preview.n_samples=4", "preview.sampling_steps=1"]
 
@@ -42,15 +43,15 @@ def test_what_keeps_a_run_from_beginning_is_told_at_once(main_of, capsys, tmp_pa
     run.mkdir()
     (run / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as left:
-        runtime.run(main_of(
-            "doctor", *HEALTHY, "-e", run, "train.batch_size=33", "train.accumulate=2", "optimizer.warmup_steps=1200",
+        cli_main(main_of(
+            "doctor", *HEALTHY, "-e", run, "train.batch_size=33", "train.gradient_accumulation_steps=2", "optimizer.warmup_steps=1200",
             "model.args.attention_resolutions=[5]", "ema.warmup_ratio=0", "ema.half_life_images=1000000",
         ))  # fmt: skip
     said = capsys.readouterr().out
     assert left.value.code == 2
     for told in (
         "fail  folder: -e ", "fail  network: model: attention_resolutions=[5]: no level has 5 pixels",
-        "fail  batch: train.batch_size=33: must divide by 1 process(es) x train.accumulate=2; 32 would",
+        "fail  batch: train.batch_size=33: must divide by 1 process(es) x train.gradient_accumulation_steps=2; 32 would",
         "fail  learning rate: optimizer.warmup_steps=1200 of train.steps=1200", "warn  ema: half-life 1,000,000",
         "warn  trial: left out", "4 failed",
     ):  # fmt: skip
@@ -59,7 +60,7 @@ def test_what_keeps_a_run_from_beginning_is_told_at_once(main_of, capsys, tmp_pa
 
 def test_a_trial_that_fails_is_a_line(main_of, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        runtime.run(main_of("doctor", *HEALTHY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0",
+        cli_main(main_of("doctor", *HEALTHY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0",
                             "optimizer.warmup_steps=0"))  # fmt: skip
     assert "fail  trial: the loss of step" in capsys.readouterr().out
 
@@ -104,7 +105,7 @@ def test_memory_and_disk(tmp_path):
     assert level == "fail" and "2 checkpoint(s) and 100 snapshot(s)" in text and "train.keep_checkpoints=1" in text
     assert [level for level, _ in examined(doctor.memory, **trial(1, 10**6))] == ["pass"]
     ((level, text),) = examined(doctor.memory, **trial(1, 10**15))
-    assert level == "warn" and "double train.accumulate" in text
+    assert level == "warn" and "double train.gradient_accumulation_steps" in text
 
 
 def test_files_of_a_folder_are_opened(main_of, capsys, tmp_path):
@@ -112,7 +113,7 @@ def test_files_of_a_folder_are_opened(main_of, capsys, tmp_path):
         Image.new("L", (8, 8), k).save(tmp_path / f"{k}.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "1.png").read_bytes()[:40])
     with pytest.raises(SystemExit):
-        runtime.run(main_of("doctor", *HEALTHY, "-e", tmp_path / "run", "data.name=folder",
+        cli_main(main_of("doctor", *HEALTHY, "-e", tmp_path / "run", "data.name=folder",
                             f"data.args={{path: {tmp_path}, size: 8, channels: 1}}"))  # fmt: skip
     said = capsys.readouterr().out
     assert "fail  data: " in said and "1.png: not a readable image" in said
@@ -121,16 +122,16 @@ def test_files_of_a_folder_are_opened(main_of, capsys, tmp_path):
 def test_versions_and_feature_weights(tmp_path, monkeypatch):
     file = tmp_path / "requirements.txt"
     file.write_text("torch>=99\nno-such-package>=1.0\nnumpy>=1.0\n# for the tests\nalso-absent>=1\n")
-    level, text = doctor_machine.versions(file)
+    level, text = machine.versions(file)
     assert level == "fail" and "torch is" in text and "no-such-package is not installed" in text and "also-absent" not in text
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    level, text = doctor_machine.feature_weights((3, 32, 32))
+    level, text = machine.feature_weights((3, 32, 32))
     assert level == "warn" and "--feature_weights" in text
-    weights = Path(tmp_path) / "checkpoints" / doctor_machine.INCEPTION_FILE
+    weights = Path(tmp_path) / "checkpoints" / machine.INCEPTION_FILE
     weights.parent.mkdir()
     weights.touch()
-    assert doctor_machine.feature_weights((3, 32, 32))[0] == "pass"
-    assert doctor_machine.feature_weights((1, 28, 28)) == (
+    assert machine.feature_weights((3, 32, 32))[0] == "pass"
+    assert machine.feature_weights((1, 28, 28)) == (
         "pass", "evaluate with --feature_extractor mnist, whose weights are part of the repository",
     )  # fmt: skip
 
@@ -155,13 +156,13 @@ def test_two_processes_are_examined_together(tmp_path):
 )
 def test_the_network_is_named_where_the_data_are_missing(main_of, capsys, tmp_path, arguments, told):
     with pytest.raises(SystemExit):
-        runtime.run(main_of("doctor", *arguments, "-e", tmp_path / "run", "train.mixed_precision=no"))
+        cli_main(main_of("doctor", *arguments, "-e", tmp_path / "run", "train.mixed_precision=no"))
     said = capsys.readouterr().out
     assert "fail  data: " in said and told in said
 
 
 def test_a_network_that_cannot_be_is_named_without_the_data(main_of, capsys, tmp_path):
     with pytest.raises(SystemExit):
-        runtime.run(main_of("doctor", "-c", "configs/photos64.yaml", "-e", tmp_path / "run", "data.args.path=no/such",
+        cli_main(main_of("doctor", "-c", "configs/photos64.yaml", "-e", tmp_path / "run", "data.args.path=no/such",
                             "model.args.attention_resolutions=[5]"))  # fmt: skip
     assert "fail  network: model: attention_resolutions=[5]: no level has 5 pixels" in capsys.readouterr().out

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from configs import schema
 from configs.schema import Config, OptimizerConfig, UserError
-from flow.engine import checkpoint, files, runtime, snapshot
-from flow.engine.ema import Ema
-from flow.engine.schedule import learning_rate
-from flow.engine.tracker import Tracker, read_metrics
+from flow.runtime import distributed, files
+from flow.sampling import snapshot
+from flow.training import checkpoint
+from flow.training.ema import Ema
+from flow.training.logging import Logger, read_metrics
+from flow.training.optimizer import lr_at
 
 
 class Net(nn.Module):
@@ -36,7 +38,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def accelerator() -> Accelerator:
-    accelerator, net = runtime.start(), nn.Linear(2, 2)
+    accelerator, net = distributed.build_accelerator(), nn.Linear(2, 2)
     accelerator.prepare(net, torch.optim.AdamW(net.parameters()))  # what its checkpoints hold
     return accelerator
 
@@ -114,7 +116,7 @@ def test_ema_integer_buffers_are_taken_not_averaged():
 )
 def test_learning_rate(schedule, warmup, values):
     config = OptimizerConfig(lr=3e-4, warmup_steps=warmup, schedule=schedule)
-    rates = [learning_rate(config, update, 10) for update in range(11)]
+    rates = [lr_at(config, update, 10) for update in range(11)]
     assert rates == pytest.approx([3e-4 * value for value in values], abs=1e-12)
 
 
@@ -140,7 +142,7 @@ def test_atomic_file_keeps_the_old_content_when_writing_fails(tmp_path):
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
     """A checkpoint as train.py writes it, with an average of one tensor."""
     average = {"weight": torch.full((2,), float(step))}
-    write_average = lambda path: save_file(average, path / checkpoint.EMA_FILE)  # noqa: E731
+    write_average = lambda path: save_file(average, path / snapshot.EMA_FILE)  # noqa: E731
     return checkpoint.save(accelerator, folder, step, {"updates": step}, write_average)
 
 
@@ -167,25 +169,25 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_of_a_checkpoint_is_named(accelerator, tmp_path, kind):
     path = save_checkpoint(accelerator, tmp_path, 2)
-    assert path == tmp_path / "step_00000002" and checkpoint.damage_of(path) is None
+    assert path == tmp_path / "step_00000002" and checkpoint.verify(path) is None
     damage, message = DAMAGES[kind]
     damage(path)
-    assert message in checkpoint.damage_of(path)
+    assert message in checkpoint.verify(path)
 
 
 def test_the_newest_whole_checkpoint_is_found(accelerator, tmp_path, capsys):
     paths = [save_checkpoint(accelerator, tmp_path, step) for step in (2, 10, 100)]
-    assert checkpoint.newest(accelerator, tmp_path) == paths[2]
+    assert checkpoint.find_latest(accelerator, tmp_path) == paths[2]
     os.truncate(paths[2] / "state.json", 1)
-    assert checkpoint.newest(accelerator, tmp_path) == paths[1]
+    assert checkpoint.find_latest(accelerator, tmp_path) == paths[1]
     warning = capsys.readouterr().out
     assert "step_00000100 is damaged and passed over: state.json has 1 bytes" in warning
     for path in paths[:2]:
         (path / "state.json").unlink()
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
-        checkpoint.newest(accelerator, tmp_path)
+        checkpoint.find_latest(accelerator, tmp_path)
     assert save_checkpoint(accelerator, tmp_path, 100) == paths[2]  # a damaged one is replaced
-    assert checkpoint.newest(accelerator, tmp_path) == paths[2]
+    assert checkpoint.find_latest(accelerator, tmp_path) == paths[2]
 
 
 def test_prune_keeps_the_newest(accelerator, tmp_path):
@@ -193,9 +195,9 @@ def test_prune_keeps_the_newest(accelerator, tmp_path):
         save_checkpoint(accelerator, tmp_path, step)
     (tmp_path / "step_notes").mkdir()  # the user's own
     checkpoint.prune(tmp_path, 0)
-    assert [checkpoint.step_of(p) for p in checkpoint.all_of(tmp_path)] == [5, 20, 100, 99_999_999, 100_000_000]
+    assert [checkpoint.parse_step(p) for p in checkpoint.list_checkpoints(tmp_path)] == [5, 20, 100, 99_999_999, 100_000_000]
     checkpoint.prune(tmp_path, 2)
-    assert [checkpoint.step_of(p) for p in checkpoint.all_of(tmp_path)] == [99_999_999, 100_000_000]
+    assert [checkpoint.parse_step(p) for p in checkpoint.list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
     checkpoint.prune(tmp_path, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_100000000", "step_99999999", "step_notes"]
 
@@ -208,15 +210,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(accelerator
 
     with pytest.raises(UserError, match=r"step_00000002 was not written: .*No space left.*newest checkpoint is .*00000001"):
         checkpoint.save(accelerator, tmp_path, 2, {}, write_more)
-    assert list(tmp_path.iterdir()) == [first] and checkpoint.damage_of(first) is None
+    assert list(tmp_path.iterdir()) == [first] and checkpoint.verify(first) is None
     (tmp_path / ".tmp-step_00000003").mkdir()  # a run was killed while it wrote
-    assert checkpoint.newest(accelerator, tmp_path) == first
+    assert checkpoint.find_latest(accelerator, tmp_path) == first
     save_checkpoint(accelerator, tmp_path, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
 
 
 def test_a_checkpoint_restores_network_optimizer_and_state(tmp_path):
-    own = runtime.start()
+    own = distributed.build_accelerator()
     net = nn.Linear(2, 2)
     net, optimizer = own.prepare(net, torch.optim.AdamW(net.parameters(), lr=0.1))
     net(torch.ones(1, 2)).sum().backward()
@@ -303,7 +305,7 @@ def test_published_snapshots_outlive_their_checkpoints(tmp_path):
         for name, half_life in zip(checkpoint.ema_files(half_lives), half_lives, strict=True):
             save_snapshot(saved / name, step, half_life)
         for _ in range(2):  # a resumed run publishes its last step again
-            snapshot.publish(saved, run / "snapshots", step, half_lives, keep=2)
+            checkpoint.link_ema_snapshots(saved, run / "snapshots", step, half_lives, keep=2)
     names = ("step_00000010", "step_00000010.ema_9000", "step_00000011", "step_00000011.ema_9000")
     assert {p.name for p in (run / "snapshots").iterdir()} == {f"{name}.safetensors" for name in names}
 
@@ -321,7 +323,7 @@ def test_publishing_without_hard_links_copies(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", no_links)
     save_snapshot(tmp_path / "c" / "ema.safetensors", 4)
-    snapshot.publish(tmp_path / "c", tmp_path / "snapshots", 4, [500], keep=0)
+    checkpoint.link_ema_snapshots(tmp_path / "c", tmp_path / "snapshots", 4, [500], keep=0)
     assert load_file(snapshot.find(tmp_path / "snapshots"))["weight"].tolist() == [4.5, 4.5]
 
 
@@ -345,6 +347,6 @@ def test_a_resumed_run_goes_on_with_its_metrics(accelerator, tmp_path, tail):
     """Resumed from step 2, whatever was written after it before the crash."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "loss": 2.0}\n' + tail)
-    tracker = Tracker(accelerator, tmp_path, schema.load(None, ["train.log_with=[]"]), first_step=2)
+    tracker = Logger(accelerator, tmp_path, schema.load(None, ["train.log_with=[]"]), first_step=2)
     tracker.log(4, {"loss": 4.0})
     assert read_metrics(path) == [{"step": 2, "loss": 2.0}, {"step": 4, "loss": 4.0}]

@@ -16,11 +16,12 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 import datasets
 import evaluate
-from flow import rng
-from flow.engine import runtime
-from flow.engine.generate import SamplerSettings, conditions_by_frequency, labels_by_frequency
 from flow.evaluation import metrics, plots, reference, table
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
+from flow.noise import generator
+from flow.runtime import distributed
+from flow.sampling.conditions import conditions_by_frequency, labels_by_frequency
+from flow.sampling.settings import SamplerSettings
 
 CPU = torch.device("cpu")
 
@@ -168,7 +169,7 @@ def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
     for first, nfe in ((0, 72), (9, 74), (18, 79)):
         cost = {"NFE": nfe, "forwards": 2 * nfe, "metrics": {"FID": nfe / 10}, "seconds": 1.0}
         table.append_row(tmp_path, {**row, "first": first, **cost, "asked": ["fid"]})
-    assert table.has(tmp_path, {**row, "first": 9, "asked": ["fid"]})  # what is measured is no part of the question
+    assert table.contains(tmp_path, {**row, "first": 9, "asked": ["fid"]})  # what is measured is no part of the question
     rows = table.read_rows(tmp_path)
     (entry,) = table.aggregate(rows)
     assert (entry["ranges"], entry["NFE"], entry["forwards"]) == (3, 75, 150)
@@ -183,8 +184,8 @@ def test_results_cut_off_by_a_crash_are_read_up_to_there(tmp_path):
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"weights": "b", "met')
     assert [r["weights"] for r in table.read_rows(tmp_path)] == ["a"]
-    assert table.has(tmp_path, row)
-    assert not table.has(tmp_path, {**row, "asked": ["fid", "kid"]})
+    assert table.contains(tmp_path, row)
+    assert not table.contains(tmp_path, {**row, "asked": ["fid", "kid"]})
 
 
 def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
@@ -468,7 +469,7 @@ def test_mutated_statistics_are_refused_or_the_same(extractor, real, tmp_path):
     """No flipped byte and no cut changes a number without a word."""
     path = tmp_path / "stats.npz"
     np.savez(path, mu=real.mu, sigma=real.sigma)
-    whole, draws, refused = path.read_bytes(), rng.generator("mutations"), 0
+    whole, draws, refused = path.read_bytes(), generator("mutations"), 0
     for k in range(300):
         mutated = bytearray(whole)
         for position in draws.integers(len(whole), size=1 + k % 3):
@@ -518,7 +519,7 @@ def test_the_row_of_real_images_of_a_set_without_splits(evaluated, extractor):
     """Two random halves of the reference, of which the first has no more images than the rows have samples."""
     control = next(row for row in table.read_rows(evaluated[1] / "one") if table.is_control(row))
     data = datasets.build("digits", None, {})
-    order = rng.generator("control").permutation(len(data))
+    order = generator("control").permutation(len(data))
     a, b = (feature_set(data.images[part], extractor) for part in (order[:60], order[898:]))
     expected = metrics.frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
     assert control["metrics"]["FD-digits"] == pytest.approx(expected, rel=1e-6)
@@ -551,14 +552,14 @@ def test_the_row_of_real_images_of_mnist(here, tmp_path, real_data):
 
 def test_one_bar_at_a_time(here, tmp_path, tiny_run, monkeypatch):
     bars = []
-    progress = runtime.progress
+    progress = distributed.progress
 
     def recorded(*args, **kwargs):
         assert all(bar.disable for bar in bars), "the bar before is still open"
         bars.append(progress(*args, **kwargs))
         return bars[-1]
 
-    monkeypatch.setattr(runtime, "progress", recorded)
+    monkeypatch.setattr(distributed, "progress", recorded)
     here(
         "evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, 2, "--n_samples", 70,
         "--metrics", "fid", "prc", f"data.root={tmp_path}", "--out", tmp_path / "out",

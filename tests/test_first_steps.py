@@ -30,8 +30,8 @@ TINY = {
     "sample.py": "--n_samples 4 --sampling_steps 2 -mp no",
     "evaluate.py": "--n_samples 4 --sampling_steps 1 --metrics fid -mp no",
     "scripts.make_pairs": "--n_pairs 8 --sampling_steps 1 -mp no",
-    "scripts.tune_grid": "--methods ab2 --steps 6 --n_images 4 --fine_steps 16 --evaluations 30",
-    "scripts.solver_study": "--n_images 2 --sampling_steps 6 --methods ab2 --until 0.5 -mp no",
+    "scripts.optimize_grid": "--methods ab2 --steps 6 --n_images 4 --reference_steps 16 --evaluations 30",
+    "scripts.solver_study": "--n_images 2 --sampling_steps 6 --methods ab2 --t_end 0.5 -mp no",
     "scripts.animate": "--n 4 --frames 2 --steps_a_frame 1 --sampling_method euler",
     "scripts.compare": "--n_samples 4 --frames 2",
     "scripts.likelihood": "--n_images 2 --rtol 0.5 --atol 0.5",
@@ -40,8 +40,13 @@ TINY = {
     + " autoencoder.channels=[8,8,8] preview_images=2",
     "scripts.cache_latents": "-mp no",
 }
-SHORTER = {"--nfe 5 10 20 50": "--nfe 10", "--fd 2000": "--fd 4", "--n_samples 1020": "--n_samples 4", "--bspp 5000": ""}
-SHORTER |= {"--sampling_steps 5 50 ": "", "--double --until 0.9": "--until 0.9"}
+SHORTER = {
+    "--nfe 5 10 20 50": "--nfe 10",
+    "--num_fid_images 2000": "--num_fid_images 4",
+    "--n_samples 1020": "--n_samples 4",
+    "--bspp 5000": "",
+}
+SHORTER |= {"--sampling_steps 5 50 ": "", "--float64 --t_end 0.9": "--t_end 0.9"}
 ELSEWHERE = ("make ", "source ")  # the environment
 # Chains of processes, run by tests of their own, with what needs their runs; and Inception's features of CIFAR-10.
 LEFT_OUT = ("scripts.rectify", "runs/mnist_rectify", "scripts.benchmark", "evaluate.py --weights runs/cifar10")
@@ -125,6 +130,6 @@ def test_readme_in_order_with_every_suggested_command(here, home, left_out):
             script_of, smaller = tiny(rest)
             here(script_of.removeprefix("scripts.").removesuffix(".py"), *smaller)
     assert suggested == {
-        "train.py", "scripts.make_pairs", "scripts.tune_grid", "scripts.train_vae", "scripts.cache_latents",
+        "train.py", "scripts.make_pairs", "scripts.optimize_grid", "scripts.train_vae", "scripts.cache_latents",
         "scripts.export_images",
     }  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flow.engine import snapshot
+from flow.sampling import snapshot
 
 SMALL_TRAIN = [
     "model.args={width: 16, patch: 2, channel_mult: [1, 2], attention_resolutions: [4], head_channels: 16}",
@@ -65,7 +65,7 @@ def test_classes_are_used_and_known_by_name(here, error, photos, trained, tmp_pa
 def test_names_reach_the_pairs_and_their_snapshot(here, photos, trained, tmp_path):
     here("make_pairs", "--weights", trained, "--n_pairs", 4, "--save_dir", tmp_path / "pairs", "--sampling_steps", 1,
          "--labels", "discs")  # fmt: skip
-    pairs = ["data.name=pairs", f"data.args.path={tmp_path / 'pairs'}", "flow.coupling=given", f"train.init_from={trained}"]
+    pairs = ["data.name=pairs", f"data.args.path={tmp_path / 'pairs'}", "flow.coupling=paired", f"train.init_from={trained}"]
     small = [*SMALL_TRAIN, "model.args.blocks_per_level=1", "model.args.num_classes=auto", "train.steps=1"]
     here("train", *small, *pairs, "-e", tmp_path / "reflow")
     assert snapshot.load(tmp_path / "reflow").class_names == ("cats", "discs")

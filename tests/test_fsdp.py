@@ -9,12 +9,12 @@ import yaml
 from conftest import REPOSITORY, succeed
 from safetensors.torch import load_file
 
-from flow.engine import sharding
-from flow.engine.ema import Ema
+from flow.runtime import distributed
+from flow.training.ema import Ema
 
 DIT = "model.args={width: 16, depth: 2, heads: 2, patch: 2, num_classes: 10}"
 TRAIN = [
-    "data.name=digits", "model.name=dit", DIT, "train.steps=4", "train.batch_size=32", "train.accumulate=2",
+    "data.name=digits", "model.name=dit", DIT, "train.steps=4", "train.batch_size=32", "train.gradient_accumulation_steps=2",
     "train.checkpoint_every_steps=2", "train.sample_every_steps=4", "train.log_with=[]", "ema.half_life_images=[200, 50]",
     "preview.n_samples=20", "preview.sampling_steps=1",
 ]  # fmt: skip
@@ -41,7 +41,7 @@ def test_the_first_version_of_fsdp_is_refused(error, monkeypatch, tmp_path):
 
 def test_unsharded_tensors_are_their_own_parts():
     net = torch.nn.Linear(2, 2)
-    assert sharding.local(net.weight) is net.weight and sharding.whole(net.weight) is net.weight
+    assert distributed.local_shard(net.weight) is net.weight and distributed.full_tensor(net.weight) is net.weight
     ema = Ema(net, [100], 0)
     with ema.applied() as averaged:
         assert averaged is net

@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 @pytest.mark.slow
 def test_one_step_and_one_decoded_sample(here, tmp_path):
     torch.manual_seed(0)
-    vae = autoencoder.new(3, [128, 256, 512, 512], 4, 2)
+    vae = autoencoder.build_vae(3, [128, 256, 512, 512], 4, 2)
     assert sum(p.numel() for p in vae.parameters()) == pytest.approx(83.65e6, rel=1e-3)
     vae.save(tmp_path / "vae")
     (tmp_path / "images").mkdir()

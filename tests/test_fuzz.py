@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import schema
-from flow.engine import runtime
+from flow.runtime.errors import cli_main
 
 SMALL = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 8, depth: 1, num_classes: 10}", "train.steps=2"]
 CASES = int(os.environ.get("FLOW_FUZZ_CASES", "2000"))  # of the long test
@@ -25,7 +25,7 @@ NUMBERS = st.one_of(
 )
 WORDS = st.sampled_from([
     "", "null", "~", "no", "true", "''", "[]", "{}", "[1, 2]", "{a: 1}", "[[]]", "digits", "mlp", "unet", "dit", "mini_unet",
-    "toys", "pairs", "folder", "linear", "vp", "cosine", "data", "noise", "ot", "given", "independent", "uniform", "heun",
+    "toys", "pairs", "folder", "linear", "vp", "cosine", "data", "noise", "ot", "paired", "independent", "uniform", "heun",
     "logit_normal", "dopri5", "unipc", "euler_maruyama", "ancestral", "skip", "bf16", "fp16", "tensorboard", "[tensorboard]",
     "[nothing]", "pseudo_huber", "l1", "constant", "???", "${seed}", "${nowhere}", "${oc.env:HOME}", "!!python/name:os.system",
     "*a", "&a 1", "{a: ", "[", "'", "\\", "a\nb", "\u0000", "数字", "😀", "{path: nowhere}", "{name: moons}", "{width: 8}",
@@ -43,7 +43,7 @@ NO_SIZES = st.sampled_from([
     "ema.warmup_ratio", "flow.label_dropout", "preview.guidance_scale",
 ])  # fmt: skip
 INNER = st.sampled_from(
-    ["model.args.width", "model.args.depth", "model.args.x", "data.args.path", "flow.time_args.mean", "a.b.c"]
+    ["model.args.width", "model.args.depth", "model.args.x", "data.args.path", "flow.time_sampler_args.mean", "a.b.c"]
 )
 
 
@@ -70,7 +70,7 @@ TRAIN_FLAGS = st.one_of(
 )
 SAMPLE_NUMBERS = ["--n_samples", "--sampling_steps", "--nfe", "--bspp", "--seed", "--labels", "--guidance_scale", "--eta"]
 SAMPLE_NUMBERS += ["--sde_noise_scale", "--rtol", "--atol"]
-SAMPLE_WORDS = ["--sampling_method", "--grid", "--diffusion", "--prompts", "-mp", "--weights", "-c"]
+SAMPLE_WORDS = ["--sampling_method", "--time_grid", "--diffusion", "--prompts", "-mp", "--weights", "-c"]
 SAMPLE_FLAGS = st.one_of(
     st.tuples(st.sampled_from(SAMPLE_NUMBERS), NUMBERS).map(list),
     st.tuples(st.sampled_from(SAMPLE_WORDS), WORDS).map(list),
@@ -95,7 +95,7 @@ def attempt_and_read(main_of, capsys, script: str, arguments: list[str]) -> tupl
     shown = f"{script} {arguments}"
     try:
         with pytest.raises(SystemExit) as left:
-            runtime.run(main_of(script, *arguments))
+            cli_main(main_of(script, *arguments))
     except BaseException as error:
         raise AssertionError(f"{shown}: {type(error).__name__} {error}") from error
     printed = capsys.readouterr()

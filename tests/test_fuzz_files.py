@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_fuzz import CASES, Outcomes, attempt, attempt_and_read
 
-from flow.engine import images, snapshot
+from flow.sampling import images, snapshot
 
 JSON_VALUES = [
     "3",

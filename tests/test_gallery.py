@@ -16,10 +16,11 @@ import datasets
 import models
 import train
 from configs import schema
-from flow import prior
-from flow.engine import snapshot
-from flow.evaluation.points import sliced_wasserstein
-from scripts import animate, compare, gallery, make_pairs
+from flow.evaluation.metrics_2d import sliced_wasserstein
+from flow.noise import gaussian_noise
+from flow.sampling import snapshot
+from scripts import animate, compare, make_pairs
+from scripts.dev import gallery
 
 N = 2000  # points of a set
 PAGE = (REPOSITORY / "docs" / "gallery.md").read_text(encoding="utf-8")
@@ -90,7 +91,9 @@ def test_mistakes(flow, tmp_path, error):
 def test_likelihood_by_both_divergences(flow, tmp_path, here, monkeypatch):
     monkeypatch.setattr(animate, "MAP_CELLS", 12)
     out = tmp_path / "out"
-    told = here("animate", "--weights", flow("mixture", 1), "--out", out, "--pictures", "likelihood", "--probes", "2")
+    told = here(
+        "animate", "--weights", flow("mixture", 1), "--out", out, "--pictures", "likelihood", "--hutchinson_samples", "2"
+    )
     exact, estimate = (float(x) for x in re.findall(r"mean absolute error ([\d.]+) nats", told))
     assert exact > 0.3 and exact != estimate  # of a flow that has not been trained
     assert [p.name for p in out.iterdir()] == ["likelihood.png"]
@@ -98,13 +101,13 @@ def test_likelihood_by_both_divergences(flow, tmp_path, here, monkeypatch):
 
 def test_pairs_of_points_are_trained_on(flow, tmp_path, here):
     teacher, folder = flow("moons", 1), tmp_path / "pairs"
-    here("make_pairs", "--weights", teacher, "--n_pairs", "50", "--inverted_share", "0.2", "--save_dir", folder)
+    here("make_pairs", "--weights", teacher, "--n_pairs", "50", "--real_fraction", "0.2", "--save_dir", folder)
     pairs = datasets.build("pairs", None, {"path": str(folder)})
     assert pairs.images.shape == (50, 2) and pairs.noise.shape == (10, 2) and pairs.labels is None
     real = datasets.build("toys", None, {"name": "moons", "n": N}).images.half()
     assert all((real == x1).all(1).any() for x1 in pairs.images[40:])
     here("sample", "--weights", teacher, "--n_samples", "1", "--save_dir", tmp_path / "s")  # another stream of noise
-    x0 = prior.noise("pairs", 0, range(40), (2,))
+    x0 = gaussian_noise("pairs", 0, range(40), (2,))
     assert not torch.allclose(pairs.images[:40].float(), x0)
     small = ["train.steps=2", "train.batch_size=20", "train.log_with=[]", "preview.n_samples=20", "model.args={width: 16}"]
     given = [f"data.args.path={folder}", f"train.init_from={teacher}", "-e", tmp_path / "run"]

@@ -1,4 +1,4 @@
-"""What only a GPU can show; scripts/gpu_check.sh runs it there, elsewhere all of it is skipped."""
+"""What only a GPU can show; scripts/benchmark/gpu_check.sh runs it there, elsewhere all of it is skipped."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from conftest import TINY_TRAIN, succeed
 from PIL import Image
 
-from flow.engine import snapshot
+from flow.sampling import snapshot
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -8,10 +8,9 @@ import signal
 import pytest
 
 from configs import schema
-from flow import jsonl
-from flow.engine import runtime
-from flow.engine.tracker import Tracker, read_metrics
 from flow.evaluation import table
+from flow.runtime import distributed, jsonl
+from flow.training.logging import Logger, read_metrics
 
 ROW = {"weights": "w", "method": "euler", "n": 9, "first": 0, "identity": {}, "metrics": {"FID": 3.0}, "seconds": 1.0}
 ROW |= {"steps": 2, "NFE": 2, "forwards": 2, "guidance_scale": None, "asked": ["fid"]}
@@ -75,7 +74,9 @@ def test_metrics_of_other_columns_add_up(tmp_path):
     table.append_row(tmp_path, {**ROW, "metrics": {"KID": 0.5}, "asked": ["kid"]})
     (row,) = table.read_rows(tmp_path)
     assert row["metrics"] == {"FID": 3.0, "KID": 0.5}
-    assert table.has(tmp_path, {**ROW, "asked": ["kid", "fid"]}) and not table.has(tmp_path, {**ROW, "asked": ["prc"]})
+    assert table.contains(tmp_path, {**ROW, "asked": ["kid", "fid"]}) and not table.contains(
+        tmp_path, {**ROW, "asked": ["prc"]}
+    )
 
 
 @pytest.mark.parametrize("odd", [b"", b"3", b"null", b'{"loss": 1}', b'{"step": true}', b'{"step": \xff}', b"\x00" * 9])
@@ -85,7 +86,7 @@ def test_resuming_loses_no_metrics(tmp_path, odd):
     path.write_bytes(b'{"step": 1, "loss": 2.50}\n' + odd + b'\n{"step": 2}\n{"step": 3}\n{"step": 4')
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
     config = schema.load(None, ["train.log_with=[]"])
-    Tracker(runtime.start(), tmp_path, config, first_step=2).log(5, {"loss": 4.0})
+    Logger(distributed.build_accelerator(), tmp_path, config, first_step=2).log(5, {"loss": 4.0})
     assert path.read_bytes() == b'{"step": 1, "loss": 2.50}\n{"step": 2}\n{"step": 5, "loss": 4.0}\n'
     assert damaged.read_bytes() == (odd + b"\n" if odd else b"") + b'{"step": 4\n'
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")

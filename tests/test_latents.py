@@ -17,11 +17,12 @@ from PIL import Image
 import datasets
 import models
 from datasets.shards import read_shard
-from flow import prior, rng
-from flow.engine import snapshot
-from flow.engine.generate import SamplerSettings, generate
-from flow.engine.images import read_png, to_network, to_uint8
-from flow.engine.loader import Loader
+from flow.noise import gaussian_noise, generator
+from flow.sampling import snapshot
+from flow.sampling.generate import generate
+from flow.sampling.images import read_png, to_float, to_uint8
+from flow.sampling.settings import SamplerSettings
+from flow.training.data_loader import TrainingLoader
 from models import autoencoder
 from scripts import cache_latents
 
@@ -78,7 +79,7 @@ def test_the_cache_holds_posteriors_of_images_and_mirror_images(vae_folder, cach
     assert len(data) == len(real) == 1797 and data.image_shape == (2, 4, 4)
     assert torch.equal(data.labels, real.labels) and data.class_names == real.class_names
     chosen = [0, 799, 800, 1796]  # both sides of a seam
-    x = to_network(real.images[chosen])
+    x = to_float(real.images[chosen])
     for mirrored, shown in ((False, x), (True, x.flip(-1))):
         for found, expected in zip(data.moments(chosen, [mirrored] * 4), vae.encode(shown), strict=True):
             assert found.dtype == torch.float16
@@ -148,8 +149,8 @@ def test_reconstructions_are_checked(here, vae_folder, tmp_path):
     )  # fmt: skip
     found = json.loads((out / "reconstructions.json").read_text())
     vae, real = autoencoder.load(str(vae_folder)), datasets.build("digits", None, {})
-    x = real.images[rng.generator("check").permutation(1797)[:50]]
-    made = to_uint8(vae.decode(vae.encode(to_network(x))[0]))
+    x = real.images[generator("check").permutation(1797)[:50]]
+    made = to_uint8(vae.decode(vae.encode(to_float(x))[0]))
     expected = (10 * torch.log10(255**2 / (made.double() - x.double()).square().mean((1, 2, 3)))).mean()
     assert found["PSNR"] == pytest.approx(expected.item(), abs=0.02) and found["images"] == 50
     assert "rFD-digits" in printed and found["rFD-digits"] > 0
@@ -161,10 +162,10 @@ def test_reconstructions_are_checked(here, vae_folder, tmp_path):
 
 def steps_of(data, **options) -> list:
     defaults = {
-        "seed": 3, "batch_size": 8, "accumulate": 1, "rank": 0, "world_size": 1, "device": torch.device("cpu"),
+        "seed": 3, "batch_size": 8, "gradient_accumulation_steps": 1, "rank": 0, "world_size": 1, "device": torch.device("cpu"),
         "horizontal_flip": True, "num_workers": 0,
     }  # fmt: skip
-    return [batch for (batch,) in Loader(data, **{**defaults, **options}).steps(2, 4)]
+    return [batch for (batch,) in TrainingLoader(data, **{**defaults, **options}).steps(2, 4)]
 
 
 def test_a_latent_is_drawn_by_seed_and_position(data):
@@ -172,7 +173,7 @@ def test_a_latent_is_drawn_by_seed_and_position(data):
     shares = [steps_of(data, world_size=2, rank=rank) for rank in (0, 1)]
     for step, batch in enumerate(whole):
         assert torch.equal(batch.x1, torch.cat([share[step].x1 for share in shares]))
-        noise = prior.noise("posterior", 3, batch.positions, data.image_shape)
+        noise = gaussian_noise("posterior", 3, batch.positions, data.image_shape)
         options = []
         for mirrored in (False, True):
             mean, std = data.moments(batch.indices, [mirrored] * 8)
@@ -213,12 +214,10 @@ def test_latent_flows_are_compared_with_the_images(here, run, tmp_path):
 
 
 def test_pairs_of_latents_keep_the_codec(here, run, tmp_path):
-    here(
-        "make_pairs", "--weights", run, "--n_pairs", 40, "--sampling_steps", 1, "--inverted_share", 0.5, "--save_dir", tmp_path
-    )
+    here("make_pairs", "--weights", run, "--n_pairs", 40, "--sampling_steps", 1, "--real_fraction", 0.5, "--save_dir", tmp_path)
     pairs = datasets.build("pairs", None, {"path": str(tmp_path)})
     assert pairs.image_shape == (2, 4, 4) and pairs.codec == snapshot.load(run).codec
-    assert datasets.original("pairs", None, {"path": str(tmp_path)})["name"] == "digits"
+    assert datasets.source_dataset("pairs", None, {"path": str(tmp_path)})["name"] == "digits"
 
 
 def test_other_scripts_know_of_latents(here, error, run, tmp_path):
@@ -233,7 +232,7 @@ def test_other_scripts_know_of_latents(here, error, run, tmp_path):
 
 def other_autoencoder(path: Path) -> Path:
     torch.manual_seed(2)
-    autoencoder.new(1, [8, 8], 2, 1).save(path)
+    autoencoder.build_vae(1, [8, 8], 2, 1).save(path)
     return path
 
 

@@ -8,10 +8,9 @@ import torch
 from conftest import succeed
 
 from flow import solvers
-from flow.engine.images import to_uint8
-from flow.inversion import invert
-from flow.likelihood import bits_per_dimension, dequantize, log_likelihood
-from flow.solvers import grid
+from flow.likelihood import bits_per_dimension, dequantize, invert, log_likelihood
+from flow.sampling.images import to_uint8
+from flow.solvers import time_grids
 
 MEAN, STD = 3.0, 0.5
 
@@ -29,7 +28,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("method", "times", "options"), [("dopri5", None, {"rtol": 1e-6, "atol": 1e-6}), ("rk4", grid.uniform(40), {})]
+    ("method", "times", "options"), [("dopri5", None, {"rtol": 1e-6, "atol": 1e-6}), ("rk4", time_grids.uniform(40), {})]
 )
 def test_a_gaussian_to_a_thousandth_of_a_nat(data, method, times, options):
     x1, expected = data
@@ -50,9 +49,9 @@ def test_likelihood_and_inversion_stay_in_the_interval(method):
         return velocity
 
     x1 = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
-    options = {"rtol": 1e-2, "atol": 1e-2} if method in solvers.BY_BATCH else {}
+    options = {"rtol": 1e-2, "atol": 1e-2} if method in solvers.HAS_TOLERANCES else {}
     for strength in (-10.0, 1e-9, 1.0, 10.0):
-        log_p, _, nfe = log_likelihood(field(strength), x1, method, grid.uniform(6), **options)
+        log_p, _, nfe = log_likelihood(field(strength), x1, method, time_grids.uniform(6), **options)
         assert log_p.isfinite().all() and nfe > 2
         assert invert(field(strength), x1, x1, 6, method).isfinite().all()
 
@@ -62,8 +61,8 @@ def test_probes_are_unbiased():
     a = torch.tensor([[0.3, 0.8], [-0.5, 0.4]], dtype=torch.float64)
     x1 = torch.randn(1, 2, dtype=torch.float64).expand(4000, 2)
     probes = torch.randint(2, (1, 4000, 2), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-    exact, *_ = log_likelihood(lambda x, t: x @ a.T, x1[:1], "rk4", grid.uniform(20))
-    estimates, *_ = log_likelihood(lambda x, t: x @ a.T, x1, "rk4", grid.uniform(20), probes=probes)
+    exact, *_ = log_likelihood(lambda x, t: x @ a.T, x1[:1], "rk4", time_grids.uniform(20))
+    estimates, *_ = log_likelihood(lambda x, t: x @ a.T, x1, "rk4", time_grids.uniform(20), probes=probes)
     assert estimates.std() > 0.1
     assert estimates.mean().item() == pytest.approx(exact.item(), abs=4 * estimates.std().item() / 4000**0.5)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from configs.schema import UserError
 from datasets.images import Folder, Images
-from flow.engine.images import grid, read_png, to_uint8, write_png
-from flow.engine.loader import Loader, MicroBatch
+from flow.sampling.images import grid, read_png, to_uint8, write_png
+from flow.training.data_loader import MicroBatch, TrainingLoader
 
 
 def numbered(n: int) -> Images:
@@ -23,12 +23,12 @@ def numbered(n: int) -> Images:
     return Images(images, torch.arange(n) * 7, ())
 
 
-def make(data, batch_size: int, **options) -> Loader:
+def make(data, batch_size: int, **options) -> TrainingLoader:
     defaults = {
-        "seed": 3, "accumulate": 1, "rank": 0, "world_size": 1, "device": torch.device("cpu"), "horizontal_flip": False,
+        "seed": 3, "gradient_accumulation_steps": 1, "rank": 0, "world_size": 1, "device": torch.device("cpu"), "horizontal_flip": False,
         "num_workers": 0,
     }  # fmt: skip
-    return Loader(data, batch_size=batch_size, **{**defaults, **options})
+    return TrainingLoader(data, batch_size=batch_size, **{**defaults, **options})
 
 
 def global_batch(batches: list[MicroBatch], batch_size: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -77,18 +77,20 @@ def test_the_stream_does_not_depend_on_the_batch_size_but_on_the_seed():
     assert stream(4, seed=3) != stream(4, seed=4)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_processes_and_micro_batches_share_one_global_batch(world_size, accumulate):
+def test_processes_and_micro_batches_share_one_global_batch(world_size, gradient_accumulation_steps):
     data, step, batch_size = numbered(20), 5, 16  # step 5 holds positions 80 to 95
     (alone,) = next(make(data, batch_size, horizontal_flip=True).steps(step, step + 1))
     batches = []
     for rank in range(world_size):
         loader = make(
-            data, batch_size, horizontal_flip=True, rank=rank, world_size=world_size, accumulate=accumulate
+            data, batch_size, horizontal_flip=True, rank=rank, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps
         )  # fmt: skip
         (mine,) = loader.steps(step, step + 1)
-        assert [len(batch.x1) for batch in mine] == [batch_size // world_size // accumulate] * accumulate
+        assert [len(batch.x1) for batch in mine] == [
+            batch_size // world_size // gradient_accumulation_steps
+        ] * gradient_accumulation_steps
         batches += mine
     x1, y, positions = global_batch(batches, batch_size)
     assert 0 < flipped(alone.x1).sum() < batch_size
@@ -99,7 +101,7 @@ def test_processes_and_micro_batches_share_one_global_batch(world_size, accumula
 @pytest.mark.parametrize("first", [1, 2, 7])
 def test_starting_at_a_step_equals_skipping_to_it(first):
     data = numbered(10)
-    options = {"horizontal_flip": True, "accumulate": 2}
+    options = {"horizontal_flip": True, "gradient_accumulation_steps": 2}
     skipped = list(make(data, 4, **options).steps(0, 9))[first:]
     started = list(make(data, 4, **options).steps(first, 9))
     assert len(started) == 9 - first
@@ -153,7 +155,7 @@ def folder(tmp_path) -> Folder:
 def test_files_read_by_workers_come_as_from_memory(folder, num_workers):
     """The same steps from the folder through a DataLoader and from its images in one tensor."""
     memory = Images(torch.stack([folder[i][0] for i in range(7)]), folder.labels, folder.class_names)
-    options = {"horizontal_flip": True, "accumulate": 2, "rank": 1, "world_size": 2}
+    options = {"horizontal_flip": True, "gradient_accumulation_steps": 2, "rank": 1, "world_size": 2}
     read = list(make(folder, 8, num_workers=num_workers, **options).steps(1, 5))
     held = list(make(memory, 8, **options).steps(1, 5))
     assert len(read) == len(held) == 4
@@ -187,13 +189,14 @@ def test_a_broken_file_is_named_from_a_worker_too(folder, num_workers):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "world_size", "accumulate", "near"), [(10, 4, 1, 8), (10, 2, 2, 8), (3, 4, 2, 8), (31, 1, 2, 32)]
+    ("batch_size", "world_size", "gradient_accumulation_steps", "near"),
+    [(10, 4, 1, 8), (10, 2, 2, 8), (3, 4, 2, 8), (31, 1, 2, 32)],
 )
-def test_a_batch_that_does_not_divide(batch_size, world_size, accumulate, near):
-    message = rf"train\.batch_size={batch_size}: must divide by {world_size} .*train\.accumulate={accumulate}; {near} would"
+def test_a_batch_that_does_not_divide(batch_size, world_size, gradient_accumulation_steps, near):
+    message = rf"train\.batch_size={batch_size}: must divide by {world_size} .*train\.gradient_accumulation_steps={gradient_accumulation_steps}; {near} would"
     with pytest.raises(UserError, match=message):
-        make(numbered(10), batch_size, world_size=world_size, accumulate=accumulate)
-    make(numbered(10), near, world_size=world_size, accumulate=accumulate)
+        make(numbered(10), batch_size, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)
+    make(numbered(10), near, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)
 
 
 # ---- and back: from the network to pictures

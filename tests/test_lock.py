@@ -18,8 +18,11 @@ from conftest import ENTRY_SCRIPTS, REPOSITORY, TINY_TRAIN, fail, run_script, su
 
 import models
 from configs import schema
-from flow.engine import checkpoint, files, lock, runtime, snapshot
-from scripts import torture
+from flow.runtime import distributed, files, lock
+from flow.runtime.errors import cli_main
+from flow.sampling import snapshot
+from flow.training import checkpoint
+from scripts.dev import fault_injection
 
 PAIRS = int(os.environ.get("FLOW_LOCK_PAIRS", "20"))  # of simultaneous starts, of each command
 COMMANDS = (
@@ -57,7 +60,7 @@ def command(request, tiny_run, points, tmp_path):
                 weights[1].write_bytes(snapshot.find(tiny_run).read_bytes())
         if name == "rectify":  # its chain ends with the first command, which marks where it begins and ends
             (tmp_path / "chain.sh").write_text(f"echo begin >> {folder}.txt; sleep 0.3; echo end >> {folder}.txt; exit 7")
-            reflow = {"data": {"name": "pairs"}, "flow": {"coupling": "given"}}
+            reflow = {"data": {"name": "pairs"}, "flow": {"coupling": "paired"}}
             for stage, content in {"first": {}, "reflow": reflow}.items():
                 (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(content))
             chain = {"first": "first", "reflow": "reflow", "distill": "reflow"}
@@ -80,7 +83,7 @@ def command(request, tiny_run, points, tmp_path):
                 "--metrics", "fid", f"data.root={tmp_path}",
             ],
             "tune_grid": lambda: [
-                *weights, "--methods", "euler", "--steps", 2, "--n_images", 4, "--fine_steps", 16, "--evaluations", 5,
+                *weights, "--methods", "euler", "--steps", 2, "--n_images", 4, "--reference_steps", 16, "--evaluations", 5,
             ],
             "rectify": lambda: ["-c", tmp_path / "rectify.yaml", f"folder={folder}", "--launcher", f"sh {tmp_path}/chain.sh"],
             "animate": lambda: [*weights, "--out", folder, "--n", 10, "--frames", 2],
@@ -116,14 +119,14 @@ def test_a_folder_that_is_being_written_is_refused(name, command, error, monkeyp
 def test_a_run_that_began_while_this_command_started_is_not_mixed_with(main_of, error, monkeypatch, tmp_path, tiny_run):
     """Both commands saw a folder that did not exist; the other one has finished when this one gets the lock."""
     run = tmp_path / "run"
-    start = runtime.start_training
+    start = distributed.build_training_accelerator
 
     def slow_start(*args):
         run.mkdir()
         (run / "config.yaml").write_text("of the other")
         return start(*args)
 
-    monkeypatch.setattr(runtime, "start_training", slow_start)
+    monkeypatch.setattr(distributed, "start_training", slow_start)
     assert f"-e {run}: exists already" in error("train", *TINY_TRAIN, "-e", run)
     assert names(run) == {"config.yaml"}
 
@@ -215,12 +218,12 @@ def live(module: str, arguments: list[str], log: str, patience: float) -> None:
     sys.argv = [f"{module}.py", *arguments]
     os.chdir(REPOSITORY)
     lock.PATIENCE_SECONDS = patience
-    runtime.run(sys.modules[module].main)
+    cli_main(sys.modules[module].main)
 
 
 def differences(one: Path, other: Path) -> list[str]:
     """torture.compare without what is of the clock or of the folder's name; distances may be rounded differently."""
-    different = [line for line in torture.compare(one, other) if not line.startswith("results.")]
+    different = [line for line in fault_injection.compare(one, other) if not line.startswith("results.")]
     tables = [rows(folder) for folder in (one, other)]
     return different + ([] if tables[0] == tables[1] else ["results.jsonl differs"])
 
@@ -277,7 +280,7 @@ def test_simultaneous_starts_mix_nothing(name, command, monkeypatch, tmp_path):
         assert [] in different, different
         assert not list(folder.rglob(".tmp-*")) and not (folder / files.LOCK).exists()
         if name in ("train", "train_vae"):
-            assert all(checkpoint.damage_of(path) is None for path in checkpoint.all_of(folder / "checkpoints"))
+            assert all(checkpoint.verify(path) is None for path in checkpoint.list_checkpoints(folder / "checkpoints"))
     assert "Traceback" not in Path(log).read_text()
     counts = {pair: codes.count(pair) for pair in sorted(set(codes))}
     print(f"{name}: {PAIRS} pairs, exit codes {counts}, {refusals} refused by the lock")

@@ -8,9 +8,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from flow import path, prior, rng, solvers, time_sampler
-from flow.guidance import FlowModel, GuidedVelocity, drop_labels
-from flow.loss import flow_matching_loss
+from flow import path, solvers, time_samplers
+from flow.guidance import GuidedVelocity, drop_labels
+from flow.losses.flow_matching import flow_matching_loss
+from flow.model import FlowModel
+from flow.noise import gaussian_noise, generator, generators
 from flow.path import LinearPath
 
 PATH = LinearPath()
@@ -20,13 +22,13 @@ PATH = LinearPath()
 
 
 def test_a_generator_is_a_function_of_its_key():
-    assert rng.generator("time", 1, 2).random(5).tolist() == rng.generator("time", 1, 2).random(5).tolist()
+    assert generator("time", 1, 2).random(5).tolist() == generator("time", 1, 2).random(5).tolist()
 
 
 def test_generators_in_a_row_are_those_one_by_one():
     """Also after draws that leave half a word in the buffer."""
-    for g, p in zip(rng.generators("noise", 7, positions=[3, 0, np.int64(2**40)]), [3, 0, 2**40], strict=True):
-        alone = rng.generator("noise", 7, p)
+    for g, p in zip(generators("noise", 7, positions=[3, 0, np.int64(2**40)]), [3, 0, 2**40], strict=True):
+        alone = generator("noise", 7, p)
         for draw in (lambda g: g.integers(2, size=3, dtype=np.int32), lambda g: g.standard_normal(5, dtype=np.float32)):
             assert draw(g).tolist() == draw(alone).tolist()
 
@@ -36,19 +38,19 @@ def test_different_keys_differ():
         ("time", 0, 1), ("time", 1, 0), ("flip", 0, 1), ("time", 0), ("time", 0, 1, 0), ("time", 0, -1), ("time", 10),
         ("time", 1, 1), ("time", 2**32, 1), ("time", 2**64, 1), ("time", "0", 1),
     ]  # fmt: skip
-    draws = {rng.generator(*key).random() for key in keys}
+    draws = {generator(*key).random() for key in keys}
     assert len(draws) == len(keys)
 
 
 @pytest.mark.parametrize("far", [2**31, 2**32, 2**40, 2**64])
 def test_seeds_and_indices_far_apart_differ(far):
     """Generators that keep 32 bits of their seed repeat themselves here."""
-    assert not torch.equal(prior.noise("s", 1, [0], (4,)), prior.noise("s", 1 + far, [0], (4,)))
-    assert not torch.equal(prior.noise("s", 1, [3], (4,)), prior.noise("s", 1, [3 + far], (4,)))
+    assert not torch.equal(gaussian_noise("s", 1, [0], (4,)), gaussian_noise("s", 1 + far, [0], (4,)))
+    assert not torch.equal(gaussian_noise("s", 1, [3], (4,)), gaussian_noise("s", 1, [3 + far], (4,)))
 
 
 def test_neighbouring_generators_are_uncorrelated():
-    draws = np.stack([rng.generator("time", 0, step).standard_normal(2000) for step in range(20)])
+    draws = np.stack([generator("time", 0, step).standard_normal(2000) for step in range(20)])
     off_diagonal = np.corrcoef(draws)[~np.eye(20, dtype=bool)]
     assert np.abs(off_diagonal).max() < 4.5 / 2000**0.5  # 190 pairs
 
@@ -57,17 +59,17 @@ def test_neighbouring_generators_are_uncorrelated():
 
 
 def test_noise_of_an_image_depends_on_its_index_alone():
-    whole = prior.noise("sample", 8888, range(10), (3, 4, 5))
+    whole = gaussian_noise("sample", 8888, range(10), (3, 4, 5))
     assert whole.shape == (10, 3, 4, 5) and whole.dtype == torch.float32
-    assert torch.equal(prior.noise("sample", 8888, [7, 2], (3, 4, 5)), whole[[7, 2]])
-    assert torch.equal(prior.noise("sample", 8888, torch.tensor([7]), (3, 4, 5)), whole[7:8])
-    assert torch.equal(prior.noise("sample", 8888, np.array([7]), (3, 4, 5)), whole[7:8])
-    assert not torch.equal(prior.noise("train", 8888, [7], (3, 4, 5)), whole[7:8])
-    assert prior.noise("sample", 8888, [], (3, 4, 5)).shape == (0, 3, 4, 5)
+    assert torch.equal(gaussian_noise("sample", 8888, [7, 2], (3, 4, 5)), whole[[7, 2]])
+    assert torch.equal(gaussian_noise("sample", 8888, torch.tensor([7]), (3, 4, 5)), whole[7:8])
+    assert torch.equal(gaussian_noise("sample", 8888, np.array([7]), (3, 4, 5)), whole[7:8])
+    assert not torch.equal(gaussian_noise("train", 8888, [7], (3, 4, 5)), whole[7:8])
+    assert gaussian_noise("sample", 8888, [], (3, 4, 5)).shape == (0, 3, 4, 5)
 
 
 def test_noise_is_standard_normal():
-    x0 = prior.noise("sample", 0, range(400), (10, 10)).double()  # 40,000 numbers
+    x0 = gaussian_noise("sample", 0, range(400), (10, 10)).double()  # 40,000 numbers
     n = x0.numel()
     for moment, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs(x0.pow(moment).mean() - expected) < 4 * (variance / n) ** 0.5
@@ -81,16 +83,16 @@ def test_noise_is_standard_normal():
 
 @pytest.mark.parametrize("n", [1, 7, 128])
 def test_one_uniform_in_each_stratum(n):
-    u = time_sampler.stratified(0, 3, n)
+    u = time_samplers.stratified(0, 3, n)
     assert u.shape == (n,) and u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
     assert (u * n).long().sort().values.tolist() == list(range(n))
-    assert torch.equal(u, time_sampler.stratified(0, 3, n))
-    assert not torch.equal(u, time_sampler.stratified(0, 4, n)) and not torch.equal(u, time_sampler.stratified(1, 3, n))
+    assert torch.equal(u, time_samplers.stratified(0, 3, n))
+    assert not torch.equal(u, time_samplers.stratified(0, 4, n)) and not torch.equal(u, time_samplers.stratified(1, 3, n))
 
 
 def test_strata_are_in_random_order():
     """A row of the batch is one process's share and one image's place: each row must see every t."""
-    first = torch.stack([time_sampler.stratified(0, step, 8)[:2] for step in range(2000)])
+    first = torch.stack([time_samplers.stratified(0, step, 8)[:2] for step in range(2000)])
     assert stats.kstest(first[:, 0], "uniform").pvalue > 1e-4
     counts = torch.zeros(8, 8).index_put_(tuple((first * 8).long().T), torch.ones(()), accumulate=True)
     assert not counts.diagonal().any()  # two rows never share a stratum
@@ -111,16 +113,16 @@ def logit_normal_cdf(mean: float, std: float):
     ],
 )
 def test_laws(name, args, cdf):
-    law = time_sampler.law(name, **args)
+    law = time_samplers.build(name, **args)
     n = 1000
-    t = time_sampler.sample(law, 0, 0, n)
+    t = time_samplers.sample(law, 0, 0, n)
     assert t.shape == (n,) and t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     assert cdf(law(u).numpy()) == pytest.approx(u.numpy())  # the inverse of the distribution function
     # one draw in each stratum: the empirical distribution is within 1/n of the exact one (independent draws: 0.03)
     assert stats.kstest(t.double(), cdf).statistic < 1.01 / n
     # and one row over many steps follows the law too
-    rows = torch.stack([time_sampler.sample(law, 0, step, 4)[2] for step in range(n)])
+    rows = torch.stack([time_samplers.sample(law, 0, step, 4)[2] for step in range(n)])
     assert stats.kstest(rows.double(), cdf).pvalue > 1e-4
 
 
@@ -141,7 +143,7 @@ def test_laws(name, args, cdf):
 )
 def test_wrong_laws(name, args, message):
     with pytest.raises(ValueError, match=message):
-        time_sampler.law(name, **args)
+        time_samplers.build(name, **args)
 
 
 # ---- labels and guidance

@@ -6,8 +6,8 @@ from torch import nn
 
 import models
 from configs import schema
-from models.blocks import Attention, sinusoidal_embedding
 from models.dit import angles, rotate
+from models.layers import Attention, sinusoidal_embedding
 
 SMALL = {"width": 16, "channel_mult": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4], "head_channels": 16}
 
@@ -248,8 +248,8 @@ def test_mini_unet_has_the_shape_of_its_input_and_sees_labels(shape, args):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"num_classes": 3, "prompt_bytes": 5}, "num_classes=3, prompt_bytes=5: labels or prompts, not both"),
-        ({"prompt_bytes": 0}, "prompt_bytes=0: must be a whole number of at least 1 or null"),
+        ({"num_classes": 3, "max_prompt_bytes": 5}, "num_classes=3, max_prompt_bytes=5: labels or prompts, not both"),
+        ({"max_prompt_bytes": 0}, "max_prompt_bytes=0: must be a whole number of at least 1 or null"),
         ({"width": 18}, "width=18: must be a multiple of 4"),
         ({"head_channels": 24}, "head_channels=24: must divide 2 width = 32"),
         ({"patch": 3}, "patch=3: needs an image side divisible by 6, the images are 8x8"),

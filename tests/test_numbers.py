@@ -7,9 +7,11 @@ from conftest import TINY_TRAIN
 from safetensors.torch import load_file
 
 import train
-from flow.engine import checkpoint, runtime, snapshot
-from flow.engine.ema import Ema
-from flow.engine.tracker import read_metrics
+from flow.runtime import distributed
+from flow.sampling import snapshot
+from flow.training import checkpoint
+from flow.training.ema import Ema
+from flow.training.logging import read_metrics
 
 # A network of two layers on the digits, without the configuration file: a step takes milliseconds.
 MLP = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 16, depth: 1}", "train.log_every_steps=1", "train.steps=6"]
@@ -62,8 +64,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_broken_is_s
     ruin(step, value=value)
     line = error("train", *MLP, "-e", tmp_path / "run", "train.log_every_steps=100")
     assert f"the loss of step {step} is not finite, or its gradient" in line
-    saved = checkpoint.all_of(tmp_path / "run" / "checkpoints")
-    assert [checkpoint.step_of(path) for path in saved] == [k for k in (2, 4) if k < step][-2:]
+    saved = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [checkpoint.parse_step(path) for path in saved] == [k for k in (2, 4) if k < step][-2:]
     assert all(value.isfinite().all() for path in saved for value in load_file(path / "model.safetensors").values())
 
 
@@ -71,19 +73,19 @@ def test_with_skip_such_a_step_leaves_no_trace(here, ruin, watched, tmp_path):
     """Weights, moving average and learning rate go on as if the step had not been."""
     ruin(2, 5)
     run = tmp_path / "run"
-    warm = ["train.not_finite=skip", "optimizer.warmup_steps=6", "optimizer.lr=6"]
+    warm = ["train.nonfinite_grad=skip", "optimizer.warmup_steps=6", "optimizer.lr=6"]
     here("train", *MLP, "-e", run, *warm, "train.steps=6")
     assert watched["rates"] == [1, 2, 3, 4] and watched["averaged"] == 4
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1, 2, 2]
     assert all(value.isfinite().all() for value in load_file(snapshot.find(run)).values())
-    state = checkpoint.load(runtime.start(), checkpoint.all_of(run / "checkpoints")[-1])
+    state = checkpoint.load(distributed.build_accelerator(), checkpoint.list_checkpoints(run / "checkpoints")[-1])
     assert (state["step"], state["updates"]) == (6, 4)
 
 
 def test_a_run_that_only_skips_ends(error, ruin, tmp_path):
     ruin()
-    line = error("train", *MLP, "-e", tmp_path / "run", "train.not_finite=skip", "train.steps=100")
+    line = error("train", *MLP, "-e", tmp_path / "run", "train.nonfinite_grad=skip", "train.steps=100")
     assert "the gradients of the last 50 steps up to 50 were not finite, and all of them were skipped" in line
 
 
@@ -105,7 +107,7 @@ def test_nan_in_the_data(error, here, monkeypatch, tmp_path, mode):
     """One image in 1,797: it comes once an epoch, in one of 57 batches of 32."""
     broken_pairs(monkeypatch)
     run = tmp_path / "run"
-    arguments = [*MLP, "-e", run, f"train.not_finite={mode}", "train.steps=60", "train.checkpoint_every_steps=0"]
+    arguments = [*MLP, "-e", run, f"train.nonfinite_grad={mode}", "train.steps=60", "train.checkpoint_every_steps=0"]
     if mode == "stop":
         assert "is not finite" in error("train", *arguments)
         return
@@ -117,7 +119,7 @@ def test_nan_in_the_data(error, here, monkeypatch, tmp_path, mode):
 @pytest.fixture
 def loss_scaler(monkeypatch):
     """The loss scaler of fp16, on a CPU: accelerate's own way through it, with float32 networks. A call takes it away."""
-    start = runtime.start
+    start = distributed.build_accelerator
 
     def started(*args, **kwargs):
         accelerator = start(*args, **kwargs)
@@ -125,8 +127,8 @@ def loss_scaler(monkeypatch):
         accelerator.unscale_gradients = lambda *ignored: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
         return accelerator
 
-    monkeypatch.setattr(runtime, "start", started)
-    return lambda: monkeypatch.setattr(runtime, "start", start)
+    monkeypatch.setattr(distributed, "start", started)
+    return lambda: monkeypatch.setattr(distributed, "start", start)
 
 
 def test_overflow_with_a_loss_scaler_moves_neither_average_nor_schedule(here, ruin, watched, loss_scaler, tmp_path):
@@ -140,7 +142,7 @@ def test_overflow_with_a_loss_scaler_moves_neither_average_nor_schedule(here, ru
     assert [row["loss_scale"] for row in rows] == [8, 8, 8, 4, 4, 4]
     loss_scaler()  # the same steps left out without one: scales are powers of two, so that nothing is rounded
     ruin(1, 4)
-    here("train", *MLP, "-e", tmp_path / "plain", *warm, "train.not_finite=skip")
+    here("train", *MLP, "-e", tmp_path / "plain", *warm, "train.nonfinite_grad=skip")
     a, b = (load_file(snapshot.find(tmp_path / name)) for name in ("run", "plain"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 import datasets
 import models
 from datasets.pairs import Pairs
-from flow import prior
-from flow.coupling import Given
-from flow.engine import snapshot
-from flow.engine.generate import SamplerSettings, batches, generate
+from flow.couplings import PairedCoupling
+from flow.noise import gaussian_noise
+from flow.sampling import snapshot
+from flow.sampling.generate import batches, generate
+from flow.sampling.settings import SamplerSettings
 
 ARGUMENTS = [
     "--n_pairs", "50", "--shard_pairs", "15", "--bspp", "5", "--sampling_steps", "3", "--guidance_scale", "2", "--seed", "4",
-    "--inverted_share", "0.2",
+    "--real_fraction", "0.2",
 ]  # fmt: skip
 NAMES = ["generated_00000", "generated_00001", "generated_00002", "inverted_00000"]
 
@@ -63,9 +64,9 @@ def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
     for made in generate(Accelerator(cpu=True), model, (1, 8, 8), batches(range(40), 5), settings, stream="pairs"):
         k = slice(made.indices.start, made.indices.stop)
         assert torch.equal(made.x.half(), data.images[k]) and torch.equal(made.labels, data.labels[k])
-    given = Given(data.seed, data.generated, data.noise, data.image_shape)
+    given = PairedCoupling(data.seed, data.generated, data.noise, data.image_shape)
     assert torch.equal(given.noise(range(3), [7, 39, 41], data.images, None), torch.cat([
-        prior.noise("pairs", 4, [7, 39], (1, 8, 8)), data.noise[1:2].float()
+        gaussian_noise("pairs", 4, [7, 39], (1, 8, 8)), data.noise[1:2].float()
     ]))  # fmt: skip
 
 
@@ -145,19 +146,19 @@ def test_mistakes(error, tmp_path, tiny_run):
     command = ["make_pairs", "--weights", tiny_run, "--n_pairs", "10"]
     assert "exists and was not written by make_pairs" in error(*command, "--save_dir", tmp_path)
     assert "labels: 11 is out of range" in error(*command, "--save_dir", tmp_path / "a", "--labels", "11")
-    assert "'1.5': must be a number from 0 to 1" in error(*command, "--save_dir", tmp_path / "a", "--inverted_share", "1.5")
-    many = ["--n_pairs", "4000", "--inverted_share", "0.5"]
+    assert "'1.5': must be a number from 0 to 1" in error(*command, "--save_dir", tmp_path / "a", "--real_fraction", "1.5")
+    many = ["--n_pairs", "4000", "--real_fraction", "0.5"]
     assert "2000 pairs of 1797 real images" in error(*command, "--save_dir", tmp_path / "a", *many)
     assert not (tmp_path / "a").exists()
     train = ["train", *TINY_TRAIN, "-e", tmp_path / "run"]
-    assert "flow.coupling=given: given and data.name=pairs need each other" in error(*train, "flow.coupling=given")
+    assert "flow.coupling=paired: paired and data.name=pairs need each other" in error(*train, "flow.coupling=paired")
     assert "holds no pairs (manifest.json is not there)" in error(*train, "data.name=pairs", f"data.args.path={tmp_path}")
 
 
 def test_training_on_pairs_resumes_exactly(tmp_path, folder, tiny_run):
     """Reflow through the one trainer; 2 + 2 steps are 4 steps, to the bit."""
-    given = ["flow.coupling=given", "data.name=pairs", f"data.args.path={folder}", f"train.init_from={tiny_run}"]
-    reflow = [*TINY_TRAIN, *given, "flow.time_law=u_shaped", "flow.distance=pseudo_huber"]
+    given = ["flow.coupling=paired", "data.name=pairs", f"data.args.path={folder}", f"train.init_from={tiny_run}"]
+    reflow = [*TINY_TRAIN, *given, "flow.time_sampler=u_shaped", "flow.distance=pseudo_huber"]
     succeed("train.py", *reflow, "-e", tmp_path / "whole")
     succeed("train.py", *reflow, "-e", tmp_path / "cut", "train.steps=2")
     succeed("train.py", "-e", tmp_path / "cut", "-r", "latest", "train.steps=4")

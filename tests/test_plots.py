@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flow.engine import images
 from flow.evaluation import animation, plots
+from flow.sampling import images
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import pytest
 from conftest import REPOSITORY, TINY_TRAIN, succeed
 from safetensors.torch import load_file
 
-from flow.engine import checkpoint, snapshot
-from flow.engine.tracker import read_metrics
+from flow.sampling import snapshot
+from flow.training import checkpoint
+from flow.training.logging import read_metrics
 
 MLP = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 64, depth: 2}", "train.log_every_steps=1"]
 LAUNCHER = [str(Path(sys.executable).with_name("accelerate-launch")), "--multi_gpu", "--main_process_port", "0"]
@@ -61,10 +62,10 @@ def test_sigterm_to_the_launcher_saves_one_checkpoint_and_ends_soon(tmp_path, ca
     seconds = time.perf_counter() - since
     assert process.returncode != 0
     assert not any(p.is_running() for p in family)
-    (saved,) = checkpoint.all_of(run / "checkpoints")
-    assert checkpoint.damage_of(saved) is None
+    (saved,) = checkpoint.list_checkpoints(run / "checkpoints")
+    assert checkpoint.verify(saved) is None
     step = read_metrics(run / "metrics.jsonl")[-1]["step"]
-    assert checkpoint.step_of(saved) == step  # all processes agreed on it
+    assert checkpoint.parse_step(saved) == step  # all processes agreed on it
     assert f"stopped by SIGTERM; the newest checkpoint is {saved}; go on with:" in said
     assert not list(run.rglob(".tmp-*"))
     (resume,) = set(re.findall(r"go on with: (.+)", said))
@@ -110,13 +111,13 @@ def test_every_split_of_a_global_batch_gives_the_same_run(tmp_path, capsys):
     steps = ["train.steps=40", "train.checkpoint_every_steps=20", "train.log_every_steps=1", "train.keep_checkpoints=0"]
     two = tmp_path / "two"
     succeed("train.py", *TINY_TRAIN, *steps, "-e", two, processes=2)
-    reference = load_file(checkpoint.all_of(two / "checkpoints")[-1] / "model.safetensors")
+    reference = load_file(checkpoint.list_checkpoints(two / "checkpoints")[-1] / "model.safetensors")
     size = max(value.abs().max().item() for value in reference.values())
     bound = 0.0
-    for processes, accumulate in SPLITS:
-        resumed, fresh = (tmp_path / f"{kind}_{processes}_{accumulate}" for kind in ("resumed", "fresh"))
+    for processes, gradient_accumulation_steps in SPLITS:
+        resumed, fresh = (tmp_path / f"{kind}_{processes}_{gradient_accumulation_steps}" for kind in ("resumed", "fresh"))
         shutil.copytree(two, resumed, ignore=shutil.ignore_patterns("step_00000040*"))
-        split = [f"train.accumulate={accumulate}"]
+        split = [f"train.gradient_accumulation_steps={gradient_accumulation_steps}"]
         succeed("train.py", "-e", resumed, "-r", "latest", *split, processes=processes)
         succeed("train.py", *TINY_TRAIN, *steps, *split, "-e", fresh, processes=processes)
         for run in (resumed, fresh):
@@ -124,7 +125,7 @@ def test_every_split_of_a_global_batch_gives_the_same_run(tmp_path, capsys):
             assert [row["step"] for row in rows] == list(range(1, 41))
             for row, right in zip(rows, expected, strict=True):
                 assert row["loss"] == pytest.approx(right["loss"], rel=1e-4)
-            weights = load_file(checkpoint.all_of(run / "checkpoints")[-1] / "model.safetensors")
+            weights = load_file(checkpoint.list_checkpoints(run / "checkpoints")[-1] / "model.safetensors")
             bound = max(bound, *((weights[k] - reference[k]).abs().max().item() for k in reference))
             assert snapshot.load(run).step == 40
     with capsys.disabled():
@@ -134,9 +135,11 @@ def test_every_split_of_a_global_batch_gives_the_same_run(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_hosts_are_one(tmp_path):
-    """scripts/two_hosts.sh: two network namespaces; the numbers of one host; the cable cut and mended."""
+    """scripts/dev/two_hosts.sh: two network namespaces; the numbers of one host; the cable cut and mended."""
     environment = {**os.environ, "PYTHON": sys.executable}
-    result = subprocess.run(["scripts/two_hosts.sh", tmp_path], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        ["scripts/dev/two_hosts.sh", tmp_path], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
     if result.returncode == 77:
         pytest.skip(result.stdout.strip())
     assert result.returncode == 0, result.stdout + result.stderr

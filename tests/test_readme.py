@@ -15,33 +15,32 @@ import train
 from configs import schema
 from configs.rectify import RectifyConfig
 from configs.vae import VaeConfig
-from scripts import (
+from scripts import (  # fmt: skip
     animate,
-    benchmark,
     cache_latents,
     compare,
-    doctor,
+    export,
     export_images,
-    gallery,
-    halve,
     likelihood,
     make_pairs,
-    plain_loop,
+    optimize_grid,
     plot_loss,
     rectify,
     solver_study,
-    torture,
     train_vae,
-    tune_grid,
-)  # fmt: skip
+)
+from scripts.benchmark import __main__ as benchmark
+from scripts.benchmark import baseline
+from scripts.dev import fault_injection, gallery
+from scripts.doctor import __main__ as doctor
 
 SCRIPTS = {
     "train.py": train, "sample.py": sample, "evaluate.py": evaluate, "-m scripts.make_pairs": make_pairs,
-    "-m scripts.rectify": rectify, "-m scripts.plot_loss": plot_loss, "-m scripts.tune_grid": tune_grid,
+    "-m scripts.rectify": rectify, "-m scripts.plot_loss": plot_loss, "-m scripts.optimize_grid": optimize_grid,
     "-m scripts.solver_study": solver_study, "-m scripts.likelihood": likelihood,
-    "-m scripts.animate": animate, "-m scripts.compare": compare, "-m scripts.gallery": gallery,
-    "-m scripts.doctor": doctor, "-m scripts.torture": torture, "-m scripts.benchmark": benchmark,
-    "-m scripts.halve": halve, "-m scripts.plain_loop": plain_loop, "-m scripts.export_images": export_images,
+    "-m scripts.animate": animate, "-m scripts.compare": compare, "-m scripts.dev.gallery": gallery,
+    "-m scripts.doctor": doctor, "-m scripts.dev.fault_injection": fault_injection, "-m scripts.benchmark": benchmark,
+    "-m scripts.export": export, "-m scripts.benchmark.baseline": baseline, "-m scripts.export_images": export_images,
     "-m scripts.train_vae": train_vae, "-m scripts.cache_latents": cache_latents,
 }  # fmt: skip
 KINDS = {rectify: RectifyConfig, train_vae: VaeConfig}  # of configuration, where it is not that of train.py

@@ -14,8 +14,9 @@ from conftest import REPOSITORY, succeed
 from PIL import Image
 from safetensors.torch import load_file
 
-from flow.engine import checkpoint, snapshot
 from flow.evaluation import table
+from flow.sampling import snapshot
+from flow.training import checkpoint
 
 STAGE = {
     "data": {"name": "digits"},
@@ -35,8 +36,8 @@ def config(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("configs")
     stages = {
         "first": STAGE,
-        "reflow": STAGE | ON_PAIRS | {"flow": {"coupling": "given", "label_dropout": 0.0}},
-        "distill": STAGE | ON_PAIRS | {"flow": {"coupling": "given", "label_dropout": 0.0, "objective": "distillation"}},
+        "reflow": STAGE | ON_PAIRS | {"flow": {"coupling": "paired", "label_dropout": 0.0}},
+        "distill": STAGE | ON_PAIRS | {"flow": {"coupling": "paired", "label_dropout": 0.0, "objective": "distillation"}},
     }
     for name, stage in stages.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(stage))
@@ -129,7 +130,7 @@ def test_sigterm_lets_the_step_save_and_ends(tmp_path, config):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
-    assert checkpoint.all_of(folder / "1-rf" / "checkpoints")
+    assert checkpoint.list_checkpoints(folder / "1-rf" / "checkpoints")
 
 
 @pytest.mark.slow

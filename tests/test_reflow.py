@@ -5,20 +5,21 @@ import math
 import pytest
 import torch
 
-from flow import loss, path, solvers, time_sampler
-from flow.distill import distillation_loss, euler_times
-from flow.guidance import FlowModel, GuidedVelocity
-from flow.inversion import T_MAX, invert
-from flow.objective import objective
+from flow import path, solvers, time_samplers
+from flow.guidance import GuidedVelocity
+from flow.likelihood import T_MAX, invert
+from flow.losses import distances, objective
+from flow.losses.distillation import discretize_times, distillation_loss
+from flow.model import FlowModel
 from flow.path import LinearPath
-from flow.solvers import grid
-from flow.straightness import straightness_deviation
+from flow.sampling.generate import straightness_deviation
+from flow.solvers import time_grids
 
 
 def test_u_shaped_law_has_its_density():
     """Quantiles against the distribution function of exp(a t) + exp(a (1 - t)), integrated by hand."""
     a = 4.0
-    t = time_sampler.law("u_shaped", a=a)(torch.linspace(0.001, 0.999, 999, dtype=torch.float64))
+    t = time_samplers.build("u_shaped", a=a)(torch.linspace(0.001, 0.999, 999, dtype=torch.float64))
     distribution = (torch.exp(a * t) - torch.exp(a * (1 - t)) - 1 + math.exp(a)) / (2 * (math.exp(a) - 1))
     assert torch.allclose(distribution, torch.linspace(0.001, 0.999, 999, dtype=torch.float64), atol=1e-12)
     assert t.min() >= 0 and t.max() <= 1
@@ -26,33 +27,36 @@ def test_u_shaped_law_has_its_density():
 
 def test_distances():
     a, b = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2)
-    assert loss.l2(a, b).tolist() == [12.5, 0] and loss.l1(a, b).tolist() == [3.5, 0]
-    far, near = loss.pseudo_huber(a, b, c=1e-3)
+    assert distances.mse(a, b).tolist() == [12.5, 0] and distances.l1(a, b).tolist() == [3.5, 0]
+    far, near = distances.pseudo_huber(a, b, c=1e-3)
     assert far.item() == pytest.approx(math.sqrt(12.5), abs=2e-3) and near == 0
-    small = loss.pseudo_huber(a * 1e-3, b, c=1.0)[0].item()
+    small = distances.pseudo_huber(a * 1e-3, b, c=1.0)[0].item()
     assert small == pytest.approx(12.5e-6 / 2, rel=1e-2)  # l2 / (2 c) far below c
     a = torch.zeros(1, 2, requires_grad=True)
-    loss.distance("pseudo_huber", c=0.03)(a, torch.zeros(1, 2)).sum().backward()
+    distances.distance("pseudo_huber", c=0.03)(a, torch.zeros(1, 2)).sum().backward()
     assert a.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: loss.distance("huber"), "'huber' is no distance; choose one of l2, l1, pseudo_huber"),
-        (lambda: loss.distance("pseudo_huber", d=1), "pseudo_huber has no argument 'd'; it takes c"),
-        (lambda: loss.distance("pseudo_huber", c=0), "c=0: must be greater than 0"),
-        (lambda: loss.distance("l2", c=1), "l2 has no argument 'c'; it takes none"),
-        (lambda: time_sampler.law("u_shaped", a=-1), "a=-1: must be greater than 0"),
-        (lambda: loss.distance("pseudo_huber", name=3), "pseudo_huber has no argument 'name'; it takes c"),
-        (lambda: objective("flow_matching", loss.l2, "x1"), "'x1' is no prediction; choose one of velocity, data, noise"),
+        (lambda: distances.distance("huber"), "'huber' is no distance; choose one of l2, l1, pseudo_huber"),
+        (lambda: distances.distance("pseudo_huber", d=1), "pseudo_huber has no argument 'd'; it takes c"),
+        (lambda: distances.distance("pseudo_huber", c=0), "c=0: must be greater than 0"),
+        (lambda: distances.distance("l2", c=1), "l2 has no argument 'c'; it takes none"),
+        (lambda: time_samplers.build("u_shaped", a=-1), "a=-1: must be greater than 0"),
+        (lambda: distances.distance("pseudo_huber", name=3), "pseudo_huber has no argument 'name'; it takes c"),
+        (lambda: objective("flow_matching", distances.mse, "x1"), "'x1' is no prediction; choose one of velocity, data, noise"),
         (
-            lambda: objective("distil", loss.l2, "velocity"),
+            lambda: objective("distil", distances.mse, "velocity"),
             "'distil' is no objective; choose one of flow_matching, distillation",
         ),
-        (lambda: objective("distillation", loss.l2, "velocity", steps=0), "steps=0: must be a whole number of at least 1"),
-        (lambda: objective("distillation", loss.l2, "velocity", steps=1.5), "steps=1.5: must be a whole number"),
-        (lambda: objective("distillation", loss.l2, "velocity", flow_share=1), "flow_share=1: must be 0 or more"),
+        (
+            lambda: objective("distillation", distances.mse, "velocity", steps=0),
+            "steps=0: must be a whole number of at least 1",
+        ),
+        (lambda: objective("distillation", distances.mse, "velocity", steps=1.5), "steps=1.5: must be a whole number"),
+        (lambda: objective("distillation", distances.mse, "velocity", flow_share=1), "flow_share=1: must be 0 or more"),
     ],
 )
 def test_errors_name_the_value_and_what_would_be_right(make, message):
@@ -77,7 +81,7 @@ def test_distillation_looks_at_the_times_of_euler_steps(steps, expected):
 
 
 def test_a_share_of_distillation_stays_flow_matching():
-    t = euler_times((torch.arange(1000) + 0.5) / 1000, 2, 0.4)
+    t = discretize_times((torch.arange(1000) + 0.5) / 1000, 2, 0.4)
     between = t[:400]
     assert torch.allclose(between, (torch.arange(400) + 0.5) / 400)
     assert t[400:700].unique().tolist() == [0.0] and t[700:].unique().tolist() == [0.5]
@@ -99,7 +103,7 @@ def test_targets_are_bounded_up_to_the_data_end(name, prediction, objective_name
         return x * 0
 
     args = {"flow_share": 0.9} if objective_name == "distillation" else {}
-    losses = objective(objective_name, loss.l2, prediction, **args).loss(net, p, torch.ones(6, 2), torch.zeros(6, 2), t)
+    losses = objective(objective_name, distances.mse, prediction, **args).loss(net, p, torch.ones(6, 2), torch.zeros(6, 2), t)
     assert losses.max() < 51**2 and asked[0].max() <= torch.tensor(p.t_max)
     assert p.target(torch.ones(6, 2), torch.zeros(6, 2), p.clip(t), prediction).abs().max() < 51
 
@@ -148,7 +152,7 @@ def test_inversion_finds_the_noise_back():
         return 3 + (0.25 * t - (1 - t)) / variance * (x - 3 * t)
 
     x0 = torch.randn(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x1 = solvers.solve(velocity, x0, grid.uniform(100), "heun").x
+    x1 = solvers.solve(velocity, x0, time_grids.uniform(100), "heun").x
     assert torch.allclose(x1, 3 + 0.5 * x0, atol=1e-3)
     noise = torch.randn(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = invert(velocity, x1, noise, 100, "heun")

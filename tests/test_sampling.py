@@ -14,10 +14,12 @@ from conftest import succeed
 from PIL import Image
 
 import models
-from flow.engine import snapshot
-from flow.engine.generate import Cost, Generated, SamplerSettings, batches, generate, labels_of, times_of
 from flow.path import PATHS
-from flow.solvers import grid
+from flow.sampling import snapshot
+from flow.sampling.conditions import labels_for
+from flow.sampling.generate import NFECounter, SampleBatch, batches, generate
+from flow.sampling.settings import SamplerSettings, build_time_grid
+from flow.solvers import time_grids
 
 ARGUMENTS = ["--n_samples", "25", "--bspp", "4", "--sampling_steps", "3", "--sampling_method", "heun", "--guidance_scale", "2"]
 
@@ -93,9 +95,9 @@ def test_image_depends_on_its_index_alone(model):
 
 
 def test_labels_follow_the_index_and_guidance_changes_images(model):
-    assert labels_of(range(8, 13), SamplerSettings(), 10).tolist() == [8, 9, 0, 1, 2]
-    assert labels_of(range(3), SamplerSettings(labels=(4, 7)), 10).tolist() == [4, 7, 4]
-    assert labels_of(range(3), SamplerSettings(), None) is None
+    assert labels_for(range(8, 13), SamplerSettings(), 10).tolist() == [8, 9, 0, 1, 2]
+    assert labels_for(range(3), SamplerSettings(labels=(4, 7)), 10).tolist() == [4, 7, 4]
+    assert labels_for(range(3), SamplerSettings(), None) is None
     plain, guided, unconditional = (images_of(model, range(10), 10, SamplerSettings("euler", 2, w)) for w in (1.0, 3.0, 0.0))
     assert not torch.equal(plain, guided)
     assert not torch.equal(plain, unconditional)
@@ -122,17 +124,17 @@ def test_mistakes_about_solvers(error, tmp_path, tiny_run, script):
     )
     command = [script, "--weights", tiny_run, "--n_samples", "4", *more]
     assert "'foo' (choose from " in error(*command, flag, "foo")
-    assert "'foo' (choose from " in error(*command, "--grid", "foo")
+    assert "'foo' (choose from " in error(*command, "--time_grid", "foo")
     assert "--rtol=0.0: must be greater than 0 and less than 1" in error(*command, flag, "dopri5", "--rtol", "0")
     assert "--nfe: NFE 2: rk4 needs at least 3" in error(*command, flag, "rk4", "--nfe", "2")
     assert "dopri5 chooses its own number of evaluations" in error(*command, flag, "dopri5", "--nfe", "20")
     assert "not allowed with argument" in error(*command, "--nfe", "2", "--sampling_steps", "2")
     assert "--sde_noise_scale=-1.0: must be 0 or more" in error(*command, flag, "euler_maruyama", "--sde_noise_scale", "-1")
     assert "at most 100" in error(*command, flag, "euler_maruyama", "--sde_noise_scale", "1e200")
-    assert "grid=edm: dopri5 chooses its own times" in error(*command, flag, "dopri5", "--grid", "edm")
+    assert "grid=edm: dopri5 chooses its own times" in error(*command, flag, "dopri5", "--time_grid", "edm")
     line = error(*command, flag, "dopri5", "--sde_noise_scale", "1")
     assert "--sde_noise_scale: dopri5 has no such option; it is for euler_maruyama, stochastic_heun" in line
-    assert "none was fitted for euler with 100 steps" in error(*command, "--grid", "tuned")
+    assert "none was fitted for euler with 100 steps" in error(*command, "--time_grid", "tuned")
     assert not (tmp_path / "out").exists()
 
 
@@ -160,14 +162,14 @@ def test_adaptive_methods_count_all_batches_and_keep_their_batch_size(tmp_path, 
 
 
 def test_the_cost_of_batches_is_their_mean():
-    cost = Cost()
+    cost = NFECounter()
     for indices, nfe in ((range(3), 10), (range(3, 4), 14)):
-        cost.add(Generated(indices, torch.zeros(1), None, nfe, 2 * nfe))
+        cost.add(SampleBatch(indices, torch.zeros(1), None, nfe, 2 * nfe))
     assert cost.mean(Accelerator(cpu=True)) == (11, 22)
-    cost.add(Generated(range(4, 5), torch.zeros(1), None, 15, 15))
+    cost.add(SampleBatch(range(4, 5), torch.zeros(1), None, 15, 15))
     assert cost.mean(Accelerator(cpu=True)) == (11.8, 20.6)
 
 
 def test_the_edm_grid_is_one_of_noise_ratios():
     settings = SamplerSettings(steps=8, grid="edm")
-    assert times_of(settings, PATHS["vp"]()) == times_of(settings, PATHS["linear"]()) == grid.edm(8)
+    assert build_time_grid(settings, PATHS["vp"]()) == build_time_grid(settings, PATHS["linear"]()) == time_grids.edm(8)

@@ -21,9 +21,12 @@ import datasets
 from configs import schema
 from configs.schema import UserError
 from datasets.images import Folder
-from flow.engine import checkpoint, files, images, runtime, snapshot
-from flow.engine.loader import Loader
 from flow.evaluation import features, reference
+from flow.runtime import distributed, files
+from flow.runtime.errors import cli_main
+from flow.sampling import images, snapshot
+from flow.training import checkpoint
+from flow.training.data_loader import TrainingLoader
 
 
 class Payload:
@@ -69,7 +72,7 @@ def seal_manifest(folder: Path) -> None:
 def test_a_pickle_in_place_of_a_file_of_a_checkpoint(error, pwned, tiny_run, tmp_path, name, kind):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    folder = checkpoint.all_of(run / "checkpoints")[-1]
+    folder = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     if name == "pytorch_model.bin":  # which accelerate takes where the safetensors file is not there
         (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(evil(pwned, kind))
@@ -82,16 +85,16 @@ def test_a_pickle_beside_the_files_of_a_checkpoint(main_of, pwned, tiny_run, tmp
     """Such files are not asked for, and one that accelerate looks at is read as plain values; the run may end or go on."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    folder = checkpoint.all_of(run / "checkpoints")[-1]
+    folder = checkpoint.list_checkpoints(run / "checkpoints")[-1]
     (folder / name).write_bytes(evil(pwned, "torch.save"))
     seal_manifest(folder)
     with pytest.raises(SystemExit) as left:
-        runtime.run(main_of("train", "-e", run, "-r", "latest", "train.steps=5"))
+        cli_main(main_of("train", "-e", run, "-r", "latest", "train.steps=5"))
     assert left.value.code in (0, 2)
 
 
 def test_a_pickle_in_place_of_the_loss_scale(pwned, tmp_path):
-    own = runtime.start()
+    own = distributed.build_accelerator()
     own.scaler = torch.amp.GradScaler("cpu")
     path = checkpoint.save(own, tmp_path, 1, {}, lambda folder: None)
     (path / "scaler.pt").write_bytes(evil(pwned, "torch.save"))
@@ -195,12 +198,12 @@ def test_yaml_makes_no_objects(error, pwned, tiny_run, tmp_path, yaml):
 
 def test_a_manifest_cannot_name_files_elsewhere(tiny_run, tmp_path):
     folder = tmp_path / "step_00000002"
-    shutil.copytree(checkpoint.all_of(tiny_run / "checkpoints")[0], folder)
+    shutil.copytree(checkpoint.list_checkpoints(tiny_run / "checkpoints")[0], folder)
     (tmp_path / "secret").write_text("x")
     for name in ("../secret", str(tmp_path / "secret")):
         entry = {name: {"bytes": 1, "sha256": files.sha256(tmp_path / "secret")}}
         (folder / "manifest.json").write_text(json.dumps(entry))
-        assert "names a file outside of the checkpoint" in checkpoint.damage_of(folder)
+        assert "names a file outside of the checkpoint" in checkpoint.verify(folder)
 
 
 def test_an_image_bomb_is_refused_before_it_is_unpacked(tmp_path):
@@ -250,13 +253,13 @@ def test_the_formats_of_image_folders_open(tmp_path, format):
 
 
 def test_a_training_listens_on_no_port(here, monkeypatch, tmp_path):
-    steps, listening = Loader.steps, []
+    steps, listening = TrainingLoader.steps, []
 
     def watched(loader, first, last):
         for batch in steps(loader, first, last):
             listening.extend(c for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN)
             yield batch
 
-    monkeypatch.setattr(Loader, "steps", watched)
+    monkeypatch.setattr(TrainingLoader, "steps", watched)
     here("train", *TINY_TRAIN, "-e", tmp_path / "run", "train.log_with=[tensorboard]")
     assert listening == []

@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY_TRAIN, stranger
 from safetensors.torch import load_file
 
-from flow.engine import snapshot
+from flow.sampling import snapshot
 
 
 def test_places_in_a_snapshot_of_strangers_are_used_where_they_are_repeated(error, here, tiny_run, tmp_path):

@@ -9,12 +9,12 @@ import torch
 
 from flow import solvers
 from flow.guidance import GuidedVelocity
-from flow.inversion import T_MAX
-from flow.solvers import adaptive, grid
-from flow.solvers.adaptive import ADAPTIVE
-from flow.solvers.multistep import STARTS
+from flow.likelihood import T_MAX
+from flow.solvers import time_grids, torchdiffeq
+from flow.solvers.multistep import BOOTSTRAP
 from flow.solvers.runge_kutta import TABLEAUX
-from flow.solvers.sde import DIFFUSIONS, SDE
+from flow.solvers.sde import DIFFUSION_COEFFICIENTS, SDE
+from flow.solvers.torchdiffeq import ADAPTIVE
 
 
 def rotation(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -26,11 +26,11 @@ def rotation_error(method: str, steps: int, **options: float) -> float:
     x = torch.tensor([[1.0, 0.5]], dtype=torch.float64)
     angle = math.sin(1.0)
     turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]], dtype=torch.float64)
-    return (solvers.solve(rotation, x, grid.uniform(steps), method, **options).x - x @ turn).norm().item()
+    return (solvers.solve(rotation, x, time_grids.uniform(steps), method, **options).x - x @ turn).norm().item()
 
 
 @pytest.mark.parametrize(
-    ("method", "order"), [*((name, t.order) for name, t in TABLEAUX.items()), *((n, o) for n, (o, _) in STARTS.items())]
+    ("method", "order"), [*((name, t.order) for name, t in TABLEAUX.items()), *((n, o) for n, (o, _) in BOOTSTRAP.items())]
 )
 def test_measured_order_is_the_declared_one(method, order):
     steps = [16, 32, 64, 128]
@@ -57,8 +57,8 @@ def test_order_in_log_snr(method, order):
 def test_adaptive_methods_meet_their_tolerance(method):
     """On the Gaussian flow below, whose solution is known; fewer evaluations for a loose tolerance."""
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    tight = solvers.solve(gaussian_velocity, x0, grid.build("uniform", 1), method, rtol=1e-7, atol=1e-7)
-    loose = solvers.solve(gaussian_velocity, x0, grid.build("uniform", 1), method, rtol=1e-2, atol=1e-2)
+    tight = solvers.solve(gaussian_velocity, x0, time_grids.build("uniform", 1), method, rtol=1e-7, atol=1e-7)
+    loose = solvers.solve(gaussian_velocity, x0, time_grids.build("uniform", 1), method, rtol=1e-2, atol=1e-2)
     assert (tight.x - (3 + 0.5 * x0)).abs().max() < 1e-5
     assert loose.nfe < tight.nfe
 
@@ -66,32 +66,32 @@ def test_adaptive_methods_meet_their_tolerance(method):
 def test_every_name_of_torchdiffeq_is_a_method():
     from torchdiffeq._impl.odeint import SOLVERS
 
-    assert set(SOLVERS) <= set(solvers.METHODS)
-    assert set(SOLVERS) == set(adaptive.OWN_TIMES) | (set(SOLVERS) & set(TABLEAUX))
+    assert set(SOLVERS) <= set(solvers.SOLVERS)
+    assert set(SOLVERS) == set(torchdiffeq.IGNORES_GRID) | (set(SOLVERS) & set(TABLEAUX))
 
 
 @pytest.mark.filterwarnings("ignore:Functional iteration did not converge")  # by the last bits, with these tolerances
-@pytest.mark.parametrize("method", ["explicit_adams", *adaptive.IMPLICIT])
+@pytest.mark.parametrize("method", ["explicit_adams", *torchdiffeq.IMPLICIT])
 def test_adams_methods_of_torchdiffeq(method):
     """At least of fourth order, with the open last step; without one, to a time before the data and back, as accurate."""
-    tight = {"rtol": 1e-12, "atol": 1e-12} if method in adaptive.IMPLICIT else {}
+    tight = {"rtol": 1e-12, "atol": 1e-12} if method in torchdiffeq.IMPLICIT else {}
     logs = [math.log2(rotation_error(method, n, **tight)) for n in (16, 32, 64)]
     assert (logs[0] - logs[-1]) / 2 > 3.8
     x0 = torch.linspace(-2, 2, 8, dtype=torch.float64).view(4, 2)
-    middle = solvers.solve(rotation, x0, [0.5 * t for t in grid.uniform(16)], method, **tight).x
-    back = solvers.solve(rotation, middle, [0.5 - 0.5 * t for t in grid.uniform(16)], method, **tight).x
+    middle = solvers.solve(rotation, x0, [0.5 * t for t in time_grids.uniform(16)], method, **tight).x
+    back = solvers.solve(rotation, middle, [0.5 - 0.5 * t for t in time_grids.uniform(16)], method, **tight).x
     assert (middle - x0).abs().max() > 0.1 and (back - x0).abs().max() < 1e-4
-    assert solvers.solve(rotation, x0, grid.uniform(1), method).nfe == 3  # the open last step alone
+    assert solvers.solve(rotation, x0, time_grids.uniform(1), method).nfe == 3  # the open last step alone
 
 
-@pytest.mark.parametrize("method", [m for m in solvers.METHODS if m not in solvers.STOCHASTIC])
+@pytest.mark.parametrize("method", [m for m in solvers.SOLVERS if m not in solvers.STOCHASTIC])
 def test_states_on_the_way(method):
     """One for each time of the grid after the first; the last is the end, which watching does not change."""
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     states = []
-    watched = solvers.solve(gaussian_velocity, x0, grid.uniform(8), method, states.append)
+    watched = solvers.solve(gaussian_velocity, x0, time_grids.uniform(8), method, states.append)
     assert len(states) == 8 and torch.equal(states[-1], watched.x)
-    plain = solvers.solve(gaussian_velocity, x0, grid.uniform(8), method)
+    plain = solvers.solve(gaussian_velocity, x0, time_grids.uniform(8), method)
     assert torch.allclose(plain.x, watched.x) and plain.nfe == watched.nfe
     t = 0.5  # the exact state there: mean 3 t, standard deviation hypot(1 - t, t / 2)
     assert (states[3] - (3 * t + math.hypot(1 - t, t / 2) * x0)).abs().max() < 0.3
@@ -128,13 +128,13 @@ def test_nfe_equals_the_calls_inside_the_network(method, expected, scale):
 
     y = torch.zeros(3, dtype=torch.long)
     velocity = GuidedVelocity(net, y, null=10, scale=scale)
-    solution = solvers.solve(velocity, torch.zeros(3, 1, 2, 2), grid.uniform(7), method)
+    solution = solvers.solve(velocity, torch.zeros(3, 1, 2, 2), time_grids.uniform(7), method)
     assert solution.nfe == len(images) == expected
     assert velocity.forwards == sum(images) / 3 == (expected if scale == 1 else 2 * expected)
     assert max(times) < 1  # a velocity at the data end would leave noise in the image
 
 
-@pytest.mark.parametrize("method", [m for m in solvers.METHODS if m not in solvers.STOCHASTIC])
+@pytest.mark.parametrize("method", [m for m in solvers.SOLVERS if m not in solvers.STOCHASTIC])
 def test_no_noise_is_left_when_the_data_is_one_point(method):
     """The exact velocity towards a point mass at mu jumps at t = 1; every method must still land on mu."""
     mu = 0.7
@@ -143,15 +143,15 @@ def test_no_noise_is_left_when_the_data_is_one_point(method):
         return (mu - x) / (1 - t) if t < 1 else x  # at t = 1 a trained network answers E[x1 - x0 | x1] = x1
 
     x = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    landed = solvers.solve(velocity, x, grid.uniform(5), method).x
+    landed = solvers.solve(velocity, x, time_grids.uniform(5), method).x
     assert (landed - mu).abs().max() < 0.02 * x.std()
 
 
 @pytest.mark.filterwarnings("ignore:Functional iteration did not converge")  # in the strongest field
-@pytest.mark.parametrize("method", solvers.METHODS)
+@pytest.mark.parametrize("method", solvers.SOLVERS)
 def test_no_method_evaluates_the_velocity_outside_the_times_it_solves_over(method):
     """Forwards as sampling does it, backwards as likelihood and inversion do, in weak and strong fields."""
-    backwards = [(1 - grid.END_EPS, 0.0), (T_MAX, 0.0)] if method in solvers.DETERMINISTIC else []
+    backwards = [(1 - time_grids.END_EPS, 0.0), (T_MAX, 0.0)] if method in solvers.DETERMINISTIC else []
     for start, end in [(0.0, 1.0), (0.0, 0.9), *backwards]:
         for strength in (-30.0, -1e-9, 0.0, 1.0, 30.0):
             times = []
@@ -163,10 +163,10 @@ def test_no_method_evaluates_the_velocity_outside_the_times_it_solves_over(metho
                 return strength * x
 
             x = torch.linspace(-2, 2, 8, dtype=torch.float64).view(4, 2)
-            options = {"rtol": 1e-2, "atol": 1e-2} if method in solvers.BY_BATCH else {}
+            options = {"rtol": 1e-2, "atol": 1e-2} if method in solvers.HAS_TOLERANCES else {}
             if method in solvers.STOCHASTIC:
                 options["noise"] = torch.zeros_like(x).mul
-            steps = [start + (end - start) * t for t in grid.uniform(7)]
+            steps = [start + (end - start) * t for t in time_grids.uniform(7)]
             assert solvers.solve(velocity, x, steps, method, **options).nfe == len(times) > 0
 
 
@@ -182,7 +182,7 @@ def test_adaptive_methods_have_no_error_floor_of_their_last_step():
 def test_states_within_the_last_step_of_an_adaptive_method(method):
     """Grids finer than END_EPS have times beyond 1 - END_EPS."""
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    for times in (grid.uniform(1500), [0.0, 0.5, 1 - grid.END_EPS, 0.9996, 1.0], [0.9995, 0.9999, 1.0]):
+    for times in (time_grids.uniform(1500), [0.0, 0.5, 1 - time_grids.END_EPS, 0.9996, 1.0], [0.9995, 0.9999, 1.0]):
         states, start = [], 3 * times[0] + math.hypot(1 - times[0], times[0] / 2) * x0
         solvers.solve(gaussian_velocity, start, times, method, states.append, rtol=1e-5, atol=1e-5)
         errors = [(x - 3 * t - math.hypot(1 - t, t / 2) * x0).abs().max() for x, t in zip(states, times[1:], strict=True)]
@@ -203,32 +203,32 @@ def test_a_velocity_that_is_not_finite_is_named():
 def test_solver_keeps_the_dtype_and_leaves_its_input_alone():
     for dtype in (torch.float32, torch.float64):
         x = torch.ones(2, 2, dtype=dtype)
-        assert solvers.solve(rotation, x, grid.uniform(3), "heun").x.dtype == dtype
+        assert solvers.solve(rotation, x, time_grids.uniform(3), "heun").x.dtype == dtype
         assert torch.equal(x, torch.ones(2, 2, dtype=dtype))
 
 
 def test_unknown_method_and_too_few_steps_are_named():
     with pytest.raises(ValueError, match="'foo' is no solver; choose one of euler"):
-        solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "foo")
+        solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "foo")
     with pytest.raises(ValueError, match="0 steps"):
-        grid.build("uniform", 0)
+        time_grids.build("uniform", 0)
     with pytest.raises(ValueError, match="'foo' is no time grid; choose one of uniform"):
-        grid.build("foo", 3)
+        time_grids.build("foo", 3)
     for value in (0.0, -1.0, 2.0):
         with pytest.raises(ValueError, match=r"rtol=.*: must be greater than 0"):
-            solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "dopri5", rtol=value)
+            solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "dopri5", rtol=value)
     with pytest.raises(ValueError, match="euler has no option 'rtol'; it takes none"):
-        solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "euler", rtol=1e-3)
+        solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "euler", rtol=1e-3)
     with pytest.raises(ValueError, match="'linear' is no diffusion coefficient; choose one of constant, sigma, increasing"):
-        solvers.check_values("euler_maruyama", diffusion="linear")  # SiT's is 1 - t, which is sigma
+        solvers.validate_options("euler_maruyama", diffusion="linear")  # SiT's is 1 - t, which is sigma
     with pytest.raises(ValueError, match="noise_scale=-1: must be 0 or more"):
-        solvers.solve(rotation, torch.zeros(1, 2), grid.uniform(1), "euler_maruyama", noise=lambda i: 0, noise_scale=-1)
+        solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "euler_maruyama", noise=lambda i: 0, noise_scale=-1)
 
 
-@pytest.mark.parametrize("name", grid.GRIDS)
+@pytest.mark.parametrize("name", time_grids.GRIDS)
 def test_grids_rise_from_prior_to_data(name):
     for steps in (1, 2, 3, 10, 100):
-        times = grid.build(name, steps)
+        times = time_grids.build(name, steps)
         assert len(times) == steps + 1 and times[0] == 0 and times[-1] == 1
         assert all(a < b for a, b in pairwise(times))
 
@@ -256,7 +256,11 @@ MIXTURE = [(0.5, (2.0, 0.0), 0.3), (0.3, (-1.0, 1.5), 0.5), (0.2, (-1.0, -2.0), 
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [*((method, {"diffusion": name}) for method in SDE for name in DIFFUSIONS), ("ancestral", {}), ("ancestral", {"eta": 0.5})],
+    [
+        *((method, {"diffusion": name}) for method in SDE for name in DIFFUSION_COEFFICIENTS),
+        ("ancestral", {}),
+        ("ancestral", {"eta": 0.5}),
+    ],
 )
 def test_marginals_of_the_sde_are_those_of_the_target(method, options):
     """Means and covariances of a Gaussian mixture, within four standard errors and the bias of the steps."""
@@ -265,7 +269,7 @@ def test_marginals_of_the_sde_are_those_of_the_target(method, options):
     x0 = torch.randn(n, 2, dtype=torch.float64, generator=g)
     noise = lambda i: torch.randn(n, 2, dtype=torch.float64, generator=g)  # noqa: E731
     steps = 400 if method == "euler_maruyama" else 200
-    x = solvers.solve(mixture_velocity, x0, grid.uniform(steps), method, noise=noise, **options).x
+    x = solvers.solve(mixture_velocity, x0, time_grids.uniform(steps), method, noise=noise, **options).x
     weights = torch.tensor([w for w, *_ in MIXTURE], dtype=torch.float64)
     mus = torch.tensor([mu for _, mu, _ in MIXTURE], dtype=torch.float64)
     mean = weights @ mus
@@ -281,9 +285,9 @@ def test_marginals_of_the_sde_are_those_of_the_target(method, options):
 def test_without_noise_the_sde_is_the_ode(method, ode):
     x0 = torch.randn(50, 2, dtype=torch.float64)
     options = {"noise_scale": 0.0, "eta": 0.0, "noise": lambda i: 1 / 0}
-    options = {name: value for name, value in options.items() if name in solvers.METHODS[method][1]}
-    found = solvers.solve(mixture_velocity, x0, grid.uniform(9), method, **options)
-    wanted = solvers.solve(mixture_velocity, x0, grid.uniform(9), ode)
+    options = {name: value for name, value in options.items() if name in solvers.SOLVERS[method][1]}
+    found = solvers.solve(mixture_velocity, x0, time_grids.uniform(9), method, **options)
+    wanted = solvers.solve(mixture_velocity, x0, time_grids.uniform(9), ode)
     assert torch.equal(found.x, wanted.x) and found.nfe == wanted.nfe
 
 
@@ -316,32 +320,34 @@ def test_the_sde_leaves_no_noise_where_the_data_is_one_point(method):
     mu = 0.7
     x0 = torch.randn(100, dtype=torch.float64)
     noise = lambda i: torch.randn(100, dtype=torch.float64)  # noqa: E731
-    x = solvers.solve(lambda x, t: (mu - x) / (1 - t), x0, grid.uniform(20), method, noise=noise, diffusion="constant").x
+    x = solvers.solve(lambda x, t: (mu - x) / (1 - t), x0, time_grids.uniform(20), method, noise=noise, diffusion="constant").x
     assert (x - mu).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("diffusion", DIFFUSIONS)
+@pytest.mark.parametrize("diffusion", DIFFUSION_COEFFICIENTS)
 @pytest.mark.parametrize("method", SDE)
 def test_the_sde_leaves_little_noise_with_a_field_that_is_wrong_near_the_data(method, diffusion):
     """A network cannot follow v = (x1 - x) / (1 - t) to the end: here its slope stops at 1 / 0.05."""
     draws = np.random.default_rng(0)
     x0 = torch.from_numpy(draws.standard_normal((4000, 1)))
     noise = lambda step: torch.from_numpy(draws.standard_normal((4000, 1)))  # noqa: E731
-    left = solvers.solve(lambda x, t: -x / max(1 - t, 0.05), x0, grid.uniform(50), method, noise=noise, diffusion=diffusion).x
+    left = solvers.solve(
+        lambda x, t: -x / max(1 - t, 0.05), x0, time_grids.uniform(50), method, noise=noise, diffusion=diffusion
+    ).x
     assert left.std() < 0.02  # of 1 at the start
 
 
 def test_the_most_steps_within_a_number_of_evaluations():
-    assert solvers.steps_within("euler", 10) == 10
-    assert solvers.steps_within("heun", 10) == 5  # 2 x 5 - 1 = 9
-    assert solvers.steps_within("heun", 1) == 1
-    assert solvers.steps_within("rk4", 10) == 2  # 4 + 3
-    assert solvers.steps_within("unipc", 7) == 7
-    assert solvers.steps_within("euler_maruyama", 7) == 7
-    assert (solvers.steps_within("heun", 5), solvers.steps_within("heun", 5, end=0.9)) == (3, 2)
+    assert solvers.max_steps_for_nfe("euler", 10) == 10
+    assert solvers.max_steps_for_nfe("heun", 10) == 5  # 2 x 5 - 1 = 9
+    assert solvers.max_steps_for_nfe("heun", 1) == 1
+    assert solvers.max_steps_for_nfe("rk4", 10) == 2  # 4 + 3
+    assert solvers.max_steps_for_nfe("unipc", 7) == 7
+    assert solvers.max_steps_for_nfe("euler_maruyama", 7) == 7
+    assert (solvers.max_steps_for_nfe("heun", 5), solvers.max_steps_for_nfe("heun", 5, end=0.9)) == (3, 2)
     with pytest.raises(ValueError, match="NFE 2: rk4 needs at least 3"):
-        solvers.steps_within("rk4", 2)
-    assert solvers.steps_within("explicit_adams", 20) == 12
+        solvers.max_steps_for_nfe("rk4", 2)
+    assert solvers.max_steps_for_nfe("explicit_adams", 20) == 12
     for method in ("dopri5", "implicit_adams"):
         with pytest.raises(ValueError, match=f"{method} chooses its own number of evaluations"):
-            solvers.steps_within(method, 100)
+            solvers.max_steps_for_nfe(method, 100)

@@ -9,11 +9,11 @@ from conftest import TINY_TRAIN
 import models
 from datasets import captions
 from flow.guidance import drop_labels
-from models import text
+from models import text_encoder
 
 NAMES = tuple("0123456789")
 MNIST_NAMES = ("0 - zero", "7 - seven")
-NET = {"width": 16, "head_channels": 16, "patch": 1, "prompt_bytes": 48}
+NET = {"width": 16, "head_channels": 16, "patch": 1, "max_prompt_bytes": 48}
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def net():
 
 
 def test_tokens_are_bytes():
-    tokens = text.encode(["ab", "数字7", ""], 10)
+    tokens = text_encoder.encode(["ab", "数字7", ""], 10)
     assert tokens[0].tolist() == [ord("a") + 1, ord("b") + 1] + [0] * 8
     assert (tokens[1] > 0).sum() == 7 and tokens[2].sum() == 0
     with pytest.raises(ValueError, match="has 11 bytes, this network reads at most 10"):
-        text.encode(["hello world"], 10)
+        text_encoder.encode(["hello world"], 10)
 
 
 def test_network_reads_its_prompt_and_padding_changes_nothing(net):
@@ -107,5 +107,5 @@ def test_training_and_prompting(tmp_path, here, error):
     told = here("evaluate", *evaluate, "--feature_extractor", "digits", "--captions", "held_out", "--out", tmp_path / "table")
     assert "accuracy" in told
     assert "| captions |" in told and "held_out" in told
-    line = error("train", *arguments, "model.args.prompt_bytes=10", "-e", tmp_path / "short")
-    assert "model.args.prompt_bytes=10: captions have up to" in line
+    line = error("train", *arguments, "model.args.max_prompt_bytes=10", "-e", tmp_path / "short")
+    assert "model.args.max_prompt_bytes=10: captions have up to" in line

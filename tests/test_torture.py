@@ -6,22 +6,22 @@ import shutil
 import pytest
 from conftest import succeed
 
-from flow.engine import snapshot
-from scripts import torture
+from flow.sampling import snapshot
+from scripts.dev import fault_injection
 
 
 def test_training_survives_some_kills(tmp_path):
     out = tmp_path / "out"
-    succeed("-m", "scripts.torture", "--kills", "3", "--out", out)
+    succeed("-m", "scripts.dev.fault_injection", "--kills", "3", "--out", out)
     found = json.loads((out / "torture.json").read_text())
     assert found["kills"] == 3 == sum(found["moments"].values()) and found["differences"] == []
     assert not list(out.rglob(".tmp-*"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", torture.JOBS)
+@pytest.mark.parametrize("script", fault_injection.JOBS)
 def test_a_script_survives_many_kills(tmp_path, script):
-    said = succeed("-m", "scripts.torture", "--kills", "30", "--script", script, "--seed", "1", timeout=900).stdout
+    said = succeed("-m", "scripts.dev.fault_injection", "--kills", "30", "--script", script, "--seed", "1", timeout=900).stdout
     assert f"{script}: 30 kills in" in said
 
 
@@ -36,11 +36,11 @@ def test_what_differs_is_found(tiny_run, tmp_path):
     )):  # fmt: skip
         run = tmp_path / str(number)
         shutil.copytree(tiny_run, run)
-        assert torture.compare(tiny_run, run) == []
+        assert fault_injection.compare(tiny_run, run) == []
         harm(run)
-        assert len(torture.compare(tiny_run, run)) == 1, number
+        assert len(fault_injection.compare(tiny_run, run)) == 1, number
 
 
 def test_an_output_folder_is_not_overwritten(error, tmp_path):
     (tmp_path / "mine.txt").touch()
-    assert "exists already" in error("torture", "--kills", "1", "--out", tmp_path)
+    assert "exists already" in error("fault_injection", "--kills", "1", "--out", tmp_path)

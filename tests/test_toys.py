@@ -11,8 +11,8 @@ from PIL import Image
 import datasets
 import models
 from datasets.toys import LOG_DENSITIES, TOYS
-from flow.engine import images
-from flow.evaluation import animation, planes, points, table
+from flow.evaluation import animation, metrics_2d, plots_2d, table
+from flow.sampling import images
 
 SETS = [name for name in TOYS if name != "image"]
 
@@ -80,7 +80,7 @@ def test_mlp():
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3)
     assert not torch.allclose(net(x, t, y), net(x, t, y.roll(1))) and not torch.allclose(net(x, t, y), net(x, t / 2, y))
-    assert (net.num_classes, net.null, net.prompt_bytes) == (3, 3, None)
+    assert (net.num_classes, net.null, net.max_prompt_bytes) == (3, 3, None)
     with pytest.raises(ValueError, match="unet is a network for images"):
         models.build("unet", (2,), {})
     with pytest.raises(ValueError, match="depth=0: must be a whole number"):
@@ -90,20 +90,20 @@ def test_mlp():
 def test_distances_between_points():
     a, b = toys("moons", 4000).images, toys("moons", 4000, seed=1).images
     shift = torch.tensor([0.6, 0.8])
-    assert points.sliced_wasserstein(a, a) == 0
+    assert metrics_2d.sliced_wasserstein(a, a) == 0
     # a shift by s moves every projection by s . direction, whose mean square over directions is |s|^2 / 2
-    assert points.sliced_wasserstein(a, a + shift) == pytest.approx(math.sqrt(0.5), rel=1e-6)
-    assert points.sliced_wasserstein(a, b[:1000]) < 0.1 < points.sliced_wasserstein(a, toys("rings", 4000).images)
-    for distance in (points.mmd, points.energy_distance):
+    assert metrics_2d.sliced_wasserstein(a, a + shift) == pytest.approx(math.sqrt(0.5), rel=1e-6)
+    assert metrics_2d.sliced_wasserstein(a, b[:1000]) < 0.1 < metrics_2d.sliced_wasserstein(a, toys("rings", 4000).images)
+    for distance in (metrics_2d.mmd, metrics_2d.energy_distance):
         assert abs(distance(a, b)) < 0.005 and distance(a, b + shift) > 0.1
     # one point each: the kernel and the distance have a formula
     x, y = torch.zeros(2, 2), torch.full((2, 2), 3.0)
-    assert points.energy_distance(x, y) == pytest.approx(2 * math.sqrt(18))
-    assert points.mmd(x, y) == pytest.approx(2 - 2 * math.exp(-18 / 0.5))
+    assert metrics_2d.energy_distance(x, y) == pytest.approx(2 * math.sqrt(18))
+    assert metrics_2d.mmd(x, y) == pytest.approx(2 - 2 * math.exp(-18 / 0.5))
 
 
 def test_the_picture_of_points():
-    cloud = images.point_cloud(torch.tensor([[0.0, 2.0], [9.0, 9.0]]), side=50)
+    cloud = images.scatter_image(torch.tensor([[0.0, 2.0], [9.0, 9.0]]), side=50)
     assert cloud.shape == (1, 50, 50) and cloud[0, 5, 25] == 0 and cloud[0, 40].min() == 255
 
 
@@ -134,13 +134,13 @@ def test_held_out_log_density(std):
 
     x1 = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = torch.distributions.Normal(0, std).log_prob(x1).sum(1).mean().item()
-    assert points.mean_log_likelihood(velocity, x1) == pytest.approx(expected, rel=2e-2)
+    assert metrics_2d.mean_log_likelihood(velocity, x1) == pytest.approx(expected, rel=2e-2)
 
 
 def test_points_that_are_not_finite_are_refused():
     real = toys("moons", 100).images
     with pytest.raises(ValueError, match="1 of 100 points of the samples are not finite"):
-        points.evaluate(real.index_fill(0, torch.tensor([3]), torch.nan), real)
+        metrics_2d.evaluate(real.index_fill(0, torch.tensor([3]), torch.nan), real)
 
 
 def test_the_way_of_images_from_noise(tmp_path, tiny_run, here):
@@ -164,9 +164,9 @@ def test_gif_frames_keep_their_colours_and_their_time(tmp_path):
 
 
 def test_the_density_map_is_where_the_points_are():
-    _, (ax,) = planes.panels(["one"])
-    planes.density(ax, np.array([[1.0, -1.0]] * 10))
+    _, (ax,) = plots_2d.panels(["one"])
+    plots_2d.density(ax, np.array([[1.0, -1.0]] * 10))
     counts = ax.images[0].get_array()
     row, column = np.unravel_index(counts.argmax(), counts.shape)
-    at = planes.mesh(planes.BINS).reshape(planes.BINS, planes.BINS, 2)[row, column]
-    assert np.allclose(at, [1, -1], atol=2 * planes.REACH / planes.BINS)
+    at = plots_2d.grid_centers(plots_2d.BINS).reshape(plots_2d.BINS, plots_2d.BINS, 2)[row, column]
+    assert np.allclose(at, [1, -1], atol=2 * plots_2d.EXTENT / plots_2d.BINS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flow.engine.tracker import read_metrics
+from flow.training.logging import read_metrics
 from models import autoencoder
 from scripts.train_vae import distances, divergence
 

@@ -18,9 +18,10 @@ import torch
 from conftest import REPOSITORY, TINY_TRAIN, fail, run_script, succeed
 from safetensors.torch import load_file
 
-from flow.engine import checkpoint, snapshot
-from flow.engine.tracker import read_metrics
-from scripts import torture
+from flow.sampling import snapshot
+from flow.training import checkpoint
+from flow.training.logging import read_metrics
+from scripts.dev import fault_injection
 
 DROPOUT = (
     "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
@@ -30,17 +31,17 @@ FORTY = [*TINY_TRAIN, DROPOUT, "train.steps=40", "train.checkpoint_every_steps=2
 
 
 def newest(run: Path) -> Path:
-    return checkpoint.all_of(run / "checkpoints")[-1]
+    return checkpoint.list_checkpoints(run / "checkpoints")[-1]
 
 
 def assert_same_state(run_a: Path, run_b: Path) -> None:
     """Weights, moving average, optimizer state and counters of the newest checkpoint, to the bit."""
-    assert torture.compare(newest(run_a), newest(run_b)) == []
+    assert fault_injection.compare(newest(run_a), newest(run_b)) == []
     assert {"model.safetensors", "ema.safetensors", "optimizer.bin"} <= {path.name for path in newest(run_a).iterdir()}
 
 
 def losses(run: Path) -> list[dict]:
-    return torture.losses(run / "metrics.jsonl")
+    return fault_injection.losses(run / "metrics.jsonl")
 
 
 def kill_after_first_checkpoint(run: Path, launcher: list[str]) -> None:
@@ -76,14 +77,14 @@ def test_stopped_by_sigterm_saves_and_says_how_to_go_on(tmp_path, monkeypatch, u
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
-    saved = checkpoint.all_of(run / "checkpoints")
-    assert len(saved) == 1 and checkpoint.damage_of(saved[0]) is None
-    step = checkpoint.step_of(saved[0])
+    saved = checkpoint.list_checkpoints(run / "checkpoints")
+    assert len(saved) == 1 and checkpoint.verify(saved[0]) is None
+    step = checkpoint.parse_step(saved[0])
     assert 15 <= step < 4000
     assert "Traceback" not in err
     (resume,) = re.findall(r"go on with: (.+)", out)
     subprocess.run(f"{resume} train.steps={step + 3}", shell=True, cwd=REPOSITORY, check=True, capture_output=True)
-    assert checkpoint.step_of(checkpoint.all_of(run / "checkpoints")[-1]) == step + 3
+    assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == step + 3
 
 
 def start_on_a_terminal(command: list[str]) -> tuple[int, int]:
@@ -114,9 +115,9 @@ def test_a_closed_terminal_stops_a_run_unless_it_is_ignored(tmp_path, monkeypatc
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     said = (run / "log.txt").read_text()
-    assert checkpoint.damage_of(newest(run)) is None
+    assert checkpoint.verify(newest(run)) is None
     if nohup:
-        assert os.waitstatus_to_exitcode(status) == 0 and checkpoint.step_of(newest(run)) == 60
+        assert os.waitstatus_to_exitcode(status) == 0 and checkpoint.parse_step(newest(run)) == 60
     else:
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
         assert f"stopped by SIGHUP; the newest checkpoint is {newest(run)}; go on with: python train.py -e {run}" in said
@@ -140,7 +141,7 @@ def test_two_processes_resume_to_the_bit_and_equal_one_within_rounding(tmp_path,
     succeed("train.py", *plain, "-e", both, "train.keep_checkpoints=0", processes=2)
     shutil.copytree(both, elastic, ignore=shutil.ignore_patterns("step_00000040*"))
     succeed("train.py", "-e", elastic, "-r", "latest")
-    succeed("train.py", *plain, "train.accumulate=2", "-e", one)
+    succeed("train.py", *plain, "train.gradient_accumulation_steps=2", "-e", one)
     for other in (elastic, one):
         for a, b in zip(losses(both), losses(other), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -168,7 +169,7 @@ def test_a_manifest_without_what_a_checkpoint_holds_is_passed_over(here, tmp_pat
     (run / "checkpoints" / "step_00000004" / "manifest.json").write_text(manifest)
     printed = here("train", "-e", run, "-r", "latest")
     assert "step_00000004 is damaged and passed over: manifest.json" in printed and "going on from step 2" in printed
-    assert checkpoint.damage_of(newest(run)) is None
+    assert checkpoint.verify(newest(run)) is None
 
 
 def test_changed_options_of_the_optimizer_are_applied(here, tmp_path, tiny_run):
@@ -206,7 +207,7 @@ def test_run_folder_holds_what_the_design_promises(uninterrupted):
     assert row["step"] == 40 and row["images"] == 40 * 32
     assert {"loss", "loss_t_0.0", "loss_t_0.9", "grad_norm", "learning_rate", "images_per_second"} <= row.keys()
     assert (uninterrupted / "samples" / "step_00000040.png").stat().st_size > 0
-    assert [p.name for p in checkpoint.all_of(uninterrupted / "checkpoints")] == ["step_00000020", "step_00000040"]
+    assert [p.name for p in checkpoint.list_checkpoints(uninterrupted / "checkpoints")] == ["step_00000020", "step_00000040"]
 
 
 def test_not_finite_loss_stops_with_the_step_and_the_newest_checkpoint(tmp_path):
@@ -235,7 +236,7 @@ def test_several_half_lives_and_trackers(tmp_path):
         "step_00000004.safetensors",
     ]
     assert snapshot.load(run).half_life_images == 100
-    assert len(checkpoint.all_of(run / "checkpoints")) == 1
+    assert len(checkpoint.list_checkpoints(run / "checkpoints")) == 1
     assert list((run / "tensorboard").glob("events*"))
 
 

@@ -10,8 +10,8 @@ import torch
 import models
 from configs import schema
 from flow import solvers
-from flow.engine import snapshot, tuned_grids
-from flow.solvers import grid, tuning
+from flow.sampling import grid_store, snapshot
+from flow.solvers import grid_optimization, time_grids
 
 
 def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -21,7 +21,7 @@ def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def fine():
-    return tuning.fine_trajectory(velocity, torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None], 12)
+    return grid_optimization.reference_trajectory(velocity, torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None], 12)
 
 
 def test_the_shortest_grid_is_the_best_of_all(fine):
@@ -33,25 +33,25 @@ def test_the_shortest_grid_is_the_best_of_all(fine):
             total += (states[i] + (j - i) / 12 * velocities[i] - states[j]).square().mean().sqrt().item()
         return total
 
-    found = tuning.shortest_grid(states, velocities, 4)
+    found = grid_optimization.dynamic_programming_grid(states, velocities, 4)
     best = min(((0, *inner, 12) for inner in itertools.combinations(range(1, 12), 3)), key=price)
     assert found == pytest.approx([i / 12 for i in best])
     with pytest.raises(ValueError, match="13 steps: must be from 1 to the 12"):
-        tuning.shortest_grid(states, velocities, 13)
+        grid_optimization.dynamic_programming_grid(states, velocities, 13)
 
 
 def test_descent_ends_closer_and_in_order():
     x0 = torch.linspace(-2, 2, 8, dtype=torch.float64)[:, None]
-    target = solvers.solve(velocity, x0, grid.uniform(2000), "heun").x
+    target = solvers.solve(velocity, x0, time_grids.uniform(2000), "heun").x
 
     def error(times: list[float]) -> float:
         return (solvers.solve(velocity, x0, times, "euler").x - target).square().mean().sqrt().item()
 
-    start = grid.uniform(5)
-    found = tuning.descend(error, start, 150)
+    start = time_grids.uniform(5)
+    found = grid_optimization.refine_grid(error, start, 150)
     assert error(found) < 0.5 * error(start)
     assert found[0] == 0 and found[-1] == 1 and all(a < b for a, b in itertools.pairwise(found))
-    assert tuning.descend(error, [0.0, 1.0], 10) == [0.0, 1.0]
+    assert grid_optimization.refine_grid(error, [0.0, 1.0], 10) == [0.0, 1.0]
 
 
 def test_commands(tmp_path, tiny_run, here, error):
@@ -59,21 +59,21 @@ def test_commands(tmp_path, tiny_run, here, error):
     weights = tmp_path / "net.safetensors"
     weights.write_bytes(snapshot.find(tiny_run).read_bytes())
     tune = ["tune_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3", "4"]
-    out = here(*tune, "--n_images", "4", "--fine_steps", "16", "--evaluations", "30")
-    assert f"kept in {tuned_grids.file_of(weights)}" in out
-    tuned_grids.store(weights, "heun", [0.0, 0.3, 1.0])
+    out = here(*tune, "--n_images", "4", "--reference_steps", "16", "--evaluations", "30")
+    assert f"kept in {grid_store.file_of(weights)}" in out
+    grid_store.store(weights, "heun", [0.0, 0.3, 1.0])
     out = tmp_path / "samples"
-    sample = ["sample", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--grid", "tuned"]
+    sample = ["sample", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--time_grid", "tuned"]
     here(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
     assert json.loads((out / "sampling.json").read_text())["times"] == [0.0, 0.3, 1.0]
     line = error(*sample, "--sampling_method", "midpoint", "--sampling_steps", "2")
     for method, steps in (("dopri5", "4"), ("euler", "1")):
         assert f"not for {method} with {steps}" in error(*sample, "--sampling_method", method, "--sampling_steps", steps)
-    assert "none was fitted for midpoint with 2 steps" in line and "scripts.tune_grid" in line
-    stored = json.loads(tuned_grids.file_of(weights).read_text())
-    tuned_grids.file_of(weights).write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
+    assert "none was fitted for midpoint with 2 steps" in line and "scripts.optimize_grid" in line
+    stored = json.loads(grid_store.file_of(weights).read_text())
+    grid_store.file_of(weights).write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
     assert "was fitted to other weights" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
-    tuned_grids.file_of(weights).write_text("{half")
+    grid_store.file_of(weights).write_text("{half")
     assert "is not a whole file of grids" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
 
 
@@ -82,9 +82,9 @@ def test_one_bar_counts_all_evaluations(tmp_path, tiny_run, main_of, capsys):
     weights = tmp_path / "net.safetensors"
     weights.write_bytes(snapshot.find(tiny_run).read_bytes())
     tune = ["tune_grid", "--weights", weights, "--methods", "euler", "heun", "--steps", "2", "3"]
-    main_of(*tune, "--n_images", "2", "--fine_steps", "16", "--evaluations", "9")()
+    main_of(*tune, "--n_images", "2", "--reference_steps", "16", "--evaluations", "9")()
     bars = re.findall(r"([^\r\n]+): +\d+%\|[^|]*\| (\d+)/(\d+)", capsys.readouterr().err)
-    errors = 2 * (len(grid.GRIDS) + 1) + 1 + 9
+    errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + 9
     total = 2 * 2 * 16 + errors * (2 + 3 + 3 + 5)  # NFE of euler and heun with two and three steps
     assert {(name, int(end)) for name, _, end in bars} == {("velocity evaluations", total)}
     assert bars[-1][1] == bars[-1][2]
@@ -95,10 +95,10 @@ def test_the_study(tmp_path, tiny_run, here, error):
     study = ["solver_study", "--weights", tiny_run, "--out", tmp_path, "--n_images", "2"]
     out = here(*study, "--methods", "euler", "heun", "unipc", "--grids", "uniform", "edm", "--sampling_steps", "2", "4")
     assert out.count("| euler") == 4 and (tmp_path / "study.png").stat().st_size > 0
-    assert "--until 0.5: must be" in error(*study, "--until", "0.5", "--fd", "40")
+    assert "--t_end 0.5: must be" in error(*study, "--t_end", "0.5", "--num_fid_images", "40")
 
     def with_distances(scale: str) -> list[list[str]]:
-        asked = ["--fd", "40", "--feature_extractor", "digits", "--methods", "euler", "heun", "--nfe", "3"]
+        asked = ["--num_fid_images", "40", "--feature_extractor", "digits", "--methods", "euler", "heun", "--nfe", "3"]
         lines = here(*study, *asked, "--guidance_scale", scale).splitlines()[-3:-1]
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
@@ -116,7 +116,7 @@ def test_the_study_measures_the_order_of_a_smooth_network(tmp_path, here):
         torch.nn.init.normal_(p, std=0.2)
     snapshot.save(tmp_path / "net.safetensors", net.state_dict(), cfg, (1, 8, 8), 1, 1)
     study = ["solver_study", "--weights", tmp_path / "net.safetensors", "--out", tmp_path, "--n_images", "2"]
-    study += ["--methods", "euler", "heun", "rk4", "ab3", "--sampling_steps", "16", "32", "--until", "0.5", "--double"]
+    study += ["--methods", "euler", "heun", "rk4", "ab3", "--sampling_steps", "16", "32", "--t_end", "0.5", "--float64"]
     lines = here(*study).splitlines()[2:10]
     found = {(cells := [c.strip() for c in line.split("|")])[1]: float(cells[-2]) for line in lines[1::2]}
     assert found == {

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from configs import schema
-from flow.engine import checkpoint, snapshot
+from flow.sampling import snapshot
+from flow.training import checkpoint
 
 
 def contents(folder):
@@ -39,19 +40,19 @@ def contents(folder):
         (["seed=a\nb\x1b[2J"], "seed=a\\nb\\x1b[2J: the value"),
         (["data.args=[1]"], "data.args=[1]: Cannot merge incompatible container types"),
         (["train.timeout_minutes=0"], "train.timeout_minutes=0.0: must be more than 0 and at most 43200"),
-        (["train.not_finite=go"], "train.not_finite=go: must be one of stop, skip"),
+        (["train.nonfinite_grad=go"], "train.nonfinite_grad=go: must be one of stop, skip"),
         (["preview.sampling_steps=0"], "preview.sampling_steps=0: must be at least 1"),
         (["optimizer.lr=nan"], "optimizer.lr=nan: must be greater than 0"),
         (["ema.half_life_images=abc"], "ema.half_life_images=abc: must be a number of images"),
         (["optimizer.schedule=step"], "optimizer.schedule=step: must be one of constant, linear, cosine"),
         (
-            ["train.batch_size=33", "train.accumulate=2"],
-            "train.batch_size=33: must divide by 1 process(es) x train.accumulate=2",
+            ["train.batch_size=33", "train.gradient_accumulation_steps=2"],
+            "train.batch_size=33: must divide by 1 process(es) x train.gradient_accumulation_steps=2",
         ),
         (["train.mixed_precision=fp16"], "train.mixed_precision=fp16: needs a GPU"),
         (["train.log_with=[nothing]"], "train.log_with=['nothing']"),
         (["preview.sampling_method=foo"], "preview: 'foo' is no solver; choose one of euler"),
-        (["flow.time_law=foo"], "flow.time_law: 'foo' is no time law; choose one of uniform"),
+        (["flow.time_sampler=foo"], "flow.time_sampler: 'foo' is no time law; choose one of uniform"),
         (["data.name=mnst"], "data: 'mnst' is not a data set; choose one of digits"),
         (["model.name=unett"], "model: 'unett' is not a network; choose one of unet"),
         (["model.args.attention_resolutions=[5]"], "no level has 5 pixels; the levels of 8x8 images have 8, 4"),
@@ -226,8 +227,8 @@ def test_full_disk_while_saving_leaves_the_last_checkpoint(small_disk, tmp_path)
     many = [*TINY_TRAIN, "train.steps=8", "train.keep_checkpoints=0", "train.checkpoint_every_steps=1"]
     line = fail("train.py", *many, "-e", disk / "run")
     assert "was not written" in line and "the newest checkpoint is" in line
-    kept = checkpoint.all_of(disk / "run" / "checkpoints")
-    assert kept and checkpoint.damage_of(kept[-1]) is None and str(kept[-1]) in line
+    kept = checkpoint.list_checkpoints(disk / "run" / "checkpoints")
+    assert kept and checkpoint.verify(kept[-1]) is None and str(kept[-1]) in line
     assert not list((disk / "run" / "checkpoints").glob(".tmp-*"))
     roomy = tmp_path / "roomy"
     shutil.copytree(disk / "run", roomy)

@@ -14,7 +14,7 @@ SECONDS = 4.0  # of a GIF, before its end is held
 BAR_HEIGHT = 32  # pixels of the bar of time
 
 
-def rendered(figure: Figure) -> np.ndarray:
+def figure_to_array(figure: Figure) -> np.ndarray:
     """The figure as pixels, uint8 [H, W, 3]; sides even, as video coders want them."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -1,6 +1,6 @@
 """Two small fixed classifiers for digits, registered with torch-fidelity as the feature extractors `digits` and `mnist`.
 
-Inception's features mean little on 8x8 or 28x28 grey digits. `scripts/train_classifier.py` trains these; their weights
+Inception's features mean little on 8x8 or 28x28 grey digits. `scripts/dev/train_classifier.py` trains these; their weights
 are part of the repository, so a Frechet distance measured with them compares between machines and years.
 """
 

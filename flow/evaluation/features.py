@@ -44,7 +44,7 @@ class Extractor:
         extra = ["logits"] if self.classifies else [self.isc_layer] if self.isc_layer else []
         self.layers = list(dict.fromkeys([self.layer, *extra]))
         if weights is not None:
-            _refuse_damaged(weights)
+            validate_weights_file(weights)
         try:
             # It would unpickle whatever is there; CLIP's are no pickles, but archives that torch refuses to read as weights.
             with nullcontext() if name.startswith("clip") else mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
@@ -156,7 +156,7 @@ def merge(parts: list[FeatureSet]) -> FeatureSet:
     return merged
 
 
-def _refuse_damaged(weights: Path) -> None:
+def validate_weights_file(weights: Path) -> None:
     """A file that is not there or holds more than weights, by name."""
     if not weights.is_file():
         raise ValueError(f"--feature_weights {weights}: there is no such file")

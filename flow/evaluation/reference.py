@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flow.evaluation.features import Extractor, FeatureSet
-from flow.evaluation.points import PointSpace
+from flow.evaluation.metrics_2d import PointSpace
 
 TOLERANCE = 1e-5  # of a covariance that was stored in float32, relative to its largest entry or eigenvalue
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flow import jsonl
+from flow.runtime import jsonl
 
 # What a row is about, in the order of the columns.
-SUBJECT = ("weights", "captions", "method", "steps", "NFE", "forwards", "guidance_scale", "n", "reference")
+KEY_COLUMNS = ("weights", "captions", "method", "steps", "NFE", "forwards", "guidance_scale", "n", "reference")
 # Rows that agree in these are repeats of one measurement, on ranges of images of their own.
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
@@ -63,7 +63,7 @@ def damage_of(row: dict) -> str | None:
     return None if all(isinstance(name, str) for name in row["asked"]) else "its 'asked' is no list of metrics"
 
 
-def has(folder: Path, row: dict) -> bool:
+def contains(folder: Path, row: dict) -> bool:
     """Whether results.jsonl holds the same measurement with at least the metrics asked for in `row`."""
     existing = {_key(r): r for r in read_rows(folder)}.get(_key(row))
     return existing is not None and set(row["asked"]) <= set(existing["asked"])
@@ -84,7 +84,7 @@ def aggregate(rows: list[dict]) -> list[dict]:
         metrics = {name: _statistics([row["metrics"].get(name) for row in members]) for name in names}
         metrics["seconds"] = _statistics([row["seconds"] for row in members])
         cost = {key: _statistics([row.get(key) for row in members]) for key in COST}
-        subject = {key: cost[key][0] if key in COST else members[-1].get(key) for key in SUBJECT}
+        subject = {key: cost[key][0] if key in COST else members[-1].get(key) for key in KEY_COLUMNS}
         spreads = {key: std for key, (_, std) in cost.items()}
         entries.append({**subject, "ranges": len(members), "spreads": spreads, "metrics": metrics})
     return sorted(entries, key=lambda e: (str(e["weights"]), e["guidance_scale"] or 0, str(e["method"]), e["NFE"] or 0))
@@ -96,14 +96,14 @@ def write(folder: Path, rows: list[dict]) -> str:
     names = [*dict.fromkeys(name for e in entries for name in e["metrics"] if name != "seconds"), "seconds"]
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        subject = [column for key in SUBJECT for column in ((key, f"{key}_std") if key in COST else (key,))]
+        subject = [column for key in KEY_COLUMNS for column in ((key, f"{key}_std") if key in COST else (key,))]
         writer.writerow([*subject, "ranges", *(column for name in names for column in (name, f"{name}_std"))])
         for e in entries:
             values = {**e, **{f"{key}_std": std for key, std in e["spreads"].items()}}
             pairs = [e["metrics"].get(name, (None, None)) for name in names]
             cells = [*(values[key] for key in subject), e["ranges"], *(v for pair in pairs for v in pair)]
             writer.writerow(["" if v is None or v != v else v for v in cells])
-    subject = [key for key in SUBJECT if any(e[key] is not None for e in entries)]
+    subject = [key for key in KEY_COLUMNS if any(e[key] is not None for e in entries)]
     if all(e["NFE"] == e["forwards"] for e in entries):
         subject = [key for key in subject if key != "forwards"]
     lines = [[*subject, "ranges", *names]]

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flow import ddpm
-from flow.solvers import adaptive, multistep, runge_kutta, sde
-from flow.solvers.grid import uniform
+from flow.solvers import ddim, multistep, runge_kutta, sde, torchdiffeq
+from flow.solvers.time_grids import uniform
 
 Velocity = Callable[[Tensor, float], Tensor]
 
@@ -26,23 +25,23 @@ def _runge_kutta(velocity: Velocity, x: Tensor, grid: Sequence[float], method: s
 
 
 # name -> (function that gives the state at each time of the grid but the first, names of its options)
-METHODS: dict[str, tuple[Callable[..., Iterator[Tensor]], tuple[str, ...]]] = {
+SOLVERS: dict[str, tuple[Callable[..., Iterator[Tensor]], tuple[str, ...]]] = {
     **dict.fromkeys(runge_kutta.TABLEAUX, (_runge_kutta, ())),
-    **dict.fromkeys(multistep.STARTS, (multistep.adams_bashforth, ())),
+    **dict.fromkeys(multistep.BOOTSTRAP, (multistep.adams_bashforth, ())),
     "dpmpp_2m": (multistep.dpm_solver_2m, ()),
     "unipc": (multistep.unipc, ()),
-    **dict.fromkeys(adaptive.ADAPTIVE, (adaptive.adaptive, adaptive.OPTIONS)),
-    "explicit_adams": (adaptive.explicit_adams, ()),
-    **dict.fromkeys(adaptive.IMPLICIT, (adaptive.implicit_adams, adaptive.OPTIONS)),
+    **dict.fromkeys(torchdiffeq.ADAPTIVE, (torchdiffeq.adaptive, torchdiffeq.OPTIONS)),
+    "explicit_adams": (torchdiffeq.explicit_adams, ()),
+    **dict.fromkeys(torchdiffeq.IMPLICIT, (torchdiffeq.implicit_adams, torchdiffeq.OPTIONS)),
     **dict.fromkeys(sde.SDE, (sde.sde, ("noise", "noise_scale", "diffusion"))),
-    "ddim": (ddpm.ddpm, ()),
-    "ancestral": (ddpm.ddpm, ("noise", "eta")),
+    "ddim": (ddim.ancestral_step, ()),
+    "ancestral": (ddim.ancestral_step, ("noise", "eta")),
 }
 
-STOCHASTIC = tuple(name for name, (_, options) in METHODS.items() if "noise" in options)
-DETERMINISTIC = tuple(name for name in METHODS if name not in STOCHASTIC)
-BY_BATCH = tuple(name for name, (_, options) in METHODS.items() if "rtol" in options)  # a batch meets the tolerances as one
-ON_A_GRID = tuple(name for name in DETERMINISTIC if name not in adaptive.OWN_TIMES and METHODS[name][1] == ())
+STOCHASTIC = tuple(name for name, (_, options) in SOLVERS.items() if "noise" in options)
+DETERMINISTIC = tuple(name for name in SOLVERS if name not in STOCHASTIC)
+HAS_TOLERANCES = tuple(name for name, (_, options) in SOLVERS.items() if "rtol" in options)  # met by a batch as one
+FIXED_GRID = tuple(name for name in DETERMINISTIC if name not in torchdiffeq.IGNORES_GRID and SOLVERS[name][1] == ())
 
 
 @dataclass
@@ -53,34 +52,34 @@ class Solution:
 
 def check(method: str, **options: Any) -> None:
     """Raises ValueError for a method that is not in the registry and for an option that it does not take."""
-    if method not in METHODS:
-        raise ValueError(f"{method!r} is no solver; choose one of {', '.join(METHODS)}")
-    known = METHODS[method][1]
+    if method not in SOLVERS:
+        raise ValueError(f"{method!r} is no solver; choose one of {', '.join(SOLVERS)}")
+    known = SOLVERS[method][1]
     for name in options:
         if name not in known:
             raise ValueError(f"{method} has no option {name!r}; it takes {', '.join(known) or 'none'}")
 
 
-def check_values(method: str, **options: Any) -> None:
+def validate_options(method: str, **options: Any) -> None:
     """Raises ValueError, before anything is computed, for what `solve` would refuse."""
-    _trial(method, 2, **options)
+    _dry_run(method, 2, **options)
 
 
-def steps_within(method: str, nfe: int, end: float = 1.0) -> int:
+def max_steps_for_nfe(method: str, nfe: int, end: float = 1.0) -> int:
     """The most steps to `end` that take at most `nfe` evaluations, found by counting them.
 
     Raises ValueError where not even one step does, and for methods with tolerances, which choose their own number.
     """
     check(method)
-    if method in BY_BATCH:
+    if method in HAS_TOLERANCES:
         raise ValueError(f"{method} chooses its own number of evaluations, by rtol and atol")
-    steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: _trial(method, n, end).nfe)
+    steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: _dry_run(method, n, end).nfe)
     if not steps:
-        raise ValueError(f"NFE {nfe}: {method} needs at least {_trial(method, 1, end).nfe}")
+        raise ValueError(f"NFE {nfe}: {method} needs at least {_dry_run(method, 1, end).nfe}")
     return steps
 
 
-def _trial(method: str, steps: int, end: float = 1.0, **options: Any) -> Solution:
+def _dry_run(method: str, steps: int, end: float = 1.0, **options: Any) -> Solution:
     noise: dict[str, Any] = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
     return solve(
         lambda x, t: x * 0, torch.zeros(1, dtype=torch.float64), [end * t for t in uniform(steps)], method, **options, **noise
@@ -112,10 +111,10 @@ def solve(
         nfe += 1
         return velocity(x, t)
 
-    if method in adaptive.ADAPTIVE and not watch:  # which would interpolate, and keep, what nobody looks at
+    if method in torchdiffeq.ADAPTIVE and not watch:  # which would interpolate, and keep, what nobody looks at
         grid = [grid[0], grid[-1]]
     state = x
-    for state in METHODS[method][0](counted, x, grid, method, **options):
+    for state in SOLVERS[method][0](counted, x, grid, method, **options):
         if watch:
             watch(state)
     return Solution(state, nfe)

@@ -15,12 +15,12 @@ from torch import Tensor
 from flow.solvers.runge_kutta import TABLEAUX, step
 
 Velocity = Callable[[Tensor, float], Tensor]
-STARTS = {"ab2": (2, "euler"), "ab3": (3, "heun"), "ab4": (4, "heun3")}  # order, and one order less for the first steps
+BOOTSTRAP = {"ab2": (2, "euler"), "ab3": (3, "heun"), "ab4": (4, "heun3")}  # order, and one order less for the first steps
 
 
 def adams_bashforth(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
     """Explicit Adams methods on any grid (Hairer, Norsett & Wanner 1993, Solving ODEs I, section III.1 and III.5)."""
-    order, start = STARTS[method]
+    order, start = BOOTSTRAP[method]
     past: list[tuple[float, Tensor]] = []
     for i, (t, t_next) in enumerate(pairwise(grid)):
         if i < order - 1:  # Runge-Kutta; its first stage is the velocity here
@@ -51,7 +51,7 @@ def dpm_solver_2m(velocity: Velocity, x: Tensor, grid: Sequence[float], method: 
         else:
             ratio = (_log_snr(t_next) - here) / (here - before[0])
             ahead = data + ratio / 2 * (data - before[1])
-            x = _towards(x, ahead, t, t_next)
+            x = _ddim_step(x, ahead, t, t_next)
         before = here, data
         yield x
 
@@ -72,7 +72,7 @@ def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> 
             slope = None
         else:
             slope = None if before is None or math.isinf(before[0]) else (before[1] - data) * (h / (before[0] - here))
-            predicted = _towards(x, data, t, t_next)
+            predicted = _ddim_step(x, data, t, t_next)
             if slope is not None:
                 predicted = predicted - t_next * math.expm1(-h) * 0.5 * slope
         if t_next == 1:
@@ -80,7 +80,7 @@ def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> 
             return
         new = predicted + (1 - t_next) * velocity(predicted, t_next)
         if not math.isinf(h):
-            corrected = _towards(x, data, t, t_next)
+            corrected = _ddim_step(x, data, t, t_next)
             weights = [0.5] if slope is None or before is None else _corrector((before[0] - here) / h, h)
             differences = [new - data] if slope is None else [slope, new - data]
             for weight, difference in zip(weights, differences, strict=True):
@@ -89,7 +89,7 @@ def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> 
         yield x
 
 
-def _towards(x: Tensor, data: Tensor, t: float, t_next: float) -> Tensor:
+def _ddim_step(x: Tensor, data: Tensor, t: float, t_next: float) -> Tensor:
     """The linear path with this data prediction all the way: exact integration of the first order."""
     return (1 - t_next) / (1 - t) * x + (t_next - t) / (1 - t) * data
 

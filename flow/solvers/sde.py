@@ -15,7 +15,7 @@ from torch import Tensor
 
 # g^2 as a function of t, before the factor noise_scale^2, with SiT's name for the form where it has one. In SiT's code t runs
 # as here, with the data at 1. The last step, to t = 1, adds no noise whatever g is there.
-DIFFUSIONS: dict[str, Callable[[float], float]] = {
+DIFFUSION_COEFFICIENTS: dict[str, Callable[[float], float]] = {
     "constant": lambda t: 1.0,  # "constant"
     "sigma": lambda t: 1 - t,  # "sigma", and "linear", which on the linear path is the same
     "increasing": lambda t: t,  # ours
@@ -45,8 +45,8 @@ def sde(
     """
     if not 0 <= noise_scale <= 100:
         raise ValueError(f"noise_scale={noise_scale}: must be 0 or more, and at most 100")
-    if diffusion not in DIFFUSIONS:
-        raise ValueError(f"{diffusion!r} is no diffusion coefficient; choose one of {', '.join(DIFFUSIONS)}")
+    if diffusion not in DIFFUSION_COEFFICIENTS:
+        raise ValueError(f"{diffusion!r} is no diffusion coefficient; choose one of {', '.join(DIFFUSION_COEFFICIENTS)}")
     if noise is None:
         raise ValueError(f"{method}: needs noise")
 
@@ -60,7 +60,7 @@ def sde(
             yield x + h * velocity(x, t)
             return
         # g^2 at the start, in the middle and at the end of the step
-        wanted = [noise_scale**2 * DIFFUSIONS[diffusion](u) for u in (t, (t + t_next) / 2, t_next)]
+        wanted = [noise_scale**2 * DIFFUSION_COEFFICIENTS[diffusion](u) for u in (t, (t + t_next) / 2, t_next)]
         g2, g2_middle, g2_next = (min(value, (1 - t_next) ** 2 / (4 * h)) for value in wanted)
         kick = math.sqrt(g2_middle * h) * noise(i) if noise_scale else 0.0
         first = drift(x, t, g2)

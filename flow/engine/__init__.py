@@ -1,1 +1,0 @@
-"""All that touches processes, files and clocks."""

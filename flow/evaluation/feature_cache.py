@@ -1,0 +1,78 @@
+"""Features of images as they come or from a data set, gathered over processes, and their cache on disk."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from flow.evaluation import reference
+from flow.evaluation.features import Extractor, FeatureSet, merge
+from flow.evaluation.metrics_2d import PointSpace
+from flow.evaluation.reading import Data, read_images
+from flow.runtime import distributed, files
+from flow.sampling.generate import shard
+
+
+def read(
+    data: Data, accelerator: Accelerator, batch_size: int, what: str, order: Sequence[int] | None = None
+) -> Iterator[tuple[range, Tensor]]:
+    """This process's share of the images of a data set, without augmentation, under a bar that says `what`.
+
+    Image k is data[order[k]]; None: data[k].
+    """
+    order = range(len(data)) if order is None else order
+    batches = shard(accelerator, range(len(order)), batch_size)
+    with distributed.progress(accelerator, sum(map(len, batches)), what) as bar:
+        images = read_images(data, [[order[k] for k in batch] for batch in batches])
+        for batch, (_, pixels) in zip(batches, images, strict=True):
+            yield batch, pixels
+            bar.update(len(batch))
+
+
+def collect(
+    accelerator: Accelerator,
+    extractor: Extractor | PointSpace,
+    stream: Iterable[tuple[range, Tensor]],
+    layers: Sequence[str] | None = None,
+) -> FeatureSet | None:
+    """The features of all images of all processes, on the main process; None on the others. `layers`: which ones are
+    retained (None: all)."""
+    features = FeatureSet()
+    for indices, images in stream:
+        outputs = extractor(images)
+        features.add(extractor.layer, indices, {name: outputs[name] for name in layers or outputs})
+    parts = distributed.gather_to_main(accelerator, features)
+    if parts is None:
+        return None
+    merged = merge(parts)
+    merged.join()
+    return merged
+
+
+def cached(
+    accelerator: Accelerator, extractor: Extractor | PointSpace, data: Data, fingerprint: str, path: Path, batch_size: int,
+    what: str, layers: Sequence[str], order: Sequence[int] | None = None,
+) -> FeatureSet | None:  # fmt: skip
+    """The features of the images of a data set, on the main process (None on the others), from the file at `path` where it
+    holds those of this `fingerprint`; a damaged file is named and written again."""
+    n = len(data) if order is None else len(order)
+    features = None
+    if accelerator.is_main_process:
+        try:
+            features = reference.load_cached(path, layers, fingerprint, n)
+        except ValueError as error:
+            accelerator.print(f"warning: {path}: damaged cache of features ({error}); computing them again")
+    exists = [features is not None]
+    broadcast_object_list(exists)
+    if exists[0]:
+        return features
+    features = collect(accelerator, extractor, read(data, accelerator, batch_size, what, order), layers)
+    if features is not None:
+        try:
+            with files.atomic_file(path) as temporary:
+                reference.save_cached(temporary, features, fingerprint)
+        except OSError as error:
+            accelerator.print(f"warning: the {what} are not cached: {error}")
+    return features

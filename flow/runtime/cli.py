@@ -1,0 +1,187 @@
+"""The command line of the entry scripts: flags by argparse, configuration keys by `key=value`, nothing unknown accepted."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs import schema
+from configs.schema import UserError
+from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
+from flow.solvers.torchdiffeq import ADAPTIVE
+
+NAMED_CLASSES = 20  # in an error
+
+
+_KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that also takes configuration overrides and whose errors are one line with the nearest name.
+
+    `parse()` returns the namespace with `overrides`, a list of `key=value`. An override is written `key=value`,
+    `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
+    """
+
+    def __init__(self, description: str, examples: str, kind: type = schema.Config, keys: str = "configs/schema.py"):
+        super().__init__(
+            description=description,
+            epilog=f"examples:\n{examples}\n\nevery configuration key: {keys}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.kind = kind  # whose keys can be overridden
+
+    def error(self, message: str):  # called by argparse
+        raise UserError(message)
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Raises UserError for an unknown flag or key, naming the nearest."""
+        flags, known = list(self._option_string_actions), schema.all_keys(self.kind)
+        rest, overrides = [], []
+        argv = list(sys.argv[1:] if argv is None else argv)
+        while argv:
+            token = argv.pop(0)
+            name, equals, value = token.partition("=")
+            key = name.removeprefix("--")
+            if name in flags or not _KEY.fullmatch(key) or (not equals and not name.startswith("--")):
+                rest.append(token)
+            elif equals and (key in known or not name.startswith("--") or "." in key):
+                overrides.append(f"{key}={value}")
+            elif not equals and (key in known or "." in key):
+                if not argv or argv[0].startswith("--"):
+                    raise UserError(f"--{key}: a value is missing")
+                overrides.append(f"{key}={argv.pop(0)}")
+            else:
+                raise UserError(f"unknown flag {name!r}.{schema.did_you_mean(name, flags + [f'--{k}' for k in known])}")
+        namespace, unknown = self.parse_known_args(rest)
+        if unknown:
+            raise UserError(f"unknown argument {unknown[0]!r}.{schema.did_you_mean(unknown[0], flags)}")
+        namespace.overrides = overrides
+        return namespace
+
+
+def parse_training(parser: Parser) -> argparse.Namespace:
+    """The command line of a trainer: -c, -e, -mp, which becomes an override, and configuration keys."""
+    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; of a run that goes on, its own is the default")
+    parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
+    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
+    args = parser.parse()
+    if args.mixed_precision:
+        args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
+    return args
+
+
+def add_resume_flag(parser: Parser) -> Parser:
+    """-r, of the trainers that can go on."""
+    parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
+    return parser
+
+
+def add_step_flags(parser: argparse.ArgumentParser, default: list[int], several: bool) -> None:
+    """How long a solver may work: --sampling_steps or --nfe, one number or `several`."""
+    group = parser.add_mutually_exclusive_group()
+    told = " ".join(map(str, default))
+    count = "+" if several else 1
+    group.add_argument("--sampling_steps", nargs=count, type=at_least(1), default=default, help=f"(default: {told})")
+    group.add_argument(
+        "--nfe", nargs=count, type=at_least(1), metavar="N", help="instead: as many steps as N evaluations allow"
+    )
+
+
+def num_steps(args: argparse.Namespace, method: str, end: float = 1.0) -> list[int]:
+    """The numbers of steps to `end` that --sampling_steps or --nfe ask of a method: one for adaptive methods, which choose
+    their own. Raises UserError for too small an NFE."""
+    if not args.nfe:
+        return args.sampling_steps[:1] if method in ADAPTIVE else args.sampling_steps
+    try:
+        return [max_steps_for_nfe(method, nfe, end) for nfe in args.nfe]
+    except ValueError as error:
+        raise UserError(f"--nfe: {error}") from None
+
+
+def add_solver_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the solvers that the sampling scripts share."""
+    parser.add_argument("--time_grid", choices=[*time_grids.GRIDS, "tuned"], default="uniform", help="times (default: uniform)")
+    parser.add_argument("--rtol", type=float, metavar="X", help="of methods with tolerances (default: 1e-5)")
+    parser.add_argument("--atol", type=float, metavar="X", help="of methods with tolerances (default: 1e-5)")
+    parser.add_argument("--sde_noise_scale", type=float, metavar="X", help="of stochastic methods (default: 1; 0 is the ODE)")
+    parser.add_argument("--eta", type=float, metavar="X", help="of ancestral, its noise (default: 1; 0 is ddim)")
+    parser.add_argument(
+        "--diffusion", choices=sde.DIFFUSION_COEFFICIENTS, help="coefficient of stochastic methods (default: sigma)"
+    )
+
+
+def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]) -> tuple[tuple[str, float | str], ...]:
+    """The given options that `method` takes. Raises UserError for one that none of the `methods` takes."""
+    given = {
+        "rtol": args.rtol, "atol": args.atol, "noise_scale": args.sde_noise_scale, "diffusion": args.diffusion,
+        "eta": args.eta,
+    }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given:
+        if not any(name in SOLVERS[m][1] for m in methods):
+            flag = "--sde_noise_scale" if name == "noise_scale" else f"--{name}"
+            able = ", ".join(m for m, (_, options) in SOLVERS.items() if name in options)
+            raise UserError(f"{flag}: {', '.join(methods)} has no such option; it is for {able}")
+    taken = {name: value for name, value in given.items() if name in SOLVERS[method][1]}
+    try:
+        validate_options(method, **taken)
+    except ValueError as error:  # begins with the name of the option
+        message = str(error)
+        raise UserError("--sde_" + message if message.startswith("noise_scale") else f"--{message}") from None
+    return tuple(taken.items())
+
+
+def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[int, ...] | None:
+    """The labels that --labels names: a class by its name, which wins, or by its number. Raises UserError for another word."""
+    if not words:
+        return None
+    labels = []
+    for word in words:
+        if word in class_names:
+            labels.append(class_names.index(word))
+        elif re.fullmatch(r"-?[0-9]{1,18}", word):
+            labels.append(int(word))
+        elif class_names:
+            shown = ", ".join(class_names[:NAMED_CLASSES]) + (", ..." if len(class_names) > NAMED_CLASSES else "")
+            raise UserError(f"--labels {word}: unknown class; the classes are {shown}.{schema.did_you_mean(word, class_names)}")
+        else:
+            raise UserError(f"--labels {word}: the weights carry no names of classes; give numbers")
+    return tuple(labels)
+
+
+def at_least(low: int):
+    """An argparse type: a whole number of at least `low`."""
+
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least {low}")
+        return value
+
+    return whole_number
+
+
+def guidance_scale(text: str) -> float:
+    """An argparse type: a finite number of 0 or more."""
+    return _number(text, sys.float_info.max, "a finite number of 0 or more")
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    return _number(text, 1.0, "a number from 0 to 1")
+
+
+def _number(text: str, high: float, rule: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {rule}")
+    return value

@@ -1,0 +1,228 @@
+"""The processes of a run: the accelerator, threads and memory, collectives, sharded weights."""
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import PartialState
+from accelerate.utils import DDPCommunicationHookType, DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+from configs.schema import TrainConfig, UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def build_accelerator(
+    mixed_precision: str = "no",
+    log_with: list[str] | None = None,
+    log_dir: str | None = None,
+    timeout_minutes: float = 30,
+    ddp_comm_hook: str = "no",
+) -> Accelerator:
+    """The one place where the Accelerator is made; threads and memory of the process are set here too.
+
+    Raises UserError where the launcher started another number of processes than it was asked for, and for a precision
+    that the device does not have.
+    """
+    _check_launch()
+    thread_note = set_threads()
+    tune_malloc()
+    found = torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+    if mixed_precision == "fp16" and not found:
+        raise UserError("train.mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
+    timeout = timedelta(minutes=timeout_minutes)
+    prepare_launch(found, timeout)
+    # Without cpu=True, two processes on a machine without GPUs would each believe to be process 0 of 1.
+    try:
+        accelerator = Accelerator(
+            cpu=not found,
+            mixed_precision=mixed_precision,
+            log_with=log_with or None,
+            project_dir=log_dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timeout),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(ddp_comm_hook)),
+            ],
+        )
+    except ValueError as error:  # e.g. bf16 on a GPU that has none
+        raise UserError(f"train.mixed_precision={mixed_precision}, train.log_with={log_with}: {error}") from None
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise UserError(
+            f"WORLD_SIZE={expected}, but {accelerator.num_processes} process(es) joined; start with "
+            "`accelerate-launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`"
+        )
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", mixed_precision):
+        accelerator.print(f"note: the launcher's mixed precision {launcher} is not used; pass -mp {launcher} to the script")
+    if thread_note:
+        accelerator.print(thread_note)
+    return accelerator
+
+
+def build_training_accelerator(config: TrainConfig, log_dir: Path) -> Accelerator:
+    """The accelerator of a trainer; its trackers write to `log_dir`."""
+    return build_accelerator(
+        config.mixed_precision, config.log_with, str(log_dir), config.timeout_minutes, config.ddp_comm_hook
+    )
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device, without waiting for what the device is doing."""
+    if device.type != "cuda":
+        return x.to(device)
+    with torch.cuda.device(device):  # in a thread of its own the first GPU would be the current one
+        return x.pin_memory().to(device, non_blocking=True)
+
+
+def prepare_model(net: nn.Module, accelerator: Accelerator, compiled: bool = False) -> None:
+    """The network to the device, in the memory layout in which it is fastest there, and through torch.compile if asked.
+
+    Pixels with their channels side by side are what the tensor cores of GPUs work on; on a CPU that is also faster in fp32,
+    but slower in bf16, whose group norm loses more than the convolutions gain (docs/performance.md).
+    """
+    side_by_side = accelerator.device.type == "cuda" or accelerator.mixed_precision == "no"
+    net.to(accelerator.device).to(memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
+    if compiled:
+        net.compile()
+
+
+def build_single_process_accelerator(script: str) -> Accelerator:
+    """The accelerator of a script that works on one process; raises UserError where there are several."""
+    accelerator = build_accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError(f"{script}: works on one process, not on {accelerator.num_processes}; start it with python -m")
+    return accelerator
+
+
+def set_threads() -> str | None:
+    """Use all cores where a launcher left one thread a process; returns a line that says so, or None.
+
+    `accelerate-launch` and `torchrun` set OMP_NUM_THREADS=1 where the user did not, which halves a CPU run on two cores.
+    FLOW_NUM_THREADS overrides.
+    """
+    asked = os.environ.get("FLOW_NUM_THREADS")
+    if asked is not None:
+        if not asked.isdigit() or int(asked) < 1:
+            raise UserError(f"FLOW_NUM_THREADS={asked}: must be a whole number of at least 1")
+        torch.set_num_threads(int(asked))
+        return None
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not launched or os.environ.get("OMP_NUM_THREADS") != "1" or threads <= 1:
+        return None
+    torch.set_num_threads(threads)
+    return f"threads: {threads} a process (the launcher had set OMP_NUM_THREADS=1; FLOW_NUM_THREADS overrides)"
+
+
+def tune_malloc() -> None:
+    """Have glibc hold on to freed memory: it gives blocks above 32 MiB back to the system, and to fetch the activations of a
+    large network page by page again in every step takes a tenth of the step (docs/performance.md)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def main_process_first(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
+    """make() on the main process, then on one process of each machine, then on all others: only one downloads."""
+    turn = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2
+    result = None
+    for now in range(3):
+        if now == turn:
+            result = make()
+        accelerator.wait_for_everyone()
+    return result
+
+
+def progress(accelerator: Accelerator, total: int, what: str, initial: int = 0) -> tqdm:
+    """The bar of a long job, with the time left, on the main process; a line every ten seconds where it goes to a file."""
+    calm = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, initial=initial, desc=what, mininterval=calm, dynamic_ncols=True, disable=not accelerator.is_main_process
+    )
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """True on every process where any of them says True; the device is not waited for."""
+    if accelerator.num_processes == 1:
+        return flag
+    value = torch.tensor([int(flag)])
+    dist.all_reduce(value, group=_control_group(accelerator.init_handler.timeout))
+    return bool(value.item())
+
+
+def gather_to_main(accelerator: Accelerator, mine: Any) -> list | None:
+    """The objects of all processes, by rank, on the main process; None on the others."""
+    if accelerator.num_processes == 1:
+        return [mine]
+    gathered = [None] * accelerator.num_processes if accelerator.is_main_process else None
+    dist.gather_object(mine, gathered, group=_control_group(accelerator.init_handler.timeout))
+    return gathered
+
+
+@functools.cache
+def _control_group(timeout: timedelta):
+    """Processes talk about flags and objects over the CPU, whatever carries the gradients."""
+    return dist.new_group(backend="gloo", timeout=timeout)
+
+
+def _check_launch() -> None:
+    """`accelerate-launch --cpu --num_processes 2` starts one process without a word; its mark is a rendezvous address
+    for a process that belongs to no group."""
+    lone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if lone and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "PMI_SIZE" not in os.environ:
+        raise UserError(
+            "the launcher started one process where several were asked for (--cpu --num_processes N does that); use "
+            "`accelerate-launch --multi_gpu --num_processes N`, which on a machine without GPUs runs on the CPU, "
+            "or `torchrun --nproc_per_node N`"
+        )
+
+
+def prepare_launch(device_found: bool, timeout: timedelta) -> None:
+    """Call before the Accelerator is made. Raises UserError for FSDP's first version, whose flat weights have no names.
+
+    accelerate shards only what it takes for GPUs; gloo shards on CPUs just as well, which the tests live on.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"fsdp_version={version}: must be 2, see configs/accelerate/fsdp.yaml")
+    if not device_found and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        PartialState(cpu=True, timeout=timeout)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def local_shard(value: Tensor) -> Tensor:
+    """This process's part, which shares its memory with the whole; an unsharded tensor is its own part."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """The unsharded tensor, on the CPU where it had to be gathered; every process calls it, for the same tensors in order."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def copy_(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    """Copy tensors by name; whole ones into the shards of sharded ones."""
+    split = {name: _shard_like(source[name], target[name]) for name in source}
+    torch._foreach_copy_([local_shard(target[name]) for name in split], [local_shard(value) for value in split.values()])
+
+
+def _shard_like(value: Tensor, target: Tensor) -> Tensor:
+    if not isinstance(target, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)

@@ -1,0 +1,121 @@
+"""Files that are whole or absent: written under a temporary name, synced, renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+TEMPORARY = ".tmp-"  # prefix of what is not finished
+
+
+LOCK = ".lock"  # in a folder that is being written, see lock.py
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it becomes `path` when the block ends well, and is removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        with naming(path):
+            yield temporary
+            fsync(temporary)
+            os.replace(temporary, path)
+            fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing `path` become OSErrors that name it: those of a full disk name no file, and those of safetensors are
+    of another kind. An error that names another file stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename and not Path(str(error.filename)).name.startswith(TEMPORARY):
+            raise
+        if error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(f"{path}: {error}") from error
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a whole line to a text file, or nothing."""
+    with naming(path), open(path, "ab", buffering=0) as file:
+        size, data = file.tell(), (line + "\n").encode()
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file or none."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or none."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def atomic_rename_dir(temporary: Path, path: Path) -> None:
+    """Sync a finished temporary folder and give it its name."""
+    for file in temporary.rglob("*"):
+        fsync(file)
+    fsync(temporary)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
+def clean_temporaries(folder: Path) -> None:
+    """Delete what interrupted writers left behind."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_empty_dir(folder: Path) -> bool:
+    """Whether a folder is empty but for its lock and what an interrupted writer left behind; False for a file."""
+    return folder.is_dir() and all(p.name == LOCK or p.name.startswith(TEMPORARY) for p in folder.iterdir())
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError where it is damaged, OSError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def free_folder(path: Path) -> Path:
+    """The path, or with a number behind it the first one that is not there yet or empty: for a command that is suggested."""
+    candidates = (path if k == 1 else path.with_name(f"{path.name}_{k}") for k in count(1))
+    return next(p for p in candidates if not p.exists() or is_empty_dir(p))
+
+
+def fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

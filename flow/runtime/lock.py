@@ -1,0 +1,103 @@
+"""One writer for a folder: an advisory lock of the system (flock), which ends with the process that holds it."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from configs.schema import UserError
+from flow.runtime.files import LOCK
+
+PATIENCE_SECONDS = 3.0  # children of a killed process may hold its lock for a moment
+
+
+@contextmanager
+def folder(path: Path, accelerator: Accelerator | None = None) -> Iterator[None]:
+    """Hold the lock of a folder that the block writes to; the main process takes it for all processes.
+
+    A folder that does not exist is created, and removed again with its new parents where the block leaves nothing in it.
+    What the block must not overwrite is checked inside it. The lock file holds host, process and time of its holder, and is
+    removed at the end; one that a killed process left behind is no lock.
+
+    Raises:
+        UserError: on every process, where another process holds the lock or the folder cannot be locked.
+    """
+    lock, problem = _FolderLock(path), None
+    main = accelerator is None or accelerator.is_main_process
+    if main:
+        try:
+            lock.acquire()
+        except UserError as error:
+            problem = str(error)
+    if accelerator is not None:
+        [problem] = broadcast_object_list([problem])
+    if problem:
+        raise UserError(problem)
+    try:
+        yield
+    finally:
+        if main:
+            lock.release()
+
+
+class _FolderLock:
+    """The lock of a folder, for one process."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, path / LOCK
+        # The library would otherwise fall back to a file whose existence is the lock, and which outlives its process.
+        self.lock = FileLock(self.file, fallback_to_soft=False, on_acquired=self._sign)
+        self.created: list[Path] = []  # folders, the deepest first
+        self.identity: os.stat_result | None = None  # of the file that is locked
+
+    def acquire(self) -> None:
+        """Raises UserError where another process holds the lock, or the folder cannot be locked."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self.created = [new for new in (self.path, *self.path.parents) if not new.exists()] or self.created
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.1)
+                return
+            except Timeout:
+                reason = f"{self._holder()}; wait until it ends, or name another folder"
+            except FileExistsError:
+                reason = "is a file; name a folder"
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and time.monotonic() < deadline:
+                    continue  # the holder before has just removed the folder, or its lock file
+                reason = f"cannot be written and locked: {error.strerror or error}"
+            raise UserError(f"{self.path}: {reason}")
+
+    def release(self) -> None:
+        with suppress(OSError):
+            if self.identity and os.path.samestat(self.identity, self.file.stat()):  # the user may have removed the folder
+                self.file.unlink()  # while it is locked: whoever waits for this file then looks for a new one
+        self.lock.release()
+        with suppress(OSError):  # not empty
+            for new in self.created:
+                new.rmdir()
+
+    def _sign(self, descriptor: int) -> None:
+        """Write into the lock file who holds it. Raises FileNotFoundError where its name is that of another file by now."""
+        self.identity = os.fstat(descriptor)
+        if not os.path.samestat(self.identity, self.file.stat()):
+            raise FileNotFoundError(f"{self.file}: was removed while this process waited for it")
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        with suppress(OSError):  # a full disk: the lock holds without a note
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+
+    def _holder(self) -> str:
+        try:
+            holder = json.loads(self.file.read_text(encoding="utf-8"))
+            return f"process {holder['pid']} on {holder['host']} has been writing here since {holder['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process is writing here"

@@ -1,0 +1,172 @@
+"""Sampling: images by index, sharded over processes."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from flow import solvers
+from flow.guidance import GuidedVelocity
+from flow.model import FlowModel
+from flow.noise import gaussian_noise
+from flow.runtime import distributed
+from flow.sampling.conditions import labels_for
+from flow.sampling.images import to_uint8
+from flow.sampling.settings import SamplerSettings, build_time_grid, validate
+
+
+@dataclass
+class SampleBatch:
+    """One batch of images."""
+
+    indices: range
+    x: Tensor  # the end of the flow: images, about [-1, 1], or latents, [b, C, H, W], or points [b, 2], on the device
+    labels: Tensor | None  # int64 [b], on the CPU, where they are known
+    nfe: int  # velocity evaluations per image
+    forwards: int  # network evaluations per image: twice the NFE with guidance
+    decode: Callable[[Tensor], Tensor] = lambda x: x  # from x to what people see
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 [b, C, H, W], on the CPU, decoded where x are latents; points as they are, float32 [b, 2]."""
+        return to_uint8(self.decode(self.x)).cpu() if self.x.dim() == 4 else self.x.float().cpu()
+
+
+class NFECounter:
+    """Evaluations per image: those of all batches are the same but for adaptive methods, where this is the mean."""
+
+    def __init__(self):
+        self.images = self.nfe = self.forwards = 0
+
+    def add(self, made: SampleBatch) -> None:
+        n = len(made.indices)
+        self.images, self.nfe, self.forwards = self.images + n, self.nfe + n * made.nfe, self.forwards + n * made.forwards
+
+    def mean(self, accelerator: Accelerator) -> tuple[float, float]:
+        """(NFE, forwards) over the images of all processes, on the main one; whole numbers as such. (0, 0) for no image."""
+        parts = distributed.gather_to_main(accelerator, (self.images, self.nfe, self.forwards)) or [(0, 0, 0)]
+        images, *sums = (sum(part[i] for part in parts) for i in range(3))
+        nfe, forwards = (s // images if s % images == 0 else round(s / images, 2) for s in sums) if images else (0, 0)
+        return nfe, forwards
+
+
+def batches(indices: range, batch_size: int) -> list[range]:
+    """Consecutive ranges of `batch_size` indices, the last one shorter; the same for any number of processes."""
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+
+
+def shard(accelerator: Accelerator, indices: range, batch_size: int) -> list[range]:
+    """The batches of this process."""
+    return batches(indices, batch_size)[accelerator.process_index :: accelerator.num_processes]
+
+
+@torch.inference_mode()
+def generate(
+    accelerator: Accelerator,
+    model: FlowModel,
+    image_shape: tuple[int, ...],
+    mine: Iterable[range],
+    settings: SamplerSettings,
+    stream: str = "sample",
+) -> Iterator[SampleBatch]:
+    """The images of the batches `mine`, usually those of `share`, batch by batch. `image_shape` is what the network sees.
+
+    Image k is a function of the weights, the settings and k: its noise comes from (stream, seed, k), its label or prompt
+    from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. Methods with tolerances
+    meet them over a batch: their images also depend on those beside them, by about the error that the tolerances leave.
+    The state of the solver is float64 where the device has it. Raises ValueError for settings that `check` refuses.
+    """
+    validate(settings, model.net)
+    model.net.eval()
+    times = build_time_grid(settings, model.path)
+    for batch in mine:
+        x0 = to_solver_dtype(gaussian_noise(stream, settings.seed, batch, image_shape), accelerator.device)
+        velocity = build_velocity(model, batch, settings, accelerator.device)
+        options: dict[str, Any] = dict(settings.options)
+        if settings.method in solvers.STOCHASTIC:
+            options["noise"] = partial(increments, settings.seed, batch, image_shape, x0)
+        with accelerator.autocast():
+            solution = solvers.solve(velocity, x0, times, settings.method, **options)
+        labels = labels_for(batch, settings, model.net.num_classes)
+        yield SampleBatch(batch, solution.x, labels, solution.nfe, velocity.forwards, partial(decoded, accelerator, model))
+
+
+def decoded(accelerator: Accelerator, model: FlowModel, x: Tensor) -> Tensor:
+    """Images [b, C, H, W], about [-1, 1], of the end x of a flow: x itself, or what its decoder makes of latents."""
+    if model.decode is None:
+        return x
+    with torch.inference_mode(), accelerator.autocast():
+        return model.decode(x)
+
+
+@torch.inference_mode()
+def trajectory(
+    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, ...], indices: range, settings: SamplerSettings,
+    times: Sequence[float], kept: int | None = None, tick: Callable[[], object] = lambda: None,
+) -> tuple[list[Tensor], solvers.Solution]:  # fmt: skip
+    """The states at the times, from 0, of the first `kept` images of these (None: of all), and the end of all of them.
+
+    They are solved as one batch, by a deterministic method; `tick` is called at each time.
+    """
+    model.net.eval()
+    x0 = to_solver_dtype(gaussian_noise("sample", settings.seed, indices, image_shape), accelerator.device)
+    states = [x0[:kept]]
+
+    def watch(x: Tensor) -> None:
+        states.append(x[:kept])
+        tick()
+
+    velocity = build_velocity(model, indices, settings, accelerator.device)
+    return states, solvers.solve(velocity, x0, times, settings.method, watch, **dict(settings.options))
+
+
+@torch.inference_mode()
+def mean_straightness_deviation(
+    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, ...], indices: range, settings: SamplerSettings,
+    steps: int,
+) -> tuple[float, float]:  # fmt: skip
+    """Mean and standard error of the deviation from straightness over these images, by so many Euler steps."""
+    model.net.eval()
+    x0 = to_solver_dtype(gaussian_noise("sample", settings.seed, indices, image_shape), accelerator.device)
+    with accelerator.autocast():
+        found = straightness_deviation(build_velocity(model, indices, settings, accelerator.device), x0, steps).cpu()
+    return found.mean().item(), found.std().item() / len(found) ** 0.5
+
+
+def increments(seed: int, indices: range, image_shape: tuple[int, ...], like: Tensor, step: int) -> Tensor:
+    """Standard normal increments [b, C, H, W] of a step of an SDE, as `like`; a function of (seed, image, step)."""
+    return gaussian_noise(f"increment {step}", seed, indices, image_shape).to(like, non_blocking=True)
+
+
+def build_velocity(model: FlowModel, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> GuidedVelocity:
+    """The network as the velocity of the images with these indices: their labels or prompts, the guidance scale."""
+    net = model.net
+    y = labels_for(indices, settings, net.num_classes) if net.num_classes is not None else None
+    if net.max_prompt_bytes and settings.prompts:
+        y = net.encode([settings.prompts[k % len(settings.prompts)] for k in indices])
+    y = y.to(device, non_blocking=True) if y is not None else None
+    return GuidedVelocity(model, y, net.null, settings.guidance_scale)
+
+
+def to_solver_dtype(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device in the precision that solvers work in: float64 where the device has it."""
+    x = x.to(device, non_blocking=True)
+    return x.float() if device.type == "mps" else x.double()
+
+
+def straightness_deviation(velocity: Callable[[Tensor, float], Tensor], x0: Tensor, steps: int) -> Tensor:
+    """S [B]: the integral over t of |(z_1 - z_0) - v(z_t, t)|^2 along the flow of each x0 [B, ...], mean over elements.
+
+    The measure S(Z) of Liu et al. 2023 (arXiv:2209.03003), there as an expectation over x0 and called straightness: it is 0
+    for a straight flow and grows with the deviation. On the grid of N Euler steps the
+    displacement is the mean velocity, so S is the mean of |v|^2 less the square of the mean of v: no trajectory is kept.
+    """
+    x, mean, square = x0, x0 * 0, x0 * 0
+    for i in range(steps):
+        v = velocity(x, i / steps)
+        x, mean, square = x + v / steps, mean + v / steps, square + v.square() / steps
+    return (square - mean.square()).flatten(1).mean(1)

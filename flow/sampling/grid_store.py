@@ -1,0 +1,60 @@
+"""Tuned time grids beside the snapshot that they were fitted to: <snapshot>.grids.json."""
+
+import json
+from pathlib import Path
+
+from configs.schema import UserError
+from flow.runtime import files, subprocesses
+from flow.solvers import FIXED_GRID
+
+
+def file_of(snapshot: Path) -> Path:
+    return snapshot.with_name(snapshot.name.removesuffix(".safetensors") + ".grids.json")
+
+
+def store(snapshot: Path, method: str, times: list[float]) -> None:
+    """Add the grid of a method with len(times) - 1 steps, in place of an older one."""
+    grids = _read(snapshot)
+    grids.setdefault(method, {})[str(len(times) - 1)] = times
+    stored = {"weights_sha256": files.sha256(snapshot), "grids": grids}
+    files.write_text(file_of(snapshot), json.dumps(stored, indent=1))
+
+
+def load(snapshot: Path, method: str, steps: int) -> tuple[float, ...]:
+    """The times of the tuned grid. Raises UserError that names what was tuned where this one was not."""
+    if method not in FIXED_GRID or steps < 2:
+        able = f"at least 2 steps of {', '.join(FIXED_GRID)}"
+        raise UserError(f"--time_grid tuned: is for {able}, not for {method} with {steps}")
+    grids = _read(snapshot)
+    if str(steps) not in grids.get(method, {}):
+        there = "; ".join(f"{name} {' '.join(sorted(of, key=int))}" for name, of in grids.items()) or "nothing"
+        fit: list[str | Path] = [
+            "-m",
+            "scripts.optimize_grid",
+            "--weights",
+            snapshot,
+            "--methods",
+            method,
+            "--steps",
+            str(steps),
+        ]
+        fit += ["--reference_steps", str(2 * steps)] if steps > 32 else []
+        raise UserError(
+            f"--time_grid tuned: none was fitted for {method} with {steps} steps (there is: {there}); "
+            f"make one with: {subprocesses.command(*fit)}"
+        )
+    return tuple(grids[method][str(steps)])
+
+
+def _read(snapshot: Path) -> dict[str, dict[str, list[float]]]:
+    path = file_of(snapshot)
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        fitted_to, grids = stored["weights_sha256"], {m: dict(of) for m, of in stored["grids"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: is not a whole file of grids; remove it and run tune_grid again") from None
+    if fitted_to != files.sha256(snapshot):
+        raise UserError(f"{path}: was fitted to other weights than {snapshot.name}; remove it and run tune_grid again")
+    return grids

@@ -1,0 +1,140 @@
+"""The header of a snapshot, read as a stranger's: types, sizes, places."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from configs.schema import DataConfig
+
+KEYS = {"config", "image_shape", "step", "images", "half_life_images"}
+
+
+MAX_NUMBERS = 2**26  # of an image: 3 x 4,700 x 4,700
+
+
+FREE_SIZE = 100_000  # an argument of a network up to this is not compared with the file
+
+
+def read(
+    metadata: Mapping[str, str],
+) -> tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any] | None, tuple[str, ...]]:
+    """(image_shape, (step, images, half_life_images), description of the codec, class names). Raises ValueError that names the
+    entry."""
+    image_shape = _shape("image_shape", _json("image_shape", metadata["image_shape"]), (1, 3))
+    counts = [_count(name, metadata[name]) for name in ("step", "images", "half_life_images")]
+    codec = _codec(_json("codec", metadata["codec"]), image_shape) if "codec" in metadata else None
+    class_names = _json("class_names", metadata.get("class_names", "[]"))
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError("class_names: must be a list of names")
+    return image_shape, (counts[0], counts[1], counts[2]), codec, tuple(class_names)
+
+
+def take_places(data: DataConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove from a stored configuration the places that are not `given` on the command line: {key: place}.
+
+    A place is data.root, data.autoencoder, and of data.args what is called a path or has a slash in it.
+    """
+    taken: dict[str, Any] = {}
+    for name in ("root", "autoencoder"):
+        value = getattr(data, name)
+        if value is not None:
+            setattr(data, name, None)
+            taken[f"data.{name}"] = value
+    for name, value in list(data.args.items()):
+        if name == "path" or any(slash in str(value) for slash in "/\\"):
+            taken[f"data.args.{name}"] = data.args.pop(name)
+    return {key: value for key, value in taken.items() if key not in given}
+
+
+def build_within(
+    weights: Mapping[str, Tensor], image_shape: tuple[int, ...], args: dict[str, Any], build: Callable[[], Any],
+    check_fit: Callable[[nn.Module], None],
+) -> Any:  # fmt: skip
+    """The network that `build()` makes, bounded by the weights that are to fill it before memory is taken.
+
+    Whole numbers among `args` are at most as large as the longest side of a tensor, or their count; the network is first made
+    without memory (torch's meta device), with about as many parameters as there are tensors at most, and compared by
+    `check_fit`. Raises ValueError.
+    """
+    sides = (side for value in weights.values() for side in value.shape)
+    limit = max(FREE_SIZE, len(weights), *image_shape, *sides)
+    for name, value in args.items():
+        if _largest(value) > limit:
+            raise ValueError(f"{name}={str(value)[:60]}: is more than these weights have room for; at most {limit}")
+    with _parameters_at_most(4 * len(weights) + 1000):  # modules that are copied and dropped register theirs as well
+        try:
+            with torch.device("meta"):
+                sketch = build()
+        except (RuntimeError, OverflowError, MemoryError) as error:
+            if "meta" not in str(error):  # else the constructor looks at numbers, and has to have them
+                raise ValueError(f"cannot be built from {args}: {(str(error).splitlines() or [''])[0]}") from None
+        else:
+            check_fit(sketch)
+            if sum(buffer.numel() for buffer in sketch.buffers()) > MAX_NUMBERS:
+                raise ValueError(f"cannot be built for images of {image_shape}: its tables would have more than 2^26 numbers")
+        return build()
+
+
+@contextmanager
+def _parameters_at_most(allowed: int) -> Iterator[None]:
+    """Modules made inside the block have no more parameters together: ValueError."""
+    count = 0
+
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += parameter is not None
+        if count > allowed:
+            raise ValueError("the configuration asks for many more parameters than the weights have tensors")
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: not JSON ({(str(error).splitlines() or [''])[0]})") from None
+
+
+def _shape(name: str, value: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    whole = isinstance(value, list) and len(value) in lengths and all(type(side) is int and side >= 1 for side in value)
+    if not whole or math.prod(value) > MAX_NUMBERS:
+        count = " or ".join(map(str, lengths))
+        raise ValueError(f"{name}={str(value)[:60]}: must be {count} whole numbers above 0, with a product of at most 2^26")
+    return tuple(value)
+
+
+def _count(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ValueError(f"{name}={text[:60]!r}: must be a whole number below 10^18")
+    return int(text)
+
+
+def _codec(value: Any, latent_shape: tuple[int, ...]) -> dict[str, Any]:
+    """A description as models/autoencoder.py has it."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key), str) for key in ("name", "source", "digest")):
+        raise ValueError("codec: must have the texts name, source and digest")
+    for key in ("shift", "scale"):
+        numbers = value.get(key)
+        if not isinstance(numbers, list) or not all(type(n) in (int, float) and abs(n) < 1e30 for n in numbers):
+            raise ValueError(f"codec: {key} must be a list of finite numbers")
+        if len(latent_shape) != 3 or len(numbers) != latent_shape[0]:
+            raise ValueError(f"codec: {key} has {len(numbers)} numbers for latents of shape {latent_shape}; one a channel")
+    return {**value, "image_shape": list(_shape("codec: image_shape", value.get("image_shape"), (3,)))}
+
+
+def _largest(value: Any) -> int:
+    """The largest whole number in nested lists and dicts, by its size; 0 where there is none."""
+    if isinstance(value, dict | list | tuple):
+        return max((_largest(part) for part in (value.values() if isinstance(value, dict) else value)), default=0)
+    return abs(value) if isinstance(value, int) else 0

@@ -1,0 +1,172 @@
+"""Images as people see them: uint8 conversion, PNG files, grids."""
+
+import math
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from flow.runtime.files import TEMPORARY, naming
+
+FONT_SIZE = 13  # pixels
+
+
+LINE_HEIGHT = 16
+
+
+MIN_CELL = 48  # pixels of an image in a grid with names
+
+
+MAX_CELL = 100  # to which it is enlarged for the sake of a long word above it
+
+
+NAME_WIDTH = 180  # pixels, at most, of names on the left
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] floats to uint8 of the same shape, rounded to the nearest level; the one way back from networks."""
+    return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(x: Tensor) -> Tensor:
+    """What a data set holds as networks see it, float32: uint8 images go to [-1, 1]; pairs, latents and points are there."""
+    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """Write a uint8 image [C, H, W] under its name once it is whole."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:  # not files.atomic_file: syncing each of 50,000 small files takes longer than making them again
+        with naming(path):
+            to_pil(image).save(temporary, format="PNG")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_png(path: Path) -> np.ndarray:
+    """uint8 [H, W, C] of an image that `write_png` wrote."""
+    with Image.open(path, formats=("PNG",)) as image:
+        pixels = np.asarray(image)
+    return pixels[:, :, None].copy() if pixels.ndim == 2 else pixels.copy()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 [C, H, W] with 1 or 3 channels."""
+    return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """uint8 [C, H, W] of a grey or an RGB image."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def scatter_image(points: Tensor, side: int = 400, reach: float = 2.5) -> Tensor:
+    """Points [N, 2] as a picture uint8 [1, side, side] of the square from -reach to reach: the darker, the more of them."""
+    cell = ((points.double().cpu() + reach) * (side / (2 * reach))).floor().long()
+    x, y = cell[((cell >= 0) & (cell < side)).all(1)].T
+    count = torch.zeros(side, side, dtype=torch.float64)
+    count.index_put_((side - 1 - y, x), torch.ones_like(x, dtype=torch.float64), accumulate=True)
+    count = torch.nn.functional.max_pool2d(count[None], 3, stride=1, padding=1)  # a point is three pixels wide
+    return (255 * (1 - count / count.max().clamp(min=1)).sqrt()).to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int, transposed: bool = False, zoomed: bool = True, zoom: int = 1) -> Tensor:
+    """uint8 [N, C, H, W] side by side, as one uint8 [C', H', W'] picture, `zoomed` to at least 400 pixels or else `zoom`.
+
+    Image k stands in column k mod `columns`; with `transposed` in row k mod `columns`, where gaps at the end are black.
+    """
+    if transposed:
+        gap = images.new_zeros(-len(images) % columns, *images.shape[1:])
+        images = torch.cat([images, gap]).unflatten(0, (-1, columns)).transpose(0, 1).flatten(0, 1)
+        columns = len(images) // columns
+    picture = make_grid(images, nrow=columns, padding=1, pad_value=128)[: images.shape[1]]
+    zoom = max(zoom, -(-400 // max(picture.shape[1:]))) if zoomed else zoom
+    return picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+
+
+def side_by_side_grid(originals: Tensor, others: Tensor, columns: int = 8) -> Tensor:
+    """uint8 [N, C, H, W] twice: rows of originals, each above the row of their counterparts, as one picture."""
+    gap = originals.new_zeros(-len(originals) % columns, *originals.shape[1:])
+    rows = [torch.cat([images, gap]).unflatten(0, (-1, columns)) for images in (originals, others)]
+    return grid(torch.stack(rows, dim=1).flatten(0, 2), columns)
+
+
+def labelled_grid(images: Tensor, columns: int, names: Sequence[str], transposed: bool = False) -> Tensor:
+    """`grid` with the name of each column above it; with `transposed`, of each row on its left.
+
+    `names[k]` belongs to column (row) k; no names leave the margin out. Names that the font cannot draw are replaced by
+    their numbers, see `margin_names`.
+    """
+    if not names:
+        return grid(images, columns, transposed)
+    shown, _ = margin_names(names)
+    words = [0.0] if transposed else [_font().getlength(word) for name in shown for word in name.split()]
+    zoom = math.ceil(max(MIN_CELL, min(max(words) + 4, MAX_CELL)) / (images.shape[-1] + 1))
+    picture = grid(images, columns, transposed, zoom=zoom)
+    across = columns if not transposed else -(-len(images) // columns)
+    pitch = picture.shape[2] // (min(across, len(images)) if not transposed else across)  # pixels from one image to the next
+    room = NAME_WIDTH if transposed else pitch - 4
+    most = max(1, pitch // LINE_HEIGHT) if transposed else 4
+    blocks = [_wrapped(name, room, most) for name in shown[: min(columns, len(images))]]
+    if transposed:
+        size = (8 + max(round(_font().getlength(line)) for block in blocks for line in block), picture.shape[1])
+    else:
+        size = (picture.shape[2], 6 + LINE_HEIGHT * max(map(len, blocks)))
+    margin = Image.new("L", size, 255)
+    draw = ImageDraw.Draw(margin)
+    for k, block in enumerate(blocks):
+        at = (k + 0.5) * pitch
+        x, y = (size[0] - 4, at - LINE_HEIGHT * len(block) / 2) if transposed else (at, size[1] - 3 - LINE_HEIGHT * len(block))
+        for i, line in enumerate(block):
+            draw.text((x, y + LINE_HEIGHT * i), line, fill=0, font=_font(), anchor="ra" if transposed else "ma")
+    text = from_pil(margin).expand(len(picture), -1, -1)
+    return torch.cat([text, picture], dim=2 if transposed else 1)
+
+
+def margin_names(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names as a margin shows them, and the lines of a legend: one for each that the font has no glyphs for, which the
+    margin shows as #1, #2, ..."""
+    missing = {k for k, name in enumerate(names) if not all(map(_has_glyph, name))}
+    shown = [f"#{k + 1}" if k in missing else name for k, name in enumerate(names)]
+    return shown, [f"#{k + 1}: {names[k]}" for k in sorted(missing)]
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(FONT_SIZE)
+
+
+@cache
+def _has_glyph(character: str) -> bool:
+    """Whether the font draws a character as something else than the box of one that it does not have."""
+    return character == " " or bytes(_font().getmask(character)) != bytes(_font().getmask("\U0010ffff"))
+
+
+def _wrapped(text: str, width: int, most: int) -> list[str]:
+    """The text in at most so many lines of that many pixels; what does not fit ends in dots."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _font().getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > most:
+        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [_cut(line, width) for line in lines]
+
+
+def _cut(line: str, width: int) -> str:
+    if _font().getlength(line) <= width:
+        return line
+    while line and _font().getlength(f"{line}...") > width:
+        line = line[:-1]
+    return f"{line}..."

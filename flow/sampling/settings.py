@@ -1,0 +1,70 @@
+"""What, besides the weights and the index, decides an image; checked against the network."""
+
+from dataclasses import dataclass
+
+from flow import solvers
+from flow.model import Network
+from flow.path import Path
+from flow.solvers import time_grids
+from flow.solvers.torchdiffeq import ADAPTIVE, IGNORES_GRID
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """What, besides the weights and the index, decides an image."""
+
+    method: str = "euler"  # a key of solvers.METHODS
+    steps: int = 100
+    guidance_scale: float = 1.0
+    seed: int = 8888
+    labels: tuple[int, ...] | None = None  # image k gets labels[k mod len]; None: all classes in turn
+    prompts: tuple[str, ...] | None = None  # for networks that read them: image k gets prompts[k mod len]
+    grid: str = "uniform"  # a key of solvers.grid.GRIDS, in the time of the network's own path, or "tuned"
+    times: tuple[float, ...] | None = None  # of the tuned grid, on the linear path
+    options: tuple[tuple[str, float | str], ...] = ()  # of the method: rtol and atol, or noise_scale and diffusion
+
+    @property
+    def solver(self) -> str:
+        """The method with what sets it apart from its defaults: 'ab2, tuned grid', 'euler_maruyama, noise_scale=0.5'."""
+        chosen = [f"{self.grid} grid"] if self.grid != "uniform" else []
+        return ", ".join([self.method, *chosen, *(f"{name}={value}" for name, value in self.options)])
+
+
+def build_time_grid(settings: SamplerSettings, path: Path) -> list[float]:
+    """The time grid, carried over from the network's own path to the linear one, where solvers work."""
+    if settings.times:
+        return list(settings.times)
+    times = time_grids.build(settings.grid, settings.steps)
+    if settings.grid == "edm":  # by the ratio of noise to data, which is the time of the linear path
+        return times
+    return [0.0, *(path.linear_time(t) for t in times[1:-1]), 1.0]
+
+
+def validate(settings: SamplerSettings, net: Network) -> None:
+    """Raises ValueError for settings that the network cannot serve."""
+    solvers.validate_options(settings.method, **dict(settings.options))
+    if not settings.times:
+        time_grids.build(settings.grid, settings.steps)
+    if settings.method in IGNORES_GRID and settings.grid != "uniform":
+        how = "by rtol and atol" if settings.method in ADAPTIVE else "evenly"
+        raise ValueError(f"grid={settings.grid}: {settings.method} chooses its own times, {how}")
+    if settings.prompts and not net.max_prompt_bytes:
+        raise ValueError("prompts: this network was trained without them (model.args.max_prompt_bytes)")
+    if net.max_prompt_bytes:
+        if not settings.prompts:
+            raise ValueError(f"this network reads prompts (of at most {net.max_prompt_bytes} bytes): give some with --prompts")
+        net.encode(list(dict.fromkeys(settings.prompts)))
+        if settings.labels and len(settings.labels) != len(settings.prompts):
+            raise ValueError(f"labels: {len(settings.labels)} for {len(settings.prompts)} prompts; give one a prompt")
+        return
+    if net.num_classes is None:
+        if settings.labels:
+            raise ValueError(
+                f"labels={list(settings.labels)}: this network was trained without labels (model.args.num_classes)"
+            )
+        if settings.guidance_scale != 1:
+            raise ValueError(f"guidance_scale={settings.guidance_scale}: needs a network with labels (model.args.num_classes)")
+        return
+    for label in settings.labels or ():
+        if not 0 <= label < net.num_classes:
+            raise ValueError(f"labels: {label} is out of range; this network knows 0 to {net.num_classes - 1}")

@@ -1,0 +1,244 @@
+"""Snapshots: averaged weights that carry their configuration, in one safetensors file, for sampling.
+
+A snapshot may come from a stranger. Its header is checked before anything is built of it, sizes against the tensors of the
+file; it resolves no interpolation; and the places that it names (data.root, paths among data.args, the autoencoder) are used
+only where the file lies in a run folder or the command line repeats them.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from configs import schema, stored
+from configs.schema import Config, UserError
+from flow import path as paths
+from flow.model import FlowModel, Network
+from flow.runtime import files
+from flow.runtime.errors import error_context
+from flow.sampling import header
+from flow.training.checkpoint import _configuration, _kind_of, first_nonfinite
+
+CodecSpec = dict[str, Any]
+
+
+@dataclass
+class Snapshot:
+    path: Path
+    config: Config
+    image_shape: tuple[int, ...]
+    step: int
+    images: int  # training images seen
+    half_life_images: int  # of the moving average
+    weights: dict[str, Tensor]
+    codec: CodecSpec | None = None  # of a flow on latents: the autoencoder that decodes them, see models/autoencoder.py
+    class_names: tuple[str, ...] = ()  # of the labels that the network was trained with
+    unconfirmed: dict[str, Any] = field(default_factory=dict)  # {key: value} that the header names and nobody has repeated
+
+    @property
+    def decoded_shape(self) -> tuple[int, ...]:
+        """Of the images that come out in the end; `image_shape` is that of what the network sees."""
+        return tuple(self.codec["image_shape"]) if self.codec else self.image_shape
+
+    def model(self, build: Callable[..., Any], codec: Callable[[CodecSpec], Any] | None = None) -> FlowModel:
+        """The network with these weights, its path, prediction and decoder; `build(name, image_shape, args)` makes the
+        network, `codec(description)` the decoder, for those who look at images.
+
+        Raises UserError where the weights do not fit, and for an autoencoder that is not that of the training.
+        """
+        model = self.config.model
+        self._refuse_unconfirmed(lambda key: key.split(".")[0] in ("model", "flow"))
+        with error_context("model"):
+            build_net = partial(build, model.name, self.image_shape, model.args)
+            net = header.build_within(self.weights, self.image_shape, model.args, build_net, self.check_fit)
+        self.load_into(net)
+        if self.codec and codec:
+            self._refuse_unconfirmed(lambda key: key == "data.autoencoder")
+        return flow_model(net, self.config, self.codec, codec)
+
+    def load_into(self, net: nn.Module) -> None:
+        """Raises UserError that names the first weight that does not fit."""
+        self.check_fit(net)
+        net.load_state_dict(self.weights)
+
+    def check_fit(self, net: nn.Module) -> None:
+        """Raises UserError that names the first weight whose shape or kind is not that of the network."""
+        expected = {name: _kind_of(value) for name, value in net.state_dict().items()}
+        actual = {name: _kind_of(value) for name, value in self.weights.items()}
+        for name in sorted(expected.keys() | actual.keys()):
+            if actual.get(name, "absent") != expected.get(name, "absent"):
+                raise UserError(
+                    f"--weights {self.path}: do not fit the model of the configuration: {name} is "
+                    f"{actual.get(name, 'absent')} in the file, {expected.get(name, 'absent')} in "
+                    f"model.name={self.config.model.name} with model.args={self.config.model.args}"
+                )
+
+    def check_data(self) -> None:
+        """For those who are about to read the data of the training.
+
+        Raises UserError where the header alone says where they lie.
+        """
+        self._refuse_unconfirmed(lambda key: key.split(".")[0] == "data" and key != "data.autoencoder")
+
+    def _refuse_unconfirmed(self, concerns: Callable[[str], bool]) -> None:
+        for key, value in self.unconfirmed.items():
+            if not concerns(key):
+                continue
+            if "${" in str(value):
+                raise UserError(f"--weights {self.path}: {stored.refusal(key, value)}")
+            again = shlex.quote(f"{key}={value}")
+            raise UserError(
+                f"--weights {self.path}: lies in no run folder, so the place {key}={value} in it is used only where the "
+                f"command line repeats it; add {again}, or another place"
+            )
+
+
+def flow_model(
+    net: Network, config: Config, description: CodecSpec | None = None, codec: Callable[[CodecSpec], Any] | None = None
+) -> FlowModel:
+    """The network with what the configuration says of its path and prediction, and the decoder that codec(description) makes
+    where there is a description. Raises UserError for unknown names and an autoencoder that is not that of the description.
+    """
+    with error_context("flow.path"):
+        chosen = paths.build(config.flow.path)
+    if config.flow.prediction not in paths.PREDICTIONS:
+        raise UserError(f"flow.prediction={config.flow.prediction}: must be one of {', '.join(paths.PREDICTIONS)}")
+    if description is None or codec is None:
+        return FlowModel(net, chosen, config.flow.prediction)
+    moved = {"source": config.data.autoencoder} if config.data.autoencoder else {}
+    with error_context("data.autoencoder" if moved else "the autoencoder (data.autoencoder can name another place)"):
+        return FlowModel(net, chosen, config.flow.prediction, codec({**description, **moved}).decode)
+
+
+def check_codec(key: str, weights: Snapshot, description: CodecSpec | None) -> None:
+    """Raises UserError where the weights were trained on latents of another autoencoder than the data now are of."""
+    compared = ("digest", "shift", "scale")
+    theirs, ours = ({k: d[k] for k in compared} if d else None for d in (weights.codec, description))
+    if theirs != ours:
+        was, now = (f"latents of the autoencoder {d['digest'][:12]}" if d else "no latents" for d in (theirs, ours))
+        scaled = " with another shift and scale" if was == now else ""
+        raise UserError(f"{key}: {weights.path} was trained on {was}, the data are {now}{scaled}")
+
+
+def save(
+    path: Path,
+    weights: dict[str, Tensor],
+    config: Config,
+    image_shape: tuple[int, ...],
+    step: int,
+    half_life_images: int,
+    codec: CodecSpec | None = None,
+    class_names: Sequence[str] = (),
+) -> None:
+    """Write a snapshot, whole or not at all."""
+    metadata = {
+        "config": schema.dump(config),
+        "image_shape": json.dumps(image_shape),
+        "step": str(step),
+        "images": str(step * config.train.batch_size),
+        "half_life_images": str(half_life_images),
+        **({"codec": json.dumps(codec)} if codec else {}),
+        **({"class_names": json.dumps(list(class_names))} if class_names else {}),
+        DIGEST_KEY: BLANK_DIGEST,
+    }
+    with files.atomic_file(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata=metadata)
+        seal(temporary)
+
+
+def load(weights: str | Path, config_path: str | None = None, overrides: list[str] | None = None) -> Snapshot:
+    """The snapshot behind `--weights`: a run folder, a checkpoint folder or a .safetensors file.
+
+    `config_path` (-c) replaces the stored configuration, overrides change it. Raises UserError for a path that holds no
+    snapshot and for a damaged file.
+    """
+    path = find(Path(weights))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--weights {path}: not a whole safetensors file ({error})") from None
+    missing = header.KEYS - metadata.keys()
+    if missing:
+        raise UserError(f"--weights {path}: not a snapshot of this project: its header lacks {', '.join(sorted(missing))}")
+    carried, actual = digests(path)
+    if carried not in (None, actual):
+        raise UserError(f"--weights {path}: has changed since it was written (its digest does not fit)")
+    try:
+        image_shape, counts, codec, class_names = header.read(metadata)
+    except ValueError as error:
+        raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
+    if name := first_nonfinite(tensors):
+        raise UserError(f"--weights {path}: {name} holds numbers that are not finite; nothing can be sampled from it")
+    config, unconfirmed = _configuration(path, metadata["config"], config_path, overrides, codec)
+    return Snapshot(path, config, image_shape, *counts, tensors, codec, class_names, unconfirmed)
+
+
+def find(path: Path) -> Path:
+    """The snapshot file that a run folder (its newest), a checkpoint folder or a file stands for."""
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise UserError(f"--weights {path}: there is no such file or folder")
+    found = _by_step(path / "snapshots") or _by_step(path) or sorted(path.glob(EMA_FILE))
+    if found:
+        return found[-1]
+    raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
+
+
+def _by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
+    """Files step_<number><tail>, oldest first."""
+    named = ((re.fullmatch(rf"step_(\d{{8,}}){re.escape(tail)}", p.name), p) for p in folder.glob(f"step_*{tail}"))
+    return [p for _, p in sorted((int(match.group(1)), p) for match, p in named if match)]
+
+
+DIGEST_KEY = "digest"
+
+
+BLANK_DIGEST = "0" * 64  # what stands in its place when it is computed
+
+
+_DIGEST = re.compile(rb'("digest":")([0-9a-f]{64})(")')
+
+
+def seal(path: Path) -> None:
+    """Fill in the digest of a file whose metadata have the entry `digest`, so far BLANK, and put the metadata in order: the
+    library writes them in a random one, and the same weights would be another file each time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:  # the library writes JSON in the same way
+            raise ValueError(f"{path}: the header of safetensors has another form than expected")
+        file.seek(8)
+        file.write(text)
+    _, actual = digests(path)
+    sealed = _DIGEST.sub(rb"\g<1>" + actual.encode() + rb"\g<3>", text, count=1)
+    with open(path, "r+b") as file:
+        file.seek(8)
+        file.write(sealed)
+
+
+def digests(path: Path) -> tuple[str | None, str]:
+    """(the digest that the file carries, None for a file that was never sealed; the one that it should carry)."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+        header = file.read(int.from_bytes(start, "little"))
+        found = _DIGEST.search(header)
+        digest = hashlib.sha256(start + _DIGEST.sub(rb"\g<1>" + BLANK_DIGEST.encode() + rb"\g<3>", header, count=1))
+        hashlib.file_digest(file, lambda: digest)  # the rest of the file
+    return found.group(2).decode() if found else None, digest.hexdigest()
+
+
+EMA_FILE = "ema.safetensors"  # the first half-life; others are ema_<half-life>.safetensors, all of them snapshots

@@ -1,0 +1,58 @@
+"""Time grids: the N + 1 times of an N-step solution, from t = 0 (prior) to t = 1 (data)."""
+
+import math
+from collections.abc import Callable
+
+# Before t = 1, where the velocity is undefined: the noise can no longer be seen in x. Adaptive methods and the likelihood,
+# which have no grid that would say how near to go, solve up to (from) 1 - END_EPS and take one open step beyond.
+END_EPS = 1e-3
+
+
+def uniform(steps: int) -> list[float]:
+    """0, 1/N, ..., 1."""
+    return [i / steps for i in range(steps + 1)]
+
+
+def cosine(steps: int) -> list[float]:
+    """Dense at both ends."""
+    return [(1 - math.cos(math.pi * u)) / 2 for u in uniform(steps)]
+
+
+def shift(steps: int, shift: float = 3.0) -> list[float]:
+    """Dense at the prior: t / (t + shift (1 - t)), for many pixels (Esser et al. 2024, arXiv:2403.03206)."""
+    return [u / (u + shift * (1 - u)) for u in uniform(steps)]
+
+
+def edm(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> list[float]:
+    """Uniform in sigma^(1 / rho) with sigma = (1 - t) / t, then the data (Karras et al. 2022, arXiv:2206.00364, eq. 5).
+
+    On the linear path (1 - t) / t is the ratio of noise to data; a network of another path is asked at the same ratios.
+    The first time is 0, where the noise is, in place of 1 / (1 + sigma_max) = 0.012.
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigmas = [(high + u * (low - high)) ** rho for u in uniform(max(1, steps - 1))]
+    return [0.0, *(1 / (1 + sigma) for sigma in sigmas[1:steps]), 1.0]
+
+
+def quadratic_noise(steps: int) -> list[float]:
+    """t = u^2: dense at the prior."""
+    return [u * u for u in uniform(steps)]
+
+
+def quadratic_data(steps: int) -> list[float]:
+    """t = 1 - (1 - u)^2: dense at the data."""
+    return [u * (2 - u) for u in uniform(steps)]
+
+
+GRIDS: dict[str, Callable[[int], list[float]]] = {
+    f.__name__: f for f in (uniform, cosine, shift, edm, quadratic_noise, quadratic_data)
+}
+
+
+def build(name: str, steps: int) -> list[float]:
+    """The times 0 = t_0 < ... < t_N = 1. Raises ValueError for an unknown name or fewer than one step."""
+    if name not in GRIDS:
+        raise ValueError(f"{name!r} is no time grid; choose one of {', '.join(GRIDS)}")
+    if steps < 1:
+        raise ValueError(f"{steps} steps: must be at least 1")
+    return GRIDS[name](steps)

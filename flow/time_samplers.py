@@ -1,0 +1,75 @@
+"""The law of t in training, stratified over the global batch."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flow import registry
+from flow.noise import generator
+
+
+def uniform(u: Tensor) -> Tensor:
+    """t ~ U(0, 1)."""
+    return u
+
+
+def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """logit(t) ~ N(mean, std^2): more weight on the middle of the path, with mean > 0 towards the data at t = 1.
+
+    The law of Esser et al. 2024 (arXiv:2403.03206, eq. 19), whose t runs the other way: their z_t = (1 - t) x0 + t noise has
+    the data at t = 0. Their location m is mean = -m here, as logit(1 - t) = -logit(t); their scale s is std.
+    """
+    if std <= 0:
+        raise ValueError(f"std={std}: must be greater than 0")
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+
+def u_shaped(u: Tensor, a: float = 4.0) -> Tensor:
+    """Density proportional to exp(a t) + exp(a (1 - t)): more weight on both ends, where the loss of reflow is largest.
+
+    Lee, Lin & Fanti 2024 (arXiv:2405.20320), in the form and with the a = 4 of the authors' code.
+    """
+    if not 0 < a <= 100:
+        raise ValueError(f"a={a}: must be greater than 0 and at most 100")
+    return 0.5 + torch.asinh((2 * u - 1) * math.sinh(a / 2)) / a
+
+
+def edm_skewed(u: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
+    """t = 1 / (1 + sigma) with log sigma ~ N(mean, std^2): EDM's law of noise levels (Karras et al. 2022, arXiv:2206.00364,
+    table 1) on the linear path, weighted towards the data."""
+    if std <= 0:
+        raise ValueError(f"std={std}: must be greater than 0")
+    return torch.sigmoid(-(mean + std * torch.special.ndtri(u)))
+
+
+TIME_SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "uniform": uniform, "logit_normal": logit_normal, "u_shaped": u_shaped, "edm_skewed": edm_skewed,
+}  # fmt: skip
+
+
+def build(name: str, /, **args: float) -> Callable[[Tensor], Tensor]:
+    """The inverse distribution function of the law: u in (0, 1) -> t in [0, 1].
+
+    Raises ValueError for an unknown name or argument and for a value out of range.
+    """
+    inverse = registry.pick("time law", TIME_SAMPLERS, name, args)
+    inverse(torch.tensor([0.5], dtype=torch.float64))  # checks the values
+    return inverse
+
+
+def stratified(seed: int, step: int, n: int) -> Tensor:
+    """n uniforms in (0, 1), float64, one in each interval [i/n, (i+1)/n), in random order; a function of (seed, step).
+
+    One draw in each stratum keeps the law of t exact for each sample and lowers the variance of the batch mean.
+    """
+    g = generator("time", seed, step)
+    u = (g.permutation(n) + g.random(n)) / n
+    tiny = 1e-7  # u = 0 would send an unbounded law to infinity
+    return torch.from_numpy(u).clamp_(tiny, 1 - tiny)
+
+
+def sample(inverse: Callable[[Tensor], Tensor], seed: int, step: int, n: int) -> Tensor:
+    """t [n], float32, of the global batch of n images at a training step."""
+    return inverse(stratified(seed, step, n)).float()

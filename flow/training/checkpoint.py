@@ -1,0 +1,250 @@
+"""Checkpoints: everything that resuming needs, whole or absent, the newest few kept.
+
+`checkpoints/step_00010000/` holds what accelerate saves (network, optimizer, loss scale), the moving averages as
+snapshots, `state.json` and `manifest.json` with the size and SHA-256 of each file. Random states are not among it:
+nothing random is carried in a state. `latest` is found by looking, not stored.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from configs import schema
+from configs.schema import Config, Kind, UserError
+from flow.runtime import distributed, files
+from flow.sampling import header
+from flow.sampling.snapshot import EMA_FILE, CodecSpec, _by_step
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+# Beginnings of the names of what every checkpoint holds; accelerate has several for the weights and the optimizer's state.
+_NEEDED = (("model", "pytorch_model"), ("optimizer",), (EMA_FILE,), ("state.json",))
+
+
+_READING_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, SafetensorError)
+
+
+def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_more: Callable[[Path], None]) -> Path:
+    """Write `folder/step_XXXXXXXX`; all processes call it. `write_more(path)` adds files on the main process.
+
+    Raises UserError on every process where writing fails on one; what was saved before stays as it was.
+    """
+    path = folder / f"step_{step:08d}"
+    temporary = folder / f"{files.TEMPORARY}{path.name}"
+    problem: Exception | None = None
+    try:
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.clean_temporaries(folder)
+            temporary.mkdir()
+    except OSError as error:
+        problem = error
+    _raise_on_all(accelerator, problem, path)
+    try:
+        accelerator.save_state(str(temporary))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = error
+    _raise_on_all(accelerator, problem, path)
+    if accelerator.is_main_process:
+        try:
+            for random_state in temporary.glob("random_states_*"):
+                random_state.unlink()
+            write_more(temporary)
+            (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+            written = sorted(p for p in temporary.rglob("*") if p.is_file())
+            entries = {
+                p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written
+            }
+            (temporary / "manifest.json").write_text(json.dumps(entries, indent=1))
+            if path.exists():  # a damaged one that resuming has passed over
+                shutil.rmtree(path)
+            files.atomic_rename_dir(temporary, path)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = error
+    _raise_on_all(accelerator, problem, path)
+    return path
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
+    for path in list_checkpoints(folder)[:-keep] if keep else []:
+        doomed = path.with_name(f"{files.TEMPORARY}{path.name}")  # so that half a deletion is no checkpoint
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def load(accelerator: Accelerator, path: Path) -> dict:
+    """Restore what accelerate saved; returns the state given to `save`, with the step."""
+    with reading(path):
+        accelerator.load_state(str(path))
+        state = files.read_json(path / "state.json")
+        if state["step"] != parse_step(path) or not isinstance(state["updates"], int):
+            raise ValueError(f"state.json is of step {state['step']}, with {state['updates']} updates")
+        return state
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong while the content of a checkpoint is taken over becomes a UserError that names the checkpoint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnpicklingError:
+        raise UserError(f"-r {path}: holds something other than tensors and numbers, which is not loaded") from None
+    except _READING_ERRORS as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(f"-r {path}: does not fit this configuration ({type(error).__name__}: {first})") from None
+
+
+def stored_config(path: Path, kind: type[Kind]) -> Kind | None:
+    """The configuration that a checkpoint was made with; None for one of before it was stored. Raises UserError."""
+    with reading(path), safe_open(path / EMA_FILE, framework="pt") as file:
+        text = (file.metadata() or {}).get("config")
+    return schema.parse(text, source=f"-r {path / EMA_FILE}", kind=kind) if text else None
+
+
+def find_latest(accelerator: Accelerator, folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None for a run that was cut off before its first; damaged ones are named and passed
+    over. Raises UserError where all are damaged."""
+    found: list[Path | None] = [None]
+    if accelerator.is_main_process:
+        for path in reversed(list_checkpoints(folder)):
+            damage = verify(path)
+            if damage is None:
+                found[0] = path
+                break
+            accelerator.print(f"warning: checkpoint {path} is damaged and passed over: {damage}")
+    broadcast_object_list(found)
+    if found[0] is None and list_checkpoints(folder):
+        raise UserError(f"-r: all checkpoints in {folder} are damaged")
+    return found[0]
+
+
+def newest_in_words(folder: Path) -> str:
+    """For a message about a run that ends."""
+    saved = list_checkpoints(folder)
+    return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)), key=parse_step)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether the path is a folder with the name of a checkpoint."""
+    return _NAME.fullmatch(path.name) is not None and path.is_dir()
+
+
+def ema_files(half_lives: list[int]) -> list[str]:
+    """Names of the moving averages inside a checkpoint, in the order of the half-lives."""
+    return [EMA_FILE if i == 0 else f"ema_{half_life}.safetensors" for i, half_life in enumerate(half_lives)]
+
+
+def parse_step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name).group(1))  # type: ignore[union-attr]
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest, or None."""
+    try:
+        manifest = files.read_json(path / "manifest.json")
+        for name, entry in manifest.items():
+            file = path / name
+            if file.parent != path:
+                return f"manifest.json names a file outside of the checkpoint, {name}"
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if files.sha256(file) != entry["sha256"]:
+                return f"{name} has changed since it was written"
+        for beginnings in _NEEDED:
+            if not any(name.startswith(beginnings) for name in manifest):
+                return f"manifest.json names no file {' or '.join(beginnings)}..."
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read ({error})"
+    return None
+
+
+def _raise_on_all(accelerator: Accelerator, problem: Exception | None, path: Path) -> None:
+    """All processes stop together where one of them could not write."""
+    if not distributed.any_process(accelerator, problem is not None):
+        return
+    if accelerator.is_main_process:
+        shutil.rmtree(path.with_name(f"{files.TEMPORARY}{path.name}"), ignore_errors=True)
+    reason = (str(problem).splitlines() or [""])[0] if problem else "another process failed"
+    raise UserError(f"checkpoint {path} was not written: {reason}; {newest_in_words(path.parent)}")
+
+
+def _kind_of(value: Tensor) -> tuple[int, ...] | str:
+    shape = tuple(value.shape)
+    return shape if value.is_floating_point() else f"{value.dtype} {shape}"
+
+
+def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[int], keep: int) -> None:
+    """Give the averages inside the checkpoint `saved` a second name in `folder`, kept when the checkpoint goes.
+
+    The first half-life is step_XXXXXXXX.safetensors, others step_XXXXXXXX.ema_<half-life>.safetensors. Of each, the
+    newest `keep` stay; 0 keeps all.
+    """
+    for name in ema_files(half_lives):
+        suffix = name.removeprefix("ema").removesuffix(".safetensors").lstrip("_")
+        tail = f".ema_{suffix}.safetensors" if suffix else ".safetensors"
+        with files.atomic_file(folder / f"step_{step:08d}{tail}") as temporary:
+            try:
+                os.link(saved / name, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(saved / name, temporary)
+        for old in _by_step(folder, tail)[:-keep] if keep else []:
+            old.unlink()
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, in alphabetical order."""
+    return next((name for name in sorted(tensors) if not torch.isfinite(tensors[name]).all()), None)
+
+
+def _configuration(
+    path: Path, text: str, config_path: str | None, overrides: list[str] | None, codec: CodecSpec | None
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a snapshot, and the places that its header names and the command line does not."""
+    source, given = f"--weights {path}", schema.overridden(overrides)
+    unconfirmed: dict[str, Any] = {}
+    base, places = schema.parse_parts(text, source, Config, given)
+    if config_path:
+        config = schema.load(config_path, overrides)
+    else:
+        unconfirmed = places
+        if not _in_run_folder(path):
+            unconfirmed |= header.take_places(base.data, given)
+        config = schema.load(None, overrides, base=base)
+        if config.data.name != base.data.name:  # its arguments are those of the command line
+            unconfirmed = {key: value for key, value in unconfirmed.items() if not key.startswith("data.args")}
+        config.typed |= {tuple(key.split(".")): value for key, value in unconfirmed.items()}  # a copy keeps them
+    schema.keep_auto_classes(config, base)
+    if codec and not config.data.autoencoder and not _in_run_folder(path):
+        unconfirmed.setdefault("data.autoencoder", codec["source"])
+    return config, unconfirmed
+
+
+def _in_run_folder(path: Path) -> bool:
+    """Whether the file lies where a run keeps its snapshots and checkpoints: such a folder counts as the user's own."""
+    folder = path.resolve().parent
+    if folder.name != "snapshots":
+        folder = folder.parent
+    return folder.name in ("snapshots", "checkpoints") and (folder.parent / "config.yaml").is_file()

@@ -1,0 +1,186 @@
+"""The folder of a run: refused where it exists, resumed where asked, described by config.yaml and environment.json."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from configs import schema, stored
+from configs.schema import Kind, UserError
+from flow.runtime import distributed, files, lock, subprocesses
+from flow.runtime.errors import error_context
+from flow.training import checkpoint
+
+# What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
+FIXED = (
+    "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
+    "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.coupling",
+    "flow.coupling_args", "flow.objective", "flow.objective_args",
+    "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks",
+)  # fmt: skip
+
+
+@contextmanager
+def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, Accelerator]]:
+    """Run folder, configuration and accelerator of a trainer's command line; inside the block no other process writes there.
+
+    An error of the file system inside the block becomes a UserError that also names the newest checkpoint.
+    """
+    run_dir, cfg = open_run(args.config, args.exp_dir, args.resume, args.overrides, kind)
+    accelerator = distributed.build_training_accelerator(cfg.train, run_dir)  # type: ignore[attr-defined]
+    with lock.folder(run_dir, accelerator):
+        # Until here another process may have started a run in this folder, or gone on with it.
+        if (run_dir, cfg) != open_run(args.config, args.exp_dir, args.resume, args.overrides, kind):
+            raise UserError(f"{run_dir / 'config.yaml'}: another process has changed it; start this command again")
+        try:
+            yield run_dir, cfg, accelerator
+        except OSError as error:
+            raise UserError(f"{error}; {checkpoint.newest_in_words(run_dir / 'checkpoints')}") from error
+
+
+def open_run(
+    config: str | None, exp_dir: Path | None, resume: str | None, overrides: list[str], kind: type[Kind]
+) -> tuple[Path, Kind]:
+    """The run folder and the configuration of this `kind` that the command line means; nothing is written.
+
+    A new run needs a folder that does not exist; a resumed one takes its stored configuration where no -c is given.
+    Raises UserError.
+    """
+    run_dir = _resumed_folder(config, exp_dir, resume) if resume else exp_dir or _default_folder(config)
+    stored_file = run_dir / "config.yaml"
+    if not resume:
+        cfg = schema.load(config, overrides, kind=kind)
+        if run_dir.exists() and not files.is_empty_dir(run_dir):
+            raise UserError(f"-e {run_dir}: exists already; go on with it by -r latest, or name another folder with -e")
+        return run_dir, cfg
+    if not stored_file.is_file():
+        raise UserError(f"-r {resume}: there is no run in {run_dir}; start one without -r")
+    cfg = schema.load(config, overrides, kind=kind) if config else None
+    confirmed = stored.typed_values(cfg) if cfg else schema.overridden(overrides, kind)
+    with error_context(str(stored_file)):
+        before = schema.parse(stored_file.read_text(encoding="utf-8"), str(stored_file), kind, confirmed)
+    cfg = cfg or schema.load(None, overrides, base=before, kind=kind)
+    if isinstance(cfg, schema.Config) and isinstance(before, schema.Config):
+        schema.keep_auto_classes(cfg, before)
+    refuse_changes(before, cfg, f"the run in {run_dir} was started")
+    return run_dir, cfg
+
+
+def checkpoint_to_resume(accelerator: Accelerator, resume: str, run_dir: Path, cfg: Any) -> Path | None:
+    """The checkpoint that `-r latest|PATH` means, None for a run that was cut off before its first one.
+
+    Raises UserError where it is damaged, where going on from it would overwrite later ones, or where it was made with
+    another configuration than `cfg` in what resuming cannot change, whatever config.yaml says by now.
+    """
+    folder = run_dir / "checkpoints"
+    named = resume != "latest" and checkpoint.is_checkpoint(Path(resume))
+    path = _checkpoint_named(Path(resume), folder) if named else checkpoint.find_latest(accelerator, folder)
+    stored = path and checkpoint.stored_config(path, type(cfg))
+    if stored:
+        refuse_changes(stored, cfg, f"the checkpoint {path} was made")
+    return path
+
+
+def refuse_changes(stored: Any, cfg: Any, made: str) -> None:
+    """Raises UserError for the first key that resuming cannot change and that differs; `made` begins the reason."""
+    for key in filter(schema.all_keys(type(cfg)).__contains__, FIXED):
+        before, now = schema.get(stored, key), schema.get(cfg, key)
+        if before != now:
+            raise UserError(f"{key}={now}: {made} with {before}, which resuming cannot change")
+
+
+def _checkpoint_named(path: Path, folder: Path) -> Path:
+    damage = checkpoint.verify(path)
+    if damage:
+        raise UserError(f"-r {path}: the checkpoint is damaged: {damage}")
+    later = [p for p in checkpoint.list_checkpoints(folder) if checkpoint.parse_step(p) > checkpoint.parse_step(path)]
+    if later:
+        raise UserError(
+            f"-r {path}: going on from here would overwrite {later[-1].name}; move the later checkpoints away, "
+            "or start a new run with train.init_from"
+        )
+    return path
+
+
+def write_run_files(run_dir: Path, config: Any, accelerator: Accelerator) -> None:
+    """Make the folder and write config.yaml and environment.json, which gains an entry at every start."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    files.clean_temporaries(run_dir)
+    files.write_text(run_dir / "config.yaml", schema.dump(config))
+    path = run_dir / "environment.json"
+    with error_context(f"{path}: is damaged; move it away"):
+        starts = files.read_json(path) if path.is_file() else []
+        if not isinstance(starts, list):
+            raise ValueError("it holds no list of starts")
+    files.write_text(path, json.dumps([*starts, environment(accelerator)], indent=1))
+
+
+def environment(accelerator: Accelerator) -> dict:
+    """What a result depends on besides the configuration: versions, machine, processes, code, command."""
+    packages = ["torch", "torchvision", "accelerate", "omegaconf", "torch-fidelity", "numpy", "safetensors"]
+    device = accelerator.device
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.argv),
+        "commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+
+
+def resume_command(run_dir: Path, script: str = "train.py", config: Any = None) -> str:
+    """What to type to go on with a run; of its configuration it repeats what config.yaml keeps as it was typed. Of several
+    machines or sharded weights only the launcher's own command knows all."""
+    arguments = [*script.split(), "-e", str(run_dir), "-r", "latest", *stored.typed_overrides(config)]
+    processes = os.environ.get("WORLD_SIZE")
+    if processes is None:
+        return subprocesses.command(*arguments)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded or os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
+        return f"the launcher of this run and {shlex.join(arguments)}"
+    launcher = f"{subprocesses.interpreter('torchrun')} --standalone --nproc_per_node {processes}"
+    return subprocesses.command(*arguments, launcher=launcher)
+
+
+def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Path:
+    if resume == "latest":
+        return exp_dir or _default_folder(config)
+    path = Path(resume)
+    if not path.is_dir():
+        raise UserError(f"-r {resume}: there is no such folder; give `latest`, a run folder or a checkpoint folder")
+    run_dir = path.parent.parent if checkpoint.is_checkpoint(path) else path
+    if exp_dir and exp_dir.resolve() != run_dir.resolve():
+        raise UserError(f"-e {exp_dir}: the checkpoint {resume} belongs to {run_dir}; drop -e, or use train.init_from")
+    return run_dir
+
+
+def _default_folder(config: str | None) -> Path:
+    if not config:
+        raise UserError("-c: a configuration is needed, e.g. -c configs/digits.yaml (or -e DIR -r latest to resume)")
+    return Path("runs") / Path(config).stem
+
+
+def _git_commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,154 @@
+"""Pieces that networks are made of: residual blocks, attention, the embedding of time."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    """Residual block, optionally resampling by 2 and followed by self-attention: [B, c_in, H, W] -> [B, c_out, H', W'].
+
+    The embedding of time [B, embedding] scales and shifts what the second group norm leaves (the adaptive group norm of
+    Dhariwal & Nichol 2021, arXiv:2105.05233); with scale_shift=False it is added before that norm, as in DDPM (Ho et al. 2020).
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, embedding: int, dropout: float, heads: int = 0, resampling: str = "",
+        scale_shift: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.resampling, self.scale_shift = resampling, scale_shift
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.modulation = nn.Linear(embedding, 2 * c_out if scale_shift else c_out)
+        self.norm2 = group_norm(c_out)
+        self.dropout = Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out, heads) if heads else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(resample(F.silu(self.norm1(x)), self.resampling))
+        modulation = self.modulation(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = modulation.chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        else:
+            h = F.silu(self.norm2(h + modulation))
+        h = self.skip(resample(x, self.resampling)) + self.conv2(self.dropout(h))
+        return self.attention(h)
+
+
+class ConvResampling(nn.Module):
+    """A convolution that halves the side, or doubles it after nearest-neighbor upsampling: [B, C, H, W] -> [B, C, H', W'].
+
+    The resampling of DDPM (Ho et al. 2020, appendix B); the embedding is not used.
+    """
+
+    def __init__(self, channels: int, resampling: str):
+        super().__init__()
+        self.resampling = resampling
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resampling == "down" else 1, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(resample(x, "up") if self.resampling == "up" else x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the pixels of [B, C, H, W], residual."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = tokens(self.qkv(self.norm(x))).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)  # [B, heads, HW, C / heads]
+        return x + self.proj(out.transpose(-1, -2).reshape(x.shape))
+
+
+class CrossAttention(nn.Module):
+    """The pixels of [B, C, H, W] attend to states [B, L, c] where mask [B, L] is true; residual."""
+
+    def __init__(self, channels: int, state_channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = group_norm(channels)
+        self.query = nn.Conv2d(channels, channels, 1)
+        self.key_value = nn.Linear(state_channels, 2 * channels)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        q = tokens(self.query(self.norm(x))).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        k, v = self.key_value(states).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])  # [B, heads, HW, C / heads]
+        return x + self.proj(out.transpose(-1, -2).reshape(x.shape))
+
+
+def tokens(x: Tensor) -> Tensor:
+    """Pixels as tokens: [B, C, H, W] -> [B, HW, C], contiguous, as the fused kernels of attention want their last dimension;
+    others fall back to one that writes all [HW, HW] weights out."""
+    return x.flatten(2).transpose(1, 2).contiguous()
+
+
+class Dropout(nn.Module):
+    """Zeroes elements with probability p in training and divides the others by 1 - p (Srivastava et al. 2014, JMLR 15).
+
+    On a CPU torch draws 64 bits an element on one thread, 6 % of a step (docs/performance.md); here four elements share them.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * kept.to(x.dtype).div_(1 - self.p)
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, fastest: float, slowest: float = 0.1) -> Tensor:
+    """Features [B, dim] of t [B] in [0, 1]: cosines and sines of t times geometric frequencies, from `fastest` down towards
+    `slowest` radians.
+
+    The positions of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5); DDPM's, for 1000 timesteps, are fastest = 1000.
+    A flow is only as smooth in time as these features: solvers reach their order on steps well below 1 / fastest.
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(fastest / slowest) / half))
+    angles = fastest * t[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def check_time_frequency(value: float, slowest: float = 0.1) -> None:
+    if not isinstance(slowest, int | float) or not 0 < slowest < math.inf:
+        raise ValueError(f"min_time_frequency={slowest!r}: must be a finite number above 0, in radians")
+    if not isinstance(value, int | float) or not slowest < value < math.inf:
+        raise ValueError(f"time_frequency={value!r}: must be a number above {slowest:g}, in radians")
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group norm over at most 32 groups of at least 4 channels."""
+    groups = min(32, channels // 4)
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels)
+
+
+def resample(x: Tensor, how: str) -> Tensor:
+    if how == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if how == "up" else x
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module

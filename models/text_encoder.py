@@ -1,0 +1,48 @@
+"""Prompts for networks: UTF-8 bytes through a small transformer that is trained with the flow. No downloaded language model."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PADDING = 0  # also the null condition: the empty prompt is all padding
+
+
+def encode(prompts: Sequence[str], limit: int) -> Tensor:
+    """Tokens int64 [N, limit]: each byte of the UTF-8 text plus 1, then padding.
+
+    Raises ValueError for a prompt of more than `limit` bytes.
+    """
+    tokens = torch.full((len(prompts), limit), PADDING)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        data = prompt.encode("utf-8")
+        if len(data) > limit:
+            raise ValueError(f"prompt {prompt!r}: has {len(data)} bytes, this network reads at most {limit} (max_prompt_bytes)")
+        row[: len(data)] = torch.tensor(list(data), dtype=torch.int64) + 1
+    return tokens
+
+
+class TextEncoder(nn.Module):
+    """Tokens int64 [B, L] -> states [B, 1 + L, width] and a mask bool [B, 1 + L], true where there is something to attend to.
+
+    A convolution over seven bytes, which knows a word wherever it stands, then a pre-norm transformer (Xiong et al. 2020,
+    arXiv:2002.04745). State 0 belongs to a start token that stands before every
+    prompt: the summary of the text, and all that is left of an empty one.
+    """
+
+    def __init__(self, limit: int, width: int, layers: int = 2, heads: int = 4):
+        super().__init__()
+        self.bytes = nn.Embedding(257, width)
+        self.local = nn.Conv1d(width, width, 7, padding=3)
+        self.positions = nn.Parameter(0.02 * torch.randn(limit, width))
+        self.start = nn.Parameter(0.02 * torch.randn(width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.bytes(tokens)
+        h = h + F.gelu(self.local(h.transpose(1, 2))).transpose(1, 2) + self.positions
+        h = torch.cat([self.start.expand(len(h), 1, -1), h], dim=1)
+        mask = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens != PADDING], dim=1)
+        return self.layers(h, src_key_padding_mask=~mask), mask

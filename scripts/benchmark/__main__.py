@@ -1,0 +1,217 @@
+"""Speed of training, sampling and evaluation on this machine: `python -m scripts.benchmark -c configs/cifar10.yaml`.
+
+What is measured are train.py, sample.py and evaluate.py themselves, each in a process of its own, with clocks around the
+functions that they call. With `--against eager` the same network also runs in the loop of scripts/benchmark/baseline.py. The jobs
+take turns, `--rounds` times, and the median of all their steps counts. FLOPs are those of torch.utils.flop_counter, and the
+ceiling is the fastest matrix product or convolution of the machine in the same precision. `--out` gets benchmark.json and
+benchmark.md.
+"""
+
+import ast
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from configs import schema
+from configs.schema import UserError
+from flow.evaluation import table
+from flow.runtime import cli, files
+from flow.runtime.errors import cli_main
+
+EXAMPLES = """\
+  python -m scripts.benchmark -c configs/mnist_mini_cond.yaml --against eager
+  python -m scripts.benchmark -c configs/cifar10.yaml --parts train --precisions no bf16 --against eager \\
+      --steps 2 --rounds 3 --out docs/benchmark train.batch_size=32
+  python -m scripts.benchmark -c configs/mnist_mini_cond.yaml --parts scaling --processes 1 2 --precisions bf16
+  python -m scripts.benchmark -c configs/cifar10.yaml --parts train --vary train.batch_size 8 16 32"""
+
+
+PARTS = ("train", "sample", "evaluate", "scaling")
+
+
+COMPUTE = ("forward", "backward", "network", "decoder", "features")  # sections that are networks
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("-c", "--config", metavar="YAML", help="of the training that is measured")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["train", "sample"], help="(default: train sample)")
+    parser.add_argument("--precisions", nargs="+", choices=schema.MIXED_PRECISIONS, default=["no", "bf16"])
+    parser.add_argument("--against", choices=("eager",), help="also the loop that a user would write, in fp32")
+    parser.add_argument("--steps", type=cli.at_least(1), default=10, help="training steps a round (default: 10)")
+    parser.add_argument("--warmup", type=cli.at_least(1), default=2, help="steps or batches that do not count (default: 2)")
+    parser.add_argument("--rounds", type=cli.at_least(1), default=3, help="turns of each job (default: 3)")
+    parser.add_argument("--sampling_batch", type=cli.at_least(1), default=32, help="(default: 32)")
+    parser.add_argument("--sampling_batches", type=cli.at_least(1), default=3, help="batches a round (default: 3)")
+    parser.add_argument("--sampling_steps", type=cli.at_least(1), default=5, help="Euler steps (default: 5)")
+    parser.add_argument("--n_samples", type=cli.at_least(4), default=500, help="images of evaluate (default: 500)")
+    parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of evaluate (default: mnist)")
+    parser.add_argument("--processes", nargs="+", type=cli.at_least(1), default=[1, 2], help="of scaling (default: 1 2)")
+    parser.add_argument("--vary", nargs="+", metavar=("KEY", "VALUE"), default=[], help="all of it for each value of a key")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, except for the loop of --against")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: only printed)")
+    args = parser.parse()
+    if "train.steps" in " ".join(args.overrides):
+        raise UserError("train.steps: --steps says how many are measured")
+    if len(args.vary) == 1:
+        raise UserError(f"--vary {args.vary[0]}: give a key and its values")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    key, *values = args.vary or [""]
+    plan: dict[str, dict] = {}
+    for extra in [[f"{key}={value}"] for value in values] or [[]]:
+        overrides = [*args.overrides, *extra]
+        schema.load(args.config, overrides)
+        plan |= {", ".join([name, *extra]): {**job, "overrides": overrides} for name, job in jobs(args).items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        found: dict[str, list[dict]] = {name: [] for name in plan}
+        costs: dict[str, dict] = {}  # by overrides
+        for overrides in {str(job["overrides"]): job["overrides"] for job in plan.values()}.values():
+            costs[str(overrides)] = start_job({"kind": "cost", "overrides": overrides}, args, Path(scratch))
+        precisions = sorted({job["precision"] for job in plan.values()})
+        ceilings = start_job({"kind": "ceilings", "precisions": precisions}, args, Path(scratch))
+        for turn in range(args.rounds):
+            for name, job in plan.items():
+                print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
+                found[name].append(start_job(job, args, Path(scratch)))
+    rows = [summary(name, job, found[name], costs[str(job["overrides"])], ceilings) for name, job in plan.items()]
+    for row in rows:
+        alike = [r for r in rows if (r["kind"], r["overrides"]) == (row["kind"], row["overrides"])]
+        slow = next((r for r in alike if r["what"] == "eager"), None)
+        row["ratio"] = row["images_per_second"] / slow["images_per_second"] if slow else None
+    result = {"machine": machine(), "config": args.config, "overrides": args.overrides, "costs": costs,
+              "ceilings": ceilings, "rows": rows, "rounds": found}  # fmt: skip
+    text = report(result)
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        files.write_text(args.out / "benchmark.json", json.dumps(result, indent=1))
+        files.write_text(args.out / "benchmark.md", text + "\n")
+
+
+def jobs(args) -> dict[str, dict]:
+    """What is run in turn: name -> job."""
+    plan: dict[str, dict] = {}
+    for kind in [part for part in args.parts if part in ("train", "sample")]:
+        if args.against:
+            plan[f"{kind}, eager, fp32"] = {"kind": kind, "what": "eager", "precision": "no", "processes": 1}
+        for p in args.precisions:
+            plan[f"{kind}, {name_of(p)}"] = {"kind": kind, "what": "ours", "precision": p, "processes": 1}
+    if "evaluate" in args.parts:
+        for p in args.precisions:
+            plan[f"evaluate, {name_of(p)}"] = {"kind": "evaluate", "what": "ours", "precision": p, "processes": 1}
+    if "scaling" in args.parts:
+        for p in args.precisions:
+            for n in args.processes:
+                job = {"kind": "train", "what": "ours", "precision": p, "processes": n}
+                plan[f"train, {name_of(p)}, {n} process{'es' * (n > 1)}"] = job
+    return plan
+
+
+def name_of(precision: str) -> str:
+    return "fp32" if precision == "no" else precision
+
+
+def start_job(job: dict, args, scratch: Path) -> dict:
+    """The result of a job in a process of its own (or several)."""
+    result = scratch / "result.json"
+    result.unlink(missing_ok=True)
+    job = {
+        "overrides": args.overrides, **job, "config": args.config, "result": str(result), "scratch": str(scratch),
+        "compile": args.compile,
+        "steps": args.steps, "warmup": args.warmup, "sampling_batch": args.sampling_batch, "n_samples": args.n_samples,
+        "sampling_batches": args.sampling_batches, "sampling_steps": args.sampling_steps,
+        "feature_extractor": args.feature_extractor, "started": time.time(),
+    }  # fmt: skip
+    launcher = [sys.executable]
+    if job.get("processes", 1) > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(job["processes"])]
+        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    done = subprocess.run(
+        [*launcher, "-m", "scripts.benchmark.jobs", json.dumps(job)], capture_output=True, text=True, check=False
+    )
+    if done.returncode or not result.is_file():
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
+        raise UserError(f"{job['kind']}: {(lines or ['it ended without a word'])[0].removeprefix('error: ')}")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def summary(name: str, job: dict, results: list[dict], cost: dict, ceilings: dict) -> dict:
+    """Medians over the rounds of a job, and what follows from them."""
+    laps = [lap for r in results for lap in r["laps"]]
+    per_lap = results[0]["images_per_lap"]
+    seconds = {key: sum(r["seconds"].get(key, 0.0) for r in results) for r in results for key in r["seconds"]}
+    total = sum(seconds.values())
+    rate = per_lap / statistics.median(laps)
+    flops = {"train": cost["training"], "sample": cost["forward"] * results[0]["forwards"]}.get(job["kind"])
+    ceiling = max(ceilings[name_of(job["precision"])].values())
+    return {
+        "name": name, **job, "images_per_second": rate, "spread": [per_lap / max(laps), per_lap / min(laps)],
+        "flops_per_second": rate * flops if flops else None,
+        "of_ceiling": rate * flops / ceiling / job["processes"] ** bool(ceilings["device"] == "cuda") if flops else None,
+        "outside": 1 - sum(seconds.get(key, 0.0) for key in COMPUTE) / total if total else None,
+        "shares": {key: value / total for key, value in sorted(seconds.items(), key=lambda item: -item[1])} if total else {},
+        "peak_memory_gib": max(r["peak_memory_gib"] for r in results),
+        "seconds_to_first_step": min(r["seconds_to_first_step"] for r in results),
+    }  # fmt: skip
+
+
+def report(result: dict) -> str:
+    """The tables as Markdown."""
+    host, ceilings = result["machine"], result["ceilings"]
+    lines = [f"{host['device']}, {host['cores']} cores, torch {host['torch']}", ""]
+    for overrides, cost in result["costs"].items():
+        cfg = schema.load(result["config"], ast.literal_eval(overrides))
+        lines.append(
+            f"- {result['config']} {overrides}: {cfg.model.name} of {cost['parameters'] / 1e6:.1f} M parameters, "
+            f"{cost['forward'] / 1e9:.2f} GFLOP an image forward, {cost['training'] / 1e9:.2f} forward and backward; "
+            f"training batches of {cfg.train.batch_size}"
+        )
+    lines += [
+        "",
+        table.markdown([["precision", "matrix product, GFLOP/s", "convolution, GFLOP/s"],
+                        *([p, f"{ceilings[p]['matmul'] / 1e9:.0f}", f"{ceilings[p]['convolution'] / 1e9:.0f}"]
+                          for p in ceilings if p != "device")]),
+        "",
+    ]  # fmt: skip
+    head = ["job", "images/s", "slowest to fastest step", "ratio", "GFLOP/s", "of the ceiling", "outside the networks",
+            "peak GiB", "first step, s"]  # fmt: skip
+    cells = [head]
+    for r in result["rows"]:
+        cells.append([
+            r["name"], f"{r['images_per_second']:.2f}", "{:.2f} - {:.2f}".format(*r["spread"]),
+            f"{r['ratio']:.2f}" if r["ratio"] else "", f"{r['flops_per_second'] / 1e9:.0f}" if r["flops_per_second"] else "",
+            f"{r['of_ceiling']:.2f}" if r["of_ceiling"] else "", f"{r['outside']:.1%}" if r["outside"] is not None else "",
+            f"{r['peak_memory_gib']:.2f}", f"{r['seconds_to_first_step']:.1f}",
+        ])  # fmt: skip
+    lines += [table.markdown(cells), ""]
+    for r in result["rows"]:
+        if r["shares"]:
+            shares = ", ".join(f"{key} {value:.1%}" for key, value in r["shares"].items() if value >= 0.0005)
+            lines.append(f"- {r['name']}: {shares}")
+    return "\n".join(lines)
+
+
+def machine() -> dict:
+    import torch
+
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        models = [x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        name = models[0] if models else name
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    cli_main(main)

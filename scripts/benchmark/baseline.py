@@ -1,0 +1,112 @@
+"""The training and sampling loops that a user would write without this project: what scripts/benchmark/ measures against,
+and `python -m scripts.benchmark.baseline -c CONFIG --minutes 25 --out FILE` trains, for tables of equal time (scripts/benchmark/gpu_check.sh).
+
+fp32, a DataLoader with two workers, torch.optim.AdamW, averages by a Python loop over the parameters, loss.item() in each
+step; sampling by Euler's method, batch after batch, each image saved by torchvision. Both yield after every step or batch,
+so that whoever iterates can take the time.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torchvision.utils import save_image
+
+import datasets
+import models
+from configs import schema
+from configs.schema import Config, UserError
+from flow.runtime import cli, distributed
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import snapshot
+
+EXAMPLES = "  python -m scripts.benchmark.baseline -c configs/cifar10_fast.yaml --minutes 25 --out plain.safetensors"
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("-c", "--config", required=True, metavar="YAML", help="its data, network, batch size and learning rate")
+    parser.add_argument("--minutes", type=float, required=True, help="of training")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the snapshot, a new .safetensors file")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: exists already; name another file")
+    cfg = schema.load(args.config, args.overrides)
+    net, images, labels = material(cfg)
+    with distributed.progress(distributed.build_single_process_accelerator("plain_loop"), cfg.train.steps, "plain loop") as bar:
+        end = time.monotonic() + 60 * args.minutes
+        for step, averages in enumerate(train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr), start=1):  # noqa: B007
+            bar.update()
+            if time.monotonic() > end:
+                break
+    names = [name for name, _ in net.named_parameters()]
+    snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
+    print(f"{args.out}: {step} steps of {cfg.train.batch_size} images")
+
+
+def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:
+    """The network, the images and the labels of a configuration. Raises UserError for what the loop cannot train."""
+    with error_context("data"):
+        data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
+    schema.set_auto_classes(cfg, data.class_names if data.labels is not None else ())
+    with error_context("model"):
+        net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
+    if net.max_prompt_bytes or not hasattr(data, "images") or data.images.dtype != torch.uint8:
+        raise UserError(f"data.name={cfg.data.name}: the plain loop is for networks without prompts on images in memory")
+    return net, data.images, data.labels if net.num_classes is not None else None
+
+
+def train(net: nn.Module, images: Tensor, labels: Tensor | None, batch_size: int, lr: float) -> Iterator[list[Tensor]]:
+    """Endless training of net(x, t, y) on uint8 images [N, C, H, W], labels int64 [N] or None; yields the averages."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(device).train()
+    averages = [p.detach().clone() for p in net.parameters()]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+    floats = images.float() / 127.5 - 1
+    data = TensorDataset(floats, torch.zeros(len(floats), dtype=torch.long) if labels is None else labels)
+    sampler = RandomSampler(data, replacement=True, num_samples=2**62)
+    for x1, y in DataLoader(data, batch_size=batch_size, sampler=sampler, num_workers=2):
+        x1, y = x1.to(device), y.to(device)
+        x0 = torch.randn_like(x1)
+        t = torch.rand(len(x1), device=device)
+        xt = t[:, None, None, None] * x1 + (1 - t[:, None, None, None]) * x0
+        loss = ((net(xt, t, None if labels is None else y) - (x1 - x0)) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for average, p in zip(averages, net.parameters(), strict=True):
+                average.mul_(0.9999).add_(p, alpha=1 - 0.9999)
+        loss.item()
+        yield averages
+
+
+@torch.no_grad()
+def sample(
+    net: nn.Module, image_shape: tuple[int, int, int], classes: int | None, batch_size: int, steps: int, folder: Path
+) -> Iterator[None]:
+    """Endless batches of PNG files in `folder`, by Euler steps."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net.to(device).eval()
+    made = 0
+    while True:
+        x = torch.randn(batch_size, *image_shape, device=device)
+        y = torch.arange(batch_size, device=device) % classes if classes else None
+        for i in range(steps):
+            x = x + net(x, torch.full((batch_size,), i / steps, device=device), y) / steps
+        for image in x:
+            save_image((image + 1) / 2, folder / f"{made:06d}.png")
+            made += 1
+        yield
+
+
+if __name__ == "__main__":
+    cli_main(main)

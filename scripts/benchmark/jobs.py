@@ -1,0 +1,299 @@
+"""What scripts/benchmark/ measures, a job a process: `python -m scripts.benchmark.jobs JSON`.
+
+train.py, sample.py and evaluate.py run as they are, with clocks around the functions that they call; beside them the plain
+loop, the cost of the network in FLOPs and the ceilings of the machine.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from configs import schema
+from flow.runtime import distributed, files
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import snapshot
+from scripts.benchmark import baseline
+from scripts.benchmark.__main__ import name_of
+
+
+class Enough(Exception):
+    """Ends a training that has been measured."""
+
+
+def main() -> None:
+    """Do the job and write its result."""
+    job = json.loads(sys.argv[1])
+    kind = job["kind"] + "_" + job["what"] if "what" in job else job["kind"]
+    found = {
+        "cost": cost_job, "ceilings": ceilings_job, "train_ours": train_job, "train_eager": plain_train_job,
+        "sample_ours": sample_job, "sample_eager": plain_sample_job, "evaluate_ours": evaluate_job,
+    }[kind](job)  # fmt: skip
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(job["result"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+def measured(job: dict, watch, images_per_lap: int, forwards: int = 1) -> dict:
+    """The result of a job of steps or batches."""
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    return {
+        "laps": watch.laps, "seconds": dict(watch.seconds), "images_per_lap": images_per_lap, "forwards": forwards,
+        "peak_memory_gib": peak / 2**30, "seconds_to_first_step": watch.first_lap - job["started"],
+    }  # fmt: skip
+
+
+def cost_job(job: dict) -> dict:
+    """Parameters of the network and floating-point operations of one image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg, data = material(job)
+    shape = data.image_shape
+    with torch.device("meta"):
+        import models
+
+        net = models.build(cfg.model.name, shape, cfg.model.args)
+        x, t, y = torch.empty(1, *shape), torch.empty(1), condition(net, 1)
+        with FlopCounterMode(display=False) as forward:
+            out = net(x, t, y)
+        with FlopCounterMode(display=False) as backward:
+            out.sum().backward()
+    passes = forward.get_total_flops(), backward.get_total_flops()
+    return {"parameters": sum(p.numel() for p in net.parameters()), "forward": passes[0], "training": sum(passes)}
+
+
+def ceilings_job(job: dict) -> dict:
+    """FLOP/s of the fastest of several large matrix products and of several 3x3 convolutions, by precision."""
+    import torch
+    import torch.nn.functional as F
+
+    distributed.set_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    large = 4 if device.type == "cuda" else 1
+    found: dict = {"device": device.type}
+    for precision in job["precisions"]:
+        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+        def best(work: float, function, dtype=dtype) -> float:
+            rates = []
+            for _ in range(8):
+                start = time.perf_counter()
+                function()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                rates.append(work / (time.perf_counter() - start))
+            return max(rates)
+
+        products, convolutions = [], []
+        for n in (1024 * large, 2048 * large):
+            a, b = torch.randn(2, n, n, device=device).to(dtype)
+            products.append(best(2 * n**3, lambda a=a, b=b: a @ b))
+        for channels, side in ((128, 32), (256, 16), (512, 16)):
+            x = torch.randn(16 * large, channels, side, side, device=device).to(dtype)
+            w = torch.randn(channels, channels, 3, 3, device=device).to(dtype)
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x, w = x.to(memory_format=layout), w.to(memory_format=layout)
+                work = 2 * 9 * len(x) * channels**2 * side**2
+                convolutions.append(best(work, lambda x=x, w=w: F.conv2d(x, w, padding=1)))
+        found[name_of(precision)] = {"matmul": max(products), "convolution": max(convolutions)}
+    return found
+
+
+def material(job: dict):
+    """The configuration and its data set."""
+    import datasets
+
+    cfg = schema.load(job["config"], job["overrides"])
+    with error_context("data"):
+        data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
+    schema.set_auto_classes(cfg, data.class_names if data.labels is not None else ())
+    return cfg, data
+
+
+def condition(net, n: int):
+    import torch
+
+    if net.max_prompt_bytes:
+        return torch.ones(n, net.max_prompt_bytes, dtype=torch.long)
+    return torch.zeros(n, dtype=torch.long) if net.num_classes is not None else None
+
+
+def train_job(job: dict) -> dict:
+    """train.py itself; data, noise, times, labels, path and loss, forward, backward, clipping, optimizer, EMA and logging
+    are sections, "other" is the loop between them."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    import train
+    from flow.training.ema import Ema
+    from flow.training.logging import Logger, LossStatistics
+    from scripts.benchmark.timer import Stopwatch
+
+    watch = Stopwatch(synchronise=True)
+    ahead, make_pairing, make_objective = train.ahead, train.pairing_of, train.objective
+
+    def timed_ahead(items, depth: int):
+        def fetched(inputs):
+            while True:
+                with watch.section("data"):
+                    made = next(inputs)
+                yield made
+
+        with contextlib.closing(ahead(items, depth)) as inputs:
+            yield from watch.timed(fetched(inputs), job["warmup"], job["steps"])
+        raise Enough
+
+    def timed_pairing(*args):
+        pairing = make_pairing(*args)
+        pairing.noise = watch.watch("noise", pairing.noise)
+        return pairing
+
+    def timed_objective(*args, **kwargs):
+        training = make_objective(*args, **kwargs)
+        loss = training.loss
+        training.loss = watch.watch("path and loss", lambda model, *rest: loss(watch.watch("forward", model), *rest))
+        return training
+
+    train.ahead, train.pairing_of, train.objective = timed_ahead, timed_pairing, timed_objective
+    for owner, name, section in [
+        (train.time_sampler, "sample", "times"), (train, "condition", "labels"), (train, "drop_labels", "labels"),
+        (Accelerator, "backward", "backward"), (Accelerator, "clip_grad_norm_", "clipping"),
+        (AcceleratedOptimizer, "step", "optimizer"), (AcceleratedOptimizer, "zero_grad", "optimizer"),
+        (Ema, "update", "EMA"), (LossStatistics, "add", "logging"), (LossStatistics, "add_grad_norm", "logging"),
+        (LossStatistics, "check", "logging"), (LossStatistics, "read", "logging"), (Logger, "log", "logging"),
+    ]:  # fmt: skip
+        setattr(owner, name, watch.watch(section, getattr(owner, name)))
+    cfg = schema.load(job["config"], job["overrides"])
+    with tempfile.TemporaryDirectory() as scratch:
+        config = ["-c", job["config"]] if job["config"] else []
+        sys.argv = [
+            "train.py", *config, "-e", f"{scratch}/run", "-mp", job["precision"], *job["overrides"], "train.log_with=[]",
+            "train.sample_every_steps=0", "train.checkpoint_every_steps=0", "train.steps=1_000_000_000",
+            *(["train.compile=true"] if job["compile"] else []),
+        ]  # fmt: skip
+        with contextlib.suppress(Enough):
+            train.main()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return measured(job, watch, cfg.train.batch_size)
+
+
+def plain_train_job(job: dict) -> dict:
+    pass
+    from scripts.benchmark.timer import Stopwatch
+
+    cfg = schema.load(job["config"], job["overrides"])
+    net, images, labels = baseline.material(cfg)
+    watch = Stopwatch(synchronise=True)
+    steps = baseline.train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr)
+    for _ in watch.timed(steps, job["warmup"], job["steps"]):
+        pass
+    watch.seconds.clear()
+    return measured(job, watch, cfg.train.batch_size)
+
+
+def blank_snapshot(job: dict) -> Path:
+    """Untrained weights of the configuration, as a file."""
+    import models
+
+    pass
+
+    name = f"blank-{hashlib.sha256(repr(job['overrides']).encode()).hexdigest()[:16]}"
+    path = Path(job["scratch"]) / name / "snapshots" / "step_00000000.safetensors"  # a run folder: its autoencoder is used
+    if not path.is_file():
+        cfg, data = material(job)
+        net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
+        snapshot.save(path, net.state_dict(), cfg, data.image_shape, 0, 1, data.codec)
+        files.write_text(path.parent.parent / "config.yaml", schema.dump(cfg))
+    return path
+
+
+def sample_job(job: dict) -> dict:
+    """sample.py itself; "network" and, of latents, "decoder" are sections."""
+    import sample
+    from flow.guidance import GuidedVelocity
+    from models.autoencoder import VAE
+    from scripts.benchmark.timer import Stopwatch
+
+    watch = Stopwatch(synchronise=True)
+    generate = sample.generate
+    sample.generate = lambda *args: watch.timed(generate(*args), job["warmup"], job["sampling_batches"])
+    GuidedVelocity._forward = watch.watch("network", GuidedVelocity._forward)
+    VAE.decode = watch.watch("decoder", VAE.decode)
+    weights = blank_snapshot(job)
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.argv = [
+            "sample.py", "--weights", str(weights), "--save_dir", f"{scratch}/out", "-mp", job["precision"],
+            "--n_samples", str(job["sampling_batch"] * (job["warmup"] + job["sampling_batches"])),
+            "--bspp", str(job["sampling_batch"]), "--sampling_steps", str(job["sampling_steps"]),
+        ]  # fmt: skip
+        if schema.load(job["config"], job["overrides"]).model.args.get("max_prompt_bytes"):
+            sys.argv += ["--prompts", "a"]
+        if job["compile"]:
+            sys.argv += ["--compile"]
+        sample.main()
+    return measured(job, watch, job["sampling_batch"], job["sampling_steps"])
+
+
+def plain_sample_job(job: dict) -> dict:
+    import models
+
+    pass
+    from scripts.benchmark.timer import Stopwatch
+
+    cfg, data = material(job)
+    shape = data.image_shape
+    net = models.build(cfg.model.name, shape, cfg.model.args)
+    watch = Stopwatch(synchronise=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        batches = baseline.sample(net, shape, net.num_classes, job["sampling_batch"], job["sampling_steps"], Path(scratch))
+        for _ in watch.timed(batches, job["warmup"], job["sampling_batches"]):
+            pass
+    watch.seconds.clear()
+    return measured(job, watch, job["sampling_batch"], job["sampling_steps"])
+
+
+def evaluate_job(job: dict) -> dict:
+    """evaluate.py itself, from noise to distance; "network" and "features" are sections."""
+    import evaluate
+    from flow.evaluation.features import Extractor
+    from flow.guidance import GuidedVelocity
+    from scripts.benchmark.timer import Stopwatch
+
+    watch = Stopwatch(synchronise=True)
+    measure = evaluate.measure
+
+    def timed_measure(*args):
+        watch.first_lap = time.time()
+        watch.restart()
+        found = measure(*args)
+        watch.lap()
+        return found
+
+    evaluate.measure = timed_measure
+    GuidedVelocity._forward = watch.watch("network", GuidedVelocity._forward)
+    Extractor.__call__ = watch.watch("features", Extractor.__call__)
+    weights = blank_snapshot(job)
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.argv = [
+            "evaluate.py", "--weights", str(weights), "--out", f"{scratch}/out", "-mp", job["precision"], "--metrics", "fid",
+            "--n_samples", str(job["n_samples"]), "--bspp", str(job["sampling_batch"]),
+            "--sampling_steps", str(job["sampling_steps"]), "--feature_extractor", job["feature_extractor"], "--no_control",
+            *(["--compile"] if job["compile"] else []),
+        ]  # fmt: skip
+        evaluate.main()
+    return measured(job, watch, job["n_samples"], job["sampling_steps"])
+
+
+if __name__ == "__main__":
+    cli_main(main)

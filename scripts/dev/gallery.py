@@ -1,0 +1,113 @@
+"""Every picture of docs/gallery.md, from nothing: `python -m scripts.dev.gallery` trains the flows and draws them.
+
+Each step is a command that a user would type, and is printed. Run it again after a kill: what is finished stays, a run
+goes on where it stopped, and pictures that are older than their weights are drawn again. Overrides reach every training.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from flow.runtime import cli
+from flow.runtime.errors import cli_main
+from flow.runtime.subprocesses import run_command, train_arguments
+from flow.sampling import snapshot
+
+EXAMPLES = """\
+  make gallery
+  python -m scripts.dev.gallery --only moons reflow --out pictures"""
+
+
+SETS = ("checkerboard", "moons", "eight_gaussians", "mixture", "spirals", "rings", "pinwheel", "image")
+
+
+WITH_LIKELIHOOD = ("checkerboard", "mixture")
+
+
+OT = ("flow.coupling=ot", "flow.coupling_args={block: 256}")
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A folder of pictures, the runs that they need, and the command that draws them."""
+
+    name: str
+    pictures: tuple[str, ...]
+    draw: tuple[str, ...]
+    weights: tuple[str, ...]  # names of runs
+    config: str  # of the run `name`
+    overrides: tuple[str, ...] = ()
+
+
+def exhibits(runs: Path) -> list[Exhibit]:
+    """In the order in which they are made: the later ones use runs of the earlier."""
+    compare = ("-m", "scripts.compare", "--sampling_steps", "2", "100")
+    found = []
+    for name in SETS:
+        kinds = ("flow", "density", "likelihood") if name in WITH_LIKELIHOOD else ("flow", "density")
+        pictures = tuple("flow.gif" if kind == "flow" else f"{kind}.png" for kind in kinds)
+        draw = ("-m", "scripts.animate", "--pictures", *kinds)
+        found.append(Exhibit(name, pictures, draw, (name,), f"configs/toy_{name}.yaml"))
+    from_flow = (f"data.args.path={runs / 'pairs'}", f"train.init_from={runs / 'checkerboard'}")
+    found.append(
+        Exhibit(
+            "reflow", ("compare.gif", "compare.png"), (*compare, "--names", "flow", "reflow"), ("checkerboard", "reflow"),
+            "configs/toy_reflow.yaml", from_flow,
+        )
+    )  # fmt: skip
+    found.append(
+        Exhibit(
+            "coupling", ("compare.gif", "compare.png"), (*compare, "--names", "independent", "optimal transport"),
+            ("eight_gaussians", "coupling"), "configs/toy_eight_gaussians.yaml", OT,
+        )
+    )  # fmt: skip
+    found.append(Exhibit("digits", ("trajectory.gif",), ("-m", "scripts.animate"), ("digits",), "configs/digits.yaml"))
+    return found
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    known = [exhibit.name for exhibit in exhibits(Path())]
+    parser.add_argument("--only", nargs="+", choices=known, default=known, help="and what they need (default: all)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gallery"), metavar="DIR", help="(default: runs/gallery)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/images/gallery"), metavar="DIR", help="(default: docs/images/gallery)"
+    )
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    started = time.perf_counter()
+    plan = {exhibit.name: exhibit for exhibit in exhibits(args.runs)}
+    trained: set[str] = set()
+    for name in args.only:
+        exhibit = plan[name]
+        for run in [*exhibit.weights, name]:
+            if run not in trained:
+                train(plan[run], args.runs, args.overrides)
+                trained.add(run)
+        weights = [args.runs / run for run in exhibit.weights]
+        if outdated([args.out / name / picture for picture in exhibit.pictures], weights):
+            run_command([*exhibit.draw, "--weights", *map(str, weights), "--out", str(args.out / name)])
+    print(f"\npictures in {args.out}; this call took {(time.perf_counter() - started) / 60:.1f} min")
+
+
+def train(exhibit: Exhibit, runs: Path, overrides: list[str]) -> None:
+    """The run of an exhibit; that of reflow needs pairs of the flow that it straightens."""
+    if exhibit.name == "reflow":
+        pairs = ["--n_pairs", "50000", "--shard_pairs", "10000", "--bspp", "5000", "--sampling_steps", "50"]
+        run_command(
+            ["-m", "scripts.make_pairs", "--weights", str(runs / "checkerboard"), "--save_dir", str(runs / "pairs"), *pairs]
+        )
+    run_command(train_arguments(exhibit.config, runs / exhibit.name, [*exhibit.overrides, *overrides]))
+
+
+def outdated(pictures: list[Path], weights: list[Path]) -> bool:
+    """Whether a picture is missing, or older than the newest snapshot of a run."""
+    newest = max(snapshot.find(run).stat().st_mtime for run in weights)
+    return not all(picture.is_file() and picture.stat().st_mtime > newest for picture in pictures)
+
+
+if __name__ == "__main__":
+    cli_main(main)

@@ -1,0 +1,1 @@
+"""Checks of configuration and machine before a training: `python -m scripts.doctor`."""

@@ -1,0 +1,42 @@
+"""A snapshot in half the size, its weights rounded to fp16: `python -m scripts.export --weights runs/mnist --out FILE`.
+
+Samples of it differ by rounding alone; every script takes it as any other snapshot.
+"""
+
+from pathlib import Path
+
+import torch
+
+from configs.schema import UserError
+from flow.runtime import cli
+from flow.runtime.errors import cli_main
+from flow.sampling import snapshot
+
+EXAMPLES = "  python -m scripts.export --weights runs/mnist --out mnist.safetensors"
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new .safetensors file")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: exists already; name another file")
+    snap = snapshot.load(args.weights, None, args.overrides)
+    for name, value in snap.weights.items():
+        half = value.half() if value.is_floating_point() else value
+        if value.is_floating_point() and not torch.isfinite(half).all():
+            raise UserError(f"--weights {snap.path}: {name} has values beyond the range of fp16")
+        snap.weights[name] = half
+    snapshot.save(
+        args.out, snap.weights, snap.config, snap.image_shape, snap.step, snap.half_life_images, snap.codec, snap.class_names
+    )
+    print(f"{args.out}: {args.out.stat().st_size / 2**20:.1f} MiB, {snap.path}: {snap.path.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    cli_main(main)

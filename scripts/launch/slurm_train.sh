@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# A training on several machines under Slurm: one launcher a machine, which starts a process for each of its GPUs.
+#   sbatch --nodes 2 --gpus-per-node 8 scripts/launch/slurm_train.sh -c configs/cifar10.yaml -e /shared/runs/cifar10 -mp bf16
+# The folder must lie on a disk that all machines see. Two minutes before its time is over (or when it is preempted) the job
+# gets SIGTERM, writes a checkpoint and ends; requeued, it goes on from there. Downloads happen on one machine: fetch the data
+# set before where compute nodes have no network.
+#SBATCH --job-name=flow
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=flow-%j.txt
+set -euo pipefail
+
+master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+gpus=${SLURM_GPUS_ON_NODE:-1}
+port=$((20000 + SLURM_JOB_ID % 20000))
+
+# A folder that a first part of this job has begun is gone on with.
+folder="" previous=""
+for word in "$@"; do
+  case $previous in -e | --exp_dir) folder=$word ;; esac
+  previous=$word
+done
+resume=()
+if [ -n "$folder" ] && [ -f "$folder/config.yaml" ]; then resume=(-r latest); fi
+
+srun --kill-on-bad-exit=1 bash -c '
+  exec accelerate-launch --multi_gpu --rdzv_backend static --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
+    --num_processes $(('"$gpus"' * SLURM_NNODES)) --main_process_ip '"$master"' --main_process_port '"$port"' \
+    train.py "$@"' launcher "$@" "${resume[@]}"

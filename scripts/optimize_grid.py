@@ -1,0 +1,140 @@
+"""Fit the times of small numbers of steps to a trained flow: `python -m scripts.optimize_grid --weights runs/mnist --steps 4 8`.
+
+The times are fitted on the flow's own fine trajectories and kept only where they come closer to the fine solution than
+every grid by formula on images that were not used. They are saved beside the snapshot; `sample.py --time_grid tuned` uses them.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import models
+from configs.schema import UserError
+from flow import solvers
+from flow.model import FlowModel
+from flow.noise import gaussian_noise
+from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import grid_store, snapshot
+from flow.sampling.generate import build_velocity, to_solver_dtype
+from flow.sampling.settings import SamplerSettings, build_time_grid, validate
+from flow.solvers import FIXED_GRID, grid_optimization, time_grids
+
+EXAMPLES = (
+    "  python -m scripts.optimize_grid --weights runs/mnist --methods euler ab2 unipc --steps 4 5 6 8 10 --guidance_scale 1.5"
+)
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    parser.add_argument("--methods", nargs="+", choices=FIXED_GRID, default=["euler", "ab2", "unipc"])
+    parser.add_argument("--steps", nargs="+", type=cli.at_least(2), default=[4, 5, 6, 8, 10], help="(default: 4 5 6 8 10)")
+    parser.add_argument(
+        "--guidance_scale", type=cli.guidance_scale, default=1.0, help="of the flow that is fitted (default: 1)"
+    )
+    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
+    parser.add_argument(
+        "--n_images", type=cli.at_least(2), default=32, help="to fit on, and as many to decide on (default: 32)"
+    )
+    parser.add_argument("--reference_steps", type=cli.at_least(16), default=64, help="of the trajectories (default: 64)")
+    parser.add_argument("--evaluations", type=cli.at_least(1), default=100, help="of the error in a descent (default: 100)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=1, help="of the noise (default: 1)")
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    if max(args.steps) > args.reference_steps:
+        raise UserError(f"--steps {max(args.steps)}: must be at most --reference_steps {args.reference_steps}")
+    snap = snapshot.load(args.weights, None, args.overrides)
+    model = snap.model(models.build)
+    prompts = tuple(args.prompts) if args.prompts else None
+    settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
+    with error_context("tune_grid"):
+        validate(settings, model.net)
+    accelerator = distributed.build_single_process_accelerator("tune_grid")
+    distributed.prepare_model(model.net, accelerator)
+    model.net.eval()
+    with lock.folder(snap.path.parent, accelerator), torch.inference_mode():
+        tune(args, accelerator, snap, model, settings)
+
+
+def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
+    """Fit, decide, save and print a line for each method and number of steps."""
+    parts = [range(args.n_images), range(args.n_images, 2 * args.n_images)]  # to fit on, to decide on
+    noises = [
+        to_solver_dtype(gaussian_noise("tuning", args.seed, part, snap.image_shape), accelerator.device) for part in parts
+    ]
+    velocities = [build_velocity(model, part, settings, accelerator.device) for part in parts]
+    by_formula = {
+        (name, n): build_time_grid(SamplerSettings(steps=n, grid=name), model.path)
+        for name in time_grids.GRIDS
+        for n in args.steps
+    }
+    # Velocity evaluations, each on one part: of the fine trajectories, and of every method and number of steps at most.
+    fine_cost = len(parts) * grid_optimization.EVALUATIONS_A_STEP * args.reference_steps
+    errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + args.evaluations
+    costs = {(method, n): errors * nfe_of(method, by_formula["uniform", n]) for method in args.methods for n in args.steps}
+    kept = 0
+    with distributed.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:
+
+        def velocity(part: int, x: Tensor, t: float) -> Tensor:
+            bar.update()
+            return velocities[part](x, t)
+
+        def error(part: int, method: str, times: list[float]) -> float:
+            """Root mean square distance to the fine solution, on images to fit on (0) or to decide on (1)."""
+            end = solvers.solve(partial(velocity, part), noises[part], times, method).x
+            return rms(end - fine[part][0][-1])
+
+        fine = [
+            grid_optimization.reference_trajectory(partial(velocity, i), x0, args.reference_steps)
+            for i, x0 in enumerate(noises)
+        ]
+        bar.write("distance to the fine solution, on images that nothing was fitted to")
+        bar.write(f"{'method':>10} {'steps':>5} {'uniform':>9} {'best formula':>24} {'tuned':>9}")
+        finished = fine_cost
+        for (method, n), cost in costs.items():
+            first = grid_optimization.dynamic_programming_grid(*fine[0], n)
+            starts = [first, *(by_formula[name, n] for name in time_grids.GRIDS)]
+            start = min(starts, key=partial(error, 0, method))
+            times = grid_optimization.refine_grid(partial(error, 0, method), start, args.evaluations)
+            held_out = {name: error(1, method, by_formula[name, n]) for name in time_grids.GRIDS}
+            best = min(held_out, key=held_out.__getitem__)
+            tuned = error(1, method, times)
+            verdict = ""
+            if tuned < held_out[best]:
+                grid_store.store(snap.path, method, times)
+                kept += 1
+                example = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "tuned"]
+            else:
+                verdict = "  not kept"
+            formula = f"{best} {held_out[best]:.4f}"
+            bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
+            finished += cost
+            bar.update(finished - bar.n)  # a descent may end early
+    if not kept:
+        print("nothing was kept")
+        return
+    folder = files.free_folder(Path("samples") / f"{Path(args.weights).stem}_tuned")
+    sample = ["sample.py", "--weights", args.weights, "--n_samples", "64", "--save_dir", folder, *example]
+    sample += ["--guidance_scale", f"{args.guidance_scale:g}"] if args.guidance_scale != 1 else []
+    sample += ["--prompts", *args.prompts] if args.prompts else []
+    print(f"{kept} kept in {grid_store.file_of(snap.path)}; use them with: {subprocesses.command(*sample)}")
+
+
+def nfe_of(method: str, times: list[float]) -> int:
+    """The velocity evaluations of a method on a time grid, counted on zeros."""
+    return solvers.solve(lambda x, t: x, torch.zeros(1), times, method).nfe
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+if __name__ == "__main__":
+    cli_main(main)
