@@ -25,7 +25,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import datasets
-import models
 from configs import schema
 from configs.schema import Config, UserError
 from datasets import captions
@@ -117,7 +116,7 @@ def main() -> None:
 def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
     """A row for each method x steps x guidance scale x range of images."""
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    model = snap.model(models.build, models.codec)
+    model = snap.model()
     net = model.net
     if args.reference is None or net.max_prompt_bytes:
         snap.check_data()

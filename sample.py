@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-import models
 from configs import schema
 from configs.schema import UserError
 from flow.model import FlowModel
@@ -63,7 +62,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    model = snap.model(models.build, models.codec)
+    model = snap.model()
     net = model.net
     labels = cli.labels_of(args.labels, snap.class_names)
     prompts = tuple(args.prompts) if args.prompts else None

@@ -27,7 +27,7 @@ NONFINITE_GRAD = ("raise", "skip")
 INT64_LIMIT = 2**63  # for the whole numbers of torch
 _ARGS_OF = {  # a name and its arguments; those of another name mean nothing to it
     "data.name": "data.args", "model.name": "model.args", "flow.coupling": "flow.coupling_args",
-    "flow.objective": "flow.objective_args", "flow.distance": "flow.distance_args", "flow.time_sampler": "flow.time_sampler_args",
+    "flow.time_sampler": "flow.time_sampler_args", "loss.name": "loss.args",
 }  # fmt: skip
 
 _AT_LEAST_ONE = (
@@ -75,13 +75,15 @@ class FlowConfig:
     prediction: str = "velocity"  # what the network says: velocity | data | noise
     coupling: str = "independent"  # independent | ot | paired: each image with its noise (data.name=pairs)
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
-    objective: str = "flow_matching"  # a key of flow.objective.OBJECTIVES: what training minimises
-    objective_args: dict[str, Any] = field(default_factory=dict)  # arguments of the objective
-    distance: str = "l2"  # a key of flow.losses.distances.DISTANCES: between velocities
-    distance_args: dict[str, Any] = field(default_factory=dict)  # arguments of the distance
     time_sampler: str = "uniform"  # a key of flow.time_samplers.LAWS: density of t in training
     time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the law
     label_dropout: float = 0.1  # probability that a label or prompt becomes the null one, for guidance
+
+
+@dataclass
+class LossConfig:
+    name: str = "flow_matching"  # a key of flow.losses.LOSSES
+    args: dict[str, Any] = field(default_factory=dict)  # arguments of the loss, among them the distance
 
 
 @dataclass
@@ -135,6 +137,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -150,7 +153,7 @@ class Config:
 def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: Any = Config) -> Any:
     """Defaults of `kind` (or `base`), then the YAML file at `path`, then `key=value` overrides; checked.
 
-    An override that names another network, data set, coupling, objective, distance or time law starts from empty arguments,
+    An override that names another network, data set, coupling, loss or time sampler starts from empty arguments,
     whatever the order of the overrides. Interpolations (${oc.env:HOME}) are resolved.
 
     Raises UserError that names the key, the value and what would be right.

@@ -11,7 +11,7 @@ class AutoencoderConfig:  # ignored but for the loss where train.init_from names
     channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])  # of each resolution, each half the one before
     latent_channels: int = 4  # of a latent
     blocks: int = 2  # residual blocks of each resolution
-    distance: str = "l1"  # l1 | l2, between images in [-1, 1], mean over pixels
+    distance: str = "l1"  # l1 | mse, between images in [-1, 1], mean over pixels
     kl_weight: float = 1e-6  # of KL(posterior | N(0, I)), summed over a latent
     lpips_weight: float = 0.0  # of the perceptual distance; needs the package lpips
 
@@ -30,6 +30,6 @@ class VaeConfig:
         """Raises UserError for what the types cannot say."""
         check_common(self)
         check(self, "preview_images", lambda v: v >= 2, "at least 2")
-        check(self, "autoencoder.distance", lambda v: v in ("l1", "l2"), "l1 or l2")
+        check(self, "autoencoder.distance", lambda v: v in ("l1", "mse"), "l1 or mse")
         for key in ("autoencoder.kl_weight", "autoencoder.lpips_weight"):
             check(self, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")

@@ -11,18 +11,18 @@ from flow.noise import gaussian_noise
 
 
 class Coupling(Protocol):
-    def noise(self, positions: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
-        """x0 [b, C, H, W], float32, for b positions and the data set indices, images and labels there; on any device."""
+    def sample_x0(self, sample_ids: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
+        """x0 [b, C, H, W], float32, for b samples with these ids in the training stream and data set indices, images and labels there; on any device."""
 
 
 class IndependentCoupling:
-    """Fresh noise each time: x0 of position p in the stream of training images is a function of (seed, p)."""
+    """Fresh noise each time: x0 of sample p in the stream of training images is a function of (seed, p)."""
 
     def __init__(self, seed: int, image_shape: tuple[int, ...], rows: int):
         self.seed, self.image_shape = seed, image_shape
 
-    def noise(self, positions: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
-        return gaussian_noise("train", self.seed, positions, self.image_shape)
+    def sample_x0(self, sample_ids: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
+        return gaussian_noise("train", self.seed, sample_ids, self.image_shape)
 
 
 class OTCoupling:
@@ -42,11 +42,11 @@ class OTCoupling:
             raise ValueError(f"block={block}: must divide the {rows} rows that a process takes at once")
         self.independent, self.block = IndependentCoupling(seed, image_shape, rows), block
 
-    def noise(self, positions: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
-        """As Coupling.noise, for a multiple of `block` positions."""
+    def sample_x0(self, sample_ids: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
+        """As Coupling.sample_x0, for a multiple of `block` samples."""
         from scipy.optimize import linear_sum_assignment
 
-        x0 = self.independent.noise(positions, indices, x1, y)
+        x0 = self.independent.sample_x0(sample_ids, indices, x1, y)
         a, b = x0.flatten(1), x1.flatten(1).cpu().float()
         groups = torch.arange(len(b)) // self.block
         if y is not None:
@@ -70,8 +70,8 @@ class PairedCoupling:
         """stored: [M, C, H, W], the noise of images generated .. generated + M - 1."""
         self.seed, self.generated, self.stored, self.image_shape = seed, generated, stored, image_shape
 
-    def noise(self, positions: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
-        """As Coupling.noise; only the indices matter."""
+    def sample_x0(self, sample_ids: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
+        """As Coupling.sample_x0; only the indices matter."""
         x0 = torch.empty(len(indices), *self.image_shape)
         made = [row for row, k in enumerate(indices) if k < self.generated]
         x0[made] = gaussian_noise("pairs", self.seed, [indices[row] for row in made], self.image_shape)
@@ -87,4 +87,4 @@ def build(name: str, seed: int, image_shape: tuple[int, ...], rows: int, args: d
     Raises ValueError for an unknown name or argument and for a value out of range.
     """
     known: dict[str, Callable[..., Coupling]] = {"independent": IndependentCoupling, "ot": OTCoupling}
-    return registry.pick("coupling of new noise", known, name, args)(seed, image_shape, rows)
+    return registry.pick("coupling", known, name, args)(seed, image_shape, rows)

@@ -1,7 +1,6 @@
 """Label dropout in training, classifier-free guidance in sampling."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +23,14 @@ def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, p
     return torch.where(dropped.view(-1, *[1] * (y.dim() - 1)), null, y)
 
 
-def condition_defaults(net: Any) -> dict[str, int | None]:
-    """The attributes of `Network` that `net` lacks, with their defaults. Raises ValueError where no default can be given."""
-    if getattr(net, "max_prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
-        raise ValueError(
-            f"{type(net).__name__} has max_prompt_bytes: it needs encode(prompts), and null, the token of no prompt"
-        )
-    defaults = {"num_classes": None, "max_prompt_bytes": None, "null": getattr(net, "num_classes", None)}
-    return {name: value for name, value in defaults.items() if not hasattr(net, name)}
-
-
 class GuidedVelocity:
-    """A network as the `velocity(x, t)` of a solver, on the linear path, with classifier-free guidance: v_u + w (v_c - v_u).
+    """A network as the velocity of a solver, on the linear path, with classifier-free guidance: v_u + w (v_c - v_u).
 
     That is Ho & Salimans 2022 (arXiv:2207.12598, eq. 6) for velocities, with scale w = 1 + their w: w = 1 is off, w = 0
-    ignores the labels. Both halves go through the network as one batch. `forwards` counts network evaluations per image.
+    ignores the labels. Both halves go through the network as one batch. `forwards` counts network calls per image.
 
-    A network of another path or prediction is asked at the point of its own path that corresponds to (x, t), see
-    `flow/path.py`; its answer becomes x1 - x0. Guidance there and guidance here are the same, as the two are affine.
+    A network of another path or prediction is evaluated at the point of its own path that corresponds to (x, t), see
+    `flow/path.py`, and its prediction is converted to x1 - x0. Guidance of either is the same, as the conversion is affine.
     """
 
     def __init__(
@@ -58,37 +47,45 @@ class GuidedVelocity:
         self.prediction = model.prediction if isinstance(model, FlowModel) else "velocity"
         self.y, self.null, self.scale = y, null, scale
         self.forwards = 0
-        double = isinstance(self.net, nn.Module) and any(p.dtype == torch.float64 for p in self.net.parameters())
-        self.dtype = torch.float64 if double else torch.float32
+        has_float64 = isinstance(self.net, nn.Module) and any(p.dtype == torch.float64 for p in self.net.parameters())
+        self.dtype = torch.float64 if has_float64 else torch.float32
 
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        """Velocity [B, ...] in the dtype of x [B, ...] at the time t in [0, 1); the network computes in its own."""
+    def __call__(self, x: Tensor, t: float, t_next: float | None = None) -> Tensor:
+        """Velocity [B, ...] at x [B, ...] and t in [0, 1), in the dtype of x; the network computes in its own.
+
+        t_next: for networks with two times, the time that their mean velocity leads to; default t.
+        """
+        t_next = t if t_next is None else t_next
         if isinstance(self.path, LinearPath) and self.prediction == "velocity":
-            return self._guided(x.to(self.dtype), t).to(x.dtype)
-        # where alpha is 0 the noise says nothing about the data: a network that predicts noise is asked a little later
-        own = max(self.path.time_of(t), MIN_NOISE_PREDICTION_TIME if self.prediction == "noise" else 0.0)
-        own = min(own, self.path.t_max)  # the last time of its training
-        times = torch.full((len(x),), own, device=x.device, dtype=x.dtype)
+            return self._cfg(x.to(self.dtype), t, t_next).to(x.dtype)
+        # where alpha is 0 the noise says nothing about the data: a network that predicts noise is evaluated a little later
+        t_net = max(self.path.time_of(t), MIN_NOISE_PREDICTION_TIME if self.prediction == "noise" else 0.0)
+        t_net = min(t_net, self.path.t_max)  # the last time of its training
+        times = torch.full((len(x),), t_net, device=x.device, dtype=x.dtype)
         alpha, sigma, *_ = self.path.coefficients(times[:1])
-        point = x * (alpha + sigma).view(-1, *[1] * (x.dim() - 1))
-        answer = self._guided(point.to(self.dtype), own).to(x.dtype)
-        x0, x1 = self.path.endpoints(point, times, answer, self.prediction)
+        x_net = x * (alpha + sigma).view(-1, *[1] * (x.dim() - 1))
+        prediction = self._cfg(x_net.to(self.dtype), t_net, t_net).to(x.dtype)
+        x0, x1 = self.path.endpoints(x_net, times, prediction, self.prediction)
         return x1 - x0
 
-    def _guided(self, x: Tensor, t: float) -> Tensor:
-        """What the network says at x at its own time t."""
+    def _cfg(self, x: Tensor, t: float, t_next: float) -> Tensor:
+        """The network's prediction at x and its own time t, guided."""
         self.forwards += 1
         if self.y is None:
-            return self._forward(x, t, None)
+            return self._forward(x, t, t_next, None)
         if self.scale == 1:
-            return self._forward(x, t, self.y)
+            return self._forward(x, t, t_next, self.y)
         assert self.null is not None
-        nothing = torch.full_like(self.y, self.null)
+        y_null = torch.full_like(self.y, self.null)
         if self.scale == 0:
-            return self._forward(x, t, nothing)
+            return self._forward(x, t, t_next, y_null)
         self.forwards += 1
-        v_c, v_u = self._forward(torch.cat([x, x]), t, torch.cat([self.y, nothing])).chunk(2)
+        v_c, v_u = self._forward(torch.cat([x, x]), t, t_next, torch.cat([self.y, y_null])).chunk(2)
         return v_u + self.scale * (v_c - v_u)
 
-    def _forward(self, x: Tensor, t: float, y: Tensor | None) -> Tensor:
-        return self.net(x, torch.full((len(x),), t, device=x.device, dtype=self.dtype), y).to(self.dtype)
+    def _forward(self, x: Tensor, t: float, t_next: float, y: Tensor | None) -> Tensor:
+        times = torch.full((2, len(x)), t, device=x.device, dtype=self.dtype)
+        if not getattr(self.net, "two_times", False):
+            return self.net(x, times[0], y).to(self.dtype)
+        times[1] = t_next
+        return self.net(x, times[0], y, times[1]).to(self.dtype)

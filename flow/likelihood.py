@@ -1,18 +1,18 @@
 """The flow solved backwards: log-likelihood of data, and the noise that an image comes from."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flow import solvers
+from flow.solvers import Velocity
 from flow.solvers.time_grids import END_EPS
 
 
 def log_likelihood(
-    velocity: Callable[[Tensor, float], Tensor],
+    velocity: Velocity,
     x1: Tensor,
     method: str = "dopri5",
     times: list[float] | None = None,
@@ -38,21 +38,21 @@ def log_likelihood(
         """Velocity [B, D] and divergence [B]."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            v = velocity(x.view(shape), t).reshape(n, -1)
+            v = velocity(x.view(shape), t, t).reshape(n, -1)
             total = torch.zeros(n, dtype=x.dtype, device=x.device)
             for e in directions:
                 (product,) = torch.autograd.grad((v * e).sum(), x, retain_graph=True)
                 total = total + (product * e).sum(1)
         return v.detach(), total if probes is None else total / len(directions)
 
-    def augmented(state: Tensor, t: float) -> Tensor:
+    def augmented(state: Tensor, t: float, t_next: float) -> Tensor:
         v, divergence = both(state[:, :-1], t)
         return torch.cat([v, divergence[:, None]], dim=1)
 
     state = torch.cat([x1.reshape(n, -1), x1.new_zeros(n, 1)], dim=1)
     start = 1 - END_EPS
-    middle = state - END_EPS / 2 * augmented(state, start)
-    state = state - END_EPS * augmented(middle, 1 - END_EPS / 2)
+    middle = state - END_EPS / 2 * augmented(state, start, start)
+    state = state - END_EPS * augmented(middle, 1 - END_EPS / 2, 1 - END_EPS / 2)
     backwards = [start, *(t for t in reversed(times or []) if 0 < t < start), 0.0]
     solution = solvers.solve(augmented, state, backwards, method, **options)
     x0, integral = solution.x[:, :-1], -solution.x[:, -1]
@@ -82,7 +82,7 @@ def bits_per_dimension(log_p: Tensor, dimensions: int) -> Tensor:
 T_MAX = 0.98  # the marginal there still shows the noise, which is mixed into the image
 
 
-def invert(velocity: Callable[[Tensor, float], Tensor], x1: Tensor, noise: Tensor, steps: int, method: str) -> Tensor:
+def invert(velocity: Velocity, x1: Tensor, noise: Tensor, steps: int, method: str) -> Tensor:
     """x0 [B, ...] of the images x1 [B, ...]: the flow solved from t = 0.98 back to 0 in `steps` steps.
 
     It starts at x_t = t x1 + (1 - t) noise with standard normal noise [B, ...], a sample of the flow's own marginal at

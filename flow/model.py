@@ -6,18 +6,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from flow.guidance import condition_defaults
-from flow.path import Path
+from flow.path import LinearPath, Path
 
 
 class Network(Protocol):
-    """What the engine asks of a network; those of `models` answer."""
+    """What training and sampling need of a network; those of `models` have it all.
+
+    A network with two times predicts the mean velocity from t to t_next, a flow map; t_next = None is t, the velocity.
+    """
 
     num_classes: int | None  # for labels
     max_prompt_bytes: int | None  # for prompts, read as tokens
     null: int | None  # the y that stands for no condition
+    two_times: bool
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor: ...
 
     def encode(self, prompts: Sequence[str]) -> Tensor: ...
 
@@ -34,6 +37,27 @@ class FlowModel:
     decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
 
     def __post_init__(self):
-        """A network that says nothing of labels or prompts has none; the null label is `num_classes`."""
-        for name, value in condition_defaults(self.net).items():
+        """Attributes that the network lacks get their defaults: no labels, no prompts, one time.
+
+        Raises:
+            ValueError: for two times on another path than the linear one, or with another prediction than the velocity.
+        """
+        for name, value in network_defaults(self.net).items():
             setattr(self.net, name, value)
+        if self.net.two_times and not (isinstance(self.path, LinearPath) and self.prediction == "velocity"):
+            raise ValueError("two_times=true: a flow map needs flow.path=linear and flow.prediction=velocity")
+
+
+def network_defaults(net: Any) -> dict[str, int | None]:
+    """The attributes of `Network` that `net` lacks, with their defaults. Raises ValueError where no default can be given."""
+    if getattr(net, "max_prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
+        raise ValueError(
+            f"{type(net).__name__} has max_prompt_bytes: it needs encode(prompts), and null, the token of no prompt"
+        )
+    defaults: dict[str, int | None] = {
+        "num_classes": None,
+        "max_prompt_bytes": None,
+        "null": getattr(net, "num_classes", None),
+        "two_times": False,
+    }
+    return {name: value for name, value in defaults.items() if not hasattr(net, name)}

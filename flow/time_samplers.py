@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,22 +55,18 @@ def build(name: str, /, **args: float) -> Callable[[Tensor], Tensor]:
 
     Raises ValueError for an unknown name or argument and for a value out of range.
     """
-    inverse = registry.pick("time law", TIME_SAMPLERS, name, args)
+    inverse = registry.pick("time sampler", TIME_SAMPLERS, name, args)
     inverse(torch.tensor([0.5], dtype=torch.float64))  # checks the values
     return inverse
 
 
-def stratified(seed: int, step: int, n: int) -> Tensor:
-    """n uniforms in (0, 1), float64, one in each interval [i/n, (i+1)/n), in random order; a function of (seed, step).
+def stratified(seed: int, step: int, n: int, count: int = 1) -> Tensor:
+    """`count` uniforms in (0, 1) for each of n samples, float64 [n, count]; a function of (seed, step).
 
-    One draw in each stratum keeps the law of t exact for each sample and lowers the variance of the batch mean.
+    Each column has one number in each interval [i/n, (i+1)/n), in random order: the distribution of t stays exact for each
+    sample, and the variance of the batch mean falls.
     """
     g = generator("time", seed, step)
-    u = (g.permutation(n) + g.random(n)) / n
+    u = np.stack([(g.permutation(n) + g.random(n)) / n for _ in range(count)], axis=1) if count else np.empty((n, 0))
     tiny = 1e-7  # u = 0 would send an unbounded law to infinity
     return torch.from_numpy(u).clamp_(tiny, 1 - tiny)
-
-
-def sample(inverse: Callable[[Tensor], Tensor], seed: int, step: int, n: int) -> Tensor:
-    """t [n], float32, of the global batch of n images at a training step."""
-    return inverse(stratified(seed, step, n)).float()

@@ -1,4 +1,4 @@
-"""Networks: net(x [B, C, H, W], t [B] in [0, 1], y) -> [B, C, H, W]; `mlp` also for points [B, 2].
+"""Networks: net(x [B, C, H, W], t [B] in [0, 1], y, t_next [B] or None) -> [B, C, H, W]; `mlp` also for points [B, 2].
 
 y is labels [B] where `net.num_classes` is not None, tokens [B, net.max_prompt_bytes] of prompts where that is not None (then
 `net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition. `build_codec(spec)`

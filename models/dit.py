@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import check_time_frequency, sinusoidal_embedding, zero_init
+from models.layers import StepEmbedding, check_time_frequency, sinusoidal_embedding, zero_init
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
@@ -32,6 +32,7 @@ class DiT(nn.Module):
         num_classes: int | None = None,
         cross_attention: bool = False,
         qk_norm: bool = False,
+        two_times: bool = False,
     ):
         """image_shape: (C, H, W), sides divisible by patch. size: S, B, L or XL, the paper's width, depth and heads; each can
         be given on its own. width: of a token, divisible by 4 heads. depth: blocks.
@@ -42,6 +43,7 @@ class DiT(nn.Module):
         embedding is added to that of the time. cross_attention: tokens also attend to label and time, each as it needs.
         qk_norm: root mean square norm of queries and keys (Esser et al. 2024, arXiv:2403.03206), against attention that
         grows without bound in long training at low precision.
+        two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
         """
         super().__init__()
         check_time_frequency(time_frequency)
@@ -54,6 +56,8 @@ class DiT(nn.Module):
         channels = image_shape[0] * patch**2
         self.embed = nn.Linear(channels, width)
         self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.two_times = two_times
+        self.step_embedding = StepEmbedding(width, width, time_frequency) if two_times else None
         self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
         self.blocks = nn.ModuleList(DiTBlock(width, heads, dropout, cross_attention, qk_norm) for _ in range(depth))
         self.cross_attention = cross_attention
@@ -65,8 +69,10 @@ class DiT(nn.Module):
         self.register_buffer("rotation", angles(rows, columns, width // heads) if rope else None, persistent=False)
         self.register_buffer("place", None if rope else features(angles(rows, columns, width)), persistent=False)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, width]
+        if self.step_embedding is not None:
+            emb = emb + self.step_embedding(t, t_next)
         context = None
         if self.label_embedding is not None:
             if y is None:

@@ -127,6 +127,22 @@ def sinusoidal_embedding(t: Tensor, dim: int, fastest: float, slowest: float = 0
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+class StepEmbedding(nn.Module):
+    """The length of a step, t_next - t [B], as an embedding [B, width]; zero at the start of training.
+
+    It is in the graph of every pass, with t_next = None too (a step of length 0), so that DDP always finds its gradient.
+    """
+
+    def __init__(self, features: int, width: int, max_frequency: float):
+        super().__init__()
+        self.features, self.max_frequency = features, max_frequency
+        self.linear = zero_init(nn.Linear(features, width))
+
+    def forward(self, t: Tensor, t_next: Tensor | None) -> Tensor:
+        length = torch.zeros_like(t) if t_next is None else t_next - t
+        return self.linear(sinusoidal_embedding(length, self.features, self.max_frequency))
+
+
 def check_time_frequency(value: float, slowest: float = 0.1) -> None:
     if not isinstance(slowest, int | float) or not 0 < slowest < math.inf:
         raise ValueError(f"min_time_frequency={slowest!r}: must be a finite number above 0, in radians")

@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import text_encoder
-from models.layers import Block, CrossAttention, check_time_frequency, group_norm, sinusoidal_embedding, zero_init
+from models.layers import (
+    Block,
+    CrossAttention,
+    StepEmbedding,
+    check_time_frequency,
+    group_norm,
+    sinusoidal_embedding,
+    zero_init,
+)
 from models.text_encoder import TextEncoder
 
 
@@ -23,12 +31,14 @@ class MiniUNet(nn.Module):
         time_frequency: float = 1000.0,
         num_classes: int | None = None,
         max_prompt_bytes: int | None = None,
+        two_times: bool = False,
     ):
         """image_shape: (C, H, W), sides divisible by 2 patch. width: channels at the first resolution, where a pixel is a
         patch of this side; twice as many at the second, half the resolution, which has self-attention.
         time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
         num_classes: for labels; label num_classes is the null label. max_prompt_bytes: for prompts of at most so many bytes,
         read by cross-attention; the empty prompt is the null condition. At most one of the two.
+        two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
         """
         super().__init__()
         check_time_frequency(time_frequency)
@@ -38,6 +48,8 @@ class MiniUNet(nn.Module):
         self.null = text_encoder.PADDING if max_prompt_bytes else num_classes
         channels, emb, deep = image_shape[0] * patch**2, 4 * width, 2 * width
         self.time_mlp = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.two_times = two_times
+        self.step_embedding = StepEmbedding(width, emb, time_frequency) if two_times else None
         self.label_embedding = nn.Embedding(num_classes + 1, emb) if num_classes else None
         if max_prompt_bytes:
             self.text_encoder = TextEncoder(max_prompt_bytes, deep)
@@ -56,10 +68,12 @@ class MiniUNet(nn.Module):
         self.norm_out = group_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         if y is None and (self.num_classes or self.max_prompt_bytes):
             raise ValueError("this network is conditional: it needs labels [B] or tokens [B, max_prompt_bytes]")
         emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, 4 width]
+        if self.step_embedding is not None:
+            emb = emb + self.step_embedding(t, t_next)
         if self.label_embedding is not None:
             emb = emb + self.label_embedding(y)
         if self.max_prompt_bytes:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import check_time_frequency, sinusoidal_embedding, zero_init
+from models.layers import StepEmbedding, check_time_frequency, sinusoidal_embedding, zero_init
 
 TIME_FEATURES = 32
 
@@ -29,10 +29,12 @@ class MLP(nn.Module):
         num_frequencies: int = 5,
         time_frequency: float = 30.0,
         num_classes: int | None = None,
+        two_times: bool = False,
     ):
         """image_shape: of a point, e.g. (2,). width, depth: of the hidden layers. num_frequencies: of sines and cosines of place beside
         the place itself: sharp edges need them, a smooth density is smoother without. time_frequency: fastest feature of t
         in radians. num_classes: None for an unconditional network; label num_classes is the null label.
+        two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
         """
         super().__init__()
         check_time_frequency(time_frequency)
@@ -50,12 +52,16 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes))
         self.modulation = nn.Linear(TIME_FEATURES, 2 * width * depth)  # of all layers at once
         self.label_embedding = nn.Embedding(num_classes + 1, TIME_FEATURES) if num_classes is not None else None
+        self.two_times = two_times
+        self.step_embedding = StepEmbedding(TIME_FEATURES, TIME_FEATURES, time_frequency) if two_times else None
         self.last = zero_init(nn.Linear(width, size))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         place = x.flatten(1)
         waves = [wave(2**k * place) for k in range(self.num_frequencies) for wave in (torch.sin, torch.cos)]
         condition = sinusoidal_embedding(t, TIME_FEATURES, self.time_frequency)
+        if self.step_embedding is not None:
+            condition = condition + self.step_embedding(t, t_next)
         if self.label_embedding is not None:
             if y is None:
                 raise ValueError("this network is class-conditional: it needs labels y [B]")

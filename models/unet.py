@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Block, ConvResampling, check_time_frequency, group_norm, sinusoidal_embedding, zero_init
+from models.layers import (
+    Block,
+    ConvResampling,
+    StepEmbedding,
+    check_time_frequency,
+    group_norm,
+    sinusoidal_embedding,
+    zero_init,
+)
 
 
 class UNet(nn.Module):
@@ -31,6 +39,7 @@ class UNet(nn.Module):
         patch: int = 1,
         time_frequency: float = 1000.0,
         num_classes: int | None = None,
+        two_times: bool = False,
         middle_attention: bool = False,
         scale_shift_norm: bool = True,
         resblock_updown: bool = True,
@@ -41,6 +50,7 @@ class UNet(nn.Module):
         patch: the first level works on patches of this side as channels, which costs patch^2 times less.
         time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
         num_classes: None for an unconditional network; label num_classes is the null label.
+        two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
         middle_attention: attention between the two blocks at the lowest resolution, whether that is named or not.
         scale_shift_norm: time scales and shifts normalized features; false: it is added to them before they are normalized.
         resblock_updown: residual blocks change the resolution; false: single convolutions do.
@@ -73,6 +83,8 @@ class UNet(nn.Module):
         embedding = 4 * width
         self.width, self.time_frequency, self.min_time_frequency = width, time_frequency, min_time_frequency
         self.time_mlp = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.two_times = two_times
+        self.step_embedding = StepEmbedding(width, embedding, time_frequency) if two_times else None
         self.label_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes is not None else None
 
         def block(c_in: int, c_out: int, attention: bool) -> Block:
@@ -108,9 +120,11 @@ class UNet(nn.Module):
         self.norm_out = group_norm(c)
         self.conv_out = zero_init(nn.Conv2d(c, channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         features = sinusoidal_embedding(t, self.width, self.time_frequency, self.min_time_frequency)
         emb = self.time_mlp(features)  # [B, 4 width]
+        if self.step_embedding is not None:
+            emb = emb + self.step_embedding(t, t_next)
         if self.label_embedding is not None:
             if y is None:
                 raise ValueError("this network is class-conditional: it needs labels y [B]")

@@ -1,4 +1,4 @@
-"""Moving and still pictures of a trained flow: `python -m scripts.animate --weights runs/toy_checkerboard --out pictures`.
+"""Moving and still pictures of a trained flow: `python -m scripts.animate --weights runs/toy --out pictures`.
 
 Flows in the plane get flow.gif (particles in the velocity field, and their density), density.png (the density at six
 times), likelihood.png (log-density of the flow by the exact divergence and by Hutchinson's estimate, beside the exact one
@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
-import models
 from flow.evaluation import animation, plots_2d
 from flow.guidance import GuidedVelocity
 from flow.likelihood import log_likelihood
@@ -22,13 +21,13 @@ from flow.noise import generator
 from flow.runtime import cli, distributed, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images, snapshot
-from flow.sampling.generate import build_velocity, decoded, to_solver_dtype, trajectory
+from flow.sampling.generate import build_velocity, decode, to_solver_dtype, trajectory
 from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
 from flow.solvers.time_grids import uniform
 
 EXAMPLES = """\
-  python -m scripts.animate --weights runs/toy_checkerboard --out pictures
+  python -m scripts.animate --weights runs/toy --out pictures
   python -m scripts.animate --weights runs/toy_mixture --out pictures --pictures likelihood --hutchinson_samples 16
   python -m scripts.animate --weights runs/mnist --out pictures --guidance_scale 1.5 --n 50"""
 PICTURES = ("flow", "density", "likelihood")  # of flows in the plane
@@ -60,7 +59,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
-    model = snap.model(models.build, models.codec)
+    model = snap.model()
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
     plane = len(snap.image_shape) == 1
@@ -86,7 +85,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             states, _ = trajectory(accelerator, model, snap.image_shape, indices, settings, times, tick=bar.update)
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
-            pixels = [images.to_uint8(decoded(accelerator, model, x)).cpu() for x in states]
+            pixels = [images.to_uint8(decode(model, accelerator.autocast, x)).cpu() for x in states]
             made += moving_images(args.out, times, pixels, margin_of(settings, snap, model.net.num_classes))
         if plane and "flow" in args.pictures:
             made += moving_plane(args.out, model, times, states)

@@ -23,14 +23,14 @@ from configs import schema
 from configs.schema import UserError
 from datasets.shards import MANIFEST, read_shard, save_shard, verify_shard
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
-from flow.evaluation.metrics import frechet_distance, psnr
+from flow.evaluation.metrics import frechet_distance
 from flow.evaluation.reading import Data, read_images
 from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
-from flow.sampling.generate import batches, shard
-from flow.sampling.images import to_float, to_uint8
+from flow.sampling.generate import index_batches, shard
+from flow.sampling.images import psnr, to_float, to_uint8
 from models import autoencoder
 from models.autoencoder import VAE
 
@@ -83,7 +83,7 @@ def cache(
     if accelerator.is_main_process:
         settings = [settings_of(args, data, vae, latent_shape)]
     broadcast_object_list(settings)
-    plan = {f"latents_{i:05d}.safetensors": cut for i, cut in enumerate(batches(range(len(data)), args.shard_images))}
+    plan = {f"latents_{i:05d}.safetensors": cut for i, cut in enumerate(index_batches(range(len(data)), args.shard_images))}
     if accelerator.is_main_process:
         claim(args.save_dir, settings[0])
     accelerator.wait_for_everyone()
@@ -165,7 +165,7 @@ def write_shard(
 ) -> None:
     """Encode the images `cut` and write them as one file."""
     parts: dict[str, list[Tensor]] = {}
-    for batch, pixels in read_images(data, batches(cut, args.bspp)):
+    for batch, pixels in read_images(data, index_batches(cut, args.bspp)):
         x = to_float(pixels.to(accelerator.device))
         for suffix, shown in {"": x, "_flipped": x.flip(-1)}.items() if args.flipped == "yes" else [("", x)]:
             with accelerator.autocast():

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import datasets
-import models
 from configs.schema import UserError
 from flow.evaluation import animation, plots_2d, table
 from flow.evaluation.metrics_2d import sliced_wasserstein
@@ -29,8 +28,8 @@ from flow.solvers.time_grids import uniform
 from flow.solvers.torchdiffeq import ADAPTIVE
 
 EXAMPLES = """\
-  python -m scripts.compare --weights runs/toy_checkerboard runs/toy_reflow --names flow reflow --sampling_steps 1 2 100 --out pictures
-  python -m scripts.compare --weights runs/independent runs/ot --sampling_method dopri5 --out pictures"""  # noqa: E501
+  python -m scripts.compare --weights runs/toy runs/toy_reflow --names flow reflow --sampling_steps 1 2 100 --out pictures
+  python -m scripts.compare --weights runs/independent runs/ot --sampling_method dopri5 --out pictures"""
 SHOWN = 1000  # particles of a panel
 WAYS = 40  # of them are followed by a line
 STRAIGHTNESS_STEPS = 100
@@ -76,7 +75,7 @@ def main() -> None:
     if len(names) != len(args.weights):
         raise UserError(f"--names: {len(names)} for {len(args.weights)} weights; give one for each")
     snaps = [snapshot.load(path, None, args.overrides) for path in args.weights]
-    flows = [snap.model(models.build) for snap in snaps]
+    flows = [snap.model(decode=False) for snap in snaps]
     steps = cli.num_steps(args, args.sampling_method)
     reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]
     accelerator = distributed.build_single_process_accelerator("compare")

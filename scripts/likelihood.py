@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 import datasets
-import models
 from configs.schema import UserError
 from flow.likelihood import bits_per_dimension, dequantize, log_likelihood
 from flow.noise import generator
 from flow.runtime import cli, distributed
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
-from flow.sampling.generate import batches, build_velocity, to_solver_dtype
+from flow.sampling.generate import build_velocity, index_batches, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, validate
 
 EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 --test"
@@ -38,7 +37,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
-    model = snap.model(models.build)
+    model = snap.model(decode=False)
     if model.net.max_prompt_bytes:
         raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
     if snap.codec:
@@ -53,7 +52,7 @@ def main() -> None:
     accelerator = distributed.build_accelerator()
     distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)
-    mine = batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
+    mine = index_batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
     found, nfe = [], 0
     dimensions = int(np.prod(data.image_shape))
     points = len(data.image_shape) == 1

@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import datasets
-import models
 from configs import schema
 from configs.schema import UserError
 from datasets import captions
@@ -29,7 +28,7 @@ from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
-from flow.sampling.generate import batches, build_velocity, generate, to_solver_dtype
+from flow.sampling.generate import build_velocity, generate, index_batches, to_solver_dtype
 from flow.sampling.images import to_float
 from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
@@ -63,7 +62,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, args.config, args.overrides)
-    model = snap.model(models.build, models.codec)
+    model = snap.model()
     net = model.net
     snap.check_data()
     source = snap.config.data
@@ -190,7 +189,7 @@ def make_shard(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one shard."""
     parts: dict[str, list[Tensor]] = {}
-    for batch in batches(shard.indices, batch_size):
+    for batch in index_batches(shard.indices, batch_size):
         if shard.inverted:
             chosen = real_ones[batch.start : batch.stop]
             made = invert_batch(accelerator, model, data, settings, batch, chosen)
@@ -206,7 +205,7 @@ def generate_batch(
     accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, batch: range
 ) -> dict[str, Tensor]:
     """images float16 and labels int64 of the pairs with these indices."""
-    (made,) = generate(accelerator, model, data.image_shape, [batch], settings, stream="pairs")
+    (made,) = generate(accelerator, model, data.image_shape, [batch], settings, noise_key="pairs")
     found = {"images": made.x.half().cpu()}
     return found if made.labels is None else found | {"labels": made.labels}
 

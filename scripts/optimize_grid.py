@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import models
 from configs.schema import UserError
 from flow import solvers
 from flow.model import FlowModel
@@ -51,7 +50,7 @@ def main() -> None:
     if max(args.steps) > args.reference_steps:
         raise UserError(f"--steps {max(args.steps)}: must be at most --reference_steps {args.reference_steps}")
     snap = snapshot.load(args.weights, None, args.overrides)
-    model = snap.model(models.build)
+    model = snap.model(decode=False)
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
     with error_context("tune_grid"):
@@ -82,9 +81,9 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     kept = 0
     with distributed.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:
 
-        def velocity(part: int, x: Tensor, t: float) -> Tensor:
+        def velocity(part: int, x: Tensor, t: float, t_next: float) -> Tensor:
             bar.update()
-            return velocities[part](x, t)
+            return velocities[part](x, t, t_next)
 
         def error(part: int, method: str, times: list[float]) -> float:
             """Root mean square distance to the fine solution, on images to fit on (0) or to decide on (1)."""
@@ -129,7 +128,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
 
 def nfe_of(method: str, times: list[float]) -> int:
     """The velocity evaluations of a method on a time grid, counted on zeros."""
-    return solvers.solve(lambda x, t: x, torch.zeros(1), times, method).nfe
+    return solvers.solve(lambda x, t, t_next: x, torch.zeros(1), times, method).nfe
 
 
 def rms(x: Tensor) -> float:

@@ -63,8 +63,9 @@ def loss_name(config: Path) -> str:
             cfg = schema.parse(text, str(config), kind=VaeConfig).autoencoder
             lpips = f" + {cfg.lpips_weight:g} LPIPS" if cfg.lpips_weight else ""
             return f"autoencoder loss ({cfg.distance} + {cfg.kl_weight:g} KL{lpips})"
-        flow = schema.parse(text, str(config)).flow
-        return f"{flow.objective.replace('_', ' ')} loss ({flow.distance} of the velocity)"
+        parsed = schema.parse(text, str(config))
+        distance = parsed.loss.args.get("distance", "mse")
+        return f"{parsed.loss.name.replace('_', ' ')} loss ({distance} of the {parsed.flow.prediction})"
     except Exception:  # OmegaConf and YAML have many; the curve is worth more than its title
         return "training loss"
 

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-import models
 from configs import schema
 from configs.rectify import RectifyConfig, ReflowStageConfig
 from configs.schema import Config, UserError
-from flow import solvers
+from flow import losses, solvers, time_samplers
+from flow import path as paths
 from flow.evaluation import plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
-from flow.losses import distances, objective
 from flow.model import FlowModel
 from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
@@ -115,8 +114,9 @@ def minutes(since: float) -> str:
 def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
     """Raises UserError for what would otherwise come out after hours, in the middle of the chain."""
     for path, stage in stages.items():
-        with error_context(f"{path}: flow.objective"):
-            objective(stage.flow.objective, distances.mse, stage.flow.prediction, **stage.flow.objective_args)
+        with error_context(f"{path}: loss"):
+            time_sampler = time_samplers.build(stage.flow.time_sampler, **stage.flow.time_sampler_args)
+            losses.build(stage.loss.name, paths.build(stage.flow.path), stage.flow.prediction, time_sampler, stage.loss.args)
     first = stages[cfg.first].model
     for path in (cfg.reflow, cfg.distill):
         if stages[path].flow.coupling != "paired":
@@ -161,7 +161,7 @@ def compare(
     bar = distributed.progress(accelerator, total, "straightness deviation and figure (network calls)")
     for name, scale in rows:
         snap = snapshots[name]
-        model = snap.model(models.build, models.codec)
+        model = snap.model()
         distributed.prepare_model(model.net, accelerator)
         model.net.register_forward_hook(lambda net, inputs, output: bar.update(len(inputs[0])))
         key = f"{name}@{snap.step}, {scale:g}"

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-import models
 from configs import schema
 from configs.schema import UserError
 from flow import solvers
@@ -71,7 +70,7 @@ def main() -> None:
         guidance_scale=args.guidance_scale, seed=args.seed, prompts=tuple(args.prompts) if args.prompts else None
     )
     with error_context("solver_study"):
-        validate(base, snap.model(models.build).net)
+        validate(base, snap.model(decode=False).net)
     plan = [
         SamplerSettings(
             method, n, grid=name, times=grid_store.load(snap.path, method, n) if name == "tuned" else None
@@ -113,7 +112,7 @@ def distances(
     args, accelerator: Accelerator, snap: snapshot.Snapshot, base: SamplerSettings, plan: list[SamplerSettings]
 ) -> tuple[list[dict], int]:
     """A row for each of the plan, {method, grid, steps, NFE, forwards, distance, order}, and the NFE of the fine solution."""
-    model = snap.model(models.build)
+    model = snap.model(decode=False)
     model.net.to(accelerator.device, torch.float64 if args.float64 else None).eval()
     tolerance = 1e-12 if args.float64 else 1e-6
     images = range(args.n_images)

@@ -12,7 +12,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from flow.losses import Batch, FlowLoss, Losses
 from flow.runtime.errors import cli_main
 from flow.sampling import snapshot
 from models import autoencoder
@@ -77,6 +79,13 @@ def stranger(run: Path, path: Path, replaced: dict[str, str] | None = None, **en
         header["config"] = header["config"].replace(old, new, 1)
     save_file(load_file(source), path, metadata={**header, **entries})
     return path
+
+
+def loss_at(loss: FlowLoss, net: Callable, x0: Tensor, x1: Tensor, t: Tensor, y: Tensor | None = None) -> Losses:
+    """The losses of the pairs (x0, x1) [b, ...] where the uniforms of the batch are t [b]."""
+    rows = slice(0, len(x1))
+    batch = Batch(x1, x0, y, t.double()[:, None], 0, rows, range(len(x1)), list(range(len(x1))))
+    return loss(net, net, batch)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 
 def test_the_identity_changes_nothing():
-    codec, x = models.codec(None), torch.randn(2, 3, 4, 4)
+    codec, x = models.build_codec(None), torch.randn(2, 3, 4, 4)
     assert codec.decode(x) is x and codec.latent_shape((3, 4, 4)) == (3, 4, 4)
     assert torch.equal(codec.encode(x)[0], x) and not codec.encode(x)[1].any()
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY, TINY, succeed
 
 from flow.sampling import images, snapshot
-from scripts.benchmark.timer import Stopwatch
+from scripts.benchmark.timer import Timer
 
 
 def test_sections_add_up_and_do_not_count_twice():
@@ -20,7 +20,7 @@ def test_sections_add_up_and_do_not_count_twice():
         nonlocal now
         now += seconds
 
-    watch = Stopwatch(clock=lambda: now)
+    watch = Timer(clock=lambda: now)
     work(1)
     with watch.section("outer"):
         work(20)

@@ -68,8 +68,7 @@ def test_aliases_in_a_stored_configuration_are_refused():
         ("model.name=mlp", "model.args", "model.args.width=8", {"width": 8}),
         ("data.name=toys", "data.args", "data.args.name=moons", {"name": "moons"}),
         ("flow.time_sampler=logit_normal", "flow.time_sampler_args", "flow.time_sampler_args.mean=1", {"mean": 1}),
-        ("flow.distance=pseudo_huber", "flow.distance_args", "flow.distance_args.c=1", {"c": 1}),
-        ("flow.objective=distillation", "flow.objective_args", "flow.objective_args.x=1", {"x": 1}),
+        ("loss.name=distillation", "loss.args", "loss.args.x=1", {"x": 1}),
         ("flow.coupling=ot", "flow.coupling_args", "flow.coupling_args.x=1", {"x": 1}),
     ],
 )

@@ -20,7 +20,7 @@ def cost(x0: torch.Tensor, x1: torch.Tensor) -> float:
 def test_the_assignment_is_the_cheapest_of_all():
     x1 = torch.randn(6, *SHAPE)
     ot = couplings.build("ot", 0, SHAPE, 6, {"block": 6})
-    x0 = ot.noise(range(6), range(6), x1, None)
+    x0 = ot.sample_x0(range(6), range(6), x1, None)
     fresh = gaussian_noise("train", 0, range(6), SHAPE)
     assert sorted(x0.flatten(1).tolist()) == sorted(fresh.flatten(1).tolist())  # the same draws in another order
     cheapest = min(cost(fresh[list(order)], x1) for order in itertools.permutations(range(6)))
@@ -30,7 +30,7 @@ def test_the_assignment_is_the_cheapest_of_all():
 def test_pairs_stay_within_a_class_and_a_block():
     x1, y = torch.randn(16, *SHAPE), torch.tensor([0, 1] * 8)
     fresh = gaussian_noise("train", 3, range(16), SHAPE).flatten(1).tolist()
-    x0 = couplings.build("ot", 3, SHAPE, 16, {"block": 8}).noise(range(16), range(16), x1, y).flatten(1).tolist()
+    x0 = couplings.build("ot", 3, SHAPE, 16, {"block": 8}).sample_x0(range(16), range(16), x1, y).flatten(1).tolist()
     came_from = [fresh.index(row) for row in x0]
     assert sorted(came_from) == list(range(16)) and came_from != list(range(16))
     assert all(row % 2 == source % 2 and row // 8 == source // 8 for row, source in enumerate(came_from))
@@ -39,13 +39,13 @@ def test_pairs_stay_within_a_class_and_a_block():
 def test_processes_find_the_same_pairs():
     x1 = torch.randn(16, *SHAPE)
     ot = couplings.build("ot", 0, SHAPE, 8, {"block": 4})
-    whole = ot.noise(range(16), range(16), x1, None)
-    shares = [ot.noise(range(i, i + 8), range(i, i + 8), x1[i : i + 8], None) for i in (0, 8)]
+    whole = ot.sample_x0(range(16), range(16), x1, None)
+    shares = [ot.sample_x0(range(i, i + 8), range(i, i + 8), x1[i : i + 8], None) for i in (0, 8)]
     assert torch.equal(whole, torch.cat(shares))
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="'od' is no coupling of new noise; choose one of independent, ot"):
+    with pytest.raises(ValueError, match="unknown coupling 'od'; choose from independent, ot"):
         couplings.build("od", 0, SHAPE, 8, {})
     with pytest.raises(ValueError, match="block=1: must be a whole number of at least 2"):
         couplings.build("ot", 0, SHAPE, 8, {"block": 1})

@@ -78,13 +78,13 @@ def test_ema_applied_puts_the_weights_back_whatever_happens():
     net.set(1.0)
     ema.update(100, 100)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(RuntimeError, match="inside"), ema.applied() as averaged:
+    with pytest.raises(RuntimeError, match="inside"), ema.average_parameters() as averaged:
         assert averaged is net and net.weight.requires_grad
         assert net.weight.tolist() == [0.5, 0.5] and net.scale.item() == 0.5
         raise RuntimeError("inside")
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]) and value.dtype == before[name].dtype
-    with ema.applied(1):
+    with ema.average_parameters(1):
         assert net.weight[0].item() == pytest.approx(1 - 0.5**0.01, rel=1e-4)
     assert ema.state_dict(0)["weight"].tolist() == [0.5, 0.5]  # lending the average leaves it as it was
 

@@ -43,7 +43,7 @@ def test_unsharded_tensors_are_their_own_parts():
     net = torch.nn.Linear(2, 2)
     assert distributed.local_shard(net.weight) is net.weight and distributed.full_tensor(net.weight) is net.weight
     ema = Ema(net, [100], 0)
-    with ema.applied() as averaged:
+    with ema.average_parameters() as averaged:
         assert averaged is net
 
 

@@ -68,7 +68,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def test_decoding_undoes_normalisation(vae_folder, data):
-    plain, codec = autoencoder.load(str(vae_folder)), models.codec(data.codec)
+    plain, codec = autoencoder.load(str(vae_folder)), models.build_codec(data.codec)
     z = torch.randn(4, 2, 4, 4)
     torch.testing.assert_close(codec.decode(data.normalised(z)), plain.decode(z), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(codec.decode(z), plain.decode(z), atol=1e-3)
@@ -173,7 +173,7 @@ def test_a_latent_is_drawn_by_seed_and_position(data):
     shares = [steps_of(data, world_size=2, rank=rank) for rank in (0, 1)]
     for step, batch in enumerate(whole):
         assert torch.equal(batch.x1, torch.cat([share[step].x1 for share in shares]))
-        noise = gaussian_noise("posterior", 3, batch.positions, data.image_shape)
+        noise = gaussian_noise("posterior", 3, batch.sample_ids, data.image_shape)
         options = []
         for mirrored in (False, True):
             mean, std = data.moments(batch.indices, [mirrored] * 8)
@@ -191,10 +191,10 @@ def test_samples_of_a_latent_flow_are_images(here, run, cache, tmp_path):
     assert snap.image_shape == (2, 4, 4) and snap.decoded_shape == (1, 8, 8)
     out = tmp_path / "samples"
     here("sample", "--weights", run, "--n_samples", 6, "--save_dir", out, "--sampling_steps", 2, "--npz")
-    model = snap.model(models.build, models.codec)
+    model = snap.model()
     settings = SamplerSettings(steps=2)
     (made,) = generate(Accelerator(cpu=True), model, snap.image_shape, [range(6)], settings)
-    codec = models.codec(snap.codec)
+    codec = models.build_codec(snap.codec)
     assert made.x.shape == (6, 2, 4, 4)
     assert torch.equal(made.images, to_uint8(codec.decode(made.x)))
     for k in range(6):

@@ -15,7 +15,7 @@ from flow.solvers import time_grids
 MEAN, STD = 3.0, 0.5
 
 
-def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+def velocity(x: torch.Tensor, t: float, t_next=None) -> torch.Tensor:
     """The exact velocity of the linear path to N(3, 0.5^2 I)."""
     return MEAN + (STD**2 * t - (1 - t)) / ((1 - t) ** 2 + (STD * t) ** 2) * (x - MEAN * t)
 
@@ -41,7 +41,7 @@ def test_a_gaussian_to_a_thousandth_of_a_nat(data, method, times, options):
 @pytest.mark.parametrize("method", solvers.DETERMINISTIC)
 def test_likelihood_and_inversion_stay_in_the_interval(method):
     def field(strength: float):
-        def velocity(x, t):
+        def velocity(x, t, t_next=None):
             if not 0 <= t < 1:
                 raise RuntimeError(f"velocity at t = {t}")
             return strength * x
@@ -61,8 +61,8 @@ def test_probes_are_unbiased():
     a = torch.tensor([[0.3, 0.8], [-0.5, 0.4]], dtype=torch.float64)
     x1 = torch.randn(1, 2, dtype=torch.float64).expand(4000, 2)
     probes = torch.randint(2, (1, 4000, 2), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
-    exact, *_ = log_likelihood(lambda x, t: x @ a.T, x1[:1], "rk4", time_grids.uniform(20))
-    estimates, *_ = log_likelihood(lambda x, t: x @ a.T, x1, "rk4", time_grids.uniform(20), probes=probes)
+    exact, *_ = log_likelihood(lambda x, t, t_next: x @ a.T, x1[:1], "rk4", time_grids.uniform(20))
+    estimates, *_ = log_likelihood(lambda x, t, t_next: x @ a.T, x1, "rk4", time_grids.uniform(20), probes=probes)
     assert estimates.std() > 0.1
     assert estimates.mean().item() == pytest.approx(exact.item(), abs=4 * estimates.std().item() / 4000**0.5)
 

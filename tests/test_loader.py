@@ -12,8 +12,9 @@ from torch import Tensor
 
 from configs.schema import UserError
 from datasets.images import Folder, Images
+from flow.losses import Batch
 from flow.sampling.images import grid, read_png, to_uint8, write_png
-from flow.training.data_loader import MicroBatch, TrainingLoader
+from flow.training.data_loader import TrainingLoader
 
 
 def numbered(n: int) -> Images:
@@ -31,12 +32,12 @@ def make(data, batch_size: int, **options) -> TrainingLoader:
     return TrainingLoader(data, batch_size=batch_size, **{**defaults, **options})
 
 
-def global_batch(batches: list[MicroBatch], batch_size: int) -> tuple[Tensor, Tensor, list[int]]:
+def global_batch(batches: list[Batch], batch_size: int) -> tuple[Tensor, Tensor, list[int]]:
     """x1, labels and positions of the micro-batches of all processes, each put into the rows that it claims."""
     batches = sorted(batches, key=lambda batch: batch.rows.start)
     rows = [row for batch in batches for row in range(batch.rows.start, batch.rows.stop)]
     assert rows == list(range(batch_size))  # each row once
-    positions = [position for batch in batches for position in batch.positions]
+    positions = [position for batch in batches for position in batch.sample_ids]
     return torch.cat([batch.x1 for batch in batches]), torch.cat([batch.y for batch in batches]), positions
 
 
@@ -53,7 +54,7 @@ def test_a_micro_batch():
     assert batch.x1.shape == (4, 1, 1, 3) and batch.x1.dtype == torch.float32
     assert batch.x1[:, 0, 0, 0].eq(-1).all() and batch.x1[:, 0, 0, 2].eq(1).all()  # 0 and 255
     assert batch.y.tolist() == [7 * k for k in numbers(batch.x1)]
-    assert batch.rows == slice(0, 4) and batch.positions == range(8, 12)
+    assert batch.rows == slice(0, 4) and batch.sample_ids == range(8, 12)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 25])
@@ -64,7 +65,7 @@ def test_every_image_comes_once_an_epoch(batch_size):
     epochs = [stream[i : i + 10] for i in range(0, 100, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 10  # each in an order of its own
-    assert [p for (batch,) in steps for p in batch.positions] == list(range(100))
+    assert [p for (batch,) in steps for p in batch.sample_ids] == list(range(100))
 
 
 def test_the_stream_does_not_depend_on_the_batch_size_but_on_the_seed():
@@ -107,7 +108,7 @@ def test_starting_at_a_step_equals_skipping_to_it(first):
     assert len(started) == 9 - first
     for one, other in zip(skipped, started, strict=True):
         for a, b in zip(one, other, strict=True):
-            assert torch.equal(a.x1, b.x1) and torch.equal(a.y, b.y) and (a.rows, a.positions) == (b.rows, b.positions)
+            assert torch.equal(a.x1, b.x1) and torch.equal(a.y, b.y) and (a.rows, a.sample_ids) == (b.rows, b.sample_ids)
 
 
 def test_a_loader_can_be_read_again_from_any_step():
@@ -161,7 +162,7 @@ def test_files_read_by_workers_come_as_from_memory(folder, num_workers):
     assert len(read) == len(held) == 4
     for one, other in zip(read, held, strict=True):
         for a, b in zip(one, other, strict=True):
-            assert torch.equal(a.x1, b.x1) and torch.equal(a.y, b.y) and (a.rows, a.positions) == (b.rows, b.positions)
+            assert torch.equal(a.x1, b.x1) and torch.equal(a.y, b.y) and (a.rows, a.sample_ids) == (b.rows, b.sample_ids)
             assert a.y.dtype == torch.int64
 
 

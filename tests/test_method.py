@@ -5,17 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import loss_at
 from scipy import stats
 from torch import Tensor
 
 from flow import path, solvers, time_samplers
 from flow.guidance import GuidedVelocity, drop_labels
-from flow.losses.flow_matching import flow_matching_loss
+from flow.losses.flow_matching import FlowMatching
 from flow.model import FlowModel
 from flow.noise import gaussian_noise, generator, generators
 from flow.path import LinearPath
 
 PATH = LinearPath()
+LOSS = FlowMatching(PATH, "velocity", time_samplers.build("uniform"))
 
 
 # ---- random numbers
@@ -83,16 +85,16 @@ def test_noise_is_standard_normal():
 
 @pytest.mark.parametrize("n", [1, 7, 128])
 def test_one_uniform_in_each_stratum(n):
-    u = time_samplers.stratified(0, 3, n)
-    assert u.shape == (n,) and u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
-    assert (u * n).long().sort().values.tolist() == list(range(n))
-    assert torch.equal(u, time_samplers.stratified(0, 3, n))
-    assert not torch.equal(u, time_samplers.stratified(0, 4, n)) and not torch.equal(u, time_samplers.stratified(1, 3, n))
+    u = time_samplers.stratified(0, 3, n, 2)
+    assert u.shape == (n, 2) and u.dtype == torch.float64 and u.min() > 0 and u.max() < 1
+    assert (u * n).long().sort(0).values.tolist() == [[i, i] for i in range(n)]
+    assert torch.equal(u[:, :1], time_samplers.stratified(0, 3, n))
+    assert not torch.equal(u, time_samplers.stratified(0, 4, n, 2)) and not torch.equal(u, time_samplers.stratified(1, 3, n, 2))
 
 
 def test_strata_are_in_random_order():
     """A row of the batch is one process's share and one image's place: each row must see every t."""
-    first = torch.stack([time_samplers.stratified(0, step, 8)[:2] for step in range(2000)])
+    first = torch.stack([time_samplers.stratified(0, step, 8)[:2, 0] for step in range(2000)])
     assert stats.kstest(first[:, 0], "uniform").pvalue > 1e-4
     counts = torch.zeros(8, 8).index_put_(tuple((first * 8).long().T), torch.ones(()), accumulate=True)
     assert not counts.diagonal().any()  # two rows never share a stratum
@@ -115,21 +117,21 @@ def logit_normal_cdf(mean: float, std: float):
 def test_laws(name, args, cdf):
     law = time_samplers.build(name, **args)
     n = 1000
-    t = time_samplers.sample(law, 0, 0, n)
+    t = law(time_samplers.stratified(0, 0, n)[:, 0]).float()
     assert t.shape == (n,) and t.dtype == torch.float32 and t.min() >= 0 and t.max() <= 1
     u = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
     assert cdf(law(u).numpy()) == pytest.approx(u.numpy())  # the inverse of the distribution function
     # one draw in each stratum: the empirical distribution is within 1/n of the exact one (independent draws: 0.03)
     assert stats.kstest(t.double(), cdf).statistic < 1.01 / n
     # and one row over many steps follows the law too
-    rows = torch.stack([time_samplers.sample(law, 0, step, 4)[2] for step in range(n)])
+    rows = torch.stack([law(time_samplers.stratified(0, step, 4)[2, 0]).float() for step in range(n)])
     assert stats.kstest(rows.double(), cdf).pvalue > 1e-4
 
 
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("normal", {}, r"'normal' is no time law; choose one of uniform, logit_normal"),
+        ("normal", {}, r"unknown time sampler 'normal'; choose from uniform, logit_normal"),
         ("uniform", {"mean": 0.0}, r"uniform has no argument 'mean'; it takes none"),
         ("logit_normal", {"sd": 1.0}, r"logit_normal has no argument 'sd'; it takes mean, std"),
         ("logit_normal", {"u": 1.0}, r"logit_normal has no argument 'u'"),
@@ -288,7 +290,7 @@ def test_the_loss_by_hand():
     def net(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return 2 * x + (t + y)[:, None, None, None]
 
-    loss = flow_matching_loss(net, PATH, x0, x1, t, y)
+    loss = loss_at(LOSS, net, x0, x1, t, y).per_sample
     # image 0: xt = (2, 2),      net (5.5, 5.5),      v (2, 4):  residuals 3.5, 1.5
     # image 1: xt = (1.5, -1.0), net (3.25, -1.75),   v (-2, 4): residuals 5.25, -5.75
     expected = [(3.5**2 + 1.5**2) / 2, (5.25**2 + 5.75**2) / 2]
@@ -297,7 +299,7 @@ def test_the_loss_by_hand():
 
 def test_the_loss_is_float32_whatever_the_network_gives():
     x0, x1 = torch.zeros(1, 2), torch.full((1, 2), 1 + 2**-12)  # not a bfloat16 number
-    loss = flow_matching_loss(lambda x, t, y: torch.ones_like(x).bfloat16(), PATH, x0, x1, torch.zeros(1))
+    loss = loss_at(LOSS, lambda x, t, y: torch.ones_like(x).bfloat16(), x0, x1, torch.zeros(1)).per_sample
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(2**-24)
 
 
@@ -314,7 +316,7 @@ def test_the_minimiser_is_the_closed_form_velocity(t):
         def net(x: Tensor, t: Tensor, y: None) -> Tensor:
             return slope * x + intercept
 
-        return (weight * flow_matching_loss(net, PATH, z0, m + s * z1, torch.full((25,), t))).sum()
+        return (weight * loss_at(LOSS, net, z0, m + s * z1, torch.full((25,), t)).per_sample).sum()
 
     variance = t**2 * s**2 + (1 - t) ** 2
     slope = (t * s**2 - (1 - t)) / variance

@@ -15,12 +15,11 @@ from conftest import REPOSITORY, TINY_TRAIN, succeed
 from safetensors.torch import load_file
 
 import datasets
-import models
 from datasets.pairs import Pairs
 from flow.couplings import PairedCoupling
 from flow.noise import gaussian_noise
 from flow.sampling import snapshot
-from flow.sampling.generate import batches, generate
+from flow.sampling.generate import generate, index_batches
 from flow.sampling.settings import SamplerSettings
 
 ARGUMENTS = [
@@ -59,13 +58,13 @@ def test_folder_and_data_set(folder, data):
 
 def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
     """Images of the data set against the sampling function, started from the noise that training will use."""
-    model = snapshot.load(tiny_run).model(models.build)
+    model = snapshot.load(tiny_run).model(decode=False)
     settings = SamplerSettings("heun", 3, 2.0, seed=4)
-    for made in generate(Accelerator(cpu=True), model, (1, 8, 8), batches(range(40), 5), settings, stream="pairs"):
+    for made in generate(Accelerator(cpu=True), model, (1, 8, 8), index_batches(range(40), 5), settings, noise_key="pairs"):
         k = slice(made.indices.start, made.indices.stop)
         assert torch.equal(made.x.half(), data.images[k]) and torch.equal(made.labels, data.labels[k])
     given = PairedCoupling(data.seed, data.generated, data.noise, data.image_shape)
-    assert torch.equal(given.noise(range(3), [7, 39, 41], data.images, None), torch.cat([
+    assert torch.equal(given.sample_x0(range(3), [7, 39, 41], data.images, None), torch.cat([
         gaussian_noise("pairs", 4, [7, 39], (1, 8, 8)), data.noise[1:2].float()
     ]))  # fmt: skip
 
@@ -158,7 +157,7 @@ def test_mistakes(error, tmp_path, tiny_run):
 def test_training_on_pairs_resumes_exactly(tmp_path, folder, tiny_run):
     """Reflow through the one trainer; 2 + 2 steps are 4 steps, to the bit."""
     given = ["flow.coupling=paired", "data.name=pairs", f"data.args.path={folder}", f"train.init_from={tiny_run}"]
-    reflow = [*TINY_TRAIN, *given, "flow.time_sampler=u_shaped", "flow.distance=pseudo_huber"]
+    reflow = [*TINY_TRAIN, *given, "flow.time_sampler=u_shaped", "loss.args.distance=pseudo_huber"]
     succeed("train.py", *reflow, "-e", tmp_path / "whole")
     succeed("train.py", *reflow, "-e", tmp_path / "cut", "train.steps=2")
     succeed("train.py", "-e", tmp_path / "cut", "-r", "latest", "train.steps=4")

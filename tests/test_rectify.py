@@ -37,7 +37,7 @@ def config(tmp_path_factory) -> Path:
     stages = {
         "first": STAGE,
         "reflow": STAGE | ON_PAIRS | {"flow": {"coupling": "paired", "label_dropout": 0.0}},
-        "distill": STAGE | ON_PAIRS | {"flow": {"coupling": "paired", "label_dropout": 0.0, "objective": "distillation"}},
+        "distill": STAGE | ON_PAIRS | {"flow": {"coupling": "paired", "label_dropout": 0.0}, "loss": {"name": "distillation"}},
     }
     for name, stage in stages.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(stage))
@@ -104,7 +104,7 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
     assert "first_pairs.sampling_method: 'hen' is no solver" in error(*command, "first_pairs.sampling_method=hen")
     assert "feature_extractor=mnst: unknown; choose one of" in error(*command, "feature_extractor=mnst")
     assert "model: must be that of" in error(*command, "reflow=configs/mnist_reflow.yaml")
-    (tmp_path / "noise.yaml").write_text("flow: {objective: distillation, prediction: noise}")
+    (tmp_path / "noise.yaml").write_text("{flow: {prediction: noise}, loss: {name: distillation}}")
     assert "use velocity or data" in error(*command, f"distill={tmp_path / 'noise.yaml'}")
     assert not (tmp_path / "never").exists()
 

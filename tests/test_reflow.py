@@ -4,16 +4,21 @@ import math
 
 import pytest
 import torch
+from conftest import loss_at
 
-from flow import path, solvers, time_samplers
+from flow import losses, path, solvers, time_samplers
 from flow.guidance import GuidedVelocity
 from flow.likelihood import T_MAX, invert
-from flow.losses import distances, objective
-from flow.losses.distillation import discretize_times, distillation_loss
+from flow.losses import distances
+from flow.losses.distillation import discretize_times
 from flow.model import FlowModel
 from flow.path import LinearPath
 from flow.sampling.generate import straightness_deviation
 from flow.solvers import time_grids
+
+
+def build(name: str, prediction: str = "velocity", **args) -> losses.FlowLoss:
+    return losses.build(name, LinearPath(), prediction, time_samplers.build("uniform"), args)
 
 
 def test_u_shaped_law_has_its_density():
@@ -31,32 +36,32 @@ def test_distances():
     far, near = distances.pseudo_huber(a, b, c=1e-3)
     assert far.item() == pytest.approx(math.sqrt(12.5), abs=2e-3) and near == 0
     small = distances.pseudo_huber(a * 1e-3, b, c=1.0)[0].item()
-    assert small == pytest.approx(12.5e-6 / 2, rel=1e-2)  # l2 / (2 c) far below c
+    assert small == pytest.approx(12.5e-6 / 2, rel=1e-2)  # mse / (2 c) far below c
     a = torch.zeros(1, 2, requires_grad=True)
-    distances.distance("pseudo_huber", c=0.03)(a, torch.zeros(1, 2)).sum().backward()
+    distances.build("pseudo_huber", {"c": 0.03})(a, torch.zeros(1, 2)).sum().backward()
     assert a.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: distances.distance("huber"), "'huber' is no distance; choose one of l2, l1, pseudo_huber"),
-        (lambda: distances.distance("pseudo_huber", d=1), "pseudo_huber has no argument 'd'; it takes c"),
-        (lambda: distances.distance("pseudo_huber", c=0), "c=0: must be greater than 0"),
-        (lambda: distances.distance("l2", c=1), "l2 has no argument 'c'; it takes none"),
+        (lambda: distances.build("huber", {}), "unknown distance 'huber'; choose from mse, l1, pseudo_huber"),
+        (lambda: distances.build("pseudo_huber", {"d": 1}), "pseudo_huber has no argument 'd'; it takes c"),
+        (lambda: distances.build("pseudo_huber", {"c": 0}), "c=0: must be greater than 0"),
+        (lambda: distances.build("mse", {"c": 1}), "mse has no argument 'c'; it takes none"),
         (lambda: time_samplers.build("u_shaped", a=-1), "a=-1: must be greater than 0"),
-        (lambda: distances.distance("pseudo_huber", name=3), "pseudo_huber has no argument 'name'; it takes c"),
-        (lambda: objective("flow_matching", distances.mse, "x1"), "'x1' is no prediction; choose one of velocity, data, noise"),
+        (lambda: distances.build("pseudo_huber", {"name": 3}), "pseudo_huber has no argument 'name'; it takes c"),
+        (lambda: build("flow_matching", "x1"), "unknown prediction 'x1'; choose from velocity, data, noise"),
         (
-            lambda: objective("distil", distances.mse, "velocity"),
-            "'distil' is no objective; choose one of flow_matching, distillation",
+            lambda: losses.build("distil", LinearPath(), "velocity", lambda u: u, {}),
+            "unknown loss 'distil'; choose from flow_matching, distillation",
         ),
         (
-            lambda: objective("distillation", distances.mse, "velocity", steps=0),
+            lambda: build("distillation", steps=0),
             "steps=0: must be a whole number of at least 1",
         ),
-        (lambda: objective("distillation", distances.mse, "velocity", steps=1.5), "steps=1.5: must be a whole number"),
-        (lambda: objective("distillation", distances.mse, "velocity", flow_share=1), "flow_share=1: must be 0 or more"),
+        (lambda: build("distillation", steps=1.5), "steps=1.5: must be a whole number"),
+        (lambda: build("distillation", flow_share=1), "flow_share=1: must be 0 or more"),
     ],
 )
 def test_errors_name_the_value_and_what_would_be_right(make, message):
@@ -73,11 +78,11 @@ def test_distillation_looks_at_the_times_of_euler_steps(steps, expected):
         return torch.zeros_like(x)
 
     x0, x1, t = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0.1, 0.3, 0.6, 1.0])
-    losses = distillation_loss(net, LinearPath(), x0, x1, t, steps=steps)
+    result = loss_at(build("distillation", steps=steps), net, x0, x1, t)
     ((x, at),) = seen
-    assert at.tolist() == expected
+    assert at.tolist() == expected == result.t.tolist()
     assert torch.allclose(x, LinearPath().interpolate(x0, x1, torch.tensor(expected)))
-    assert torch.allclose(losses, (x1 - x0).square().mean(1))
+    assert torch.allclose(result.per_sample, (x1 - x0).square().mean(1))
 
 
 def test_a_share_of_distillation_stays_flow_matching():
@@ -89,10 +94,10 @@ def test_a_share_of_distillation_stays_flow_matching():
 
 @pytest.mark.parametrize("name", path.PATHS)
 @pytest.mark.parametrize("prediction", path.PREDICTIONS)
-@pytest.mark.parametrize("objective_name", ["flow_matching", "distillation"])
-def test_targets_are_bounded_up_to_the_data_end(name, prediction, objective_name):
+@pytest.mark.parametrize("loss_name", ["flow_matching", "distillation"])
+def test_targets_are_bounded_up_to_the_data_end(name, prediction, loss_name):
     """The velocity of VP has a pole at t = 1: -650 x0 at the largest float32 below, infinite there."""
-    if (objective_name, prediction) == ("distillation", "noise"):
+    if (loss_name, prediction) == ("distillation", "noise"):
         return
     p, below_one = path.build(name), torch.tensor(1.0).nextafter(torch.tensor(0.0)).item()
     t = torch.tensor([0.0, 0.5, 0.999, 1 - 1e-6, below_one, 1.0])
@@ -102,9 +107,11 @@ def test_targets_are_bounded_up_to_the_data_end(name, prediction, objective_name
         asked.append(t)
         return x * 0
 
-    args = {"flow_share": 0.9} if objective_name == "distillation" else {}
-    losses = objective(objective_name, distances.mse, prediction, **args).loss(net, p, torch.ones(6, 2), torch.zeros(6, 2), t)
-    assert losses.max() < 51**2 and asked[0].max() <= torch.tensor(p.t_max)
+    args = {"flow_share": 0.9} if loss_name == "distillation" else {}
+    loss = losses.build(loss_name, p, prediction, time_samplers.build("uniform"), args)
+    assert loss_at(loss, net, torch.ones(6, 2), torch.zeros(6, 2), t).per_sample.max() < 51**2 and asked[
+        0
+    ].max() <= torch.tensor(p.t_max)
     assert p.target(torch.ones(6, 2), torch.zeros(6, 2), p.clip(t), prediction).abs().max() < 51
 
 
@@ -126,7 +133,7 @@ def test_sampling_asks_no_later_than_training(name, method):
 @pytest.mark.parametrize("name", path.PATHS)
 def test_distillation_of_noise_prediction_is_refused(name, error, tmp_path):
     """Its loss is 0 for the identity; of the others the target at t = 0 depends on the data."""
-    given = ["flow.objective=distillation", "flow.prediction=noise", f"flow.path={name}", "train.steps=1"]
+    given = ["loss.name=distillation", "flow.prediction=noise", f"flow.path={name}", "train.steps=1"]
     message = error("train", "-c", "configs/digits.yaml", "-e", tmp_path / "run", *given)
     assert not (tmp_path / "run").exists()
     assert "flow.prediction=noise has nothing to learn at t = 0" in message and "use velocity or data" in message
@@ -139,15 +146,15 @@ def test_distillation_of_noise_prediction_is_refused(name, error, tmp_path):
 def test_straightness_deviation():
     """0 for a velocity that does not change along the way; for v = 2 t the integral of (1 - 2 t)^2 is 1 / 3."""
     x0 = torch.randn(5, 2, 3, dtype=torch.float64)
-    assert straightness_deviation(lambda x, t: torch.ones_like(x), x0, 20).abs().max() < 1e-12
-    curved = straightness_deviation(lambda x, t: torch.full_like(x, 2 * t), x0, 1000)
+    assert straightness_deviation(lambda x, t, t_next: torch.ones_like(x), x0, 20).abs().max() < 1e-12
+    curved = straightness_deviation(lambda x, t, t_next: torch.full_like(x, 2 * t), x0, 1000)
     assert torch.allclose(curved, torch.full((5,), 1 / 3, dtype=torch.float64), atol=1e-3)
 
 
 def test_inversion_finds_the_noise_back():
     """Data N(3, 0.5^2): the exact velocity of the linear path, whose flow is x0 -> 3 + 0.5 x0."""
 
-    def velocity(x, t):
+    def velocity(x, t, t_next=None):
         variance = (1 - t) ** 2 + (0.5 * t) ** 2
         return 3 + (0.25 * t - (1 - t)) / variance * (x - 3 * t)
 

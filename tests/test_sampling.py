@@ -13,11 +13,10 @@ from accelerate import Accelerator
 from conftest import succeed
 from PIL import Image
 
-import models
 from flow.path import PATHS
 from flow.sampling import snapshot
 from flow.sampling.conditions import labels_for
-from flow.sampling.generate import NFECounter, SampleBatch, batches, generate
+from flow.sampling.generate import NFECounter, SampleBatch, generate, index_batches
 from flow.sampling.settings import SamplerSettings, build_time_grid
 from flow.solvers import time_grids
 
@@ -38,12 +37,12 @@ def sampled(tmp_path_factory, tiny_run) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tiny_run):
-    return snapshot.load(tiny_run).model(models.build)
+    return snapshot.load(tiny_run).model(decode=False)
 
 
 def images_of(model, indices: range, batch_size: int, settings: SamplerSettings) -> torch.Tensor:
     accelerator = Accelerator(cpu=True)
-    return torch.cat([g.images for g in generate(accelerator, model, (1, 8, 8), batches(indices, batch_size), settings)])
+    return torch.cat([g.images for g in generate(accelerator, model, (1, 8, 8), index_batches(indices, batch_size), settings)])
 
 
 def test_folder_is_whole(sampled):
@@ -107,7 +106,7 @@ def test_labels_follow_the_index_and_guidance_changes_images(model):
 
 
 def test_batches_are_cut_by_index():
-    assert batches(range(10, 17), 3) == [range(10, 13), range(13, 16), range(16, 17)]
+    assert index_batches(range(10, 17), 3) == [range(10, 13), range(13, 16), range(16, 17)]
 
 
 def test_sampling_json_records_what_decides_an_image(sampled, tiny_run):

@@ -17,7 +17,7 @@ from flow.solvers.sde import DIFFUSION_COEFFICIENTS, SDE
 from flow.solvers.torchdiffeq import ADAPTIVE
 
 
-def rotation(x: torch.Tensor, t: float) -> torch.Tensor:
+def rotation(x: torch.Tensor, t: float, t_next=None) -> torch.Tensor:
     """dx/dt = cos(t) A x with A the rotation generator: x(1) is x(0) turned by sin(1)."""
     return math.cos(t) * torch.stack([-x[:, 1], x[:, 0]], dim=1)
 
@@ -139,7 +139,7 @@ def test_no_noise_is_left_when_the_data_is_one_point(method):
     """The exact velocity towards a point mass at mu jumps at t = 1; every method must still land on mu."""
     mu = 0.7
 
-    def velocity(x, t):
+    def velocity(x, t, t_next=None):
         return (mu - x) / (1 - t) if t < 1 else x  # at t = 1 a trained network answers E[x1 - x0 | x1] = x1
 
     x = torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -197,7 +197,7 @@ def test_times_outside_the_interval_are_refused():
 
 def test_a_velocity_that_is_not_finite_is_named():
     with pytest.raises(ValueError, match="dopri5: the velocity is not finite"):
-        solvers.solve(lambda x, t: x / 0, torch.ones(1, 2), [0.0, 1.0], "dopri5")
+        solvers.solve(lambda x, t, t_next: x / 0, torch.ones(1, 2), [0.0, 1.0], "dopri5")
 
 
 def test_solver_keeps_the_dtype_and_leaves_its_input_alone():
@@ -285,7 +285,7 @@ def test_marginals_of_the_sde_are_those_of_the_target(method, options):
 def test_without_noise_the_sde_is_the_ode(method, ode):
     x0 = torch.randn(50, 2, dtype=torch.float64)
     options = {"noise_scale": 0.0, "eta": 0.0, "noise": lambda i: 1 / 0}
-    options = {name: value for name, value in options.items() if name in solvers.SOLVERS[method][1]}
+    options = {name: value for name, value in options.items() if name in solvers.SOLVERS[method].options}
     found = solvers.solve(mixture_velocity, x0, time_grids.uniform(9), method, **options)
     wanted = solvers.solve(mixture_velocity, x0, time_grids.uniform(9), ode)
     assert torch.equal(found.x, wanted.x) and found.nfe == wanted.nfe
@@ -308,7 +308,7 @@ def test_diffusion_coefficients_are_those_of_sit(method, diffusion, form):
     def step(noise_scale: float, increment: float) -> torch.Tensor:
         noise = lambda i: torch.full_like(x, increment)  # noqa: E731
         options = {"noise": noise, "noise_scale": noise_scale, "diffusion": diffusion}
-        return solvers.solve(lambda x, t: x * 0, x, [t, t + h], method, **options).x
+        return solvers.solve(lambda x, t, t_next: x * 0, x, [t, t + h], method, **options).x
 
     for noise_scale, w in ((1.0, form(t)), (math.sqrt(2), 2 * form(t))):
         added = (step(noise_scale, 1.0) - step(noise_scale, 0.0)) / math.sqrt(h)
@@ -320,7 +320,9 @@ def test_the_sde_leaves_no_noise_where_the_data_is_one_point(method):
     mu = 0.7
     x0 = torch.randn(100, dtype=torch.float64)
     noise = lambda i: torch.randn(100, dtype=torch.float64)  # noqa: E731
-    x = solvers.solve(lambda x, t: (mu - x) / (1 - t), x0, time_grids.uniform(20), method, noise=noise, diffusion="constant").x
+    x = solvers.solve(
+        lambda x, t, t_next: (mu - x) / (1 - t), x0, time_grids.uniform(20), method, noise=noise, diffusion="constant"
+    ).x
     assert (x - mu).abs().max() < 1e-12
 
 
@@ -332,7 +334,7 @@ def test_the_sde_leaves_little_noise_with_a_field_that_is_wrong_near_the_data(me
     x0 = torch.from_numpy(draws.standard_normal((4000, 1)))
     noise = lambda step: torch.from_numpy(draws.standard_normal((4000, 1)))  # noqa: E731
     left = solvers.solve(
-        lambda x, t: -x / max(1 - t, 0.05), x0, time_grids.uniform(50), method, noise=noise, diffusion=diffusion
+        lambda x, t, t_next: -x / max(1 - t, 0.05), x0, time_grids.uniform(50), method, noise=noise, diffusion=diffusion
     ).x
     assert left.std() < 0.02  # of 1 at the start
 

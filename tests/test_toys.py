@@ -110,7 +110,7 @@ def test_the_picture_of_points():
 def test_train_sample_and_evaluate(tmp_path, here):
     run = tmp_path / "run"
     small = ["train.steps=20", "train.batch_size=64", "model.args={width: 16}", "preview.n_samples=100", "train.log_with=[]"]
-    here("train", "-c", "configs/toy_checkerboard.yaml", "-e", run, *small)
+    here("train", "-c", "configs/toy.yaml", "-e", run, *small)
     assert "100,000 points" in (run / "log.txt").read_text() and (run / "samples" / "step_00000020.png").is_file()
     sample = ["--weights", run, "--n_samples", "70", "--sampling_steps", "3", "--bspp", "20"]
     here("sample", *sample, "--save_dir", tmp_path / "one")
@@ -129,7 +129,7 @@ def test_held_out_log_density(std):
     """Of standard normal points under the flow to a normal distribution of another width, which has a formula: it is largest
     for the right one, and a flow that has collapsed loses."""
 
-    def velocity(x, t):  # of the linear path from N(0, 1) to N(0, std^2): E[x1 - x0 | x_t]
+    def velocity(x, t, t_next=None):  # of the linear path from N(0, 1) to N(0, std^2): E[x1 - x0 | x_t]
         return x * (t * std**2 - (1 - t)) / (t**2 * std**2 + (1 - t) ** 2)
 
     x1 = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flow.losses import Batch
+from flow.losses.autoencoder import AutoencoderLoss, kl_divergence
 from flow.training.logging import read_metrics
 from models import autoencoder
-from scripts.train_vae import distances, divergence
 
 pytest.importorskip("diffusers")
 
@@ -21,12 +22,16 @@ TINY = [
 
 
 def test_the_terms_of_the_loss():
-    x, made = torch.zeros(2, 1, 2, 2), torch.tensor([0.5, -2.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
-    assert distances("l1", x, made).tolist() == [0.5, 2] and distances("l2", x, made).tolist() == [0.25, 4]
+    x, recon = torch.zeros(2, 1, 2, 2), torch.tensor([0.5, -2.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    batch = Batch(x, None, None, None, 0, slice(0, 2), range(2), [0, 1], {"posterior": torch.zeros(2, 2, 1, 1)})
+    for distance, expected in {"l1": [0.5, 2], "mse": [0.25, 4]}.items():
+        losses = AutoencoderLoss((2, 1, 1), distance, kl_weight=0.5)(lambda x, e: (recon, e + 1, e + 1), None, batch)
+        assert losses.terms[distance].tolist() == expected and losses.terms["kl"].tolist() == [1, 1]
+        assert losses.per_sample.tolist() == [value + 0.5 for value in expected]
     mean, std = torch.randn(3, 2, 4, 4), torch.rand(3, 2, 4, 4) + 0.1
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(mean, std), normal(0.0, 1.0)).sum((1, 2, 3))
-    torch.testing.assert_close(divergence(mean, std), expected)
+    torch.testing.assert_close(kl_divergence(mean, std), expected)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(here, tmp_path):
@@ -72,7 +77,7 @@ def test_lpips_where_it_is_installed(here, error, tmp_path, monkeypatch):
     ("autoencoder.channels=[8, 7]", "must be whole numbers that divide by 4"),
     ("autoencoder.channels=[8, 8, 8, 8, 8]", "sides must divide by 16"),
     ("autoencoder.blocks=0", "blocks=0"),
-    ("autoencoder.distance=l3", "autoencoder.distance=l3: must be l1 or l2"),
+    ("autoencoder.distance=l3", "autoencoder.distance=l3: must be l1 or mse"),
     ("autoencoder.kl_wight=1", "Did you mean 'autoencoder.kl_weight'"),
     ("train.init_from=/nowhere", "/nowhere: there is no such folder"),
 ])  # fmt: skip

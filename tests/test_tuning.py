@@ -14,7 +14,7 @@ from flow.sampling import grid_store, snapshot
 from flow.solvers import grid_optimization, time_grids
 
 
-def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+def velocity(x: torch.Tensor, t: float, t_next=None) -> torch.Tensor:
     """Almost straight but for a bend around t = 0.8."""
     return torch.ones_like(x) + 30 * x.sign() * torch.exp(torch.tensor(-((t - 0.8) ** 2) / 0.002))
 

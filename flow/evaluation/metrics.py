@@ -136,13 +136,6 @@ def evaluate(
     return results
 
 
-def psnr(images: Tensor, others: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio [B] in decibels of uint8 images [B, C, H, W]: 10 log10(255^2 / mean squared difference), at
-    most 100."""
-    error = (images.double() - others.double()).square().flatten(1).mean(1)
-    return (10 * torch.log10(255**2 / error)).clamp(max=100)
-
-
 def _root(sigma: np.ndarray) -> np.ndarray:
     """Symmetric square root of a covariance matrix."""
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)

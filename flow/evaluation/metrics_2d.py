@@ -1,11 +1,10 @@
 """Distances between two sets of points in the plane, and the space in which they are measured."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from flow.likelihood import log_likelihood
+from flow.solvers import Velocity
 
 DIRECTIONS = 128
 
@@ -74,7 +73,7 @@ def evaluate(points: Tensor, real: Tensor) -> dict[str, float]:
     }  # fmt: skip
 
 
-def mean_log_likelihood(velocity: Callable[[Tensor, float], Tensor], x1: Tensor) -> float:
+def mean_log_likelihood(velocity: Velocity, x1: Tensor) -> float:
     """Mean log-density in nats of points x1 [N, 2], float64, under the flow of the velocity: dopri5 backwards in time with the
     exact divergence. For points that training never saw this is low where the flow misses a part of the data, and a flow that
     collapses loses by it; the density of the data at samples of the flow rewards both."""

@@ -1,47 +1,42 @@
-"""Training losses by name."""
+"""Training losses, a file each. A new file in this folder with a subclass of `FlowLoss` is a new choice of `loss.name`."""
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from flow import registry
-from flow.losses.distances import Distance
-from flow.losses.distillation import discretize_times, distillation_loss
-from flow.losses.flow_matching import flow_matching_loss
-from flow.path import PREDICTIONS
+from flow.losses.base import LOSSES, Batch, Eager, FlowLoss, Loss, Losses
+from flow.path import PREDICTIONS, Path
+
+__all__ = ["LOSSES", "Batch", "Eager", "FlowLoss", "Loss", "Losses", "build"]
+
+for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{module.name}")
+
+GIVEN = ("path", "prediction", "time_sampler")  # arguments that do not come from loss.args
 
 
-def drawn_times(t: Tensor) -> Tensor:
-    return t
+def build(name: str, path: Path, prediction: str, time_sampler: Callable[[Tensor], Tensor], args: dict[str, Any]) -> FlowLoss:
+    """The loss `name` on this path.
 
+    prediction: what the network predicts, one of `flow.path.PREDICTIONS`. time_sampler: from uniforms to times, as
+    `flow.time_samplers.build` makes it. args: further arguments of the loss.
 
-@dataclass
-class Objective:
-    loss: Callable[..., Tensor]  # (net, path, x0, x1, t, y) -> loss per sample [B]
-    times: Callable[[Tensor], Tensor]  # t [B] as drawn -> the times [B] at which `loss` asks the network
-
-
-# name -> (loss, times); arguments of an objective are those that both take
-OBJECTIVES = {"flow_matching": (flow_matching_loss, drawn_times), "distillation": (distillation_loss, discretize_times)}
-
-
-def objective(name: str, distance: Distance, prediction: str, /, **args: float) -> Objective:
-    """Raises ValueError for an unknown name or argument, for a value out of range, and for distillation of a network that
-    predicts noise: at t = 0 it is given x0 (on the VP path x0 + 0.0066 x1) and asked for x0, so the identity, which says
-    nothing about x1, has a loss of 0 (4e-5). Velocity and data ask for x1 there on every path.
+    Raises:
+        ValueError: for an unknown name or argument, and for values that do not fit each other.
     """
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}; choose from {', '.join(LOSSES)}")
     if prediction not in PREDICTIONS:
-        raise ValueError(f"{prediction!r} is no prediction; choose one of {', '.join(PREDICTIONS)}")
-    loss, times = (
-        registry.pick("objective", {known: pair[i] for known, pair in OBJECTIVES.items()}, name, args) for i in range(2)
-    )
-    times(torch.zeros(1))  # checks the values
-    if name == "distillation" and prediction == "noise":
-        raise ValueError(
-            "distillation: flow.prediction=noise has nothing to learn at t = 0, where the input is the noise; "
-            "use velocity or data"
-        )
-    return Objective(partial(loss, distance=distance, prediction=prediction), times)
+        raise ValueError(f"unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}")
+    allowed = [p for p in inspect.signature(LOSSES[name]).parameters if p not in GIVEN]
+    for key in args:
+        if key not in allowed:
+            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(allowed) or 'none'}")
+    try:
+        return LOSSES[name](path=path, prediction=prediction, time_sampler=time_sampler, **args)  # type: ignore[call-arg]
+    except TypeError as error:  # a word where a number belongs
+        raise ValueError(f"{name} cannot be built from {args}: {error}") from error

@@ -24,7 +24,7 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.00054) -> Tensor:
     """sqrt(|a - b|^2 / d + c^2) - c with d elements a sample: [B, ...], [B, ...] -> [B].
 
     The metric sqrt(|a - b|^2 + c_d^2) - c_d with c_d = 0.00054 sqrt(d) of Song & Dhariwal 2023 (arXiv:2310.14189), over
-    sqrt(d): root mean square for errors far above c, l2 / (2 c) far below, so an outlier pulls less than with l2. For
+    sqrt(d): root mean square for errors far above c, mse / (2 c) far below, so an outlier pulls less than with mse. For
     reflow Lee, Lin & Fanti 2024 (arXiv:2405.20320) have c_d = 0.00054 d, here c = 0.00054 sqrt(d).
     """
     if c <= 0:
@@ -32,11 +32,11 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.00054) -> Tensor:
     return (mse(a, b) + c**2).sqrt() - c
 
 
-DISTANCES: dict[str, Callable[..., Tensor]] = {"l2": mse, "l1": l1, "pseudo_huber": pseudo_huber}
+DISTANCES: dict[str, Callable[..., Tensor]] = {"mse": mse, "l1": l1, "pseudo_huber": pseudo_huber}
 
 
-def distance(name: str, /, **args: float) -> Distance:
+def build(name: str, args: dict[str, float]) -> Distance:
     """The distance of that name. Raises ValueError for an unknown name or argument and for a value out of range."""
-    chosen = registry.pick("distance", DISTANCES, name, args)
-    chosen(torch.zeros(1, 1), torch.zeros(1, 1))  # checks the values
-    return chosen
+    distance = registry.pick("distance", DISTANCES, name, args)
+    distance(torch.zeros(1, 1), torch.zeros(1, 1))  # checks the values
+    return distance

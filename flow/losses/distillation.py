@@ -1,47 +1,59 @@
 """Distillation of a rectified flow into one step, or a few."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flow.losses.distances import Distance, mse
-from flow.losses.flow_matching import flow_matching_loss
+from flow.losses.flow_matching import FlowMatching
 from flow.path import Path
 
 
-def discretize_times(t: Tensor, steps: int = 1, flow_share: float = 0.0) -> Tensor:
-    """t [B] in [0, 1] rounded down to the times 0, 1/N, ..., (N - 1)/N that N Euler steps look at.
+class Distillation(FlowMatching):
+    """Flow matching at the times that N Euler steps evaluate, on the pairs (x0, x1) of a flow.
+
+    With steps = 1 all times are 0, and x0 + net(x0, 0, y) learns to be x1, the end of the teacher's flow (Liu et al. 2023,
+    arXiv:2209.03003, paragraph "Distillation"). With N steps the network learns the times 0, 1/N, ..., (N - 1)/N and forgets
+    those between, unless a share of the batch goes to flow matching at all times.
+    """
+
+    name = "distillation"
+
+    def __init__(
+        self,
+        path: Path,
+        prediction: str,
+        time_sampler: Callable[[Tensor], Tensor],
+        distance: str = "mse",
+        distance_args: dict[str, Any] | None = None,
+        steps: int = 1,
+        flow_share: float = 0.0,
+    ):
+        """steps: Euler steps of the student. flow_share: share of the batch, in [0, 1), for flow matching at all times."""
+        super().__init__(path, prediction, time_sampler, distance, distance_args)
+        if prediction == "noise":
+            # There the network is given x0 (on the VP path x0 + 0.0066 x1) and asked for x0: the identity, which knows nothing
+            # about x1, has a loss of 0 (4e-5).
+            raise ValueError(
+                "distillation: flow.prediction=noise has nothing to learn at t = 0, where the input is the noise; "
+                "use velocity or data"
+            )
+        if steps < 1 or steps != int(steps):
+            raise ValueError(f"steps={steps}: must be a whole number of at least 1")
+        if not 0 <= flow_share < 1:
+            raise ValueError(f"flow_share={flow_share}: must be 0 or more and less than 1")
+        self.steps, self.flow_share = steps, flow_share
+
+    def times(self, u: Tensor) -> Tensor:
+        return discretize_times(super().times(u), self.steps, self.flow_share)
+
+
+def discretize_times(t: Tensor, steps: int, flow_share: float = 0.0) -> Tensor:
+    """t [B] in [0, 1] rounded down to the times 0, 1/N, ..., (N - 1)/N that N Euler steps evaluate.
 
     Of uniform t, those below `flow_share` are spread over all times instead.
     """
-    if steps < 1 or steps != int(steps):
-        raise ValueError(f"steps={steps}: must be a whole number of at least 1")
-    if not 0 <= flow_share < 1:
-        raise ValueError(f"flow_share={flow_share}: must be 0 or more and less than 1")
-    rest = (t - flow_share) / (1 - flow_share)
-    rounded = (rest * steps).floor().clamp(0, steps - 1) / steps
+    u = (t - flow_share) / (1 - flow_share)
+    rounded = (u * steps).floor().clamp(0, steps - 1) / steps
     return torch.where(t < flow_share, t / flow_share, rounded) if flow_share else rounded
-
-
-def distillation_loss(
-    net: Callable[..., Tensor],
-    path: Path,
-    x0: Tensor,
-    x1: Tensor,
-    t: Tensor,
-    y: Tensor | None = None,
-    distance: Distance = mse,
-    prediction: str = "velocity",
-    steps: int = 1,
-    flow_share: float = 0.0,
-) -> Tensor:
-    """Per-sample loss [B] of the pairs (x0, x1) of a flow: distance(net(x_k, t_k, y), x1 - x0), t_k = floor(t steps) / steps.
-
-    With steps = 1 all t_k are 0, and x0 + net(x0, 0, y) learns to be x1, the end of the teacher's flow (Liu et al. 2023,
-    arXiv:2209.03003, paragraph "Distillation"). With N steps it learns what N Euler steps look at, and forgets what lies
-    between, unless a share of uniform t goes to flow matching at all times. x0 and x1 [B, ...], t [B] in [0, 1], y as in
-    `flow_matching_loss`. Prediction "noise" has nothing to learn at t_k = 0; `objective` refuses it. Raises ValueError for
-    steps or a share out of range.
-    """
-    return flow_matching_loss(net, path, x0, x1, discretize_times(t, steps, flow_share), y, distance, prediction)

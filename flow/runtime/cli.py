@@ -121,11 +121,11 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
-        if not any(name in SOLVERS[m][1] for m in methods):
+        if not any(name in SOLVERS[m].options for m in methods):
             flag = "--sde_noise_scale" if name == "noise_scale" else f"--{name}"
-            able = ", ".join(m for m, (_, options) in SOLVERS.items() if name in options)
+            able = ", ".join(m for m, solver in SOLVERS.items() if name in solver.options)
             raise UserError(f"{flag}: {', '.join(methods)} has no such option; it is for {able}")
-    taken = {name: value for name, value in given.items() if name in SOLVERS[method][1]}
+    taken = {name: value for name, value in given.items() if name in SOLVERS[method].options}
     try:
         validate_options(method, **taken)
     except ValueError as error:  # begins with the name of the option

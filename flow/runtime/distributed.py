@@ -172,6 +172,14 @@ def gather_to_main(accelerator: Accelerator, mine: Any) -> list | None:
     return gathered
 
 
+def gather_in_order(accelerator: Accelerator, parts: list[tuple[int, Any]]) -> list | None:
+    """The items of (position, item) of all processes, by position, on the main process; None on the others."""
+    gathered = gather_to_main(accelerator, parts)
+    if gathered is None:
+        return None
+    return [item for _, item in sorted((pair for local in gathered for pair in local), key=lambda pair: pair[0])]
+
+
 @functools.cache
 def _control_group(timeout: timedelta):
     """Processes talk about flags and objects over the CPU, whatever carries the gradients."""

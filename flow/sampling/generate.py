@@ -1,6 +1,7 @@
 """Sampling: images by index, sharded over processes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,9 +43,9 @@ class NFECounter:
     def __init__(self):
         self.images = self.nfe = self.forwards = 0
 
-    def add(self, made: SampleBatch) -> None:
-        n = len(made.indices)
-        self.images, self.nfe, self.forwards = self.images + n, self.nfe + n * made.nfe, self.forwards + n * made.forwards
+    def add(self, batch: SampleBatch) -> None:
+        n = len(batch.indices)
+        self.images, self.nfe, self.forwards = self.images + n, self.nfe + n * batch.nfe, self.forwards + n * batch.forwards
 
     def mean(self, accelerator: Accelerator) -> tuple[float, float]:
         """(NFE, forwards) over the images of all processes, on the main one; whole numbers as such. (0, 0) for no image."""
@@ -54,14 +55,14 @@ class NFECounter:
         return nfe, forwards
 
 
-def batches(indices: range, batch_size: int) -> list[range]:
+def index_batches(indices: range, batch_size: int) -> list[range]:
     """Consecutive ranges of `batch_size` indices, the last one shorter; the same for any number of processes."""
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
 def shard(accelerator: Accelerator, indices: range, batch_size: int) -> list[range]:
     """The batches of this process."""
-    return batches(indices, batch_size)[accelerator.process_index :: accelerator.num_processes]
+    return index_batches(indices, batch_size)[accelerator.process_index :: accelerator.num_processes]
 
 
 @torch.inference_mode()
@@ -69,37 +70,54 @@ def generate(
     accelerator: Accelerator,
     model: FlowModel,
     image_shape: tuple[int, ...],
-    mine: Iterable[range],
+    batches: Iterable[range],
     settings: SamplerSettings,
-    stream: str = "sample",
+    noise_key: str = "sample",
 ) -> Iterator[SampleBatch]:
-    """The images of the batches `mine`, usually those of `share`, batch by batch. `image_shape` is what the network sees.
+    """The images of these batches, usually those of `shard`, batch by batch. `image_shape` is what the network sees.
 
-    Image k is a function of the weights, the settings and k: its noise comes from (stream, seed, k), its label or prompt
+    Image k is a function of the weights, the settings and k: its noise comes from (noise_key, seed, k), its label or prompt
     from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. Methods with tolerances
     meet them over a batch: their images also depend on those beside them, by about the error that the tolerances leave.
-    The state of the solver is float64 where the device has it. Raises ValueError for settings that `check` refuses.
+    The state of the solver is float64 where the device has it. Raises ValueError for settings that `validate` refuses.
     """
     validate(settings, model.net)
     model.net.eval()
-    times = build_time_grid(settings, model.path)
-    for batch in mine:
-        x0 = to_solver_dtype(gaussian_noise(stream, settings.seed, batch, image_shape), accelerator.device)
-        velocity = build_velocity(model, batch, settings, accelerator.device)
-        options: dict[str, Any] = dict(settings.options)
-        if settings.method in solvers.STOCHASTIC:
-            options["noise"] = partial(increments, settings.seed, batch, image_shape, x0)
-        with accelerator.autocast():
-            solution = solvers.solve(velocity, x0, times, settings.method, **options)
-        labels = labels_for(batch, settings, model.net.num_classes)
-        yield SampleBatch(batch, solution.x, labels, solution.nfe, velocity.forwards, partial(decoded, accelerator, model))
+    for batch in batches:
+        yield sample_batch(model, batch, image_shape, settings, accelerator.device, accelerator.autocast, noise_key)
 
 
-def decoded(accelerator: Accelerator, model: FlowModel, x: Tensor) -> Tensor:
-    """Images [b, C, H, W], about [-1, 1], of the end x of a flow: x itself, or what its decoder makes of latents."""
+def sample_batch(
+    model: FlowModel,
+    indices: range,
+    image_shape: tuple[int, ...],
+    settings: SamplerSettings,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    noise_key: str = "sample",
+    callback: Callable[[Tensor], object] | None = None,
+) -> SampleBatch:
+    """The images with these indices, as `generate` makes them, on one device and without an Accelerator.
+
+    autocast: surrounds the calls of network and decoder. callback: gets the state at each time of the grid but the first.
+    """
+    x0 = to_solver_dtype(gaussian_noise(noise_key, settings.seed, indices, image_shape), device)
+    velocity = build_velocity(model, indices, settings, device)
+    options: dict[str, Any] = dict(settings.options)
+    if settings.method in solvers.STOCHASTIC:
+        options["noise"] = partial(increments, settings.seed, indices, image_shape, x0)
+    with autocast():
+        times = build_time_grid(settings, model.path)
+        solution = solvers.solve(velocity, x0, times, settings.method, callback, **options)
+    labels = labels_for(indices, settings, model.net.num_classes)
+    return SampleBatch(indices, solution.x, labels, solution.nfe, velocity.forwards, partial(decode, model, autocast))
+
+
+def decode(model: FlowModel, autocast: Callable[[], AbstractContextManager], x: Tensor) -> Tensor:
+    """Images [b, C, H, W], about [-1, 1], of the end x of a flow: x itself, or the decoded latents."""
     if model.decode is None:
         return x
-    with torch.inference_mode(), accelerator.autocast():
+    with torch.inference_mode(), autocast():
         return model.decode(x)
 
 
@@ -158,7 +176,7 @@ def to_solver_dtype(x: Tensor, device: torch.device) -> Tensor:
     return x.float() if device.type == "mps" else x.double()
 
 
-def straightness_deviation(velocity: Callable[[Tensor, float], Tensor], x0: Tensor, steps: int) -> Tensor:
+def straightness_deviation(velocity: solvers.Velocity, x0: Tensor, steps: int) -> Tensor:
     """S [B]: the integral over t of |(z_1 - z_0) - v(z_t, t)|^2 along the flow of each x0 [B, ...], mean over elements.
 
     The measure S(Z) of Liu et al. 2023 (arXiv:2209.03003), there as an expectation over x0 and called straightness: it is 0
@@ -167,6 +185,6 @@ def straightness_deviation(velocity: Callable[[Tensor, float], Tensor], x0: Tens
     """
     x, mean, square = x0, x0 * 0, x0 * 0
     for i in range(steps):
-        v = velocity(x, i / steps)
+        v = velocity(x, i / steps, i / steps)
         x, mean, square = x + v / steps, mean + v / steps, square + v.square() / steps
     return (square - mean.square()).flatten(1).mean(1)

@@ -2,7 +2,9 @@
 
 import math
 import os
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -48,6 +50,40 @@ def write_png(path: Path, image: Tensor) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class ImageWriter:
+    """Encodes images as folder/000000.png and so on in threads, while the next batch is computed."""
+
+    THREADS = 4
+
+    def __init__(self, folder: Path, max_pending: int = 400):
+        """max_pending: images that wait to be written; more block the caller, so that memory stays bounded."""
+        self.folder, self.max_pending = folder, max_pending
+        self._pool = ThreadPoolExecutor(self.THREADS)
+        self._pending: deque[Future] = deque()
+
+    def write(self, indices: range, images: Tensor) -> None:
+        """Write uint8 images [n, C, H, W] under their indices. Errors of earlier writes are raised here."""
+        for k, image in zip(indices, images, strict=True):
+            self._pending.append(self._pool.submit(write_png, png_path(self.folder, k), image))
+        while len(self._pending) > self.max_pending:
+            self._pending.popleft().result()
+
+    def __enter__(self) -> "ImageWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Wait for all images. Raises the first error of a write."""
+        try:
+            while self._pending and kind is None:
+                self._pending.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def png_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.png"
 
 
 def read_png(path: Path) -> np.ndarray:
@@ -170,3 +206,10 @@ def _cut(line: str, width: int) -> str:
     while line and _font().getlength(f"{line}...") > width:
         line = line[:-1]
     return f"{line}..."
+
+
+def psnr(images: Tensor, others: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio [B] in decibels of uint8 images [B, C, H, W]: 10 log10(255^2 / mean squared difference), at
+    most 100."""
+    error = (images.double() - others.double()).square().flatten(1).mean(1)
+    return (10 * torch.log10(255**2 / error)).clamp(max=100)

@@ -9,16 +9,18 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import models
 from configs import schema, stored
 from configs.schema import Config, UserError
 from flow import path as paths
@@ -26,7 +28,6 @@ from flow.model import FlowModel, Network
 from flow.runtime import files
 from flow.runtime.errors import error_context
 from flow.sampling import header
-from flow.training.checkpoint import _configuration, _kind_of, first_nonfinite
 
 CodecSpec = dict[str, Any]
 
@@ -49,24 +50,31 @@ class Snapshot:
         """Of the images that come out in the end; `image_shape` is that of what the network sees."""
         return tuple(self.codec["image_shape"]) if self.codec else self.image_shape
 
-    def model(self, build: Callable[..., Any], codec: Callable[[CodecSpec], Any] | None = None) -> FlowModel:
-        """The network with these weights, its path, prediction and decoder; `build(name, image_shape, args)` makes the
-        network, `codec(description)` the decoder, for those who look at images.
+    def model(self, decode: bool = True) -> FlowModel:
+        """The network with these weights, its path and prediction and, with `decode`, the decoder of latents.
 
-        Raises UserError where the weights do not fit, and for an autoencoder that is not that of the training.
+        Raises:
+            UserError: where the weights do not fit, and for an autoencoder that is not that of the training.
         """
         model = self.config.model
         self._refuse_unconfirmed(lambda key: key.split(".")[0] in ("model", "flow"))
         with error_context("model"):
-            build_net = partial(build, model.name, self.image_shape, model.args)
+            build_net = partial(models.build, model.name, self.image_shape, model.args)
             net = header.build_within(self.weights, self.image_shape, model.args, build_net, self.check_fit)
         self.load_into(net)
-        if self.codec and codec:
+        if self.codec and decode:
             self._refuse_unconfirmed(lambda key: key == "data.autoencoder")
-        return flow_model(net, self.config, self.codec, codec)
+        return flow_model(net, self.config, self.codec if decode else None)
 
-    def load_into(self, net: nn.Module) -> None:
-        """Raises UserError that names the first weight that does not fit."""
+    def load_into(self, net: nn.Module, optional: str = "") -> None:
+        """Load the weights into the network; those that begin with `optional` may be absent, and stay as they are there.
+
+        Raises:
+            UserError: that names the first weight that does not fit.
+        """
+        if optional:
+            missing = {k: v for k, v in net.state_dict().items() if k.startswith(optional) and k not in self.weights}
+            self = replace(self, weights={**self.weights, **missing})
         self.check_fit(net)
         net.load_state_dict(self.weights)
 
@@ -102,31 +110,33 @@ class Snapshot:
             )
 
 
-def flow_model(
-    net: Network, config: Config, description: CodecSpec | None = None, codec: Callable[[CodecSpec], Any] | None = None
-) -> FlowModel:
-    """The network with what the configuration says of its path and prediction, and the decoder that codec(description) makes
-    where there is a description. Raises UserError for unknown names and an autoencoder that is not that of the description.
+def flow_model(net: Network, config: Config, codec: CodecSpec | None = None) -> FlowModel:
+    """The network with the path and prediction of the configuration, and the decoder of `codec`, if any.
+
+    Raises:
+        UserError: for unknown names, and an autoencoder that is not the one of `codec`.
     """
     with error_context("flow.path"):
-        chosen = paths.build(config.flow.path)
+        path = paths.build(config.flow.path)
     if config.flow.prediction not in paths.PREDICTIONS:
         raise UserError(f"flow.prediction={config.flow.prediction}: must be one of {', '.join(paths.PREDICTIONS)}")
-    if description is None or codec is None:
-        return FlowModel(net, chosen, config.flow.prediction)
-    moved = {"source": config.data.autoencoder} if config.data.autoencoder else {}
-    with error_context("data.autoencoder" if moved else "the autoencoder (data.autoencoder can name another place)"):
-        return FlowModel(net, chosen, config.flow.prediction, codec({**description, **moved}).decode)
+    if codec is None:
+        return FlowModel(net, path, config.flow.prediction)
+    override = {"source": config.data.autoencoder} if config.data.autoencoder else {}
+    with error_context("data.autoencoder" if override else "the autoencoder (data.autoencoder can name another place)"):
+        return FlowModel(net, path, config.flow.prediction, models.build_codec({**codec, **override}).decode)
 
 
-def check_codec(key: str, weights: Snapshot, description: CodecSpec | None) -> None:
-    """Raises UserError where the weights were trained on latents of another autoencoder than the data now are of."""
+def check_codec(key: str, weights: Snapshot, codec: CodecSpec | None) -> None:
+    """Raises UserError where the weights were trained on latents of another autoencoder than `codec`."""
     compared = ("digest", "shift", "scale")
-    theirs, ours = ({k: d[k] for k in compared} if d else None for d in (weights.codec, description))
-    if theirs != ours:
-        was, now = (f"latents of the autoencoder {d['digest'][:12]}" if d else "no latents" for d in (theirs, ours))
-        scaled = " with another shift and scale" if was == now else ""
-        raise UserError(f"{key}: {weights.path} was trained on {was}, the data are {now}{scaled}")
+    actual, expected = ({k: spec[k] for k in compared} if spec else None for spec in (weights.codec, codec))
+    if actual != expected:
+        trained, given = (
+            f"latents of the autoencoder {spec['digest'][:12]}" if spec else "no latents" for spec in (actual, expected)
+        )
+        scaled = " with another shift and scale" if trained == given else ""
+        raise UserError(f"{key}: {weights.path} was trained on {trained}, the data are {given}{scaled}")
 
 
 def save(
@@ -242,3 +252,44 @@ def digests(path: Path) -> tuple[str | None, str]:
 
 
 EMA_FILE = "ema.safetensors"  # the first half-life; others are ema_<half-life>.safetensors, all of them snapshots
+
+
+def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity, in alphabetical order."""
+    return next((name for name in sorted(tensors) if not torch.isfinite(tensors[name]).all()), None)
+
+
+def _configuration(
+    path: Path, text: str, config_path: str | None, overrides: list[str] | None, codec: CodecSpec | None
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a snapshot, and the places that its header names and the command line does not."""
+    source, given = f"--weights {path}", schema.overridden(overrides)
+    unconfirmed: dict[str, Any] = {}
+    base, places = schema.parse_parts(text, source, Config, given)
+    if config_path:
+        config = schema.load(config_path, overrides)
+    else:
+        unconfirmed = places
+        if not _in_run_folder(path):
+            unconfirmed |= header.take_places(base.data, given)
+        config = schema.load(None, overrides, base=base)
+        if config.data.name != base.data.name:  # its arguments are those of the command line
+            unconfirmed = {key: value for key, value in unconfirmed.items() if not key.startswith("data.args")}
+        config.typed |= {tuple(key.split(".")): value for key, value in unconfirmed.items()}  # a copy keeps them
+    schema.keep_auto_classes(config, base)
+    if codec and not config.data.autoencoder and not _in_run_folder(path):
+        unconfirmed.setdefault("data.autoencoder", codec["source"])
+    return config, unconfirmed
+
+
+def _in_run_folder(path: Path) -> bool:
+    """Whether the file lies where a run keeps its snapshots and checkpoints: such a folder counts as the user's own."""
+    folder = path.resolve().parent
+    if folder.name != "snapshots":
+        folder = folder.parent
+    return folder.name in ("snapshots", "checkpoints") and (folder.parent / "config.yaml").is_file()
+
+
+def _kind_of(value: Tensor) -> tuple[int, ...] | str:
+    shape = tuple(value.shape)
+    return shape if value.is_floating_point() else f"{value.dtype} {shape}"

@@ -12,10 +12,16 @@ from torch import Tensor
 from flow.solvers import ddim, multistep, runge_kutta, sde, torchdiffeq
 from flow.solvers.time_grids import uniform
 
-Velocity = Callable[[Tensor, float], Tensor]
+Velocity = Callable[[Tensor, float, float], Tensor]  # (x, t, t_next); ordinary networks ignore t_next
 
 
-def _runge_kutta(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
+def _euler(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
+    for t, t_next in pairwise(grid):
+        x = x + (t_next - t) * velocity(x, t, t_next)
+        yield x
+
+
+def _runge_kutta(velocity: Callable[..., Tensor], x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
     for t, t_next in pairwise(grid):
         tableau = runge_kutta.TABLEAUX[method]
         if t_next == 1 and tableau.final:
@@ -24,24 +30,33 @@ def _runge_kutta(velocity: Velocity, x: Tensor, grid: Sequence[float], method: s
         yield x
 
 
-# name -> (function that gives the state at each time of the grid but the first, names of its options)
-SOLVERS: dict[str, tuple[Callable[..., Iterator[Tensor]], tuple[str, ...]]] = {
-    **dict.fromkeys(runge_kutta.TABLEAUX, (_runge_kutta, ())),
-    **dict.fromkeys(multistep.BOOTSTRAP, (multistep.adams_bashforth, ())),
-    "dpmpp_2m": (multistep.dpm_solver_2m, ()),
-    "unipc": (multistep.unipc, ()),
-    **dict.fromkeys(torchdiffeq.ADAPTIVE, (torchdiffeq.adaptive, torchdiffeq.OPTIONS)),
-    "explicit_adams": (torchdiffeq.explicit_adams, ()),
-    **dict.fromkeys(torchdiffeq.IMPLICIT, (torchdiffeq.implicit_adams, torchdiffeq.OPTIONS)),
-    **dict.fromkeys(sde.SDE, (sde.sde, ("noise", "noise_scale", "diffusion"))),
-    "ddim": (ddim.ancestral_step, ()),
-    "ancestral": (ddim.ancestral_step, ("noise", "eta")),
+@dataclass(frozen=True)
+class Solver:
+    """How a method is solved, and what it takes."""
+
+    states: Callable[..., Iterator[Tensor]]  # (velocity, x, time grid, method, **options) -> the state at each further time
+    options: tuple[str, ...] = ()
+    whole_step: bool = False  # it passes the end of its step as t_next, so that flow maps jump; all others pass t twice
+
+
+SOLVERS: dict[str, Solver] = {
+    "euler": Solver(_euler, whole_step=True),
+    **dict.fromkeys((name for name in runge_kutta.TABLEAUX if name != "euler"), Solver(_runge_kutta)),
+    **dict.fromkeys(multistep.BOOTSTRAP, Solver(multistep.adams_bashforth)),
+    "dpmpp_2m": Solver(multistep.dpm_solver_2m),
+    "unipc": Solver(multistep.unipc),
+    **dict.fromkeys(torchdiffeq.ADAPTIVE, Solver(torchdiffeq.adaptive, torchdiffeq.OPTIONS)),
+    "explicit_adams": Solver(torchdiffeq.explicit_adams),
+    **dict.fromkeys(torchdiffeq.IMPLICIT, Solver(torchdiffeq.implicit_adams, torchdiffeq.OPTIONS)),
+    **dict.fromkeys(sde.SDE, Solver(sde.sde, ("noise", "noise_scale", "diffusion"))),
+    "ddim": Solver(ddim.ancestral_step, whole_step=True),
+    "ancestral": Solver(ddim.ancestral_step, ("noise", "eta")),
 }
 
-STOCHASTIC = tuple(name for name, (_, options) in SOLVERS.items() if "noise" in options)
+STOCHASTIC = tuple(name for name, solver in SOLVERS.items() if "noise" in solver.options)
 DETERMINISTIC = tuple(name for name in SOLVERS if name not in STOCHASTIC)
-HAS_TOLERANCES = tuple(name for name, (_, options) in SOLVERS.items() if "rtol" in options)  # met by a batch as one
-FIXED_GRID = tuple(name for name in DETERMINISTIC if name not in torchdiffeq.IGNORES_GRID and SOLVERS[name][1] == ())
+HAS_TOLERANCES = tuple(name for name, solver in SOLVERS.items() if "rtol" in solver.options)  # met by a batch as one
+FIXED_GRID = tuple(name for name in DETERMINISTIC if name not in torchdiffeq.IGNORES_GRID and not SOLVERS[name].options)
 
 
 @dataclass
@@ -54,7 +69,7 @@ def check(method: str, **options: Any) -> None:
     """Raises ValueError for a method that is not in the registry and for an option that it does not take."""
     if method not in SOLVERS:
         raise ValueError(f"{method!r} is no solver; choose one of {', '.join(SOLVERS)}")
-    known = SOLVERS[method][1]
+    known = SOLVERS[method].options
     for name in options:
         if name not in known:
             raise ValueError(f"{method} has no option {name!r}; it takes {', '.join(known) or 'none'}")
@@ -82,7 +97,12 @@ def max_steps_for_nfe(method: str, nfe: int, end: float = 1.0) -> int:
 def _dry_run(method: str, steps: int, end: float = 1.0, **options: Any) -> Solution:
     noise: dict[str, Any] = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
     return solve(
-        lambda x, t: x * 0, torch.zeros(1, dtype=torch.float64), [end * t for t in uniform(steps)], method, **options, **noise
+        lambda x, t, t_next: x * 0,
+        torch.zeros(1, dtype=torch.float64),
+        [end * t for t in uniform(steps)],
+        method,
+        **options,
+        **noise,
     )
 
 
@@ -91,30 +111,32 @@ def solve(
     x: Tensor,
     grid: Sequence[float],
     method: str,
-    watch: Callable[[Tensor], None] | None = None,
+    callback: Callable[[Tensor], object] | None = None,
     **options: Any,
 ) -> Solution:
-    """Integrate dx/dt = velocity(x, t) over the times of `grid`, from x [B, ...] at grid[0].
+    """Integrate dx/dt = velocity(x, t, t_next) over the times of `grid`, from x [B, ...] at grid[0].
+
+    Euler and DDIM pass the end of their step as t_next (forward in time), so that flow maps jump there; all others pass t twice.
 
     The times lie in [0, 1] and rise or fall; backwards they start before the data end, t = 1, where no method evaluates the
     velocity. Runs in the dtype of x. `options` are those of the method: rtol and atol, or noise, noise_scale and diffusion,
-    or noise and eta. `watch` is shown the state at each time of the grid after the first. Raises ValueError for what `check`
+    or noise and eta. `callback` gets the state at each time of the grid after the first. Raises ValueError for what `check`
     refuses, for other times, and where a method with tolerances finds no step that meets them.
     """
     check(method, **options)
     if min(grid) < 0 or max(grid) > 1 or grid[0] == 1:
         raise ValueError(f"times from {grid[0]:g} to {grid[-1]:g}: must lie in [0, 1] and start before 1")
-    nfe = 0
+    whole_step, nfe = SOLVERS[method].whole_step and grid[-1] > grid[0], 0
 
-    def counted(x: Tensor, t: float) -> Tensor:
+    def counted(x: Tensor, t: float, t_next: float | None = None) -> Tensor:
         nonlocal nfe
         nfe += 1
-        return velocity(x, t)
+        return velocity(x, t, t_next if whole_step and t_next is not None else t)
 
-    if method in torchdiffeq.ADAPTIVE and not watch:  # which would interpolate, and keep, what nobody looks at
+    if method in torchdiffeq.ADAPTIVE and not callback:  # which would interpolate, and keep, what nobody looks at
         grid = [grid[0], grid[-1]]
     state = x
-    for state in SOLVERS[method][0](counted, x, grid, method, **options):
-        if watch:
-            watch(state)
+    for state in SOLVERS[method].states(counted, x, grid, method, **options):
+        if callback:
+            callback(state)
     return Solution(state, nfe)

@@ -15,7 +15,7 @@ DDIM = ("ddim", "ancestral")
 
 
 def ancestral_step(
-    velocity: Callable[[Tensor, float], Tensor],
+    velocity: Callable[[Tensor, float, float], Tensor],
     x: Tensor,
     grid: Sequence[float],
     method: str,
@@ -31,7 +31,7 @@ def ancestral_step(
     if eta < 0 or not math.isfinite(eta):
         raise ValueError(f"eta={eta}: must be 0 or more, and finite")
     for i, (t, t_next) in enumerate(pairwise(grid)):
-        v = velocity(x, t)
+        v = velocity(x, t, t_next)
         x0, x1 = x - t * v, x + (1 - t) * v
         if method == "ddim" or t_next == 1 or eta == 0:
             x = x + (t_next - t) * v

@@ -15,14 +15,14 @@ EVALUATIONS_A_STEP = 2  # of the fine trajectory
 
 
 def reference_trajectory(
-    velocity: Callable[[Tensor, float], Tensor], x0: Tensor, steps: int
+    velocity: Callable[[Tensor, float, float], Tensor], x0: Tensor, steps: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """States x [B, ...] at 0, 1/M, ..., 1 and velocities there but at 1, by M steps of the midpoint rule."""
     states, velocities = [x0], []
     for i in range(steps):
-        velocities.append(velocity(states[-1], i / steps))
+        velocities.append(velocity(states[-1], i / steps, i / steps))
         middle = states[-1] + velocities[-1] / (2 * steps)
-        states.append(states[-1] + velocity(middle, (i + 0.5) / steps) / steps)
+        states.append(states[-1] + velocity(middle, (i + 0.5) / steps, (i + 0.5) / steps) / steps)
     return states, velocities
 
 

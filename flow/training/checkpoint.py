@@ -9,23 +9,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from configs import schema
-from configs.schema import Config, Kind, UserError
+from configs.schema import Kind, UserError
 from flow.runtime import distributed, files
-from flow.sampling import header
-from flow.sampling.snapshot import EMA_FILE, CodecSpec, _by_step
+from flow.sampling.snapshot import EMA_FILE, _by_step
 
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -191,11 +187,6 @@ def _raise_on_all(accelerator: Accelerator, problem: Exception | None, path: Pat
     raise UserError(f"checkpoint {path} was not written: {reason}; {newest_in_words(path.parent)}")
 
 
-def _kind_of(value: Tensor) -> tuple[int, ...] | str:
-    shape = tuple(value.shape)
-    return shape if value.is_floating_point() else f"{value.dtype} {shape}"
-
-
 def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[int], keep: int) -> None:
     """Give the averages inside the checkpoint `saved` a second name in `folder`, kept when the checkpoint goes.
 
@@ -212,39 +203,3 @@ def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[in
                 shutil.copyfile(saved / name, temporary)
         for old in _by_step(folder, tail)[:-keep] if keep else []:
             old.unlink()
-
-
-def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds NaN or infinity, in alphabetical order."""
-    return next((name for name in sorted(tensors) if not torch.isfinite(tensors[name]).all()), None)
-
-
-def _configuration(
-    path: Path, text: str, config_path: str | None, overrides: list[str] | None, codec: CodecSpec | None
-) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a snapshot, and the places that its header names and the command line does not."""
-    source, given = f"--weights {path}", schema.overridden(overrides)
-    unconfirmed: dict[str, Any] = {}
-    base, places = schema.parse_parts(text, source, Config, given)
-    if config_path:
-        config = schema.load(config_path, overrides)
-    else:
-        unconfirmed = places
-        if not _in_run_folder(path):
-            unconfirmed |= header.take_places(base.data, given)
-        config = schema.load(None, overrides, base=base)
-        if config.data.name != base.data.name:  # its arguments are those of the command line
-            unconfirmed = {key: value for key, value in unconfirmed.items() if not key.startswith("data.args")}
-        config.typed |= {tuple(key.split(".")): value for key, value in unconfirmed.items()}  # a copy keeps them
-    schema.keep_auto_classes(config, base)
-    if codec and not config.data.autoencoder and not _in_run_folder(path):
-        unconfirmed.setdefault("data.autoencoder", codec["source"])
-    return config, unconfirmed
-
-
-def _in_run_folder(path: Path) -> bool:
-    """Whether the file lies where a run keeps its snapshots and checkpoints: such a folder counts as the user's own."""
-    folder = path.resolve().parent
-    if folder.name != "snapshots":
-        folder = folder.parent
-    return folder.name in ("snapshots", "checkpoints") and (folder.parent / "config.yaml").is_file()

@@ -1,14 +1,13 @@
 """The global batch of a training step as a function of (seed, step), and this process's share of it.
 
-Position p of the endless stream of training images (step k holds positions k B .. (k + 1) B - 1) is image
+Position p of the endless stream of training images (step k holds sample_ids k B .. (k + 1) B - 1) is image
 `permutation(seed, epoch)[p mod N]` of epoch p // N. Processes and micro-batches take consecutive rows of the batch, so
 any number of them sees the same global batches, and resuming needs the step alone.
 """
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
 from itertools import tee
 from queue import Queue
 from typing import TypeVar
@@ -21,20 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import Config, UserError
 from configs.vae import VaeConfig
+from flow.losses import Batch
 from flow.noise import gaussian_noise, generator
 from flow.runtime.shutdown import SIGNALS
 from flow.sampling.images import to_float
-
-
-@dataclass
-class MicroBatch:
-    """What one process feeds through the network at once."""
-
-    x1: Tensor  # images in [-1, 1] or normalised latents, float32 [b, C, H, W], on the device
-    y: Tensor | None  # labels int64 [b]
-    rows: slice  # which rows of the global batch these are
-    indices: list[int]  # which images of the data set
-    positions: range  # their positions in the stream of training images
 
 
 class TrainingLoader:
@@ -73,8 +62,8 @@ class TrainingLoader:
             raise UserError("data.horizontal_flip=true: points have no mirror image; set it to false")
         if self.latent and horizontal_flip and not data.has_flipped:
             raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
-        self.resident = hasattr(data, "images")
-        if self.resident:
+        self.in_memory = hasattr(data, "images")
+        if self.in_memory:
             images, fits = data.images, True
             if device.type == "cuda":
                 fits = images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
@@ -90,11 +79,11 @@ class TrainingLoader:
             horizontal_flip=config.data.horizontal_flip, num_workers=config.data.num_workers,
         )  # fmt: skip
 
-    def steps(self, first: int, last: int) -> Iterator[list[MicroBatch]]:
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of steps first .. last - 1."""
         drawn, ahead = tee(self._index_batches(first, last))  # workers read ahead of what is handed out
         fetched: Iterator[tuple[Tensor | None, Tensor | None]]
-        if self.resident or self.latent:
+        if self.in_memory or self.latent:
             fetched = map(self._select, ahead)
         else:
             fetched = self._read(ahead, (last - first) * self.gradient_accumulation_steps)
@@ -149,29 +138,27 @@ class TrainingLoader:
             images, labels = batch
             yield images, labels if self.data.labels is not None else None
 
-    def _micro_batch(
-        self, step: int, micro: int, indices: list[int], images: Tensor | None, labels: Tensor | None
-    ) -> MicroBatch:
+    def _micro_batch(self, step: int, micro: int, indices: list[int], images: Tensor | None, labels: Tensor | None) -> Batch:
         rows = self.rows(micro)
         start = step * self.batch_size
-        positions = range(start + rows.start, start + rows.stop)
+        sample_ids = range(start + rows.start, start + rows.stop)
         mirrored = None
         if self.horizontal_flip:
             mirrored = generator("flip", self.seed, step).random(self.batch_size)[rows] < 0.5
         if images is None:
-            x1 = self._draw(indices, positions, mirrored)
+            x1 = self._draw(indices, sample_ids, mirrored)
         else:
             x1 = to_float(images.to(self.device, non_blocking=True))
             if mirrored is not None:
                 flip = torch.from_numpy(mirrored).to(self.device, non_blocking=True)
                 x1 = torch.where(flip[:, None, None, None], x1.flip(-1), x1)
         y = labels.to(self.device, non_blocking=True) if labels is not None else None
-        return MicroBatch(x1, y, rows, indices, positions)
+        return Batch(x1, None, y, None, step, rows, sample_ids, indices)
 
-    def _draw(self, indices: list[int], positions: range, mirrored: np.ndarray | None) -> Tensor:
+    def _draw(self, indices: list[int], sample_ids: range, mirrored: np.ndarray | None) -> Tensor:
         """Latents [b, C, h, w] drawn from their posteriors with noise that is a function of (seed, position)."""
         moments = self.data.moments(indices, None if mirrored is None else mirrored.tolist())
-        noise = gaussian_noise("posterior", self.seed, positions, self.data.image_shape)
+        noise = gaussian_noise("posterior", self.seed, sample_ids, self.data.image_shape)
         mean, std, noise = (part.to(self.device, non_blocking=True).float() for part in (*moments, noise))
         return self.data.normalised(mean + std * noise)
 
@@ -234,7 +221,7 @@ def _collate(items: list) -> tuple[Tensor, Tensor] | str:
 T = TypeVar("T")
 
 
-def prefetch(items: Iterable[T], depth: int) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """The items in their order, made by a thread up to `depth` before they are asked for; 0 makes each when it is.
 
     An error of the thread comes out where its item was expected. Leaving early ends the thread.

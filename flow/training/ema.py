@@ -22,9 +22,9 @@ class Ema:
     def __init__(
         self, net: nn.Module, half_lives: list[int], warmup_ratio: float, build: Callable[[], nn.Module] | None = None
     ):
-        """build: makes an unsharded network, needed by `applied` where `net` is sharded."""
+        """build: makes an unsharded network, needed by `average_parameters` where `net` is sharded."""
         self.net, self.half_lives, self.warmup_ratio, self.build = net, half_lives, warmup_ratio, build
-        self.averages: list[dict[str, Tensor]] = [
+        self.shadow: list[dict[str, Tensor]] = [
             {name: value.detach().float().clone() for name, value in _floating(net).items()} for _ in half_lives
         ]
 
@@ -32,13 +32,13 @@ class Ema:
     def update(self, batch_size: int, images: int) -> None:
         """Call after an optimizer step on `batch_size` images that brought the total to `images`."""
         weights = [local_shard(value.detach()).float() for value in _floating(self.net).values()]
-        longest = images * self.warmup_ratio if self.warmup_ratio > 0 else math.inf
-        for half_life, average in zip(self.half_lives, self.averages, strict=True):
+        max_half_life = images * self.warmup_ratio if self.warmup_ratio > 0 else math.inf
+        for half_life, average in zip(self.half_lives, self.shadow, strict=True):
             shards = [local_shard(value) for value in average.values()]
-            torch._foreach_lerp_(shards, weights, 1 - 0.5 ** (batch_size / min(half_life, longest)))
+            torch._foreach_lerp_(shards, weights, 1 - 0.5 ** (batch_size / min(half_life, max_half_life)))
 
     @contextmanager
-    def applied(self, index: int = 0) -> Iterator[nn.Module]:
+    def average_parameters(self, index: int = 0) -> Iterator[nn.Module]:
         """The network with the averaged weights inside the block, with its own again after it, whatever happens.
 
         Of a sharded network it is an unsharded copy, so that processes may sample different numbers of batches.
@@ -51,19 +51,19 @@ class Ema:
             plain.load_state_dict(self.state_dict(index))
             yield plain.to(local_shard(next(iter(weights.values()))).device)
             return
-        kept = {name: value.detach().clone() for name, value in weights.items()}
+        backup = {name: value.detach().clone() for name, value in weights.items()}
         try:
-            copy_(self.averages[index], weights)
+            copy_(self.shadow[index], weights)
             yield self.net
         finally:
-            copy_(kept, weights)
+            copy_(backup, weights)
 
     def state_dict(self, index: int) -> dict[str, Tensor]:
         """A complete state dict of the network with the averaged weights, unsharded; every process calls it."""
-        return {name: full_tensor(self.averages[index].get(name, value)) for name, value in self.net.state_dict().items()}
+        return {name: full_tensor(self.shadow[index].get(name, value)) for name, value in self.net.state_dict().items()}
 
     def load_state_dict(self, index: int, state: dict[str, Tensor]) -> None:
-        copy_({name: state[name] for name in self.averages[index]}, self.averages[index])
+        copy_({name: state[name] for name in self.shadow[index]}, self.shadow[index])
 
 
 def _floating(net: nn.Module) -> dict[str, Tensor]:

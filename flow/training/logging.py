@@ -1,4 +1,4 @@
-"""What a run tells: log.txt, metrics.jsonl, accelerate's trackers; and the running means of the training loss."""
+"""The log of a run: log.txt, metrics.jsonl, trackers; and the running means of the training loss."""
 
 import sys
 import time
@@ -9,44 +9,60 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
 from torch import Tensor
 from tqdm import tqdm
 
 from configs import schema
 from configs.schema import UserError
+from flow.losses import Losses
 from flow.runtime import files, jsonl
 
 TIME_BINS = 10
 
 
-class Logger:
-    """Writes on the main process; other processes may call every method."""
+PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
 
-    def __init__(self, accelerator: Accelerator, run_dir: Path, config: Any, first_step: int):
-        """Rows of metrics.jsonl past `first_step`, from a run that went on after its last checkpoint, are dropped.
+
+class Logger:
+    """log.txt, metrics.jsonl and the trackers of accelerate, on the main process; all processes may call every method."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, config: Any, first_step: int):
+        """Rows of metrics.jsonl past `first_step`, from a run that was killed after its last checkpoint, are dropped.
 
         Damaged lines move to metrics.damaged.jsonl and are named in log.txt.
         """
-        self.accelerator, self.run_dir = accelerator, run_dir
-        self.metrics_file = run_dir / "metrics.jsonl"
+        self.accelerator, self.folder = accelerator, folder
+        self.metrics_file = folder / "metrics.jsonl"
         if accelerator.is_main_process:
             self._rewind(first_step)
         if config.train.log_with:
             flat = {key: _to_scalar(schema.get(config, key)) for key in schema.all_keys(type(config))}
-            purge = {"tensorboard": {"purge_step": first_step + 1}} if "tensorboard" in config.train.log_with else {}
-            accelerator.init_trackers("tensorboard", config=flat, init_kwargs=purge)
+            # TensorBoard takes the name of its folder where others take the name of the project.
+            tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
+            accelerator.log_with = [tensorboard if str(t) == "tensorboard" else t for t in accelerator.log_with]
+            accelerator.init_trackers(PROJECT, config=flat, init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}})
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """A line on the terminal and in log.txt."""
         if self.accelerator.is_main_process:
             tqdm.write(line)
-            files.append_line(self.run_dir / "log.txt", line)
+            files.append_line(self.folder / "log.txt", line)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A row of metrics.jsonl, and the same to the trackers."""
         if self.accelerator.is_main_process:
             jsonl.append(self.metrics_file, {"step": step, **metrics})
         self.accelerator.log(metrics, step=step)
+
+    def log_image(self, name: str, step: int, picture: Tensor) -> None:
+        """A picture uint8 [C, H, W] to the trackers that show images; on the main process."""
+        pixels = picture.permute(1, 2, 0).numpy()
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image(name, pixels, global_step=step, dataformats="HWC")
+            elif hasattr(tracker, "log_images"):
+                tracker.log_images({name: [pixels]}, step=step)
 
     def _rewind(self, step: int) -> None:
         """Leave the rows up to a step in metrics.jsonl, in their order and to the byte."""
@@ -57,7 +73,7 @@ class Logger:
             before = aside.read_bytes() if aside.exists() else b""
             files.write_bytes(aside, before + b"".join(line.raw + b"\n" for line in damaged))
             for line in damaged:
-                self.say(f"warning: {jsonl.describe(self.metrics_file, line)}; it is now in {aside.name}")
+                self.info(f"warning: {jsonl.describe(self.metrics_file, line)}; it is now in {aside.name}")
         retained = [line for line in lines if line.row is not None and line.row["step"] <= step]
         if len(retained) < len(lines):
             files.write_bytes(self.metrics_file, b"".join(line.raw + b"\n" for line in retained))
@@ -81,66 +97,88 @@ def damage_of(row: dict) -> str | None:
 
 
 class LossStatistics:
-    """Means over the steps since the last reading, kept on the device so that a step needs no synchronisation."""
+    """Means over the steps since the last `compute`, kept on the device so that a step needs no synchronization."""
 
     def __init__(self, device: torch.device, nonfinite_grad: str = "raise"):
-        """nonfinite_grad: with "skip" a loss or gradient that is not finite is no part of the means, with "raise" it is the end."""
-        self.stops = nonfinite_grad == "raise"
+        """nonfinite_grad: with "skip" a loss or gradient that is not finite is no part of the means; with "raise" `check`
+        raises for it."""
+        self.raises = nonfinite_grad == "raise"
         # Adam's arithmetic is float32 anyway; mps has no float64
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2, TIME_BINS, device=device, dtype=dtype)  # loss and number of samples, by time bin
+        self.terms: dict[str, Tensor] = {}  # sums by name
+        self.by_time = True  # whether the samples have times
         self.grad_norm = torch.zeros(2, device=device, dtype=dtype)  # sum and number of steps
-        self.first_bad_step = torch.full((), -1, device=device, dtype=torch.long)
+        self.first_nonfinite_step = torch.full((), -1, device=device, dtype=torch.long)
 
-    def add(self, step: int, loss: Tensor, t: Tensor) -> None:
-        """Per-sample loss [b] at times t [b]."""
+    def update(self, step: int, losses: Losses) -> None:
+        """Add the losses [b] of a micro-batch of this step."""
+        loss = losses.per_sample.detach()
+        self.by_time = losses.t is not None
+        t = losses.t if losses.t is not None else torch.zeros_like(loss)
         bins = (t * TIME_BINS).long().clamp_(0, TIME_BINS - 1)
-        finite = torch.isfinite(loss.detach())
-        values = torch.stack([loss.detach(), torch.ones_like(loss)]).to(self.sums.dtype)
+        finite = torch.isfinite(loss)
+        values = torch.stack([loss, torch.ones_like(loss)]).to(self.sums.dtype)
         self.sums.index_add_(1, bins, torch.where(finite, values, 0))
+        for name, value in losses.terms.items():
+            total = torch.where(finite, value.detach(), 0).sum(dtype=self.sums.dtype)
+            self.terms[name] = self.terms[name] + total if name in self.terms else total
         self._note(step, finite.all())
 
-    def add_grad_norm(self, step: int, norm: Tensor, taken: bool) -> None:
-        """The norm of a step's gradient, and whether the step was taken: one that was skipped is no part of the mean."""
-        if taken:
+    def add_grad_norm(self, step: int, norm: Tensor, updated: bool) -> None:
+        """The norm of a step's gradient; that of a step that was skipped is no part of the mean."""
+        if updated:
             finite = torch.isfinite(norm.detach())
             self.grad_norm += torch.stack([torch.where(finite, norm.detach(), 0), finite]).to(self.grad_norm.dtype)
             self._note(step, finite)
 
-    def _note(self, step: int, finite: Tensor) -> None:
-        if self.stops:
-            bad = ~finite & (self.first_bad_step < 0)
-            self.first_bad_step = torch.where(bad, step, self.first_bad_step)
-
-    def check(self, accelerator: Accelerator, newest: str) -> None:
-        """Raises UserError on every process where a loss, or the gradient of a step, since the last check was not finite."""
-        worst = int(self.first_bad_step)
+    def check(self, accelerator: Accelerator, hint: str) -> None:
+        """Raises UserError on every process where a loss or gradient since the last check was not finite; it ends with
+        `hint`."""
+        first = int(self.first_nonfinite_step)
         if accelerator.num_processes > 1:
-            steps = accelerator.gather(self.first_bad_step[None])
-            worst = int(steps[steps >= 0].min()) if bool((steps >= 0).any()) else -1
-        if worst >= 0:
+            steps = accelerator.gather(self.first_nonfinite_step[None])
+            first = int(steps[steps >= 0].min()) if bool((steps >= 0).any()) else -1
+        if first >= 0:
             raise UserError(
-                f"the loss of step {worst} is not finite, or its gradient; {newest}. A smaller optimizer.lr, "
+                f"the loss or gradient of step {first} is not finite; {hint}. A smaller optimizer.lr, "
                 "train.mixed_precision=bf16 instead of fp16, or train.nonfinite_grad=skip may help"
             )
 
     def state(self, accelerator: Accelerator) -> dict:
-        """The sums over all processes, for a checkpoint between two readings."""
-        return {"sums": accelerator.reduce(self.sums, "sum").tolist(), "grad_norm": self.grad_norm.tolist()}
+        """The sums over all processes, for a checkpoint between two calls of `compute`."""
+        return {
+            "sums": accelerator.reduce(self.sums, "sum").tolist(),
+            "terms": {name: accelerator.reduce(value, "sum").item() for name, value in self.terms.items()},
+            "grad_norm": self.grad_norm.tolist(),
+        }
 
     def load_state(self, accelerator: Accelerator, state: dict) -> None:
         if accelerator.is_main_process:
             self.sums += torch.tensor(state["sums"], device=self.sums.device, dtype=self.sums.dtype)
+        for name, value in state["terms"].items():
+            self.terms[name] = self.sums.new_tensor(value if accelerator.is_main_process else 0.0)
         self.grad_norm += torch.tensor(state["grad_norm"], device=self.sums.device, dtype=self.sums.dtype)
 
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """loss, its mean in each time bin that had samples, gradient norm; resets."""
+    def compute(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means of the loss, in each time bin that had samples, of the terms, and of the gradient norm; resets."""
         loss, count = accelerator.reduce(self.sums, "sum").tolist()
+        terms = {name: accelerator.reduce(value, "sum").item() for name, value in self.terms.items()}
         norm, steps = self.grad_norm.tolist()
         self.sums.zero_()
+        self.terms.clear()
         self.grad_norm.zero_()
-        bins = {f"loss_t_{i / TIME_BINS:.1f}": loss[i] / count[i] for i in range(TIME_BINS) if count[i]}
-        return {"loss": sum(loss) / sum(count) if sum(count) else float("nan"), **bins, "grad_norm": norm / max(steps, 1)}
+        num_samples = sum(count)
+        metrics = {"loss": sum(loss) / num_samples if num_samples else float("nan")}
+        if self.by_time:
+            metrics |= {f"loss_t_{i / TIME_BINS:.1f}": loss[i] / count[i] for i in range(TIME_BINS) if count[i]}
+        metrics |= {name: total / num_samples for name, total in terms.items() if num_samples}
+        return metrics | {"grad_norm": norm / max(steps, 1)}
+
+    def _note(self, step: int, finite: Tensor) -> None:
+        if self.raises:
+            first = ~finite & (self.first_nonfinite_step < 0)
+            self.first_nonfinite_step = torch.where(first, step, self.first_nonfinite_step)
 
 
 class Throughput:
@@ -156,9 +194,9 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.start += time.perf_counter() - begun
+        self.start += time.perf_counter() - start
 
 
 def _to_scalar(value: object) -> int | float | str | bool:

@@ -27,7 +27,7 @@ from flow.training import checkpoint
 FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
     "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.coupling",
-    "flow.coupling_args", "flow.objective", "flow.objective_args",
+    "flow.coupling_args", "loss.name", "loss.args",
     "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks",
 )  # fmt: skip
 

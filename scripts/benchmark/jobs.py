@@ -38,7 +38,7 @@ def main() -> None:
         Path(job["result"]).write_text(json.dumps(found), encoding="utf-8")
 
 
-def measured(job: dict, watch, images_per_lap: int, forwards: int = 1) -> dict:
+def measured(job: dict, timer, images_per_lap: int, forwards: int = 1) -> dict:
     """The result of a job of steps or batches."""
     import torch
 
@@ -46,8 +46,8 @@ def measured(job: dict, watch, images_per_lap: int, forwards: int = 1) -> dict:
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     return {
-        "laps": watch.laps, "seconds": dict(watch.seconds), "images_per_lap": images_per_lap, "forwards": forwards,
-        "peak_memory_gib": peak / 2**30, "seconds_to_first_step": watch.first_lap - job["started"],
+        "laps": timer.laps, "seconds": dict(timer.seconds), "images_per_lap": images_per_lap, "forwards": forwards,
+        "peak_memory_gib": peak / 2**30, "seconds_to_first_step": timer.first_lap - job["started"],
     }  # fmt: skip
 
 
@@ -128,85 +128,56 @@ def condition(net, n: int):
 
 
 def train_job(job: dict) -> dict:
-    """train.py itself; data, noise, times, labels, path and loss, forward, backward, clipping, optimizer, EMA and logging
-    are sections, "other" is the loop between them."""
+    """The Trainer itself; data (with noise and labels), forward (network and loss), backward, optimizer (with clipping) and ema
+    are sections, "other" is the rest of the loop."""
     import torch
-    from accelerate import Accelerator
-    from accelerate.optimizer import AcceleratedOptimizer
 
-    import train
-    from flow.training.ema import Ema
-    from flow.training.logging import Logger, LossStatistics
-    from scripts.benchmark.timer import Stopwatch
+    from flow.training.flow_task import FlowTask
+    from flow.training.trainer import Callback, Trainer
+    from scripts.benchmark.timer import Timer
 
-    watch = Stopwatch(synchronise=True)
-    ahead, make_pairing, make_objective = train.ahead, train.pairing_of, train.objective
+    timer = Timer(synchronize=True)
 
-    def timed_ahead(items, depth: int):
-        def fetched(inputs):
-            while True:
-                with watch.section("data"):
-                    made = next(inputs)
-                yield made
+    class Laps(Callback):
+        def on_step(self, trainer: Trainer) -> None:
+            timer.lap()
+            if trainer.step == job["warmup"]:
+                timer.restart()
+            if trainer.step == job["warmup"] + job["steps"]:
+                raise Enough
 
-        with contextlib.closing(ahead(items, depth)) as inputs:
-            yield from watch.timed(fetched(inputs), job["warmup"], job["steps"])
-        raise Enough
-
-    def timed_pairing(*args):
-        pairing = make_pairing(*args)
-        pairing.noise = watch.watch("noise", pairing.noise)
-        return pairing
-
-    def timed_objective(*args, **kwargs):
-        training = make_objective(*args, **kwargs)
-        loss = training.loss
-        training.loss = watch.watch("path and loss", lambda model, *rest: loss(watch.watch("forward", model), *rest))
-        return training
-
-    train.ahead, train.pairing_of, train.objective = timed_ahead, timed_pairing, timed_objective
-    for owner, name, section in [
-        (train.time_sampler, "sample", "times"), (train, "condition", "labels"), (train, "drop_labels", "labels"),
-        (Accelerator, "backward", "backward"), (Accelerator, "clip_grad_norm_", "clipping"),
-        (AcceleratedOptimizer, "step", "optimizer"), (AcceleratedOptimizer, "zero_grad", "optimizer"),
-        (Ema, "update", "EMA"), (LossStatistics, "add", "logging"), (LossStatistics, "add_grad_norm", "logging"),
-        (LossStatistics, "check", "logging"), (LossStatistics, "read", "logging"), (Logger, "log", "logging"),
-    ]:  # fmt: skip
-        setattr(owner, name, watch.watch(section, getattr(owner, name)))
-    cfg = schema.load(job["config"], job["overrides"])
+    config = schema.load(job["config"], [
+        *job["overrides"], f"train.mixed_precision={job['precision']}", f"train.compile={job['compile']}", "train.log_with=[]",
+        "train.sample_every_steps=0", "train.checkpoint_every_steps=0", "train.steps=1_000_000_000",
+    ])  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        config = ["-c", job["config"]] if job["config"] else []
-        sys.argv = [
-            "train.py", *config, "-e", f"{scratch}/run", "-mp", job["precision"], *job["overrides"], "train.log_with=[]",
-            "train.sample_every_steps=0", "train.checkpoint_every_steps=0", "train.steps=1_000_000_000",
-            *(["train.compile=true"] if job["compile"] else []),
-        ]  # fmt: skip
+        accelerator = distributed.build_training_accelerator(config.train, Path(scratch))
+        task = FlowTask(config, accelerator)
+        run = Path(scratch) / "run"
+        trainer = Trainer(task, config, run, accelerator, callbacks=[Laps()], timed=timer.section)
         with contextlib.suppress(Enough):
-            train.main()
+            trainer.fit()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return measured(job, watch, cfg.train.batch_size)
+    return measured(job, timer, config.train.batch_size)
 
 
 def plain_train_job(job: dict) -> dict:
-    pass
-    from scripts.benchmark.timer import Stopwatch
+    from scripts.benchmark.timer import Timer
 
     cfg = schema.load(job["config"], job["overrides"])
     net, images, labels = baseline.material(cfg)
-    watch = Stopwatch(synchronise=True)
+    timer = Timer(synchronize=True)
     steps = baseline.train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr)
-    for _ in watch.timed(steps, job["warmup"], job["steps"]):
+    for _ in timer.timed(steps, job["warmup"], job["steps"]):
         pass
-    watch.seconds.clear()
-    return measured(job, watch, cfg.train.batch_size)
+    timer.seconds.clear()
+    return measured(job, timer, cfg.train.batch_size)
 
 
 def blank_snapshot(job: dict) -> Path:
     """Untrained weights of the configuration, as a file."""
     import models
-
-    pass
 
     name = f"blank-{hashlib.sha256(repr(job['overrides']).encode()).hexdigest()[:16]}"
     path = Path(job["scratch"]) / name / "snapshots" / "step_00000000.safetensors"  # a run folder: its autoencoder is used
@@ -219,48 +190,45 @@ def blank_snapshot(job: dict) -> Path:
 
 
 def sample_job(job: dict) -> dict:
-    """sample.py itself; "network" and, of latents, "decoder" are sections."""
-    import sample
-    from flow.guidance import GuidedVelocity
-    from models.autoencoder import VAE
-    from scripts.benchmark.timer import Stopwatch
+    """What sample.py does: `generate`, then PNG files; "network" and, of latents, "decoder" are sections."""
+    from dataclasses import replace
 
-    watch = Stopwatch(synchronise=True)
-    generate = sample.generate
-    sample.generate = lambda *args: watch.timed(generate(*args), job["warmup"], job["sampling_batches"])
-    GuidedVelocity._forward = watch.watch("network", GuidedVelocity._forward)
-    VAE.decode = watch.watch("decoder", VAE.decode)
-    weights = blank_snapshot(job)
-    with tempfile.TemporaryDirectory() as scratch:
-        sys.argv = [
-            "sample.py", "--weights", str(weights), "--save_dir", f"{scratch}/out", "-mp", job["precision"],
-            "--n_samples", str(job["sampling_batch"] * (job["warmup"] + job["sampling_batches"])),
-            "--bspp", str(job["sampling_batch"]), "--sampling_steps", str(job["sampling_steps"]),
-        ]  # fmt: skip
-        if schema.load(job["config"], job["overrides"]).model.args.get("max_prompt_bytes"):
-            sys.argv += ["--prompts", "a"]
-        if job["compile"]:
-            sys.argv += ["--compile"]
-        sample.main()
-    return measured(job, watch, job["sampling_batch"], job["sampling_steps"])
+    from flow.sampling.generate import generate, shard
+    from flow.sampling.images import ImageWriter
+    from flow.sampling.settings import SamplerSettings
+    from scripts.benchmark.timer import TimedNetwork, Timer
+
+    timer = Timer(synchronize=True)
+    accelerator = distributed.build_accelerator(job["precision"])
+    snap = snapshot.load(blank_snapshot(job))
+    model = snap.model()
+    distributed.prepare_model(model.net, accelerator, job["compile"])
+    prompts = ("a",) if model.net.max_prompt_bytes else None
+    decode = timer.watch("decoder", model.decode) if model.decode else None
+    model = replace(model, net=TimedNetwork(model.net, timer, "network"), decode=decode)
+    settings = SamplerSettings(steps=job["sampling_steps"], prompts=prompts)
+    indices = range(job["sampling_batch"] * (job["warmup"] + job["sampling_batches"]))
+    batches = generate(accelerator, model, snap.image_shape, shard(accelerator, indices, job["sampling_batch"]), settings)
+    with tempfile.TemporaryDirectory() as scratch, ImageWriter(Path(scratch)) as writer:
+        for batch in timer.timed(batches, job["warmup"], job["sampling_batches"]):
+            writer.write(batch.indices, batch.images)
+    return measured(job, timer, job["sampling_batch"], job["sampling_steps"])
 
 
 def plain_sample_job(job: dict) -> dict:
     import models
-
-    pass
-    from scripts.benchmark.timer import Stopwatch
+    from scripts.benchmark.timer import Timer
 
     cfg, data = material(job)
     shape = data.image_shape
     net = models.build(cfg.model.name, shape, cfg.model.args)
-    watch = Stopwatch(synchronise=True)
+    timer = Timer(synchronize=True)
     with tempfile.TemporaryDirectory() as scratch:
         batches = baseline.sample(net, shape, net.num_classes, job["sampling_batch"], job["sampling_steps"], Path(scratch))
-        for _ in watch.timed(batches, job["warmup"], job["sampling_batches"]):
+        for _ in timer.timed(batches, job["warmup"], job["sampling_batches"]):
             pass
-    watch.seconds.clear()
-    return measured(job, watch, job["sampling_batch"], job["sampling_steps"])
+    timer.seconds.clear()
+    return measured(job, timer, job["sampling_batch"], job["sampling_steps"])
 
 
 def evaluate_job(job: dict) -> dict:
@@ -268,13 +236,13 @@ def evaluate_job(job: dict) -> dict:
     import evaluate
     from flow.evaluation.features import Extractor
     from flow.guidance import GuidedVelocity
-    from scripts.benchmark.timer import Stopwatch
+    from scripts.benchmark.timer import Timer
 
-    watch = Stopwatch(synchronise=True)
+    timer = Timer(synchronize=True)
     measure = evaluate.measure
 
     def timed_measure(*args):
-        watch.first_lap = time.time()
+        timer.first_lap = time.time()
         watch.restart()
         found = measure(*args)
         watch.lap()
@@ -292,7 +260,7 @@ def evaluate_job(job: dict) -> dict:
             *(["--compile"] if job["compile"] else []),
         ]  # fmt: skip
         evaluate.main()
-    return measured(job, watch, job["n_samples"], job["sampling_steps"])
+    return measured(job, timer, job["n_samples"], job["sampling_steps"])
 
 
 if __name__ == "__main__":

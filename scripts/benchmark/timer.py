@@ -12,12 +12,12 @@ import torch
 T = TypeVar("T")
 
 
-class Stopwatch:
+class Timer:
     """Seconds by section name. A section inside another one counts for itself only; what other threads do meanwhile does not
     count at all."""
 
-    def __init__(self, synchronise: bool = False, clock: Callable[[], float] = time.perf_counter):
-        """synchronise: wait for the GPU at every border, for shares that are right; it costs speed. clock: seconds."""
+    def __init__(self, synchronize: bool = False, clock: Callable[[], float] = time.perf_counter):
+        """synchronize: wait for the GPU at every border, for shares that are right; it costs speed. clock: seconds."""
         self._clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
         self.laps: list[float] = []  # seconds of each lap
@@ -25,7 +25,7 @@ class Stopwatch:
         self._open: list[str] = []
         self._thread = threading.get_ident()
         self._since = self._lap = clock()
-        self._wait = torch.cuda.synchronize if synchronise and torch.cuda.is_available() else lambda: None
+        self._wait = torch.cuda.synchronize if synchronize and torch.cuda.is_available() else lambda: None
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -79,3 +79,16 @@ class Stopwatch:
         now = self._clock()
         self.seconds[self._open[-1] if self._open else "other"] += now - self._since
         self._since = now
+
+
+class TimedNetwork:
+    """A network whose calls are a section of a timer."""
+
+    def __init__(self, net: Any, timer: Timer, name: str):
+        self.net, self._call = net, timer.watch(name, net)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)

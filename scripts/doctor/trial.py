@@ -1,25 +1,23 @@
-"""A few real steps of train.py in a temporary folder, with clocks around what it calls; used by scripts/doctor/."""
+"""A few real training steps in a temporary folder, timed by a callback of the Trainer."""
 
 import contextlib
 import io
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
-import train
+from configs import schema
 from configs.schema import UserError
-from flow.sampling import snapshot
-from flow.training import checkpoint
-from flow.training.data_loader import TrainingLoader
+from flow.training.flow_task import FlowTask
+from flow.training.trainer import Callback, Trainer
 
 STEPS = 5  # that are measured; one before them is not, as it allocates and compiles
 
@@ -37,77 +35,66 @@ class Trial:
     peak_bytes: int
 
 
+class Clock(Callback):
+    """Seconds of each step, of the checkpoint and of the preview that follow the last one."""
+
+    def __init__(self):
+        self.steps: list[float] = []
+        self.checkpoint = self.preview = 0.0
+        self.checkpoint_path = Path()
+        self.last = time.perf_counter()
+
+    def on_step(self, trainer: Trainer) -> None:
+        self.steps.append(self._elapsed())
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        self.checkpoint, self.checkpoint_path = self._elapsed(), path
+
+    def on_preview(self, trainer: Trainer, picture: Tensor | None) -> None:
+        self.preview = self._elapsed()
+
+    def _elapsed(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.last, seconds = now, now - self.last
+        return seconds
+
+
 def try_training(config: str | None, overrides: list[str], accelerator: Accelerator) -> Trial:
-    """Train so few steps, write a checkpoint and a preview. Raises UserError where training cannot begin or go on."""
+    """Train a few steps, write a checkpoint and a preview. Raises UserError where training cannot start or continue."""
     with tempfile.TemporaryDirectory() as scratch:
         shared = [scratch]
         broadcast_object_list(shared)  # one folder for all processes
-        run = Path(shared[0]) / "run"
-        laps, seconds = [], {"checkpoint": 0.0, "preview": 0.0}
-        steps = TrainingLoader.steps
-
-        def timed_steps(loader, first: int, last: int):
-            since = time.perf_counter()
-            for step, batch in enumerate(steps(loader, first, last)):
-                yield batch
-                if step < STEPS:  # the last one is followed by checkpoint and preview
-                    _wait()
-                    laps.append(time.perf_counter() - since)
-                    since = time.perf_counter()
-
-        def timed(kind: str, function):
-            def call(*args, **kwargs):
-                started = time.perf_counter()
-                result = function(*args, **kwargs)
-                _wait()
-                seconds[kind] += time.perf_counter() - started
-                return result
-
-            return call
-
-        options = [
-            f"train.steps={STEPS + 1}",
-            "train.log_with=[]",
-            "train.checkpoint_every_steps=0",
-            "train.sample_every_steps=0",
-        ]
-        argv = ["train.py", *(["-c", config] if config else []), "-e", str(run), *overrides, *options]
+        short = [
+            f"train.steps={STEPS + 1}", "train.log_with=[]", "train.checkpoint_every_steps=0", "train.sample_every_steps=0",
+        ]  # fmt: skip
+        settings = schema.load(config, [*overrides, *short])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        with (
-            contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()),
-            mock.patch.object(sys, "argv", argv), mock.patch.object(TrainingLoader, "steps", timed_steps),
-            mock.patch.object(checkpoint, "save", timed("checkpoint", checkpoint.save)),
-            mock.patch.object(Accelerator, "end_training"),  # which would end the group of processes
-            mock.patch.object(train, "write_preview", timed("preview", train.write_preview)),
-        ):  # fmt: skip
-            _run(accelerator)
-        saved = checkpoint.list_checkpoints(run / "checkpoints")[-1]
-        averages = [p for p in saved.iterdir() if p.name.startswith("ema")]
-        found = Trial(
-            laps[0], statistics.median(laps[1:]), seconds["checkpoint"], seconds["preview"],
-            sum(p.stat().st_size for p in saved.iterdir()), sum(p.stat().st_size for p in averages), _peak(),
+        clock = Clock()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), _one_line_errors():
+            Trainer(FlowTask(settings, accelerator), settings, Path(shared[0]) / "run", accelerator, callbacks=[clock]).fit()
+        accelerator.wait_for_everyone()
+        saved = list(clock.checkpoint_path.iterdir())
+        trial = Trial(
+            clock.steps[0], statistics.median(clock.steps[1:]), clock.checkpoint, clock.preview,
+            sum(p.stat().st_size for p in saved), sum(p.stat().st_size for p in saved if p.name.startswith("ema")), _peak(),
         )  # fmt: skip
-        snapshot.find(run)
         accelerator.wait_for_everyone()  # before the folder goes
-    return found
+    return trial
 
 
-def _run(accelerator: Accelerator) -> None:
+@contextlib.contextmanager
+def _one_line_errors():
     try:
-        train.main()
+        yield
     except torch.OutOfMemoryError:
         raise UserError("the batch does not fit into the memory of the GPU; double train.gradient_accumulation_steps") from None
     except MemoryError:
         raise UserError("the batch does not fit into memory; double train.gradient_accumulation_steps") from None
     except RuntimeError as error:
-        raise UserError(f"train.py stopped: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
-    accelerator.wait_for_everyone()
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        raise UserError(f"training stopped: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
 
 
 def _peak() -> int:

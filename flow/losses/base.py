@@ -1,0 +1,80 @@
+"""What a training loss sees and gives back, and the registry of losses."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one process: a function of (seed, step, rows) alone.
+
+    Tensors are on the device of the network. `sample_ids` are the positions of the samples in the stream of training images.
+    """
+
+    x1: Tensor  # data [b, ...]: images in [-1, 1], latents or points
+    x0: Tensor | None  # source samples [b, ...], coupled with x1
+    y: Tensor | None  # labels [b] or prompt tokens [b, L]
+    u: Tensor | None  # stratified uniforms in (0, 1), float64 [b, num_uniforms]
+    step: int  # 0 for the first
+    rows: slice  # of the global batch
+    sample_ids: range
+    indices: list[int]  # of the data set
+    noise: dict[str, Tensor] = field(default_factory=dict)  # Loss.draws by key: standard normal [b, *shape]
+
+
+@dataclass
+class Losses:
+    """What a loss gives back."""
+
+    per_sample: Tensor  # [b], float32; training minimizes its mean
+    t: Tensor | None = None  # [b], the times of the samples, for the log
+    terms: dict[str, Tensor] = field(default_factory=dict)  # unweighted parts [b] by name, for the log
+
+
+class Eager(Protocol):
+    """The network without DDP, compile and autocast, and without a gradient, for targets.
+
+    It replays the dropout masks of the forward pass beside it.
+    """
+
+    jvp_error: str | None  # why there is no jvp here, or None
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor: ...
+
+    def jvp(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(u, du/dt): the output u [b, ...] at (x, t), and its derivative along dx/dt = v [b, ...]; t_next stays fixed."""
+
+
+class Loss(Protocol):
+    """A training loss. It is stateless: a schedule is a function of `batch.step`."""
+
+    num_uniforms: int  # stratified uniforms that a sample needs
+    draws: dict[str, tuple[int, ...]]  # further standard normal noise by key, with the shape for a sample
+
+    def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses: ...
+
+
+class FlowLoss(ABC):
+    """Base of the losses that a configuration can name; a subclass registers itself as `name`.
+
+    Args of the constructor come from the configuration: `path`, `prediction` and `time_sampler` from its flow section, all
+    others from `loss.args`.
+    """
+
+    name: ClassVar[str]
+    num_uniforms: int = 1
+    draws: ClassVar[dict[str, tuple[int, ...]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        LOSSES[cls.name] = cls
+
+    @abstractmethod
+    def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses: ...
+
+
+LOSSES: dict[str, type[FlowLoss]] = {}

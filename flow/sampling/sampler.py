@@ -1,0 +1,202 @@
+"""A trained flow in Python: sampling, velocities, trajectories, likelihood and inversion without a launcher."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flow import likelihood, solvers
+from flow.guidance import GuidedVelocity
+from flow.model import FlowModel
+from flow.noise import gaussian_noise
+from flow.sampling import grid_store, snapshot
+from flow.sampling.generate import SampleBatch, build_velocity, index_batches, sample_batch, to_solver_dtype
+from flow.sampling.images import to_float
+from flow.sampling.settings import SamplerSettings, build_time_grid, validate
+
+
+class Sampler:
+    """Samples a trained flow on one device; the images are those of sample.py with the same settings and batch size.
+
+    Example:
+        >>> sampler = Sampler.load("runs/mnist")
+        >>> images = sampler.sample(16, labels=[3], method="heun", steps=10, guidance_scale=2)  # uint8 [16, 1, 28, 28]
+    """
+
+    def __init__(self, model: FlowModel, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32):
+        """model: the network with its path. shape: of what the network sees, (C, H, W) or (2,). dtype: of autocast; float32
+        turns autocast off."""
+        self.model, self.shape, self.device, self.dtype = model, tuple(shape), device, dtype
+        self.path: Path | None = None  # of the snapshot, for optimized time grids
+        self.image_shape = self.shape  # of what comes out, decoded
+        model.net.eval()
+
+    @classmethod
+    def load(
+        cls,
+        weights: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        overrides: Sequence[str] = (),
+    ) -> "Sampler":
+        """The flow behind a run directory, a checkpoint directory or a .safetensors file.
+
+        device: default is the accelerator of the machine, else the CPU. dtype: of autocast. overrides: `key=value` changes
+        of the stored configuration.
+
+        Raises:
+            UserError: where there is no snapshot, it is damaged, or its weights do not fit.
+        """
+        snap = snapshot.load(weights, None, list(overrides))
+        if device is None:
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        place = torch.device(device or "cpu")
+        model = snap.model()
+        model.net.to(place)  # type: ignore[attr-defined]
+        sampler = cls(model, snap.image_shape, place, dtype)
+        sampler.path, sampler.image_shape = snap.path, tuple(snap.decoded_shape)
+        return sampler
+
+    def sample(
+        self,
+        n: int,
+        *,
+        labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        method: str = "euler",
+        steps: int = 100,
+        guidance_scale: float = 1.0,
+        seed: int = 8888,
+        time_grid: str = "uniform",
+        batch_size: int = 100,
+        **options: Any,
+    ) -> Tensor:
+        """n images uint8 [n, C, H, W] on the CPU, or points float32 [n, 2].
+
+        Image k has label or prompt k mod their number. options: those of the method, such as rtol or noise_scale.
+
+        Raises:
+            ValueError: for settings that the method or the network does not take.
+        """
+        settings = self._settings(method, steps, guidance_scale, seed, labels, prompts, time_grid, options)
+        with torch.inference_mode():
+            return torch.cat([self._batch(batch, settings).images for batch in index_batches(range(n), batch_size)])
+
+    def velocity(
+        self,
+        x: Tensor,
+        t: float,
+        *,
+        t_next: float | None = None,
+        labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """dx/dt [b, ...] at x [b, ...] and time t in [0, 1) on the linear path; differentiable with respect to x.
+
+        t_next: for flow maps, the time that the mean velocity leads to.
+        """
+        return self._velocity(len(x), labels, prompts, guidance_scale)(x, t, t if t_next is None else t_next)
+
+    def trajectory(
+        self,
+        n: int,
+        *,
+        labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        method: str = "euler",
+        steps: int = 100,
+        guidance_scale: float = 1.0,
+        seed: int = 8888,
+        time_grid: str = "uniform",
+        requires_grad: bool = False,
+        **options: Any,
+    ) -> tuple[list[float], Tensor]:
+        """(times [T + 1], states [T + 1, n, ...]): the flow from noise (t = 0) to data (t = 1), solved as one batch.
+
+        requires_grad: keep the graph, so that the states can be differentiated with respect to the weights.
+        """
+        settings = self._settings(method, steps, guidance_scale, seed, labels, prompts, time_grid, options)
+        x0 = to_solver_dtype(gaussian_noise("sample", seed, range(n), self.shape), self.device)
+        states = [x0]
+        with nullcontext() if requires_grad else torch.inference_mode():
+            self._batch(range(n), settings, states.append)
+        return build_time_grid(settings, self.model.path), torch.stack(states)
+
+    def log_likelihood(
+        self,
+        x1: Tensor,
+        *,
+        labels: Sequence[int] | None = None,
+        method: str = "dopri5",
+        hutchinson_samples: int | None = None,
+        seed: int = 8888,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+    ) -> Tensor:
+        """log p(x1) in nats [b], float64, of data x1 [b, ...] as the network sees them: images in [-1, 1], latents, points.
+
+        hutchinson_samples: random directions of the divergence estimate; None is exact, at the price of a backward pass for
+        each element of x1.
+        """
+        x = to_solver_dtype(x1, self.device)
+        probes = None
+        if hutchinson_samples is not None:
+            noise = [gaussian_noise(f"hutchinson {i}", seed, range(len(x)), self.shape) for i in range(hutchinson_samples)]
+            probes = torch.stack(noise).sign().to(x)
+        velocity = self._velocity(len(x), labels, None, 1.0)
+        with self._autocast():
+            return likelihood.log_likelihood(velocity, x, method, probes=probes, rtol=rtol, atol=atol)[0]
+
+    def encode(
+        self,
+        x1: Tensor,
+        *,
+        labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        method: str = "heun",
+        steps: int = 50,
+        seed: int = 8888,
+    ) -> Tensor:
+        """The noise x0 [b, ...], float64, that the flow would turn into x1: the ODE solved backwards, without guidance.
+
+        x1: uint8 images or floats as the network sees them, [b, ...].
+        """
+        x = to_solver_dtype(to_float(x1.clone()), self.device)
+        noise = to_solver_dtype(gaussian_noise("inversion", seed, range(len(x)), self.shape), self.device)
+        with torch.inference_mode(), self._autocast():
+            return likelihood.invert(self._velocity(len(x), labels, prompts, 1.0), x, noise, steps, method)
+
+    def _settings(
+        self, method: str, steps: int, guidance_scale: float, seed: int, labels, prompts, time_grid: str, options: dict
+    ) -> SamplerSettings:
+        solvers.check(method)
+        times = None
+        if time_grid == "optimized":
+            if self.path is None:
+                raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")
+            times = grid_store.load(self.path, method, steps)
+        settings = SamplerSettings(
+            method, steps, guidance_scale, seed, tuple(labels) if labels is not None else None,
+            tuple(prompts) if prompts is not None else None, time_grid, times, tuple(options.items()),
+        )  # fmt: skip
+        validate(settings, self.model.net)
+        return settings
+
+    def _batch(self, indices: range, settings: SamplerSettings, callback=None) -> SampleBatch:
+        return sample_batch(self.model, indices, self.shape, settings, self.device, self._autocast, callback=callback)
+
+    def _velocity(self, n: int, labels, prompts, guidance_scale: float) -> GuidedVelocity:
+        settings = SamplerSettings(
+            guidance_scale=guidance_scale,
+            labels=tuple(labels) if labels is not None else None,
+            prompts=tuple(prompts) if prompts is not None else None,
+        )
+        validate(settings, self.model.net)
+        return build_velocity(self.model, range(n), settings, self.device)
+
+    def _autocast(self) -> AbstractContextManager:
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)

@@ -1,0 +1,61 @@
+"""The network without DDP, compile, autocast and gradient: what losses take targets and derivatives from."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class EagerNetwork:
+    """Implements `flow.losses.Eager` for a network on one device.
+
+    Accelerate patches `forward` on the network itself under mixed precision, so this calls the forward of its class. All
+    calls between two `start_micro_batch` draw the same dropout masks as the training pass, which must be the first to draw
+    random numbers after it.
+    """
+
+    def __init__(self, net: nn.Module, jvp_error: str | None = None):
+        """jvp_error: why derivatives are not available here, for the message of the error."""
+        self.net, self.jvp_error = net, jvp_error
+        self._device = next(net.parameters()).device
+        self.start_micro_batch()
+
+    def start_micro_batch(self) -> None:
+        """Remember the random state from which the masks of this micro-batch are drawn."""
+        cuda = self._device.type == "cuda"
+        self._state = torch.cuda.get_rng_state(self._device) if cuda else torch.get_rng_state()
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
+        """The output [b, ...], float32, without gradient."""
+        with self._plain(), torch.no_grad():
+            return type(self.net).forward(self.net, x, t, y, t_next)
+
+    def jvp(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(u, du/dt) [b, ...]: the output and its derivative along dx/dt = v, dt/dt = 1, with t_next fixed.
+
+        Fused attention kernels have no forward-mode derivative, so attention uses the math kernel here.
+
+        Raises:
+            ValueError: where `jvp_error` says why there is none.
+        """
+        if self.jvp_error:
+            raise ValueError(self.jvp_error)
+
+        def output(x: Tensor, t: Tensor) -> Tensor:
+            return type(self.net).forward(self.net, x, t, y, t_next)
+
+        with self._plain(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            u, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
+        return u, du_dt
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        cuda = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), torch.autocast(self._device.type, enabled=False):
+            if cuda:
+                torch.cuda.set_rng_state(self._state, self._device)
+            else:
+                torch.set_rng_state(self._state)
+            yield

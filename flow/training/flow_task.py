@@ -1,0 +1,215 @@
+"""Training of a flow: the network, its loss, and batches as a function of (seed, step)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import datasets
+import models
+from configs import schema
+from configs.schema import Config, UserError
+from datasets import captions
+from flow import couplings, losses, time_samplers
+from flow.couplings import Coupling, PairedCoupling
+from flow.guidance import drop_labels
+from flow.losses import Batch
+from flow.noise import gaussian_noise, generator
+from flow.runtime import distributed, files, subprocesses
+from flow.runtime.errors import error_context
+from flow.sampling import images, snapshot
+from flow.sampling.generate import generate, shard
+from flow.sampling.settings import SamplerSettings, validate
+from flow.training.data_loader import TrainingLoader
+
+PREVIEW_BATCH = 16  # small, so that several processes share a grid
+POINT_PREVIEW_BATCH = 1000
+MAX_COLUMNS = 20  # of one class or prompt each, in a preview
+NAMED_CLASSES = 10  # in the log
+
+
+class FlowTask:
+    """Trains `config.model` with `config.loss` on `config.data`; implements `flow.training.trainer.Task`."""
+
+    script = "train.py"
+
+    def __init__(self, config: Config, accelerator: Accelerator, resuming: bool = False):
+        """resuming: the configuration is that of an earlier run, which knows its classes.
+
+        Raises:
+            UserError: for whatever in the configuration, the data and the network does not fit together.
+        """
+        self.config, self.accelerator = config, accelerator
+        with error_context("data"):
+            self.data = distributed.main_process_first(
+                accelerator, lambda: datasets.build(config.data.name, config.data.root, config.data.args)
+            )
+        self.class_names = tuple(self.data.class_names) if self.data.labels is not None else ()
+        if not resuming:
+            schema.set_auto_classes(config, self.class_names)
+        torch.manual_seed(config.seed)  # of the initial weights
+        with error_context("model"):
+            self.net: Any = self.build_network()
+        validate_conditioning(config, self.data, self.net)
+        self.model = snapshot.flow_model(self.net, config, self.data.codec)
+        with error_context("flow.time_sampler"):
+            time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
+        with error_context("loss"):
+            self.loss = losses.build(config.loss.name, self.model.path, config.flow.prediction, time_sampler, config.loss.args)
+        with error_context("preview"):
+            self.preview_settings = self._preview_settings()
+            validate(self.preview_settings, self.net)
+        self.loader = TrainingLoader.of(accelerator, config, self.data)
+        self.coupling = build_coupling(config, self.data, self.loader.micro)
+
+    def load_init_weights(self) -> None:
+        """Start from the weights of train.init_from, if any. Raises UserError where they do not fit."""
+        init_from = self.config.train.init_from
+        if init_from:
+            with error_context("train.init_from"):
+                source = snapshot.load(init_from)
+                snapshot.check_codec(f"train.init_from={init_from}", source, self.data.codec)
+                source.load_into(self.net, optional="step_embedding.")  # a flow may become a flow map
+
+    def build_network(self) -> Any:
+        return models.build(self.config.model.name, self.data.image_shape, self.config.model.args)
+
+    def batches(self, first_step: int) -> Iterator[list[Batch]]:
+        """Each batch with its source samples, uniforms, further noise and labels, some of which are dropped."""
+        seed, size, device = self.config.seed, self.config.train.batch_size, self.accelerator.device
+        num_uniforms, draws = self.loss.num_uniforms, self.loss.draws
+        for step, micro_batches in enumerate(self.loader.steps(first_step, self.config.train.steps), start=first_step):
+            u = time_samplers.stratified(seed, step, size, num_uniforms)  # [B, num_uniforms], of the global batch
+            for i, batch in enumerate(micro_batches):
+                coupled_labels = batch.y if self.net.null is not None else None
+                x0 = self.coupling.sample_x0(batch.sample_ids, batch.indices, batch.x1, coupled_labels)
+                noise = {key: gaussian_noise(key, seed, batch.sample_ids, shape) for key, shape in draws.items()}
+                micro_batches[i] = replace(
+                    batch,
+                    x0=distributed.to_device(x0, device),
+                    u=distributed.to_device(u[batch.rows], device),
+                    y=self._condition(batch, step),
+                    noise={key: distributed.to_device(value, device) for key, value in noise.items()},
+                )
+            yield micro_batches
+
+    def write_snapshot(self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int) -> None:
+        names = self.class_names if self.net.null is not None else ()
+        snapshot.save(path, weights, self.config, self.data.image_shape, step, half_life_images, self.data.codec, names)
+
+    def read_snapshot(self, path: Path) -> dict[str, Tensor]:
+        average = snapshot.load(path)
+        snapshot.check_codec(f"data.args={self.config.data.args}", average, self.data.codec)
+        return average.weights
+
+    def preview(self, net: Any, step: int) -> tuple[Tensor | None, dict[str, float]]:
+        """A grid of samples, or a scatter plot of points; all processes share the sampling."""
+        points = len(self.data.image_shape) == 1
+        n, settings = self.config.preview.n_samples, self.preview_settings
+        batches = shard(self.accelerator, range(n), POINT_PREVIEW_BATCH if points else PREVIEW_BATCH)
+        samples = generate(self.accelerator, replace(self.model, net=net), self.data.image_shape, batches, settings)
+        parts = [(batch.indices.start, batch.images) for batch in samples]
+        gathered = distributed.gather_in_order(self.accelerator, parts)
+        if gathered is None:
+            return None, {}
+        if points:
+            return images.scatter_image(torch.cat(gathered)), {}
+        names = list(settings.prompts or margin_labels(net.num_classes, self.class_names))
+        if not 2 <= len(names) <= MAX_COLUMNS:
+            names = []
+        return images.labelled_grid(torch.cat(gathered), len(names) or max(1, round(n**0.5)), names), {}
+
+    def summary(self) -> list[str]:
+        net, data, shape = self.net, self.data, self.data.image_shape
+        kind = "points" if len(shape) == 1 else f"{'latents' if data.codec else 'images'} of {'x'.join(map(str, shape))}"
+        condition, names = "no labels", data.class_names
+        if net.num_classes is not None:
+            more = ", ..." * (len(names) > NAMED_CLASSES)
+            condition = f"{net.num_classes} classes ({', '.join(names[:NAMED_CLASSES])}{more})"
+        elif data.labels is not None and "num_classes" not in self.config.model.args:
+            condition += f" (model.args.num_classes=auto would use the {len(names)} classes of the data set)"
+        condition = f"prompts of at most {net.max_prompt_bytes} bytes" if net.max_prompt_bytes else condition
+        size = sum(p.numel() for p in net.parameters()) / 1e6
+        return [
+            *(f"note: {note}" for note in getattr(data, "notes", [])),
+            f"data: {self.config.data.name}, {len(data):,} {kind}; "
+            f"model: {self.config.model.name}, {size:.2f} M parameters, {condition}",
+        ]
+
+    def next_command(self, folder: Path) -> str:
+        prompts = ["--prompts", captions.plain(self.data.class_names[0])] if self.net.max_prompt_bytes else []
+        save_dir = files.free_folder(Path("samples") / folder.name)
+        sample: list[str | Path] = ["sample.py", "--weights", folder, "--n_samples", "64", "--save_dir", save_dir, *prompts]
+        return f"sample with: {subprocesses.command(*sample)}"
+
+    def _preview_settings(self) -> SamplerSettings:
+        preview, names = self.config.preview, self.data.class_names
+        prompts = tuple(captions.plain(name) for name in names) if self.net.max_prompt_bytes else None
+        return SamplerSettings(
+            preview.sampling_method, preview.sampling_steps, preview.guidance_scale, preview.seed, prompts=prompts
+        )
+
+    def _condition(self, batch: Batch, step: int) -> Tensor | None:
+        """Labels [b] or tokens [b, L], some of them replaced by the null condition; None for unconditional networks."""
+        y = self._encode_condition(batch)
+        if y is None:
+            return None
+        config = self.config
+        return drop_labels(y, batch.rows, config.seed, step, config.train.batch_size, config.flow.label_dropout, self.net.null)
+
+    def _encode_condition(self, batch: Batch) -> Tensor | None:
+        """Labels [b], or tokens [b, L] of captions; the caption of sample id p is a function of (seed, p)."""
+        if self.net.max_prompt_bytes:
+            labels = self.data.labels[batch.indices].tolist()  # from the CPU: those on the device would have to be waited for
+            prompts = [
+                captions.draw(self.data.class_names[label], generator("caption", self.config.seed, p))
+                for label, p in zip(labels, batch.sample_ids, strict=True)
+            ]
+            return self.net.encode(prompts).to(batch.x1.device, non_blocking=True)
+        return batch.y if self.net.num_classes is not None else None
+
+
+def margin_labels(num_classes: int | None, class_names: Sequence[str]) -> list[str]:
+    """The name of each class, or its number where it has none."""
+    return [class_names[k] if k < len(class_names) else str(k) for k in range(num_classes or 0)]
+
+
+def build_coupling(config: Config, data, micro_batch_size: int) -> Coupling:
+    """The coupling of noise and data that flow.coupling names. Raises UserError where the data do not fit it."""
+    flow = config.flow
+    if (flow.coupling == "paired") != (config.data.name == "pairs"):
+        raise UserError(f"flow.coupling={flow.coupling}: paired and data.name=pairs need each other")
+    with error_context("flow.coupling_args"):
+        if flow.coupling != "paired":
+            return couplings.build(flow.coupling, config.seed, data.image_shape, micro_batch_size, flow.coupling_args)
+        if config.data.horizontal_flip:
+            raise UserError(
+                "data.horizontal_flip=true: a mirrored image is not what its noise was turned into; set it to false"
+            )
+        return PairedCoupling(data.seed, data.generated, data.noise, data.image_shape, **flow.coupling_args)
+
+
+def validate_conditioning(config: Config, data, net: Any) -> None:
+    """A network with labels or prompts needs a data set that has classes, and room for each class or caption."""
+    if net.max_prompt_bytes:
+        if not data.class_names or data.labels is None:
+            raise UserError(
+                f"model.args.max_prompt_bytes={net.max_prompt_bytes}: the data set has no classes to make captions of"
+            )
+        longest = captions.longest(data.class_names)
+        if longest > net.max_prompt_bytes:
+            raise UserError(
+                f"model.args.max_prompt_bytes={net.max_prompt_bytes}: captions have up to {longest} bytes; use {longest}"
+            )
+    num_classes = net.num_classes
+    if num_classes is None:
+        return
+    if data.labels is None:
+        raise UserError(f"model.args.num_classes={num_classes}: the data set has no labels; use null")
+    needed = int(data.labels.max()) + 1
+    if num_classes < needed:
+        raise UserError(f"model.args.num_classes={num_classes}: the data set has {needed} classes; use {needed}")

@@ -1,0 +1,276 @@
+"""The training loop: one for flows, reflow, distillation and autoencoders. What differs between them is the `Task`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from configs import schema
+from configs.schema import UserError
+from flow.losses import Batch, Loss
+from flow.noise import generator
+from flow.runtime import distributed
+from flow.runtime.shutdown import StopSignal
+from flow.sampling import images, snapshot
+from flow.training import checkpoint, run_dir
+from flow.training.data_loader import prefetch
+from flow.training.eager import EagerNetwork
+from flow.training.ema import Ema
+from flow.training.logging import Logger, LossStatistics, Throughput
+from flow.training.optimizer import GuardedOptimizer, build_optimizer, lr_at, set_options
+
+
+class Task(Protocol):
+    """What is trained: a network, its loss and its data; `FlowTask` and `AutoencoderTask` are tasks."""
+
+    net: nn.Module
+    loss: Loss
+    script: str  # that trains it, for the command that resumes
+
+    def build_network(self) -> nn.Module:
+        """An untrained network of the same shape, for averages of sharded weights."""
+
+    def batches(self, first_step: int) -> Iterator[list[Batch]]:
+        """The micro-batches of this process, for each step from `first_step` to the last."""
+
+    def write_snapshot(self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int) -> None:
+        """Write averaged weights with what is needed to use them."""
+
+    def read_snapshot(self, path: Path) -> dict[str, Tensor]:
+        """The weights of a snapshot of this task. Raises UserError where they belong to another one."""
+
+    def preview(self, net: nn.Module, step: int) -> tuple[Tensor | None, dict[str, float]]:
+        """A picture uint8 [C, H, W] and metrics of the averaged network, on the main process; every process calls it."""
+
+    def summary(self) -> list[str]:
+        """Lines about data and network, for the start of the log."""
+
+    def next_command(self, folder: Path) -> str:
+        """What to do with a finished run: an imperative and a command that works as printed."""
+
+
+class Callback:
+    """Hooks of the training loop; a subclass overrides what it needs. Every process calls them."""
+
+    def on_step(self, trainer: "Trainer") -> None:
+        """After each optimizer step; `trainer.step` counts it."""
+
+    def on_log(self, trainer: "Trainer", metrics: dict[str, float]) -> None:
+        """After a row of metrics was written."""
+
+    def on_checkpoint(self, trainer: "Trainer", path: Path) -> None:
+        """After a checkpoint and its snapshots were written."""
+
+    def on_preview(self, trainer: "Trainer", picture: Tensor | None) -> None:
+        """After a preview; the picture uint8 [C, H, W] is there on the main process."""
+
+
+class Trainer:
+    """Trains the network of a task from step 0, or from a checkpoint.
+
+    Example:
+        >>> task = FlowTask(config, accelerator)
+        >>> Trainer(task, config, Path("runs/mnist"), accelerator).fit()
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: Any,
+        folder: Path,
+        accelerator: Accelerator,
+        resume_path: Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        timed: Callable[[str], AbstractContextManager] = nullcontext,
+    ):
+        """config: a `Config` or `VaeConfig`. folder: the run directory. resume_path: the checkpoint to resume from.
+        timed: `timed("forward")` surrounds that part of a step, for benchmarks.
+
+        Raises:
+            UserError: where the checkpoint does not fit, or is past the last step.
+        """
+        self.task, self.config, self.folder, self.accelerator = task, config, folder, accelerator
+        self.callbacks, self.timed = callbacks, timed
+        self.step, self.num_updates = 0, 0  # updates: the steps that were not skipped
+        self.last_checkpoint: Path | None = None
+        device = accelerator.device
+        distributed.prepare_model(task.net, accelerator, config.train.compile)
+        self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, device))
+        self.eager = EagerNetwork(task.net, "FSDP2: derivatives of sharded networks" if accelerator.is_fsdp2 else None)
+        self.half_lives = schema.half_lives(config)
+        self.ema = Ema(task.net, self.half_lives, config.ema.warmup_ratio, task.build_network)
+        self.statistics = LossStatistics(device, config.train.nonfinite_grad)
+        self.guard = GuardedOptimizer(accelerator, config.train.nonfinite_grad)
+        if resume_path:
+            self._load_checkpoint(resume_path)
+        if accelerator.is_main_process:
+            run_dir.write_run_files(folder, config, accelerator)
+            if resume_path:  # a kill may have come between the checkpoint and its snapshots
+                self._link_snapshots(resume_path)
+        accelerator.wait_for_everyone()
+        self.logger = Logger(accelerator, folder, config, first_step=self.step)
+        self.throughput = Throughput(config.train.batch_size, self.step)
+
+    @property
+    def finished(self) -> bool:
+        return self.step == self.config.train.steps
+
+    def fit(self) -> None:
+        """Train to the last step. SIGTERM and Ctrl-C end the process after the step, with a checkpoint."""
+        config = self.config.train
+        self._log_summary()
+        self.model.train()
+        # A GPU computes one step while the CPU draws the noise of the next; a CPU that computes has no time to spare.
+        batches = prefetch(self.task.batches(self.step), depth=0 if self.accelerator.device.type == "cpu" else 1)
+        bar = distributed.progress(self.accelerator, config.steps, "training", initial=self.step)
+        interrupted = False
+        with StopSignal() as stop, bar, closing(batches):
+            self.throughput = Throughput(config.batch_size, self.step)
+            while not self.finished and not interrupted:
+                with self.timed("data"):
+                    micro_batches = next(batches)
+                self.training_step(micro_batches)
+                bar.update()
+                if self.finished or self.step % config.log_every_steps == 0:
+                    metrics = self.log()
+                    rate = f"{metrics['images_per_second']:.0f} images/s"
+                    bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
+                interrupted = distributed.any_process(self.accelerator, stop.received is not None)
+                with self.throughput.paused():
+                    if self.finished or interrupted or self._is_due(config.checkpoint_every_steps):
+                        self.save_checkpoint()
+                    if self.finished or self._is_due(config.sample_every_steps):
+                        self.write_preview()
+        if not self.finished:
+            self.accelerator.end_training()
+            command = run_dir.resume_command(self.folder, self.task.script, self.config)
+            stop.leave(self.logger.info, f"{self._checkpoint_hint()}; resume with: {command}")
+        self.logger.info(f"finished step {self.step}; {self.task.next_command(self.folder)}")
+
+    def training_step(self, micro_batches: list[Batch]) -> None:
+        """Forward and backward of the micro-batches, one optimizer step, the moving averages."""
+        config = self.config
+        self._seed_dropout()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(config.optimizer, self.num_updates, config.train.steps)
+        for batch in micro_batches:
+            last = batch is micro_batches[-1]
+            self.eager.start_micro_batch()
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.timed("forward"):
+                    losses = self.task.loss(self.model, self.eager, batch)
+                with self.timed("backward"):
+                    self.accelerator.backward(losses.per_sample.mean() / len(micro_batches))
+            self.statistics.update(self.step + 1, losses)
+        self.step += 1
+        with self.timed("optimizer"):
+            updated = self.guard.update(self.model, self.optimizer, config.optimizer.clip_grad_norm, self.statistics, self.step)
+        if updated:
+            self.num_updates += 1
+            with self.timed("ema"):
+                self.ema.update(config.train.batch_size, self.step * config.train.batch_size)
+        for callback in self.callbacks:
+            callback.on_step(self)
+
+    def log(self) -> dict[str, float]:
+        """Write the means since the last call to metrics.jsonl and the trackers.
+
+        Raises:
+            UserError: where a loss or gradient was not finite (train.nonfinite_grad).
+        """
+        self.statistics.check(self.accelerator, self._checkpoint_hint())
+        self.guard.check(self.step, self._checkpoint_hint())
+        metrics = self.statistics.compute(self.accelerator)
+        metrics |= {"skipped_steps": self.step - self.num_updates} | self.guard.metrics()
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        metrics["images"] = self.step * self.config.train.batch_size
+        metrics["images_per_second"] = self.throughput.read(self.step)
+        self.logger.log(self.step, metrics)
+        for callback in self.callbacks:
+            callback.on_log(self, metrics)
+        return metrics
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint with its snapshots, and delete the oldest ones."""
+        self.statistics.check(self.accelerator, self._checkpoint_hint())
+        state = {"updates": self.num_updates, "statistics": self.statistics.state(self.accelerator)}
+        averages = [self.ema.state_dict(i) for i in range(len(self.half_lives))]  # gathered by all where they are sharded
+        if name := next(filter(None, map(snapshot.first_nonfinite, averages)), None):
+            raise UserError(
+                f"the average of {name} is not finite after step {self.step}; {self._checkpoint_hint()}. "
+                "A smaller optimizer.lr may help"
+            )
+
+        def write_averages(path: Path) -> None:
+            for weights, half_life, name in zip(averages, self.half_lives, checkpoint.ema_files(self.half_lives), strict=True):
+                self.task.write_snapshot(path / name, weights, self.step, half_life)
+
+        checkpoints = self.folder / "checkpoints"
+        self.last_checkpoint = checkpoint.save(self.accelerator, checkpoints, self.step, state, write_averages)
+        if self.accelerator.is_main_process:
+            self._link_snapshots(self.last_checkpoint)
+            checkpoint.prune(checkpoints, self.config.train.keep_checkpoints)
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, self.last_checkpoint)
+        return self.last_checkpoint
+
+    def write_preview(self) -> None:
+        """Write samples/step_XXXXXXXX.png from the averaged weights, and send it to the trackers."""
+        with self.ema.average_parameters() as averaged:
+            picture, metrics = self.task.preview(averaged, self.step)
+        self.model.train()
+        if picture is not None:
+            folder = self.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            images.write_png(folder / f"step_{self.step:08d}.png", picture)
+            self.logger.log_image("samples", self.step, picture)
+        for name, value in metrics.items():
+            self.logger.info(f"step {self.step}: {name} {value:.2f}")
+        for callback in self.callbacks:
+            callback.on_preview(self, picture)
+
+    def _load_checkpoint(self, path: Path) -> None:
+        with checkpoint.reading(path):
+            state = checkpoint.load(self.accelerator, path)
+            self.step, self.num_updates, self.last_checkpoint = state["step"], state["updates"], path
+            self.statistics.load_state(self.accelerator, state["statistics"])
+            for i, name in enumerate(checkpoint.ema_files(self.half_lives)):
+                self.ema.load_state_dict(i, self.task.read_snapshot(path / name))
+        if self.step > self.config.train.steps:
+            raise UserError(f"train.steps={self.config.train.steps}: the run is at step {self.step} already")
+        set_options(self.optimizer, self.config.optimizer)
+
+    def _link_snapshots(self, saved: Path) -> None:
+        keep = self.config.train.keep_snapshots
+        checkpoint.link_ema_snapshots(saved, self.folder / "snapshots", self.step, self.half_lives, keep)
+
+    def _seed_dropout(self) -> None:
+        key = ("dropout", self.config.seed, self.step, self.accelerator.process_index)
+        torch.manual_seed(int(generator(*key).integers(2**63)))
+
+    def _is_due(self, every_steps: int) -> bool:
+        return bool(every_steps) and self.step % every_steps == 0
+
+    def _checkpoint_hint(self) -> str:
+        path = self.last_checkpoint
+        return f"the latest checkpoint is {path}" if path else "there is no checkpoint yet"
+
+    def _log_summary(self) -> None:
+        config, accelerator = self.config.train, self.accelerator
+        for line in self.task.summary():
+            self.logger.info(line)
+        micro = config.gradient_accumulation_steps
+        rows = config.batch_size // (accelerator.num_processes * micro)
+        self.logger.info(
+            f"batch: {config.batch_size} images = {accelerator.num_processes} process(es) x {micro} micro-batch(es) x {rows}; "
+            f"{config.steps:,} steps = {config.steps * config.batch_size:,} images"
+        )
+        self.logger.info(
+            f"device: {accelerator.device.type}, precision {accelerator.mixed_precision}, "
+            f"{torch.get_num_threads()} thread(s); run directory: {self.folder}"
+            + (f"; resuming from step {self.step}" if self.step else "")
+        )
