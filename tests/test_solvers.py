@@ -97,7 +97,7 @@ def test_states_on_the_way(method):
     assert (states[3] - (3 * t + math.hypot(1 - t, t / 2) * x0)).abs().max() < 0.3
 
 
-def gaussian_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+def gaussian_velocity(x: torch.Tensor, t: float, t_next: float | None = None) -> torch.Tensor:
     """The exact velocity of the linear path to N(3, 0.5^2): its flow is x0 -> 3 + 0.5 x0."""
     return 3 + (0.25 * t - (1 - t)) / ((1 - t) ** 2 + (0.5 * t) ** 2) * (x - 3 * t)
 
@@ -156,7 +156,7 @@ def test_no_method_evaluates_the_velocity_outside_the_times_it_solves_over(metho
         for strength in (-30.0, -1e-9, 0.0, 1.0, 30.0):
             times = []
 
-            def velocity(x, t, start=start, end=end, strength=strength, times=times):
+            def velocity(x, t, t_next, start=start, end=end, strength=strength, times=times):
                 times.append(t)
                 if not min(start, end) <= t <= max(start, end) or t >= 1:
                     raise RuntimeError(f"velocity at t = {t}")
@@ -236,7 +236,7 @@ def test_grids_rise_from_prior_to_data(name):
 # ---- stochastic methods
 
 
-def mixture_velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+def mixture_velocity(x: torch.Tensor, t: float, t_next: float | None = None) -> torch.Tensor:
     """The exact velocity of the linear path from N(0, I) to a mixture of three Gaussians in the plane."""
     s = 1 - t
     scores, means = [], []

@@ -91,6 +91,7 @@ def start_on_a_terminal(command: list[str]) -> tuple[int, int]:
     """Start a command as the leader of a session on a terminal of its own: its process id, and the terminal's other end."""
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
         os.chdir(REPOSITORY)
         os.execv(command[0], command)
     os.set_blocking(terminal, False)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -106,11 +107,12 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"-r {path}: does not fit this configuration ({type(error).__name__}: {first})") from None
 
 
-def stored_config(path: Path, kind: type[Kind]) -> Kind | None:
-    """The configuration that a checkpoint was made with; None for one of before it was stored. Raises UserError."""
+def stored_config(path: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Kind | None:
+    """The configuration that a checkpoint was made with; None for one of before it was stored. `confirmed`: {key: value} of
+    what the user's own configuration reads from the environment. Raises UserError."""
     with reading(path), safe_open(path / EMA_FILE, framework="pt") as file:
         text = (file.metadata() or {}).get("config")
-    return schema.parse(text, source=f"-r {path / EMA_FILE}", kind=kind) if text else None
+    return schema.parse(text, f"-r {path / EMA_FILE}", kind, confirmed) if text else None
 
 
 def find_latest(accelerator: Accelerator, folder: Path) -> Path | None:

@@ -87,9 +87,9 @@ def checkpoint_to_resume(accelerator: Accelerator, resume: str, run_dir: Path, c
     folder = run_dir / "checkpoints"
     named = resume != "latest" and checkpoint.is_checkpoint(Path(resume))
     path = _checkpoint_named(Path(resume), folder) if named else checkpoint.find_latest(accelerator, folder)
-    stored = path and checkpoint.stored_config(path, type(cfg))
-    if stored:
-        refuse_changes(stored, cfg, f"the checkpoint {path} was made")
+    before = path and checkpoint.stored_config(path, type(cfg), stored.typed_values(cfg))
+    if before:
+        refuse_changes(before, cfg, f"the checkpoint {path} was made")
     return path
 
 
