@@ -67,7 +67,8 @@ def test_the_same_weights_are_the_same_file(tiny_run, tmp_path):
     """The library writes metadata in a random order; the hash of the weights stands in tables and beside images."""
     found = snapshot.load(tiny_run)
     for _ in range(5):
-        snapshot.save(tmp_path / "a.safetensors", found.weights, found.config, found.image_shape, found.step, 10_000)
+        settings = found.config, found.image_shape, found.step, 10_000, found.codec, found.class_names
+        snapshot.save(tmp_path / "a.safetensors", found.weights, *settings)
         assert (tmp_path / "a.safetensors").read_bytes() == found.path.read_bytes()
 
 

@@ -62,7 +62,7 @@ def rectified(tmp_path_factory, config) -> Path:
     stages = re.findall(r"^stage (\d+) of (\d+): (.*) \(\d+\.\d min so far\)$", result.stdout, re.M)
     assert [(int(k), int(n)) for k, n, _ in stages] == [(k, 10) for k in range(1, 11)]
     assert stages[1][2] == "pairs of 1-rf" and stages[6][2] == "evaluation of 1-rf with guidance 1.5"
-    bars = re.findall(r"straightness and figure [^|]*\|[^|]*\| (\d+)/(\d+)", result.stderr)
+    bars = re.findall(r"straightness deviation and figure [^|]*\|[^|]*\| (\d+)/(\d+)", result.stderr)
     assert bars[-1][0] == bars[-1][1]
     return folder
 

@@ -133,12 +133,13 @@ def test_a_pickle_in_place_of_statistics_and_cached_features(pwned, tmp_path):
     extractor = features.Extractor("digits", None, None, torch.device("cpu"))
     bad = np.array([Payload(pwned)], dtype=object)
     np.savez(tmp_path / "reference.npz", mu=bad, sigma=bad)
-    np.save(tmp_path / "cached.npy", bad)
+    np.savez(tmp_path / "cached.npz", digest=bad)
     (tmp_path / "raw.npz").write_bytes(evil(pwned, "pickle"))
     for name in ("reference.npz", "raw.npz"):
         with pytest.raises(ValueError, match="not an npz file with mu and sigma"):
             reference.from_npz(tmp_path / name, extractor, 64)
-    assert reference.load_cached(tmp_path / "cached.npy", "64") is None
+    with pytest.raises(ValueError):
+        reference.load_cached(tmp_path / "cached.npz", ["64"], "identity", 1)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])

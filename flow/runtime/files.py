@@ -49,14 +49,23 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: {error}") from error
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a whole line to a text file, or nothing."""
-    with naming(path), open(path, "ab", buffering=0) as file:
-        size, data = file.tell(), (line + "\n").encode()
+def append_line(path: Path, line: str, sync: bool = False) -> None:
+    """Add a whole line to a text file, or nothing: a write that fails, as on a full disk, is undone.
+
+    Starts a new line where the last one has no newline. sync: wait until it is on the disk. Raises OSError that names the file.
+    """
+    data = line.encode() + b"\n"
+    with naming(path), open(path, "a+b", buffering=0) as file:  # unbuffered: closing a buffer would retry what failed
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+            data = data if file.read(1) == b"\n" else b"\n" + data
         try:
             while data:
                 data = data[file.write(data) :]
-        except OSError:
+            if sync:
+                os.fsync(file.fileno())
+        except BaseException:
             with suppress(OSError):
                 file.truncate(size)
             raise

@@ -1,10 +1,11 @@
 """JSON-lines files: rows are appended whole or not at all, damaged lines are reported by number."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from flow.runtime import files
 
 _SHOWN = 40  # characters of a damaged line in a message
 
@@ -20,25 +21,8 @@ class Line:
 
 
 def append(path: Path, row: dict) -> None:
-    """Append a row as one line, synced to disk.
-
-    Starts a new line where the last one has no newline. A write that fails, as on a full disk, is undone.
-
-    Raises: OSError.
-    """
-    data = json.dumps(row).encode() + b"\n"
-    with open(path, "a+b", buffering=0) as file:  # unbuffered: closing a buffer would retry what failed
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(size - 1)
-            data = data if file.read(1) == b"\n" else b"\n" + data
-        try:
-            while data:
-                data = data[file.write(data) :]
-            os.fsync(file.fileno())
-        except BaseException:
-            file.truncate(size)
-            raise
+    """Append a row as one line, synced to disk, whole or not at all. Raises OSError that names the file."""
+    files.append_line(path, json.dumps(row), sync=True)
 
 
 def read_lines(path: Path, check: Callable[[dict], str | None]) -> list[Line]:
