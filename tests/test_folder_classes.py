@@ -110,5 +110,5 @@ def test_a_corrupt_image_is_still_an_error_that_names_it(error, photos, tmp_path
 
 
 def test_flips_of_points_are_refused(error, tmp_path):
-    message = error("train", "-c", "configs/toy_checkerboard.yaml", "-e", tmp_path / "run", "data.horizontal_flip=true")
+    message = error("train", "-c", "configs/toy.yaml", "-e", tmp_path / "run", "data.horizontal_flip=true")
     assert message == "error: data.horizontal_flip=true: points have no mirror image; set it to false"

@@ -26,7 +26,7 @@ from scripts.dev import fault_injection
 
 PAIRS = int(os.environ.get("FLOW_LOCK_PAIRS", "20"))  # of simultaneous starts, of each command
 COMMANDS = (
-    "train", "train_vae", "sample", "evaluate", "make_pairs", "cache_latents", "tune_grid", "rectify", "export_images",
+    "train", "train_vae", "sample", "evaluate", "make_pairs", "cache_latents", "optimize_grid", "rectify", "export_images",
     "animate", "compare", "solver_study",
 )  # fmt: skip
 VAE = [
@@ -39,7 +39,7 @@ VAE = [
 def points(tmp_path_factory) -> Path:
     """The snapshot of an untrained flow of points."""
     path = tmp_path_factory.mktemp("points") / "points.safetensors"
-    cfg = schema.load("configs/toy_moons.yaml", ["model.args={width: 16}"])
+    cfg = schema.load("configs/toy.yaml", ["model.args={width: 16}"])
     net = models.build(cfg.model.name, (2,), cfg.model.args)
     torch.nn.init.normal_(next(net.parameters()), std=0.1)
     snapshot.save(path, net.state_dict(), cfg, (2,), 1, 1)
@@ -53,7 +53,7 @@ def command(request, tiny_run, points, tmp_path):
 
     def arguments(name: str, folder: Path, number: int = 0) -> list:
         weights = ["--weights", tiny_run]
-        if name == "tune_grid":
+        if name == "optimize_grid":
             weights = ["--weights", folder / "net.safetensors"]
             if not weights[1].exists():
                 folder.mkdir(exist_ok=True)
@@ -82,7 +82,7 @@ def command(request, tiny_run, points, tmp_path):
                 *weights, "--n_samples", 50, "--sampling_steps", 1, 2, "--feature_extractor", "digits", "--out", folder,
                 "--metrics", "fid", f"data.root={tmp_path}",
             ],
-            "tune_grid": lambda: [
+            "optimize_grid": lambda: [
                 *weights, "--methods", "euler", "--steps", 2, "--n_images", 4, "--reference_steps", 16, "--evaluations", 5,
             ],
             "rectify": lambda: ["-c", tmp_path / "rectify.yaml", f"folder={folder}", "--launcher", f"sh {tmp_path}/chain.sh"],
@@ -126,7 +126,7 @@ def test_a_run_that_began_while_this_command_started_is_not_mixed_with(main_of, 
         (run / "config.yaml").write_text("of the other")
         return start(*args)
 
-    monkeypatch.setattr(distributed, "start_training", slow_start)
+    monkeypatch.setattr(distributed, "build_training_accelerator", slow_start)
     assert f"-e {run}: exists already" in error("train", *TINY_TRAIN, "-e", run)
     assert names(run) == {"config.yaml"}
 
@@ -145,7 +145,7 @@ def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path):
 def test_a_killed_process_leaves_no_lock(tmp_path):
     """Though its child lives on, as the processes that read images do."""
     code = (
-        "import os, sys, time; from pathlib import Path; from flow.engine import lock\n"
+        "import os, sys, time; from pathlib import Path; from flow.runtime import lock\n"
         "with lock.folder(Path(sys.argv[1])):\n"
         "    os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
     )

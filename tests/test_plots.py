@@ -71,13 +71,13 @@ def test_odd_distances_are_drawn(figures, tmp_path, values):
 def test_different_losses_have_panels_of_their_own(figures, tmp_path, tiny_run, here):
     run = tmp_path / "vae"
     run.mkdir()
-    (run / "config.yaml").write_text("autoencoder: {distance: l2}\n")
+    (run / "config.yaml").write_text("autoencoder: {distance: mse}\n")
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n{"step": 2}\n{"step": 12345678, "loss": NaN}\n')
     out = here("plot_loss", "--runs", tiny_run, run, tiny_run, "--out", tmp_path / "loss.png")
     assert "1 of 3 rows have no loss" in out and "3 curve(s)" in out
     flow, vae = figures[0].axes
-    assert flow.get_ylabel() == "flow matching loss (l2 of the velocity)" and len(flow.lines) == 2
-    assert vae.get_ylabel() == "autoencoder loss (l2 + 1e-06 KL)" and len(vae.lines) == 1
+    assert flow.get_ylabel() == "flow matching loss (mse of the velocity)" and len(flow.lines) == 2
+    assert vae.get_ylabel() == "autoencoder loss (mse + 1e-06 KL)" and len(vae.lines) == 1
     for axes in (flow, vae):
         assert len(ticks(axes, "x")) >= 2 and ticks(axes, "y")
 

@@ -82,7 +82,7 @@ def test_stopped_by_sigterm_saves_and_says_how_to_go_on(tmp_path, monkeypatch, u
     step = checkpoint.parse_step(saved[0])
     assert 15 <= step < 4000
     assert "Traceback" not in err
-    (resume,) = re.findall(r"go on with: (.+)", out)
+    (resume,) = re.findall(r"resume with: (.+)", out)
     subprocess.run(f"{resume} train.steps={step + 3}", shell=True, cwd=REPOSITORY, check=True, capture_output=True)
     assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == step + 3
 
@@ -121,7 +121,8 @@ def test_a_closed_terminal_stops_a_run_unless_it_is_ignored(tmp_path, monkeypatc
         assert os.waitstatus_to_exitcode(status) == 0 and checkpoint.parse_step(newest(run)) == 60
     else:
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
-        assert f"stopped by SIGHUP; the newest checkpoint is {newest(run)}; go on with: python train.py -e {run}" in said
+        assert f"stopped by SIGHUP; the latest checkpoint is {newest(run)}; resume with: " in said
+        assert f"train.py -e {run} -r latest" in said
 
 
 def test_two_processes_resume_to_the_bit_and_equal_one_within_rounding(tmp_path, monkeypatch):
@@ -158,8 +159,8 @@ def test_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, uninterrup
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     result = succeed("train.py", "-e", run, "-r", "latest")
-    assert "step_00000040 is damaged and passed over: optimizer.bin has changed" in result.stdout
-    assert "going on from step 20" in result.stdout + result.stderr
+    assert "step_00000040 is damaged and skipped: optimizer.bin has changed" in result.stdout
+    assert "resuming from step 20" in result.stdout + result.stderr
     assert_same_state(run, uninterrupted)
 
 
@@ -169,7 +170,7 @@ def test_a_manifest_without_what_a_checkpoint_holds_is_passed_over(here, tmp_pat
     shutil.copytree(tiny_run, run)
     (run / "checkpoints" / "step_00000004" / "manifest.json").write_text(manifest)
     printed = here("train", "-e", run, "-r", "latest")
-    assert "step_00000004 is damaged and passed over: manifest.json" in printed and "going on from step 2" in printed
+    assert "step_00000004 is damaged and skipped: manifest.json" in printed and "resuming from step 2" in printed
     assert checkpoint.verify(newest(run)) is None
 
 
@@ -214,7 +215,7 @@ def test_run_folder_holds_what_the_design_promises(uninterrupted):
 def test_not_finite_loss_stops_with_the_step_and_the_newest_checkpoint(tmp_path):
     """A learning rate beyond reason: the run ends with one line, and no checkpoint holds broken weights."""
     line = fail("train.py", *FORTY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0")
-    assert "the loss of step " in line and "is not finite" in line and "there is no checkpoint yet" in line
+    assert "the loss or gradient of step " in line and "is not finite" in line and "there is no checkpoint yet" in line
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 

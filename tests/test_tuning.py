@@ -58,7 +58,7 @@ def test_commands(tmp_path, tiny_run, here, error):
     """tune_grid stores beside the snapshot, sample.py uses it and says so; other weights and half files are refused."""
     weights = tmp_path / "net.safetensors"
     weights.write_bytes(snapshot.find(tiny_run).read_bytes())
-    tune = ["tune_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3", "4"]
+    tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3", "4"]
     out = here(*tune, "--n_images", "4", "--reference_steps", "16", "--evaluations", "30")
     assert f"kept in {grid_store.file_of(weights)}" in out
     grid_store.store(weights, "heun", [0.0, 0.3, 1.0])
@@ -81,7 +81,7 @@ def test_one_bar_counts_all_evaluations(tmp_path, tiny_run, main_of, capsys):
     """From the first fine trajectory on, and it ends full although a descent may end early."""
     weights = tmp_path / "net.safetensors"
     weights.write_bytes(snapshot.find(tiny_run).read_bytes())
-    tune = ["tune_grid", "--weights", weights, "--methods", "euler", "heun", "--steps", "2", "3"]
+    tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "heun", "--steps", "2", "3"]
     main_of(*tune, "--n_images", "2", "--reference_steps", "16", "--evaluations", "9")()
     bars = re.findall(r"([^\r\n]+): +\d+%\|[^|]*\| (\d+)/(\d+)", capsys.readouterr().err)
     errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + 9

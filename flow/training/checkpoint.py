@@ -66,7 +66,7 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_m
                 p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written
             }
             (temporary / "manifest.json").write_text(json.dumps(entries, indent=1))
-            if path.exists():  # a damaged one that resuming has passed over
+            if path.exists():  # a damaged one that resuming has skipped
                 shutil.rmtree(path)
             files.atomic_rename_dir(temporary, path)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -125,7 +125,7 @@ def find_latest(accelerator: Accelerator, folder: Path) -> Path | None:
             if damage is None:
                 found[0] = path
                 break
-            accelerator.print(f"warning: checkpoint {path} is damaged and passed over: {damage}")
+            accelerator.print(f"warning: checkpoint {path} is damaged and skipped: {damage}")
     broadcast_object_list(found)
     if found[0] is None and list_checkpoints(folder):
         raise UserError(f"-r: all checkpoints in {folder} are damaged")

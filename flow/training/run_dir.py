@@ -63,7 +63,7 @@ def open_run(
     if not resume:
         cfg = schema.load(config, overrides, kind=kind)
         if run_dir.exists() and not files.is_empty_dir(run_dir):
-            raise UserError(f"-e {run_dir}: exists already; go on with it by -r latest, or name another folder with -e")
+            raise UserError(f"-e {run_dir}: exists already; resume with -r latest, or name another folder with -e")
         return run_dir, cfg
     if not stored_file.is_file():
         raise UserError(f"-r {resume}: there is no run in {run_dir}; start one without -r")

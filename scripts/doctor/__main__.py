@@ -21,12 +21,12 @@ from accelerate import Accelerator
 
 import datasets
 import models
-import train
 from configs import schema
 from configs.schema import Config, UserError
 from flow.runtime import cli, distributed
 from flow.runtime.errors import cli_main, error_context
 from flow.training import data_loader
+from flow.training.flow_task import validate_conditioning
 from flow.training.run_dir import open_run
 from scripts.doctor.machine import feature_weights, versions
 from scripts.doctor.trial import STEPS, Trial, try_training
@@ -166,7 +166,7 @@ def network(patient: Patient) -> Lines:
         patient.net = models.build(cfg.model.name, patient.data.image_shape, cfg.model.args)
     told = f", {patient.net.num_classes} classes" if patient.net.num_classes is not None else ""
     yield "pass", f"{cfg.model.name}, {parameters(patient.net)}{told}"
-    train.check_conditions(cfg, patient.data, patient.net)
+    validate_conditioning(cfg, patient.data, patient.net)
     if patient.data.labels is not None and not (patient.net.num_classes or patient.net.max_prompt_bytes):
         yield (
             "warn",
@@ -325,7 +325,7 @@ def features(patient: Patient) -> Lines:
 
 def packages(patient: Patient) -> Lines:
     """Installed versions against requirements.txt."""
-    yield versions(Path(__file__).parent.parent / "requirements.txt")
+    yield versions(Path(__file__).parents[2] / "requirements.txt")
 
 
 CHECKS = [packages, devices, folder, data, network, batch, learning_rate, ema, pauses, features, trial, memory, disk]
