@@ -63,8 +63,13 @@ def cli_main(main: Callable[[], None]) -> None:
         os._exit(1)  # leaving in order would wait for the lost process
     except KeyboardInterrupt:
         status = 130
-    if dist.is_available() and dist.is_initialized() and status == 0:
-        dist.destroy_process_group()
+    if dist.is_available() and dist.is_initialized():
+        if status == 0:
+            dist.destroy_process_group()
+        else:  # leaving in order sometimes aborts in the threads of gloo, and the launcher would report that signal
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
     sys.exit(status)
 
 
