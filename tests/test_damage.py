@@ -11,6 +11,7 @@ from conftest import TINY_TRAIN
 from safetensors.torch import load_file, save_file
 
 from configs.schema import UserError
+from flow.runtime import files
 from flow.runtime.errors import cli_main
 from flow.sampling import snapshot
 from flow.training import checkpoint
@@ -85,7 +86,7 @@ def test_a_snapshot_of_before_there_were_digests_loads(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl"])
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"{", b"[3]", b"\x00" * 100], ids=range(5))
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"{", b"[3]", b"3", b"\x00" * 100, b"[" * 100_000], ids=range(7))
 def test_damaged_files_of_a_run_are_named(main_of, capsys, tiny_run, tmp_path, name, content):
     """Or the run goes on, where nothing is lost by it."""
     run = tmp_path / "run"
@@ -99,6 +100,21 @@ def test_damaged_files_of_a_run_are_named(main_of, capsys, tiny_run, tmp_path, n
     else:
         assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == 5
         assert name == "metrics.jsonl" or (name, content) == ("environment.json", b"[3]")
+
+
+STATES = ["", "3", "[]", "{}", "[" * 100_000, '{"step": 4, "updates": null}', '{"step": 4, "updates": 4}']
+
+
+@pytest.mark.parametrize("text", STATES, ids=range(len(STATES)))
+def test_a_damaged_state_is_named_though_its_manifest_fits(error, tiny_run, tmp_path, text):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    path = run / "checkpoints" / "step_00000004"
+    (path / "state.json").write_text(text)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(text), "sha256": files.sha256(path / "state.json")}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert f"-r {path}: does not fit this configuration" in error("train", "-e", run, "-r", "latest", "train.steps=5")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3"])

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs import schema
+from configs.vae import VaeConfig
 from flow.losses import Batch
 from flow.losses.autoencoder import AutoencoderLoss, kl_divergence
 from flow.training.logging import read_metrics
@@ -34,7 +36,7 @@ def test_the_terms_of_the_loss():
     torch.testing.assert_close(kl_divergence(mean, std), expected)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(here, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one(here, error, tmp_path):
     """To the bit; and what it writes is an AutoencoderKL of the averaged weights."""
     printed = here("train_vae", *TINY, "-e", tmp_path / "whole")
     assert "PSNR" in printed and (tmp_path / "whole" / "samples" / "step_00000004.png").is_file()
@@ -49,6 +51,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(here, tmp_path):
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert rows[-1]["l1"] < rows[0]["l1"] and rows[-1]["kl"] > 0
     assert autoencoder.load(str(tmp_path / "whole" / "autoencoder")).latent_shape((1, 8, 8)) == (2, 4, 4)
+
+    stored = schema.parse((tmp_path / "cut" / "config.yaml").read_text(), kind=VaeConfig)
+    edited = schema.load(None, ["seed=7"], base=stored, kind=VaeConfig)
+    (tmp_path / "cut" / "config.yaml").write_text(schema.dump(edited))
+    line = error("train_vae", "-e", tmp_path / "cut", "-r", "latest", "train.steps=6")
+    assert f"seed=7: the checkpoint {tmp_path / 'cut' / 'checkpoints' / 'step_00000004'} was made with 0" in line
 
     tuned = ["-e", tmp_path / "tuned", f"train.init_from={tmp_path / 'whole' / 'autoencoder'}", "train.steps=1"]
     here("train_vae", *TINY, *tuned, "optimizer.lr=1e-12")

@@ -250,6 +250,14 @@ def test_full_disk_while_training_names_file_and_checkpoint(error, small_disk, t
     assert rows.endswith("\n") and [json.loads(row)["step"] for row in rows.splitlines()][:2] == [2, 4]  # no half of a row
 
 
+def test_full_disk_of_a_tracker_is_named(error, small_disk, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "tensorboard").symlink_to(small_disk(4))
+    line = error("train", "-e", run, "-r", "latest", "train.steps=60", "train.log_with=[tensorboard]")
+    assert f"{run / 'tensorboard'}" in line and "step_00000004" in line
+
+
 def test_full_disk_while_making_data_names_the_file(error, small_disk, tiny_run, vae_folder):
     pairs = ["--n_pairs", "1000", "--shard_pairs", "100", "--sampling_steps", "1"]
     out = small_disk(60) / "out"

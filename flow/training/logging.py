@@ -41,7 +41,10 @@ class Logger:
             # TensorBoard takes the name of its folder where others take the name of the project.
             tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
             accelerator.log_with = [tensorboard if str(t) == "tensorboard" else t for t in accelerator.log_with]
-            accelerator.init_trackers(PROJECT, config=flat, init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}})
+            with files.naming(folder / "tensorboard"):
+                accelerator.init_trackers(
+                    PROJECT, config=flat, init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}}
+                )
 
     def info(self, line: str) -> None:
         """A line on the terminal and in log.txt."""
@@ -53,7 +56,8 @@ class Logger:
         """A row of metrics.jsonl, and the same to the trackers."""
         if self.accelerator.is_main_process:
             jsonl.append(self.metrics_file, {"step": step, **metrics})
-        self.accelerator.log(metrics, step=step)
+        with files.naming(self.folder / "tensorboard"):
+            self.accelerator.log(metrics, step=step)
 
     def log_image(self, name: str, step: int, picture: Tensor) -> None:
         """A picture uint8 [C, H, W] to the trackers that show images; on the main process."""

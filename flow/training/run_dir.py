@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -45,9 +46,22 @@ def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, 
         if (run_dir, cfg) != open_run(args.config, args.exp_dir, args.resume, args.overrides, kind):
             raise UserError(f"{run_dir / 'config.yaml'}: another process has changed it; start this command again")
         try:
-            yield run_dir, cfg, accelerator
+            with _quiet_writer_threads():
+                yield run_dir, cfg, accelerator
         except OSError as error:
-            raise UserError(f"{error}; {checkpoint.newest_in_words(run_dir / 'checkpoints')}") from error
+            reason = f"{'' if error.filename else f'{run_dir}: '}{error}"
+            raise UserError(f"{reason}; {checkpoint.newest_in_words(run_dir / 'checkpoints')}") from error
+
+
+@contextmanager
+def _quiet_writer_threads() -> Iterator[None]:
+    """TensorBoard writes in a thread and raises its OSError again in the main one; the thread's traceback is left out."""
+    hook = threading.excepthook
+    threading.excepthook = lambda error: None if isinstance(error.exc_value, OSError) else hook(error)
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
 
 
 def open_run(
