@@ -72,11 +72,11 @@ class ModelConfig:
 @dataclass
 class FlowConfig:
     path: str = "linear"  # a key of flow.path.PATHS
-    prediction: str = "velocity"  # what the network says: velocity | data | noise
+    prediction: str = "velocity"  # the network's prediction: velocity | data | noise
     coupling: str = "independent"  # independent | ot | paired: each image with its noise (data.name=pairs)
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
-    time_sampler: str = "uniform"  # a key of flow.time_samplers.LAWS: density of t in training
-    time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the law
+    time_sampler: str = "uniform"  # a key of flow.time_samplers.TIME_SAMPLERS: distribution of t in training
+    time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the time sampler
     label_dropout: float = 0.1  # probability that a label or prompt becomes the null one, for guidance
 
 
@@ -115,8 +115,8 @@ class TrainConfig:
     log_every_steps: int = 50  # rows of metrics.jsonl, means over the steps between
     sample_every_steps: int = 5_000  # preview grids; 0: never
     checkpoint_every_steps: int = 5_000  # besides the one at the end
-    keep_checkpoints: int = 2  # newest ones kept; 0: all
-    keep_snapshots: int = 0  # newest ones kept; 0: all
+    keep_checkpoints: int = 2  # the last ones are retained; 0: all
+    keep_snapshots: int = 0  # the last ones are retained; 0: all
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers of accelerate; metrics.jsonl always
     timeout_minutes: float = 30.0  # a process that waits longer for the others stops
     nonfinite_grad: str = "raise"  # raise | skip: a loss or gradient that is not finite ends the run, or costs one step
@@ -125,7 +125,7 @@ class TrainConfig:
 @dataclass
 class PreviewConfig:
     n_samples: int = 64  # images of the preview grid
-    sampling_method: str = "heun"  # a key of flow.solvers.METHODS
+    sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS
     sampling_steps: int = 18  # steps of its solver
     guidance_scale: float = 1.0  # 1: off
     seed: int = 8888  # of its noise
@@ -212,12 +212,12 @@ def dump(config: Any) -> str:
 
 def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys: ['seed', 'data.name', ...]."""
-    found = []
+    keys = []
     for f in dataclasses.fields(config_class):
         kind: Any = f.type
         nested = dataclasses.is_dataclass(f.type)
-        found += all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
-    return found
+        keys += all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
+    return keys
 
 
 def get(config: Any, key: str) -> Any:
@@ -296,8 +296,8 @@ def check(config: Any, key: str, holds, rule: str) -> None:
 
 def _read_yaml(path: Path, kind: type) -> DictConfig:
     if not path.is_file():
-        found = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"-c {path}: there is no such file.{did_you_mean(str(path), found)}")
+        candidates = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"-c {path}: there is no such file.{did_you_mean(str(path), candidates)}")
     try:
         node = OmegaConf.load(path)
     except Exception as error:  # yaml.YAMLError, UnicodeDecodeError, OmegaConf's own

@@ -73,19 +73,19 @@ def latents(root: Path, path: str) -> Latents:
     """
     folder = resolve_path(root, path)
     manifest = read_manifest(folder, "latents", {"codec", "shards", "shard_images", "digest"})
-    found = []
+    shards = []
     for entry in manifest["shards"]:
-        again = "run cache_latents with the same arguments: it makes this shard again"
+        again = "run cache_latents with the same arguments: it regenerates this shard"
         try:
             tensors, header = read_shard(folder / entry["name"])
         except (SafetensorError, OSError) as error:
             raise ValueError(f"path={path}: {entry['name']} is missing or damaged ({error}); {again}") from None
         if header.get("digest") != entry["digest"] or len(tensors["mean"]) != entry["images"]:
             raise ValueError(f"path={path}: {entry['name']} is not the shard of this manifest; {again}")
-        found.append(tensors)
-    labels = torch.cat([shard["labels"] for shard in found]) if "labels" in found[0] else None
+        shards.append(tensors)
+    labels = torch.cat([shard["labels"] for shard in shards]) if "labels" in shards[0] else None
     names = tuple(manifest["class_names"])
-    return Latents(found, manifest["shard_images"], labels, names, manifest["codec"], manifest["digest"])
+    return Latents(shards, manifest["shard_images"], labels, names, manifest["codec"], manifest["digest"])
 
 
 def source(root: Path, path: str) -> dict[str, Any]:

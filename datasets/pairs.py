@@ -54,7 +54,7 @@ def pairs(root: Path, path: str) -> Pairs:
     for shard in shards_of(manifest):
         damage = verify_shard(folder, shard)
         if damage:
-            raise ValueError(f"path={path}: {damage}; run make_pairs with the same arguments: it makes this shard again")
+            raise ValueError(f"path={path}: {damage}; run make_pairs with the same arguments: it regenerates this shard")
         for name, tensor in read_shard(folder / shard.name)[0].items():
             parts[name].append(tensor)
     joined = {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}
@@ -80,13 +80,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def shards_of(manifest: dict[str, Any]) -> list[Shard]:
     """The shards that a folder with this manifest has to hold."""
-    found = []
+    shards_of_kinds = []
     for kind in ("generated", "inverted"):
         indices = range(manifest[kind])
         size = manifest["shard_pairs"]
         cuts = [indices[i : i + size] for i in range(0, len(indices), size)]
-        found += [Shard(f"{kind}_{i:05d}.safetensors", kind == "inverted", cut) for i, cut in enumerate(cuts)]
-    return found
+        shards_of_kinds += [Shard(f"{kind}_{i:05d}.safetensors", kind == "inverted", cut) for i, cut in enumerate(cuts)]
+    return shards_of_kinds
 
 
 def verify_shard(folder: Path, shard: Shard) -> str | None:

@@ -1,4 +1,4 @@
-"""Two-dimensional sets: points whose distribution can be looked at, with its exact density where that has a formula.
+"""2-D data sets: points whose distribution can be looked at, with its exact density where that has a formula.
 
 All lie in about [-2, 2] x [-2, 2]. Point k is a function of (seed, k): a set of any size begins with the same points.
 """
@@ -50,7 +50,7 @@ def toys(root: Path, name: str, n: int = 100_000, seed: int = 0, path: str | Non
     whose darkness is the density. Raises ValueError for an unknown name, n < 1 and a picture without a dark pixel.
     """
     if name not in TOYS:
-        raise ValueError(f"name={name}: is no two-dimensional set; choose one of {', '.join(TOYS)}")
+        raise ValueError(f"unknown 2-D data set {name!r}; choose from {', '.join(TOYS)}")
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n}: must be a whole number of at least 1")
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
@@ -148,8 +148,8 @@ def _normal(u: np.ndarray) -> np.ndarray:
 
 
 def _gaussian(u: np.ndarray, means: np.ndarray, weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    chosen = np.searchsorted(np.cumsum(weights)[:-1], u[:, 0], side="right")
-    return means[chosen] + scales[chosen] * _normal(u[:, 2:])
+    component = np.searchsorted(np.cumsum(weights)[:-1], u[:, 0], side="right")
+    return means[component] + scales[component] * _normal(u[:, 2:])
 
 
 def _log_mixture(means: np.ndarray, weights: np.ndarray, scales: np.ndarray) -> Callable[[Tensor], Tensor]:

@@ -27,7 +27,7 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
     Raises ValueError for an unknown name or argument (naming what exists) and for values that do not fit each other.
     """
     if name not in MODELS:
-        raise ValueError(f"{name!r} is not a network; choose one of {', '.join(MODELS)}")
+        raise ValueError(f"unknown network {name!r}; choose from {', '.join(MODELS)}")
     known = {key: p for key, p in inspect.signature(MODELS[name]).parameters.items() if key != "image_shape"}
     for key, value in args.items():
         if key not in known:

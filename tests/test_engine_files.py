@@ -181,7 +181,7 @@ def test_the_newest_whole_checkpoint_is_found(accelerator, tmp_path, capsys):
     os.truncate(paths[2] / "state.json", 1)
     assert checkpoint.find_latest(accelerator, tmp_path) == paths[1]
     warning = capsys.readouterr().out
-    assert "step_00000100 is damaged and passed over: state.json has 1 bytes" in warning
+    assert "step_00000100 is damaged and skipped: state.json has 1 bytes" in warning
     for path in paths[:2]:
         (path / "state.json").unlink()
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):

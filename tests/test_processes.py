@@ -66,7 +66,7 @@ def test_sigterm_to_the_launcher_saves_one_checkpoint_and_ends_soon(tmp_path, ca
     assert checkpoint.verify(saved) is None
     step = read_metrics(run / "metrics.jsonl")[-1]["step"]
     assert checkpoint.parse_step(saved) == step  # all processes agreed on it
-    assert f"stopped by SIGTERM; the newest checkpoint is {saved}; go on with:" in said
+    assert f"stopped by SIGTERM; the latest checkpoint is {saved}; go on with:" in said
     assert not list(run.rglob(".tmp-*"))
     (resume,) = set(re.findall(r"go on with: (.+)", said))
     environment = {**os.environ, "FLOW_NUM_THREADS": "1"}

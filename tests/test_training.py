@@ -121,7 +121,7 @@ def test_a_closed_terminal_stops_a_run_unless_it_is_ignored(tmp_path, monkeypatc
         assert os.waitstatus_to_exitcode(status) == 0 and checkpoint.parse_step(newest(run)) == 60
     else:
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
-        assert f"stopped by SIGHUP; the newest checkpoint is {newest(run)}; go on with: python train.py -e {run}" in said
+        assert f"stopped by SIGHUP; the latest checkpoint is {newest(run)}; go on with: python train.py -e {run}" in said
 
 
 def test_two_processes_resume_to_the_bit_and_equal_one_within_rounding(tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, uninterrup
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     result = succeed("train.py", "-e", run, "-r", "latest")
-    assert "step_00000040 is damaged and passed over: optimizer.bin has changed" in result.stdout
+    assert "step_00000040 is damaged and skipped: optimizer.bin has changed" in result.stdout
     assert "going on from step 20" in result.stdout + result.stderr
     assert_same_state(run, uninterrupted)
 
@@ -169,7 +169,7 @@ def test_a_manifest_without_what_a_checkpoint_holds_is_passed_over(here, tmp_pat
     shutil.copytree(tiny_run, run)
     (run / "checkpoints" / "step_00000004" / "manifest.json").write_text(manifest)
     printed = here("train", "-e", run, "-r", "latest")
-    assert "step_00000004 is damaged and passed over: manifest.json" in printed and "going on from step 2" in printed
+    assert "step_00000004 is damaged and skipped: manifest.json" in printed and "going on from step 2" in printed
     assert checkpoint.verify(newest(run)) is None
 
 

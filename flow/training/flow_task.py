@@ -64,7 +64,7 @@ class FlowTask:
             self.preview_settings = self._preview_settings()
             validate(self.preview_settings, self.net)
         self.loader = TrainingLoader.of(accelerator, config, self.data)
-        self.coupling = build_coupling(config, self.data, self.loader.micro)
+        self.coupling = build_coupling(config, self.data, self.loader.micro_batch_size)
 
     def load_init_weights(self) -> None:
         """Start from the weights of train.init_from, if any. Raises UserError where they do not fit."""
