@@ -8,9 +8,11 @@ accelerate imports these two names from whatever package is called `datasets`, a
 
 import inspect
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from datasets.digits import digits
 from datasets.images import Folder, Images, cifar10, fashion_mnist, folder, mnist
@@ -28,6 +30,35 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "toys": (2,),
 }  # fmt: skip
 _SOURCES = {"pairs": pairs_source, "latents": latents_source}
+
+
+class DataSet(Protocol):
+    """What training needs of a data set. Those of `access` "memory" and "files" also have item access, `data[k]`.
+
+    access: how samples are read. "memory": one tensor `images` [N, ...]. "files": one by one, `data[k]` -> (image, label), in
+    worker processes. "posterior": mean and std of `moments(indices, mirrored)`, of which a latent is drawn, scaled by
+    `normalised`; `has_flipped` says whether there are mirror images.
+    """
+
+    labels: Tensor | None  # int64 [N], on the CPU
+    class_names: tuple[str, ...]
+
+    @property
+    def access(self) -> str: ...
+
+    @property
+    def codec(self) -> dict[str, Any] | None:
+        """The autoencoder that decodes latents; None for pixels and points."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines for the log, such as files that were skipped."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of what a network sees of a sample: (C, H, W), or (2,) for points."""
+
+    def __len__(self) -> int: ...
 
 
 class Dataset: ...

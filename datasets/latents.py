@@ -8,7 +8,7 @@ variance 1 in each channel over the data set. The manifest says which autoencode
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,8 @@ from datasets.shards import read_manifest, read_shard, resolve_path
 class Latents:
     """All latents of a folder, read from the disk as they are used; each shard but the last holds `rows` images."""
 
+    access: ClassVar[str] = "posterior"
+    notes: ClassVar[tuple[str, ...]] = ()
     shards: list[dict[str, Tensor]]
     rows: int
     labels: Tensor | None  # int64 [N]

@@ -7,7 +7,7 @@ of inverted real images is (noise, float16).
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Shard:
 class Pairs:
     """All pairs in memory: first those that were generated, then those whose image is real."""
 
+    access: ClassVar[str] = "memory"
+    notes: ClassVar[tuple[str, ...]] = ()
     images: Tensor  # float16 [N, C, H, W], about [-1, 1]
     labels: Tensor | None  # int64 [N]
     class_names: tuple[str, ...]

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ SIDE = 4.0  # of the square
 class PointSet:
     """A set of points in memory."""
 
+    access: ClassVar[str] = "memory"
+    notes: ClassVar[tuple[str, ...]] = ()
     images: Tensor  # float32 [N, 2]; what an image is to other sets, a point is here
     log_density: Callable[[Tensor], Tensor] | None  # of points [N, 2], in nats, where it is known exactly
     labels: None = None

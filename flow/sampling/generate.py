@@ -16,8 +16,8 @@ from flow.model import FlowModel
 from flow.noise import gaussian_noise
 from flow.runtime import distributed
 from flow.sampling.conditions import labels_for
-from flow.sampling.images import to_uint8
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
+from flow.sampling.space import Space
 
 
 @dataclass
@@ -34,7 +34,7 @@ class SampleBatch:
     @property
     def images(self) -> Tensor:
         """uint8 [b, C, H, W], on the CPU, decoded where x are latents; points as they are, float32 [b, 2]."""
-        return to_uint8(self.decode(self.x)).cpu() if self.x.dim() == 4 else self.x.float().cpu()
+        return Space(tuple(self.x.shape[1:])).to_visible(self.decode(self.x))
 
 
 class NFECounter:

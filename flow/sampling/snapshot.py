@@ -28,6 +28,7 @@ from flow.model import FlowModel, Network
 from flow.runtime import files
 from flow.runtime.errors import error_context
 from flow.sampling import header
+from flow.sampling.space import Space
 
 CodecSpec = dict[str, Any]
 
@@ -48,7 +49,12 @@ class Snapshot:
     @property
     def decoded_shape(self) -> tuple[int, ...]:
         """Of the images that come out in the end; `image_shape` is that of what the network sees."""
-        return tuple(self.codec["image_shape"]) if self.codec else self.image_shape
+        return self.space.decoded_shape
+
+    @property
+    def space(self) -> Space:
+        """What the network sees: pixels, latents or points."""
+        return Space(self.image_shape, self.codec)
 
     def model(self, decode: bool = True) -> FlowModel:
         """The network with these weights, its path and prediction and, with `decode`, the decoder of latents.

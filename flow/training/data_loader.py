@@ -24,6 +24,7 @@ from flow.losses import Batch
 from flow.noise import gaussian_noise, generator
 from flow.runtime.shutdown import SIGNALS
 from flow.sampling.images import to_float
+from flow.sampling.space import Space
 
 
 class TrainingLoader:
@@ -53,12 +54,12 @@ class TrainingLoader:
         self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
         self.device, self.horizontal_flip, self.num_workers = device, horizontal_flip, num_workers
-        self.latent = hasattr(data, "moments")
-        if horizontal_flip and len(data.image_shape) != 3:
+        self.latent = data.access == "posterior"
+        if horizontal_flip and Space(data.image_shape, data.codec).is_points:
             raise UserError("data.horizontal_flip=true: points have no mirror image; set it to false")
         if self.latent and horizontal_flip and not data.has_flipped:
             raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
-        self.in_memory = hasattr(data, "images")
+        self.in_memory = data.access == "memory"
         if self.in_memory:
             images, fits = data.images, True
             if device.type == "cuda":
