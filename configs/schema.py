@@ -65,9 +65,7 @@ class ModelConfig:
 class FlowConfig:
     path: str = "linear"  # a key of flow.path.PATHS
     prediction: str = "velocity"  # the network's prediction: velocity | data | noise
-    coupling: str = limited(
-        "independent", choices=COUPLINGS
-    )  # independent | ot | paired: each image with its noise (data.name=pairs)
+    coupling: str = limited("independent", choices=COUPLINGS)  # independent | ot | paired (needs data.name=pairs)
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
     time_sampler: str = "uniform"  # a key of flow.time_samplers.TIME_SAMPLERS: distribution of t in training
     time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the time sampler
@@ -113,9 +111,7 @@ class TrainConfig:
     keep_snapshots: int = limited(0, min=0)  # the last ones are retained; 0: all
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers of accelerate; metrics.jsonl always
     timeout_minutes: float = 30.0  # a process that waits longer for the others stops
-    nonfinite_grad: str = limited(
-        "raise", choices=NONFINITE_GRAD
-    )  # raise | skip: a gradient that is not finite ends the run, or costs a step
+    nonfinite_grad: str = limited("raise", choices=NONFINITE_GRAD)  # raise | skip a step whose gradient is not finite
 
 
 @dataclass

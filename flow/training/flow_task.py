@@ -54,8 +54,8 @@ class FlowTask:
         torch.manual_seed(config.seed)  # of the initial weights
         with error_context("model"):
             self.net: Any = self.build_network()
+            self.model = snapshot.flow_model(self.net, config, self.data.codec)  # gives the network its defaults
         validate_conditioning(config, self.data, self.net)
-        self.model = snapshot.flow_model(self.net, config, self.data.codec)
         with error_context("flow.time_sampler"):
             time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
         with error_context("loss"):
