@@ -82,13 +82,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def shards_of(manifest: dict[str, Any]) -> list[Shard]:
     """The shards that a folder with this manifest has to hold."""
-    shards_of_kinds = []
+    result = []
     for kind in ("generated", "inverted"):
         indices = range(manifest[kind])
         size = manifest["shard_pairs"]
         cuts = [indices[i : i + size] for i in range(0, len(indices), size)]
-        shards_of_kinds += [Shard(f"{kind}_{i:05d}.safetensors", kind == "inverted", cut) for i, cut in enumerate(cuts)]
-    return shards_of_kinds
+        result += [Shard(f"{kind}_{i:05d}.safetensors", kind == "inverted", cut) for i, cut in enumerate(cuts)]
+    return result
 
 
 def verify_shard(folder: Path, shard: Shard) -> str | None:
