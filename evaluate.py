@@ -133,7 +133,7 @@ def score_weights(args, accelerator: Accelerator, locked: ExitStack) -> None:
             labels,
             prompts,
             args.time_grid,
-            grid_store.load(snap.path, method, steps) if args.time_grid == "tuned" else None,
+            grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None,
             cli.solver_options(args, method, args.methods),
         )
         for scale in args.guidance_scale

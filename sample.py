@@ -70,7 +70,7 @@ def main() -> None:
     [steps] = cli.num_steps(args, method)
     settings = SamplerSettings(
         method, steps, args.guidance_scale, args.seed, labels, prompts, args.time_grid,
-        grid_store.load(snap.path, method, steps) if args.time_grid == "tuned" else None,
+        grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None,
         cli.solver_options(args, method, [method]),
     )  # fmt: skip
     with error_context("sample"):

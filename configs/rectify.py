@@ -9,7 +9,7 @@ from configs.schema import check
 @dataclass
 class ReflowStageConfig:
     n_pairs: int = 20_000  # (noise, image) pairs
-    sampling_method: str = "heun"  # a key of flow.solvers.METHODS
+    sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS
     sampling_steps: int = 8  # steps of its solver
     guidance_scale: float = 1.0  # 1: off
     real_fraction: float = 0.0  # share of the pairs whose image is real

@@ -30,25 +30,17 @@ _ARGS_OF = {  # a name and its arguments; those of another name mean nothing to 
     "flow.time_sampler": "flow.time_sampler_args", "loss.name": "loss.args",
 }  # fmt: skip
 
-_AT_LEAST_ONE = (
-    "train.steps", "train.batch_size", "train.gradient_accumulation_steps", "train.log_every_steps",
-    "preview.n_samples", "preview.sampling_steps",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "seed", "data.num_workers", "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad_norm",
-    "ema.warmup_ratio", "train.sample_every_steps", "train.checkpoint_every_steps", "train.keep_checkpoints",
-    "train.keep_snapshots", "preview.seed", "preview.guidance_scale",
-)  # fmt: skip
-
-
 Kind = TypeVar("Kind")  # a configuration: a dataclass of keys and sections with validate()
-
-
 AUTO = "auto"  # of model.args.num_classes: as many as the data set has
 
 
 class UserError(ValueError):
     """A mistake of the user: the entry scripts print its one line and leave with exit code 2."""
+
+
+def limited(default: Any, **limits: Any) -> Any:
+    """A field with its limits as metadata: `min` (0 or 1), `above`, or `choices`; see `check_limits`."""
+    return field(default=default, metadata=limits)
 
 
 @dataclass
@@ -57,7 +49,7 @@ class DataConfig:
     root: str | None = None  # folder that holds the data sets; null: $FLOW_DATA, else ./data
     args: dict[str, Any] = field(default_factory=dict)  # arguments of the data set
     horizontal_flip: bool = False  # mirror each training image with probability 1/2
-    num_workers: int = 2  # processes that decode images, for sets that are read from disk
+    num_workers: int = limited(2, min=0)  # processes that decode images, for sets that are read from disk
     autoencoder: str | None = None  # of latents: folder or hub id, where it is not where it was when they were made
 
 
@@ -72,11 +64,11 @@ class ModelConfig:
 @dataclass
 class FlowConfig:
     path: str = "linear"  # a key of flow.path.PATHS
-    prediction: str = "velocity"  # what the network says: velocity | data | noise
-    coupling: str = "independent"  # independent | ot | paired: each image with its noise (data.name=pairs)
+    prediction: str = "velocity"  # the network's prediction: velocity | data | noise
+    coupling: str = limited("independent", choices=COUPLINGS)  # independent | ot | paired (needs data.name=pairs)
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
-    time_sampler: str = "uniform"  # a key of flow.time_samplers.LAWS: density of t in training
-    time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the law
+    time_sampler: str = "uniform"  # a key of flow.time_samplers.TIME_SAMPLERS: distribution of t in training
+    time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the time sampler
     label_dropout: float = 0.1  # probability that a label or prompt becomes the null one, for guidance
 
 
@@ -88,52 +80,52 @@ class LossConfig:
 
 @dataclass
 class OptimizerConfig:  # AdamW; weight_decay=0 is Adam
-    lr: float = 2e-4  # peak learning rate
+    lr: float = limited(2e-4, above=0)  # peak learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
-    eps: float = 1e-8  # of AdamW
-    weight_decay: float = 0.0  # of AdamW
-    warmup_steps: int = 0  # linear from 0
-    schedule: str = "constant"  # constant | linear | cosine, down to 0 at train.steps
-    clip_grad_norm: float = 1.0  # 0: off
+    eps: float = limited(1e-8, above=0)  # of AdamW
+    weight_decay: float = limited(0.0, min=0)  # of AdamW
+    warmup_steps: int = limited(0, min=0)  # linear from 0
+    schedule: str = limited("constant", choices=SCHEDULES)  # constant | linear | cosine, down to 0 at train.steps
+    clip_grad_norm: float = limited(1.0, min=0)  # 0: off
 
 
 @dataclass
 class EmaConfig:
     half_life_images: Any = 500_000  # images after which a weight counts half; one number or a list of several
-    warmup_ratio: float = 0.05  # half-life is at most this share of the images seen so far; 0: no warm-up
+    warmup_ratio: float = limited(0.05, min=0)  # half-life is at most this share of the images seen so far; 0: no warm-up
 
 
 @dataclass
 class TrainConfig:
-    steps: int = 100_000  # optimizer steps
-    batch_size: int = 128  # images per optimizer step, over all processes and micro-batches
-    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
-    mixed_precision: str = "no"  # no | fp16 | bf16
+    steps: int = limited(100_000, min=1)  # optimizer steps
+    batch_size: int = limited(128, min=1)  # images per optimizer step, over all processes and micro-batches
+    gradient_accumulation_steps: int = limited(1, min=1)  # micro-batches per optimizer step
+    mixed_precision: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16
     compile: bool = False  # torch.compile the network
-    ddp_comm_hook: str = "no"  # no | fp16 | bf16: what processes send each other
+    ddp_comm_hook: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16: what processes send each other
     init_from: str | None = None  # snapshot whose weights a new run starts from
-    log_every_steps: int = 50  # rows of metrics.jsonl, means over the steps between
-    sample_every_steps: int = 5_000  # preview grids; 0: never
-    checkpoint_every_steps: int = 5_000  # besides the one at the end
-    keep_checkpoints: int = 2  # newest ones kept; 0: all
-    keep_snapshots: int = 0  # newest ones kept; 0: all
+    log_every_steps: int = limited(50, min=1)  # rows of metrics.jsonl, means over the steps between
+    sample_every_steps: int = limited(5_000, min=0)  # preview grids; 0: never
+    checkpoint_every_steps: int = limited(5_000, min=0)  # besides the one at the end
+    keep_checkpoints: int = limited(2, min=0)  # the last ones are retained; 0: all
+    keep_snapshots: int = limited(0, min=0)  # the last ones are retained; 0: all
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers of accelerate; metrics.jsonl always
     timeout_minutes: float = 30.0  # a process that waits longer for the others stops
-    nonfinite_grad: str = "raise"  # raise | skip: a loss or gradient that is not finite ends the run, or costs one step
+    nonfinite_grad: str = limited("raise", choices=NONFINITE_GRAD)  # raise | skip a step whose gradient is not finite
 
 
 @dataclass
 class PreviewConfig:
-    n_samples: int = 64  # images of the preview grid
-    sampling_method: str = "heun"  # a key of flow.solvers.METHODS
-    sampling_steps: int = 18  # steps of its solver
-    guidance_scale: float = 1.0  # 1: off
-    seed: int = 8888  # of its noise
+    n_samples: int = limited(64, min=1)  # images of the preview grid
+    sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS
+    sampling_steps: int = limited(18, min=1)  # steps of its solver
+    guidance_scale: float = limited(1.0, min=0)  # 1: off
+    seed: int = limited(8888, min=0)  # of its noise
 
 
 @dataclass
 class Config:
-    seed: int = 0  # of everything random in training
+    seed: int = limited(0, min=0)  # of everything random in training
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -147,7 +139,6 @@ class Config:
         """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
         check_common(self)
         check(self, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
-        check(self, "flow.coupling", lambda v: v in COUPLINGS, f"one of {', '.join(COUPLINGS)}")
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: Any = Config) -> Any:
@@ -212,12 +203,12 @@ def dump(config: Any) -> str:
 
 def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys: ['seed', 'data.name', ...]."""
-    found = []
+    keys = []
     for f in dataclasses.fields(config_class):
         kind: Any = f.type
         nested = dataclasses.is_dataclass(f.type)
-        found += all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
-    return found
+        keys += all_keys(kind, f"{prefix}{f.name}.") if nested else [prefix + f.name]
+    return keys
 
 
 def get(config: Any, key: str) -> Any:
@@ -256,22 +247,34 @@ def did_you_mean(word: str, choices: Sequence[str]) -> str:
 
 def check_common(config: Any) -> None:
     """What the types cannot say of the sections that the trainers share."""
-    known = all_keys(type(config))
-    for key in known:
+    for key in all_keys(type(config)):
         check(config, key, lambda v: not isinstance(v, int) or v < INT64_LIMIT, "less than 2^63")
-    for key in filter(known.__contains__, _AT_LEAST_ONE):
-        check(config, key, lambda v: v >= 1, "at least 1")
-    for key in filter(known.__contains__, _NOT_NEGATIVE):
-        check(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
-    for key in ("optimizer.lr", "optimizer.eps"):
-        check(config, key, lambda v: v > 0 and math.isfinite(v), "greater than 0, and finite")
+    check_limits(config)
     check(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
-    for key in ("train.mixed_precision", "train.ddp_comm_hook"):
-        check(config, key, lambda v: v in MIXED_PRECISIONS, f"one of {', '.join(MIXED_PRECISIONS)}")
-    check(config, "optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-    check(config, "train.nonfinite_grad", lambda v: v in NONFINITE_GRAD, f"one of {', '.join(NONFINITE_GRAD)}")
     check(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
     check(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
+
+
+def check_limits(config: Any, prefix: str = "", section: Any = None) -> None:
+    """Check every field against its metadata: min, above, choices. Raises UserError."""
+    section = config if section is None else section
+    for f in dataclasses.fields(section):
+        key, value, limits = f"{prefix}{f.name}", getattr(section, f.name), f.metadata
+        if dataclasses.is_dataclass(value):
+            check_limits(config, f"{key}.", value)
+        if limits.get("min") == 0:
+            check(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
+        elif "min" in limits:
+            check(config, key, lambda v, low=limits["min"]: v >= low, f"at least {limits['min']}")
+        if "above" in limits:
+            check(
+                config,
+                key,
+                lambda v, low=limits["above"]: v > low and math.isfinite(v),
+                f"greater than {limits['above']}, and finite",
+            )
+        if "choices" in limits:
+            check(config, key, lambda v, of=limits["choices"]: v in of, f"one of {', '.join(limits['choices'])}")
 
 
 def half_lives(config: Any) -> list[int]:
@@ -296,8 +299,8 @@ def check(config: Any, key: str, holds, rule: str) -> None:
 
 def _read_yaml(path: Path, kind: type) -> DictConfig:
     if not path.is_file():
-        found = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise UserError(f"-c {path}: there is no such file.{did_you_mean(str(path), found)}")
+        candidates = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise UserError(f"-c {path}: there is no such file.{did_you_mean(str(path), candidates)}")
     try:
         node = OmegaConf.load(path)
     except Exception as error:  # yaml.YAMLError, UnicodeDecodeError, OmegaConf's own

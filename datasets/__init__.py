@@ -8,16 +8,18 @@ accelerate imports these two names from whatever package is called `datasets`, a
 
 import inspect
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from datasets.digits import digits
 from datasets.images import Folder, Images, cifar10, fashion_mnist, folder, mnist
 from datasets.latents import Latents, latents
-from datasets.latents import source as latents_origin
+from datasets.latents import source as latents_source
 from datasets.pairs import Pairs, pairs
-from datasets.pairs import source as pairs_origin
+from datasets.pairs import source as pairs_source
 from datasets.toys import PointSet, toys
 
 DATASETS = {
@@ -27,7 +29,36 @@ DATASETS = {
 SHAPES: dict[str, tuple[int, ...]] = {
     "digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "toys": (2,),
 }  # fmt: skip
-_ORIGINS = {"pairs": pairs_origin, "latents": latents_origin}
+_SOURCES = {"pairs": pairs_source, "latents": latents_source}
+
+
+class DataSet(Protocol):
+    """What training needs of a data set. Those of `access` "memory" and "files" also have item access, `data[k]`.
+
+    access: how samples are read. "memory": one tensor `images` [N, ...]. "files": one by one, `data[k]` -> (image, label), in
+    worker processes. "posterior": mean and std of `moments(indices, mirrored)`, of which a latent is drawn, scaled by
+    `normalised`; `has_flipped` says whether there are mirror images.
+    """
+
+    labels: Tensor | None  # int64 [N], on the CPU
+    class_names: tuple[str, ...]
+
+    @property
+    def access(self) -> str: ...
+
+    @property
+    def codec(self) -> dict[str, Any] | None:
+        """The autoencoder that decodes latents; None for pixels and points."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines for the log, such as files that were skipped."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of what a network sees of a sample: (C, H, W), or (2,) for points."""
+
+    def __len__(self) -> int: ...
 
 
 class Dataset: ...
@@ -42,16 +73,16 @@ def default_root() -> Path:
 
 
 def source_dataset(
-    name: str, root: str | Path | None, args: dict[str, Any], made: Collection[str] = ("pairs", "latents")
+    name: str, root: str | Path | None, args: dict[str, Any], derived: Collection[str] = ("pairs", "latents")
 ) -> dict[str, Any]:
-    """{"name": ..., "root": ..., "args": ...}: the real data behind a set of a kind that was `made`: behind pairs what their
+    """{"name": ..., "root": ..., "args": ...}: the real data behind a set of a kind that is `derived`: behind pairs what their
     flow was trained on, behind latents the images; others are that themselves. Raises as `build` does for a set that is not
     there.
     """
-    if name not in made:
+    if name not in derived:
         return {"name": name, "root": root, "args": dict(args)}
-    behind = _ORIGINS[name](Path(root) if root else default_root(), **args)
-    return source_dataset(behind["name"], behind["root"] or root, behind["args"], made)
+    source = _SOURCES[name](Path(root) if root else default_root(), **args)
+    return source_dataset(source["name"], source["root"] or root, source["args"], derived)
 
 
 def has_test_split(name: str) -> bool:
@@ -101,7 +132,7 @@ def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | 
     and cannot be downloaded.
     """
     if name not in DATASETS:
-        raise ValueError(f"{name!r} is not a data set; choose one of {', '.join(DATASETS)}")
+        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
     parameters = dict(list(inspect.signature(DATASETS[name]).parameters.items())[1:])
     for key, value in args.items():
         if key not in parameters:

@@ -19,7 +19,7 @@ _DIGITS = {
     "0": ("zero", "零"), "1": ("one", "一"), "2": ("two", "二"), "3": ("three", "三"), "4": ("four", "四"),
     "5": ("five", "五"), "6": ("six", "六"), "7": ("seven", "七"), "8": ("eight", "八"), "9": ("nine", "九"),
 }  # fmt: skip
-_FILLED = 0.5  # share of captions whose word stands among random ones: it has to be found, not its place
+_FILLED = 0.5  # share of captions whose word stands among random ones: the network must read the word, not its position
 _FILLED_BYTES = 44  # of such a caption at most
 _LETTERS = np.array([*"abcdefghijklmnopqrstuvwxyz", *5 * " "])  # words of six letters or so
 _HAN = range(0x4E00, 0x9FA6)  # CJK unified ideographs
@@ -76,13 +76,13 @@ def _words(class_name: str, generator: np.random.Generator) -> tuple[str, str | 
 
 def _with_distractors(word: str, in_chinese: bool, generator: np.random.Generator) -> str:
     """The word at a random place of a sentence of random characters, of at most _FILLED_BYTES bytes."""
-    room = max(0, _FILLED_BYTES - len(word.encode()) - 2)
-    count = generator.integers(room // (3 if in_chinese else 1) + 1)
+    remaining = max(0, _FILLED_BYTES - len(word.encode()) - 2)
+    count = generator.integers(remaining // (3 if in_chinese else 1) + 1)
     before = generator.integers(count + 1)
     if in_chinese:
         digits = {chinese for _, chinese in _DIGITS.values()}
-        drawn = (chr(code) for code in generator.integers(_HAN.start, _HAN.stop, size=count))
-        filler = "".join(character for character in drawn if character not in digits)
+        characters = (chr(code) for code in generator.integers(_HAN.start, _HAN.stop, size=count))
+        filler = "".join(character for character in characters if character not in digits)
         return filler[:before] + word + filler[before:]
     filler = "".join(_LETTERS[generator.integers(len(_LETTERS), size=count)])
     return " ".join(" ".join((filler[:before], word, filler[before:])).split())

@@ -25,6 +25,8 @@ class Images:
     """A data set in memory."""
 
     codec: ClassVar[None] = None  # pixels
+    access: ClassVar[str] = "memory"
+    notes: ClassVar[tuple[str, ...]] = ()
     images: Tensor  # uint8 [N, C, H, W]
     labels: Tensor | None  # int64 [N]
     class_names: tuple[str, ...]
@@ -53,6 +55,7 @@ class Folder:
     """
 
     codec = None  # pixels
+    access = "files"
 
     def __init__(self, path: Path, size: int | None, channels: int):
         """size: side in pixels, or None to take images as they are, which then must all have one size."""

@@ -8,7 +8,7 @@ variance 1 in each channel over the data set. The manifest says which autoencode
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +21,8 @@ from datasets.shards import read_manifest, read_shard, resolve_path
 class Latents:
     """All latents of a folder, read from the disk as they are used; each shard but the last holds `rows` images."""
 
+    access: ClassVar[str] = "posterior"
+    notes: ClassVar[tuple[str, ...]] = ()
     shards: list[dict[str, Tensor]]
     rows: int
     labels: Tensor | None  # int64 [N]
@@ -73,19 +75,19 @@ def latents(root: Path, path: str) -> Latents:
     """
     folder = resolve_path(root, path)
     manifest = read_manifest(folder, "latents", {"codec", "shards", "shard_images", "digest"})
-    found = []
+    shards = []
     for entry in manifest["shards"]:
-        again = "run cache_latents with the same arguments: it makes this shard again"
+        again = "run cache_latents with the same arguments: it regenerates this shard"
         try:
             tensors, header = read_shard(folder / entry["name"])
         except (SafetensorError, OSError) as error:
             raise ValueError(f"path={path}: {entry['name']} is missing or damaged ({error}); {again}") from None
         if header.get("digest") != entry["digest"] or len(tensors["mean"]) != entry["images"]:
             raise ValueError(f"path={path}: {entry['name']} is not the shard of this manifest; {again}")
-        found.append(tensors)
-    labels = torch.cat([shard["labels"] for shard in found]) if "labels" in found[0] else None
+        shards.append(tensors)
+    labels = torch.cat([shard["labels"] for shard in shards]) if "labels" in shards[0] else None
     names = tuple(manifest["class_names"])
-    return Latents(found, manifest["shard_images"], labels, names, manifest["codec"], manifest["digest"])
+    return Latents(shards, manifest["shard_images"], labels, names, manifest["codec"], manifest["digest"])
 
 
 def source(root: Path, path: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ of inverted real images is (noise, float16).
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Shard:
 class Pairs:
     """All pairs in memory: first those that were generated, then those whose image is real."""
 
+    access: ClassVar[str] = "memory"
+    notes: ClassVar[tuple[str, ...]] = ()
     images: Tensor  # float16 [N, C, H, W], about [-1, 1]
     labels: Tensor | None  # int64 [N]
     class_names: tuple[str, ...]
@@ -54,7 +56,7 @@ def pairs(root: Path, path: str) -> Pairs:
     for shard in shards_of(manifest):
         damage = verify_shard(folder, shard)
         if damage:
-            raise ValueError(f"path={path}: {damage}; run make_pairs with the same arguments: it makes this shard again")
+            raise ValueError(f"path={path}: {damage}; run make_pairs with the same arguments: it regenerates this shard")
         for name, tensor in read_shard(folder / shard.name)[0].items():
             parts[name].append(tensor)
     joined = {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}
@@ -80,13 +82,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def shards_of(manifest: dict[str, Any]) -> list[Shard]:
     """The shards that a folder with this manifest has to hold."""
-    found = []
+    result = []
     for kind in ("generated", "inverted"):
         indices = range(manifest[kind])
         size = manifest["shard_pairs"]
         cuts = [indices[i : i + size] for i in range(0, len(indices), size)]
-        found += [Shard(f"{kind}_{i:05d}.safetensors", kind == "inverted", cut) for i, cut in enumerate(cuts)]
-    return found
+        result += [Shard(f"{kind}_{i:05d}.safetensors", kind == "inverted", cut) for i, cut in enumerate(cuts)]
+    return result
 
 
 def verify_shard(folder: Path, shard: Shard) -> str | None:

@@ -1,6 +1,6 @@
 """Folders of shards: safetensors files with a digest of their content, and manifest.json, which says what they hold.
 
-What made data sets (`pairs`, `latents`) lie in: a writer that was killed goes on with the shards that are not whole.
+What generated data sets (`pairs`, `latents`) lie in: a writer that was killed resumes with the shards that are not whole.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ MANIFEST = "manifest.json"
 
 def resolve_path(root: Path, path: str) -> Path:
     """The folder `path` as it is, or below `root`."""
-    given = Path(path)
-    return given if given.is_dir() or given.is_absolute() else root / given
+    folder = Path(path)
+    return folder if folder.is_dir() or folder.is_absolute() else root / folder
 
 
-def read_manifest(folder: Path, what: str, keys: set[str]) -> dict[str, Any]:
-    """The manifest of a folder of `what` ("pairs", "latents"), whose script is scripts.make_pairs or scripts.cache_latents.
+def read_manifest(folder: Path, kind: str, keys: set[str]) -> dict[str, Any]:
+    """The manifest of a folder of `kind` ("pairs", "latents"), whose script is scripts.make_pairs or scripts.cache_latents.
 
     Raises FileNotFoundError where there is none, ValueError where it lacks one of the `keys` or does not say which data
     set is behind it: {"name", "root", "args"} under "data".
     """
     file = folder / MANIFEST
     if not file.is_file():
-        script = {"pairs": "make_pairs", "latents": "cache_latents"}[what]
-        raise FileNotFoundError(f"path={folder}: holds no {what} ({MANIFEST} is not there); make some with scripts.{script}")
+        script = {"pairs": "make_pairs", "latents": "cache_latents"}[kind]
+        raise FileNotFoundError(f"path={folder}: holds no {kind} ({MANIFEST} is not there); make some with scripts.{script}")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         missing = (keys | {"data", "class_names"}) - manifest.keys()
@@ -38,7 +38,7 @@ def read_manifest(folder: Path, what: str, keys: set[str]) -> dict[str, Any]:
             raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'name, root and args of data'}")
         return manifest
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"path={file}: not a manifest of {what} ({error})") from None
+        raise ValueError(f"path={file}: not a manifest of {kind} ({error})") from None
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], header: dict[str, Any] | None = None) -> None:
@@ -53,8 +53,8 @@ def save_shard(path: Path, tensors: dict[str, Tensor], header: dict[str, Any] | 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, mapped from the file and read as they are used, and the header. Raises SafetensorError or OSError."""
     with safe_open(path, framework="pt") as file:
-        found = file.metadata() or {}
-        header = json.loads(found["header"]) if "header" in found else found  # earlier shards have a digest alone
+        metadata = file.metadata() or {}
+        header = json.loads(metadata["header"]) if "header" in metadata else metadata  # earlier shards have a digest alone
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 

@@ -1,4 +1,4 @@
-"""Two-dimensional sets: points whose distribution can be looked at, with its exact density where that has a formula.
+"""2-D data sets: points whose distribution can be looked at, with its exact density where that has a formula.
 
 All lie in about [-2, 2] x [-2, 2]. Point k is a function of (seed, k): a set of any size begins with the same points.
 """
@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ SIDE = 4.0  # of the square
 class PointSet:
     """A set of points in memory."""
 
+    access: ClassVar[str] = "memory"
+    notes: ClassVar[tuple[str, ...]] = ()
     images: Tensor  # float32 [N, 2]; what an image is to other sets, a point is here
     log_density: Callable[[Tensor], Tensor] | None  # of points [N, 2], in nats, where it is known exactly
     labels: None = None
@@ -50,7 +53,7 @@ def toys(root: Path, name: str, n: int = 100_000, seed: int = 0, path: str | Non
     whose darkness is the density. Raises ValueError for an unknown name, n < 1 and a picture without a dark pixel.
     """
     if name not in TOYS:
-        raise ValueError(f"name={name}: is no two-dimensional set; choose one of {', '.join(TOYS)}")
+        raise ValueError(f"unknown 2-D data set {name!r}; choose from {', '.join(TOYS)}")
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n}: must be a whole number of at least 1")
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
@@ -148,8 +151,8 @@ def _normal(u: np.ndarray) -> np.ndarray:
 
 
 def _gaussian(u: np.ndarray, means: np.ndarray, weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    chosen = np.searchsorted(np.cumsum(weights)[:-1], u[:, 0], side="right")
-    return means[chosen] + scales[chosen] * _normal(u[:, 2:])
+    component = np.searchsorted(np.cumsum(weights)[:-1], u[:, 0], side="right")
+    return means[component] + scales[component] * _normal(u[:, 2:])
 
 
 def _log_mixture(means: np.ndarray, weights: np.ndarray, scales: np.ndarray) -> Callable[[Tensor], Tensor]:

@@ -59,13 +59,13 @@ class GuidedVelocity:
         if isinstance(self.path, LinearPath) and self.prediction == "velocity":
             return self._cfg(x.to(self.dtype), t, t_next).to(x.dtype)
         # where alpha is 0 the noise says nothing about the data: a network that predicts noise is evaluated a little later
-        t_net = max(self.path.time_of(t), MIN_NOISE_PREDICTION_TIME if self.prediction == "noise" else 0.0)
+        t_net = max(self.path.t_from_linear(t), MIN_NOISE_PREDICTION_TIME if self.prediction == "noise" else 0.0)
         t_net = min(t_net, self.path.t_max)  # the last time of its training
         times = torch.full((len(x),), t_net, device=x.device, dtype=x.dtype)
         alpha, sigma, *_ = self.path.coefficients(times[:1])
         x_net = x * (alpha + sigma).view(-1, *[1] * (x.dim() - 1))
         prediction = self._cfg(x_net.to(self.dtype), t_net, t_net).to(x.dtype)
-        x0, x1 = self.path.endpoints(x_net, times, prediction, self.prediction)
+        x0, x1 = self.path.predict_x0_x1(x_net, times, prediction, self.prediction)
         return x1 - x0
 
     def _cfg(self, x: Tensor, t: float, t_next: float) -> Tensor:

@@ -16,13 +16,13 @@ def log_likelihood(
     x1: Tensor,
     method: str = "dopri5",
     times: list[float] | None = None,
-    probes: Tensor | None = None,
+    eps: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, int]:
     """(log p(x1) in nats [B], x0 [B, ...], NFE) of the data x1 [B, ...], float64.
 
     log p(x1) = log N(x0; 0, I) - integral of div v(x_t, t) dt over [0, 1] (Chen et al. 2018, arXiv:1806.07366, eq. 2). The
-    divergence is exact without `probes`, at the price of a backward pass for each element of x; with probes [P, B, ...] of
+    divergence is exact without `eps`, at the price of a backward pass for each element of x; with eps [P, B, ...] of
     +1 and -1 it is the mean of e . (dv/dx) e over them (Hutchinson's estimator, as in FFJORD, arXiv:1810.01367, eq. 8),
     unbiased for log p. `times` rise from 0 to 1 and are used backwards by methods that are not adaptive. The first step, from
     t = 1 to 1 - END_EPS, is a midpoint rule whose midpoint comes from the velocity at its end.
@@ -32,21 +32,21 @@ def log_likelihood(
     if x1.requires_grad and torch.is_grad_enabled():
         raise ValueError("x1 requires a gradient, and log_likelihood gives none: pass x1.detach()")
     shape, n = x1.shape, len(x1)
-    directions = torch.eye(x1[0].numel(), dtype=x1.dtype, device=x1.device) if probes is None else probes.flatten(2)
+    basis = torch.eye(x1[0].numel(), dtype=x1.dtype, device=x1.device) if eps is None else eps.flatten(2)
 
-    def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    def velocity_and_divergence(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         """Velocity [B, D] and divergence [B]."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             v = velocity(x.view(shape), t, t).reshape(n, -1)
             total = torch.zeros(n, dtype=x.dtype, device=x.device)
-            for e in directions:
+            for e in basis:
                 (product,) = torch.autograd.grad((v * e).sum(), x, retain_graph=True)
                 total = total + (product * e).sum(1)
-        return v.detach(), total if probes is None else total / len(directions)
+        return v.detach(), total if eps is None else total / len(basis)
 
     def augmented(state: Tensor, t: float, t_next: float) -> Tensor:
-        v, divergence = both(state[:, :-1], t)
+        v, divergence = velocity_and_divergence(state[:, :-1], t)
         return torch.cat([v, divergence[:, None]], dim=1)
 
     state = torch.cat([x1.reshape(n, -1), x1.new_zeros(n, 1)], dim=1)

@@ -23,14 +23,14 @@ def generators(*key: str | int, positions: Iterable[int]) -> Iterator[np.random.
     """`generator(*key, p)` for each of the positions, ten times as fast: it is one object, which each turn sets anew, and
     what the keys have in common is hashed once."""
     bits = np.random.Philox(key=0)
-    found, state = np.random.Generator(bits), bits.state
+    result, state = np.random.Generator(bits), bits.state
     common = _hash("(" + "".join(f"{part!r}, " for part in _plain(key)))
     for p in positions:
         hashed = common.copy()
         hashed.update(b"%d)" % p)
         state["state"]["key"] = np.frombuffer(hashed.digest(), dtype="<u8")
         bits.state = state
-        yield found
+        yield result
 
 
 def _digest(key: tuple[str | int, ...]) -> bytes:

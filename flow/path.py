@@ -17,7 +17,7 @@ PREDICTIONS = ("velocity", "data", "noise")  # what networks learn; `convert` al
 class Path(ABC):
     """x_t = alpha(t) x1 + sigma(t) x0 with alpha rising to 1 and sigma falling to 0 at t = 1. Times [B] in [0, 1]."""
 
-    t_max = 1.0  # networks are trained, and asked, at times up to this one
+    t_max = 1.0  # networks are trained and evaluated at times up to this one
 
     def clip(self, t: Tensor) -> Tensor:
         """The times [B] at which a network is trained for t [B] in [0, 1]: later ones become t_max."""
@@ -28,57 +28,57 @@ class Path(ABC):
         """alpha, sigma and their derivatives at the times t, each of its shape."""
 
     @abstractmethod
-    def time_of(self, r: float) -> float:
+    def t_from_linear(self, r: float) -> float:
         """The time at which alpha / (alpha + sigma) is r in [0, 1]; 0 where the path begins above r."""
 
-    def linear_time(self, t: float) -> float:
+    def t_to_linear(self, t: float) -> float:
         """r = alpha / (alpha + sigma) at t: the time of the same mixture on the linear path."""
         alpha, sigma, *_ = self.coefficients(torch.tensor(t, dtype=torch.float64))
         return (alpha / (alpha + sigma)).item()
 
     def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         """x_t [B, ...] for x0, x1 [B, ...] and t [B]."""
-        alpha, sigma, *_ = self._like(x1, t)
+        alpha, sigma, *_ = self._broadcast_coefficients(x1, t)
         return alpha * x1 + sigma * x0
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
         """dx_t/dt [B, ...] of the pair."""
-        *_, alpha_dot, sigma_dot = self._like(x1, t)
+        *_, alpha_dot, sigma_dot = self._broadcast_coefficients(x1, t)
         return alpha_dot * x1 + sigma_dot * x0
 
     def target(self, x0: Tensor, x1: Tensor, t: Tensor, prediction: str) -> Tensor:
-        """What a network with this prediction learns to say about the pair: x0, x1 or the velocity, [B, ...]."""
+        """What a network with this prediction learns of the pair: x0, x1 or the velocity, [B, ...]."""
         return {"data": x1, "noise": x0}[prediction] if prediction != "velocity" else self.velocity(x0, x1, t)
 
-    def endpoints(self, x: Tensor, t: Tensor, value: Tensor, given: str) -> tuple[Tensor, Tensor]:
-        """(x0, x1) of the point x [B, ...] at the times t [B] where `given` (velocity, data, noise or score) is `value`.
+    def predict_x0_x1(self, x: Tensor, t: Tensor, value: Tensor, source: str) -> tuple[Tensor, Tensor]:
+        """(x0, x1) of the point x [B, ...] at the times t [B] where `source` (velocity, data, noise or score) is `value`.
 
         data has a pole at t = 1, noise and score have one where alpha = 0. Raises ValueError for an unknown name.
         """
-        alpha, sigma, alpha_dot, sigma_dot = self._like(x, t)
-        if given == "velocity":
+        alpha, sigma, alpha_dot, sigma_dot = self._broadcast_coefficients(x, t)
+        if source == "velocity":
             det = alpha * sigma_dot - alpha_dot * sigma
             return (alpha * value - alpha_dot * x) / det, (sigma_dot * x - sigma * value) / det
-        if given == "data":
+        if source == "data":
             return (x - alpha * value) / sigma, value
-        if given in ("noise", "score"):
-            x0 = value if given == "noise" else -sigma * value
+        if source in ("noise", "score"):
+            x0 = value if source == "noise" else -sigma * value
             return x0, (x - sigma * x0) / alpha
-        raise ValueError(f"{given!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
+        raise ValueError(f"{source!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
 
-    def convert(self, x: Tensor, t: Tensor, value: Tensor, given: str, wanted: str) -> Tensor:
+    def convert(self, x: Tensor, t: Tensor, value: Tensor, source: str, target: str) -> Tensor:
         """From one of velocity, data, noise, score to another, at the point x [B, ...] and times t [B] in (0, 1).
 
         The score is that of the marginal, -E[x0 | x_t] / sigma, when `value` is a conditional mean.
         """
-        x0, x1 = self.endpoints(x, t, value, given)
-        if wanted == "score":
-            return -x0 / self._like(x, t)[1]
-        if wanted not in PREDICTIONS:
-            raise ValueError(f"{wanted!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
-        return self.target(x0, x1, t, wanted)
+        x0, x1 = self.predict_x0_x1(x, t, value, source)
+        if target == "score":
+            return -x0 / self._broadcast_coefficients(x, t)[1]
+        if target not in PREDICTIONS:
+            raise ValueError(f"{target!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
+        return self.target(x0, x1, t, target)
 
-    def _like(self, x: Tensor, t: Tensor) -> list[Tensor]:
+    def _broadcast_coefficients(self, x: Tensor, t: Tensor) -> list[Tensor]:
         """The coefficients, ready to multiply x [B, ...]."""
         return [c.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for c in self.coefficients(t)]
 
@@ -91,7 +91,7 @@ class LinearPath(Path):
         one = torch.ones_like(t)
         return t, 1 - t, one, -one
 
-    def time_of(self, r: float) -> float:
+    def t_from_linear(self, r: float) -> float:
         return r
 
     def velocity(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class CosinePath(Path):
         sin, cos = torch.sin(math.pi / 2 * t), torch.cos(math.pi / 2 * t)
         return sin, cos, math.pi / 2 * cos, -math.pi / 2 * sin
 
-    def time_of(self, r: float) -> float:
+    def t_from_linear(self, r: float) -> float:
         return 2 / math.pi * math.atan2(r, 1 - r)
 
 
@@ -129,7 +129,7 @@ class VPPath(Path):
         alpha_dot = alpha * (self.BETA_0 + (self.BETA_1 - self.BETA_0) * s) / 2
         return alpha, sigma, alpha_dot, -alpha * alpha_dot / sigma
 
-    def time_of(self, r: float) -> float:
+    def t_from_linear(self, r: float) -> float:
         if r <= 0:
             return 0.0
         log_alpha = -0.5 * math.log1p(((1 - r) / r) ** 2)
@@ -144,5 +144,5 @@ PATHS: dict[str, type[Path]] = {"linear": LinearPath, "cosine": CosinePath, "vp"
 def build(name: str) -> Path:
     """The path of that name. Raises ValueError for an unknown one, naming what exists."""
     if name not in PATHS:
-        raise ValueError(f"{name!r} is no path; choose one of {', '.join(PATHS)}")
+        raise ValueError(f"unknown path {name!r}; choose from {', '.join(PATHS)}")
     return PATHS[name]()

@@ -1,4 +1,4 @@
-"""The law of t in training, stratified over the global batch."""
+"""The distribution of t in training, stratified over the global batch."""
 
 import math
 from collections.abc import Callable
@@ -19,8 +19,8 @@ def uniform(u: Tensor) -> Tensor:
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """logit(t) ~ N(mean, std^2): more weight on the middle of the path, with mean > 0 towards the data at t = 1.
 
-    The law of Esser et al. 2024 (arXiv:2403.03206, eq. 19), whose t runs the other way: their z_t = (1 - t) x0 + t noise has
-    the data at t = 0. Their location m is mean = -m here, as logit(1 - t) = -logit(t); their scale s is std.
+    Esser et al. 2024 (arXiv:2403.03206, eq. 19), whose t runs the other way: their z_t = (1 - t) x0 + t noise has the data
+    at t = 0. Their location m is mean = -m here, as logit(1 - t) = -logit(t); their scale s is std.
     """
     if std <= 0:
         raise ValueError(f"std={std}: must be greater than 0")
@@ -38,8 +38,10 @@ def u_shaped(u: Tensor, a: float = 4.0) -> Tensor:
 
 
 def edm_skewed(u: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """t = 1 / (1 + sigma) with log sigma ~ N(mean, std^2): EDM's law of noise levels (Karras et al. 2022, arXiv:2206.00364,
-    table 1) on the linear path, weighted towards the data."""
+    """t = 1 / (1 + sigma) with log sigma ~ N(mean, std^2), weighted towards the data.
+
+    EDM's distribution of noise levels (Karras et al. 2022, arXiv:2206.00364, table 1) on the linear path.
+    """
     if std <= 0:
         raise ValueError(f"std={std}: must be greater than 0")
     return torch.sigmoid(-(mean + std * torch.special.ndtri(u)))
@@ -51,7 +53,7 @@ TIME_SAMPLERS: dict[str, Callable[..., Tensor]] = {
 
 
 def build(name: str, /, **args: float) -> Callable[[Tensor], Tensor]:
-    """The inverse distribution function of the law: u in (0, 1) -> t in [0, 1].
+    """The inverse distribution function of the time sampler: u in (0, 1) -> t in [0, 1].
 
     Raises ValueError for an unknown name or argument and for a value out of range.
     """
@@ -68,5 +70,5 @@ def stratified(seed: int, step: int, n: int, count: int = 1) -> Tensor:
     """
     g = generator("time", seed, step)
     u = np.stack([(g.permutation(n) + g.random(n)) / n for _ in range(count)], axis=1) if count else np.empty((n, 0))
-    tiny = 1e-7  # u = 0 would send an unbounded law to infinity
+    tiny = 1e-7  # u = 0 would send an unbounded distribution to infinity
     return torch.from_numpy(u).clamp_(tiny, 1 - tiny)

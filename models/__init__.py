@@ -27,24 +27,17 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
     Raises ValueError for an unknown name or argument (naming what exists) and for values that do not fit each other.
     """
     if name not in MODELS:
-        raise ValueError(f"{name!r} is not a network; choose one of {', '.join(MODELS)}")
-    known = {key: p for key, p in inspect.signature(MODELS[name]).parameters.items() if key != "image_shape"}
+        raise ValueError(f"unknown network {name!r}; choose from {', '.join(MODELS)}")
+    allowed = {key: p for key, p in inspect.signature(MODELS[name]).parameters.items() if key != "image_shape"}
     for key, value in args.items():
-        if key not in known:
-            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(known)}")
-        truth = known[key].annotation is bool
+        if key not in allowed:
+            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(allowed)}")
+        truth = allowed[key].annotation is bool
         if isinstance(value, bool) != truth:
             raise ValueError(f"{key}={value!r}: must be {'true or false' if truth else 'something else than true or false'}")
     if len(image_shape) != 3 and name != "mlp":
         raise ValueError(f"{name} is a network for images; for points use mlp")
     try:
-        net = MODELS[name](image_shape, **args)
+        return MODELS[name](image_shape, **args)
     except TypeError as error:  # e.g. a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
-    if getattr(net, "max_prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
-        raise ValueError(f"{name} has max_prompt_bytes: it needs encode(prompts), and null, the token of no prompt")
-    defaults = {"num_classes": None, "max_prompt_bytes": None, "null": getattr(net, "num_classes", None)}
-    for attribute, value in defaults.items():  # of a network that says nothing of labels or prompts
-        if not hasattr(net, attribute):
-            setattr(net, attribute, value)
-    return net

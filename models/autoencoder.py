@@ -5,7 +5,7 @@ autoencoder (Rombach et al. 2022, arXiv:2112.10752, section 3.1) and shift and s
 description of a codec is a dict that caches and snapshots carry: name, source (folder or hub id), digest (of the weights),
 shift and scale (one number a channel) and image_shape (of what it decodes to).
 
-`diffusers` is imported where an autoencoder is loaded or made, and nowhere else.
+`diffusers` is imported where an autoencoder is loaded or built, and nowhere else.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class Identity:
 
 
 class VAE(nn.Module):
-    """diffusers.AutoencoderKL as a codec. Where the memory is too short for a batch it goes in halves; an image that is too
+    """diffusers.AutoencoderKL as a codec. A batch that runs out of memory is halved; an image that is too
     large alone is decoded in overlapping tiles, which is said in a warning, as their seams are blended."""
 
     def __init__(self, net: nn.Module, shift: Sequence[float] = (0.0,), scale: Sequence[float] = (1.0,)):
@@ -55,7 +55,7 @@ class VAE(nn.Module):
         self.net = net
         self.channels, self.latent_channels = net.config.in_channels, net.config.latent_channels
         self.factor = 2 ** (len(net.config.block_out_channels) - 1)  # of downsampling
-        self.room = sys.maxsize  # images at once, as found out
+        self.max_batch = sys.maxsize  # images at once; lowered when the memory is full
         self.register_buffer("shift", torch.tensor(shift, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
 
@@ -76,7 +76,7 @@ class VAE(nn.Module):
                 posterior = self.net.encode(part.float()).latent_dist
             return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
-        mean, std = self._in_memory(moments, images).chunk(2, dim=1)
+        mean, std = self._split_on_oom(moments, images).chunk(2, dim=1)
         return mean, std
 
     @torch.no_grad()
@@ -88,7 +88,7 @@ class VAE(nn.Module):
             with _precision(latents.device):
                 return self.net.decode(part.float() * self.scale + self.shift).sample.float()
 
-        return self._in_memory(decoded, latents)
+        return self._split_on_oom(decoded, latents)
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Raises ValueError for images that the autoencoder does not take."""
@@ -99,7 +99,9 @@ class VAE(nn.Module):
                 f"with data.args.channels={self.channels}"
             )
         if height % self.factor or width % self.factor:
-            raise ValueError(f"images of {height}x{width} pixels: the sides must divide by {self.factor} for this autoencoder")
+            raise ValueError(
+                f"images of {height}x{width} pixels: the sides must be divisible by {self.factor} for this autoencoder"
+            )
         return self.latent_channels, height // self.factor, width // self.factor
 
     @property
@@ -114,18 +116,18 @@ class VAE(nn.Module):
         """In the format of diffusers: config.json and diffusion_pytorch_model.safetensors."""
         self.net.save_pretrained(folder)
 
-    def _in_memory(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        if len(batch) > self.room:
-            return torch.cat([self._in_memory(function, part) for part in batch.split(self.room)])
+    def _split_on_oom(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        if len(batch) > self.max_batch:
+            return torch.cat([self._split_on_oom(function, part) for part in batch.split(self.max_batch)])
         try:
             return function(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1 and self.net.use_tiling:
                 raise
         if len(batch) > 1:
-            self.room = len(batch) // 2
-            return self._in_memory(function, batch)
-        warnings.warn("the memory is too short for one image: the autoencoder works in tiles from here on", stacklevel=3)
+            self.max_batch = len(batch) // 2
+            return self._split_on_oom(function, batch)
+        warnings.warn("out of memory for one image: the autoencoder works in tiles from now on", stacklevel=3)
         self.net.enable_tiling()
         return function(batch)
 
@@ -138,14 +140,14 @@ def build_codec(description: dict[str, Any] | None) -> Codec:
     if description is None:
         return Identity()
     if description["name"] != "vae":
-        raise ValueError(f"{description['name']!r} is not a codec; choose vae")
-    found = load(description["source"], description["shift"], description["scale"])
-    if found.digest != description["digest"]:
+        raise ValueError(f"unknown codec {description['name']!r}; choose vae")
+    vae = load(description["source"], description["shift"], description["scale"])
+    if vae.digest != description["digest"]:
         raise ValueError(
             f"{description['source']}: is not the autoencoder of these latents (its weights have the digest "
-            f"{found.digest[:12]}, theirs had {description['digest'][:12]})"
+            f"{vae.digest[:12]}, expected {description['digest'][:12]})"
         )
-    return found
+    return vae
 
 
 def load(source: str, shift: Sequence[float] = (0.0,), scale: Sequence[float] = (1.0,)) -> VAE:
@@ -162,10 +164,10 @@ def load(source: str, shift: Sequence[float] = (0.0,), scale: Sequence[float] = 
         kind = autoencoder.load_config(place, **inner).get("_class_name")
         if kind != "AutoencoderKL":
             raise ValueError(f"its config.json is of {kind}")
-        net, found = autoencoder.from_pretrained(place, output_loading_info=True, torch_dtype=torch.float32, **inner)
-        absent = sorted(found["missing_keys"])
-        if absent:
-            raise ValueError(f"its weights lack {absent[0]}" + (f" and {len(absent) - 1} more" if len(absent) > 1 else ""))
+        net, info = autoencoder.from_pretrained(place, output_loading_info=True, torch_dtype=torch.float32, **inner)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
     except Exception as error:  # files, hub, config and shapes fail in a dozen ways
         raise ValueError(f"{source}: not a whole AutoencoderKL ({_first_sentence(error)})") from None
     return VAE(net.eval().requires_grad_(False), shift, scale)
@@ -178,7 +180,7 @@ def build_vae(image_channels: int, channels: Sequence[int], latent_channels: int
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
     if not channels or any(not isinstance(c, int) or c < 4 or c % 4 for c in channels):
-        raise ValueError(f"channels={list(channels)}: must be whole numbers that divide by 4, one for each resolution")
+        raise ValueError(f"channels={list(channels)}: must be whole numbers divisible by 4, one for each resolution")
     levels = len(channels)
     net = _autoencoder_kl()(
         in_channels=image_channels,

@@ -67,7 +67,7 @@ class DiT(nn.Module):
         rows, columns = image_shape[1] // patch, image_shape[2] // patch
         rope = positions == "rope"
         self.register_buffer("rotation", angles(rows, columns, width // heads) if rope else None, persistent=False)
-        self.register_buffer("place", None if rope else features(angles(rows, columns, width)), persistent=False)
+        self.register_buffer("position_features", None if rope else features(angles(rows, columns, width)), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, width]
@@ -82,8 +82,8 @@ class DiT(nn.Module):
             emb = emb + label
         emb = F.silu(emb)
         h = self.embed(F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2))  # [B, tokens, width]
-        if self.place is not None:
-            h = h + self.place
+        if self.position_features is not None:
+            h = h + self.position_features
         for block in self.blocks:
             h = block(h, emb, self.rotation, context)
         shift, scale = self.modulation(emb)[:, None].chunk(2, dim=2)
@@ -153,7 +153,7 @@ def _check(image_shape, width, depth, heads, patch, positions, dropout, num_clas
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
     if width % (4 * heads):
-        raise ValueError(f"width={width}: must divide by 4 heads = {4 * heads}, for the rotary embedding")
+        raise ValueError(f"width={width}: must be divisible by 4 heads = {4 * heads}, for the rotary embedding")
     if image_shape[1] % patch or image_shape[2] % patch:
         raise ValueError(f"patch={patch}: must divide the image side, the images are {image_shape[1]}x{image_shape[2]}")
     if positions not in ("rope", "sine"):

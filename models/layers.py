@@ -110,8 +110,8 @@ class Dropout(nn.Module):
         if not self.training or not self.p or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
-        return x * kept.to(x.dtype).div_(1 - self.p)
+        mask = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * mask.to(x.dtype).div_(1 - self.p)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int, fastest: float, slowest: float = 0.1) -> Tensor:

@@ -16,7 +16,7 @@ class MLP(nn.Module):
     """net(x [B, ...], t [B] in [0, 1], y [B] or None) -> [B, ...].
 
     Time scales and shifts every layer (FiLM, Perez et al. 2018, arXiv:1709.07871): the field of early times is smooth and
-    that of late ones has edges, which one network of place with time beside it as an input learns far more slowly.
+    that of late ones has edges, which one network of position with time beside it as an input learns far more slowly.
     """
 
     max_prompt_bytes = None  # knows labels only
@@ -31,8 +31,9 @@ class MLP(nn.Module):
         num_classes: int | None = None,
         two_times: bool = False,
     ):
-        """image_shape: of a point, e.g. (2,). width, depth: of the hidden layers. num_frequencies: of sines and cosines of place beside
-        the place itself: sharp edges need them, a smooth density is smoother without. time_frequency: fastest feature of t
+        """image_shape: of a point, e.g. (2,). width, depth: of the hidden layers.
+        num_frequencies: of sines and cosines of the position
+        beside itself: sharp edges need them, a smooth density is smoother without. time_frequency: fastest feature of t
         in radians. num_classes: None for an unconditional network; label num_classes is the null label.
         two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
         """
@@ -57,8 +58,8 @@ class MLP(nn.Module):
         self.last = zero_init(nn.Linear(width, size))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
-        place = x.flatten(1)
-        waves = [wave(2**k * place) for k in range(self.num_frequencies) for wave in (torch.sin, torch.cos)]
+        positions = x.flatten(1)
+        fourier_features = [f(2**k * positions) for k in range(self.num_frequencies) for f in (torch.sin, torch.cos)]
         condition = sinusoidal_embedding(t, TIME_FEATURES, self.time_frequency)
         if self.step_embedding is not None:
             condition = condition + self.step_embedding(t, t_next)
@@ -66,7 +67,7 @@ class MLP(nn.Module):
             if y is None:
                 raise ValueError("this network is class-conditional: it needs labels y [B]")
             condition = condition + self.label_embedding(y)
-        h = torch.cat([place, *waves], dim=1)
+        h = torch.cat([positions, *fourier_features], dim=1)
         scales, shifts = self.modulation(condition).unflatten(1, (2, len(self.layers), -1)).unbind(1)  # [B, depth, width]
         for i, layer in enumerate(self.layers):
             h = F.silu(torch.addcmul(shifts[:, i], layer(h), 1 + scales[:, i]))

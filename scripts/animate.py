@@ -82,7 +82,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         indices = range(args.n or (20_000 if plane else 50))
         times = uniform((args.frames - 1) * args.steps_a_frame)
         with distributed.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar:
-            states, _ = trajectory(accelerator, model, snap.image_shape, indices, settings, times, tick=bar.update)
+            states, _ = trajectory(accelerator, model, snap.image_shape, indices, settings, times, callback=bar.update)
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
             pixels = [images.to_uint8(decode(model, accelerator.autocast, x)).cpu() for x in states]
@@ -132,9 +132,7 @@ def likelihood_map(
         "exact divergence": None,
         f"Hutchinson, {probes} probe{'s' * (probes > 1)}": to_solver_dtype(torch.from_numpy(signs), accelerator.device),
     }
-    maps = {
-        name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, probes=given)[0].cpu() for name, given in estimates.items()
-    }
+    maps = {name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, eps=given)[0].cpu() for name, given in estimates.items()}
     captions = [""] * len(maps)
     exact = exact_density(snap, at.cpu())
     if exact is not None:

@@ -71,7 +71,7 @@ def main() -> None:
             velocity = build_velocity(model, range(len(batch)), settings, accelerator.device)
             probes = to_solver_dtype(torch.from_numpy(signs), accelerator.device)
             with error_context("likelihood"):
-                log_p, _, nfe = log_likelihood(velocity, x1, probes=probes, rtol=args.rtol, atol=args.atol)
+                log_p, _, nfe = log_likelihood(velocity, x1, eps=probes, rtol=args.rtol, atol=args.atol)
             found += (log_p if points else bits_per_dimension(log_p, dimensions)).tolist()
             bar.update(len(batch))
     everything = distributed.gather_to_main(accelerator, found)

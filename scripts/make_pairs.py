@@ -68,7 +68,7 @@ def main() -> None:
     source = snap.config.data
     with error_context("data"):
         real = datasets.source_dataset(
-            source.name, source.root, source.args, made=["pairs"]
+            source.name, source.root, source.args, derived=["pairs"]
         )  # in a second round that of the first
     labels = cli.labels_of(args.labels, snap.class_names)
     accelerator = distributed.build_accelerator(args.mixed_precision)

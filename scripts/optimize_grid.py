@@ -1,7 +1,7 @@
 """Fit the times of small numbers of steps to a trained flow: `python -m scripts.optimize_grid --weights runs/mnist --steps 4 8`.
 
 The times are fitted on the flow's own fine trajectories and kept only where they come closer to the fine solution than
-every grid by formula on images that were not used. They are saved beside the snapshot; `sample.py --time_grid tuned` uses them.
+every grid by formula on images that were not used. They are saved beside the snapshot; `sample.py --time_grid optimized` uses them.
 """
 
 from functools import partial
@@ -70,7 +70,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     ]
     velocities = [build_velocity(model, part, settings, accelerator.device) for part in parts]
     by_formula = {
-        (name, n): build_time_grid(SamplerSettings(steps=n, grid=name), model.path)
+        (name, n): build_time_grid(SamplerSettings(steps=n, time_grid=name), model.path)
         for name in time_grids.GRIDS
         for n in args.steps
     }
@@ -109,7 +109,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             if tuned < held_out[best]:
                 grid_store.store(snap.path, method, times)
                 kept += 1
-                example = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "tuned"]
+                example = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
             else:
                 verdict = "  not kept"
             formula = f"{best} {held_out[best]:.4f}"

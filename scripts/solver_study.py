@@ -41,7 +41,7 @@ def parse_args():
     methods = [m for m in FIXED_GRID if m not in ("ddim", "heun2")]  # which are euler and heun
     parser.add_argument("--methods", nargs="+", choices=FIXED_GRID, default=methods, help=f"(default: {' '.join(methods)})")
     parser.add_argument(
-        "--grids", nargs="+", choices=[*time_grids.GRIDS, "tuned"], default=["uniform"], help="(default: uniform)"
+        "--grids", nargs="+", choices=[*time_grids.GRIDS, "optimized"], default=["uniform"], help="(default: uniform)"
     )
     cli.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)
     parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="(default: 1, off)")
@@ -73,7 +73,7 @@ def main() -> None:
         validate(base, snap.model(decode=False).net)
     plan = [
         SamplerSettings(
-            method, n, grid=name, times=grid_store.load(snap.path, method, n) if name == "tuned" else None
+            method, n, time_grid=name, times=grid_store.load(snap.path, method, n) if name == "optimized" else None
         )
         for method in args.methods
         for name in args.grids
@@ -127,7 +127,7 @@ def distances(
             before = velocity.forwards
             found = solvers.solve(velocity, x0, times, settings.method)
             distance = (found.x - fine.x).square().mean().sqrt().item()
-            row = {"method": settings.method, "grid": settings.grid, "steps": settings.steps, "settings": settings}
+            row = {"method": settings.method, "grid": settings.time_grid, "steps": settings.steps, "settings": settings}
             cost = {"NFE": found.nfe, "forwards": velocity.forwards - before}
             rows.append({**row, **cost, "distance": distance, "order": math.nan})
             bar.update()

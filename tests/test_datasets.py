@@ -213,7 +213,7 @@ def test_an_unlabelled_image_has_label_minus_one():
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("cifar", {}, r"'cifar' is not a data set; choose one of .*cifar10"),
+        ("cifar", {}, r"unknown data set 'cifar'; choose from .*cifar10"),
         ("digits", {"size": 8}, r"digits has no argument 'size'; it takes none"),
         ("mnist", {"trian": True}, r"mnist has no argument 'trian'; it takes train"),
         ("mnist", {"root": "."}, r"mnist has no argument 'root'"),  # the root is data.root, not an argument

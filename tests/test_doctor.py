@@ -51,7 +51,7 @@ def test_what_keeps_a_run_from_beginning_is_told_at_once(main_of, capsys, tmp_pa
     assert left.value.code == 2
     for told in (
         "fail  folder: -e ", "fail  network: model: attention_resolutions=[5]: no level has 5 pixels",
-        "fail  batch: train.batch_size=33: must divide by 1 process(es) x train.gradient_accumulation_steps=2; 32 would",
+        "fail  batch: train.batch_size=33: must be divisible by 1 process(es) x train.gradient_accumulation_steps=2; 32 would",
         "fail  learning rate: optimizer.warmup_steps=1200 of train.steps=1200", "warn  ema: half-life 1,000,000",
         "warn  trial: left out", "4 failed",
     ):  # fmt: skip

@@ -257,7 +257,7 @@ def test_rows_of_other_solver_options_are_other_rows():
     plain = SamplerSettings("euler_maruyama", 5)
     assert plain.solver == "euler_maruyama"
     assert replace(plain, options=(("noise_scale", 0.5),)).solver == "euler_maruyama, noise_scale=0.5"
-    assert SamplerSettings("ab2", 5, grid="tuned", times=(0.0, 1.0)).solver == "ab2, tuned grid"
+    assert SamplerSettings("ab2", 5, time_grid="optimized", times=(0.0, 1.0)).solver == "ab2, optimized grid"
 
 
 # ---- labels

@@ -80,7 +80,7 @@ def test_mistakes(flow, tmp_path, error):
     Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
     toys = [*TINY_TRAIN[2:], "-e", tmp_path / "run", "data.name=toys", "model.name=mlp", "model.args={}"]
     for args, message in {
-        "{name: moon}": "data: name=moon: is no two-dimensional set; choose one of",
+        "{name: moon}": "data: unknown 2-D data set 'moon'; choose from",
         "{name: moons, n: 0}": "data: n=0: must be a whole number of at least 1",
         f"{{name: image, path: {tmp_path / 'white.png'}}}": "the picture is all white",
     }.items():

@@ -283,7 +283,7 @@ def test_what_cannot_be_encoded(error, vae_folder, cache, tmp_path, monkeypatch)
     assert "holds no images" in error(*ask, "data.name=latents", f"data.args.path={cache}")
     readme = REPOSITORY / "docs" / "images"
     assert "takes images of 1 channel" in error(*ask, "data.name=folder", f"data.args={{path: {readme}, size: 8}}")
-    assert "must divide by 2" in error(*ask, "data.name=folder", f"data.args={{path: {readme}, size: 7, channels: 1}}")
+    assert "must be divisible by 2" in error(*ask, "data.name=folder", f"data.args={{path: {readme}, size: 7, channels: 1}}")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     message = error("cache_latents", "--vae", vae_folder, "--save_dir", tmp_path / "mine", *CACHE)

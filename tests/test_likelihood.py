@@ -62,7 +62,7 @@ def test_probes_are_unbiased():
     x1 = torch.randn(1, 2, dtype=torch.float64).expand(4000, 2)
     probes = torch.randint(2, (1, 4000, 2), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     exact, *_ = log_likelihood(lambda x, t, t_next: x @ a.T, x1[:1], "rk4", time_grids.uniform(20))
-    estimates, *_ = log_likelihood(lambda x, t, t_next: x @ a.T, x1, "rk4", time_grids.uniform(20), probes=probes)
+    estimates, *_ = log_likelihood(lambda x, t, t_next: x @ a.T, x1, "rk4", time_grids.uniform(20), eps=probes)
     assert estimates.std() > 0.1
     assert estimates.mean().item() == pytest.approx(exact.item(), abs=4 * estimates.std().item() / 4000**0.5)
 

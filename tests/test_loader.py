@@ -194,7 +194,7 @@ def test_a_broken_file_is_named_from_a_worker_too(folder, num_workers):
     [(10, 4, 1, 8), (10, 2, 2, 8), (3, 4, 2, 8), (31, 1, 2, 32)],
 )
 def test_a_batch_that_does_not_divide(batch_size, world_size, gradient_accumulation_steps, near):
-    message = rf"train\.batch_size={batch_size}: must divide by {world_size} .*train\.gradient_accumulation_steps={gradient_accumulation_steps}; {near} would"
+    message = rf"train\.batch_size={batch_size}: must be divisible by {world_size} .*train\.gradient_accumulation_steps={gradient_accumulation_steps}; {near} would"
     with pytest.raises(UserError, match=message):
         make(numbered(10), batch_size, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)
     make(numbered(10), near, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)

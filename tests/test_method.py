@@ -239,10 +239,10 @@ def test_paths_begin_at_the_noise_and_end_at_the_data(name):
     assert torch.allclose(p.interpolate(x0, x1, torch.zeros(4, dtype=torch.float64)), x0, atol=0.03)  # VP: alpha = 0.0066
     assert torch.allclose(p.interpolate(x0, x1, torch.ones(4, dtype=torch.float64)), x1, atol=1e-12)
     for t in (0.01, 0.3, 0.77, 0.99):
-        assert p.time_of(p.linear_time(t)) == pytest.approx(t, abs=1e-12)
+        assert p.t_from_linear(p.t_to_linear(t)) == pytest.approx(t, abs=1e-12)
         alpha, sigma, *_ = p.coefficients(torch.tensor([t], dtype=torch.float64))
         on_linear_path = p.interpolate(x0, x1, torch.full((4,), t, dtype=torch.float64)) / (alpha + sigma)
-        r = torch.full((4,), p.linear_time(t), dtype=torch.float64)
+        r = torch.full((4,), p.t_to_linear(t), dtype=torch.float64)
         assert torch.allclose(on_linear_path, path.LinearPath().interpolate(x0, x1, r))
 
 
@@ -276,7 +276,7 @@ def test_a_network_of_any_path_and_prediction_is_the_same_flow(name, prediction)
 
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     model = FlowModel(net, p, prediction)
-    times = [0.0, *(p.linear_time(i / 100) for i in range(1, 100)), 1.0]
+    times = [0.0, *(p.t_to_linear(i / 100) for i in range(1, 100)), 1.0]
     x = solvers.solve(GuidedVelocity(model), x0, times, "heun").x
     assert torch.allclose(x, 3 + 0.5 * x0, atol=0.02)
 

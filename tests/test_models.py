@@ -138,7 +138,7 @@ def test_arguments_that_do_not_fit(args, message):
 
 
 def test_unknown_network():
-    with pytest.raises(ValueError, match=r"'resnet' is not a network; choose one of unet"):
+    with pytest.raises(ValueError, match=r"unknown network 'resnet'; choose from unet"):
         models.build("resnet", (1, 8, 8), {})
 
 
@@ -335,7 +335,7 @@ def test_rotary_scores_depend_on_the_difference_of_places():
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"width": 36}, "width=36: must divide by 4 heads = 8"),
+        ({"width": 36}, "width=36: must be divisible by 4 heads = 8"),
         ({"patch": 3}, "patch=3: must divide the image side, the images are 8x8"),
         ({"cross_attention": True}, "cross_attention=True: needs labels to attend to"),
         ({"positions": "learned"}, "positions='learned': must be rope or sine"),

@@ -208,18 +208,18 @@ def test_solver_keeps_the_dtype_and_leaves_its_input_alone():
 
 
 def test_unknown_method_and_too_few_steps_are_named():
-    with pytest.raises(ValueError, match="'foo' is no solver; choose one of euler"):
+    with pytest.raises(ValueError, match="unknown solver 'foo'; choose from euler"):
         solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "foo")
     with pytest.raises(ValueError, match="0 steps"):
         time_grids.build("uniform", 0)
-    with pytest.raises(ValueError, match="'foo' is no time grid; choose one of uniform"):
+    with pytest.raises(ValueError, match="unknown time grid 'foo'; choose from uniform"):
         time_grids.build("foo", 3)
     for value in (0.0, -1.0, 2.0):
         with pytest.raises(ValueError, match=r"rtol=.*: must be greater than 0"):
             solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "dopri5", rtol=value)
     with pytest.raises(ValueError, match="euler has no option 'rtol'; it takes none"):
         solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "euler", rtol=1e-3)
-    with pytest.raises(ValueError, match="'linear' is no diffusion coefficient; choose one of constant, sigma, increasing"):
+    with pytest.raises(ValueError, match="unknown diffusion coefficient 'linear'; choose from constant, sigma, increasing"):
         solvers.validate_options("euler_maruyama", diffusion="linear")  # SiT's is 1 - t, which is sigma
     with pytest.raises(ValueError, match="noise_scale=-1: must be 0 or more"):
         solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "euler_maruyama", noise=lambda i: 0, noise_scale=-1)

@@ -57,7 +57,7 @@ def test_a_picture_is_a_density(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"name": "checkerbord"}, "name=checkerbord: is no two-dimensional set; choose one of checkerboard"),
+        ({"name": "checkerbord"}, "unknown 2-D data set 'checkerbord'; choose from checkerboard"),
         ({"name": "moons", "n": 0}, "n=0: must be a whole number of at least 1"),
         ({"name": "moons", "seed": -1}, "seed=-1: must be a whole number"),
         ({"name": "image"}, "name=image and a path need each other"),

@@ -63,7 +63,7 @@ def test_commands(tmp_path, tiny_run, here, error):
     assert f"kept in {grid_store.file_of(weights)}" in out
     grid_store.store(weights, "heun", [0.0, 0.3, 1.0])
     out = tmp_path / "samples"
-    sample = ["sample", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--time_grid", "tuned"]
+    sample = ["sample", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--time_grid", "optimized"]
     here(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
     assert json.loads((out / "sampling.json").read_text())["times"] == [0.0, 0.3, 1.0]
     line = error(*sample, "--sampling_method", "midpoint", "--sampling_steps", "2")

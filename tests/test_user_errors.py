@@ -47,14 +47,14 @@ def contents(folder):
         (["optimizer.schedule=step"], "optimizer.schedule=step: must be one of constant, linear, cosine"),
         (
             ["train.batch_size=33", "train.gradient_accumulation_steps=2"],
-            "train.batch_size=33: must divide by 1 process(es) x train.gradient_accumulation_steps=2",
+            "train.batch_size=33: must be divisible by 1 process(es) x train.gradient_accumulation_steps=2",
         ),
         (["train.mixed_precision=fp16"], "train.mixed_precision=fp16: needs a GPU"),
         (["train.log_with=[nothing]"], "train.log_with=['nothing']"),
-        (["preview.sampling_method=foo"], "preview: 'foo' is no solver; choose one of euler"),
+        (["preview.sampling_method=foo"], "preview: unknown solver 'foo'; choose from euler"),
         (["flow.time_sampler=foo"], "flow.time_sampler: unknown time sampler 'foo'; choose from uniform"),
-        (["data.name=mnst"], "data: 'mnst' is not a data set; choose one of digits"),
-        (["model.name=unett"], "model: 'unett' is not a network; choose one of unet"),
+        (["data.name=mnst"], "data: unknown data set 'mnst'; choose from digits"),
+        (["model.name=unett"], "model: unknown network 'unett'; choose from unet"),
         (["model.args.attention_resolutions=[5]"], "no level has 5 pixels; the levels of 8x8 images have 8, 4"),
         (["model.args.widht=3"], "unet has no argument 'widht'; it takes width"),
         (["model.args={width: abc}"], "width='abc': must be a whole number"),
@@ -226,7 +226,7 @@ def test_full_disk_while_saving_leaves_the_last_checkpoint(small_disk, tmp_path)
     disk = small_disk(6500)
     many = [*TINY_TRAIN, "train.steps=8", "train.keep_checkpoints=0", "train.checkpoint_every_steps=1"]
     line = fail("train.py", *many, "-e", disk / "run")
-    assert "was not written" in line and "the newest checkpoint is" in line
+    assert "was not written" in line and "the latest checkpoint is" in line
     kept = checkpoint.list_checkpoints(disk / "run" / "checkpoints")
     assert kept and checkpoint.verify(kept[-1]) is None and str(kept[-1]) in line
     assert not list((disk / "run" / "checkpoints").glob(".tmp-*"))
@@ -245,7 +245,7 @@ def test_full_disk_while_training_names_file_and_checkpoint(error, small_disk, t
     subprocess.run(["cp", "-a", tiny_run, run], check=True)
     line = error("train", "-e", run, "-r", "latest", "train.steps=2000", "train.checkpoint_every_steps=0", option)
     assert "No space left on device" in line and f"{run / name}" in line
-    assert f"the newest checkpoint is {run / 'checkpoints' / 'step_00000004'}" in line
+    assert f"the latest checkpoint is {run / 'checkpoints' / 'step_00000004'}" in line
     rows = (run / "metrics.jsonl").read_text()
     assert rows.endswith("\n") and [json.loads(row)["step"] for row in rows.splitlines()][:2] == [2, 4]  # no half of a row
 

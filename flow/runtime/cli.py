@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Raises UserError for an unknown flag or key, naming the nearest."""
-        flags, known = list(self._option_string_actions), schema.all_keys(self.kind)
+        flags, keys = list(self._option_string_actions), schema.all_keys(self.kind)
         rest, overrides = [], []
         argv = list(sys.argv[1:] if argv is None else argv)
         while argv:
@@ -47,14 +47,14 @@ class Parser(argparse.ArgumentParser):
             key = name.removeprefix("--")
             if name in flags or not _KEY.fullmatch(key) or (not equals and not name.startswith("--")):
                 rest.append(token)
-            elif equals and (key in known or not name.startswith("--") or "." in key):
+            elif equals and (key in keys or not name.startswith("--") or "." in key):
                 overrides.append(f"{key}={value}")
-            elif not equals and (key in known or "." in key):
+            elif not equals and (key in keys or "." in key):
                 if not argv or argv[0].startswith("--"):
                     raise UserError(f"--{key}: a value is missing")
                 overrides.append(f"{key}={argv.pop(0)}")
             else:
-                raise UserError(f"unknown flag {name!r}.{schema.did_you_mean(name, flags + [f'--{k}' for k in known])}")
+                raise UserError(f"unknown flag {name!r}.{schema.did_you_mean(name, flags + [f'--{k}' for k in keys])}")
         namespace, unknown = self.parse_known_args(rest)
         if unknown:
             raise UserError(f"unknown argument {unknown[0]!r}.{schema.did_you_mean(unknown[0], flags)}")
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_training(parser: Parser) -> argparse.Namespace:
     """The command line of a trainer: -c, -e, -mp, which becomes an override, and configuration keys."""
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; of a run that goes on, its own is the default")
+    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; a resumed run defaults to its own")
     parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
     args = parser.parse()
@@ -74,17 +74,17 @@ def parse_training(parser: Parser) -> argparse.Namespace:
 
 
 def add_resume_flag(parser: Parser) -> Parser:
-    """-r, of the trainers that can go on."""
-    parser.add_argument("-r", "--resume", metavar="latest|PATH", help="go on from the newest checkpoint, or from this one")
+    """-r, of the trainers that can resume."""
+    parser.add_argument("-r", "--resume", metavar="latest|PATH", help="resume from the latest checkpoint, or from this one")
     return parser
 
 
 def add_step_flags(parser: argparse.ArgumentParser, default: list[int], several: bool) -> None:
     """How long a solver may work: --sampling_steps or --nfe, one number or `several`."""
     group = parser.add_mutually_exclusive_group()
-    told = " ".join(map(str, default))
+    shown = " ".join(map(str, default))
     count = "+" if several else 1
-    group.add_argument("--sampling_steps", nargs=count, type=at_least(1), default=default, help=f"(default: {told})")
+    group.add_argument("--sampling_steps", nargs=count, type=at_least(1), default=default, help=f"(default: {shown})")
     group.add_argument(
         "--nfe", nargs=count, type=at_least(1), metavar="N", help="instead: as many steps as N evaluations allow"
     )
@@ -103,7 +103,9 @@ def num_steps(args: argparse.Namespace, method: str, end: float = 1.0) -> list[i
 
 def add_solver_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the solvers that the sampling scripts share."""
-    parser.add_argument("--time_grid", choices=[*time_grids.GRIDS, "tuned"], default="uniform", help="times (default: uniform)")
+    parser.add_argument(
+        "--time_grid", choices=[*time_grids.GRIDS, "optimized"], default="uniform", help="times (default: uniform)"
+    )
     parser.add_argument("--rtol", type=float, metavar="X", help="of methods with tolerances (default: 1e-5)")
     parser.add_argument("--atol", type=float, metavar="X", help="of methods with tolerances (default: 1e-5)")
     parser.add_argument("--sde_noise_scale", type=float, metavar="X", help="of stochastic methods (default: 1; 0 is the ODE)")
@@ -115,23 +117,23 @@ def add_solver_flags(parser: argparse.ArgumentParser) -> None:
 
 def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]) -> tuple[tuple[str, float | str], ...]:
     """The given options that `method` takes. Raises UserError for one that none of the `methods` takes."""
-    given = {
+    options = {
         "rtol": args.rtol, "atol": args.atol, "noise_scale": args.sde_noise_scale, "diffusion": args.diffusion,
         "eta": args.eta,
     }  # fmt: skip
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in given:
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options:
         if not any(name in SOLVERS[m].options for m in methods):
             flag = "--sde_noise_scale" if name == "noise_scale" else f"--{name}"
             able = ", ".join(m for m, solver in SOLVERS.items() if name in solver.options)
             raise UserError(f"{flag}: {', '.join(methods)} has no such option; it is for {able}")
-    taken = {name: value for name, value in given.items() if name in SOLVERS[method].options}
+    selected = {name: value for name, value in options.items() if name in SOLVERS[method].options}
     try:
-        validate_options(method, **taken)
+        validate_options(method, **selected)
     except ValueError as error:  # begins with the name of the option
         message = str(error)
         raise UserError("--sde_" + message if message.startswith("noise_scale") else f"--{message}") from None
-    return tuple(taken.items())
+    return tuple(selected.items())
 
 
 def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[int, ...] | None:

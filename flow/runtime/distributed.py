@@ -30,23 +30,23 @@ def build_accelerator(
     timeout_minutes: float = 30,
     ddp_comm_hook: str = "no",
 ) -> Accelerator:
-    """The one place where the Accelerator is made; threads and memory of the process are set here too.
+    """Build the Accelerator, and set threads and memory of the process.
 
-    Raises UserError where the launcher started another number of processes than it was asked for, and for a precision
+    Raises UserError where the launcher started another number of processes than requested, and for a precision
     that the device does not have.
     """
     _check_launch()
     thread_note = set_threads()
     tune_malloc()
-    found = torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
-    if mixed_precision == "fp16" and not found:
+    has_accelerator = torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+    if mixed_precision == "fp16" and not has_accelerator:
         raise UserError("train.mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
     timeout = timedelta(minutes=timeout_minutes)
-    prepare_launch(found, timeout)
+    prepare_launch(has_accelerator, timeout)
     # Without cpu=True, two processes on a machine without GPUs would each believe to be process 0 of 1.
     try:
         accelerator = Accelerator(
-            cpu=not found,
+            cpu=not has_accelerator,
             mixed_precision=mixed_precision,
             log_with=log_with or None,
             project_dir=log_dir,
@@ -87,7 +87,7 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def prepare_model(net: nn.Module, accelerator: Accelerator, compiled: bool = False) -> None:
-    """The network to the device, in the memory layout in which it is fastest there, and through torch.compile if asked.
+    """The network to the device, in the memory layout in which it is fastest there, and through torch.compile if requested.
 
     Pixels with their channels side by side are what the tensor cores of GPUs work on; on a CPU that is also faster in fp32,
     but slower in bf16, whose group norm loses more than the convolutions gain (docs/performance.md).
@@ -112,11 +112,11 @@ def set_threads() -> str | None:
     `accelerate-launch` and `torchrun` set OMP_NUM_THREADS=1 where the user did not, which halves a CPU run on two cores.
     FLOW_NUM_THREADS overrides.
     """
-    asked = os.environ.get("FLOW_NUM_THREADS")
-    if asked is not None:
-        if not asked.isdigit() or int(asked) < 1:
-            raise UserError(f"FLOW_NUM_THREADS={asked}: must be a whole number of at least 1")
-        torch.set_num_threads(int(asked))
+    requested = os.environ.get("FLOW_NUM_THREADS")
+    if requested is not None:
+        if not requested.isdigit() or int(requested) < 1:
+            raise UserError(f"FLOW_NUM_THREADS={requested}: must be a whole number of at least 1")
+        torch.set_num_threads(int(requested))
         return None
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_WORLD_SIZE" in os.environ
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -139,23 +139,28 @@ def main_process_first(accelerator: Accelerator, make: Callable[[], Any]) -> Any
     """make() on the main process, then on one process of each machine, then on all others: only one downloads."""
     turn = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2
     result = None
-    for now in range(3):
-        if now == turn:
+    for i in range(3):
+        if i == turn:
             result = make()
         accelerator.wait_for_everyone()
     return result
 
 
-def progress(accelerator: Accelerator, total: int, what: str, initial: int = 0) -> tqdm:
+def progress(accelerator: Accelerator, total: int, desc: str, initial: int = 0) -> tqdm:
     """The bar of a long job, with the time left, on the main process; a line every ten seconds where it goes to a file."""
-    calm = 0.1 if sys.stderr.isatty() else 10.0
+    mininterval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
-        total=total, initial=initial, desc=what, mininterval=calm, dynamic_ncols=True, disable=not accelerator.is_main_process
+        total=total,
+        initial=initial,
+        desc=desc,
+        mininterval=mininterval,
+        dynamic_ncols=True,
+        disable=not accelerator.is_main_process,
     )
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """True on every process where any of them says True; the device is not waited for."""
+    """True on every process where the flag is True on any; the device is not waited for."""
     if accelerator.num_processes == 1:
         return flag
     value = torch.tensor([int(flag)])
@@ -163,12 +168,12 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     return bool(value.item())
 
 
-def gather_to_main(accelerator: Accelerator, mine: Any) -> list | None:
+def gather_to_main(accelerator: Accelerator, local: Any) -> list | None:
     """The objects of all processes, by rank, on the main process; None on the others."""
     if accelerator.num_processes == 1:
-        return [mine]
+        return [local]
     gathered = [None] * accelerator.num_processes if accelerator.is_main_process else None
-    dist.gather_object(mine, gathered, group=_control_group(accelerator.init_handler.timeout))
+    dist.gather_object(local, gathered, group=_control_group(accelerator.init_handler.timeout))
     return gathered
 
 
@@ -192,14 +197,14 @@ def _check_launch() -> None:
     lone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     if lone and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "PMI_SIZE" not in os.environ:
         raise UserError(
-            "the launcher started one process where several were asked for (--cpu --num_processes N does that); use "
+            "the launcher started one process where several were requested (--cpu --num_processes N does that); use "
             "`accelerate-launch --multi_gpu --num_processes N`, which on a machine without GPUs runs on the CPU, "
             "or `torchrun --nproc_per_node N`"
         )
 
 
-def prepare_launch(device_found: bool, timeout: timedelta) -> None:
-    """Call before the Accelerator is made. Raises UserError for FSDP's first version, whose flat weights have no names.
+def prepare_launch(has_accelerator: bool, timeout: timedelta) -> None:
+    """Call before the Accelerator is built. Raises UserError for FSDP's first version, whose flat weights have no names.
 
     accelerate shards only what it takes for GPUs; gloo shards on CPUs just as well, which the tests live on.
     """
@@ -208,7 +213,7 @@ def prepare_launch(device_found: bool, timeout: timedelta) -> None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(f"fsdp_version={version}: must be 2, see configs/accelerate/fsdp.yaml")
-    if not device_found and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not has_accelerator and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=True, timeout=timeout)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 

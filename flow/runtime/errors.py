@@ -41,7 +41,7 @@ def cli_main(main: Callable[[], None]) -> None:
         if os.environ.get("FLOW_TRACEBACK"):
             raise
         if rank:
-            time.sleep(2)  # what all processes find wrong is said once: the launcher ends the others when rank 0 leaves
+            time.sleep(2)  # an error of all processes is printed once: the launcher ends the others when rank 0 leaves
         print(f"{who}error: {_one_line(error)}", file=sys.stderr, flush=True)
         status = 2
     except (MemoryError, torch.OutOfMemoryError):
@@ -88,5 +88,5 @@ def _is_of_the_connection(error: RuntimeError) -> bool:
 def _lost(error: RuntimeError) -> str:
     first = (str(error).splitlines() or [type(error).__name__])[0]
     reason = re.sub(r"^\[[^]]*\] ", "", first).partition(". This ")[0]  # without gloo's source line and advice
-    told = "another process has ended, hangs or cannot be reached (train.timeout_minutes)"
-    return f"{told}: {reason}; a training goes on with -r latest"
+    message = "another process has ended, hangs or cannot be reached (train.timeout_minutes)"
+    return f"{message}: {reason}; resume a training with -r latest"

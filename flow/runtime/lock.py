@@ -29,17 +29,17 @@ def folder(path: Path, accelerator: Accelerator | None = None) -> Iterator[None]
     Raises:
         UserError: on every process, where another process holds the lock or the folder cannot be locked.
     """
-    lock, problem = _FolderLock(path), None
+    lock, error_message = _FolderLock(path), None
     main = accelerator is None or accelerator.is_main_process
     if main:
         try:
             lock.acquire()
         except UserError as error:
-            problem = str(error)
+            error_message = str(error)
     if accelerator is not None:
-        [problem] = broadcast_object_list([problem])
-    if problem:
-        raise UserError(problem)
+        [error_message] = broadcast_object_list([error_message])
+    if error_message:
+        raise UserError(error_message)
     try:
         yield
     finally:

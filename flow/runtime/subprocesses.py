@@ -61,8 +61,8 @@ def _yaml(value: Any) -> str:
 
 def data_overrides(data: DataConfig) -> list[str]:
     """The overrides that name a data set."""
-    given = {"data.name": data.name, "data.root": data.root, "data.args": data.args}
-    return [override(key, value) for key, value in given.items() if value]
+    values = {"data.name": data.name, "data.root": data.root, "data.args": data.args}
+    return [override(key, value) for key, value in values.items() if value]
 
 
 def run_command(arguments: list[str], launcher: str | None = None) -> None:
@@ -90,6 +90,6 @@ def run_command(arguments: list[str], launcher: str | None = None) -> None:
 
 
 def train_arguments(config: str, run_dir: Path, overrides: list[str]) -> list[str]:
-    """The command that starts the run, or goes on with it where it has begun."""
-    begun = (run_dir / "config.yaml").is_file()
-    return ["train.py", "-c", config, "-e", str(run_dir), *(["-r", "latest"] if begun else []), *overrides]
+    """The command that starts the run, or resumes it where it was started."""
+    started = (run_dir / "config.yaml").is_file()
+    return ["train.py", "-c", config, "-e", str(run_dir), *(["-r", "latest"] if started else []), *overrides]

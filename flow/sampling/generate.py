@@ -16,8 +16,8 @@ from flow.model import FlowModel
 from flow.noise import gaussian_noise
 from flow.runtime import distributed
 from flow.sampling.conditions import labels_for
-from flow.sampling.images import to_uint8
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
+from flow.sampling.space import Space
 
 
 @dataclass
@@ -34,7 +34,7 @@ class SampleBatch:
     @property
     def images(self) -> Tensor:
         """uint8 [b, C, H, W], on the CPU, decoded where x are latents; points as they are, float32 [b, 2]."""
-        return to_uint8(self.decode(self.x)).cpu() if self.x.dim() == 4 else self.x.float().cpu()
+        return Space(tuple(self.x.shape[1:])).to_visible(self.decode(self.x))
 
 
 class NFECounter:
@@ -124,22 +124,22 @@ def decode(model: FlowModel, autocast: Callable[[], AbstractContextManager], x: 
 @torch.inference_mode()
 def trajectory(
     accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, ...], indices: range, settings: SamplerSettings,
-    times: Sequence[float], kept: int | None = None, tick: Callable[[], object] = lambda: None,
+    times: Sequence[float], num_keep: int | None = None, callback: Callable[[], object] = lambda: None,
 ) -> tuple[list[Tensor], solvers.Solution]:  # fmt: skip
-    """The states at the times, from 0, of the first `kept` images of these (None: of all), and the end of all of them.
+    """The states at the times, from 0, of the first `num_keep` images of these (None: of all), and the end of all of them.
 
-    They are solved as one batch, by a deterministic method; `tick` is called at each time.
+    They are solved as one batch, by a deterministic method; `callback` is called at each time.
     """
     model.net.eval()
     x0 = to_solver_dtype(gaussian_noise("sample", settings.seed, indices, image_shape), accelerator.device)
-    states = [x0[:kept]]
+    states = [x0[:num_keep]]
 
-    def watch(x: Tensor) -> None:
-        states.append(x[:kept])
-        tick()
+    def record(x: Tensor) -> None:
+        states.append(x[:num_keep])
+        callback()
 
     velocity = build_velocity(model, indices, settings, accelerator.device)
-    return states, solvers.solve(velocity, x0, times, settings.method, watch, **dict(settings.options))
+    return states, solvers.solve(velocity, x0, times, settings.method, record, **dict(settings.options))
 
 
 @torch.inference_mode()
@@ -151,8 +151,8 @@ def mean_straightness_deviation(
     model.net.eval()
     x0 = to_solver_dtype(gaussian_noise("sample", settings.seed, indices, image_shape), accelerator.device)
     with accelerator.autocast():
-        found = straightness_deviation(build_velocity(model, indices, settings, accelerator.device), x0, steps).cpu()
-    return found.mean().item(), found.std().item() / len(found) ** 0.5
+        deviation = straightness_deviation(build_velocity(model, indices, settings, accelerator.device), x0, steps).cpu()
+    return deviation.mean().item(), deviation.std().item() / len(deviation) ** 0.5
 
 
 def increments(seed: int, indices: range, image_shape: tuple[int, ...], like: Tensor, step: int) -> Tensor:
@@ -181,7 +181,7 @@ def straightness_deviation(velocity: solvers.Velocity, x0: Tensor, steps: int) -
 
     The measure S(Z) of Liu et al. 2023 (arXiv:2209.03003), there as an expectation over x0 and called straightness: it is 0
     for a straight flow and grows with the deviation. On the grid of N Euler steps the
-    displacement is the mean velocity, so S is the mean of |v|^2 less the square of the mean of v: no trajectory is kept.
+    displacement is the mean velocity, so S is the mean of |v|^2 less the square of the mean of v: no trajectory is stored.
     """
     x, mean, square = x0, x0 * 0, x0 * 0
     for i in range(steps):

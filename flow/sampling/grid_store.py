@@ -1,4 +1,4 @@
-"""Tuned time grids beside the snapshot that they were fitted to: <snapshot>.grids.json."""
+"""Optimized time grids beside their snapshot: <snapshot>.grids.json."""
 
 import json
 from pathlib import Path
@@ -21,13 +21,13 @@ def store(snapshot: Path, method: str, times: list[float]) -> None:
 
 
 def load(snapshot: Path, method: str, steps: int) -> tuple[float, ...]:
-    """The times of the tuned grid. Raises UserError that names what was tuned where this one was not."""
+    """The times of an optimized grid. Raises UserError that names the stored ones where it is missing."""
     if method not in FIXED_GRID or steps < 2:
         able = f"at least 2 steps of {', '.join(FIXED_GRID)}"
-        raise UserError(f"--time_grid tuned: is for {able}, not for {method} with {steps}")
+        raise UserError(f"--time_grid optimized: is for {able}, not for {method} with {steps}")
     grids = _read(snapshot)
     if str(steps) not in grids.get(method, {}):
-        there = "; ".join(f"{name} {' '.join(sorted(of, key=int))}" for name, of in grids.items()) or "nothing"
+        stored = "; ".join(f"{name} {' '.join(sorted(of, key=int))}" for name, of in grids.items()) or "nothing"
         fit: list[str | Path] = [
             "-m",
             "scripts.optimize_grid",
@@ -40,7 +40,7 @@ def load(snapshot: Path, method: str, steps: int) -> tuple[float, ...]:
         ]
         fit += ["--reference_steps", str(2 * steps)] if steps > 32 else []
         raise UserError(
-            f"--time_grid tuned: none was fitted for {method} with {steps} steps (there is: {there}); "
+            f"--time_grid optimized: none is stored for {method} with {steps} steps (stored: {stored}); "
             f"make one with: {subprocesses.command(*fit)}"
         )
     return tuple(grids[method][str(steps)])
@@ -54,7 +54,7 @@ def _read(snapshot: Path) -> dict[str, dict[str, list[float]]]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         fitted_to, grids = stored["weights_sha256"], {m: dict(of) for m, of in stored["grids"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: is not a whole file of grids; remove it and run tune_grid again") from None
+        raise UserError(f"{path}: is not a whole file of grids; remove it and run optimize_grid again") from None
     if fitted_to != files.sha256(snapshot):
-        raise UserError(f"{path}: was fitted to other weights than {snapshot.name}; remove it and run tune_grid again")
+        raise UserError(f"{path}: was fitted to other weights than {snapshot.name}; remove it and run optimize_grid again")
     return grids

@@ -13,11 +13,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from configs.schema import DataConfig
 
 KEYS = {"config", "image_shape", "step", "images", "half_life_images"}
-
-
 MAX_NUMBERS = 2**26  # of an image: 3 x 4,700 x 4,700
-
-
 FREE_SIZE = 100_000  # an argument of a network up to this is not compared with the file
 
 
@@ -35,28 +31,28 @@ def read(
     return image_shape, (counts[0], counts[1], counts[2]), codec, tuple(class_names)
 
 
-def take_places(data: DataConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove from a stored configuration the places that are not `given` on the command line: {key: place}.
+def take_places(data: DataConfig, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove from a stored configuration the places that are not `typed` on the command line: {key: place}.
 
     A place is data.root, data.autoencoder, and of data.args what is called a path or has a slash in it.
     """
-    taken: dict[str, Any] = {}
+    places: dict[str, Any] = {}
     for name in ("root", "autoencoder"):
         value = getattr(data, name)
         if value is not None:
             setattr(data, name, None)
-            taken[f"data.{name}"] = value
+            places[f"data.{name}"] = value
     for name, value in list(data.args.items()):
         if name == "path" or any(slash in str(value) for slash in "/\\"):
-            taken[f"data.args.{name}"] = data.args.pop(name)
-    return {key: value for key, value in taken.items() if key not in given}
+            places[f"data.args.{name}"] = data.args.pop(name)
+    return {key: value for key, value in places.items() if key not in typed}
 
 
 def build_within(
     weights: Mapping[str, Tensor], image_shape: tuple[int, ...], args: dict[str, Any], build: Callable[[], Any],
     check_fit: Callable[[nn.Module], None],
 ) -> Any:  # fmt: skip
-    """The network that `build()` makes, bounded by the weights that are to fill it before memory is taken.
+    """The network that `build()` makes, bounded by the weights that are to fill it before memory is places.
 
     Whole numbers among `args` are at most as large as the longest side of a tensor, or their count; the network is first made
     without memory (torch's meta device), with about as many parameters as there are tensors at most, and compared by

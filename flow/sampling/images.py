@@ -17,17 +17,9 @@ from torchvision.utils import make_grid
 from flow.runtime.files import TEMPORARY, naming
 
 FONT_SIZE = 13  # pixels
-
-
 LINE_HEIGHT = 16
-
-
 MIN_CELL = 48  # pixels of an image in a grid with names
-
-
 MAX_CELL = 100  # to which it is enlarged for the sake of a long word above it
-
-
 NAME_WIDTH = 180  # pixels, at most, of names on the left
 
 
@@ -104,9 +96,9 @@ def from_pil(image: Image.Image) -> Tensor:
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
-def scatter_image(points: Tensor, side: int = 400, reach: float = 2.5) -> Tensor:
-    """Points [N, 2] as a picture uint8 [1, side, side] of the square from -reach to reach: the darker, the more of them."""
-    cell = ((points.double().cpu() + reach) * (side / (2 * reach))).floor().long()
+def scatter_image(points: Tensor, side: int = 400, extent: float = 2.5) -> Tensor:
+    """Points [N, 2] as a picture uint8 [1, side, side] of the square from -extent to extent: the darker, the more of them."""
+    cell = ((points.double().cpu() + extent) * (side / (2 * extent))).floor().long()
     x, y = cell[((cell >= 0) & (cell < side)).all(1)].T
     count = torch.zeros(side, side, dtype=torch.float64)
     count.index_put_((side - 1 - y, x), torch.ones_like(x, dtype=torch.float64), accumulate=True)

@@ -53,10 +53,10 @@ class Sampler:
         snap = snapshot.load(weights, None, list(overrides))
         if device is None:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        place = torch.device(device or "cpu")
+        target_device = torch.device(device or "cpu")
         model = snap.model()
-        model.net.to(place)  # type: ignore[attr-defined]
-        sampler = cls(model, snap.image_shape, place, dtype)
+        model.net.to(target_device)  # type: ignore[attr-defined]
+        sampler = cls(model, snap.image_shape, target_device, dtype)
         sampler.path, sampler.image_shape = snap.path, tuple(snap.decoded_shape)
         return sampler
 
@@ -143,13 +143,13 @@ class Sampler:
         each element of x1.
         """
         x = to_solver_dtype(x1, self.device)
-        probes = None
+        eps = None
         if hutchinson_samples is not None:
             noise = [gaussian_noise(f"hutchinson {i}", seed, range(len(x)), self.shape) for i in range(hutchinson_samples)]
-            probes = torch.stack(noise).sign().to(x)
+            eps = torch.stack(noise).sign().to(x)
         velocity = self._velocity(len(x), labels, None, 1.0)
         with self._autocast():
-            return likelihood.log_likelihood(velocity, x, method, probes=probes, rtol=rtol, atol=atol)[0]
+            return likelihood.log_likelihood(velocity, x, method, eps=eps, rtol=rtol, atol=atol)[0]
 
     def encode(
         self,

@@ -13,41 +13,41 @@ from flow.solvers.torchdiffeq import ADAPTIVE, IGNORES_GRID
 class SamplerSettings:
     """What, besides the weights and the index, decides an image."""
 
-    method: str = "euler"  # a key of solvers.METHODS
+    method: str = "euler"  # a key of solvers.SOLVERS
     steps: int = 100
     guidance_scale: float = 1.0
     seed: int = 8888
     labels: tuple[int, ...] | None = None  # image k gets labels[k mod len]; None: all classes in turn
     prompts: tuple[str, ...] | None = None  # for networks that read them: image k gets prompts[k mod len]
-    grid: str = "uniform"  # a key of solvers.grid.GRIDS, in the time of the network's own path, or "tuned"
-    times: tuple[float, ...] | None = None  # of the tuned grid, on the linear path
+    time_grid: str = "uniform"  # a key of solvers.time_grids.GRIDS, in the time of the network's own path, or "optimized"
+    times: tuple[float, ...] | None = None  # of the optimized grid, on the linear path
     options: tuple[tuple[str, float | str], ...] = ()  # of the method: rtol and atol, or noise_scale and diffusion
 
     @property
     def solver(self) -> str:
-        """The method with what sets it apart from its defaults: 'ab2, tuned grid', 'euler_maruyama, noise_scale=0.5'."""
-        chosen = [f"{self.grid} grid"] if self.grid != "uniform" else []
-        return ", ".join([self.method, *chosen, *(f"{name}={value}" for name, value in self.options)])
+        """The method with what sets it apart from its defaults: 'ab2, optimized grid', 'euler_maruyama, noise_scale=0.5'."""
+        grid = [f"{self.time_grid} grid"] if self.time_grid != "uniform" else []
+        return ", ".join([self.method, *grid, *(f"{name}={value}" for name, value in self.options)])
 
 
 def build_time_grid(settings: SamplerSettings, path: Path) -> list[float]:
     """The time grid, carried over from the network's own path to the linear one, where solvers work."""
     if settings.times:
         return list(settings.times)
-    times = time_grids.build(settings.grid, settings.steps)
-    if settings.grid == "edm":  # by the ratio of noise to data, which is the time of the linear path
+    times = time_grids.build(settings.time_grid, settings.steps)
+    if settings.time_grid == "edm":  # by the ratio of noise to data, which is the time of the linear path
         return times
-    return [0.0, *(path.linear_time(t) for t in times[1:-1]), 1.0]
+    return [0.0, *(path.t_to_linear(t) for t in times[1:-1]), 1.0]
 
 
 def validate(settings: SamplerSettings, net: Network) -> None:
     """Raises ValueError for settings that the network cannot serve."""
     solvers.validate_options(settings.method, **dict(settings.options))
     if not settings.times:
-        time_grids.build(settings.grid, settings.steps)
-    if settings.method in IGNORES_GRID and settings.grid != "uniform":
+        time_grids.build(settings.time_grid, settings.steps)
+    if settings.method in IGNORES_GRID and settings.time_grid != "uniform":
         how = "by rtol and atol" if settings.method in ADAPTIVE else "evenly"
-        raise ValueError(f"grid={settings.grid}: {settings.method} chooses its own times, {how}")
+        raise ValueError(f"time_grid={settings.time_grid}: {settings.method} chooses its own times, {how}")
     if settings.prompts and not net.max_prompt_bytes:
         raise ValueError("prompts: this network was trained without them (model.args.max_prompt_bytes)")
     if net.max_prompt_bytes:
@@ -67,4 +67,4 @@ def validate(settings: SamplerSettings, net: Network) -> None:
         return
     for label in settings.labels or ():
         if not 0 <= label < net.num_classes:
-            raise ValueError(f"labels: {label} is out of range; this network knows 0 to {net.num_classes - 1}")
+            raise ValueError(f"labels: {label} is out of range; this network has 0 to {net.num_classes - 1}")

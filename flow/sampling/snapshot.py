@@ -28,6 +28,7 @@ from flow.model import FlowModel, Network
 from flow.runtime import files
 from flow.runtime.errors import error_context
 from flow.sampling import header
+from flow.sampling.space import Space
 
 CodecSpec = dict[str, Any]
 
@@ -48,7 +49,12 @@ class Snapshot:
     @property
     def decoded_shape(self) -> tuple[int, ...]:
         """Of the images that come out in the end; `image_shape` is that of what the network sees."""
-        return tuple(self.codec["image_shape"]) if self.codec else self.image_shape
+        return self.space.decoded_shape
+
+    @property
+    def space(self) -> Space:
+        """What the network sees: pixels, latents or points."""
+        return Space(self.image_shape, self.codec)
 
     def model(self, decode: bool = True) -> FlowModel:
         """The network with these weights, its path and prediction and, with `decode`, the decoder of latents.
@@ -132,11 +138,11 @@ def check_codec(key: str, weights: Snapshot, codec: CodecSpec | None) -> None:
     compared = ("digest", "shift", "scale")
     actual, expected = ({k: spec[k] for k in compared} if spec else None for spec in (weights.codec, codec))
     if actual != expected:
-        trained, given = (
+        trained, data = (
             f"latents of the autoencoder {spec['digest'][:12]}" if spec else "no latents" for spec in (actual, expected)
         )
-        scaled = " with another shift and scale" if trained == given else ""
-        raise UserError(f"{key}: {weights.path} was trained on {trained}, the data are {given}{scaled}")
+        scaled = " with another shift and scale" if trained == data else ""
+        raise UserError(f"{key}: {weights.path} was trained on {trained}, the data are {data}{scaled}")
 
 
 def save(
@@ -195,14 +201,14 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
 
 
 def find(path: Path) -> Path:
-    """The snapshot file that a run folder (its newest), a checkpoint folder or a file stands for."""
+    """The snapshot file that a run folder (its latest), a checkpoint folder or a file stands for."""
     if path.is_file():
         return path
     if not path.exists():
         raise UserError(f"--weights {path}: there is no such file or folder")
-    found = _by_step(path / "snapshots") or _by_step(path) or sorted(path.glob(EMA_FILE))
-    if found:
-        return found[-1]
+    snapshots = _by_step(path / "snapshots") or _by_step(path) or sorted(path.glob(EMA_FILE))
+    if snapshots:
+        return snapshots[-1]
     raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
 
 
@@ -213,11 +219,7 @@ def _by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
 
 
 DIGEST_KEY = "digest"
-
-
 BLANK_DIGEST = "0" * 64  # what stands in its place when it is computed
-
-
 _DIGEST = re.compile(rb'("digest":")([0-9a-f]{64})(")')
 
 
@@ -245,10 +247,10 @@ def digests(path: Path) -> tuple[str | None, str]:
     with open(path, "rb") as file:
         start = file.read(8)
         header = file.read(int.from_bytes(start, "little"))
-        found = _DIGEST.search(header)
+        match = _DIGEST.search(header)
         digest = hashlib.sha256(start + _DIGEST.sub(rb"\g<1>" + BLANK_DIGEST.encode() + rb"\g<3>", header, count=1))
         hashlib.file_digest(file, lambda: digest)  # the rest of the file
-    return found.group(2).decode() if found else None, digest.hexdigest()
+    return match.group(2).decode() if match else None, digest.hexdigest()
 
 
 EMA_FILE = "ema.safetensors"  # the first half-life; others are ema_<half-life>.safetensors, all of them snapshots
@@ -263,15 +265,15 @@ def _configuration(
     path: Path, text: str, config_path: str | None, overrides: list[str] | None, codec: CodecSpec | None
 ) -> tuple[Config, dict[str, Any]]:
     """The configuration of a snapshot, and the places that its header names and the command line does not."""
-    source, given = f"--weights {path}", schema.overridden(overrides)
+    source, typed = f"--weights {path}", schema.overridden(overrides)
     unconfirmed: dict[str, Any] = {}
-    base, places = schema.parse_parts(text, source, Config, given)
+    base, places = schema.parse_parts(text, source, Config, typed)
     if config_path:
         config = schema.load(config_path, overrides)
     else:
         unconfirmed = places
         if not _in_run_folder(path):
-            unconfirmed |= header.take_places(base.data, given)
+            unconfirmed |= header.take_places(base.data, typed)
         config = schema.load(None, overrides, base=base)
         if config.data.name != base.data.name:  # its arguments are those of the command line
             unconfirmed = {key: value for key, value in unconfirmed.items() if not key.startswith("data.args")}

@@ -15,14 +15,14 @@ from flow.solvers.time_grids import uniform
 Velocity = Callable[[Tensor, float, float], Tensor]  # (x, t, t_next); ordinary networks ignore t_next
 
 
-def _euler(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
-    for t, t_next in pairwise(grid):
+def _euler(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
+    for t, t_next in pairwise(time_grid):
         x = x + (t_next - t) * velocity(x, t, t_next)
         yield x
 
 
-def _runge_kutta(velocity: Callable[..., Tensor], x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
-    for t, t_next in pairwise(grid):
+def _runge_kutta(velocity: Callable[..., Tensor], x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
+    for t, t_next in pairwise(time_grid):
         tableau = runge_kutta.TABLEAUX[method]
         if t_next == 1 and tableau.final:
             tableau = runge_kutta.TABLEAUX[tableau.final]
@@ -34,7 +34,7 @@ def _runge_kutta(velocity: Callable[..., Tensor], x: Tensor, grid: Sequence[floa
 class Solver:
     """How a method is solved, and what it takes."""
 
-    states: Callable[..., Iterator[Tensor]]  # (velocity, x, time grid, method, **options) -> the state at each further time
+    states: Callable[..., Iterator[Tensor]]  # (velocity, x, time_grid, method, **options) -> the state at each further time
     options: tuple[str, ...] = ()
     whole_step: bool = False  # it passes the end of its step as t_next, so that flow maps jump; all others pass t twice
 
@@ -61,18 +61,18 @@ FIXED_GRID = tuple(name for name in DETERMINISTIC if name not in torchdiffeq.IGN
 
 @dataclass
 class Solution:
-    x: Tensor  # the state at the end of the grid, [B, ...]
+    x: Tensor  # the state at the end of the time grid, [B, ...]
     nfe: int  # evaluations of the velocity, counted
 
 
 def check(method: str, **options: Any) -> None:
     """Raises ValueError for a method that is not in the registry and for an option that it does not take."""
     if method not in SOLVERS:
-        raise ValueError(f"{method!r} is no solver; choose one of {', '.join(SOLVERS)}")
-    known = SOLVERS[method].options
+        raise ValueError(f"unknown solver {method!r}; choose from {', '.join(SOLVERS)}")
+    allowed = SOLVERS[method].options
     for name in options:
-        if name not in known:
-            raise ValueError(f"{method} has no option {name!r}; it takes {', '.join(known) or 'none'}")
+        if name not in allowed:
+            raise ValueError(f"{method} has no option {name!r}; it takes {', '.join(allowed) or 'none'}")
 
 
 def validate_options(method: str, **options: Any) -> None:
@@ -109,14 +109,14 @@ def _dry_run(method: str, steps: int, end: float = 1.0, **options: Any) -> Solut
 def solve(
     velocity: Velocity,
     x: Tensor,
-    grid: Sequence[float],
+    time_grid: Sequence[float],
     method: str,
     callback: Callable[[Tensor], object] | None = None,
     **options: Any,
 ) -> Solution:
-    """Integrate dx/dt = velocity(x, t, t_next) over the times of `grid`, from x [B, ...] at grid[0].
+    """Integrate dx/dt = velocity(x, t, t_next) over the times of `time_grid`, from x [B, ...] at time_grid[0].
 
-    Euler and DDIM pass the end of their step as t_next (forward in time), so that flow maps jump there; all others pass t twice.
+    Euler and DDIM pass the end of their step as t_next (forward in time), so that flow maps jump there; others pass t twice.
 
     The times lie in [0, 1] and rise or fall; backwards they start before the data end, t = 1, where no method evaluates the
     velocity. Runs in the dtype of x. `options` are those of the method: rtol and atol, or noise, noise_scale and diffusion,
@@ -124,19 +124,19 @@ def solve(
     refuses, for other times, and where a method with tolerances finds no step that meets them.
     """
     check(method, **options)
-    if min(grid) < 0 or max(grid) > 1 or grid[0] == 1:
-        raise ValueError(f"times from {grid[0]:g} to {grid[-1]:g}: must lie in [0, 1] and start before 1")
-    whole_step, nfe = SOLVERS[method].whole_step and grid[-1] > grid[0], 0
+    if min(time_grid) < 0 or max(time_grid) > 1 or time_grid[0] == 1:
+        raise ValueError(f"times from {time_grid[0]:g} to {time_grid[-1]:g}: must lie in [0, 1] and start before 1")
+    whole_step, nfe = SOLVERS[method].whole_step and time_grid[-1] > time_grid[0], 0
 
     def counted(x: Tensor, t: float, t_next: float | None = None) -> Tensor:
         nonlocal nfe
         nfe += 1
         return velocity(x, t, t_next if whole_step and t_next is not None else t)
 
-    if method in torchdiffeq.ADAPTIVE and not callback:  # which would interpolate, and keep, what nobody looks at
-        grid = [grid[0], grid[-1]]
+    if method in torchdiffeq.ADAPTIVE and not callback:  # no need to interpolate between the ends
+        time_grid = [time_grid[0], time_grid[-1]]
     state = x
-    for state in SOLVERS[method].states(counted, x, grid, method, **options):
+    for state in SOLVERS[method].states(counted, x, time_grid, method, **options):
         if callback:
             callback(state)
     return Solution(state, nfe)

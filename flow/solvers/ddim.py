@@ -17,12 +17,12 @@ DDIM = ("ddim", "ancestral")
 def ancestral_step(
     velocity: Callable[[Tensor, float, float], Tensor],
     x: Tensor,
-    grid: Sequence[float],
+    time_grid: Sequence[float],
     method: str,
     noise: Callable[[int], Tensor] | None = None,
     eta: float = 1.0,
 ) -> Iterator[Tensor]:
-    """x [B, ...] from grid[0] on, at each further time, on the linear path by steps of Song et al. 2021 (DDIM,
+    """x [B, ...] from time_grid[0] on, at each further time, on the linear path by steps of Song et al. 2021 (DDIM,
     arXiv:2010.02502, eq. 12).
 
     `ancestral` adds the noise of DDPM's posterior, times `eta`; `noise(i)` is its standard normal [B, ...] of step i. `ddim`
@@ -30,7 +30,7 @@ def ancestral_step(
     """
     if eta < 0 or not math.isfinite(eta):
         raise ValueError(f"eta={eta}: must be 0 or more, and finite")
-    for i, (t, t_next) in enumerate(pairwise(grid)):
+    for i, (t, t_next) in enumerate(pairwise(time_grid)):
         v = velocity(x, t, t_next)
         x0, x1 = x - t * v, x + (1 - t) * v
         if method == "ddim" or t_next == 1 or eta == 0:
@@ -42,8 +42,8 @@ def ancestral_step(
         # signal and noise of the variance-preserving path at the same ratio; x there is x here over `scale`
         scale, scale_next = math.hypot(t, 1 - t), math.hypot(t_next, 1 - t_next)
         alpha, sigma, alpha_next, sigma_next = t / scale, (1 - t) / scale, t_next / scale_next, (1 - t_next) / scale_next
-        added = eta * sigma_next / sigma * math.sqrt(max(0.0, 1 - (alpha / alpha_next) ** 2))
-        added = min(added, sigma_next)
-        kept = math.sqrt(sigma_next**2 - added**2)
-        x = scale_next * (alpha_next * x1 + kept * x0 + added * noise(i))
+        sigma_up = eta * sigma_next / sigma * math.sqrt(max(0.0, 1 - (alpha / alpha_next) ** 2))
+        sigma_up = min(sigma_up, sigma_next)
+        sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
+        x = scale_next * (alpha_next * x1 + sigma_down * x0 + sigma_up * noise(i))
         yield x

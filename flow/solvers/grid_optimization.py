@@ -38,17 +38,17 @@ def dynamic_programming_grid(states: Sequence[Tensor], velocities: Sequence[Tens
     error = np.full((m + 1, m + 1), np.inf)
     for i, v in enumerate(velocities):
         later = torch.arange(i + 1, m + 1, device=flat.device, dtype=flat.dtype)
-        ahead = flat[i] + ((later - i) / m)[:, None] * v.flatten()
-        error[i, i + 1 :] = (ahead - flat[i + 1 :]).square().mean(1).sqrt().cpu().numpy()
+        x_next = flat[i] + ((later - i) / m)[:, None] * v.flatten()
+        error[i, i + 1 :] = (x_next - flat[i + 1 :]).square().mean(1).sqrt().cpu().numpy()
     cost = np.full((steps + 1, m + 1), np.inf)
-    came = np.zeros((steps + 1, m + 1), dtype=int)
+    parent = np.zeros((steps + 1, m + 1), dtype=int)
     cost[0, 0] = 0
     for n in range(1, steps + 1):
         through = cost[n - 1][:, None] + error
-        came[n], cost[n] = through.argmin(0), through.min(0)
+        parent[n], cost[n] = through.argmin(0), through.min(0)
     j, times = m, [1.0]
     for n in range(steps, 0, -1):
-        j = came[n, j]
+        j = parent[n, j]
         times.append(j / m)
     return times[::-1]
 
@@ -74,10 +74,10 @@ def refine_grid(error: Callable[[list[float]], float], times: list[float], evalu
     def objective(logits: np.ndarray) -> float:
         nonlocal best, best_error
         candidate = grid_of(logits)
-        found = error(candidate) if all(b - a > 1e-6 for a, b in pairwise(candidate)) else np.inf
-        if found < best_error:
-            best, best_error = candidate, found
-        return found
+        value = error(candidate) if all(b - a > 1e-6 for a, b in pairwise(candidate)) else np.inf
+        if value < best_error:
+            best, best_error = candidate, value
+        return value
 
     start = np.log(steps[1:] / steps[0])
     simplex = np.vstack([start, start + 0.3 * np.eye(len(start))])

@@ -1,7 +1,7 @@
 """Multistep methods: one evaluation a step, the earlier ones are used again.
 
 Adams-Bashforth extrapolates the velocity, DPM-Solver++ and UniPC the data prediction in lambda = log(t / (1 - t)), half the
-log signal-to-noise ratio of the linear path. No method looks at t = 1, where lambda is infinite; where it is (at t = 0 too)
+log signal-to-noise ratio of the linear path. No method evaluates t = 1, where lambda is infinite; where it is (at t = 0 too)
 the latter two take an Euler step, which is their own first order there.
 """
 
@@ -18,12 +18,12 @@ Velocity = Callable[[Tensor, float], Tensor]
 BOOTSTRAP = {"ab2": (2, "euler"), "ab3": (3, "heun"), "ab4": (4, "heun3")}  # order, and one order less for the first steps
 
 
-def adams_bashforth(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
-    """Explicit Adams methods on any grid (Hairer, Norsett & Wanner 1993, Solving ODEs I, section III.1 and III.5)."""
+def adams_bashforth(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
+    """Explicit Adams methods on any time grid (Hairer, Norsett & Wanner 1993, Solving ODEs I, section III.1 and III.5)."""
     order, start = BOOTSTRAP[method]
-    past: list[tuple[float, Tensor]] = []
-    for i, (t, t_next) in enumerate(pairwise(grid)):
-        if i < order - 1:  # Runge-Kutta; its first stage is the velocity here
+    history: list[tuple[float, Tensor]] = []
+    for i, (t, t_next) in enumerate(pairwise(time_grid)):
+        if i < order - 1:  # Runge-Kutta; its first stage is the velocity at x
             stages: list[Tensor] = []
 
             def recorded(x: Tensor, t: float, stages: list[Tensor] = stages) -> Tensor:
@@ -32,66 +32,66 @@ def adams_bashforth(velocity: Velocity, x: Tensor, grid: Sequence[float], method
 
             tableau = TABLEAUX[start]
             x = step(TABLEAUX[tableau.final] if t_next == 1 and tableau.final else tableau, recorded, x, t, t_next - t)
-            past.append((t, stages[0]))
+            history.append((t, stages[0]))
         else:
-            past = [*past[-(order - 1) :], (t, velocity(x, t))]
-            for weight, (_, v) in zip(_weights([time for time, _ in past], t, t_next), past, strict=True):
+            history = [*history[-(order - 1) :], (t, velocity(x, t))]
+            for weight, (_, v) in zip(_weights([time for time, _ in history], t, t_next), history, strict=True):
                 x = x + weight * v
         yield x
 
 
-def dpm_solver_2m(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
+def dpm_solver_2m(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2)."""
-    before: tuple[float, Tensor] | None = None  # lambda and data prediction of the last point
-    for t, t_next in pairwise(grid):
+    prev: tuple[float, Tensor] | None = None  # lambda and data prediction of the last point
+    for t, t_next in pairwise(time_grid):
         v = velocity(x, t)
-        data, here = x + (1 - t) * v, _log_snr(t)
-        if before is None or math.inf in (abs(before[0]), abs(here), abs(_log_snr(t_next))):
+        x1_pred, lmbda = x + (1 - t) * v, _log_snr(t)
+        if prev is None or math.inf in (abs(prev[0]), abs(lmbda), abs(_log_snr(t_next))):
             x = x + (t_next - t) * v
         else:
-            ratio = (_log_snr(t_next) - here) / (here - before[0])
-            ahead = data + ratio / 2 * (data - before[1])
-            x = _ddim_step(x, ahead, t, t_next)
-        before = here, data
+            ratio = (_log_snr(t_next) - lmbda) / (lmbda - prev[0])
+            x1_extrapolated = x1_pred + ratio / 2 * (x1_pred - prev[1])
+            x = _ddim_step(x, x1_extrapolated, t, t_next)
+        prev = lmbda, x1_pred
         yield x
 
 
-def unipc(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
+def unipc(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
     """UniPC of order 2, data prediction, B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2).
 
     The corrector uses the evaluation that the next step needs anyway.
     """
-    before: tuple[float, Tensor] | None = None
-    data = x + (1 - grid[0]) * velocity(x, grid[0])  # the prediction at x
-    for t, t_next in pairwise(grid):
-        here, there = _log_snr(t), _log_snr(t_next)
-        h = there - here
+    prev: tuple[float, Tensor] | None = None
+    x1_pred = x + (1 - time_grid[0]) * velocity(x, time_grid[0])  # the prediction at x
+    for t, t_next in pairwise(time_grid):
+        lmbda, lmbda_next = _log_snr(t), _log_snr(t_next)
+        h = lmbda_next - lmbda
         if math.isinf(h):
-            predicted = x + (t_next - t) * (data - x) / (1 - t)
+            predicted = x + (t_next - t) * (x1_pred - x) / (1 - t)
             corrected = predicted
-            slope = None
+            D1 = None
         else:
-            slope = None if before is None or math.isinf(before[0]) else (before[1] - data) * (h / (before[0] - here))
-            predicted = _ddim_step(x, data, t, t_next)
-            if slope is not None:
-                predicted = predicted - t_next * math.expm1(-h) * 0.5 * slope
+            D1 = None if prev is None or math.isinf(prev[0]) else (prev[1] - x1_pred) * (h / (prev[0] - lmbda))
+            predicted = _ddim_step(x, x1_pred, t, t_next)
+            if D1 is not None:
+                predicted = predicted - t_next * math.expm1(-h) * 0.5 * D1
         if t_next == 1:
             yield predicted
             return
-        new = predicted + (1 - t_next) * velocity(predicted, t_next)
+        x1_pred_next = predicted + (1 - t_next) * velocity(predicted, t_next)
         if not math.isinf(h):
-            corrected = _ddim_step(x, data, t, t_next)
-            weights = [0.5] if slope is None or before is None else _corrector((before[0] - here) / h, h)
-            differences = [new - data] if slope is None else [slope, new - data]
+            corrected = _ddim_step(x, x1_pred, t, t_next)
+            weights = [0.5] if D1 is None or prev is None else _corrector((prev[0] - lmbda) / h, h)
+            differences = [x1_pred_next - x1_pred] if D1 is None else [D1, x1_pred_next - x1_pred]
             for weight, difference in zip(weights, differences, strict=True):
                 corrected = corrected - t_next * math.expm1(-h) * weight * difference
-        before, x, data = (here, data), corrected, new
+        prev, x, x1_pred = (lmbda, x1_pred), corrected, x1_pred_next
         yield x
 
 
-def _ddim_step(x: Tensor, data: Tensor, t: float, t_next: float) -> Tensor:
+def _ddim_step(x: Tensor, x1_pred: Tensor, t: float, t_next: float) -> Tensor:
     """The linear path with this data prediction all the way: exact integration of the first order."""
-    return (1 - t_next) / (1 - t) * x + (t_next - t) / (1 - t) * data
+    return (1 - t_next) / (1 - t) * x + (t_next - t) / (1 - t) * x1_pred
 
 
 def _log_snr(t: float) -> float:

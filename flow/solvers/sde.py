@@ -29,13 +29,15 @@ SDE = ("euler_maruyama", "stochastic_heun")
 def sde(
     velocity: Callable[[Tensor, float], Tensor],
     x: Tensor,
-    grid: Sequence[float],
+    time_grid: Sequence[float],
     method: str,
     noise: Callable[[int], Tensor] | None = None,
     noise_scale: float = 1.0,
     diffusion: str = "sigma",
 ) -> Iterator[Tensor]:
-    """x [B, ...] from grid[0] on, at each further time; `noise(i)` is standard normal [B, ...], the increment of step i.
+    """x [B, ...] from time_grid[0] on, at each further time.
+
+    `noise(i)` is standard normal [B, ...], the increment of step i.
 
     Within a step h the noise added is at most half of that which belongs to its end: g^2 h <= ((1 - t) / 2)^2. Coefficients
     that do not vanish at the data would otherwise leave noise in the image; with more steps the limit goes away.
@@ -46,7 +48,7 @@ def sde(
     if not 0 <= noise_scale <= 100:
         raise ValueError(f"noise_scale={noise_scale}: must be 0 or more, and at most 100")
     if diffusion not in DIFFUSION_COEFFICIENTS:
-        raise ValueError(f"{diffusion!r} is no diffusion coefficient; choose one of {', '.join(DIFFUSION_COEFFICIENTS)}")
+        raise ValueError(f"unknown diffusion coefficient {diffusion!r}; choose from {', '.join(DIFFUSION_COEFFICIENTS)}")
     if noise is None:
         raise ValueError(f"{method}: needs noise")
 
@@ -54,19 +56,19 @@ def sde(
         v = velocity(x, t)
         return v - g2 / 2 * (x - t * v) / (1 - t) if g2 else v
 
-    for i, (t, t_next) in enumerate(pairwise(grid)):
+    for i, (t, t_next) in enumerate(pairwise(time_grid)):
         h = t_next - t
         if t_next == 1:
             yield x + h * velocity(x, t)
             return
         # g^2 at the start, in the middle and at the end of the step
-        wanted = [noise_scale**2 * DIFFUSION_COEFFICIENTS[diffusion](u) for u in (t, (t + t_next) / 2, t_next)]
-        g2, g2_middle, g2_next = (min(value, (1 - t_next) ** 2 / (4 * h)) for value in wanted)
-        kick = math.sqrt(g2_middle * h) * noise(i) if noise_scale else 0.0
-        first = drift(x, t, g2)
+        g2_requested = [noise_scale**2 * DIFFUSION_COEFFICIENTS[diffusion](u) for u in (t, (t + t_next) / 2, t_next)]
+        g2, g2_middle, g2_next = (min(value, (1 - t_next) ** 2 / (4 * h)) for value in g2_requested)
+        dW = math.sqrt(g2_middle * h) * noise(i) if noise_scale else 0.0
+        d_1 = drift(x, t, g2)
         if method == "euler_maruyama":
-            x = x + h * first + kick
+            x = x + h * d_1 + dW
         else:
-            second = drift(x + h * first + kick, t_next, g2_next)
-            x = x + h * 0.5 * first + h * 0.5 * second + kick
+            d_2 = drift(x + h * d_1 + dW, t_next, g2_next)
+            x = x + h * 0.5 * d_1 + h * 0.5 * d_2 + dW
         yield x

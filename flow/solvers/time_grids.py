@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 # Before t = 1, where the velocity is undefined: the noise can no longer be seen in x. Adaptive methods and the likelihood,
-# which have no grid that would say how near to go, solve up to (from) 1 - END_EPS and take one open step beyond.
+# which have no grid that fixes the last step, solve up to (from) 1 - END_EPS and take one open step beyond.
 END_EPS = 1e-3
 
 
@@ -26,7 +26,7 @@ def shift(steps: int, shift: float = 3.0) -> list[float]:
 def edm(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> list[float]:
     """Uniform in sigma^(1 / rho) with sigma = (1 - t) / t, then the data (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
-    On the linear path (1 - t) / t is the ratio of noise to data; a network of another path is asked at the same ratios.
+    On the linear path (1 - t) / t is the ratio of noise to data; a network of another path is evaluated at the same ratios.
     The first time is 0, where the noise is, in place of 1 / (1 + sigma_max) = 0.012.
     """
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
@@ -52,7 +52,7 @@ GRIDS: dict[str, Callable[[int], list[float]]] = {
 def build(name: str, steps: int) -> list[float]:
     """The times 0 = t_0 < ... < t_N = 1. Raises ValueError for an unknown name or fewer than one step."""
     if name not in GRIDS:
-        raise ValueError(f"{name!r} is no time grid; choose one of {', '.join(GRIDS)}")
+        raise ValueError(f"unknown time grid {name!r}; choose from {', '.join(GRIDS)}")
     if steps < 1:
         raise ValueError(f"{steps} steps: must be at least 1")
     return GRIDS[name](steps)

@@ -1,6 +1,6 @@
 """Methods of torchdiffeq: adaptive ones and Adams methods. None evaluates the velocity outside the times it solves over.
 
-Names that torchdiffeq shares with us (euler, midpoint, heun2, heun3, rk4) are ours, which never look at the data end.
+Names that runge_kutta.py has too (euler, midpoint, heun2, heun3, rk4) are solved there, which never evaluates the data end.
 """
 
 import inspect
@@ -12,25 +12,17 @@ from flow.solvers.runge_kutta import TABLEAUX, step
 from flow.solvers.time_grids import END_EPS
 
 Velocity = Callable[[Tensor, float], Tensor]
-
-
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
-
-
 IMPLICIT = ("implicit_adams", "fixed_adams")  # two names of one method
-
-
-IGNORES_GRID = (*ADAPTIVE, "explicit_adams", *IMPLICIT)  # of the grid these use the ends, or the number of times, alone
-
-
+IGNORES_GRID = (*ADAPTIVE, "explicit_adams", *IMPLICIT)  # they use its ends, or its length, alone
 # torchdiffeq's default order for Adams-Bashforth, 11, is unstable even on a rotation: 64 steps err by 1e-2, of order 4 by 1e-7.
 ADAMS = {"max_order": 5}  # torchdiffeq's way to say 4, and 5 for the implicit methods
 
 
 def adaptive(
-    velocity: Velocity, x: Tensor, grid: Sequence[float], method: str, rtol: float = 1e-5, atol: float = 1e-5
+    velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str, rtol: float = 1e-5, atol: float = 1e-5
 ) -> Iterator[Tensor]:
-    """From grid[0] to grid[-1] with the step sizes that the tolerances ask for; states between them are interpolated.
+    """From time_grid[0] to time_grid[-1] with the step sizes of the tolerances; states between are interpolated.
 
     To the data end, t = 1, the tolerances hold up to 1 - END_EPS. From there one step of an open method of order 3, which
     asks at 1 - END_EPS / 3 at the latest, goes to the end; states inside it are interpolated linearly. Its error stays
@@ -39,34 +31,36 @@ def adaptive(
     One step size serves the whole batch, so an image depends on those beside it, by about the error that the tolerances
     leave. Raises ValueError for a tolerance out of range, and where the velocity is not finite or too steep for any step.
     """
-    if grid[-1] != 1:
-        yield from _odeint(velocity, x, grid, method, rtol, atol)[1:]
+    if time_grid[-1] != 1:
+        yield from _odeint(velocity, x, time_grid, method, rtol, atol)[1:]
         return
-    end = max(1 - END_EPS, grid[0])
-    states = _odeint(velocity, x, [*(t for t in grid if t < end), end], method, rtol, atol)
+    end = max(1 - END_EPS, time_grid[0])
+    states = _odeint(velocity, x, [*(t for t in time_grid if t < end), end], method, rtol, atol)
     yield from states[1:-1]
     last = step(TABLEAUX["heun3"], velocity, states[-1], end, 1 - end)
-    yield from (states[-1] + (t - end) / (1 - end) * (last - states[-1]) for t in grid[1:-1] if t >= end)
+    yield from (states[-1] + (t - end) / (1 - end) * (last - states[-1]) for t in time_grid[1:-1] if t >= end)
     yield last
 
 
-def explicit_adams(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str) -> Iterator[Tensor]:
+def explicit_adams(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
     """Adams-Bashforth of order 4, after three Runge-Kutta steps."""
-    return _adams(velocity, x, grid, method, 1e-5, 1e-5)
+    return _adams(velocity, x, time_grid, method, 1e-5, 1e-5)
 
 
 def implicit_adams(
-    velocity: Velocity, x: Tensor, grid: Sequence[float], method: str, rtol: float = 1e-5, atol: float = 1e-5
+    velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str, rtol: float = 1e-5, atol: float = 1e-5
 ) -> Iterator[Tensor]:
     """Adams-Bashforth-Moulton of order 5: at most four corrections a step, until they agree within the tolerances
     over the whole batch. Raises ValueError for a tolerance out of range."""
-    return _adams(velocity, x, grid, method, rtol, atol)
+    return _adams(velocity, x, time_grid, method, rtol, atol)
 
 
-def _adams(velocity: Velocity, x: Tensor, grid: Sequence[float], method: str, rtol: float, atol: float) -> Iterator[Tensor]:
-    """As many steps as the grid has, all of one size, which their coefficients are made for. The last one, where it ends at
-    the data, is one of an open Runge-Kutta method (order 3, which leaves a global order of 4)."""
-    steps, start, end = len(grid) - 1, grid[0], grid[-1]
+def _adams(
+    velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str, rtol: float, atol: float
+) -> Iterator[Tensor]:
+    """As many steps as the time grid has, all of one size, which their coefficients need. The last one, where it ends
+    at the data, is one of an open Runge-Kutta method (order 3, which leaves a global order of 4)."""
+    steps, start, end = len(time_grid) - 1, time_grid[0], time_grid[-1]
     times = [start + (end - start) * i / steps for i in range(steps)]
     states = _odeint(velocity, x, times if end == 1 else [*times, end], method, rtol, atol, ADAMS)
     yield from states[1:]

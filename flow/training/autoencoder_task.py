@@ -22,6 +22,7 @@ from flow.runtime.errors import error_context
 from flow.sampling import images
 from flow.sampling.generate import shard
 from flow.sampling.images import psnr, to_float, to_uint8
+from flow.sampling.space import Space
 from flow.training.data_loader import TrainingLoader
 from flow.training.trainer import Callback, Trainer
 from models import autoencoder
@@ -44,7 +45,7 @@ class AutoencoderTask:
             self.data = distributed.main_process_first(
                 accelerator, lambda: datasets.build(config.data.name, config.data.root, config.data.args)
             )
-            if self.data.codec or len(self.data.image_shape) != 3:
+            if not Space(self.data.image_shape, self.data.codec).is_pixels:
                 raise ValueError(f"data.name={config.data.name}: holds no images")
         torch.manual_seed(config.seed)  # of the initial weights
         self.net = self.build_network()
@@ -103,7 +104,7 @@ class AutoencoderTask:
         shapes = ("x".join(map(str, shape)) for shape in (self.data.image_shape, self.latent_shape))
         return [
             "autoencoder: {:.2f} M parameters, images of {} to latents of {}".format(size, *shapes),
-            *(f"note: {note}" for note in getattr(self.data, "notes", [])),
+            *(f"note: {note}" for note in self.data.notes),
             f"data: {self.config.data.name}, {len(self.data):,} images",
         ]
 

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that resuming needs, whole or absent, the newest few kept.
+"""Checkpoints: everything that resuming needs, whole or absent, the last few retained.
 
 `checkpoints/step_00010000/` holds what accelerate saves (network, optimizer, loss scale), the moving averages as
 snapshots, `state.json` and `manifest.json` with the size and SHA-256 of each file. Random states are not among it:
@@ -25,12 +25,8 @@ from flow.runtime import distributed, files
 from flow.sampling.snapshot import EMA_FILE, _by_step
 
 _NAME = re.compile(r"step_(\d{8,})")
-
-
 # Beginnings of the names of what every checkpoint holds; accelerate has several for the weights and the optimizer's state.
 _NEEDED = (("model", "pytorch_model"), ("optimizer",), (EMA_FILE,), ("state.json",))
-
-
 _READING_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, SafetensorError)
 
 
@@ -41,20 +37,20 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_m
     """
     path = folder / f"step_{step:08d}"
     temporary = folder / f"{files.TEMPORARY}{path.name}"
-    problem: Exception | None = None
+    failure: Exception | None = None
     try:
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             files.clean_temporaries(folder)
             temporary.mkdir()
     except OSError as error:
-        problem = error
-    _raise_on_all(accelerator, problem, path)
+        failure = error
+    _raise_on_all(accelerator, failure, path)
     try:
         accelerator.save_state(str(temporary))
     except (OSError, RuntimeError, SafetensorError) as error:
-        problem = error
-    _raise_on_all(accelerator, problem, path)
+        failure = error
+    _raise_on_all(accelerator, failure, path)
     if accelerator.is_main_process:
         try:
             for random_state in temporary.glob("random_states_*"):
@@ -70,17 +66,17 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_m
                 shutil.rmtree(path)
             files.atomic_rename_dir(temporary, path)
         except (OSError, RuntimeError, SafetensorError) as error:
-            problem = error
-    _raise_on_all(accelerator, problem, path)
+            failure = error
+    _raise_on_all(accelerator, failure, path)
     return path
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
+    """Delete all but the last `keep` checkpoints; 0 keeps all."""
     for path in list_checkpoints(folder)[:-keep] if keep else []:
-        doomed = path.with_name(f"{files.TEMPORARY}{path.name}")  # so that half a deletion is no checkpoint
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        trash = path.with_name(f"{files.TEMPORARY}{path.name}")  # so that half a deletion is no checkpoint
+        path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def load(accelerator: Accelerator, path: Path) -> dict:
@@ -108,7 +104,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def stored_config(path: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Kind | None:
-    """The configuration that a checkpoint was made with; None for one of before it was stored. `confirmed`: {key: value} of
+    """The configuration that a checkpoint was written with; None for one of before it was stored. `confirmed`: {key: value} of
     what the user's own configuration reads from the environment. Raises UserError."""
     with reading(path), safe_open(path / EMA_FILE, framework="pt") as file:
         text = (file.metadata() or {}).get("config")
@@ -116,26 +112,26 @@ def stored_config(path: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Ki
 
 
 def find_latest(accelerator: Accelerator, folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None for a run that was cut off before its first; damaged ones are named and passed
-    over. Raises UserError where all are damaged."""
-    found: list[Path | None] = [None]
+    """The latest whole checkpoint, or None for a run that was cut off before its first; damaged ones are named and
+    skipped. Raises UserError where all are damaged."""
+    latest: list[Path | None] = [None]
     if accelerator.is_main_process:
         for path in reversed(list_checkpoints(folder)):
             damage = verify(path)
             if damage is None:
-                found[0] = path
+                latest[0] = path
                 break
             accelerator.print(f"warning: checkpoint {path} is damaged and skipped: {damage}")
-    broadcast_object_list(found)
-    if found[0] is None and list_checkpoints(folder):
+    broadcast_object_list(latest)
+    if latest[0] is None and list_checkpoints(folder):
         raise UserError(f"-r: all checkpoints in {folder} are damaged")
-    return found[0]
+    return latest[0]
 
 
-def newest_in_words(folder: Path) -> str:
+def latest_checkpoint_hint(folder: Path) -> str:
     """For a message about a run that ends."""
     saved = list_checkpoints(folder)
-    return f"the newest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    return f"the latest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -179,21 +175,21 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def _raise_on_all(accelerator: Accelerator, problem: Exception | None, path: Path) -> None:
+def _raise_on_all(accelerator: Accelerator, failure: Exception | None, path: Path) -> None:
     """All processes stop together where one of them could not write."""
-    if not distributed.any_process(accelerator, problem is not None):
+    if not distributed.any_process(accelerator, failure is not None):
         return
     if accelerator.is_main_process:
         shutil.rmtree(path.with_name(f"{files.TEMPORARY}{path.name}"), ignore_errors=True)
-    reason = (str(problem).splitlines() or [""])[0] if problem else "another process failed"
-    raise UserError(f"checkpoint {path} was not written: {reason}; {newest_in_words(path.parent)}")
+    reason = (str(failure).splitlines() or [""])[0] if failure else "another process failed"
+    raise UserError(f"checkpoint {path} was not written: {reason}; {latest_checkpoint_hint(path.parent)}")
 
 
 def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[int], keep: int) -> None:
-    """Give the averages inside the checkpoint `saved` a second name in `folder`, kept when the checkpoint goes.
+    """Give the averages inside the checkpoint `saved` a second name in `folder`, which outlives the checkpoint.
 
     The first half-life is step_XXXXXXXX.safetensors, others step_XXXXXXXX.ema_<half-life>.safetensors. Of each, the
-    newest `keep` stay; 0 keeps all.
+    last `keep` stay; 0 keeps all.
     """
     for name in ema_files(half_lives):
         suffix = name.removeprefix("ema").removesuffix(".safetensors").lstrip("_")

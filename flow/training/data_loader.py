@@ -24,6 +24,7 @@ from flow.losses import Batch
 from flow.noise import gaussian_noise, generator
 from flow.runtime.shutdown import SIGNALS
 from flow.sampling.images import to_float
+from flow.sampling.space import Space
 
 
 class TrainingLoader:
@@ -42,27 +43,23 @@ class TrainingLoader:
         horizontal_flip: bool,
         num_workers: int,
     ):
-        """data: Images or Pairs (kept on the device where they take less than a quarter of its free memory), Folder or
+        """data: Images or Pairs (held on the device where they take less than a quarter of its free memory), Folder or
         Latents.
 
         Raises UserError where the global batch does not divide by processes x micro-batches, and for flips of points and of
         latents that have no flipped copies.
         """
-        self.micro = micro_batch_size(batch_size, world_size, gradient_accumulation_steps)
-        self.data, self.seed, self.batch_size, self.gradient_accumulation_steps = (
-            data,
-            seed,
-            batch_size,
-            gradient_accumulation_steps,
-        )
+        self.micro_batch_size = micro_batch_size(batch_size, world_size, gradient_accumulation_steps)
+        self.data, self.seed, self.batch_size = data, seed, batch_size
+        self.gradient_accumulation_steps = gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
         self.device, self.horizontal_flip, self.num_workers = device, horizontal_flip, num_workers
-        self.latent = hasattr(data, "moments")
-        if horizontal_flip and len(data.image_shape) != 3:
+        self.latent = data.access == "posterior"
+        if horizontal_flip and Space(data.image_shape, data.codec).is_points:
             raise UserError("data.horizontal_flip=true: points have no mirror image; set it to false")
         if self.latent and horizontal_flip and not data.has_flipped:
             raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
-        self.in_memory = hasattr(data, "images")
+        self.in_memory = data.access == "memory"
         if self.in_memory:
             images, fits = data.images, True
             if device.type == "cuda":
@@ -74,37 +71,39 @@ class TrainingLoader:
     def of(cls, accelerator: Accelerator, config: Config | VaeConfig, data) -> "TrainingLoader":
         """That of a trainer, on its process."""
         return cls(
-            data, seed=config.seed, batch_size=config.train.batch_size, gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+            data, seed=config.seed, batch_size=config.train.batch_size,
+            gradient_accumulation_steps=config.train.gradient_accumulation_steps,
             rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
             horizontal_flip=config.data.horizontal_flip, num_workers=config.data.num_workers,
         )  # fmt: skip
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of steps first .. last - 1."""
-        drawn, ahead = tee(self._index_batches(first, last))  # workers read ahead of what is handed out
+        index_batches, lookahead = tee(self._index_batches(first, last))  # workers read ahead of what is handed out
         fetched: Iterator[tuple[Tensor | None, Tensor | None]]
         if self.in_memory or self.latent:
-            fetched = map(self._select, ahead)
+            fetched = map(self._select, lookahead)
         else:
-            fetched = self._read(ahead, (last - first) * self.gradient_accumulation_steps)
+            fetched = self._read(lookahead, (last - first) * self.gradient_accumulation_steps)
         for step in range(first, last):
-            yield [self._micro_batch(step, m, next(drawn), *next(fetched)) for m in range(self.gradient_accumulation_steps)]
+            micro_batches = range(self.gradient_accumulation_steps)
+            yield [self._micro_batch(step, m, next(index_batches), *next(fetched)) for m in micro_batches]
 
-    def rows(self, micro: int) -> slice:
+    def row_slice(self, micro: int) -> slice:
         """Rows of the global batch that are this process's micro-batch number `micro`."""
-        start = (micro * self.world_size + self.rank) * self.micro
-        return slice(start, start + self.micro)
+        start = (micro * self.world_size + self.rank) * self.micro_batch_size
+        return slice(start, start + self.micro_batch_size)
 
     def indices(self, step: int) -> np.ndarray:
         """Data set indices [B] of the global batch of a step; every image comes once an epoch."""
         n, start = len(self.data), step * self.batch_size
-        picked, position = [], start
+        parts, position = [], start
         while position < start + self.batch_size:  # a batch may straddle epochs, or hold several of a tiny set
             epoch, offset = divmod(position, n)
             take = min(n - offset, start + self.batch_size - position)
-            picked.append(self._permutation(epoch)[offset : offset + take])
+            parts.append(self._permutation(epoch)[offset : offset + take])
             position += take
-        return np.concatenate(picked)
+        return np.concatenate(parts)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if getattr(self, "_epoch", None) != epoch:
@@ -115,7 +114,7 @@ class TrainingLoader:
         for step in range(first, last):
             indices = self.indices(step)
             for micro in range(self.gradient_accumulation_steps):
-                yield indices[self.rows(micro)].tolist()
+                yield indices[self.row_slice(micro)].tolist()
 
     def _select(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
         if self.latent:  # drawn when the step is known
@@ -139,14 +138,14 @@ class TrainingLoader:
             yield images, labels if self.data.labels is not None else None
 
     def _micro_batch(self, step: int, micro: int, indices: list[int], images: Tensor | None, labels: Tensor | None) -> Batch:
-        rows = self.rows(micro)
+        rows = self.row_slice(micro)
         start = step * self.batch_size
         sample_ids = range(start + rows.start, start + rows.stop)
         mirrored = None
         if self.horizontal_flip:
             mirrored = generator("flip", self.seed, step).random(self.batch_size)[rows] < 0.5
         if images is None:
-            x1 = self._draw(indices, sample_ids, mirrored)
+            x1 = self._sample_posterior(indices, sample_ids, mirrored)
         else:
             x1 = to_float(images.to(self.device, non_blocking=True))
             if mirrored is not None:
@@ -155,7 +154,7 @@ class TrainingLoader:
         y = labels.to(self.device, non_blocking=True) if labels is not None else None
         return Batch(x1, None, y, None, step, rows, sample_ids, indices)
 
-    def _draw(self, indices: list[int], sample_ids: range, mirrored: np.ndarray | None) -> Tensor:
+    def _sample_posterior(self, indices: list[int], sample_ids: range, mirrored: np.ndarray | None) -> Tensor:
         """Latents [b, C, h, w] drawn from their posteriors with noise that is a function of (seed, position)."""
         moments = self.data.moments(indices, None if mirrored is None else mirrored.tolist())
         noise = gaussian_noise("posterior", self.seed, sample_ids, self.data.image_shape)
@@ -169,8 +168,8 @@ def micro_batch_size(batch_size: int, world_size: int, gradient_accumulation_ste
     if batch_size % shares:
         near = max(1, round(batch_size / shares)) * shares
         raise UserError(
-            f"train.batch_size={batch_size}: must divide by {world_size} process(es) x train.gradient_accumulation_steps={gradient_accumulation_steps}; "
-            f"{near} would"
+            f"train.batch_size={batch_size}: must be divisible by {world_size} process(es) x "
+            f"train.gradient_accumulation_steps={gradient_accumulation_steps}; {near} would"
         )
     return batch_size // shares
 
@@ -222,39 +221,39 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The items in their order, made by a thread up to `depth` before they are asked for; 0 makes each when it is.
+    """The items in their order, made by a thread up to `depth` before they are requested; 0 makes each when it is.
 
     An error of the thread comes out where its item was expected. Leaving early ends the thread.
     """
     if not depth:
         yield from items
         return
-    made: Queue[tuple[bool, object]] = Queue()
-    room, left = threading.Semaphore(depth), threading.Event()
+    queue: Queue[tuple[bool, object]] = Queue()
+    semaphore, stop_event = threading.Semaphore(depth), threading.Event()
 
     def work() -> None:
         try:
             for item in items:
-                made.put((True, item))
-                room.acquire()
-                if left.is_set():
+                queue.put((True, item))
+                semaphore.acquire()
+                if stop_event.is_set():
                     return
-            made.put((False, None))
+            queue.put((False, None))
         except BaseException as error:
-            made.put((False, error))
+            queue.put((False, error))
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         while True:
-            more, item = made.get()
+            more, item = queue.get()
             if not more:
                 if item is not None:
                     raise item  # type: ignore[misc]
                 return
             yield item  # type: ignore[misc]
-            room.release()
+            semaphore.release()
     finally:
-        left.set()
-        room.release()
+        stop_event.set()
+        semaphore.release()
         thread.join()

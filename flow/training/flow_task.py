@@ -21,13 +21,12 @@ from flow.losses import Batch
 from flow.noise import gaussian_noise, generator
 from flow.runtime import distributed, files, subprocesses
 from flow.runtime.errors import error_context
-from flow.sampling import images, snapshot
+from flow.sampling import snapshot
 from flow.sampling.generate import generate, shard
 from flow.sampling.settings import SamplerSettings, validate
+from flow.sampling.space import Space
 from flow.training.data_loader import TrainingLoader
 
-PREVIEW_BATCH = 16  # small, so that several processes share a grid
-POINT_PREVIEW_BATCH = 1000
 MAX_COLUMNS = 20  # of one class or prompt each, in a preview
 NAMED_CLASSES = 10  # in the log
 
@@ -48,14 +47,15 @@ class FlowTask:
             self.data = distributed.main_process_first(
                 accelerator, lambda: datasets.build(config.data.name, config.data.root, config.data.args)
             )
+        self.space = Space(self.data.image_shape, self.data.codec)
         self.class_names = tuple(self.data.class_names) if self.data.labels is not None else ()
         if not resuming:
             schema.set_auto_classes(config, self.class_names)
         torch.manual_seed(config.seed)  # of the initial weights
         with error_context("model"):
             self.net: Any = self.build_network()
+            self.model = snapshot.flow_model(self.net, config, self.data.codec)  # gives the network its defaults
         validate_conditioning(config, self.data, self.net)
-        self.model = snapshot.flow_model(self.net, config, self.data.codec)
         with error_context("flow.time_sampler"):
             time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
         with error_context("loss"):
@@ -64,7 +64,7 @@ class FlowTask:
             self.preview_settings = self._preview_settings()
             validate(self.preview_settings, self.net)
         self.loader = TrainingLoader.of(accelerator, config, self.data)
-        self.coupling = build_coupling(config, self.data, self.loader.micro)
+        self.coupling = build_coupling(config, self.data, self.loader.micro_batch_size)
 
     def load_init_weights(self) -> None:
         """Start from the weights of train.init_from, if any. Raises UserError where they do not fit."""
@@ -108,24 +108,20 @@ class FlowTask:
 
     def preview(self, net: Any, step: int) -> tuple[Tensor | None, dict[str, float]]:
         """A grid of samples, or a scatter plot of points; all processes share the sampling."""
-        points = len(self.data.image_shape) == 1
         n, settings = self.config.preview.n_samples, self.preview_settings
-        batches = shard(self.accelerator, range(n), POINT_PREVIEW_BATCH if points else PREVIEW_BATCH)
+        batches = shard(self.accelerator, range(n), self.space.preview_batch_size)
         samples = generate(self.accelerator, replace(self.model, net=net), self.data.image_shape, batches, settings)
         parts = [(batch.indices.start, batch.images) for batch in samples]
         gathered = distributed.gather_in_order(self.accelerator, parts)
         if gathered is None:
             return None, {}
-        if points:
-            return images.scatter_image(torch.cat(gathered)), {}
         names = list(settings.prompts or margin_labels(net.num_classes, self.class_names))
         if not 2 <= len(names) <= MAX_COLUMNS:
             names = []
-        return images.labelled_grid(torch.cat(gathered), len(names) or max(1, round(n**0.5)), names), {}
+        return self.space.picture(torch.cat(gathered), len(names) or max(1, round(n**0.5)), names), {}
 
     def summary(self) -> list[str]:
-        net, data, shape = self.net, self.data, self.data.image_shape
-        kind = "points" if len(shape) == 1 else f"{'latents' if data.codec else 'images'} of {'x'.join(map(str, shape))}"
+        net, data = self.net, self.data
         condition, names = "no labels", data.class_names
         if net.num_classes is not None:
             more = ", ..." * (len(names) > NAMED_CLASSES)
@@ -135,8 +131,8 @@ class FlowTask:
         condition = f"prompts of at most {net.max_prompt_bytes} bytes" if net.max_prompt_bytes else condition
         size = sum(p.numel() for p in net.parameters()) / 1e6
         return [
-            *(f"note: {note}" for note in getattr(data, "notes", [])),
-            f"data: {self.config.data.name}, {len(data):,} {kind}; "
+            *(f"note: {note}" for note in data.notes),
+            f"data: {self.config.data.name}, {len(data):,} {self.space}; "
             f"model: {self.config.model.name}, {size:.2f} M parameters, {condition}",
         ]
 

@@ -10,6 +10,9 @@ from configs.schema import OptimizerConfig, UserError
 from flow.runtime.distributed import full_tensor
 from flow.training.logging import LossStatistics
 
+MAX_SKIPPED_IN_A_ROW = 50  # so many skipped steps mean that there is nothing more to learn
+MIN_LOSS_SCALE = 1.0  # of fp16: below it the gradient overflows without any scaling
+
 
 def lr_at(config: OptimizerConfig, update: int, total: int) -> float:
     """lr of update number `update` (from 0) of `total`: linear warm-up from 0, then constant, linear or cosine to 0."""
@@ -32,18 +35,12 @@ def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> No
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """The optimizer of a network on this device; its learning rate is then that of `learning_rate` at each step."""
+    """The optimizer of a network on this device; its learning rate is then that of `lr_at` at each step."""
     beta1, beta2 = config.betas
     return torch.optim.AdamW(
         net.parameters(), lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )  # fmt: skip
-
-
-MAX_SKIPPED_IN_A_ROW = 50  # so many skipped steps mean that there is nothing more to learn
-
-
-MIN_LOSS_SCALE = 1.0  # of fp16: below it the gradient overflows without any scaling
 
 
 class GuardedOptimizer:
@@ -52,7 +49,8 @@ class GuardedOptimizer:
     def __init__(self, accelerator: Accelerator, nonfinite_grad: str):
         self.accelerator = accelerator
         self.scaler = accelerator.scaler
-        self.by_us = nonfinite_grad == "skip" and self.scaler is None  # fp16 has its own way, which also lowers its scale
+        # fp16 has its own way, which also lowers its scale
+        self.skips_nonfinite = nonfinite_grad == "skip" and self.scaler is None
         self.scale: float | None = None  # of fp16, after the last step
         self.in_a_row = 0
 
@@ -62,41 +60,41 @@ class GuardedOptimizer:
         """Clip the gradient to max_norm (0: not at all), take step number `step` unless it has to be left out, and forget the
         gradient; whether the weights changed."""
         norm = full_tensor(self.accelerator.clip_grad_norm_(model.parameters(), max_norm or float("inf")))
-        taken = self.take(optimizer, norm)
-        meter.add_grad_norm(step, norm, taken)
+        updated = self.step(optimizer, norm)
+        meter.add_grad_norm(step, norm, updated)
         optimizer.zero_grad()
-        return taken
+        return updated
 
-    def take(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
+    def step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
         """Take the step with a gradient of this norm, unless it has to be left out; whether the weights changed.
 
-        The device is waited for only with fp16 and with train.nonfinite_grad=skip. Whether fp16 skipped is told by its scale,
+        The device is waited for only with fp16 and with train.nonfinite_grad=skip. Whether fp16 skipped shows in its scale,
         which falls then: accelerate looks whether the optimizer's step was called, and that of a fused one always is.
         """
         if self.scaler is not None:
             before = self.scaler.get_scale() if self.scale is None else self.scale
             optimizer.step()
             self.scale = self.scaler.get_scale()
-            taken = self.scale >= before
+            updated = self.scale >= before
         else:
-            taken = not self.by_us or bool(torch.isfinite(norm))
-            if taken:
+            updated = not self.skips_nonfinite or bool(torch.isfinite(norm))
+            if updated:
                 optimizer.step()
-        self.in_a_row = 0 if taken else self.in_a_row + 1
-        return taken
+        self.in_a_row = 0 if updated else self.in_a_row + 1
+        return updated
 
     def metrics(self) -> dict[str, float]:
         """The loss scale of fp16; nothing without one."""
         return {"loss_scale": self.scale} if self.scale is not None else {}
 
-    def check(self, step: int, newest: str) -> None:
+    def check(self, step: int, hint: str) -> None:
         """Raises UserError where the run only skips: many steps in a row, or a loss scale that has collapsed."""
         if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            problem = (
+            message = (
                 f"the gradients of the last {self.in_a_row} steps up to {step} were not finite, and all of them were skipped"
             )
         elif self.scale is not None and self.scale < MIN_LOSS_SCALE:
-            problem = f"the loss scale of fp16 has collapsed to {self.scale:g} at step {step}"
+            message = f"the loss scale of fp16 has collapsed to {self.scale:g} at step {step}"
         else:
             return
-        raise UserError(f"{problem}; {newest}. A smaller optimizer.lr or train.mixed_precision=bf16 may help")
+        raise UserError(f"{message}; {hint}. A smaller optimizer.lr or train.mixed_precision=bf16 may help")

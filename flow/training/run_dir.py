@@ -37,12 +37,12 @@ FIXED = (
 def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, Accelerator]]:
     """Run folder, configuration and accelerator of a trainer's command line; inside the block no other process writes there.
 
-    An error of the file system inside the block becomes a UserError that also names the newest checkpoint.
+    An error of the file system inside the block becomes a UserError that also names the latest checkpoint.
     """
     run_dir, cfg = open_run(args.config, args.exp_dir, args.resume, args.overrides, kind)
     accelerator = distributed.build_training_accelerator(cfg.train, run_dir)  # type: ignore[attr-defined]
     with lock.folder(run_dir, accelerator):
-        # Until here another process may have started a run in this folder, or gone on with it.
+        # Until here another process may have started a run in this folder, or resumed it.
         if (run_dir, cfg) != open_run(args.config, args.exp_dir, args.resume, args.overrides, kind):
             raise UserError(f"{run_dir / 'config.yaml'}: another process has changed it; start this command again")
         try:
@@ -50,7 +50,7 @@ def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, 
                 yield run_dir, cfg, accelerator
         except OSError as error:
             reason = f"{'' if error.filename else f'{run_dir}: '}{error}"
-            raise UserError(f"{reason}; {checkpoint.newest_in_words(run_dir / 'checkpoints')}") from error
+            raise UserError(f"{reason}; {checkpoint.latest_checkpoint_hint(run_dir / 'checkpoints')}") from error
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def open_run(
 def checkpoint_to_resume(accelerator: Accelerator, resume: str, run_dir: Path, cfg: Any) -> Path | None:
     """The checkpoint that `-r latest|PATH` means, None for a run that was cut off before its first one.
 
-    Raises UserError where it is damaged, where going on from it would overwrite later ones, or where it was made with
+    Raises UserError where it is damaged, where resuming from it would overwrite later ones, or where it was made with
     another configuration than `cfg` in what resuming cannot change, whatever config.yaml says by now.
     """
     folder = run_dir / "checkpoints"
@@ -107,12 +107,12 @@ def checkpoint_to_resume(accelerator: Accelerator, resume: str, run_dir: Path, c
     return path
 
 
-def refuse_changes(stored: Any, cfg: Any, made: str) -> None:
-    """Raises UserError for the first key that resuming cannot change and that differs; `made` begins the reason."""
+def refuse_changes(stored: Any, cfg: Any, origin: str) -> None:
+    """Raises UserError for the first key that resuming cannot change and that differs; `origin` begins the reason."""
     for key in filter(schema.all_keys(type(cfg)).__contains__, FIXED):
         before, now = schema.get(stored, key), schema.get(cfg, key)
         if before != now:
-            raise UserError(f"{key}={now}: {made} with {before}, which resuming cannot change")
+            raise UserError(f"{key}={now}: {origin} with {before}, which resuming cannot change")
 
 
 def _checkpoint_named(path: Path, folder: Path) -> Path:
@@ -122,7 +122,7 @@ def _checkpoint_named(path: Path, folder: Path) -> Path:
     later = [p for p in checkpoint.list_checkpoints(folder) if checkpoint.parse_step(p) > checkpoint.parse_step(path)]
     if later:
         raise UserError(
-            f"-r {path}: going on from here would overwrite {later[-1].name}; move the later checkpoints away, "
+            f"-r {path}: resuming from here would overwrite {later[-1].name}; move the later checkpoints away, "
             "or start a new run with train.init_from"
         )
     return path
@@ -161,7 +161,7 @@ def environment(accelerator: Accelerator) -> dict:
 
 
 def resume_command(run_dir: Path, script: str = "train.py", config: Any = None) -> str:
-    """What to type to go on with a run; of its configuration it repeats what config.yaml keeps as it was typed. Of several
+    """The command that resumes a run; it repeats the values that config.yaml stores as they were typed. Of several
     machines or sharded weights only the launcher's own command knows all."""
     arguments = [*script.split(), "-e", str(run_dir), "-r", "latest", *stored.typed_overrides(config)]
     processes = os.environ.get("WORLD_SIZE")
