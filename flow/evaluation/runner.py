@@ -19,7 +19,7 @@ from torch import Tensor
 import datasets
 from configs.schema import Config, UserError
 from datasets import captions
-from flow.evaluation import feature_cache, metrics, metrics_2d, plots, reference, table
+from flow.evaluation import feature_cache, metrics, metrics_2d, plots, reading, reference, table
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointSpace
@@ -82,7 +82,7 @@ def load_real_images(
         else:
             folder = {"path": given, "size": image_shape[-1], "channels": image_shape[0]}
             build = {"name": "folder", "root": root, "args": folder}
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(**build))
+        data = distributed.main_process_first(accelerator, lambda: reading.build(**build))
         if data.image_shape[1:] != image_shape[1:]:
             name = given or build["name"]
             raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
@@ -263,7 +263,7 @@ def class_counts(accelerator: Accelerator, config: Config, source: RealImages | 
     def training_set() -> Data | None:
         try:
             real = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
-            return datasets.build(**real)
+            return reading.build(**real)
         except (ValueError, FileNotFoundError):
             return None
 
@@ -311,7 +311,8 @@ def read_folder(samples: Path) -> tuple[Data, dict[str, Any] | None]:
             stored = sampling_of(json.loads(note.read_text(encoding="utf-8")))
     path, channels = (samples / "images", stored["image_shape"][0]) if stored else (samples, 3)
     with error_context("--samples"):
-        return datasets.build("folder", None, {"path": str(path), "channels": channels}), stored
+        args = {"path": str(path), "channels": channels}
+        return reading.build(name="folder", root=None, args=args), stored
 
 
 def load_extractor_and_reference(
@@ -328,7 +329,7 @@ def load_extractor_and_reference(
         extractor = distributed.main_process_first(accelerator, load)  # it may download its weights
         dimension = extractor.dimension(image_shape)
         if source is None:
-            real = reference.from_npz(Path(settings.reference), extractor, dimension)
+            real = reference.from_npz(Path(settings.reference or ""), extractor, dimension)
         else:
             layers = [name for name in extractor.layers if name != extractor.isc_layer]
             what = "features of the reference"
@@ -375,7 +376,7 @@ def add_control(ev: Evaluation) -> None:
 
         def load() -> Data | None:
             try:
-                return datasets.build(**other[1])
+                return reading.build(**other[1])
             except FileNotFoundError as error:
                 accelerator.print(f"warning: no row of real images: {error}")
                 return None
@@ -406,8 +407,9 @@ def add_control(ev: Evaluation) -> None:
         if samples is None:
             return None
         results = ev.compute_metrics(samples, ref, None if data.labels is None else data.labels[positions])
-        if getattr(data, "log_density", None):
-            results["held_out_log_p"] = data.log_density(data.images[positions].double()).mean().item()
+        points: Any = data
+        if getattr(points, "log_density", None):
+            results["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()
         return {"metrics": results, "seconds": seconds}
 
     kind = other[0] if other else "half against half"
@@ -442,7 +444,8 @@ def log_density_of(
     other = datasets.held_out(source.build) if source else None
     if other is None or other[1]["name"] != "toys" or model.net.num_classes is not None or model.net.max_prompt_bytes:
         return None
-    x1 = to_solver_dtype(datasets.build(**other[1]).images[:HELD_OUT_POINTS], accelerator.device)
+    points: Any = reading.build(**other[1])
+    x1 = to_solver_dtype(points.images[:HELD_OUT_POINTS], accelerator.device)
     known: dict[float, float] = {}
 
     def log_density(settings: SamplerSettings) -> float:
