@@ -6,6 +6,7 @@ again after a kill: whole shards stay, one that is missing or damaged is made ag
 writes originals beside reconstructions, PSNR and the Frechet distance between the two (rFID).
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ from flow.evaluation.reading import Data, read_images
 from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
+from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images
 from flow.sampling.generate import index_batches, shard
 from flow.sampling.images import psnr, to_float, to_uint8
@@ -85,7 +87,7 @@ def cache(
     broadcast_object_list(settings)
     plan = {f"latents_{i:05d}.safetensors": cut for i, cut in enumerate(index_batches(range(len(data)), args.shard_images))}
     if accelerator.is_main_process:
-        claim(args.save_dir, settings[0])
+        check_output_dir(args.save_dir, settings[0])
     accelerator.wait_for_everyone()
 
     mine, made = list(plan.items())[accelerator.process_index :: accelerator.num_processes], 0
@@ -139,25 +141,18 @@ def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) 
     return json.loads(json.dumps(found))
 
 
-def claim(save_dir: Path, settings: dict[str, Any]) -> None:
-    """Check that what is in the folder is of the same latents; nothing of another run is overwritten."""
-    if save_dir.exists() and not files.is_empty_dir(save_dir):
-        there = sorted(save_dir.glob("latents_*.safetensors")) if save_dir.is_dir() else []
-        if not there:
-            raise UserError(f"--save_dir {save_dir}: exists and was not written by cache_latents; name another folder")
-        for path in there:
-            try:
-                theirs = read_shard(path)[1].get("settings", {})
-            except (SafetensorError, OSError):
-                continue  # cut off: it is made again
-            for key, value in settings.items():
-                if theirs.get(key) != value:
-                    raise UserError(
-                        f"--save_dir {save_dir}: holds latents of another run ({key} {theirs.get(key)}, now {value}); "
-                        "name another folder"
-                    )
+def check_output_dir(save_dir: Path, settings: dict[str, Any]) -> None:
+    """Check that the shards in the folder, if any, are of the same latents.
+
+    Raises:
+        UserError: for a folder of another run.
+    """
+    shards, existing = sorted(save_dir.glob("latents_*.safetensors")) if save_dir.is_dir() else [], []
+    for path in shards:
+        with contextlib.suppress(SafetensorError, OSError):  # an unreadable shard is written again
+            existing.append(read_shard(path)[1].get("settings", {}))
+    check_same_settings(save_dir, existing if shards else None, settings, "latents", "cache_latents")
     save_dir.mkdir(parents=True, exist_ok=True)
-    files.clean_temporaries(save_dir)
 
 
 def write_shard(

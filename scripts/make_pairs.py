@@ -27,6 +27,7 @@ from flow.model import FlowModel
 from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
+from flow.runtime.output_dir import check_same_settings
 from flow.sampling import snapshot
 from flow.sampling.generate import build_velocity, generate, index_batches, to_solver_dtype
 from flow.sampling.images import to_float
@@ -124,7 +125,7 @@ def write_shards(
     """Write the manifest and the shards that are missing or damaged; `make` computes the tensors of one. The number of pairs
     that were written."""
     if accelerator.is_main_process:
-        claim(args.save_dir, manifest)
+        check_output_dir(args.save_dir, manifest)
     accelerator.wait_for_everyone()
     mine = shards_of(manifest)[accelerator.process_index :: accelerator.num_processes]
     made = 0
@@ -156,25 +157,24 @@ def train_command(weights: str, save_dir: Path, config: schema.Config) -> str:
     )
 
 
-def claim(save_dir: Path, manifest: dict) -> None:
-    """Write the manifest, or check that the one there is the same; nothing of another run is overwritten."""
+def check_output_dir(save_dir: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, or check that the existing one is of the same pairs.
+
+    Raises:
+        UserError: for a folder of another run.
+    """
+    existing = None
     if (save_dir / MANIFEST).is_file():
         with error_context("--save_dir"):
-            theirs = read_manifest(save_dir)
-        for key, value in manifest.items():
-            before = theirs.get(key)
-            if key == "data":  # where the real images lie may change
-                before, value = ({k: v for k, v in d.items() if k != "root"} for d in (before, value))
-            if before != value:
-                raise UserError(
-                    f"--save_dir {save_dir}: holds pairs of another run ({key} {before}, now {value}); name another folder"
-                )
-        files.clean_temporaries(save_dir)
-    elif save_dir.exists() and not files.is_empty_dir(save_dir):
-        raise UserError(f"--save_dir {save_dir}: exists and was not written by make_pairs; name another folder")
-    else:
-        files.clean_temporaries(save_dir)
+            existing = [without_root(read_manifest(save_dir))]
+    check_same_settings(save_dir, existing, without_root(manifest), "pairs", "make_pairs")
+    if existing is None:
         files.write_text(save_dir / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def without_root(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without the place of the real images, which may change."""
+    return {**manifest, "data": {key: value for key, value in manifest["data"].items() if key != "root"}}
 
 
 def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:

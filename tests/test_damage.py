@@ -1,5 +1,6 @@
 """Damaged files: flipped, cut, emptied or lost, each is found and named, and nothing wrong is taken for right."""
 
+import json
 import shutil
 import subprocess
 from pathlib import Path

@@ -7,12 +7,9 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
-from tqdm import tqdm
 
-from flow.evaluation.features import Extractor, FeatureSet
-from flow.evaluation.reference import Reference
+from flow.evaluation.comparison import Comparison
 
-METRICS = ("fid", "kid", "prc", "isc", "accuracy")
 DEFAULT = ("fid", "isc", "accuracy")  # those that take seconds, whatever the number of images
 BLOCK = 4096  # rows and columns of a block of distances: 64 MiB in float32
 NEIGHBORHOOD = 3
@@ -88,51 +85,80 @@ def num_blocks(n: int, m: int, real_radii: Tensor | None = None) -> int:
     return rows * (rows + 1) // 2 + within_real + rows * columns
 
 
-def evaluate(
-    extractor: Extractor,
-    samples: FeatureSet,
-    reference: Reference,
-    labels: np.ndarray | None,
-    metrics: Sequence[str],
-    bar: tqdm | None = None,
-) -> dict[str, float]:
-    """The requested METRICS by column name; those that the extractor, the reference or absent labels [n] do not allow are
-    left out. KID uses 100 subsets of at most 1,000 images, precision and recall the third nearest neighbor, the Inception
-    Score ten splits, for which it needs ten images. `bar` gets the work as its total. Raises ValueError for features that
-    are not finite."""
-    if samples.n < 2:
-        raise ValueError(f"a distance needs at least 2 images, not {samples.n}")
-    samples.check_finite("the samples")
-    bar = tqdm(disable=True) if bar is None else bar
-    results: dict[str, float] = {}
-    space = "" if extractor.distance_name == "FID" else extractor.distance_name.removeprefix("FD-")
-    features, real = samples.matrix(extractor.layer), reference.features
+def fid(c: Comparison) -> dict[str, float]:
+    """Frechet distance in the feature space of the extractor."""
+    distance = frechet_distance(c.samples.mu, c.samples.sigma, c.reference.mu, c.reference.sigma)
+    return {c.extractor.distance_name: distance}
+
+
+def kid(c: Comparison) -> dict[str, float]:
+    """Kernel distance (Binkowski et al. 2018) over 100 subsets of at most 1,000 images."""
+    real = c.reference.features
+    if real is None:
+        return {}
+    features = c.samples.matrix(c.extractor.layer)
+    size = min(1000, len(features), len(real))
+    result = kid_features_to_metric(
+        features, real, kid_subsets=100, kid_subset_size=size, kid_kernel="poly", kid_kernel_poly_degree=3,
+        kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, rng_seed=2020, verbose=False,
+    )  # fmt: skip
+    return {f"KD-{c.space}" if c.space else "KID": result["kernel_inception_distance_mean"]}
+
+
+def prc(c: Comparison) -> dict[str, float]:
+    """Precision and recall, by the third nearest neighbor."""
+    features, real = c.samples.matrix(c.extractor.layer), c.reference.features
+    if real is None or min(len(features), len(real)) <= NEIGHBORHOOD:
+        return {}
+    c.bar.total += num_blocks(len(features), len(real), c.reference.squared_radii)
+    if c.reference.squared_radii is None:
+        c.reference.squared_radii = squared_radii(real, c.bar.update)
+    precision, recall = precision_recall(features, real, c.reference.squared_radii, c.bar.update)
+    return {"precision": precision, "recall": recall}
+
+
+def isc(c: Comparison) -> dict[str, float]:
+    """Inception Score over ten splits, for which it needs ten images."""
+    layer = c.extractor.isc_layer
+    if not layer or layer not in c.samples.rows or c.samples.n < ISC_SPLITS:
+        return {}
+    return {"IS": isc_features_to_metric(c.samples.matrix(layer), ISC_SPLITS)["inception_score_mean"]}
+
+
+def accuracy(c: Comparison) -> dict[str, float]:
+    """Share of samples that the extractor, a classifier, puts into the requested class."""
+    if not c.extractor.classifies or c.labels is None:
+        return {}
+    return {"accuracy": float((c.samples.matrix("logits").argmax(1).numpy() == c.labels).mean())}
+
+
+Metric = Callable[[Comparison], dict[str, float]]  # columns of the table; empty where the metric does not apply
+
+METRICS: dict[str, Metric] = {
+    "fid": fid,
+    "kid": kid,
+    "prc": prc,
+    "isc": isc,
+    "accuracy": accuracy,
+}
+
+
+def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, float]:
+    """The requested METRICS by column name, in the order of the registry.
+
+    Raises:
+        ValueError: for fewer than two samples, and for features that are not finite.
+    """
+    if c.samples.n < 2:
+        raise ValueError(f"a distance needs at least 2 images, not {c.samples.n}")
+    c.samples.check_finite("the samples")
     requested = [name for name in METRICS if name in metrics]
-    with_prc = "prc" in requested and real is not None and min(len(features), len(real)) > NEIGHBORHOOD
-    blocks = num_blocks(len(features), len(real), reference.squared_radii) if with_prc and real is not None else 0
-    bar.reset(len(requested) + blocks)
+    c.bar.reset(len(requested))
+    results: dict[str, float] = {}
     for name in requested:
-        bar.set_postfix_str(name)
-        if name == "fid":
-            results[extractor.distance_name] = frechet_distance(samples.mu, samples.sigma, reference.mu, reference.sigma)
-        elif name == "kid" and real is not None:
-            size = min(1000, len(features), len(real))
-            kid = kid_features_to_metric(
-                features, real, kid_subsets=100, kid_subset_size=size, kid_kernel="poly", kid_kernel_poly_degree=3,
-                kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, rng_seed=2020, verbose=False,
-            )  # fmt: skip
-            results[f"KD-{space}" if space else "KID"] = kid["kernel_inception_distance_mean"]
-        elif name == "prc" and real is not None and with_prc:
-            if reference.squared_radii is None:
-                reference.squared_radii = squared_radii(real, bar.update)
-            pair = precision_recall(features, real, reference.squared_radii, bar.update)
-            results["precision"], results["recall"] = pair
-        elif name == "isc" and extractor.isc_layer and extractor.isc_layer in samples.rows and samples.n >= ISC_SPLITS:
-            logits = samples.matrix(extractor.isc_layer)
-            results["IS"] = isc_features_to_metric(logits, ISC_SPLITS)["inception_score_mean"]
-        elif name == "accuracy" and extractor.classifies and labels is not None:
-            results["accuracy"] = float((samples.matrix("logits").argmax(1).numpy() == labels).mean())
-        bar.update()
+        c.bar.set_postfix_str(name)
+        results |= METRICS[name](c)
+        c.bar.update()
     return results
 
 

@@ -1,10 +1,10 @@
 """Speed of training, sampling and evaluation on this machine: `python -m scripts.benchmark -c configs/cifar10.yaml`.
 
-What is measured are train.py, sample.py and evaluate.py themselves, each in a process of its own, with clocks around the
-functions that they call. With `--against eager` the same network also runs in the loop of scripts/benchmark/baseline.py. The jobs
-take turns, `--rounds` times, and the median of all their steps counts. FLOPs are those of torch.utils.flop_counter, and the
-ceiling is the fastest matrix product or convolution of the machine in the same precision. `--out` gets benchmark.json and
-benchmark.md.
+What is measured is the code of train.py, sample.py and evaluate.py, each in a process of its own, with a timer in its
+callbacks and around its networks. With `--against eager` the same network also runs in the loop of
+scripts/benchmark/baseline.py. The jobs take turns, `--rounds` times, and the median of all their steps counts. FLOPs are those
+of torch.utils.flop_counter, and the ceiling is the fastest matrix product or convolution of the machine in the same precision.
+`--out` gets benchmark.json and benchmark.md.
 """
 
 import ast

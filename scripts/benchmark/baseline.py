@@ -1,5 +1,7 @@
-"""The training and sampling loops that a user would write without this project: what scripts/benchmark/ measures against,
-and `python -m scripts.benchmark.baseline -c CONFIG --minutes 25 --out FILE` trains, for tables of equal time (scripts/benchmark/gpu_check.sh).
+"""The training and sampling loops that a user would write without this project: what scripts.benchmark measures against.
+
+`python -m scripts.benchmark.baseline -c CONFIG --minutes 25 --out FILE` trains with it, for tables of equal time
+(scripts/benchmark/gpu_check.sh).
 
 fp32, a DataLoader with two workers, torch.optim.AdamW, averages by a Python loop over the parameters, loss.item() in each
 step; sampling by Euler's method, batch after batch, each image saved by torchvision. Both yield after every step or batch,

@@ -13,7 +13,7 @@
 #   LAUNCH="python"   BENCHMARK="--steps 20 --rounds 3 --compile"
 # FLOW_DATA names the folder with CIFAR-10. On a CPU, small numbers and a small network try the script itself.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 OUT=${1:-runs/gpu_check}
 MINUTES=${MINUTES:-25}
 SAMPLES=${SAMPLES:-10000 50000}

@@ -1,7 +1,7 @@
 """What scripts/benchmark/ measures, a job a process: `python -m scripts.benchmark.jobs JSON`.
 
-train.py, sample.py and evaluate.py run as they are, with clocks around the functions that they call; beside them the plain
-loop, the cost of the network in FLOPs and the ceilings of the machine.
+The Trainer, `generate` and a row of the evaluation, with a timer in their callbacks and around their networks; beside them
+the plain loop, the cost of the network in FLOPs and the ceilings of the machine.
 """
 
 import contextlib
@@ -232,34 +232,34 @@ def plain_sample_job(job: dict) -> dict:
 
 
 def evaluate_job(job: dict) -> dict:
-    """evaluate.py itself, from noise to distance; "network" and "features" are sections."""
-    import evaluate
-    from flow.evaluation.features import Extractor
-    from flow.guidance import GuidedVelocity
-    from scripts.benchmark.timer import Timer
+    """A row of evaluate.py, from noise to distance; "network" and "features" are sections."""
+    from dataclasses import replace
+
+    from flow.evaluation.runner import Evaluation, EvaluationSettings, load_real_images
+    from flow.sampling.generate import generate, shard
+    from flow.sampling.settings import SamplerSettings
+    from scripts.benchmark.timer import TimedNetwork, Timer
 
     timer = Timer(synchronize=True)
-    measure = evaluate.measure
-
-    def timed_measure(*args):
-        timer.first_lap = time.time()
-        watch.restart()
-        found = measure(*args)
-        watch.lap()
-        return found
-
-    evaluate.measure = timed_measure
-    GuidedVelocity._forward = watch.watch("network", GuidedVelocity._forward)
-    Extractor.__call__ = watch.watch("features", Extractor.__call__)
-    weights = blank_snapshot(job)
-    with tempfile.TemporaryDirectory() as scratch:
-        sys.argv = [
-            "evaluate.py", "--weights", str(weights), "--out", f"{scratch}/out", "-mp", job["precision"], "--metrics", "fid",
-            "--n_samples", str(job["n_samples"]), "--bspp", str(job["sampling_batch"]),
-            "--sampling_steps", str(job["sampling_steps"]), "--feature_extractor", job["feature_extractor"], "--no_control",
-            *(["--compile"] if job["compile"] else []),
-        ]  # fmt: skip
-        evaluate.main()
+    accelerator = distributed.build_accelerator(job["precision"])
+    snap = snapshot.load(blank_snapshot(job))
+    model = snap.model()
+    distributed.prepare_model(model.net, accelerator, job["compile"])
+    model = replace(model, net=TimedNetwork(model.net, timer, "network"))
+    settings = EvaluationSettings(
+        "benchmark", job["n_samples"], batch_size=job["sampling_batch"], feature_extractor=job["feature_extractor"],
+        metrics=("fid",),
+    )  # fmt: skip
+    real_images = load_real_images(None, accelerator, snap.decoded_shape, snap.config)
+    evaluation = Evaluation.build(settings, accelerator, Path(job["scratch"]), snap.decoded_shape, real_images)
+    evaluation.extractor = TimedNetwork(evaluation.extractor, timer, "features")
+    sampler = SamplerSettings(steps=job["sampling_steps"], prompts=("a",) if model.net.max_prompt_bytes else None)
+    batches = shard(accelerator, range(job["n_samples"]), job["sampling_batch"])
+    images = ((b.indices, b.images) for b in generate(accelerator, model, snap.image_shape, batches, sampler))
+    timer.first_lap = time.time()
+    timer.restart()
+    evaluation.measure(images, None)
+    timer.lap()
     return measured(job, timer, job["n_samples"], job["sampling_steps"])
 
 

@@ -82,7 +82,7 @@ class Timer:
 
 
 class TimedNetwork:
-    """A network whose calls are a section of a timer."""
+    """A network or feature extractor whose calls are a section of a timer."""
 
     def __init__(self, net: Any, timer: Timer, name: str):
         self.net, self._call = net, timer.watch(name, net)

@@ -1,0 +1,470 @@
+"""Evaluation: rows of metrics of images from a network, from a folder, and of real images."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+import datasets
+from configs.schema import Config, UserError
+from datasets import captions
+from flow.evaluation import feature_cache, metrics, metrics_2d, plots, reading, reference, table
+from flow.evaluation.comparison import Comparison
+from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
+from flow.evaluation.metrics_2d import PointSpace
+from flow.evaluation.reading import Data
+from flow.evaluation.reference import Reference
+from flow.model import FlowModel, Network
+from flow.noise import generator
+from flow.runtime import distributed, files
+from flow.runtime.errors import error_context
+from flow.sampling.conditions import conditions_by_frequency, labels_by_frequency, labels_for
+from flow.sampling.generate import NFECounter, build_velocity, generate, shard, to_solver_dtype
+from flow.sampling.settings import SamplerSettings
+from flow.sampling.snapshot import Snapshot
+from flow.solvers import HAS_TOLERANCES
+from flow.solvers.torchdiffeq import ADAPTIVE
+
+HELD_OUT_POINTS = 2000  # whose log-density under a flow of points is reported, the first of another seed
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured, and against what."""
+
+    owner: str  # of the images, in errors: "--weights PATH" or "--samples DIR"
+    n_samples: int = 50_000
+    repeats: int = 1
+    batch_size: int = 100  # per process
+    feature_extractor: str = INCEPTION
+    feature_layer: str | None = None  # None: that of the Frechet distance
+    feature_weights: Path | None = None
+    reference: str | None = None  # a folder, an npz file, the name of a data set; None: the training set
+    metrics: tuple[str, ...] = metrics.DEFAULT
+    control: bool = True  # a row of real images
+
+
+@dataclass
+class RealImages:
+    """The real images of a reference."""
+
+    name: str  # in tables
+    build: dict  # arguments of datasets.build
+    data: Data
+    root: Path  # of the cache
+
+
+def load_real_images(
+    given: str | None, accelerator: Accelerator, image_shape: tuple[int, ...], config: Config
+) -> RealImages | None:
+    """Those that samples of this shape are compared with; None for an npz file, which holds statistics alone."""
+    root = Path(config.data.root) if config.data.root else datasets.default_root()
+    if given and given.endswith(".npz"):
+        return None
+    with error_context("--reference"):
+        split = datasets.named_split(given) if given else None
+        if given is None:
+            build = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
+            root = Path(build["root"]) if build["root"] else root
+        elif split:
+            build = {"name": split[0], "root": root, "args": split[1]}
+        else:
+            folder = {"path": given, "size": image_shape[-1], "channels": image_shape[0]}
+            build = {"name": "folder", "root": root, "args": folder}
+        data = distributed.main_process_first(accelerator, lambda: reading.build(**build))
+        if data.image_shape[1:] != image_shape[1:]:
+            name = given or build["name"]
+            raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
+    label = f"toys {build['args']['name']}" if build["name"] == "toys" and not given else given or build["name"]
+    return RealImages(label, build, data, root)
+
+
+@dataclass
+class Evaluation:
+    """The table in a folder, and what its rows are measured with."""
+
+    settings: EvaluationSettings
+    accelerator: Accelerator
+    out: Path
+    extractor: Extractor | PointSpace
+    reference: Reference
+    real_images: RealImages | None  # of the reference; None for statistics of an npz file
+
+    @classmethod
+    def build(
+        cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, image_shape: tuple[int, ...],
+        real_images: RealImages | None,
+    ) -> "Evaluation":  # fmt: skip
+        """The extractor and the reference are loaded, or the reference computed."""
+        extractor, ref = load_extractor_and_reference(settings, accelerator, image_shape, real_images)
+        return cls(settings, accelerator, out, extractor, ref, real_images)
+
+    def evaluate_row(self, subject: dict, identity: dict, compute: Callable[[], dict | None]) -> None:
+        """Append the row of `subject` to the results, unless it is there with all requested metrics."""
+        extractor = [self.extractor.name, self.extractor.layer, self.extractor.weights_hash]
+        identity = {**identity, "extractor": extractor, "reference": self.reference.identity}
+        row = {**subject, "reference": self.reference.name, "identity": identity, "asked": list(self.settings.metrics)}
+        exists = [self.accelerator.is_main_process and table.contains(self.out, row)]
+        broadcast_object_list(exists)
+        if not exists[0]:
+            result = compute()
+            if result is not None:
+                table.append_row(self.out, {**row, **result})
+
+    def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> dict | None:
+        """Metrics of a stream of images and the seconds it took, on the main process; None on the others."""
+        start = time.perf_counter()
+        samples = feature_cache.collect(self.accelerator, self.extractor, stream)
+        seconds = time.perf_counter() - start
+        if samples is None:
+            return None
+        return {"metrics": self.compute_metrics(samples, self.reference, labels), "seconds": seconds}
+
+    def compute_metrics(self, samples: FeatureSet, ref: Reference, labels: Tensor | None) -> dict[str, float]:
+        """The requested metrics, under a bar of their own."""
+        with error_context(self.settings.owner):
+            if isinstance(self.extractor, PointSpace):
+                assert ref.features is not None, "points are compared with points"
+                return metrics_2d.evaluate(samples.matrix(self.extractor.layer), ref.features)
+            y = None if labels is None else labels.numpy()
+            with distributed.progress(self.accelerator, 0, "metrics") as bar:
+                bar.leave = False
+                return metrics.evaluate(Comparison(self.extractor, samples, ref, y, bar), self.settings.metrics)
+
+    def write_report(self) -> None:
+        """Write and print the table, draw the plot."""
+        if self.accelerator.is_main_process:
+            rows = table.read_rows(self.out)
+            print(table.write(self.out, rows))
+            plots.distance_against_nfe(self.out / "nfe.png", table.aggregate(rows))
+            print(f"in {self.out}: {' '.join(sorted(p.name for p in self.out.iterdir() if p.name != files.LOCK))}")
+        self.accelerator.wait_for_everyone()
+
+
+def evaluate_snapshot(
+    settings: EvaluationSettings, accelerator: Accelerator, out: Path, snap: Snapshot, model: FlowModel,
+    plan: list[SamplerSettings], subject: dict, captions_of: list[list[str]] | None, mixed_precision: str,
+    by_frequency: bool,
+) -> None:  # fmt: skip
+    """A row for each of the sampler settings and each range of images, then the report.
+
+    Args:
+        subject: "weights" and "captions" of the rows.
+        by_frequency: replace the labels of the plan by the frequency of the classes in the reference.
+    """
+    net = model.net
+    real_images = load_real_images(settings.reference, accelerator, snap.decoded_shape, snap.config)
+    identity: dict[str, Any] = {
+        "weights_sha256": files.sha256(snap.path),
+        "seed": plan[0].seed,
+        "labels": plan[0].labels,
+        "prompts": plan[0].prompts,
+        "mixed_precision": mixed_precision,
+    }
+    num_classes = len(captions_of) if captions_of else net.num_classes
+    if num_classes and by_frequency:
+        counts = class_counts(accelerator, snap.config, real_images, num_classes)
+        plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
+        identity |= names
+    ev = Evaluation.build(settings, accelerator, out, snap.decoded_shape, real_images)
+    add_control(ev)
+    log_density = log_density_of(accelerator, model, real_images)
+    if log_density:
+        identity["held_out_points"] = HELD_OUT_POINTS
+
+    def compute(sampler: SamplerSettings, indices: range, number: int) -> dict | None:
+        counter = NFECounter()
+        batches = shard(accelerator, indices, settings.batch_size)
+        local = sum(map(len, batches))
+        total, name = len(plan) * settings.repeats, "images of this process"
+        bar = distributed.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
+        bar.leave = False  # the next bar takes its place
+
+        def stream() -> Iterator[tuple[range, Tensor]]:
+            with bar:
+                for batch in generate(accelerator, model, snap.image_shape, batches, sampler):
+                    counter.add(batch)
+                    yield batch.indices, batch.images
+                    bar.update(len(batch.indices))
+
+        row = ev.measure(stream(), labels_for(indices, sampler, net.num_classes))
+        nfe, forwards = counter.mean(accelerator)
+        if row and log_density:
+            row["metrics"]["held_out_log_p"] = log_density(sampler)
+        return row and {"NFE": nfe, "forwards": forwards, **row}
+
+    numbers = count()
+    for sampler in plan:
+        for repeat in range(settings.repeats):
+            indices = range(repeat * settings.n_samples, (repeat + 1) * settings.n_samples)
+            row = {
+                **subject,
+                "method": sampler.solver,
+                "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
+                "guidance_scale": sampler.guidance_scale if net.null is not None else None,
+                "n": settings.n_samples,
+                "first": indices.start,
+            }
+            row_identity = {**identity, "times": sampler.times}  # a grid may be optimized again
+            if sampler.method in HAS_TOLERANCES:
+                row_identity["bspp"] = settings.batch_size
+            ev.evaluate_row(row, row_identity, partial(compute, sampler, indices, next(numbers)))
+    ev.write_report()
+
+
+def resolve_conditions(
+    plan: list[SamplerSettings], counts: list[int], n: int, captions_of: list[list[str]] | None
+) -> tuple[list[SamplerSettings], dict[str, Any]]:
+    """The plan with labels (and prompts) of n images by the frequency of the classes, and their entries of a row's identity.
+
+    Classes that are equally frequent take turns: the plan stays as it is.
+    """
+    if len(set(counts)) == 1:
+        return plan, {}
+    labels, prompts = conditions_by_frequency(counts, n, captions_of)
+    plan = [replace(sampler, labels=labels, prompts=prompts) for sampler in plan]
+    digest = hashlib.sha256(json.dumps(counts).encode()).hexdigest()[:16]
+    return plan, {"labels": f"by frequency {digest}", "prompts": captions_of}
+
+
+def captions_by_class(
+    kind: str | None, labels: Sequence[int] | None, accelerator: Accelerator, config: Config, net: Network
+) -> list[list[str]] | None:
+    """Captions of each class for a network with text: one, or every wording that training never saw."""
+    if kind and not net.max_prompt_bytes:
+        raise UserError(f"--captions {kind}: this network was trained without prompts (model.args.max_prompt_bytes)")
+    if not net.max_prompt_bytes:
+        return None
+    source = config.data
+    with error_context("data"):
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
+    for label in labels or ():
+        if not 0 <= label < len(data.class_names):
+            raise UserError(f"--labels {label}: is out of range; the data set has classes 0 to {len(data.class_names) - 1}")
+    wordings = captions.held_out if kind == "held_out" else lambda name: [captions.plain(name)]
+    return [wordings(name) for name in data.class_names]
+
+
+def class_counts(accelerator: Accelerator, config: Config, source: RealImages | None, num_classes: int) -> list[int]:
+    """Images of each class in the reference, or in the training set where the reference has no such classes; where neither is
+    there, a warning, and the same number for each class."""
+
+    def training_set() -> Data | None:
+        try:
+            real = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
+            return reading.build(**real)
+        except (ValueError, FileNotFoundError):
+            return None
+
+    for load in (lambda: source.data if source else None, lambda: distributed.main_process_first(accelerator, training_set)):
+        data = load()
+        if data is not None and data.labels is not None and len(data.class_names) == num_classes:
+            return torch.bincount(data.labels, minlength=num_classes).tolist()
+    accelerator.print(
+        "warning: the classes take turns, as neither the reference nor the training set is here to tell how frequent they are; "
+        "where the classes are not equally frequent this makes the distance larger"
+    )
+    return [1] * num_classes
+
+
+def evaluate_folder(
+    settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: Data,
+    stored: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    """One row for the images `data` of a folder, then the report. stored: its sampling.json, which tells the labels."""
+    labels = data.labels
+    if stored:
+        turns = tuple(stored["labels"]) if stored["labels"] else None
+        labels = labels_for(range(len(data)), SamplerSettings(labels=turns), stored["num_classes"])
+    real_images = load_real_images(settings.reference, accelerator, data.image_shape, config)
+    ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images)
+    matching = real_images and len(real_images.data.class_names) == (stored or {}).get("num_classes")
+    real_labels = real_images.data.labels if real_images and matching else None
+    if stored and not stored["labels"] and real_labels is not None and len(set(real_labels.bincount().tolist())) > 1:
+        accelerator.print(
+            f"warning: the images of {samples} take turns over the classes, which are not equally frequent in the "
+            "reference; this makes the distance larger (with --weights the classes are drawn by their frequency)"
+        )
+    add_control(ev)
+    subject = {"weights": samples.name, "n": len(data), "first": 0}
+    images = partial(feature_cache.read, data, accelerator, settings.batch_size, "samples")
+    ev.evaluate_row(subject, {"images": data.fingerprint()}, lambda: ev.measure(images(), labels))
+    ev.write_report()
+
+
+def read_folder(samples: Path) -> tuple[Data, dict[str, Any] | None]:
+    """The images of a folder, and what sample.py wrote beside them, None for a folder from elsewhere."""
+    note, stored = samples / "sampling.json", None
+    if note.is_file():
+        with error_context(f"--samples {samples}: sampling.json is damaged"):
+            stored = sampling_of(json.loads(note.read_text(encoding="utf-8")))
+    path, channels = (samples / "images", stored["image_shape"][0]) if stored else (samples, 3)
+    with error_context("--samples"):
+        args = {"path": str(path), "channels": channels}
+        return reading.build(name="folder", root=None, args=args), stored
+
+
+def load_extractor_and_reference(
+    settings: EvaluationSettings, accelerator: Accelerator, image_shape: tuple[int, ...], source: RealImages | None
+) -> tuple[Extractor | PointSpace, Reference]:
+    """The feature extractor, checked on a blank image of the shape to come, and what samples are compared with."""
+
+    def load() -> Extractor | PointSpace:
+        if len(image_shape) == 1:
+            return PointSpace()
+        return Extractor(settings.feature_extractor, settings.feature_layer, settings.feature_weights, accelerator.device)
+
+    with error_context("evaluate"):
+        extractor = distributed.main_process_first(accelerator, load)  # it may download its weights
+        dimension = extractor.dimension(image_shape)
+        if source is None:
+            real = reference.from_npz(Path(settings.reference or ""), extractor, dimension)
+        else:
+            layers = [name for name in extractor.layers if name != extractor.isc_layer]
+            what = "features of the reference"
+            identity, features = load_features(accelerator, extractor, settings.batch_size, source.data, source, what, layers)
+            real = reference.from_features(source.name, identity, features, extractor.layer)
+    counts = {"samples": settings.n_samples, "reference": dimension + 1 if source is None else len(source.data)}
+    for name, n in counts.items():
+        if n <= dimension and not isinstance(extractor, PointSpace):
+            accelerator.print(
+                f"warning: {n} images ({name}) are too few for a Frechet distance of {dimension} features: with n <= "
+                f"{dimension} the covariance is singular and the distance far too large; take more, better 10,000"
+            )
+    return extractor, real
+
+
+def load_features(
+    accelerator: Accelerator, extractor: Extractor | PointSpace, batch_size: int, data: Data, source: RealImages, what: str,
+    layers: Sequence[str], order: Sequence[int] | None = None,
+) -> tuple[str, FeatureSet | None]:  # fmt: skip
+    """The identity of these features, and on the main process they themselves, from the cache where they are there."""
+    fingerprint = data.fingerprint() + (
+        "" if order is None else f" {hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:16]}"
+    )
+    identity = reference.identity_of(fingerprint, extractor)
+    path = source.root / "features" / f"{source.build['name']}-{extractor.name}-{extractor.layer}-{identity}.npz"
+    return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, layers, order)
+
+
+def add_control(ev: Evaluation) -> None:
+    """The row of a perfect model: as many real images as there are samples, or as there are, that are not in the reference.
+
+    They come from the other split of the data set, for toys from another seed; where a set has neither, from a random half
+    of the reference that is compared with the other half. Their classes are as frequent as in the reference, as those of
+    samples are; within a class, and where there are no labels, they are a random choice.
+    """
+    accelerator, source = ev.accelerator, ev.real_images
+    if not ev.settings.control:
+        return
+    if source is None:
+        accelerator.print("note: no row of real images: an npz file of statistics holds none")
+        return
+    other, data = datasets.held_out(source.build), source.data
+    if other:
+
+        def load() -> Data | None:
+            try:
+                return reading.build(**other[1])
+            except FileNotFoundError as error:
+                accelerator.print(f"warning: no row of real images: {error}")
+                return None
+
+        data = distributed.main_process_first(accelerator, load)
+        if distributed.any_process(accelerator, data is None):
+            return
+    order = generator("control").permutation(len(data))
+    pool, rest = (order, None) if other else (order[: len(data) // 2], order[len(data) // 2 :])
+    ref_labels = source.data.labels if rest is None or source.data.labels is None else source.data.labels[rest]
+    n = min(ev.settings.n_samples, len(pool))
+    positions = choose_by_frequency(pool.tolist(), data.labels, ref_labels, n)
+
+    def compute() -> dict | None:
+        start = time.perf_counter()
+        layer, ref = ev.extractor.layer, ev.reference
+        if rest is None:
+            _, samples = load_features(
+                accelerator, ev.extractor, ev.settings.batch_size, data, source, "features of real images",
+                ev.extractor.layers, positions,
+            )  # fmt: skip
+        elif ref.feature_set is not None:
+            samples = ref.feature_set.select(layer, np.array(positions))
+            ref = reference.from_features(ref.name, ref.identity, ref.feature_set.select(layer, rest), layer)
+        else:
+            return None
+        seconds = time.perf_counter() - start
+        if samples is None:
+            return None
+        results = ev.compute_metrics(samples, ref, None if data.labels is None else data.labels[positions])
+        points: Any = data
+        if getattr(points, "log_density", None):
+            results["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()
+        return {"metrics": results, "seconds": seconds}
+
+    kind = other[0] if other else "half against half"
+    subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
+    subject = {"weights": f"{table.CONTROL} ({kind})", **subject, "n": n, "first": 0}
+    ev.evaluate_row(subject, {"control": kind}, compute)
+
+
+def choose_by_frequency(pool: Sequence[int], labels: Tensor | None, reference_labels: Tensor | None, n: int) -> list[int]:
+    """n of the positions in `pool`, each class as often as among the reference labels, in the order of the pool within it.
+
+    A class that runs out is replaced by the next images of the pool; without labels these are all.
+
+    Args:
+        labels: int64 [N], the classes by position.
+    """
+    if labels is None or reference_labels is None:
+        return list(pool[:n])
+    classes = labels.tolist()
+    counts = reference_labels.bincount(minlength=max(classes) + 1).tolist()
+    by_class = {c: iter([k for k in pool if classes[k] == c]) for c in range(len(counts))}
+    chosen = [k for c in labels_by_frequency(counts, n) if (k := next(by_class[c], None)) is not None]
+    used = set(chosen)
+    return chosen + [k for k in pool if k not in used][: n - len(chosen)]
+
+
+def log_density_of(
+    accelerator: Accelerator, model: FlowModel, source: RealImages | None
+) -> Callable[[SamplerSettings], float] | None:
+    """For flows of points: a function of the settings, the mean log-density of held-out points under the flow, which depends
+    on no solver and is computed once a guidance scale; None where there are no such points, or where labels are needed."""
+    other = datasets.held_out(source.build) if source else None
+    if other is None or other[1]["name"] != "toys" or model.net.num_classes is not None or model.net.max_prompt_bytes:
+        return None
+    points: Any = reading.build(**other[1])
+    x1 = to_solver_dtype(points.images[:HELD_OUT_POINTS], accelerator.device)
+    known: dict[float, float] = {}
+
+    def log_density(settings: SamplerSettings) -> float:
+        if settings.guidance_scale not in known:
+            print(f"log-density of {len(x1):,} held-out points under the flow")
+            velocity = build_velocity(model, range(len(x1)), settings, accelerator.device)
+            known[settings.guidance_scale] = metrics_2d.mean_log_likelihood(velocity, x1)
+        return known[settings.guidance_scale]
+
+    return log_density
+
+
+def sampling_of(stored: Any) -> dict[str, Any]:
+    """What sample.py wrote beside its images. Raises ValueError where it is something else."""
+    whole = isinstance(stored, dict) and {"image_shape", "labels", "num_classes"} <= stored.keys()
+    if whole:
+        shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"] or 0
+        lists = isinstance(shape, list) and isinstance(labels, list) and len(shape) == 3
+        whole = lists and all(type(n) is int and 0 <= n < 2**31 for n in [*shape, *labels, classes])
+    if not whole:
+        raise ValueError("it lacks image_shape, labels or num_classes, or holds something else there")
+    return stored

@@ -1,0 +1,144 @@
+"""The output folder of sample.py: images/, grid.png, samples.npz and sampling.json."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from flow.model import FlowModel
+from flow.runtime import distributed, files
+from flow.runtime.errors import error_context
+from flow.runtime.output_dir import check_same_settings
+from flow.sampling import images
+from flow.sampling.conditions import labels_for
+from flow.sampling.generate import NFECounter, generate, shard
+from flow.sampling.images import ImageWriter, png_path
+from flow.sampling.settings import SamplerSettings
+from flow.sampling.snapshot import Snapshot
+from flow.solvers import HAS_TOLERANCES
+
+GRID_IMAGES = 100  # at most
+
+
+def check_output_dir(
+    folder: Path, snap: Snapshot, settings: SamplerSettings, num_classes: int | None, mixed_precision: str, batch_size: int
+) -> None:
+    """Write sampling.json, or check that the existing one is of the same images.
+
+    Raises:
+        UserError: for a folder of another run.
+    """
+    record = {
+        "weights_sha256": files.sha256(snap.path),
+        **dataclasses.asdict(settings),
+        "num_classes": num_classes,
+        "mixed_precision": mixed_precision,
+        "image_shape": snap.decoded_shape,
+        **({"bspp": batch_size} if settings.method in HAS_TOLERANCES else {}),
+    }
+    path, existing = folder / "sampling.json", None
+    if path.is_file():
+        with error_context(f"{path}: is damaged; name another folder with --save_dir"):
+            existing = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(existing, dict):
+                raise ValueError("it holds no settings")
+    recorded = None if existing is None else [existing]
+    check_same_settings(folder, recorded, json.loads(json.dumps(record)), "images", "sample.py")
+    if existing is None:
+        files.write_text(path, json.dumps(record, indent=1))
+
+
+def write_images(
+    accelerator: Accelerator, model: FlowModel, shape: tuple[int, ...], indices: range, batch_size: int,
+    settings: SamplerSettings, folder: Path,
+) -> tuple[float, float]:  # fmt: skip
+    """Write images as folder/000000.png and so on; batches that are there already are not computed again.
+
+    Returns:
+        (NFE, forwards) per image on the main process; (0, 0) where nothing was computed.
+    """
+    batches = shard(accelerator, indices, batch_size)
+    counter = NFECounter()
+    with distributed.progress(accelerator, sum(map(len, batches)), "sampling (images of this process)") as bar:
+
+        def is_done(batch: range) -> bool:
+            done = all((file := png_path(folder, k)).is_file() and file.stat().st_size for k in batch)
+            bar.update(len(batch) if done else 0)
+            return done
+
+        with ImageWriter(folder, max_pending=4 * batch_size) as writer:
+            for batch in generate(accelerator, model, shape, (b for b in batches if not is_done(b)), settings):
+                writer.write(batch.indices, batch.images)
+                counter.add(batch)
+                bar.update(len(batch.indices))
+    cost = counter.mean(accelerator)
+    accelerator.wait_for_everyone()
+    return cost
+
+
+def sample_points(
+    accelerator: Accelerator, model: FlowModel, shape: tuple[int, ...], indices: range, batch_size: int,
+    settings: SamplerSettings,
+) -> tuple[Tensor | None, float]:  # fmt: skip
+    """Points float32 [N, 2] of all processes, in order, on the main process (None on the others), and their NFE."""
+    batches = shard(accelerator, indices, batch_size)
+    parts, counter = [], NFECounter()
+    with distributed.progress(accelerator, sum(map(len, batches)), "sampling (points of this process)") as bar:
+        for batch in generate(accelerator, model, shape, batches, settings):
+            parts.append((batch.indices.start, batch.images))
+            counter.add(batch)
+            bar.update(len(batch.indices))
+    nfe, _ = counter.mean(accelerator)
+    points = distributed.gather_in_order(accelerator, parts)
+    return None if points is None else torch.cat(points), nfe
+
+
+def write_grid(
+    path: Path, folder: Path, indices: range, settings: SamplerSettings, class_names: Sequence[str], num_classes: int | None,
+    by_class: bool,
+) -> list[str]:  # fmt: skip
+    """Write the first 100 images of `folder` as one picture, with a column (`by_class`: a row) for each label or prompt.
+
+    Returns:
+        Lines of a legend for the names that the font cannot draw.
+    """
+    shown = torch.stack([torch.from_numpy(images.read_png(png_path(folder, k))) for k in indices[:GRID_IMAGES]])
+    num_conditions = len(settings.prompts or settings.labels or range(num_classes or 0))
+    one_each = by_class or 2 <= num_conditions <= 20  # a column for each label or prompt, if they are few
+    names = condition_names(settings, class_names, num_classes) if one_each else []
+    columns = num_conditions if one_each else 10
+    images.write_png(path, images.labelled_grid(shown.permute(0, 3, 1, 2), columns, names, by_class))
+    return images.margin_names(names)[1]
+
+
+def condition_names(settings: SamplerSettings, class_names: Sequence[str], num_classes: int | None) -> list[str]:
+    """The prompts, or of each label the name of its class, else its number."""
+    if settings.prompts:
+        return list(settings.prompts)
+    labels = settings.labels or range(num_classes or 0)
+    return [class_names[k] if k < len(class_names) else str(k) for k in labels]
+
+
+def write_npz(path: Path, samples: np.ndarray, settings: SamplerSettings, num_classes: int | None) -> None:
+    """Write arr_0, the layout that evaluation suites read, and labels int64 [N] where there are any.
+
+    Args:
+        samples: images uint8 [N, H, W, C], or points float32 [N, 2].
+    """
+    arrays: dict[str, Any] = {"arr_0": samples}
+    labels = labels_for(range(len(samples)), settings, num_classes)
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    with files.atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_images(folder: Path, indices: range) -> np.ndarray:
+    """Images uint8 [N, H, W, C] of a folder that `write_images` wrote."""
+    return np.stack([images.read_png(png_path(folder, k)) for k in indices])
