@@ -99,7 +99,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         for method in args.methods:
             options = cli.solver_options(args, method, args.methods)
             for steps in cli.num_steps(args, method):
-                times = grid_store.load(snap.path, method, steps) if args.time_grid == "tuned" else None
+                times = grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None
                 sampler = SamplerSettings(method, steps, scale, args.seed, turns, prompts, args.time_grid, times, options)
                 with error_context("evaluate"):
                     validate(sampler, net)
