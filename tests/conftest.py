@@ -89,6 +89,16 @@ def loss_at(loss: FlowLoss, net: Callable, x0: Tensor, x1: Tensor, t: Tensor, y:
 
 
 @pytest.fixture
+def accelerate_state():
+    """Accelerate keeps the first Accelerator's settings for the life of a process; these tests want their own."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
 def main_of(monkeypatch):
     """main_of("sample", *arguments): its main, ready to be called in this process, which saves the seconds of a start."""
     monkeypatch.chdir(REPOSITORY)

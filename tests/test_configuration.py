@@ -128,7 +128,7 @@ def test_a_network_without_words_on_conditions(here, error, monkeypatch, tmp_pat
 def test_a_network_that_reads_prompts_needs_an_encoder(error, monkeypatch, tmp_path):
     monkeypatch.setitem(models.MODELS, "plain", type("Reader", (Plain,), {"max_prompt_bytes": 8}))
     line = error("train", *TINY_TRAIN[:2], *TINY_TRAIN[3:], "model.name=plain", "-e", tmp_path / "run")
-    assert "plain has max_prompt_bytes: it needs encode(prompts), and null" in line
+    assert "Reader has max_prompt_bytes: it needs encode(prompts), and null" in line
 
 
 def test_a_training_that_diverges_in_its_last_step_saves_nothing(error, tmp_path):

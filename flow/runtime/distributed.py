@@ -4,7 +4,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,10 @@ def build_accelerator(
     return accelerator
 
 
-def build_training_accelerator(config: TrainConfig, log_dir: Path) -> Accelerator:
-    """The accelerator of a trainer; its trackers write to `log_dir`."""
-    return build_accelerator(
-        config.mixed_precision, config.log_with, str(log_dir), config.timeout_minutes, config.ddp_comm_hook
-    )
+def build_training_accelerator(config: TrainConfig, log_dir: Path, own_trackers: Collection[str] = ()) -> Accelerator:
+    """The accelerator of a trainer; its trackers write to `log_dir`. own_trackers: names that Accelerate does not know."""
+    log_with = [name for name in config.log_with if name not in own_trackers]
+    return build_accelerator(config.mixed_precision, log_with, str(log_dir), config.timeout_minutes, config.ddp_comm_hook)
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,6 +22,9 @@ TIME_BINS = 10
 
 
 PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
+TRACKERS: dict[
+    str, type[GeneralTracker]
+] = {}  # trackers beside those that Accelerate knows; they are called with the run folder
 
 
 class Logger:
@@ -40,7 +43,9 @@ class Logger:
             flat = {key: _to_scalar(schema.get(config, key)) for key in schema.all_keys(type(config))}
             # TensorBoard takes the name of its folder where others take the name of the project.
             tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
-            accelerator.log_with = [tensorboard if str(t) == "tensorboard" else t for t in accelerator.log_with]
+            known = [tensorboard if str(tracker) == "tensorboard" else tracker for tracker in accelerator.log_with]
+            own = [TRACKERS[name](folder) for name in config.train.log_with if name in TRACKERS]
+            accelerator.log_with = [*known, *own]
             with files.naming(folder / "tensorboard"):
                 accelerator.init_trackers(
                     PROJECT, config=flat, init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}}

@@ -23,6 +23,7 @@ from configs.schema import Kind, UserError
 from flow.runtime import distributed, files, lock, subprocesses
 from flow.runtime.errors import error_context
 from flow.training import checkpoint
+from flow.training.logging import TRACKERS
 
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
@@ -40,7 +41,7 @@ def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, 
     An error of the file system inside the block becomes a UserError that also names the latest checkpoint.
     """
     run_dir, cfg = open_run(args.config, args.exp_dir, args.resume, args.overrides, kind)
-    accelerator = distributed.build_training_accelerator(cfg.train, run_dir)  # type: ignore[attr-defined]
+    accelerator = distributed.build_training_accelerator(cfg.train, run_dir, TRACKERS)  # type: ignore[attr-defined]
     with lock.folder(run_dir, accelerator):
         # Until here another process may have started a run in this folder, or resumed it.
         if (run_dir, cfg) != open_run(args.config, args.exp_dir, args.resume, args.overrides, kind):

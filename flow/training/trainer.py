@@ -97,6 +97,7 @@ class Trainer:
         self.callbacks, self.timed = callbacks, timed
         self.step, self.num_updates = 0, 0  # updates: the steps that were not skipped
         self.last_checkpoint: Path | None = None
+        self.stop_requested = False
         device = accelerator.device
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, device))
@@ -119,6 +120,10 @@ class Trainer:
     def finished(self) -> bool:
         return self.step == self.config.train.steps
 
+    def stop(self) -> None:
+        """End `fit` after the current step, with a checkpoint; for callbacks, which all processes must agree on."""
+        self.stop_requested = True
+
     def fit(self) -> None:
         """Train to the last step. SIGTERM and Ctrl-C end the process after the step, with a checkpoint."""
         config = self.config.train
@@ -130,7 +135,7 @@ class Trainer:
         interrupted = False
         with StopSignal() as stop, bar, closing(batches):
             self.throughput = Throughput(config.batch_size, self.step)
-            while not self.finished and not interrupted:
+            while not (self.finished or interrupted or self.stop_requested):
                 with self.timed("data"):
                     micro_batches = next(batches)
                 self.training_step(micro_batches)
@@ -141,10 +146,14 @@ class Trainer:
                     bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
                 interrupted = distributed.any_process(self.accelerator, stop.received is not None)
                 with self.throughput.paused():
-                    if self.finished or interrupted or self._is_due(config.checkpoint_every_steps):
+                    last = self.finished or interrupted or self.stop_requested
+                    if last or self._is_due(config.checkpoint_every_steps):
                         self.save_checkpoint()
                     if self.finished or self._is_due(config.sample_every_steps):
                         self.write_preview()
+        if self.stop_requested and not self.finished:
+            self.logger.info(f"stopped at step {self.step}; {self.task.next_command(self.folder)}")
+            return
         if not self.finished:
             self.accelerator.end_training()
             command = run_dir.resume_command(self.folder, self.task.script, self.config)

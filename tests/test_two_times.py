@@ -1,0 +1,124 @@
+"""Networks with two times, and the eager network that losses take targets from."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TINY_TRAIN
+from safetensors.torch import load_file
+
+import models
+from flow import path, solvers
+from flow.model import FlowModel
+from flow.sampling import snapshot
+from flow.solvers.time_grids import uniform
+from flow.training.eager import EagerNetwork
+
+SMALL = {
+    "unet": {"width": 16, "channel_mult": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4], "head_channels": 16},
+    "mini_unet": {"width": 16, "head_channels": 16, "patch": 1},
+    "dit": {"width": 16, "depth": 1, "heads": 2},
+    "mlp": {"width": 16, "depth": 2},
+}
+
+
+def build(name: str, **args) -> torch.nn.Module:
+    """A small network whose output is not zero."""
+    torch.manual_seed(0)
+    net = models.build(name, (1, 8, 8), {**SMALL[name], "num_classes": 3, **args})
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.1)
+    return net
+
+
+def inputs(n: int = 4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 1, 8, 8, generator=g), torch.rand(n, generator=g), torch.arange(n) % 4
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_second_time_changes_nothing_at_the_start(name):
+    """Its embedding is zero; with t_next=None it still gets a gradient, which DDP waits for."""
+    one, two = (models.build(name, (1, 8, 8), {**SMALL[name], "num_classes": 3, "two_times": flag}) for flag in (False, True))
+    missing, unexpected = two.load_state_dict(one.state_dict(), strict=False)
+    assert not unexpected and missing and all(key.startswith("step_embedding.") for key in missing)
+    x, t, y = inputs()
+    assert torch.equal(one(x, t, y), two(x, t, y)) and torch.equal(one(x, t, y), two(x, t, y, t + 0.3))
+    for p in two.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    two(x, t, y).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in two.step_embedding.parameters())
+    assert not torch.allclose(two(x, t, y), two(x, t, y, t + 0.3))
+    assert torch.allclose(two(x, t, y), two(x, t, y, t))
+
+
+@pytest.mark.parametrize("method", solvers.DETERMINISTIC)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_only_whole_steps_pass_their_end(method, backwards):
+    calls = []
+
+    def velocity(x, t, t_next):
+        calls.append((t, t_next))
+        return -x
+
+    grid = [0.9 * t for t in (reversed(uniform(4)) if backwards else uniform(4))]
+    solvers.solve(velocity, torch.ones(2, 3, dtype=torch.float64), grid, method)
+    if method in ("euler", "ddim") and not backwards:
+        assert calls == list(zip(grid[:-1], grid[1:], strict=True))
+    else:
+        assert all(t == t_next for t, t_next in calls)
+
+
+def test_flow_maps_live_on_the_linear_path():
+    net = build("mlp", two_times=True)
+    FlowModel(net, path.LinearPath())
+    for model in ({"path": path.VPPath()}, {"path": path.LinearPath(), "prediction": "data"}):
+        with pytest.raises(ValueError, match=r"two_times=true: a flow map needs flow.path=linear"):
+            FlowModel(net, **model)
+
+
+def test_flow_weights_start_a_flow_map(here, tmp_path, tiny_run):
+    """The embedding of the second time is the only part that the weights of a flow lack."""
+    start = [f"train.init_from={tiny_run}", "model.args.two_times=true", "train.steps=1", "optimizer.lr=1e-12"]
+    here("train", *TINY_TRAIN, *start, "-e", tmp_path / "run")
+    before, after = (load_file(snapshot.find(run)) for run in (tiny_run, tmp_path / "run"))
+    assert {key for key in after if key not in before} == {"step_embedding.linear.weight", "step_embedding.linear.bias"}
+    assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_eager_derivative(name):
+    """The jvp along (v, 1) is that of central differences, and carries no gradient."""
+    net = build(name, two_times=True).double()
+    x, t, y = inputs()
+    x, t = x.double(), t.double() * 0.5
+    v, t_next, h = torch.randn_like(x), t + 0.3, 1e-7
+    eager = EagerNetwork(net)
+    u, du = eager.jvp(x, t, y, t_next, v)
+    expected = (net(x + h * v, t + h, y, t_next) - net(x - h * v, t - h, y, t_next)) / (2 * h)
+    assert torch.allclose(u, net(x, t, y, t_next)) and torch.allclose(du, expected, rtol=1e-4, atol=1e-4)
+    assert not u.requires_grad and not du.requires_grad
+    with pytest.raises(ValueError, match="sharded"):
+        EagerNetwork(net, "no derivatives of sharded networks").jvp(x, t, y, t_next, v)
+
+
+def test_eager_replays_dropout():
+    """Before and after the training pass, whose masks it must not change."""
+    net = build("unet", dropout=0.5).train()
+    x, t, y = inputs()
+    eager = EagerNetwork(net)
+    before, trained, after = eager(x, t, y), net(x, t, y), eager(x, t, y)
+    assert torch.equal(before, trained) and torch.equal(after, trained) and not before.requires_grad
+    eager.start_micro_batch()
+    assert not torch.equal(eager(x, t, y), trained)
+
+
+def test_eager_is_not_autocast(accelerate_state):
+    """Accelerate patches forward on the network itself under mixed precision."""
+    net, (x, t, y) = build("mini_unet"), inputs()
+    expected = net(x, t, y)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare(net)
+    rounded = prepared(x, t, y).float()
+    assert not torch.allclose(rounded, expected, atol=1e-6)
+    assert torch.allclose(EagerNetwork(net)(x, t, y), expected, atol=1e-6)
