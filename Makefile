@@ -1,9 +1,9 @@
 # make quickstart: environment, training, samples and a table on the embedded digits. make gallery: the pictures of
-# docs/gallery.md. make torture: three scripts killed a hundred times each. make test: the CPU test suite.
+# docs/gallery.md. make fault-injection: five scripts killed a hundred times each. make test: the CPU test suite.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: quickstart gallery test test-slow torture lint
+.PHONY: quickstart gallery test test-slow fault-injection lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -18,8 +18,8 @@ test: .venv/installed lint
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-torture: .venv/installed
-	for script in train sample make_pairs; do $(BIN)/python -m scripts.dev.fault_injection --kills 100 --script $$script || exit 1; done
+fault-injection: .venv/installed
+	for script in train sample make_pairs train_vae cache_latents; do $(BIN)/python -m scripts.dev.fault_injection --kills 100 --script $$script || exit 1; done
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,11 +1,11 @@
-"""Kill a script at random moments until it has survived: `python -m scripts.dev.fault_injection --kills 100`.
+"""Kill a script at random moments and restart it: `python -m scripts.dev.fault_injection --kills 100`.
 
-The script is run once in peace; then again and again, each time ended by SIGKILL and started anew as a user would, until it
-has been killed so often and has come to its end. What it leaves behind must equal what the peaceful run left, to the bit. A
-third of the kills come at any moment, a third at the moment when something unfinished lies on the disk, a third when a random
-number of the files of one checkpoint are written. All moments are drawn from --seed. Killed processes are forks of one that has
-imported everything, so that a life costs a tenth of a second and not five; what they run is the main of the script. `--out`
-keeps the folders and gets torture.json.
+A reference run comes first. Then the script is started again and again as a user would, and ended by SIGKILL, until it has
+been killed so often and has come to its end. What it leaves must equal what the reference run left, to the bit. A third of the
+kills come at any moment, a third when something unfinished is on the disk, a third when a random number of the files of one
+checkpoint are written. All moments are drawn from --seed. The processes are forks of one that has imported everything, so
+that a restart costs a tenth of a second and not five; they run the main of the script. `--out` keeps the folders and gets
+faults.json.
 """
 
 import json
@@ -30,7 +30,7 @@ from flow.runtime.files import TEMPORARY
 EXAMPLES = """\
   python -m scripts.dev.fault_injection --kills 100
   python -m scripts.dev.fault_injection --kills 100 --script sample
-  python -m scripts.dev.fault_injection --kills 1000 --seed 1 --out runs/torture"""
+  python -m scripts.dev.fault_injection --kills 1000 --seed 1 --out runs/faults"""
 
 
 TINY = "model.args={width: 16, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], num_classes: 10}"
@@ -43,18 +43,24 @@ TRAIN = [
 ]  # fmt: skip
 
 
+TRAIN_VAE = [
+    "data.name=digits", "autoencoder.channels=[8, 8]", "autoencoder.latent_channels=2", "autoencoder.blocks=1",
+    "train.steps=40", "train.batch_size=16", "train.log_every_steps=3", "train.checkpoint_every_steps=5",
+    "train.sample_every_steps=20", "train.log_with=[]", "ema.half_life_images=[100, 1000]", "preview_images=4",
+]  # fmt: skip
 COMMON = ["--bspp", "10", "--sampling_steps", "2", "--guidance_scale", "2"]
 
 
-LIVES = 40  # a run that has not ended after so many kills is let alone
+MAX_RESTARTS = 40  # after so many kills a run is left to its end
 
 
 @dataclass(frozen=True)
 class Job:
-    """A script under torture."""
+    """A script to kill."""
 
     arguments: Callable[[Path, Path], list[str]]  # (weights, output folder) -> how it is started, and started again
     module: str  # whose main it is
+    needs: str | None = None  # the job whose result it takes as weights
 
 
 def _train(weights: Path, out: Path) -> list[str]:
@@ -71,10 +77,22 @@ def _make_pairs(weights: Path, out: Path) -> list[str]:
     return ["--weights", str(weights), "--save_dir", str(out), *more, *COMMON]
 
 
+def _train_vae(weights: Path, out: Path) -> list[str]:
+    begun = (out / "config.yaml").is_file()
+    return [*TRAIN_VAE, "-e", str(out), *(["-r", "latest"] if begun else [])]
+
+
+def _cache_latents(weights: Path, out: Path) -> list[str]:
+    images = ["data.name=digits", "--shard_images", "100", "--bspp", "50"]
+    return ["--vae", str(weights / "autoencoder"), "--save_dir", str(out), *images]
+
+
 JOBS = {
     "train": Job(_train, "train"),
-    "sample": Job(_sample, "sample"),
-    "make_pairs": Job(_make_pairs, "scripts.make_pairs"),
+    "sample": Job(_sample, "sample", needs="train"),
+    "make_pairs": Job(_make_pairs, "scripts.make_pairs", needs="train"),
+    "train_vae": Job(_train_vae, "scripts.train_vae"),
+    "cache_latents": Job(_cache_latents, "scripts.cache_latents", needs="train_vae"),
 }
 
 
@@ -94,62 +112,62 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        found = torture(args.script, args.kills, args.seed, folder)
+        found = inject_faults(args.script, args.kills, args.seed, folder)
         if args.out:
-            files.write_text(folder / "torture.json", json.dumps(found, indent=1))
+            files.write_text(folder / "faults.json", json.dumps(found, indent=1))
     print(json.dumps(found, indent=1))
     if found["differences"]:
-        raise UserError(f"{args.script} did not survive: {found['differences'][0]}")
-    print(f"{args.script}: {found['kills']} kills in {found['runs']} run(s), each of which ended as if never killed")
+        raise UserError(f"{args.script} left something else than its reference run: {found['differences'][0]}")
+    print(f"{args.script}: {found['kills']} kills in {found['runs']} run(s), all equal to the reference run")
 
 
-def torture(script: str, kills: int, seed: int, folder: Path) -> dict:
-    """Kill the script so many times; the figures, with what differs from a run in peace (nothing, if all is well)."""
+def inject_faults(script: str, kills: int, seed: int, folder: Path) -> dict:
+    """Kill the script so many times; the figures, with what differs from the reference run (nothing, if all is well)."""
     os.environ["FLOW_NUM_THREADS"] = "1"
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # the killed leave semaphores to be cleaned up: that is said
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # killed processes leave semaphores, which is reported
     makers = multiprocessing.get_context("forkserver")
     makers.set_forkserver_preload(["sklearn.datasets", *(job.module for job in JOBS.values())])
     rng = random.Random(seed)
-    weights, peaceful = folder / "weights", folder / "peaceful"
-    if script != "train":
-        _finish(makers, "train", weights, weights, folder / "log.txt")
+    weights, reference = folder / "weights", folder / "reference"
+    if needs := JOBS[script].needs:
+        _run_to_end(makers, needs, weights, weights, folder / "log.txt")
     first = makers.Process(target=sys.exit)  # waits for the imports
     first.start()
     first.join()
     started = time.perf_counter()
-    _finish(makers, script, weights, peaceful, folder / "log.txt")
+    _run_to_end(makers, script, weights, reference, folder / "log.txt")
     seconds = time.perf_counter() - started
     moments: Counter[str] = Counter()
     differences: list[str] = []
     runs = 0
     bar = tqdm(total=kills, desc="kills", mininterval=10)
     while sum(moments.values()) < kills:
-        out = folder / f"tortured_{runs}"
-        for _ in range(min(LIVES, kills - sum(moments.values()))):
-            moment = _life(makers, script, weights, out, folder / "log.txt", rng, seconds)
+        out = folder / f"killed_{runs}"
+        for _ in range(min(MAX_RESTARTS, kills - sum(moments.values()))):
+            moment = _run_and_kill(makers, script, weights, out, folder / "log.txt", rng, seconds)
             if moment is None:
                 break
             moments[moment] += 1
             bar.update()
-        _finish(makers, script, weights, out, folder / "log.txt")
-        differences += [f"{out.name}: {line}" for line in compare(peaceful, out)]
+        _run_to_end(makers, script, weights, out, folder / "log.txt")
+        differences += [f"{out.name}: {line}" for line in compare(reference, out)]
         runs += 1
     bar.close()
     return {
         "script": script, "seed": seed, "kills": sum(moments.values()), "runs": runs, "moments": dict(sorted(moments.items())),
-        "differences": differences, "seconds_of_a_run_in_peace": round(seconds, 2),
+        "differences": differences, "reference_seconds": round(seconds, 2),
         "seconds": round(time.perf_counter() - started, 1),
     }  # fmt: skip
 
 
 def _start(makers, script: str, weights: Path, out: Path, log: Path):
-    process = makers.Process(target=_live, args=(JOBS[script].module, JOBS[script].arguments(weights, out), str(log)))
+    process = makers.Process(target=_run_main, args=(JOBS[script].module, JOBS[script].arguments(weights, out), str(log)))
     process.start()
     return process
 
 
-def _live(module: str, arguments: list[str], log: str) -> None:
-    """A life: the main of the script with these arguments, what it says appended to the log."""
+def _run_main(module: str, arguments: list[str], log: str) -> None:
+    """The main of the script with these arguments, its output appended to the log."""
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -157,8 +175,8 @@ def _live(module: str, arguments: list[str], log: str) -> None:
     cli_main(sys.modules[module].main)
 
 
-def _finish(makers, script: str, weights: Path, out: Path, log: Path) -> None:
-    """A life that nobody ends."""
+def _run_to_end(makers, script: str, weights: Path, out: Path, log: Path) -> None:
+    """Run the script to its end."""
     process = _start(makers, script, weights, out, log)
     process.join()
     if process.exitcode:
@@ -166,7 +184,7 @@ def _finish(makers, script: str, weights: Path, out: Path, log: Path) -> None:
         raise UserError(f"{script} in {out} ended with exit code {process.exitcode}: {lines[-1]}")
 
 
-def _life(makers, script: str, weights: Path, out: Path, log: Path, rng: random.Random, seconds: float) -> str | None:
+def _run_and_kill(makers, script: str, weights: Path, out: Path, log: Path, rng: random.Random, seconds: float) -> str | None:
     """Start the script and kill it; what it was at then, or None where it had come to its end by itself."""
     delay, kind, parts = rng.uniform(0, seconds), rng.choice(["any", "unfinished", "between"]), rng.randint(1, 8)
     process = _start(makers, script, weights, out, log)
@@ -175,7 +193,7 @@ def _life(makers, script: str, weights: Path, out: Path, log: Path, rng: random.
         waited = time.perf_counter() - started > delay
         unfinished = _unfinished(out) if kind != "any" else []
         # Where a script has no folder of several files under way, `between` is a moment like any other.
-        if kind == "between" and script == "train":
+        if kind == "between" and script in ("train", "train_vae"):
             now = max(map(_parts, unfinished), default=0) >= parts
         else:
             now = waited and (kind != "unfinished" or bool(unfinished))

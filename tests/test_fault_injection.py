@@ -1,4 +1,4 @@
-"""Killed anywhere and started again: in the end as if never killed. `make torture` does it a hundred times."""
+"""Scripts that are killed anywhere and restarted leave what an uninterrupted run leaves; `make fault-injection` for more."""
 
 import json
 import shutil
@@ -10,23 +10,23 @@ from flow.sampling import snapshot
 from scripts.dev import fault_injection
 
 
-def test_training_survives_some_kills(tmp_path):
+def test_killed_training(tmp_path):
     out = tmp_path / "out"
     succeed("-m", "scripts.dev.fault_injection", "--kills", "3", "--out", out)
-    found = json.loads((out / "torture.json").read_text())
-    assert found["kills"] == 3 == sum(found["moments"].values()) and found["differences"] == []
+    faults = json.loads((out / "faults.json").read_text())
+    assert faults["kills"] == 3 == sum(faults["moments"].values()) and faults["differences"] == []
     assert not list(out.rglob(".tmp-*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", fault_injection.JOBS)
-def test_a_script_survives_many_kills(tmp_path, script):
-    said = succeed("-m", "scripts.dev.fault_injection", "--kills", "30", "--script", script, "--seed", "1", timeout=900).stdout
-    assert f"{script}: 30 kills in" in said
+def test_many_kills(tmp_path, script):
+    printed = succeed("-m", "scripts.dev.fault_injection", "--kills", "30", "--script", script, "--seed", "1", timeout=900).stdout
+    assert f"{script}: 30 kills in" in printed
 
 
-def test_what_differs_is_found(tiny_run, tmp_path):
-    """A torture that sees no difference would prove nothing."""
+def test_differences_are_reported(tiny_run, tmp_path):
+    """A comparison that sees no difference would prove nothing."""
     for number, harm in enumerate((
         lambda run: (run / "snapshots" / "new.txt").touch(),
         lambda run: snapshot.find(run).unlink(),
@@ -41,6 +41,6 @@ def test_what_differs_is_found(tiny_run, tmp_path):
         assert len(fault_injection.compare(tiny_run, run)) == 1, number
 
 
-def test_an_output_folder_is_not_overwritten(error, tmp_path):
-    (tmp_path / "mine.txt").touch()
+def test_output_folder_is_not_overwritten(error, tmp_path):
+    (tmp_path / "other.txt").touch()
     assert "exists already" in error("fault_injection", "--kills", "1", "--out", tmp_path)
