@@ -148,7 +148,7 @@ def train_command(weights: str, save_dir: Path, config: schema.Config) -> str:
     """What to type to train the network of these weights on the pairs, from the weights."""
     same = ["model.name", "model.args", "flow.path", "flow.prediction"]
     overrides = {key: schema.get(config, key) for key in same} | {
-        "data.name": "pairs", "data.args.path": str(save_dir), "flow.coupling": "given", "flow.label_dropout": 0.0,
+        "data.name": "pairs", "data.args.path": str(save_dir), "flow.coupling": "paired", "flow.label_dropout": 0.0,
         "train.init_from": weights,
     }  # fmt: skip
     folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_reflow"))

@@ -120,7 +120,7 @@ def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
     first = stages[cfg.first].model
     for path in (cfg.reflow, cfg.distill):
         if stages[path].flow.coupling != "paired":
-            raise UserError(f"{path}: flow.coupling={stages[path].flow.coupling}: must be given, as it trains on pairs")
+            raise UserError(f"{path}: flow.coupling={stages[path].flow.coupling}: must be paired, as it trains on pairs")
         if stages[path].model != first:
             raise UserError(f"{path}: model: must be that of {cfg.first}, from whose weights it starts")
     if first.args.get("max_prompt_bytes"):

@@ -21,7 +21,9 @@ def test_killed_training(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", fault_injection.JOBS)
 def test_many_kills(tmp_path, script):
-    printed = succeed("-m", "scripts.dev.fault_injection", "--kills", "30", "--script", script, "--seed", "1", timeout=900).stdout
+    printed = succeed(
+        "-m", "scripts.dev.fault_injection", "--kills", "30", "--script", script, "--seed", "1", timeout=900
+    ).stdout
     assert f"{script}: 30 kills in" in printed
 
 

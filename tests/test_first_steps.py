@@ -81,9 +81,12 @@ def home(main_of, monkeypatch, tmp_path) -> Path:
     return tmp_path
 
 
+PAGES = ("README.md", "docs/commands.md", "docs/results.md")
+
+
 def readme_commands() -> list[list[str]]:
-    """The words of every command of the README, launchers taken away, from the script on."""
-    text = "\n".join(blocks("README.md", "bash")).replace("\\\n", " ")
+    """The words of every command of these pages, launchers taken away, from the script on."""
+    text = "\n".join(block for page in PAGES for block in blocks(page, "bash")).replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line and not line.startswith(("#", *ELSEWHERE))]
     for old, new in SHORTER.items():
         lines = [line.replace(old, new) for line in lines]
@@ -101,7 +104,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         more = [*shlex.split(TRAIN), *shlex.split(NETWORKS[network])]
         if config == "configs/cifar10.yaml":
             more += ["data.name=folder", "data.args={path: cifar, size: 32}", "ema.warmup_ratio=0.05"]
-        if config == "configs/toy_checkerboard.yaml":
+        if config == "configs/toy.yaml":
             more += ["data.args.n=50"]
         return script, [*arguments, *more]
     more = shlex.split(TINY.get(script, ""))
@@ -109,7 +112,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         del more[more.index("--sampling_steps") : more.index("--sampling_steps") + 2]
     if "dopri5" in arguments:
         more += ["--rtol", "0.5", "--atol", "0.5"]
-    if "tuned" in arguments:
+    if "optimized" in arguments:
         more += ["--sampling_steps", "6"]
     return script, [*arguments, *more]
 

@@ -100,7 +100,7 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
     command = ["rectify", "-c", config, f"folder={tmp_path / 'never'}"]
     assert "unknown key 'round'. Did you mean 'rounds'?" in error(*command, "round=3")
     assert "rounds=0: must be at least 1" in error(*command, "rounds=0")
-    assert "flow.coupling=independent: must be given" in error(*command, "reflow=configs/digits.yaml")
+    assert "flow.coupling=independent: must be paired" in error(*command, "reflow=configs/digits.yaml")
     assert "first_pairs.sampling_method: unknown solver 'hen'" in error(*command, "first_pairs.sampling_method=hen")
     assert "feature_extractor=mnst: unknown; choose one of" in error(*command, "feature_extractor=mnst")
     assert "model: must be that of" in error(*command, "reflow=configs/mnist_reflow.yaml")

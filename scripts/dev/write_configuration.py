@@ -1,0 +1,80 @@
+"""Write docs/configuration.md from the schema: `python -m scripts.dev.write_configuration`."""
+
+import dataclasses
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from configs import rectify, schema, vae
+from flow.runtime import cli, files
+from flow.runtime.errors import cli_main
+
+PAGE = Path(__file__).parents[2] / "docs/configuration.md"
+INTRODUCTION = """\
+# Configuration
+
+Defaults, then the YAML of `-c`, then overrides (`key=value`, `--key value` or `--key=value`). An unknown key is an error that
+names the nearest one. Arguments (`data.args`, `model.args`, ...) are checked against the signature of what they go to; another
+name (`model.name=`, `data.name=`, ...) on the command line starts from empty arguments. A key is one field of a dataclass in
+`configs/`; this page is written from there by `python -m scripts.dev.write_configuration`.
+"""
+SECTIONS: tuple[tuple[str, str, type], ...] = (
+    ("Training a flow", "`train.py`, `configs/schema.py`", schema.Config),
+    ("Training an autoencoder", "`scripts/train_vae.py`, `configs/vae.py`", vae.VaeConfig),
+    ("Rectified flow", "`scripts/rectify.py`, `configs/rectify.py`", rectify.RectifyConfig),
+)
+
+
+def main() -> None:
+    cli.Parser(__doc__, "  python -m scripts.dev.write_configuration").parse()
+    files.write_text(PAGE, page())
+    print(f"wrote {PAGE}")
+
+
+def page() -> str:
+    """The text of docs/configuration.md."""
+    parts = [INTRODUCTION]
+    for title, source, config_class in SECTIONS:
+        rows = [f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in keys(config_class)]
+        parts.append("\n".join([f"## {title}\n\n{source}.\n\n| key | default | meaning |\n|---|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def keys(config_class: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted key, default as YAML, meaning) of every key."""
+    defaults, comments = config_class(), comments_of(config_class)
+    rows = []
+    for field in dataclasses.fields(config_class):
+        value = getattr(defaults, field.name)
+        if dataclasses.is_dataclass(value):
+            rows += keys(type(value), f"{prefix}{field.name}.")
+        else:
+            rows.append((prefix + field.name, shown(value), comments[field.name]))
+    return rows
+
+
+def comments_of(config_class: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass, which may span the lines of its call."""
+    comments = {}
+    name = ""
+    for line in inspect.getsource(config_class).splitlines():
+        if match := re.match(r"    (\w+): ", line):
+            name = match.group(1)
+        elif re.match(r"    \S", line) and not line.startswith("    )"):
+            name = ""
+        if name and (comment := re.search(r"  # (.+)$", line)):
+            comments[name] = comment.group(1).replace(" | ", ", ")
+    return comments
+
+
+def shown(value: Any) -> str:
+    """A default as a user would type it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:_}"
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+if __name__ == "__main__":
+    cli_main(main)
