@@ -1,8 +1,8 @@
 """Bits per dimension of real images under a flow: `python -m scripts.likelihood --weights runs/mnist --n_images 100`.
 
-Pixels are dequantised uniformly over bins of width one centred on their levels; the divergence is Hutchinson's estimate with
-`--hutchinson_samples` random signs an image. Image k of the data set has the same dequantisation and probes in every run. Points, which
-have no levels, get their log-likelihood in nats a point.
+Pixels are dequantized uniformly over bins of width one centered on their levels; the divergence is Hutchinson's estimate with
+`--hutchinson_samples` random signs an image. Image k of the data set has the same dequantization and signs in every run.
+Points, which have no levels, get their log-likelihood in nats a point.
 """
 
 import numpy as np
@@ -82,7 +82,8 @@ def main() -> None:
         print(
             f"{values.mean().item():.4f} ± {error:.4f} {unit} (mean ± standard error over {len(values)} "
             f"{'points' if points else 'images'}; dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe} for the last "
-            f"batch, {args.hutchinson_samples} probe(s){'' if points else ', uniform dequantisation, bins centred on the levels'})"
+            f"batch, {args.hutchinson_samples} Hutchinson sample(s)"
+            f"{'' if points else ', uniform dequantization, bins centered on the levels'})"
         )
 
 

@@ -1,7 +1,7 @@
-"""Fit the times of small numbers of steps to a trained flow: `python -m scripts.optimize_grid --weights runs/mnist --steps 4 8`.
+"""Fit the times of few steps to a trained flow: `python -m scripts.optimize_grid --weights runs/mnist --steps 4 8`.
 
-The times are fitted on the flow's own fine trajectories and kept only where they come closer to the fine solution than
-every grid by formula on images that were not used. They are saved beside the snapshot; `sample.py --time_grid optimized` uses them.
+The times are fitted on the flow's own fine trajectories, and saved only where they come closer to the fine solution than every
+grid by formula on images that were not used. They are saved beside the snapshot, for `sample.py --time_grid optimized`.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
 """How close solvers come to the fine solution for how many evaluations: `python -m scripts.solver_study --weights runs/mnist`.
 
 The distance is the root mean square, over images and pixels, to a dopri5 solution with tight tolerances from the same
-noise: a measure of the solver alone that takes seconds. `--num_fid_images N` adds, by evaluate.py, the Frechet distance of N images,
-which takes minutes. `--out` gets study.md, study.csv and study.png (with --num_fid_images also fd.png); NFE is counted, and the order
-of a row is the slope from the row before.
+noise: a measure of the solver alone that takes seconds. `--num_fid_images N` adds, by evaluate.py, the Frechet distance of N
+images, which takes minutes. `--out` gets study.md, study.csv and study.png (with --num_fid_images also fd.png); NFE is counted,
+and the order of a row is the slope from the row before.
 """
 
 import csv
@@ -146,8 +146,9 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     steps = ["--nfe", *map(str, args.nfe)] if args.nfe else ["--sampling_steps", *map(str, args.sampling_steps)]
     for name in args.grids:
         evaluate = [
-            "evaluate.py", "--weights", args.weights, "--methods", *args.methods, *steps, "--time_grid", name, "--metrics", "fid",
-            "--guidance_scale", f"{args.guidance_scale:g}", "--n_samples", str(args.num_fid_images), "-mp", args.mixed_precision,
+            "evaluate.py", "--weights", args.weights, "--methods", *args.methods, *steps, "--time_grid", name,
+            "--metrics", "fid", "--guidance_scale", f"{args.guidance_scale:g}", "--n_samples", str(args.num_fid_images),
+            "-mp", args.mixed_precision,
             "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), "--no_control",
             *args.overrides,
         ]  # fmt: skip

@@ -44,7 +44,8 @@ def test_what_keeps_a_run_from_beginning_is_told_at_once(main_of, capsys, tmp_pa
     (run / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as left:
         cli_main(main_of(
-            "doctor", *HEALTHY, "-e", run, "train.batch_size=33", "train.gradient_accumulation_steps=2", "optimizer.warmup_steps=1200",
+            "doctor", *HEALTHY, "-e", run, "train.batch_size=33", "train.gradient_accumulation_steps=2",
+            "optimizer.warmup_steps=1200",
             "model.args.attention_resolutions=[5]", "ema.warmup_ratio=0", "ema.half_life_images=1000000",
         ))  # fmt: skip
     said = capsys.readouterr().out

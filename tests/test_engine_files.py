@@ -208,7 +208,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(accelerator
     def write_more(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"step_00000002 was not written: .*No space left.*newest checkpoint is .*00000001"):
+    with pytest.raises(UserError, match=r"step_00000002 was not written: .*No space left.*latest checkpoint is .*00000001"):
         checkpoint.save(accelerator, tmp_path, 2, {}, write_more)
     assert list(tmp_path.iterdir()) == [first] and checkpoint.verify(first) is None
     (tmp_path / ".tmp-step_00000003").mkdir()  # a run was killed while it wrote

@@ -26,8 +26,8 @@ def numbered(n: int) -> Images:
 
 def make(data, batch_size: int, **options) -> TrainingLoader:
     defaults = {
-        "seed": 3, "gradient_accumulation_steps": 1, "rank": 0, "world_size": 1, "device": torch.device("cpu"), "horizontal_flip": False,
-        "num_workers": 0,
+        "seed": 3, "gradient_accumulation_steps": 1, "rank": 0, "world_size": 1, "device": torch.device("cpu"),
+        "horizontal_flip": False, "num_workers": 0,
     }  # fmt: skip
     return TrainingLoader(data, batch_size=batch_size, **{**defaults, **options})
 
@@ -86,7 +86,8 @@ def test_processes_and_micro_batches_share_one_global_batch(world_size, gradient
     batches = []
     for rank in range(world_size):
         loader = make(
-            data, batch_size, horizontal_flip=True, rank=rank, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps
+            data, batch_size, horizontal_flip=True, rank=rank, world_size=world_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
         )  # fmt: skip
         (mine,) = loader.steps(step, step + 1)
         assert [len(batch.x1) for batch in mine] == [
@@ -194,7 +195,8 @@ def test_a_broken_file_is_named_from_a_worker_too(folder, num_workers):
     [(10, 4, 1, 8), (10, 2, 2, 8), (3, 4, 2, 8), (31, 1, 2, 32)],
 )
 def test_a_batch_that_does_not_divide(batch_size, world_size, gradient_accumulation_steps, near):
-    message = rf"train\.batch_size={batch_size}: must be divisible by {world_size} .*train\.gradient_accumulation_steps={gradient_accumulation_steps}; {near} would"
+    message = rf"train\.batch_size={batch_size}: must be divisible by {world_size} .*"
+    message += rf"train\.gradient_accumulation_steps={gradient_accumulation_steps}; {near} would"
     with pytest.raises(UserError, match=message):
         make(numbered(10), batch_size, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)
     make(numbered(10), near, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)

@@ -268,7 +268,7 @@ def test_a_network_of_any_path_and_prediction_is_the_same_flow(name, prediction)
     p = path.build(name)
 
     def net(x, t, y):
-        alpha, sigma, *_ = p._like(x.double(), t.double())
+        alpha, sigma, *_ = (c[:, None] for c in p.coefficients(t.double()))
         variance = sigma**2 + (0.5 * alpha) ** 2
         x1 = 3 + alpha * 0.25 / variance * (x - 3 * alpha)
         x0 = sigma / variance * (x - 3 * alpha)

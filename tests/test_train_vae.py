@@ -82,7 +82,7 @@ def test_lpips_where_it_is_installed(here, error, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("override", "words"), [
-    ("autoencoder.channels=[8, 7]", "must be whole numbers that divide by 4"),
+    ("autoencoder.channels=[8, 7]", "must be whole numbers divisible by 4"),
     ("autoencoder.channels=[8, 8, 8, 8, 8]", "sides must be divisible by 16"),
     ("autoencoder.blocks=0", "blocks=0"),
     ("autoencoder.distance=l3", "autoencoder.distance=l3: must be l1 or mse"),

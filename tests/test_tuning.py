@@ -69,7 +69,7 @@ def test_commands(tmp_path, tiny_run, here, error):
     line = error(*sample, "--sampling_method", "midpoint", "--sampling_steps", "2")
     for method, steps in (("dopri5", "4"), ("euler", "1")):
         assert f"not for {method} with {steps}" in error(*sample, "--sampling_method", method, "--sampling_steps", steps)
-    assert "none was fitted for midpoint with 2 steps" in line and "scripts.optimize_grid" in line
+    assert "none is stored for midpoint with 2 steps" in line and "scripts.optimize_grid" in line
     stored = json.loads(grid_store.file_of(weights).read_text())
     grid_store.file_of(weights).write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
     assert "was fitted to other weights" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
