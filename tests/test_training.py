@@ -191,13 +191,18 @@ def test_changed_options_of_the_optimizer_are_applied(here, tmp_path, tiny_run):
     assert (*group["betas"], group["eps"], group["weight_decay"]) == (0.8, 0.95, 1e-6, 0)
 
 
-def test_a_kill_between_checkpoint_and_snapshot_loses_neither(tmp_path, uninterrupted):
+def test_a_kill_after_a_checkpoint_loses_neither_snapshot_nor_preview(tmp_path, uninterrupted):
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    lost = snapshot.find(run)
+    lost, preview = snapshot.find(run), run / "samples" / "step_00000040.png"
     lost.unlink()
+    preview.unlink()
+    unfinished = run / "samples" / ".tmp-step_00000040.png"
+    unfinished.write_bytes(b"half a picture")
     succeed("train.py", "-e", run, "-r", "latest")
     assert lost.read_bytes() == snapshot.find(uninterrupted).read_bytes()
+    assert preview.read_bytes() == (uninterrupted / "samples" / preview.name).read_bytes()
+    assert not unfinished.exists()
 
 
 def test_run_folder_holds_what_the_design_promises(uninterrupted):

@@ -134,6 +134,8 @@ class Trainer:
         bar = distributed.progress(self.accelerator, config.steps, "training", initial=self.step)
         interrupted = False
         with StopSignal() as stop, bar, closing(batches):
+            if self._preview_is_missing():  # a kill came between a checkpoint and its preview
+                self.write_preview()
             self.throughput = Throughput(config.batch_size, self.step)
             while not (self.finished or interrupted or self.stop_requested):
                 with self.timed("data"):
@@ -149,7 +151,7 @@ class Trainer:
                     last = self.finished or interrupted or self.stop_requested
                     if last or self._is_due(config.checkpoint_every_steps):
                         self.save_checkpoint()
-                    if self.finished or self._is_due(config.sample_every_steps):
+                    if self._preview_is_due():
                         self.write_preview()
         if self.stop_requested and not self.finished:
             self.logger.info(f"stopped at step {self.step}; {self.task.next_command(self.folder)}")
@@ -233,9 +235,8 @@ class Trainer:
             picture, metrics = self.task.preview(averaged, self.step)
         self.model.train()
         if picture is not None:
-            folder = self.folder / "samples"
-            folder.mkdir(exist_ok=True)
-            images.write_png(folder / f"step_{self.step:08d}.png", picture)
+            self._preview_path().parent.mkdir(exist_ok=True)
+            images.write_png(self._preview_path(), picture)
             self.logger.log_image("samples", self.step, picture)
         for name, value in metrics.items():
             self.logger.info(f"step {self.step}: {name} {value:.2f}")
@@ -260,6 +261,17 @@ class Trainer:
     def _seed_dropout(self) -> None:
         key = ("dropout", self.config.seed, self.step, self.accelerator.process_index)
         torch.manual_seed(int(generator(*key).integers(2**63)))
+
+    def _preview_path(self) -> Path:
+        return self.folder / "samples" / f"step_{self.step:08d}.png"
+
+    def _preview_is_due(self) -> bool:
+        return self.finished or self._is_due(self.config.train.sample_every_steps)
+
+    def _preview_is_missing(self) -> bool:
+        """Whether a run that resumes here has left no preview of this step, though it was due; the same on all processes."""
+        missing = self.step > 0 and self._preview_is_due() and not self._preview_path().exists()
+        return distributed.any_process(self.accelerator, self.accelerator.is_main_process and missing)
 
     def _is_due(self, every_steps: int) -> bool:
         return bool(every_steps) and self.step % every_steps == 0
