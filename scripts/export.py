@@ -18,7 +18,7 @@ EXAMPLES = "  python -m scripts.export --weights runs/mnist --out mnist.safetens
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    cli.add_weights_flag(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new .safetensors file")
     return parser.parse()
 
