@@ -40,8 +40,8 @@ MASS = 0.01  # densities above this share of the highest count as inside the mas
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    cli.add_weights_flag(parser)
+    cli.add_output_flag(parser)
     parser.add_argument("--n", type=cli.at_least(1), help="particles, or images of the grid (default: 20000, or 50)")
     parser.add_argument("--frames", type=cli.at_least(2), default=32, help="of a GIF (default: 32)")
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="(default: heun)")
@@ -50,9 +50,9 @@ def parse_args():
     parser.add_argument(
         "--hutchinson_samples", type=cli.at_least(1), default=4, help="of Hutchinson's estimate, a point (default: 4)"
     )
-    parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="(default: 1, off)")
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
-    parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
+    cli.add_guidance_flag(parser)
+    cli.add_prompts_flag(parser)
+    cli.add_seed_flag(parser)
     return parser.parse()
 
 
@@ -77,7 +77,7 @@ def main() -> None:
 def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
     """Write the pictures that were asked for."""
     plane = len(snap.image_shape) == 1
-    made = []
+    pictures = []
     if not plane or {"flow", "density"} & set(args.pictures):
         indices = range(args.n or (20_000 if plane else 50))
         times = uniform((args.frames - 1) * args.steps_a_frame)
@@ -86,14 +86,14 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
             pixels = [images.to_uint8(decode(model, accelerator.autocast, x)).cpu() for x in states]
-            made += moving_images(args.out, times, pixels, margin_of(settings, snap, model.net.num_classes))
+            pictures += moving_images(args.out, times, pixels, margin_of(settings, snap, model.net.num_classes))
         if plane and "flow" in args.pictures:
-            made += moving_plane(args.out, model, times, states)
+            pictures += moving_plane(args.out, model, times, states)
         if plane and "density" in args.pictures:
-            made.append(strip(args.out, times, states))
+            pictures.append(strip(args.out, times, states))
     if plane and "likelihood" in args.pictures:
-        made.append(likelihood_map(args.out, accelerator, model, snap, args.hutchinson_samples, args.seed))
-    print(f"in {args.out}: {' '.join(made)}")
+        pictures.append(likelihood_map(args.out, accelerator, model, snap, args.hutchinson_samples, args.seed))
+    print(f"in {args.out}: {' '.join(pictures)}")
 
 
 def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[Tensor]) -> list[str]:
@@ -124,7 +124,7 @@ def likelihood_map(
     out: Path, accelerator: Accelerator, model: FlowModel, snap: snapshot.Snapshot, probes: int, seed: int
 ) -> str:
     """likelihood.png: log-density of the flow with the exact divergence and with Hutchinson's estimate of it, beside the
-    exact density where there is one, from which the mean differences inside the mass are told."""
+    exact density where there is one, and the mean absolute errors inside the mass."""
     at = to_solver_dtype(torch.from_numpy(plots_2d.grid_centers(MAP_CELLS)), accelerator.device)
     velocity = build_velocity(model, range(len(at)), SamplerSettings(), accelerator.device)
     signs = generator("likelihood map", seed).integers(2, size=(probes, *at.shape)) * 2.0 - 1

@@ -2,7 +2,7 @@
 
 The posterior (mean and std) of every image and of its mirror image goes to shards, with labels; training then reads
 `data.name=latents data.args.path=DIR`. Image k is encoded beside the same others whatever the number of processes. Run it
-again after a kill: whole shards stay, one that is missing or damaged is made again. --check N decodes N of the latents,
+again after a kill: whole shards stay, missing or damaged ones are encoded again. --check N decodes N of the latents,
 writes originals beside reconstructions, PSNR and the Frechet distance between the two (rFID).
 """
 
@@ -48,15 +48,15 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("-c", "--config", metavar="YAML", help="its data section names the images")
     parser.add_argument("--vae", required=True, metavar="FOLDER|ID", help="AutoencoderKL: a folder, or owner/name on the hub")
-    parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
+    cli.add_output_flag(parser, "--save_dir")
     parser.add_argument("--flipped", choices=("yes", "no"), default="yes", help="also encode mirror images (default: yes)")
-    parser.add_argument("--bspp", type=cli.at_least(1), default=32, help="batch size per process (default: 32)")
+    cli.add_batch_size_flag(parser, 32)
     parser.add_argument("--shard_images", type=cli.at_least(1), default=1024, help="images a file (default: 1024)")
     parser.add_argument("--check", type=cli.at_least(2), metavar="N", help="decode N latents and compare with their images")
     parser.add_argument("--feature_extractor", default=INCEPTION, metavar="NAME", help=f"of --check (default: {INCEPTION})")
     parser.add_argument("--feature_layer", metavar="LAYER", help="of --check (default: that of the Frechet distance)")
     parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    cli.add_precision_flag(parser)
     return parser.parse()
 
 
@@ -90,23 +90,27 @@ def cache(
         check_output_dir(args.save_dir, settings[0])
     accelerator.wait_for_everyone()
 
-    mine, made = list(plan.items())[accelerator.process_index :: accelerator.num_processes], 0
-    with distributed.progress(accelerator, sum(len(cut) for _, cut in mine), "encoding (images of this process)") as bar:
-        for name, cut in mine:
+    local_shards, num_encoded = list(plan.items())[accelerator.process_index :: accelerator.num_processes], 0
+    with distributed.progress(
+        accelerator, sum(len(cut) for _, cut in local_shards), "encoding (images of this process)"
+    ) as bar:
+        for name, cut in local_shards:
             damage = verify_shard(args.save_dir / name, len(cut))
             if damage:
                 if (args.save_dir / name).exists():
-                    bar.write(f"{damage}; it is made again")
+                    bar.write(f"{damage}; encoding again")
                 write_shard(accelerator, args, vae, data, name, cut, settings[0], bar)
-                made += len(cut)
+                num_encoded += len(cut)
             else:
                 bar.update(len(cut))
-    made = sum(distributed.gather_to_main(accelerator, made) or [0])
+    num_encoded = sum(distributed.gather_to_main(accelerator, num_encoded) or [0])
     if accelerator.is_main_process:
         write_manifest(args, source, data, vae, settings[0], plan)
     accelerator.wait_for_everyone()
     train = train_command(args.save_dir, data, latent_shape)
-    accelerator.print(f"latents of {len(data)} images in {args.save_dir}, {made} of them made now; train on them with: {train}")
+    accelerator.print(
+        f"latents of {len(data)} images in {args.save_dir}, {num_encoded} of them made now; train on them with: {train}"
+    )
     if args.check:
         check(args, accelerator, data)
 
@@ -127,7 +131,7 @@ def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]
 
 def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
     """What decides the content of every shard; each carries it in its header."""
-    found = {
+    settings = {
         "autoencoder": vae.digest,
         "images": data.fingerprint(),
         "count": len(data),
@@ -138,7 +142,7 @@ def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) 
         "shard_images": args.shard_images,
         "mixed_precision": args.mixed_precision,
     }
-    return json.loads(json.dumps(found))
+    return json.loads(json.dumps(settings))
 
 
 def check_output_dir(save_dir: Path, settings: dict[str, Any]) -> None:
@@ -231,29 +235,29 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
     count = min(args.check, len(data))
     chosen = generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
     mine = shard(accelerator, range(count), args.bspp)
-    real_features, made_features, ratios, shown = FeatureSet(), FeatureSet(), [], None
+    real_features, recon_features, ratios, shown = FeatureSet(), FeatureSet(), [], None
     with distributed.progress(accelerator, sum(map(len, mine)), "reconstructions (of this process)") as bar:
         read = read_images(data, [[chosen[k] for k in batch] for batch in mine])
         for batch, (indices, real) in zip(mine, read, strict=True):
             mean, _ = latents.moments(indices)
             with accelerator.autocast():
-                made = to_uint8(codec.decode(latents.normalised(mean.float().to(accelerator.device)))).cpu()
+                recon = to_uint8(codec.decode(latents.normalised(mean.float().to(accelerator.device)))).cpu()
             real_features.add(extractor.layer, batch, extractor(real))
-            made_features.add(extractor.layer, batch, extractor(made))
-            ratios += psnr(real, made).tolist()
-            shown = shown or (real[:SHOWN], made[:SHOWN])
+            recon_features.add(extractor.layer, batch, extractor(recon))
+            ratios += psnr(real, recon).tolist()
+            shown = shown or (real[:SHOWN], recon[:SHOWN])
             bar.update(len(batch))
-    everything = distributed.gather_to_main(accelerator, (ratios, real_features, made_features))
+    everything = distributed.gather_to_main(accelerator, (ratios, real_features, recon_features))
     if everything is None:
         return
     decibels = torch.tensor([ratio for part, _, _ in everything for ratio in part])
-    real, made = (merge([part[i] for part in everything]) for i in (1, 2))
-    distance = frechet_distance(real.mu, real.sigma, made.mu, made.sigma)
-    found = {
+    real, recon = (merge([part[i] for part in everything]) for i in (1, 2))
+    distance = frechet_distance(real.mu, real.sigma, recon.mu, recon.sigma)
+    result = {
         "images": count, "PSNR": round(decibels.mean().item(), 3), "PSNR_error": round(standard_error(decibels), 3),
         f"r{extractor.distance_name}": round(distance, 4),
     }  # fmt: skip
-    files.write_text(args.save_dir / "reconstructions.json", json.dumps(found, indent=1))
+    files.write_text(args.save_dir / "reconstructions.json", json.dumps(result, indent=1))
     images.write_png(args.save_dir / "reconstructions.png", images.side_by_side_grid(*shown))
     print(
         f"PSNR {decibels.mean():.2f} ± {standard_error(decibels):.2f} dB, r{extractor.distance_name} {distance:.3f} over "

@@ -60,12 +60,12 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", nargs="+", required=True, metavar="PATH", help="run folders or .safetensors files")
     parser.add_argument("--names", nargs="+", metavar="TEXT", help="titles, one for each (default: names of the runs)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    cli.add_output_flag(parser)
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="euler", help="(default: euler)")
     cli.add_step_flags(parser, [2, 100], several=True)
     parser.add_argument("--n_samples", type=cli.at_least(2), default=10_000, help="of the distance (default: 10000)")
     parser.add_argument("--frames", type=cli.at_least(2), default=32, help="of the GIF (default: 32)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
+    cli.add_seed_flag(parser)
     return parser.parse()
 
 
@@ -87,22 +87,22 @@ def compare(
     args, accelerator: Accelerator, names: list[str], flows: list[FlowModel], reals: list[Tensor], steps: list[int]
 ) -> None:
     """Solve the flows, write the animation, the picture and the table."""
-    found: list[list[Panel]] = [[] for _ in steps]
+    rows: list[list[Panel]] = [[] for _ in steps]
     with distributed.progress(accelerator, len(flows) * len(steps), "panels") as bar:
         for name, model, real in zip(names, flows, reals, strict=True):
             distributed.prepare_model(model.net, accelerator)
             model.net.eval().requires_grad_(False)
-            for row, panel in zip(found, solved(args, accelerator, name, model, real, steps), strict=True):
+            for row, panel in zip(rows, solved(args, accelerator, name, model, real, steps), strict=True):
                 row.append(panel)
                 bar.update()
-    drawn = [panel for row in found for panel in row]
-    made = animation.write(
+    drawn = [panel for row in rows for panel in row]
+    names_written = animation.write(
         args.out / "compare.gif", [animation.figure_to_array(drawing(drawn, len(steps), t)) for t in uniform(args.frames - 1)]
     )
     plots_2d.save(args.out / "compare.png", drawing(drawn, len(steps), None))
     text = listed(drawn, args.sampling_method)
     files.write_text(args.out / "compare.md", text + "\n")
-    print(f"{text}\nin {args.out}: {' '.join([*made, 'compare.png', 'compare.md'])}")
+    print(f"{text}\nin {args.out}: {' '.join([*names_written, 'compare.png', 'compare.md'])}")
 
 
 def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:

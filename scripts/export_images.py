@@ -23,7 +23,7 @@ AHEAD = 1000  # images a round
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
+    cli.add_output_flag(parser, "--save_dir")
     parser.add_argument("--size", type=cli.at_least(1), help="side in pixels (default: that of the data set)")
     parser.add_argument("--n_images", type=cli.at_least(1), help="the first N (default: all)")
     return parser.parse()

@@ -23,14 +23,14 @@ EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 -
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    cli.add_weights_flag(parser)
     parser.add_argument("--n_images", type=cli.at_least(2), default=100, help="the first of the data set (default: 100)")
     parser.add_argument("--hutchinson_samples", type=cli.at_least(1), default=1, help="random directions an image (default: 1)")
     parser.add_argument("--rtol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--atol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--test", action="store_true", help="images of the test part, for data sets that have one")
-    parser.add_argument("--bspp", type=cli.at_least(1), default=50, help="batch size per process (default: 50)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="of dequantisation and probes (default: 0)")
+    cli.add_batch_size_flag(parser, 50)
+    cli.add_seed_flag(parser, 0, "dequantization and probes")
     return parser.parse()
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)
     mine = index_batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
-    found, nfe = [], 0
+    results, nfe = [], 0
     dimensions = int(np.prod(data.image_shape))
     points = len(data.image_shape) == 1
     with distributed.progress(accelerator, sum(map(len, mine)), "likelihood (images of this process)") as bar:
@@ -72,9 +72,9 @@ def main() -> None:
             probes = to_solver_dtype(torch.from_numpy(signs), accelerator.device)
             with error_context("likelihood"):
                 log_p, _, nfe = log_likelihood(velocity, x1, eps=probes, rtol=args.rtol, atol=args.atol)
-            found += (log_p if points else bits_per_dimension(log_p, dimensions)).tolist()
+            results += (log_p if points else bits_per_dimension(log_p, dimensions)).tolist()
             bar.update(len(batch))
-    everything = distributed.gather_to_main(accelerator, found)
+    everything = distributed.gather_to_main(accelerator, results)
     if everything is not None:
         values = torch.tensor([value for part in everything for value in part])
         error = values.std().item() / len(values) ** 0.5

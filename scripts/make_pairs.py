@@ -2,7 +2,7 @@
 
 Pair k is a function of the weights, the settings and k; classes come in turn. `--real_fraction` makes that share of the
 pairs from real images, whose noise is found by solving the flow backwards. `--save_dir` gets manifest.json and shards.
-Run it again after a kill: whole shards stay, one that is missing or damaged is named and made again, alone.
+Run it again after a kill: whole shards stay, missing or damaged ones are named and generated again.
 """
 
 import json
@@ -42,21 +42,19 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
-    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    cli.add_snapshot_config_flag(parser)
+    cli.add_weights_flag(parser)
     parser.add_argument("--n_pairs", type=cli.at_least(1), required=True, help="number of pairs")
-    parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
+    cli.add_output_flag(parser, "--save_dir")
     parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="solver (default: heun)")
     parser.add_argument("--sampling_steps", type=cli.at_least(1), default=50, help="steps of the solver (default: 50)")
-    parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
-    parser.add_argument(
-        "--labels", nargs="+", metavar="CLASS", help="classes by name or number, one pair after the other (default: all)"
-    )
+    cli.add_guidance_flag(parser)
+    cli.add_labels_flag(parser, "pair")
     parser.add_argument("--real_fraction", type=cli.fraction, default=0.0, help="share of pairs from real images (default: 0)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of the noise (default: 0)")
-    parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
+    cli.add_seed_flag(parser, 0)
+    cli.add_batch_size_flag(parser)
     parser.add_argument("--shard_pairs", type=cli.at_least(1), default=1000, help="pairs a file (default: 1000)")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
+    cli.add_precision_flag(parser)
     return parser.parse()
 
 
@@ -128,20 +126,20 @@ def write_shards(
         check_output_dir(args.save_dir, manifest)
     accelerator.wait_for_everyone()
     mine = shards_of(manifest)[accelerator.process_index :: accelerator.num_processes]
-    made = 0
+    num_written = 0
     with distributed.progress(accelerator, sum(len(s.indices) for s in mine), "pairs (of this process)") as bar:
         for shard in mine:
             damage = verify_shard(args.save_dir, shard)
             if damage and (args.save_dir / shard.name).exists():
-                bar.write(f"{damage}; it is made again")
+                bar.write(f"{damage}; regenerating")
             if damage:
                 tensors = make(shard, bar)
                 with files.atomic_file(args.save_dir / shard.name) as temporary:
                     save_shard(temporary, tensors)
-                made += len(shard.indices)
+                num_written += len(shard.indices)
             else:
                 bar.update(len(shard.indices))
-    return sum(distributed.gather_to_main(accelerator, made) or [0])
+    return sum(distributed.gather_to_main(accelerator, num_written) or [0])
 
 
 def train_command(weights: str, save_dir: Path, config: schema.Config) -> str:
@@ -192,10 +190,10 @@ def make_shard(
     for batch in index_batches(shard.indices, batch_size):
         if shard.inverted:
             chosen = real_ones[batch.start : batch.stop]
-            made = invert_batch(accelerator, model, data, settings, batch, chosen)
+            batch_tensors = invert_batch(accelerator, model, data, settings, batch, chosen)
         else:
-            made = generate_batch(accelerator, model, data, settings, batch)
-        for name, tensor in made.items():
+            batch_tensors = generate_batch(accelerator, model, data, settings, batch)
+        for name, tensor in batch_tensors.items():
             parts.setdefault(name, []).append(tensor)
         bar.update(len(batch))
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -205,9 +203,9 @@ def generate_batch(
     accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, batch: range
 ) -> dict[str, Tensor]:
     """images float16 and labels int64 of the pairs with these indices."""
-    (made,) = generate(accelerator, model, data.image_shape, [batch], settings, noise_key="pairs")
-    found = {"images": made.x.half().cpu()}
-    return found if made.labels is None else found | {"labels": made.labels}
+    (samples,) = generate(accelerator, model, data.image_shape, [batch], settings, noise_key="pairs")
+    tensors = {"images": samples.x.half().cpu()}
+    return tensors if samples.labels is None else tensors | {"labels": samples.labels}
 
 
 @torch.inference_mode()
@@ -234,8 +232,8 @@ def invert_batch(
             settings.steps,
             settings.method,
         )
-    found = {"images": x1.half(), "noise": x0.half().cpu()}
-    return found | {"labels": y} if model.net.null is not None else found
+    tensors = {"images": x1.half(), "noise": x0.half().cpu()}
+    return tensors | {"labels": y} if model.net.null is not None else tensors
 
 
 if __name__ == "__main__":

@@ -29,19 +29,17 @@ EXAMPLES = (
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    cli.add_weights_flag(parser)
     parser.add_argument("--methods", nargs="+", choices=FIXED_GRID, default=["euler", "ab2", "unipc"])
     parser.add_argument("--steps", nargs="+", type=cli.at_least(2), default=[4, 5, 6, 8, 10], help="(default: 4 5 6 8 10)")
-    parser.add_argument(
-        "--guidance_scale", type=cli.guidance_scale, default=1.0, help="of the flow that is fitted (default: 1)"
-    )
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
+    cli.add_guidance_flag(parser)
+    cli.add_prompts_flag(parser)
     parser.add_argument(
         "--n_images", type=cli.at_least(2), default=32, help="to fit on, and as many to decide on (default: 32)"
     )
     parser.add_argument("--reference_steps", type=cli.at_least(16), default=64, help="of the trajectories (default: 64)")
     parser.add_argument("--evaluations", type=cli.at_least(1), default=100, help="of the error in a descent (default: 100)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=1, help="of the noise (default: 1)")
+    cli.add_seed_flag(parser, 1)
     return parser.parse()
 
 
@@ -78,7 +76,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     fine_cost = len(parts) * grid_optimization.EVALUATIONS_A_STEP * args.reference_steps
     errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + args.evaluations
     costs = {(method, n): errors * nfe_of(method, by_formula["uniform", n]) for method in args.methods for n in args.steps}
-    kept = 0
+    num_kept = 0
     with distributed.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:
 
         def velocity(part: int, x: Tensor, t: float, t_next: float) -> Tensor:
@@ -108,7 +106,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             verdict = ""
             if tuned < held_out[best]:
                 grid_store.store(snap.path, method, times)
-                kept += 1
+                num_kept += 1
                 example = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
             else:
                 verdict = "  not kept"
@@ -116,14 +114,14 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
             finished += cost
             bar.update(finished - bar.n)  # a descent may end early
-    if not kept:
+    if not num_kept:
         print("nothing was kept")
         return
     folder = files.free_folder(Path("samples") / f"{Path(args.weights).stem}_tuned")
     sample = ["sample.py", "--weights", args.weights, "--n_samples", "64", "--save_dir", folder, *example]
     sample += ["--guidance_scale", f"{args.guidance_scale:g}"] if args.guidance_scale != 1 else []
     sample += ["--prompts", *args.prompts] if args.prompts else []
-    print(f"{kept} kept in {grid_store.file_of(snap.path)}; use them with: {subprocesses.command(*sample)}")
+    print(f"{num_kept} kept in {grid_store.file_of(snap.path)}; use them with: {subprocesses.command(*sample)}")
 
 
 def nfe_of(method: str, times: list[float]) -> int:

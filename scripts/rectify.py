@@ -174,10 +174,10 @@ def compare(
         straight[titles[key]] = f"{mean:.4f} ± {error:.4f}"
         pictures.append([panel(accelerator, model, snap.image_shape, n, scale) for n in nfes])
     bar.close()
-    found = table.read_rows(folder / "evaluation")
+    results = table.read_rows(folder / "evaluation")
     extractor = cfg.feature_extractor
-    found = [r for r in found if r["n"] == cfg.n_samples and r["identity"].get("extractor", [None])[0] == extractor]
-    entries = table.aggregate([r for r in found if r.get("steps") in cfg.nfe])
+    results = [r for r in results if r["n"] == cfg.n_samples and r["identity"].get("extractor", [None])[0] == extractor]
+    entries = table.aggregate([r for r in results if r.get("steps") in cfg.nfe])
     distance = next(name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-")))
     shown = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
     text = table.by_nfe(entries, shown, titles, {"straightness deviation": straight})

@@ -10,12 +10,10 @@ import csv
 import json
 import math
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from configs import schema
 from configs.schema import UserError
 from flow import solvers
 from flow.evaluation import plots, table
@@ -37,17 +35,17 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    cli.add_weights_flag(parser)
     methods = [m for m in FIXED_GRID if m not in ("ddim", "heun2")]  # which are euler and heun
     parser.add_argument("--methods", nargs="+", choices=FIXED_GRID, default=methods, help=f"(default: {' '.join(methods)})")
     parser.add_argument(
         "--grids", nargs="+", choices=[*time_grids.GRIDS, "optimized"], default=["uniform"], help="(default: uniform)"
     )
     cli.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)
-    parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="(default: 1, off)")
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
+    cli.add_guidance_flag(parser)
+    cli.add_prompts_flag(parser)
     parser.add_argument("--n_images", type=cli.at_least(1), default=32, help="(default: 32)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="of the noise (default: 8888)")
+    cli.add_seed_flag(parser)
     parser.add_argument(
         "--t_end", type=cli.fraction, default=1.0, metavar="T", help="stop there: near the data the order hides (default: 1)"
     )
@@ -56,8 +54,8 @@ def parse_args():
         "--num_fid_images", type=cli.at_least(2), metavar="N", help="Frechet distance of N images (default: none)"
     )
     parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of --num_fid_images (default: mnist)")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no", help="of --num_fid_images")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    cli.add_precision_flag(parser, "--num_fid_images")
+    cli.add_output_flag(parser)
     return parser.parse()
 
 
@@ -125,10 +123,10 @@ def distances(
         for settings in plan:
             times = [args.t_end * t for t in build_time_grid(settings, model.path)]
             before = velocity.forwards
-            found = solvers.solve(velocity, x0, times, settings.method)
-            distance = (found.x - fine.x).square().mean().sqrt().item()
+            solution = solvers.solve(velocity, x0, times, settings.method)
+            distance = (solution.x - fine.x).square().mean().sqrt().item()
             row = {"method": settings.method, "grid": settings.time_grid, "steps": settings.steps, "settings": settings}
-            cost = {"NFE": found.nfe, "forwards": velocity.forwards - before}
+            cost = {"NFE": solution.nfe, "forwards": velocity.forwards - before}
             rows.append({**row, **cost, "distance": distance, "order": math.nan})
             bar.update()
     for _, line in groupby(rows, key=lambda row: row["settings"].solver):
@@ -154,17 +152,17 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
         ]  # fmt: skip
         run_command(evaluate)
     weights = files.sha256(snap.path)
-    found = {}
+    metrics_of = {}
     for r in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
         same = r["n"] == args.num_fid_images and r.get("guidance_scale") in (None, args.guidance_scale)
         of = r["identity"]
         precision, extractor = args.mixed_precision, args.feature_extractor
         keys = (of.get("weights_sha256"), of.get("mixed_precision"), of.get("extractor", [None])[0])
         if same and keys == (weights, precision, extractor):
-            found[r["method"], r["steps"], json.dumps(of["times"])] = r["metrics"]
+            metrics_of[r["method"], r["steps"], json.dumps(of["times"])] = r["metrics"]
     for row in rows:
         settings = row["settings"]
-        metrics = found[settings.solver, settings.steps, json.dumps(settings.times)]
+        metrics = metrics_of[settings.solver, settings.steps, json.dumps(settings.times)]
         row["FD"] = next(value for name, value in metrics.items() if name.startswith(("FD", "FID")))
 
 

@@ -135,3 +135,74 @@ def test_pickles_are_loaded_as_weights_only():
                 unsafe += [] if safe else [f"{name_of(file)}:{node.lineno}"]
         unsafe += [f"{name_of(file)}: {name}" for name, _ in imports(parse(file)) if name in ("torch.load", "pickle.load")]
     assert unsafe == []
+
+
+HOOKS = ("sys.argv", "threading.excepthook")  # names of the standard library that are there to be replaced
+TRAINING_LOOPS = {  # where optimizer.step is called
+    "flow/training/optimizer.py": "for the Trainer",
+    "scripts/benchmark/baseline.py": "the plain loop that the Trainer is compared with",
+    "scripts/dev/train_classifier.py": "classifiers are no flows",
+}
+
+
+def calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def patches(tree: ast.Module) -> list[int]:
+    """Lines that replace a name of an imported module: by assignment, setattr or mock.patch; os.environ may be changed."""
+    imported = {alias.asname or alias.name.partition(".")[0] for node in ast.walk(tree)
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}  # fmt: skip
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            attributes = [t for t in targets if isinstance(t, ast.Attribute) and ast.unparse(t) not in HOOKS]
+            if any(ast.unparse(attribute.value).partition(".")[0] in imported for attribute in attributes):
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Call):
+            function, first = ast.unparse(node.func), ast.unparse(node.args[0]) if node.args else ""
+            if function in ("setattr", "delattr") and first.partition(".")[0] in imported:
+                lines.append(node.lineno)
+            if "patch" in function.split(".") and not (function.endswith("patch.dict") and first == "os.environ"):
+                lines.append(node.lineno)
+    return sorted(lines)
+
+
+def private_patches(tree: ast.Module) -> list[int]:
+    """Lines that patch a name with a leading underscore."""
+    lines = []
+    for call in calls(tree):
+        if ast.unparse(call.func).rpartition(".")[2] in ("setattr", "delattr", "setitem", "patch", "object"):
+            words = [arg.value for arg in call.args[:2] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            names = [word.rpartition(".")[2] for word in words]
+            lines += [call.lineno] if any(n.startswith("_") and not n.startswith("__") for n in names) else []
+    return lines
+
+
+def test_patches_are_found():
+    source = "import a\nfrom b import c as d\na.x = 1\nd.e.x += 1\nsetattr(d, 'x', 1)\nmock.patch('a.x')\nself.x = 1\nx = a.y"
+    assert patches(ast.parse(source)) == [3, 4, 5, 6]
+    assert patches(ast.parse("import os\nmock.patch.dict(os.environ, X='1')\nsetattr(self, 'x', 1)")) == []
+    source = (
+        "m.setattr(a, '_b', 1)\nm.setattr('a._b', 1)\nmock.patch('a._b')\nm.setattr(a, 'b', '_c')\nm.setattr(a, '__b__', 1)"
+    )
+    assert private_patches(ast.parse(source)) == [1, 2, 3]
+
+
+def test_no_module_is_patched():
+    """Outside the tests nobody replaces a name of another module."""
+    files = [file for file in FILES if file.relative_to(REPOSITORY).parts[0] != "tests"]
+    assert [f"{name_of(file)}:{line}" for file in files for line in patches(parse(file))] == []
+
+
+def test_tests_patch_no_private_name():
+    files = [file for file in FILES if file.relative_to(REPOSITORY).parts[0] == "tests"]
+    assert [f"{name_of(file)}:{line}" for file in files for line in private_patches(parse(file))] == []
+
+
+def test_one_training_loop():
+    """The Trainer's is the only loop over training steps; exceptions are named."""
+    files = {name_of(file) for file in FILES for call in calls(parse(file))
+             if ast.unparse(call.func).endswith("optimizer.step") and not name_of(file).startswith("tests")}  # fmt: skip
+    assert files == set(TRAINING_LOOPS)

@@ -1,4 +1,4 @@
-"""The doctor: a healthy run passes, each sickness is named with its mend, nothing is left behind."""
+"""The doctor: a healthy run passes, each sickness is named with its fix, nothing is left behind."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def test_what_keeps_a_run_from_beginning_is_told_at_once(main_of, capsys, tmp_pa
         "fail  folder: -e ", "fail  network: model: attention_resolutions=[5]: no level has 5 pixels",
         "fail  batch: train.batch_size=33: must be divisible by 1 process(es) x train.gradient_accumulation_steps=2; 32 would",
         "fail  learning rate: optimizer.warmup_steps=1200 of train.steps=1200", "warn  ema: half-life 1,000,000",
-        "warn  trial: left out", "4 failed",
+        "warn  trial: skipped", "4 failed",
     ):  # fmt: skip
         assert told in said, said
 

@@ -1,4 +1,4 @@
-"""Scripts that are killed anywhere and restarted leave what an uninterrupted run leaves; `make fault-injection` for more."""
+"""Killed runs that are restarted end as the reference run. `make fault-injection` does it a hundred times a script."""
 
 import json
 import shutil
@@ -10,26 +10,27 @@ from flow.sampling import snapshot
 from scripts.dev import fault_injection
 
 
-def test_killed_training(tmp_path):
+def test_training_equals_reference_after_kills(tmp_path):
     out = tmp_path / "out"
     succeed("-m", "scripts.dev.fault_injection", "--kills", "3", "--out", out)
-    faults = json.loads((out / "faults.json").read_text())
-    assert faults["kills"] == 3 == sum(faults["moments"].values()) and faults["differences"] == []
+    result = json.loads((out / "fault_injection.json").read_text())
+    assert result["kills"] == 3 == sum(result["moments"].values()) and result["differences"] == []
     assert not list(out.rglob(".tmp-*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", fault_injection.JOBS)
-def test_many_kills(tmp_path, script):
-    printed = succeed(
-        "-m", "scripts.dev.fault_injection", "--kills", "30", "--script", script, "--seed", "1", timeout=900
-    ).stdout
+def test_script_equals_reference_after_many_kills(tmp_path, script):
+    if script in ("train_vae", "cache_latents"):
+        pytest.importorskip("diffusers")
+    flags = ["--kills", "30", "--script", script, "--seed", "1"]
+    printed = succeed("-m", "scripts.dev.fault_injection", *flags, timeout=900).stdout
     assert f"{script}: 30 kills in" in printed
 
 
-def test_differences_are_reported(tiny_run, tmp_path):
+def test_compare_reports_each_difference(tiny_run, tmp_path):
     """A comparison that sees no difference would prove nothing."""
-    for number, harm in enumerate((
+    for number, damage in enumerate((
         lambda run: (run / "snapshots" / "new.txt").touch(),
         lambda run: snapshot.find(run).unlink(),
         lambda run: snapshot.find(run).write_bytes(snapshot.find(run).read_bytes()[:-1] + b"x"),
@@ -39,7 +40,7 @@ def test_differences_are_reported(tiny_run, tmp_path):
         run = tmp_path / str(number)
         shutil.copytree(tiny_run, run)
         assert fault_injection.compare(tiny_run, run) == []
-        harm(run)
+        damage(run)
         assert len(fault_injection.compare(tiny_run, run)) == 1, number
 
 

@@ -79,6 +79,56 @@ def add_resume_flag(parser: Parser) -> Parser:
     return parser
 
 
+def add_weights_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--weights of one model."""
+    parser.add_argument("--weights", required=required, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+
+
+def add_snapshot_config_flag(parser: argparse.ArgumentParser) -> None:
+    """-c, of scripts that take their configuration from the weights."""
+    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
+
+
+def add_batch_size_flag(parser: argparse.ArgumentParser, default: int = 100) -> None:
+    """--bspp, the batch size per process."""
+    parser.add_argument("--bspp", type=at_least(1), default=default, help=f"batch size per process (default: {default})")
+
+
+def add_seed_flag(parser: argparse.ArgumentParser, default: int = 8888, use: str = "noise") -> None:
+    """--seed, and what it is the seed of."""
+    parser.add_argument("--seed", type=at_least(0), default=default, help=f"seed of the {use} (default: {default})")
+
+
+def add_precision_flag(parser: argparse.ArgumentParser, use: str = "the network") -> None:
+    """-mp, of scripts that do not train."""
+    choices = schema.MIXED_PRECISIONS
+    parser.add_argument("-mp", "--mixed_precision", choices=choices, default="no", help=f"of {use} (default: no)")
+
+
+def add_guidance_flag(parser: argparse.ArgumentParser) -> None:
+    """--guidance_scale, one number."""
+    parser.add_argument(
+        "--guidance_scale", type=guidance_scale, default=1.0, metavar="W", help="v_u + w (v_c - v_u) (default: 1, off)"
+    )
+
+
+def add_labels_flag(parser: argparse.ArgumentParser, things: str = "image") -> None:
+    """--labels, taken in turn."""
+    parser.add_argument(
+        "--labels", nargs="+", metavar="CLASS", help=f"classes by name or number, one {things} after the other (default: all)"
+    )
+
+
+def add_prompts_flag(parser: argparse.ArgumentParser) -> None:
+    """--prompts, taken in turn."""
+    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
+
+
+def add_output_flag(parser: argparse.ArgumentParser, flag: str = "--out") -> None:
+    """The output folder."""
+    parser.add_argument(flag, type=Path, required=True, metavar="DIR", help="output folder")
+
+
 def add_step_flags(parser: argparse.ArgumentParser, default: list[int], several: bool) -> None:
     """How long a solver may work: --sampling_steps or --nfe, one number or `several`."""
     group = parser.add_mutually_exclusive_group()

@@ -1,11 +1,11 @@
 """Kill a script at random moments and restart it: `python -m scripts.dev.fault_injection --kills 100`.
 
-A reference run comes first. Then the script is started again and again as a user would, and ended by SIGKILL, until it has
-been killed so often and has come to its end. What it leaves must equal what the reference run left, to the bit. A third of the
-kills come at any moment, a third when something unfinished is on the disk, a third when a random number of the files of one
-checkpoint are written. All moments are drawn from --seed. The processes are forks of one that has imported everything, so
-that a restart costs a tenth of a second and not five; they run the main of the script. `--out` keeps the folders and gets
-faults.json.
+A reference run of the script is never interrupted. Further runs are ended by SIGKILL and restarted as a user would restart
+them, again and again, until the number of kills is reached; each run then finishes. Its output must equal that of the
+reference run to the bit. A third of the kills come at any moment, a third while a temporary file or folder exists, a third
+after a random number of the files of one checkpoint are written. All moments are functions of --seed. Killed processes are
+forks of one that has imported everything, so that a restart costs a tenth of a second and not five; they run the main of
+the script. `--out` keeps all folders and gets fault_injection.json.
 """
 
 import json
@@ -18,90 +18,87 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from tqdm import tqdm
 
 from configs.schema import UserError
-from flow.runtime import cli, files
+from flow.runtime import cli, files, subprocesses
 from flow.runtime.errors import cli_main
 from flow.runtime.files import TEMPORARY
 
 EXAMPLES = """\
   python -m scripts.dev.fault_injection --kills 100
   python -m scripts.dev.fault_injection --kills 100 --script sample
-  python -m scripts.dev.fault_injection --kills 1000 --seed 1 --out runs/faults"""
+  python -m scripts.dev.fault_injection --kills 1000 --seed 1 --out runs/fault_injection"""
 
-
-TINY = "model.args={width: 16, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], num_classes: 10}"
-
-
+TINY_NETWORK = "model.args={width: 16, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], num_classes: 10}"
 TRAIN = [
-    "-c", "configs/digits.yaml", TINY, "train.batch_size=16", "train.steps=60", "train.checkpoint_every_steps=5",
-    "train.log_every_steps=3", "train.sample_every_steps=20", "preview.n_samples=4", "preview.sampling_steps=1",
-    "preview.guidance_scale=1", "train.log_with=[]", "ema.half_life_images=[100, 1000]",
+    "train.batch_size=16", "train.steps=60", "train.checkpoint_every_steps=5", "train.log_every_steps=3",
+    "train.sample_every_steps=20", "train.log_with=[]", "ema.half_life_images=[100, 1000]",
 ]  # fmt: skip
-
-
+TRAIN_FLOW = [
+    "-c", "configs/digits.yaml", TINY_NETWORK, *TRAIN, "preview.n_samples=4", "preview.sampling_steps=1",
+    "preview.guidance_scale=1",
+]  # fmt: skip
 TRAIN_VAE = [
-    "data.name=digits", "autoencoder.channels=[8, 8]", "autoencoder.latent_channels=2", "autoencoder.blocks=1",
-    "train.steps=40", "train.batch_size=16", "train.log_every_steps=3", "train.checkpoint_every_steps=5",
-    "train.sample_every_steps=20", "train.log_with=[]", "ema.half_life_images=[100, 1000]", "preview_images=4",
+    "data.name=digits", "autoencoder.channels=[8, 8]", "autoencoder.latent_channels=2", "autoencoder.blocks=1", *TRAIN,
+    "preview_images=4",
 ]  # fmt: skip
-COMMON = ["--bspp", "10", "--sampling_steps", "2", "--guidance_scale", "2"]
-
-
-MAX_RESTARTS = 40  # after so many kills a run is left to its end
+SAMPLING = ["--bspp", "10", "--sampling_steps", "2", "--guidance_scale", "2"]
+MAX_RESTARTS = 40  # of one run; then it is left to finish
+MAX_CHECKPOINT_FILES = 8  # of a checkpoint of a tiny run
 
 
 @dataclass(frozen=True)
 class Job:
-    """A script to kill."""
+    """A script that is killed."""
 
-    arguments: Callable[[Path, Path], list[str]]  # (weights, output folder) -> how it is started, and started again
-    module: str  # whose main it is
-    needs: str | None = None  # the job whose result it takes as weights
+    module: str  # whose main is run
+    arguments: Callable[[Path, Path], list[str]]  # (weights, output folder) -> arguments of a start and of a restart
+    weights: str | None = None  # the job whose reference run makes the weights
+    has_checkpoints: bool = False
 
 
-def _train(weights: Path, out: Path) -> list[str]:
-    begun = (out / "config.yaml").is_file()
-    return [*TRAIN, "-e", str(out), *(["-r", "latest"] if begun else [])]
+def _training(settings: list[str]) -> Callable[[Path, Path], list[str]]:
+    def arguments(weights: Path, out: Path) -> list[str]:
+        started = (out / "config.yaml").is_file()
+        return [*settings, "-e", str(out), *(["-r", "latest"] if started else [])]
+
+    return arguments
 
 
 def _sample(weights: Path, out: Path) -> list[str]:
-    return ["--weights", str(weights), "--save_dir", str(out), "--n_samples", "100", "--npz", *COMMON]
+    return ["--weights", str(weights), "--save_dir", str(out), "--n_samples", "100", "--npz", *SAMPLING]
 
 
 def _make_pairs(weights: Path, out: Path) -> list[str]:
-    more = ["--n_pairs", "120", "--shard_pairs", "10", "--real_fraction", "0.25"]
-    return ["--weights", str(weights), "--save_dir", str(out), *more, *COMMON]
-
-
-def _train_vae(weights: Path, out: Path) -> list[str]:
-    begun = (out / "config.yaml").is_file()
-    return [*TRAIN_VAE, "-e", str(out), *(["-r", "latest"] if begun else [])]
+    pairs = ["--n_pairs", "120", "--shard_pairs", "10", "--real_fraction", "0.25"]
+    return ["--weights", str(weights), "--save_dir", str(out), *pairs, *SAMPLING]
 
 
 def _cache_latents(weights: Path, out: Path) -> list[str]:
-    images = ["data.name=digits", "--shard_images", "100", "--bspp", "50"]
-    return ["--vae", str(weights / "autoencoder"), "--save_dir", str(out), *images]
+    check = ["--check", "100", "--feature_extractor", "digits"]
+    shards = ["--shard_images", "100", "--bspp", "50"]
+    return ["--vae", str(weights / "autoencoder"), "--save_dir", str(out), "data.name=digits", *shards, *check]
 
 
 JOBS = {
-    "train": Job(_train, "train"),
-    "sample": Job(_sample, "sample", needs="train"),
-    "make_pairs": Job(_make_pairs, "scripts.make_pairs", needs="train"),
-    "train_vae": Job(_train_vae, "scripts.train_vae"),
-    "cache_latents": Job(_cache_latents, "scripts.cache_latents", needs="train_vae"),
+    "train": Job("train", _training(TRAIN_FLOW), has_checkpoints=True),
+    "sample": Job("sample", _sample, "train"),
+    "make_pairs": Job("scripts.make_pairs", _make_pairs, "train"),
+    "train_vae": Job("scripts.train_vae", _training(TRAIN_VAE), has_checkpoints=True),
+    "cache_latents": Job("scripts.cache_latents", _cache_latents, "train_vae"),
 }
 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--kills", type=cli.at_least(1), default=100, metavar="N", help="(default: 100)")
-    parser.add_argument("--script", choices=JOBS, default="train", help="(default: train)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="of the moments (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="keeps everything (default: a temporary folder)")
+    parser.add_argument("--kills", type=cli.at_least(1), default=100, metavar="N", help="number of kills (default: 100)")
+    parser.add_argument("--script", choices=JOBS, default="train", help="script to kill (default: train)")
+    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of the moments (default: 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder that keeps everything (default: a temporary one)")
     return parser.parse()
 
 
@@ -112,62 +109,107 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        found = inject_faults(args.script, args.kills, args.seed, folder)
+        result = Experiment(args.script, args.seed, folder).run(args.kills)
         if args.out:
-            files.write_text(folder / "faults.json", json.dumps(found, indent=1))
-    print(json.dumps(found, indent=1))
-    if found["differences"]:
-        raise UserError(f"{args.script} left something else than its reference run: {found['differences'][0]}")
-    print(f"{args.script}: {found['kills']} kills in {found['runs']} run(s), all equal to the reference run")
+            files.write_text(folder / "fault_injection.json", json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+    if result["differences"]:
+        raise UserError(f"{args.script}: killed runs differ from the reference run: {result['differences'][0]}")
+    others = [name for name in JOBS if name != args.script]
+    again = ["--kills", str(args.kills), "--script", others[0]]
+    print(
+        f"{args.script}: {result['kills']} kills in {result['runs']} run(s), all equal to the reference run, in "
+        f"{result['seconds']:.0f} s" + (f"; everything is in {args.out}" if args.out else "")
+        + f"; try another script with: {subprocesses.command('-m', 'scripts.dev.fault_injection', *again)}"
+    )  # fmt: skip
 
 
-def inject_faults(script: str, kills: int, seed: int, folder: Path) -> dict:
-    """Kill the script so many times; the figures, with what differs from the reference run (nothing, if all is well)."""
-    os.environ["FLOW_NUM_THREADS"] = "1"
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # killed processes leave semaphores, which is reported
-    makers = multiprocessing.get_context("forkserver")
-    makers.set_forkserver_preload(["sklearn.datasets", *(job.module for job in JOBS.values())])
-    rng = random.Random(seed)
-    weights, reference = folder / "weights", folder / "reference"
-    if needs := JOBS[script].needs:
-        _run_to_end(makers, needs, weights, weights, folder / "log.txt")
-    first = makers.Process(target=sys.exit)  # waits for the imports
-    first.start()
-    first.join()
-    started = time.perf_counter()
-    _run_to_end(makers, script, weights, reference, folder / "log.txt")
-    seconds = time.perf_counter() - started
-    moments: Counter[str] = Counter()
-    differences: list[str] = []
-    runs = 0
-    bar = tqdm(total=kills, desc="kills", mininterval=10)
-    while sum(moments.values()) < kills:
-        out = folder / f"killed_{runs}"
-        for _ in range(min(MAX_RESTARTS, kills - sum(moments.values()))):
-            moment = _run_and_kill(makers, script, weights, out, folder / "log.txt", rng, seconds)
-            if moment is None:
+class Experiment:
+    """Kills and restarts of one script, all in one folder."""
+
+    def __init__(self, script: str, seed: int, folder: Path):
+        self.script, self.seed, self.folder, self.log = script, seed, folder, folder / "log.txt"
+        self.weights = folder / "weights"
+        self.rng = random.Random(seed)
+        os.environ["FLOW_NUM_THREADS"] = "1"
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # warns of semaphores of killed processes
+        self.context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["sklearn.datasets", *(job.module for job in JOBS.values())])
+
+    def run(self, kills: int) -> dict:
+        """The figures, and how the killed runs differ from the reference run: an empty list where they do not."""
+        if source := JOBS[self.script].weights:
+            self.finish(source, self.weights)
+        first = self.context.Process(target=sys.exit)  # waits for the imports
+        first.start()
+        first.join()
+        start = time.perf_counter()
+        reference = self.folder / "reference"
+        self.finish(self.script, reference)
+        reference_seconds = time.perf_counter() - start
+        moments: Counter[str] = Counter()
+        differences: list[str] = []
+        runs = 0
+        with tqdm(total=kills, desc="kills", mininterval=10) as bar:
+            while moments.total() < kills:
+                out = self.folder / f"killed_{runs}"
+                for _ in range(min(MAX_RESTARTS, kills - moments.total())):
+                    moment = self.kill(out, reference_seconds)
+                    if moment is None:
+                        break
+                    moments[moment] += 1
+                    bar.update()
+                self.finish(self.script, out)
+                differences += [f"{out.name}: {line}" for line in compare(reference, out)]
+                runs += 1
+        return {
+            "script": self.script, "seed": self.seed, "kills": moments.total(), "runs": runs,
+            "moments": dict(sorted(moments.items())), "differences": differences,
+            "reference_seconds": round(reference_seconds, 2), "seconds": round(time.perf_counter() - start, 1),
+        }  # fmt: skip
+
+    def start(self, script: str, out: Path) -> ForkServerProcess:
+        """A process that runs the script."""
+        job = JOBS[script]
+        process = self.context.Process(target=_run_main, args=(job.module, job.arguments(self.weights, out), str(self.log)))
+        process.start()
+        return process
+
+    def finish(self, script: str, out: Path) -> None:
+        """Run the script to its end. Raises UserError where it fails."""
+        process = self.start(script, out)
+        process.join()
+        if process.exitcode:
+            lines = self.log.read_text(encoding="utf-8").splitlines() or [""]
+            raise UserError(f"{script} in {out} ended with exit code {process.exitcode}: {lines[-1]}")
+
+    def kill(self, out: Path, reference_seconds: float) -> str | None:
+        """Start the script and kill it: the moment of the kill, or None where the script finished first."""
+        delay = self.rng.uniform(0, reference_seconds)
+        kind = self.rng.choice(["any", "unfinished", "between"])
+        num_files = self.rng.randint(1, MAX_CHECKPOINT_FILES)
+        process = self.start(self.script, out)
+        start = time.perf_counter()
+        while process.exitcode is None:
+            late = time.perf_counter() - start > delay
+            temporaries = _temporaries(out) if kind != "any" else []
+            if kind == "between" and JOBS[self.script].has_checkpoints:
+                due = max(map(_num_files, temporaries), default=0) >= num_files
+            else:
+                due = late and (kind != "unfinished" or bool(temporaries))
+            if due:
                 break
-            moments[moment] += 1
-            bar.update()
-        _run_to_end(makers, script, weights, out, folder / "log.txt")
-        differences += [f"{out.name}: {line}" for line in compare(reference, out)]
-        runs += 1
-    bar.close()
-    return {
-        "script": script, "seed": seed, "kills": sum(moments.values()), "runs": runs, "moments": dict(sorted(moments.items())),
-        "differences": differences, "reference_seconds": round(seconds, 2),
-        "seconds": round(time.perf_counter() - started, 1),
-    }  # fmt: skip
-
-
-def _start(makers, script: str, weights: Path, out: Path, log: Path):
-    process = makers.Process(target=_run_main, args=(JOBS[script].module, JOBS[script].arguments(weights, out), str(log)))
-    process.start()
-    return process
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            return None
+        if process.exitcode > 0:
+            raise UserError(f"{self.script} in {out} failed without a kill; see {self.log}")
+        return _moment(out)
 
 
 def _run_main(module: str, arguments: list[str], log: str) -> None:
-    """The main of the script with these arguments, its output appended to the log."""
+    """The main of a script with these arguments; its output is appended to the log."""
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -175,86 +217,56 @@ def _run_main(module: str, arguments: list[str], log: str) -> None:
     cli_main(sys.modules[module].main)
 
 
-def _run_to_end(makers, script: str, weights: Path, out: Path, log: Path) -> None:
-    """Run the script to its end."""
-    process = _start(makers, script, weights, out, log)
-    process.join()
-    if process.exitcode:
-        lines = log.read_text(encoding="utf-8").splitlines() or [""]
-        raise UserError(f"{script} in {out} ended with exit code {process.exitcode}: {lines[-1]}")
-
-
-def _run_and_kill(makers, script: str, weights: Path, out: Path, log: Path, rng: random.Random, seconds: float) -> str | None:
-    """Start the script and kill it; what it was at then, or None where it had come to its end by itself."""
-    delay, kind, parts = rng.uniform(0, seconds), rng.choice(["any", "unfinished", "between"]), rng.randint(1, 8)
-    process = _start(makers, script, weights, out, log)
-    started = time.perf_counter()
-    while process.exitcode is None:
-        waited = time.perf_counter() - started > delay
-        unfinished = _unfinished(out) if kind != "any" else []
-        # Where a script has no folder of several files under way, `between` is a moment like any other.
-        if kind == "between" and script in ("train", "train_vae"):
-            now = max(map(_parts, unfinished), default=0) >= parts
-        else:
-            now = waited and (kind != "unfinished" or bool(unfinished))
-        if now:
-            break
-    process.kill()
-    process.join()
-    if process.exitcode == 0:
-        return None
-    if process.exitcode > 0:
-        raise UserError(f"{script} in {out} failed by itself; see {log}")
-    return _moment(out)
-
-
-def _unfinished(out: Path) -> list[Path]:
-    """What lies there under a temporary name, one folder deep."""
-    folders = [out, *(out / name for name in ("checkpoints", "snapshots", "samples", "images"))]
-    found = []
-    for folder in folders:
+def _temporaries(out: Path) -> list[Path]:
+    """Files and folders under a temporary name, one folder deep."""
+    paths = []
+    for folder in [out, *(out / name for name in ("checkpoints", "snapshots", "samples", "images"))]:
         try:
-            found += [Path(entry.path) for entry in os.scandir(folder) if entry.name.startswith(TEMPORARY)]
+            paths += [Path(entry.path) for entry in os.scandir(folder) if entry.name.startswith(TEMPORARY)]
         except FileNotFoundError:
             continue
-    return found
+    return paths
 
 
-def _parts(unfinished: Path) -> int:
+def _num_files(folder: Path) -> int:
     try:
-        return len(os.listdir(unfinished))
+        return len(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return 0
 
 
 def _moment(out: Path) -> str:
-    """What the killed process was at, from what it left behind."""
-    for path in _unfinished(out):
+    """What a killed process was doing, by the files that exist."""
+    for path in _temporaries(out):
         if path.is_dir():
-            return f"writing a checkpoint, {len(list(path.iterdir()))} files begun"
+            kind = "a checkpoint" if path.parent.name == "checkpoints" else "a folder"
+            return f"writing {kind}, {len(list(path.iterdir()))} files started"
         return "writing a snapshot" if path.parent.name == "snapshots" else "writing a file"
     if not out.exists():
-        return "before the folder was there"
-    saved = {p.name for p in (out / "checkpoints").glob("step_*")}
-    published = {p.name.partition(".")[0] for p in (out / "snapshots").glob("step_*")}
-    return "between a checkpoint and its snapshot" if saved - published else "at work"
+        return "before the folder exists"
+    checkpoints = {p.name for p in (out / "checkpoints").glob("step_*")}
+    snapshots = {p.name.partition(".")[0] for p in (out / "snapshots").glob("step_*")}
+    return "between a checkpoint and its snapshot" if checkpoints - snapshots else "computing"
 
 
-def compare(one: Path, other: Path) -> list[str]:
-    """How two folders of the same run differ: in the names of their files, or in their content. What clocks and paths say
-    does not count: environment.json, log.txt, `images_per_second` in metrics.jsonl. An optimizer's state is compared as
-    tensors, as its pickle may differ where its numbers do not, and with it the checksums of the manifest."""
-    mine, theirs = ({p.relative_to(f) for f in [folder] for p in f.rglob("*") if p.is_file()} for folder in (one, other))
-    found = [f"{path} is there only once" for path in sorted(mine ^ theirs)]
-    for path in sorted(mine & theirs):
-        sums = path.name == "manifest.json" and (one / path).with_name("state.json").exists()
-        by_clock = sums or path.name in ("environment.json", "log.txt")
-        if not by_clock and not _same(one / path, other / path):
-            found.append(f"{path} differs")
-    return found
+def compare(reference: Path, other: Path) -> list[str]:
+    """How two folders of the same run differ, in names or contents of files.
+
+    Clocks and paths do not count: environment.json, log.txt, `images_per_second` in metrics.jsonl. The state of an optimizer
+    is compared as tensors, since equal tensors may be pickled differently; so the checksums of a checkpoint's manifest do not
+    count either.
+    """
+    expected, actual = ({p.relative_to(f) for p in f.rglob("*") if p.is_file()} for f in (reference, other))
+    lines = [f"{path} is in one of the two folders only" for path in sorted(expected ^ actual)]
+    for path in sorted(expected & actual):
+        checksums = path.name == "manifest.json" and (reference / path).with_name("state.json").exists()
+        skipped = checksums or path.name in ("environment.json", "log.txt")
+        if not skipped and not _equal(reference / path, other / path):
+            lines.append(f"{path} differs")
+    return lines
 
 
-def _same(one: Path, other: Path) -> bool:
+def _equal(one: Path, other: Path) -> bool:
     if one.name == "metrics.jsonl":
         return losses(one) == losses(other)
     if one.name == "optimizer.bin":
@@ -279,8 +291,8 @@ def _tensors_equal(one: Path, other: Path) -> bool:
         return {k: v for name, inner in items for k, v in leaves(inner, f"{path}/{name}").items()}
 
     a, b = (leaves(torch.load(path, weights_only=True)) for path in (one, other))
-    same = (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a if k in b)
-    return a.keys() == b.keys() and all(same)
+    equal = (torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a if k in b)
+    return a.keys() == b.keys() and all(equal)
 
 
 if __name__ == "__main__":

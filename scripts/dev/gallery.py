@@ -52,27 +52,27 @@ class Exhibit:
 def exhibits(runs: Path) -> list[Exhibit]:
     """In the order in which they are made: the later ones use runs of the earlier."""
     compare = ("-m", "scripts.compare", "--sampling_steps", "2", "100")
-    found = []
+    result = []
     for name, overrides in SETS.items():
         kinds = ("flow", "density", "likelihood") if name in WITH_LIKELIHOOD else ("flow", "density")
         pictures = tuple("flow.gif" if kind == "flow" else f"{kind}.png" for kind in kinds)
         draw = ("-m", "scripts.animate", "--pictures", *kinds)
-        found.append(Exhibit(name, pictures, draw, (name,), toy_config(name), overrides))
+        result.append(Exhibit(name, pictures, draw, (name,), toy_config(name), overrides))
     from_flow = (f"data.args.path={runs / 'pairs'}", f"train.init_from={runs / 'checkerboard'}")
-    found.append(
+    result.append(
         Exhibit(
             "reflow", ("compare.gif", "compare.png"), (*compare, "--names", "flow", "reflow"), ("checkerboard", "reflow"),
             "configs/toy_reflow.yaml", from_flow,
         )
     )  # fmt: skip
-    found.append(
+    result.append(
         Exhibit(
             "coupling", ("compare.gif", "compare.png"), (*compare, "--names", "independent", "optimal transport"),
             ("eight_gaussians", "coupling"), "configs/toy.yaml", (*SETS["eight_gaussians"], *OT),
         )
     )  # fmt: skip
-    found.append(Exhibit("digits", ("trajectory.gif",), ("-m", "scripts.animate"), ("digits",), "configs/digits.yaml"))
-    return found
+    result.append(Exhibit("digits", ("trajectory.gif",), ("-m", "scripts.animate"), ("digits",), "configs/digits.yaml"))
+    return result
 
 
 def toy_config(name: str) -> str:

@@ -1,7 +1,7 @@
 """Checks machine and configuration before hours are spent: `python -m scripts.doctor -c configs/mnist.yaml [key=value ...]`.
 
 Start it as the training would be started (`accelerate-launch ... -m scripts.doctor`). Each line is pass, warn or fail, with the
-mend. The last ones come from a real run of train.py of a few steps, with a checkpoint and a preview, in a temporary folder:
+fix. The last ones come from a real run of train.py of a few steps, with a checkpoint and a preview, in a temporary folder:
 seconds a step, memory, disk, and when the training would be over. Exit code 0 where nothing failed, else 2.
 """
 
@@ -47,8 +47,8 @@ GIB = 2**30
 
 
 @dataclass
-class Patient:
-    """What is examined; what an earlier check could not make stays None."""
+class Context:
+    """What the checks examine; what an earlier check could not build stays None."""
 
     args: object  # of the command line
     cfg: Config
@@ -68,57 +68,57 @@ def main() -> None:
     args = parse_args()
     cfg = schema.load(args.config, args.overrides)
     accelerator = distributed.build_training_accelerator(cfg.train, Path(tempfile.gettempdir()))
-    patient = Patient(args, cfg, accelerator, args.exp_dir or Path("runs") / Path(args.config or "run").stem)
+    context = Context(args, cfg, accelerator, args.exp_dir or Path("runs") / Path(args.config or "run").stem)
     for check in CHECKS:
         try:
-            for level, text in check(patient):
-                say(patient, level, check, text)
+            for level, text in check(context):
+                say(context, level, check, text)
         except UserError as error:
-            say(patient, "fail", check, str(error))
-    failed = sum(level == "fail" for level, _, _ in patient.lines)
-    warned = sum(level == "warn" for level, _, _ in patient.lines)
-    accelerator.print(f"{failed} failed, {warned} warned, {len(patient.lines) - failed - warned} passed")
+            say(context, "fail", check, str(error))
+    failed = sum(level == "fail" for level, _, _ in context.lines)
+    warned = sum(level == "warn" for level, _, _ in context.lines)
+    accelerator.print(f"{failed} failed, {warned} warned, {len(context.lines) - failed - warned} passed")
     if failed:
         sys.exit(2)
 
 
-def say(patient: Patient, level: str, check: Callable, text: str) -> None:
+def say(context: Context, level: str, check: Callable, text: str) -> None:
     name = check.__name__.replace("_", " ")
-    patient.lines.append((level, name, text))
-    patient.accelerator.print(f"{level}  {name}: {text}", flush=True)
+    context.lines.append((level, name, text))
+    context.accelerator.print(f"{level}  {name}: {text}", flush=True)
 
 
-Lines = Iterator[tuple[str, str]]  # (pass | warn | fail, what was found and how to mend it)
+Lines = Iterator[tuple[str, str]]  # (pass | warn | fail, the result and how to fix it)
 
 
-def devices(patient: Patient) -> Lines:
+def devices(context: Context) -> Lines:
     """Processes against GPUs; a launcher that starts too few of them has been refused by runtime.start."""
-    accelerator, gpus = patient.accelerator, torch.cuda.device_count()
+    accelerator, gpus = context.accelerator, torch.cuda.device_count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    told = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) each"
+    text = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) each"
     if accelerator.device.type == "cuda" and here < gpus:
-        yield "warn", f"{told}, but {gpus} GPUs; start with accelerate-launch --multi_gpu --num_processes {gpus}"
+        yield "warn", f"{text}, but {gpus} GPUs; start with accelerate-launch --multi_gpu --num_processes {gpus}"
     elif accelerator.device.type == "cuda" and here > gpus:
-        yield "fail", f"{told}, but only {gpus} GPU(s); start with accelerate-launch --num_processes {gpus}"
+        yield "fail", f"{text}, but only {gpus} GPU(s); start with accelerate-launch --num_processes {gpus}"
     elif Path("/dev/nvidia0").exists() and not gpus:
-        yield "fail", f"{told}: there is an NVIDIA GPU that torch {torch.__version__} does not see; install torch with CUDA"
+        yield "fail", f"{text}: there is an NVIDIA GPU that torch {torch.__version__} does not see; install torch with CUDA"
     else:
-        yield "pass", told
-    precision = patient.cfg.train.mixed_precision
+        yield "pass", text
+    precision = context.cfg.train.mixed_precision
     if gpus and precision == "no" and torch.cuda.is_bf16_supported():
         yield "warn", "train.mixed_precision=no: this GPU has bf16, which is faster; start with -mp bf16"
     else:
         yield "pass", f"train.mixed_precision={precision}"
 
 
-def folder(patient: Patient) -> Lines:
+def folder(context: Context) -> Lines:
     """Free to begin a run in, and writable."""
-    open_run(patient.args.config, patient.args.exp_dir, None, patient.args.overrides, Config)
-    parent = existing(patient.run_dir)
+    open_run(context.args.config, context.args.exp_dir, None, context.args.overrides, Config)
+    parent = existing(context.run_dir)
     if not os.access(parent, os.W_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
-        yield "fail", f"{patient.run_dir}: {parent} cannot be written to; name another folder with -e"
+        yield "fail", f"{context.run_dir}: {parent} cannot be written to; name another folder with -e"
     else:
-        yield "pass", f"{patient.run_dir} is free"
+        yield "pass", f"{context.run_dir} is free"
 
 
 def existing(path: Path) -> Path:
@@ -127,50 +127,50 @@ def existing(path: Path) -> Path:
     return path if path.is_dir() else existing(path.parent)
 
 
-def data(patient: Patient) -> Lines:
+def data(context: Context) -> Lines:
     """Present, readable, finite; for folders, images spread over the whole set."""
-    cfg = patient.cfg.data
+    cfg = context.cfg.data
     with error_context("data"):
-        found = distributed.main_process_first(patient.accelerator, lambda: datasets.build(cfg.name, cfg.root, cfg.args))
-    patient.data = found
-    told = f"{cfg.name}, {len(found):,} of shape {'x'.join(map(str, found.image_shape))}"
-    told += f", {len(found.class_names)} classes" if found.labels is not None else ", no labels"
-    for note in getattr(found, "notes", []):
+        dataset = distributed.main_process_first(context.accelerator, lambda: datasets.build(cfg.name, cfg.root, cfg.args))
+    context.data = dataset
+    text = f"{cfg.name}, {len(dataset):,} of shape {'x'.join(map(str, dataset.image_shape))}"
+    text += f", {len(dataset.class_names)} classes" if dataset.labels is not None else ", no labels"
+    for note in getattr(dataset, "notes", []):
         yield "warn", note
-    if hasattr(found, "images"):
-        if not torch.isfinite(found.images if found.images.is_floating_point() else torch.zeros(1)).all():
-            yield "fail", f"{told}: not all values are finite numbers; make it again"
+    if hasattr(dataset, "images"):
+        if not torch.isfinite(dataset.images if dataset.images.is_floating_point() else torch.zeros(1)).all():
+            yield "fail", f"{text}: not all values are finite numbers; generate it again"
             return
-        yield "pass", told
+        yield "pass", text
         return
-    looked_at = sorted({k * len(found) // IMAGES_LOOKED_AT for k in range(IMAGES_LOOKED_AT)})
+    looked_at = sorted({k * len(dataset) // IMAGES_LOOKED_AT for k in range(IMAGES_LOOKED_AT)})
     for k in looked_at:
         try:
-            found[k]
+            dataset[k]
         except ValueError as error:
             yield "fail", f"{error}; remove or replace the file"
             return
-    yield "pass", f"{told}; {len(looked_at):,} of the files were opened and are whole"
+    yield "pass", f"{text}; {len(looked_at):,} of the files were opened and are whole"
 
 
-def network(patient: Patient) -> Lines:
+def network(context: Context) -> Lines:
     """Fits the images and the labels; attention that matches no level is refused by the network."""
-    cfg, names = patient.cfg, ()
-    if patient.data is not None and patient.data.labels is not None:
-        names = patient.data.class_names
+    cfg, names = context.cfg, ()
+    if context.data is not None and context.data.labels is not None:
+        names = context.data.class_names
     schema.set_auto_classes(cfg, names)
-    if patient.data is None:
+    if context.data is None:
         yield "pass", without_data(cfg)
         return
     with error_context("model"), torch.device("meta"):
-        patient.net = models.build(cfg.model.name, patient.data.image_shape, cfg.model.args)
-    told = f", {patient.net.num_classes} classes" if patient.net.num_classes is not None else ""
-    yield "pass", f"{cfg.model.name}, {parameters(patient.net)}{told}"
-    validate_conditioning(cfg, patient.data, patient.net)
-    if patient.data.labels is not None and not (patient.net.num_classes or patient.net.max_prompt_bytes):
+        context.net = models.build(cfg.model.name, context.data.image_shape, cfg.model.args)
+    text = f", {context.net.num_classes} classes" if context.net.num_classes is not None else ""
+    yield "pass", f"{cfg.model.name}, {parameters(context.net)}{text}"
+    validate_conditioning(cfg, context.data, context.net)
+    if context.data.labels is not None and not (context.net.num_classes or context.net.max_prompt_bytes):
         yield (
             "warn",
-            f"the data has labels that the network does not use; model.args.num_classes={len(patient.data.class_names)}",
+            f"the data has labels that the network does not use; model.args.num_classes={len(context.data.class_names)}",
         )
     if cfg.model.name == "unet" and not cfg.model.args.get("attention_resolutions", [1]):
         yield "warn", "model.args.attention_resolutions=[]: a U-Net without attention; name a level's side in pixels"
@@ -196,30 +196,30 @@ def without_data(cfg: Config) -> str:
     return f"{cfg.model.name}, {about}{parameters(net)} (for data of shape {kind}); whether it fits the data is not known yet"
 
 
-def batch(patient: Patient) -> Lines:
+def batch(context: Context) -> Lines:
     """The global batch over processes and micro-batches, against the data set."""
-    cfg, processes = patient.cfg.train, patient.accelerator.num_processes
+    cfg, processes = context.cfg.train, context.accelerator.num_processes
     rows = data_loader.micro_batch_size(cfg.batch_size, processes, cfg.gradient_accumulation_steps)
-    told = f"{cfg.batch_size} images = {processes} process(es) x {cfg.gradient_accumulation_steps} micro-batch(es) x {rows}"
-    if patient.data is not None and cfg.batch_size > len(patient.data):
-        yield "warn", f"{told}: more than the {len(patient.data):,} of the data set; use a smaller train.batch_size"
+    text = f"{cfg.batch_size} images = {processes} process(es) x {cfg.gradient_accumulation_steps} micro-batch(es) x {rows}"
+    if context.data is not None and cfg.batch_size > len(context.data):
+        yield "warn", f"{text}: more than the {len(context.data):,} of the data set; use a smaller train.batch_size"
     else:
-        yield "pass", told
+        yield "pass", text
 
 
-def ema(patient: Patient) -> Lines:
+def ema(context: Context) -> Lines:
     """What the averages forget of the random start, and over how many steps they reach."""
-    cfg, per_step = patient.cfg, patient.cfg.train.batch_size
+    cfg, per_step = context.cfg, context.cfg.train.batch_size
     images = cfg.train.steps * per_step
     for half_life in schema.half_lives(cfg):
-        left = start_left(cfg.train.steps, per_step, half_life, cfg.ema.warmup_ratio)
-        told = f"half-life {half_life:,} of {images:,} images, {left:.1%} of the random start left at the end"
-        if left > 0.01:
-            yield "warn", f"{told}; set ema.half_life_images={max(1, images // 10)} or ema.warmup_ratio=0.05"
+        remaining = start_left(cfg.train.steps, per_step, half_life, cfg.ema.warmup_ratio)
+        text = f"half-life {half_life:,} of {images:,} images, {remaining:.1%} of the random start left at the end"
+        if remaining > 0.01:
+            yield "warn", f"{text}; set ema.half_life_images={max(1, images // 10)} or ema.warmup_ratio=0.05"
         elif half_life < 2 * per_step:
-            yield "warn", f"{told}, but it averages over less than 3 steps; set ema.half_life_images={max(1, images // 10)}"
+            yield "warn", f"{text}, but it averages over less than 3 steps; set ema.half_life_images={max(1, images // 10)}"
         else:
-            yield "pass", told
+            yield "pass", text
 
 
 def start_left(steps: int, batch_size: int, half_life: int, warmup_ratio: float) -> float:
@@ -230,21 +230,21 @@ def start_left(steps: int, batch_size: int, half_life: int, warmup_ratio: float)
     return 0.5**halvings
 
 
-def learning_rate(patient: Patient) -> Lines:
+def learning_rate(context: Context) -> Lines:
     """The warm-up against the length of the run."""
-    warmup, steps = patient.cfg.optimizer.warmup_steps, patient.cfg.train.steps
-    told = f"optimizer.warmup_steps={warmup} of train.steps={steps}"
+    warmup, steps = context.cfg.optimizer.warmup_steps, context.cfg.train.steps
+    text = f"optimizer.warmup_steps={warmup} of train.steps={steps}"
     if warmup >= steps:
-        yield "fail", f"{told}: the learning rate never reaches optimizer.lr; set it to {steps // 20} or less"
+        yield "fail", f"{text}: the learning rate never reaches optimizer.lr; set it to {steps // 20} or less"
     elif warmup > 0.2 * steps:
-        yield "warn", f"{told}: more than a fifth of the run; {steps // 20} is usual"
+        yield "warn", f"{text}: more than a fifth of the run; {steps // 20} is usual"
     else:
-        yield "pass", told
+        yield "pass", text
 
 
-def pauses(patient: Patient) -> Lines:
+def pauses(context: Context) -> Lines:
     """How much of the run a crash can cost, and what it leaves to look at."""
-    cfg = patient.cfg.train
+    cfg = context.cfg.train
     every = cfg.checkpoint_every_steps
     if not every or every >= cfg.steps:
         yield "warn", f"train.checkpoint_every_steps={every}: a crash costs the whole run; set it to {max(1, cfg.steps // 10)}"
@@ -252,24 +252,24 @@ def pauses(patient: Patient) -> Lines:
         yield "pass", f"a checkpoint every {every:,} of {cfg.steps:,} steps"
 
 
-def trial(patient: Patient) -> Lines:
+def trial(context: Context) -> Lines:
     """A few steps of train.py itself: speed, end, memory."""
-    if any(level == "fail" for level, _, _ in patient.lines):
-        yield "warn", "left out, as training would not begin; mend what failed above"
+    if any(level == "fail" for level, _, _ in context.lines):
+        yield "warn", "skipped, as training would not start; fix what failed above"
         return
-    cfg = patient.cfg
-    patient.trial = found = try_training(patient.args.config, patient.args.overrides, patient.accelerator)
-    rate = cfg.train.batch_size / found.seconds_per_step
-    yield "pass", f"{STEPS} steps of {found.seconds_per_step:.3g} s, {rate:,.0f} images/s; the first took {found.first:.3g} s"
+    cfg = context.cfg
+    context.trial = result = try_training(context.args.config, context.args.overrides, context.accelerator)
+    rate = cfg.train.batch_size / result.seconds_per_step
+    yield "pass", f"{STEPS} steps of {result.seconds_per_step:.3g} s, {rate:,.0f} images/s; the first took {result.first:.3g} s"
     checkpoints, previews = (
         math.ceil(cfg.train.steps / n) if n else 1 for n in (cfg.train.checkpoint_every_steps, cfg.train.sample_every_steps)
     )
     seconds = (
-        cfg.train.steps * found.seconds_per_step + checkpoints * found.checkpoint_seconds + previews * found.preview_seconds
+        cfg.train.steps * result.seconds_per_step + checkpoints * result.checkpoint_seconds + previews * result.preview_seconds
     )
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
-    pauses = f"{checkpoints} checkpoint(s) of {found.checkpoint_seconds:.2g} s and {previews} preview(s) of"
-    pauses += f" {found.preview_seconds:.2g} s"
+    pauses = f"{checkpoints} checkpoint(s) of {result.checkpoint_seconds:.2g} s and {previews} preview(s) of"
+    pauses += f" {result.preview_seconds:.2g} s"
     yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {duration(seconds)}: until {end}, if it begins now"
 
 
@@ -279,51 +279,54 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def memory(patient: Patient) -> Lines:
-    """The peak of a process against what there is for it."""
-    if patient.trial is None:
+def memory(context: Context) -> Lines:
+    """The peak of a process against kind available is for it."""
+    if context.trial is None:
         return
-    used = patient.trial.peak_bytes
-    if patient.accelerator.device.type == "cuda":
-        there, what = torch.cuda.get_device_properties(patient.accelerator.device).total_memory, "of the GPU"
+    used = context.trial.peak_bytes
+    if context.accelerator.device.type == "cuda":
+        available, kind = torch.cuda.get_device_properties(context.accelerator.device).total_memory, "of the GPU"
     else:
-        there, what = (
+        available, kind = (
             psutil.virtual_memory().total // int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             "that are its share of the machine",
         )
-    told = f"a process takes {used / GIB:.2f} of {there / GIB:.1f} GiB {what}"
-    if used > 0.9 * there:
-        yield "warn", f"{told}: little is left; double train.gradient_accumulation_steps"
+    text = f"a process takes {used / GIB:.2f} of {available / GIB:.1f} GiB {kind}"
+    if used > 0.9 * available:
+        yield "warn", f"{text}: little is left; double train.gradient_accumulation_steps"
     else:
-        yield "pass", told
+        yield "pass", text
 
 
-def disk(patient: Patient) -> Lines:
+def disk(context: Context) -> Lines:
     """All checkpoints, with the one that is being written, and all snapshots."""
-    if patient.trial is None:
+    if context.trial is None:
         return
-    cfg, found = patient.cfg.train, patient.trial
+    cfg, result = context.cfg.train, context.trial
     total = math.ceil(cfg.steps / cfg.checkpoint_every_steps) if cfg.checkpoint_every_steps else 1
-    kept = min(total, cfg.keep_checkpoints or total)
+    retained = min(total, cfg.keep_checkpoints or total)
     snapshots = min(total, cfg.keep_snapshots or total)
-    needed = (kept + 1) * found.checkpoint_bytes + max(0, snapshots - kept) * found.snapshot_bytes  # one file, two names
-    free = shutil.disk_usage(existing(patient.run_dir)).free
-    told = f"{kept} checkpoint(s) and {snapshots} snapshot(s) need {needed / GIB:.2f} GiB, {free / GIB:.1f} GiB are free"
+    # A snapshot and the average in its checkpoint are one file with two names.
+    needed = (retained + 1) * result.checkpoint_bytes + max(
+        0, snapshots - retained
+    ) * result.snapshot_bytes  # one file, two names
+    free = shutil.disk_usage(existing(context.run_dir)).free
+    text = f"{retained} checkpoint(s) and {snapshots} snapshot(s) need {needed / GIB:.2f} GiB, {free / GIB:.1f} GiB are free"
     if needed > free:
-        yield "fail", f"{told}; keep fewer: train.keep_checkpoints=1, train.keep_snapshots=1, or name another disk with -e"
+        yield "fail", f"{text}; keep fewer: train.keep_checkpoints=1, train.keep_snapshots=1, or name another disk with -e"
     elif needed > 0.8 * free:
-        yield "warn", f"{told}: that leaves little"
+        yield "warn", f"{text}: that leaves little"
     else:
-        yield "pass", told
+        yield "pass", text
 
 
-def features(patient: Patient) -> Lines:
+def features(context: Context) -> Lines:
     """Weights for the distances of evaluate.py."""
-    if patient.data is not None:
-        yield feature_weights(patient.data.image_shape)
+    if context.data is not None:
+        yield feature_weights(context.data.image_shape)
 
 
-def packages(patient: Patient) -> Lines:
+def packages(context: Context) -> Lines:
     """Installed versions against requirements.txt."""
     yield versions(Path(__file__).parents[2] / "requirements.txt")
 

@@ -19,12 +19,12 @@ def versions(requirements: Path) -> tuple[str, str]:
     wrong = []
     for name, bound in bounds:
         try:
-            found = metadata.version(name)
+            installed = metadata.version(name)
         except metadata.PackageNotFoundError:
             wrong.append(f"{name} is not installed")
             continue
-        if Version(found) < Version(bound):
-            wrong.append(f"{name} is {found}, older than {bound}")
+        if Version(installed) < Version(bound):
+            wrong.append(f"{name} is {installed}, older than {bound}")
     if wrong:
         return "fail", f"{', '.join(wrong)}; pip install -r requirements.txt"
     return (
