@@ -88,9 +88,9 @@ def loss_at(loss: FlowLoss, net: Callable, x0: Tensor, x1: Tensor, t: Tensor, y:
     return loss(net, net, batch)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def accelerate_state():
-    """Accelerate keeps the first Accelerator's settings for the life of a process; these tests want their own."""
+    """Accelerate keeps the first Accelerator's settings for the life of a process; no test inherits another's precision."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     yield

@@ -36,7 +36,7 @@ class Net(nn.Module):
             self.scale.fill_(value)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def accelerator() -> Accelerator:
     accelerator, net = distributed.build_accelerator(), nn.Linear(2, 2)
     accelerator.prepare(net, torch.optim.AdamW(net.parameters()))  # what its checkpoints hold

@@ -134,5 +134,5 @@ def test_readme_in_order_with_every_suggested_command(here, home, left_out):
             here(script_of.removeprefix("scripts.").removesuffix(".py"), *smaller)
     assert suggested == {
         "train.py", "scripts.make_pairs", "scripts.optimize_grid", "scripts.train_vae", "scripts.cache_latents",
-        "scripts.export_images",
+        "scripts.export", "scripts.export_images",
     }  # fmt: skip

@@ -85,7 +85,7 @@ class StopAt(Callback):
             trainer.stop()
 
 
-def test_stop_ends_with_checkpoint(accelerate_state, here, tmp_path):
+def test_stop_ends_with_checkpoint(here, tmp_path):
     """After the current step, without an exit code; the run resumes as an uninterrupted one."""
     config = schema.load(TINY_TRAIN[1], TINY_TRAIN[2:])
     accelerator = distributed.build_training_accelerator(config.train, tmp_path / "run")

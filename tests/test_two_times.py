@@ -115,7 +115,7 @@ def test_eager_replays_dropout():
     assert not torch.equal(eager(x, t, y), trained)
 
 
-def test_eager_is_not_autocast(accelerate_state):
+def test_eager_is_not_autocast():
     """Accelerate patches forward on the network itself under mixed precision."""
     net, (x, t, y) = build("mini_unet"), inputs()
     expected = net(x, t, y)
