@@ -147,7 +147,7 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     code = (
         "import os, sys, time; from pathlib import Path; from flow.runtime import lock\n"
         "with lock.folder(Path(sys.argv[1])):\n"
-        "    os.fork(); print(os.getpid(), flush=True); time.sleep(60)"
+        "    os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)"
     )
     child = [sys.executable, "-c", code, str(tmp_path / "out")]
     process = subprocess.Popen(child, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
