@@ -1,5 +1,6 @@
 """Training of autoencoders: the loss, going on after a kill, fine-tuning, what is written."""
 
+import shutil
 import sys
 import types
 
@@ -48,6 +49,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(here, error, tmp_path):
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
     average = load_file(tmp_path / "whole" / "checkpoints" / "step_00000004" / "ema.safetensors")
     assert all(torch.equal(average[f"net.{key}"], value) for key, value in whole.items())
+    shutil.rmtree(tmp_path / "cut" / "autoencoder")  # a kill came after the last checkpoint
+    here("train_vae", "-e", tmp_path / "cut", "-r", "latest")
+    again = load_file(tmp_path / "cut" / "autoencoder" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     assert rows[-1]["l1"] < rows[0]["l1"] and rows[-1]["kl"] > 0
     assert autoencoder.load(str(tmp_path / "whole" / "autoencoder")).latent_shape((1, 8, 8)) == (2, 4, 4)

@@ -63,7 +63,8 @@ class Callback:
         """After a row of metrics was written."""
 
     def on_checkpoint(self, trainer: "Trainer", path: Path) -> None:
-        """After a checkpoint and its snapshots were written."""
+        """After a checkpoint and its snapshots were written; a resumed run calls it again with the checkpoint it starts from,
+        because a kill may have come in between."""
 
     def on_preview(self, trainer: "Trainer", picture: Tensor | None) -> None:
         """After a preview; the picture uint8 [C, H, W] is there on the main process."""
@@ -110,8 +111,6 @@ class Trainer:
             self._load_checkpoint(resume_path)
         if accelerator.is_main_process:
             run_dir.write_run_files(folder, config, accelerator)
-            if resume_path:  # a kill may have come between the checkpoint and its snapshots
-                self._link_snapshots(resume_path)
         accelerator.wait_for_everyone()
         self.logger = Logger(accelerator, folder, config, first_step=self.step)
         self.throughput = Throughput(config.train.batch_size, self.step)
@@ -134,8 +133,10 @@ class Trainer:
         bar = distributed.progress(self.accelerator, config.steps, "training", initial=self.step)
         interrupted = False
         with StopSignal() as stop, bar, closing(batches):
-            if self._preview_is_missing():  # a kill came between a checkpoint and its preview
-                self.write_preview()
+            if self.last_checkpoint:  # a kill may have come between it and what follows it
+                self._follow_checkpoint(self.last_checkpoint)
+                if self._preview_is_missing():
+                    self.write_preview()
             self.throughput = Throughput(config.batch_size, self.step)
             while not (self.finished or interrupted or self.stop_requested):
                 with self.timed("data"):
@@ -222,11 +223,9 @@ class Trainer:
 
         checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = checkpoint.save(self.accelerator, checkpoints, self.step, state, write_averages)
+        self._follow_checkpoint(self.last_checkpoint)
         if self.accelerator.is_main_process:
-            self._link_snapshots(self.last_checkpoint)
             checkpoint.prune(checkpoints, self.config.train.keep_checkpoints)
-        for callback in self.callbacks:
-            callback.on_checkpoint(self, self.last_checkpoint)
         return self.last_checkpoint
 
     def write_preview(self) -> None:
@@ -254,9 +253,13 @@ class Trainer:
             raise UserError(f"train.steps={self.config.train.steps}: the run is at step {self.step} already")
         set_options(self.optimizer, self.config.optimizer)
 
-    def _link_snapshots(self, saved: Path) -> None:
-        keep = self.config.train.keep_snapshots
-        checkpoint.link_ema_snapshots(saved, self.folder / "snapshots", self.step, self.half_lives, keep)
+    def _follow_checkpoint(self, saved: Path) -> None:
+        """What a checkpoint is followed by: its snapshots, and the work of the callbacks."""
+        if self.accelerator.is_main_process:
+            keep = self.config.train.keep_snapshots
+            checkpoint.link_ema_snapshots(saved, self.folder / "snapshots", self.step, self.half_lives, keep)
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, saved)
 
     def _seed_dropout(self) -> None:
         key = ("dropout", self.config.seed, self.step, self.accelerator.process_index)
@@ -270,7 +273,7 @@ class Trainer:
 
     def _preview_is_missing(self) -> bool:
         """Whether a run that resumes here has left no preview of this step, though it was due; the same on all processes."""
-        missing = self.step > 0 and self._preview_is_due() and not self._preview_path().exists()
+        missing = self._preview_is_due() and not self._preview_path().exists()
         return distributed.any_process(self.accelerator, self.accelerator.is_main_process and missing)
 
     def _is_due(self, every_steps: int) -> bool:
