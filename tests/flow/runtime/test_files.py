@@ -1,0 +1,32 @@
+"""Files that are whole or absent."""
+
+import os
+import shutil
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from configs import schema
+from configs.schema import Config, OptimizerConfig, UserError
+from flow.runtime import distributed, files
+from flow.sampling import snapshot
+from flow.training import checkpoint
+from flow.training.ema import Ema
+from flow.training.logging import Logger, read_metrics
+from flow.training.optimizer import lr_at
+
+
+def test_atomic_file_keeps_the_old_content_when_writing_fails(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with files.atomic_file(path) as temporary:
+        temporary.write_text("old")
+        assert not path.exists() and temporary.parent == path.parent
+    with pytest.raises(OSError, match="disk full"), files.atomic_file(path) as temporary:
+        temporary.write_text("half of the n")
+        raise OSError("disk full")
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+    files.write_text(path, "neu: ü")
+    assert path.read_text(encoding="utf-8") == "neu: ü" and list(path.parent.iterdir()) == [path]
