@@ -1,18 +1,10 @@
 """Guidance: dropped labels, and the velocity of the formula."""
 
-import math
-import numpy as np
 import pytest
 import torch
-from conftest import loss_at
-from scipy import stats
 from torch import Tensor
-from flow import path, solvers, time_samplers
+
 from flow.guidance import GuidedVelocity, drop_labels
-from flow.losses.flow_matching import FlowMatching
-from flow.model import FlowModel
-from flow.noise import gaussian_noise, generator, generators
-from flow.path import LinearPath
 
 
 def test_labels_are_dropped_at_the_given_rate():

@@ -1,18 +1,11 @@
 """Random numbers: functions of their key, different for different keys, standard normal."""
 
-import math
 import numpy as np
 import pytest
 import torch
-from conftest import loss_at
 from scipy import stats
-from torch import Tensor
-from flow import path, solvers, time_samplers
-from flow.guidance import GuidedVelocity, drop_labels
-from flow.losses.flow_matching import FlowMatching
-from flow.model import FlowModel
+
 from flow.noise import gaussian_noise, generator, generators
-from flow.path import LinearPath
 
 
 def test_a_generator_is_a_function_of_its_key():

@@ -1,16 +1,10 @@
 """Deviation from straight paths, and inversion."""
 
-import math
 import pytest
 import torch
-from conftest import loss_at
-from flow import losses, path, solvers, time_samplers
-from flow.guidance import GuidedVelocity
+
+from flow import solvers
 from flow.likelihood import T_MAX, invert
-from flow.losses import distances
-from flow.losses.distillation import discretize_times
-from flow.model import FlowModel
-from flow.path import LinearPath
 from flow.sampling.generate import straightness_deviation
 from flow.solvers import time_grids
 

@@ -1,18 +1,13 @@
 """Times of training: stratified over the batch, distributed as declared."""
 
 import math
+
 import numpy as np
 import pytest
 import torch
-from conftest import loss_at
 from scipy import stats
-from torch import Tensor
-from flow import path, solvers, time_samplers
-from flow.guidance import GuidedVelocity, drop_labels
-from flow.losses.flow_matching import FlowMatching
-from flow.model import FlowModel
-from flow.noise import gaussian_noise, generator, generators
-from flow.path import LinearPath
+
+from flow import time_samplers
 
 
 @pytest.mark.parametrize("n", [1, 7, 128])

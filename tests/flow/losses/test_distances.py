@@ -1,18 +1,11 @@
 """Distances by hand."""
 
 import math
+
 import pytest
 import torch
-from conftest import loss_at
-from flow import losses, path, solvers, time_samplers
-from flow.guidance import GuidedVelocity
-from flow.likelihood import T_MAX, invert
+
 from flow.losses import distances
-from flow.losses.distillation import discretize_times
-from flow.model import FlowModel
-from flow.path import LinearPath
-from flow.sampling.generate import straightness_deviation
-from flow.solvers import time_grids
 
 
 def test_distances():

@@ -1,18 +1,15 @@
 """Distillation: the times of Euler steps, targets without a pole, what is refused; errors of the loss section."""
 
-import math
 import pytest
 import torch
 from conftest import loss_at
+
 from flow import losses, path, solvers, time_samplers
 from flow.guidance import GuidedVelocity
-from flow.likelihood import T_MAX, invert
 from flow.losses import distances
 from flow.losses.distillation import discretize_times
 from flow.model import FlowModel
 from flow.path import LinearPath
-from flow.sampling.generate import straightness_deviation
-from flow.solvers import time_grids
 
 
 def build(name: str, prediction: str = "velocity", **args) -> losses.FlowLoss:

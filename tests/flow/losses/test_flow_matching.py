@@ -1,19 +1,16 @@
 """Flow matching: the loss by hand, in float32, and its minimizer."""
 
 import math
+
 import numpy as np
 import pytest
 import torch
 from conftest import loss_at
-from scipy import stats
 from torch import Tensor
-from flow import path, solvers, time_samplers
-from flow.guidance import GuidedVelocity, drop_labels
-from flow.losses.flow_matching import FlowMatching
-from flow.model import FlowModel
-from flow.noise import gaussian_noise, generator, generators
-from flow.path import LinearPath
 
+from flow import time_samplers
+from flow.losses.flow_matching import FlowMatching
+from flow.path import LinearPath
 
 PATH = LinearPath()
 

@@ -1,22 +1,8 @@
 """Files that are whole or absent."""
 
-import os
-import shutil
-from pathlib import Path
-import numpy as np
 import pytest
-import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from configs import schema
-from configs.schema import Config, OptimizerConfig, UserError
-from flow.runtime import distributed, files
-from flow.sampling import snapshot
-from flow.training import checkpoint
-from flow.training.ema import Ema
-from flow.training.logging import Logger, read_metrics
-from flow.training.optimizer import lr_at
+
+from flow.runtime import files
 
 
 def test_atomic_file_keeps_the_old_content_when_writing_fails(tmp_path):

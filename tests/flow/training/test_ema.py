@@ -1,22 +1,10 @@
 """Moving averages of weights."""
 
-import os
-import shutil
-from pathlib import Path
-import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from configs import schema
-from configs.schema import Config, OptimizerConfig, UserError
-from flow.runtime import distributed, files
-from flow.sampling import snapshot
-from flow.training import checkpoint
+from torch import nn
+
 from flow.training.ema import Ema
-from flow.training.logging import Logger, read_metrics
-from flow.training.optimizer import lr_at
 
 
 class Net(nn.Module):

@@ -1,22 +1,14 @@
 """metrics.jsonl: read without a line that was cut off, continued by a resumed run."""
 
-import os
-import shutil
-from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+
 from configs import schema
-from configs.schema import Config, OptimizerConfig, UserError
-from flow.runtime import distributed, files
-from flow.sampling import snapshot
-from flow.training import checkpoint
-from flow.training.ema import Ema
+from flow.runtime import distributed
 from flow.training.logging import Logger, read_metrics
-from flow.training.optimizer import lr_at
 
 
 @pytest.fixture
