@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs import stored
+from configs.stored import first_line
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 COUPLINGS = ("independent", "ot", "paired")
@@ -341,7 +342,7 @@ def _finished(node: DictConfig) -> Any:
         config: Any = OmegaConf.to_object(node)
         OmegaConf.structured(config)  # merging does not look at the elements of lists
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_line(error)}") from None
+        raise UserError(f"{error.full_key}: {first_line(error)}") from None
     for key, value in stored.unwritable(dataclasses.asdict(config)):
         raise UserError(f"{key}={value!r}: holds a character that no file name and no text can have")
     config.typed = stored.typed_interpolations(node)
@@ -367,15 +368,11 @@ def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged
     except (OverflowError, TypeError) as error:  # a number of hundreds of digits; a list in place of a section
-        raise UserError(f"{source[:60]}: {_first_line(error)}") from None
+        raise UserError(f"{source[:60]}: {first_line(error)}") from None
     except OmegaConfBaseException as error:
         hint = ""
         if "Integer" in str(error) and isinstance(error.value, (float, str)):
             with contextlib.suppress(ValueError):
                 hint = f"; write {int(float(error.value)):_}" if float(error.value).is_integer() else ""
         key = f"{error.full_key}: " if error.full_key and not source.startswith(str(error.full_key)) else ""
-        raise UserError(f"{source}: {key}{_first_line(error)}{hint}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source}: {key}{first_line(error)}{hint}") from None

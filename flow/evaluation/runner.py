@@ -308,7 +308,7 @@ def read_folder(samples: Path) -> tuple[Data, dict[str, Any] | None]:
     note, stored = samples / "sampling.json", None
     if note.is_file():
         with error_context(f"--samples {samples}: sampling.json is damaged"):
-            stored = sampling_of(json.loads(note.read_text(encoding="utf-8")))
+            stored = sampling_of(files.read_json(note))
     path, channels = (samples / "images", stored["image_shape"][0]) if stored else (samples, 3)
     with error_context("--samples"):
         args = {"path": str(path), "channels": channels}
@@ -458,9 +458,9 @@ def log_density_of(
     return log_density
 
 
-def sampling_of(stored: Any) -> dict[str, Any]:
+def sampling_of(stored: dict[str, Any]) -> dict[str, Any]:
     """What sample.py wrote beside its images. Raises ValueError where it is something else."""
-    whole = isinstance(stored, dict) and {"image_shape", "labels", "num_classes"} <= stored.keys()
+    whole = {"image_shape", "labels", "num_classes"} <= stored.keys()
     if whole:
         shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"] or 0
         lists = isinstance(shape, list) and isinstance(labels, list) and len(shape) == 3

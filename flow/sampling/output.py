@@ -45,9 +45,7 @@ def check_output_dir(
     path, existing = folder / "sampling.json", None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
-            existing = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(existing, dict):
-                raise ValueError("it holds no settings")
+            existing = files.read_json(path)
     recorded = None if existing is None else [existing]
     check_same_settings(folder, recorded, json.loads(json.dumps(record)), "images", "sample.py")
     if existing is None:
