@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from configs import stored
 from configs.stored import first_line
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
+PREDICTIONS = ("velocity", "data", "noise")
 COUPLINGS = ("independent", "ot", "paired")
 SCHEDULES = ("constant", "linear", "cosine")
 NONFINITE_GRAD = ("raise", "skip")
@@ -40,7 +41,7 @@ class UserError(ValueError):
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A field with its limits as metadata: `min` (0 or 1), `above`, or `choices`; see `check_limits`."""
+    """A field with its limits as metadata: `min`, `above`, `fraction` or `choices`; see `check_limits`."""
     return field(default=default, metadata=limits)
 
 
@@ -65,12 +66,12 @@ class ModelConfig:
 @dataclass
 class FlowConfig:
     path: str = "linear"  # a key of flow.path.PATHS
-    prediction: str = "velocity"  # the network's prediction: velocity | data | noise
+    prediction: str = limited("velocity", choices=PREDICTIONS)  # the network's prediction: velocity | data | noise
     coupling: str = limited("independent", choices=COUPLINGS)  # independent | ot | paired (needs data.name=pairs)
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
     time_sampler: str = "uniform"  # a key of flow.time_samplers.TIME_SAMPLERS: distribution of t in training
     time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the time sampler
-    label_dropout: float = 0.1  # probability that a label or prompt becomes the null one, for guidance
+    label_dropout: float = limited(0.1, fraction=True)  # probability that a label or prompt becomes the null one, for guidance
 
 
 @dataclass
@@ -139,7 +140,6 @@ class Config:
     def validate(self) -> None:
         """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
         check_common(self)
-        check(self, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: Any = Config) -> Any:
@@ -257,25 +257,22 @@ def check_common(config: Any) -> None:
 
 
 def check_limits(config: Any, prefix: str = "", section: Any = None) -> None:
-    """Check every field against its metadata: min, above, choices. Raises UserError."""
+    """Check every field against its metadata. Raises UserError."""
     section = config if section is None else section
     for f in dataclasses.fields(section):
-        key, value, limits = f"{prefix}{f.name}", getattr(section, f.name), f.metadata
+        key, value = f"{prefix}{f.name}", getattr(section, f.name)
         if dataclasses.is_dataclass(value):
             check_limits(config, f"{key}.", value)
-        if limits.get("min") == 0:
-            check(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
-        elif "min" in limits:
-            check(config, key, lambda v, low=limits["min"]: v >= low, f"at least {limits['min']}")
-        if "above" in limits:
-            check(
-                config,
-                key,
-                lambda v, low=limits["above"]: v > low and math.isfinite(v),
-                f"greater than {limits['above']}, and finite",
-            )
-        if "choices" in limits:
-            check(config, key, lambda v, of=limits["choices"]: v in of, f"one of {', '.join(limits['choices'])}")
+        for kind, limit in f.metadata.items():
+            check(config, key, *_RULES[kind](limit))
+
+
+_RULES: dict[str, Callable[[Any], tuple[Callable[[Any], bool], str]]] = {  # limit -> (whether a value holds, in words)
+    "min": lambda low: (lambda v: low <= v < math.inf, f"at least {low}" if low else "0 or more, and finite"),
+    "above": lambda low: (lambda v: low < v < math.inf, f"greater than {low}, and finite"),
+    "fraction": lambda _: (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "choices": lambda choices: (lambda v: v in choices, f"one of {', '.join(choices)}"),
+}
 
 
 def half_lives(config: Any) -> list[int]:

@@ -1,7 +1,8 @@
 """Images of a data set in a given order, decoded in threads, a batch ahead of whoever works on them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from typing import Any, Protocol, cast
 
 import torch
@@ -33,11 +34,8 @@ def build(**source: Any) -> Data:
 def read_images(data: Data, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:
     """The given batches of indices, each with its images [b, C, H, W]. Raises UserError that names an unreadable file."""
     with ThreadPoolExecutor(THREADS) as pool:
-        ahead: tuple[Sequence[int], list[Future]] | None = None
-        for batch in [*batches, None]:
-            following = (batch, [pool.submit(data.__getitem__, k) for k in batch]) if batch is not None else None
-            if ahead:
-                with error_context("data"):
-                    images = torch.stack([future.result()[0] for future in ahead[1]])
-                yield ahead[0], images
-            ahead = following
+        submitted = ((batch, [pool.submit(data.__getitem__, k) for k in batch]) for batch in batches)
+        for (batch, futures), _ in pairwise(chain(submitted, [((), [])])):  # the next one is submitted before this one is used
+            with error_context("data"):
+                images = torch.stack([future.result()[0] for future in futures])
+            yield batch, images

@@ -124,8 +124,6 @@ def flow_model(net: Network, config: Config, codec: CodecSpec | None = None) -> 
     """
     with error_context("flow.path"):
         path = paths.build(config.flow.path)
-    if config.flow.prediction not in paths.PREDICTIONS:
-        raise UserError(f"flow.prediction={config.flow.prediction}: must be one of {', '.join(paths.PREDICTIONS)}")
     if codec is None:
         return FlowModel(net, path, config.flow.prediction)
     override = {"source": config.data.autoencoder} if config.data.autoencoder else {}
