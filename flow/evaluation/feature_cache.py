@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from flow.evaluation import reference
@@ -46,9 +45,7 @@ def collect(
     parts = distributed.gather_to_main(accelerator, features)
     if parts is None:
         return None
-    merged = merge(parts)
-    merged.join()
-    return merged
+    return merge(parts)
 
 
 def cached(
@@ -64,9 +61,7 @@ def cached(
             features = reference.load_cached(path, layers, fingerprint, n)
         except ValueError as error:
             accelerator.print(f"warning: {path}: damaged cache of features ({error}); computing them again")
-    exists = [features is not None]
-    broadcast_object_list(exists)
-    if exists[0]:
+    if distributed.any_process(accelerator, features is not None):
         return features
     features = collect(accelerator, extractor, read(data, accelerator, batch_size, what, order), layers)
     if features is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from configs.schema import DataConfig
+from configs.stored import first_line
 
 KEYS = {"config", "image_shape", "step", "images", "half_life_images"}
 MAX_NUMBERS = 2**26  # of an image: 3 x 4,700 x 4,700
@@ -69,7 +70,7 @@ def build_within(
                 sketch = build()
         except (RuntimeError, OverflowError, MemoryError) as error:
             if "meta" not in str(error):  # else the constructor looks at numbers, and has to have them
-                raise ValueError(f"cannot be built from {args}: {(str(error).splitlines() or [''])[0]}") from None
+                raise ValueError(f"cannot be built from {args}: {first_line(error)}") from None
         else:
             check_fit(sketch)
             if sum(buffer.numel() for buffer in sketch.buffers()) > MAX_NUMBERS:
@@ -99,7 +100,7 @@ def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not JSON ({(str(error).splitlines() or [''])[0]})") from None
+        raise ValueError(f"{name}: not JSON ({first_line(error)})") from None
 
 
 def _shape(name: str, value: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:
