@@ -305,23 +305,9 @@ def _read_yaml(path: Path, kind: type) -> DictConfig:
         raise UserError(f"-c {path}: not a YAML file ({stored.yaml_problem(error)})") from None
     if not isinstance(node, DictConfig):
         raise UserError(f"-c {path}: holds a list, expected `key: value` lines")
-    _check_tree(OmegaConf.to_container(node), kind, str(path))
+    for place, _ in stored.leaves(OmegaConf.to_container(node)):
+        _check_key(stored.dotted(place), str(path), all_keys(kind))
     return node
-
-
-def _check_tree(tree: Any, config_class: type, source: str, prefix: str = "", known: list[str] | None = None) -> None:
-    """Unknown keys of a YAML file, named with the nearest known one."""
-    known = known or all_keys(config_class)
-    fields: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(config_class)}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        nested = dataclasses.is_dataclass(fields.get(name))
-        if name not in fields:
-            raise UserError(f"{source}: unknown key {key!r}.{did_you_mean(key, known)}")
-        if nested and not isinstance(value, dict):
-            raise UserError(f"{source}: {key}={value!r}: must be a section with keys {', '.join(all_keys(fields[name]))}")
-        if nested:
-            _check_tree(value, fields[name], source, f"{key}.", known)
 
 
 def _read_override(override: str, kind: type) -> DictConfig:
@@ -347,13 +333,12 @@ def _finished(node: DictConfig) -> Any:
     return config
 
 
-def _check_key(key: str, override: str, known: list[str]) -> None:
-    if key in known or any(key.startswith(f"{k}.") for k in known if k.endswith("args")):
+def _check_key(key: str, source: str, keys: list[str]) -> None:
+    if key in keys or any(key.startswith(f"{k}.") for k in keys if k.endswith("args")):
         return
-    if any(k.startswith(f"{key}.") for k in known):
-        inner = ", ".join(k for k in known if k.startswith(f"{key}."))
-        raise UserError(f"{override}: {key!r} is a section; set one of {inner}")
-    raise UserError(f"{override}: unknown key {key!r}.{did_you_mean(key, known)}")
+    if inner := [k for k in keys if k.startswith(f"{key}.")]:
+        raise UserError(f"{source}: {key!r} is a section; set one of {', '.join(inner)}")
+    raise UserError(f"{source}: unknown key {key!r}.{did_you_mean(key, keys)}")
 
 
 def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:

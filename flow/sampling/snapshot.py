@@ -204,14 +204,14 @@ def find(path: Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"--weights {path}: there is no such file or folder")
-    snapshots = _by_step(path / "snapshots") or _by_step(path) or sorted(path.glob(EMA_FILE))
+    snapshots = by_step(path / "snapshots") or by_step(path) or sorted(path.glob(EMA_FILE))
     if snapshots:
         return snapshots[-1]
     raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
 
 
-def _by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
-    """Files step_<number><tail>, oldest first."""
+def by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
+    """Files or folders step_<number><tail>, oldest first."""
     named = ((re.fullmatch(rf"step_(\d{{8,}}){re.escape(tail)}", p.name), p) for p in folder.glob(f"step_*{tail}"))
     return [p for _, p in sorted((int(match.group(1)), p) for match, p in named if match)]
 

@@ -23,7 +23,7 @@ from configs import schema
 from configs.schema import Kind, UserError
 from configs.stored import first_line
 from flow.runtime import distributed, files
-from flow.sampling.snapshot import EMA_FILE, _by_step
+from flow.sampling.snapshot import EMA_FILE, by_step
 
 _NAME = re.compile(r"step_(\d{8,})")
 # Beginnings of the names of what every checkpoint holds; accelerate has several for the weights and the optimizer's state.
@@ -127,7 +127,7 @@ def latest_checkpoint_hint(folder: Path) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
-    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)), key=parse_step)
+    return by_step(folder, "")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -196,5 +196,5 @@ def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[in
                 os.link(saved / name, temporary)
             except OSError:  # a file system without hard links
                 shutil.copyfile(saved / name, temporary)
-        for old in _by_step(folder, tail)[:-keep] if keep else []:
+        for old in by_step(folder, tail)[:-keep] if keep else []:
             old.unlink()
