@@ -6,16 +6,17 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
+from datasets import DataSet
 from flow.evaluation import reference
 from flow.evaluation.features import Extractor, FeatureSet, merge
 from flow.evaluation.metrics_2d import PointSpace
-from flow.evaluation.reading import Data, read_images
+from flow.evaluation.reading import read_images
 from flow.runtime import distributed, files
 from flow.sampling.generate import shard
 
 
 def read(
-    data: Data, accelerator: Accelerator, batch_size: int, what: str, order: Sequence[int] | None = None
+    data: DataSet, accelerator: Accelerator, batch_size: int, what: str, order: Sequence[int] | None = None
 ) -> Iterator[tuple[range, Tensor]]:
     """This process's share of the images of a data set, without augmentation, under a bar that says `what`.
 
@@ -49,7 +50,7 @@ def collect(
 
 
 def cached(
-    accelerator: Accelerator, extractor: Extractor | PointSpace, data: Data, fingerprint: str, path: Path, batch_size: int,
+    accelerator: Accelerator, extractor: Extractor | PointSpace, data: DataSet, fingerprint: str, path: Path, batch_size: int,
     what: str, layers: Sequence[str], order: Sequence[int] | None = None,
 ) -> FeatureSet | None:  # fmt: skip
     """The features of the images of a data set, on the main process (None on the others), from the file at `path` where it

@@ -3,32 +3,14 @@
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
-from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-import datasets
+from datasets import DataSet as Data
 from flow.runtime.errors import error_context
 
 THREADS = 4
-
-
-class Data(Protocol):
-    """A data set whose images are read one by one: uint8 [C, H, W] and a label."""
-
-    labels: Any  # int64 [N], or None
-    class_names: Any  # tuple[str, ...]
-    image_shape: Any  # (C, H, W), or (2,) of points
-
-    def fingerprint(self) -> str: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
-
-
-def build(**source: Any) -> Data:
-    """`datasets.build` of a data set that is read in this way."""
-    return cast(Data, datasets.build(**source))
 
 
 def read_images(data: Data, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:

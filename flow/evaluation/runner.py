@@ -17,12 +17,11 @@ from torch import Tensor
 
 import datasets
 from configs.schema import Config, UserError
-from datasets import captions
-from flow.evaluation import feature_cache, metrics, metrics_2d, plots, reading, reference, table
+from datasets import DataSet, captions
+from flow.evaluation import feature_cache, metrics, metrics_2d, plots, reference, table
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointSpace
-from flow.evaluation.reading import Data
 from flow.evaluation.reference import Reference
 from flow.model import FlowModel, Network
 from flow.noise import generator
@@ -61,7 +60,7 @@ class RealImages:
 
     name: str  # in tables
     build: dict  # arguments of datasets.build
-    data: Data
+    data: DataSet
     root: Path  # of the cache
 
 
@@ -81,7 +80,7 @@ def load_real_images(
         else:
             folder = {"path": choice, "size": image_shape[-1], "channels": image_shape[0]}
             build = {"name": "folder", "root": root, "args": folder}
-        data = distributed.main_process_first(accelerator, lambda: reading.build(**build))
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(**build))
         name = choice or (f"toys {build['args']['name']}" if build["name"] == "toys" else build["name"])
         if data.image_shape[1:] != image_shape[1:]:
             raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
@@ -281,10 +280,10 @@ def class_counts(accelerator: Accelerator, config: Config, source: RealImages | 
     """Images of each class in the reference, or in the training set where the reference has no such classes; where neither is
     there, a warning, and the same number for each class."""
 
-    def training_set() -> Data | None:
+    def training_set() -> DataSet | None:
         try:
             real = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
-            return reading.build(**real)
+            return datasets.build(**real)
         except (ValueError, FileNotFoundError):
             return None
 
@@ -300,7 +299,7 @@ def class_counts(accelerator: Accelerator, config: Config, source: RealImages | 
 
 
 def evaluate_folder(
-    settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: Data,
+    settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: DataSet,
     stored: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     """One row for the images `data` of a folder, then the report. stored: its sampling.json, which tells the labels."""
@@ -324,7 +323,7 @@ def evaluate_folder(
     ev.write_report()
 
 
-def read_folder(samples: Path) -> tuple[Data, dict[str, Any] | None]:
+def read_folder(samples: Path) -> tuple[DataSet, dict[str, Any] | None]:
     """The images of a folder, and what sample.py wrote beside them, None for a folder from elsewhere."""
     note, stored = samples / "sampling.json", None
     if note.is_file():
@@ -333,11 +332,11 @@ def read_folder(samples: Path) -> tuple[Data, dict[str, Any] | None]:
     path, channels = (samples / "images", stored["image_shape"][0]) if stored else (samples, 3)
     with error_context("--samples"):
         args = {"path": str(path), "channels": channels}
-        return reading.build(name="folder", root=None, args=args), stored
+        return datasets.build(name="folder", root=None, args=args), stored
 
 
 def load_features(
-    accelerator: Accelerator, extractor: Extractor | PointSpace, batch_size: int, data: Data, source: RealImages, what: str,
+    accelerator: Accelerator, extractor: Extractor | PointSpace, batch_size: int, data: DataSet, source: RealImages, what: str,
     layers: Sequence[str], order: Sequence[int] | None = None,
 ) -> tuple[str, FeatureSet | None]:  # fmt: skip
     """The identity of these features, and on the main process they themselves, from the cache where they are there."""
@@ -365,9 +364,9 @@ def add_control(ev: Evaluation) -> None:
     other, data = datasets.held_out(source.build), source.data
     if other:
 
-        def load() -> Data | None:
+        def load() -> DataSet | None:
             try:
-                return reading.build(**other[1])
+                return datasets.build(**other[1])
             except FileNotFoundError as error:
                 accelerator.print(f"warning: no row of real images: {error}")
                 return None
@@ -433,7 +432,7 @@ def log_density_of(accelerator: Accelerator, model: FlowModel, source: RealImage
     other = datasets.held_out(source.build) if source else None
     if other is None or other[1]["name"] != "toys" or model.net.num_classes is not None or model.net.max_prompt_bytes:
         return None
-    points: Any = reading.build(**other[1])
+    points: Any = datasets.build(**other[1])
     x1 = to_solver_dtype(points.images[:HELD_OUT_POINTS], accelerator.device)
 
     @cache
