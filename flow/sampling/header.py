@@ -18,9 +18,7 @@ MAX_NUMBERS = 2**26  # of an image: 3 x 4,700 x 4,700
 FREE_SIZE = 100_000  # an argument of a network up to this is not compared with the file
 
 
-def read(
-    metadata: Mapping[str, str],
-) -> tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any] | None, tuple[str, ...]]:
+def read(metadata: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any] | None, tuple[str, ...]]:
     """(image_shape, (step, images, half_life_images), description of the codec, class names). Raises ValueError that names the
     entry."""
     image_shape = _shape("image_shape", _json("image_shape", metadata["image_shape"]), (1, 3))

@@ -225,19 +225,16 @@ def seal(path: Path) -> None:
     """Fill in the digest of a file whose metadata have the entry `digest`, so far BLANK, and put the metadata in order: the
     library writes them in a random one, and the same weights would be another file each time."""
     with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        start = file.read(8)
+        header = json.loads(file.read(size := int.from_bytes(start, "little")))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
         if len(text) != size:  # the library writes JSON in the same way
             raise ValueError(f"{path}: the header of safetensors has another form than expected")
+        digest = hashlib.sha256(start + text)
+        hashlib.file_digest(file, lambda: digest)  # the rest of the file
         file.seek(8)
-        file.write(text)
-    _, actual = digests(path)
-    sealed = _DIGEST.sub(rb"\g<1>" + actual.encode() + rb"\g<3>", text, count=1)
-    with open(path, "r+b") as file:
-        file.seek(8)
-        file.write(sealed)
+        file.write(_DIGEST.sub(rb"\g<1>" + digest.hexdigest().encode() + rb"\g<3>", text, count=1))
 
 
 def digests(path: Path) -> tuple[str | None, str]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import tee
 from typing import Any, TypeVar
 
@@ -91,14 +92,9 @@ class TrainingLoader:
         while position < start + self.batch_size:  # a batch may straddle epochs, or hold several of a tiny set
             epoch, offset = divmod(position, n)
             take = min(n - offset, start + self.batch_size - position)
-            parts.append(self._permutation(epoch)[offset : offset + take])
+            parts.append(_permutation(self.seed, epoch, n)[offset : offset + take])
             position += take
         return np.concatenate(parts)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._order = epoch, generator("order", self.seed, epoch).permutation(len(self.data))
-        return self._order
 
     def _index_batches(self, first: int, last: int) -> Iterator[list[int]]:
         for step in range(first, last):
@@ -150,6 +146,11 @@ class TrainingLoader:
         noise = gaussian_noise("posterior", self.seed, sample_ids, self.data.image_shape)
         mean, std, noise = (part.to(self.device, non_blocking=True).float() for part in (*moments, noise))
         return self.data.normalised(mean + std * noise)
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    return generator("order", seed, epoch).permutation(n)
 
 
 def further_noise(draws: dict[str, tuple[int, ...]], seed: int, batch: Batch, device: torch.device) -> dict[str, Tensor]:
