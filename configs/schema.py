@@ -125,8 +125,21 @@ class PreviewConfig:
     seed: int = limited(8888, min=0)  # of its noise
 
 
+class TrainerConfig:
+    """What the configurations of the trainers share."""
+
+    def validate(self) -> None:
+        """Raises UserError for what the types cannot say. What needs data, network or processes is checked where those are."""
+        for key in all_keys(type(self)):
+            check(self, key, lambda v: not isinstance(v, int) or v < INT64_LIMIT, "less than 2^63")
+        check_limits(self)
+        check(self, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+        check(self, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
+        check(self, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
+
+
 @dataclass
-class Config:
+class Config(TrainerConfig):
     seed: int = limited(0, min=0)  # of everything random in training
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -136,10 +149,6 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
-
-    def validate(self) -> None:
-        """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
-        check_common(self)
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: Any = Config) -> Any:
@@ -244,16 +253,6 @@ def did_you_mean(word: str, choices: Sequence[str]) -> str:
     if not matches:  # `steps` for `train.steps`
         matches = [c for c in choices if c.split(".")[-1] == word.split(".")[-1]][:1]
     return f" Did you mean {matches[0]!r}?" if matches else ""
-
-
-def check_common(config: Any) -> None:
-    """What the types cannot say of the sections that the trainers share."""
-    for key in all_keys(type(config)):
-        check(config, key, lambda v: not isinstance(v, int) or v < INT64_LIMIT, "less than 2^63")
-    check_limits(config)
-    check(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
-    check(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
-    check(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
 
 
 def check_limits(config: Any, prefix: str = "", section: Any = None) -> None:

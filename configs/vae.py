@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, check_common, limited
+from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, TrainerConfig, limited
 
 
 @dataclass
@@ -16,7 +16,7 @@ class AutoencoderConfig:  # ignored but for the loss where train.init_from names
 
 
 @dataclass
-class VaeConfig:
+class VaeConfig(TrainerConfig):
     seed: int = 0  # of everything random in training
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -24,7 +24,3 @@ class VaeConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)  # init_from: folder or hub id to fine-tune
     preview_images: int = limited(32, min=2)  # of the picture of originals and reconstructions, and of the PSNR
-
-    def validate(self) -> None:
-        """Raises UserError for what the types cannot say."""
-        check_common(self)

@@ -51,7 +51,7 @@ def build_within(
     weights: Mapping[str, Tensor], image_shape: tuple[int, ...], args: dict[str, Any], build: Callable[[], Any],
     check_fit: Callable[[nn.Module], None],
 ) -> Any:  # fmt: skip
-    """The network that `build()` makes, bounded by the weights that are to fill it before memory is places.
+    """The network that `build()` makes, bounded by the weights that are to fill it before memory is taken.
 
     Whole numbers among `args` are at most as large as the longest side of a tensor, or their count; the network is first made
     without memory (torch's meta device), with about as many parameters as there are tensors at most, and compared by

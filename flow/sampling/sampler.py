@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flow import likelihood, solvers
+from flow import likelihood
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
@@ -102,7 +102,7 @@ class Sampler:
 
         t_next: for flow maps, the time that the mean velocity leads to.
         """
-        return self._velocity(len(x), labels, prompts, guidance_scale)(x, t, t if t_next is None else t_next)
+        return self._velocity(len(x), labels, prompts, guidance_scale)(x, t, t_next)
 
     def trajectory(
         self,
@@ -178,7 +178,6 @@ class Sampler:
     def _settings(self, labels, prompts, options: dict | None = None, **settings: Any) -> SamplerSettings:
         labels, prompts = (None if values is None else tuple(values) for values in (labels, prompts))
         sampler = SamplerSettings(labels=labels, prompts=prompts, options=tuple((options or {}).items()), **settings)
-        solvers.check(sampler.method)
         if sampler.time_grid == "optimized":
             if self.path is None:
                 raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")
