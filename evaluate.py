@@ -8,6 +8,7 @@ The classes of the images are as frequent as in the reference. A row `real (...)
 not in the reference, from the other split of the data set; where it has none, one random half against the other half.
 """
 
+import shlex
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from configs import schema
 from configs.schema import UserError
 from flow.evaluation import metrics, runner
 from flow.evaluation.features import INCEPTION
-from flow.runtime import cli, distributed, lock
+from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, snapshot
 from flow.sampling.conditions import conditions_in_turn
@@ -115,6 +116,11 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         runner.evaluate_snapshot(
             settings, accelerator, out, snap, model, plan, subject, captions_of, args.mixed_precision, not labels
         )
+    row = plan[-1]
+    flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
+    flags += cli.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
+    sample = cli.sample_command(args.weights, f"{path.stem}_{row.method}_{row.steps}", *flags, *args.overrides)
+    print_summary(args, accelerator, out, f"sample as in the last row with: {sample}")
 
 
 def evaluate_folder(args, accelerator: Accelerator) -> None:
@@ -125,6 +131,14 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
     with lock.folder(out, accelerator):
         config = schema.load(args.config, args.overrides)
         runner.evaluate_folder(settings, accelerator, out, args.samples, config, data, stored)
+    show = f"cat {shlex.quote(str(out / 'results.md'))}"
+    print_summary(args, accelerator, out, f"see the table again with: {show}")
+
+
+def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> None:
+    if accelerator.is_main_process:
+        names = sorted(p.name for p in out.iterdir() if p.name != files.LOCK)
+        print(cli.summary(f"{' '.join(names)} in {out}", args.start, next_step))
 
 
 def evaluation_settings(args, owner: str, n_samples: int) -> runner.EvaluationSettings:

@@ -8,7 +8,7 @@ little on its batch, so --bspp must stay the same). A run that was cut off goes 
 from pathlib import Path
 
 from configs import schema
-from flow.runtime import cli, distributed, files, lock
+from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, images, output, snapshot
 from flow.sampling.settings import SamplerSettings, validate
@@ -79,13 +79,20 @@ def main() -> None:
             if points is not None:
                 output.write_npz(args.save_dir / "samples.npz", points.numpy(), settings, net.num_classes)
                 images.write_png(args.save_dir / "grid.png", images.scatter_image(points))
-                print(f"{args.n_samples} points in {args.save_dir / 'samples.npz'}, NFE {nfe}; look at grid.png there")
+                study = files.free_folder(args.save_dir / "study")
+                compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study, *args.overrides]
+                result = f"{args.n_samples} points in {args.save_dir / 'samples.npz'} and grid.png, NFE {nfe}"
+                print(cli.summary(result, args.start, f"compare solvers with: {subprocesses.command(*compare)}"))
             return
         nfe, forwards = output.write_images(*work, folder)
         if accelerator.is_main_process:
             write_summary(args, snap, settings, net.num_classes)
-            cost = f", NFE {nfe} ({forwards} network evaluations) an image" if nfe else ", all of which were there already"
-            print(f"{args.n_samples} images in {folder}{cost}; look at {args.save_dir / 'grid.png'}")
+            cost = f"NFE {nfe} ({forwards} network evaluations) per image" if nfe else "none of them new"
+            result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
+            animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
+            flags = cli.condition_flags(args.guidance_scale, args.prompts)
+            command = subprocesses.command(*animate, *flags, *args.overrides)
+            print(cli.summary(result, args.start, f"watch images form with: {command}"))
 
 
 def write_summary(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None) -> None:

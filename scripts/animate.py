@@ -18,7 +18,7 @@ from flow.guidance import GuidedVelocity
 from flow.likelihood import log_likelihood
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import cli, distributed, lock
+from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images, snapshot
 from flow.sampling.generate import build_velocity, decode, to_solver_dtype, trajectory
@@ -93,7 +93,10 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             pictures.append(strip(args.out, times, states))
     if plane and "likelihood" in args.pictures:
         pictures.append(likelihood_map(args.out, accelerator, model, snap, args.hutchinson_samples, args.seed))
-    print(f"in {args.out}: {' '.join(pictures)}")
+    study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
+    flags = cli.condition_flags(args.guidance_scale, args.prompts)
+    command = subprocesses.command(*study, *flags, *args.overrides)
+    print(cli.summary(f"{' '.join(pictures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 
 def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[Tensor]) -> list[str]:

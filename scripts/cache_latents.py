@@ -107,12 +107,11 @@ def cache(
     if accelerator.is_main_process:
         write_manifest(args, source, data, vae, settings[0], plan)
     accelerator.wait_for_everyone()
-    train = train_command(args.save_dir, data, latent_shape)
-    accelerator.print(
-        f"latents of {len(data)} images in {args.save_dir}, {num_encoded} of them made now; train on them with: {train}"
-    )
     if args.check:
         check(args, accelerator, data)
+    train = train_command(args.save_dir, data, latent_shape)
+    result = f"latents of {len(data)} images in {args.save_dir}, {num_encoded} of them new"
+    accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
 
 
 def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]) -> str:
@@ -261,7 +260,7 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
     images.write_png(args.save_dir / "reconstructions.png", images.side_by_side_grid(*shown))
     print(
         f"PSNR {decibels.mean():.2f} ± {standard_error(decibels):.2f} dB, r{extractor.distance_name} {distance:.3f} over "
-        f"{count} images; look at {args.save_dir / 'reconstructions.png'}"
+        f"{count} images, shown in {args.save_dir / 'reconstructions.png'}"
     )
 
 

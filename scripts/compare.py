@@ -18,7 +18,7 @@ from configs.schema import UserError
 from flow.evaluation import animation, plots_2d, table
 from flow.evaluation.metrics_2d import sliced_wasserstein
 from flow.model import FlowModel
-from flow.runtime import cli, distributed, files, lock
+from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from flow.sampling.generate import mean_straightness_deviation, trajectory
@@ -102,7 +102,10 @@ def compare(
     plots_2d.save(args.out / "compare.png", drawing(drawn, len(steps), None))
     text = listed(drawn, args.sampling_method)
     files.write_text(args.out / "compare.md", text + "\n")
-    print(f"{text}\nin {args.out}: {' '.join([*names_written, 'compare.png', 'compare.md'])}")
+    print(text)
+    result = f"{' '.join([*names_written, 'compare.png', 'compare.md'])} in {args.out}"
+    animate = ["-m", "scripts.animate", "--weights", args.weights[0], "--out", files.free_folder(args.out / names[0])]
+    print(cli.summary(result, args.start, f"see one of them alone with: {subprocesses.command(*animate, *args.overrides)}"))
 
 
 def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:

@@ -63,7 +63,7 @@ def export(args, accelerator: Accelerator, data) -> None:
     run_dir = files.free_folder(Path("runs") / args.save_dir.name)
     overrides = ["data.horizontal_flip=false", subprocesses.override("data.args", folder)]
     train = subprocesses.command("train.py", "-c", subprocesses.shipped("photos64.yaml"), "-e", run_dir, *overrides)
-    print(f"{count} images in {args.save_dir}; train on them with: {train}")
+    print(cli.summary(f"{count} images in {args.save_dir}", args.start, f"train on them with: {train}"))
 
 
 def resized(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ Pixels are dequantized uniformly over bins of width one centered on their levels
 Points, which have no levels, get their log-likelihood in nats a point.
 """
 
+import sys
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ import datasets
 from configs.schema import UserError
 from flow.likelihood import bits_per_dimension, dequantize, log_likelihood
 from flow.noise import generator
-from flow.runtime import cli, distributed
+from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from flow.sampling.generate import build_velocity, index_batches, to_solver_dtype
@@ -79,12 +81,15 @@ def main() -> None:
         values = torch.tensor([value for part in everything for value in part])
         error = values.std().item() / len(values) ** 0.5
         unit = "nats a point, log-likelihood" if points else "bits per dimension"
-        print(
+        result = (
             f"{values.mean().item():.4f} ± {error:.4f} {unit} (mean ± standard error over {len(values)} "
             f"{'points' if points else 'images'}; dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe} for the last "
             f"batch, {args.hutchinson_samples} Hutchinson sample(s)"
             f"{'' if points else ', uniform dequantization, bins centered on the levels'})"
         )
+        more = ["--hutchinson_samples", str(4 * args.hutchinson_samples)]
+        command = subprocesses.command("-m", "scripts.likelihood", *sys.argv[1:], *more)
+        print(cli.summary(result, args.start, f"estimate the divergence more closely with: {command}"))
 
 
 if __name__ == "__main__":

@@ -112,9 +112,10 @@ def main() -> None:
     net.eval()
     make = partial(make_shard, accelerator, model, data, real_ones, settings, args.bspp)
     with lock.folder(args.save_dir, accelerator):
-        written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
+        num_written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
     train = train_command(args.weights, args.save_dir, snap.config)
-    accelerator.print(f"{args.n_pairs} pairs in {args.save_dir}, {written} of them made now; train on them with: {train}")
+    result = f"{args.n_pairs} pairs in {args.save_dir}, {num_written} of them new"
+    accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
 
 
 def write_shards(

@@ -4,6 +4,7 @@ The times are fitted on the flow's own fine trajectories, and saved only where t
 grid by formula on images that were not used. They are saved beside the snapshot, for `sample.py --time_grid optimized`.
 """
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from configs.schema import UserError
 from flow import solvers
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, distributed, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
@@ -76,7 +77,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     fine_cost = len(parts) * grid_optimization.EVALUATIONS_A_STEP * args.reference_steps
     errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + args.evaluations
     costs = {(method, n): errors * nfe_of(method, by_formula["uniform", n]) for method in args.methods for n in args.steps}
-    num_kept = 0
+    num_saved = 0
     with distributed.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:
 
         def velocity(part: int, x: Tensor, t: float, t_next: float) -> Tensor:
@@ -106,22 +107,23 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             verdict = ""
             if tuned < held_out[best]:
                 grid_store.store(snap.path, method, times)
-                num_kept += 1
+                num_saved += 1
                 example = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
             else:
-                verdict = "  not kept"
+                verdict = "  not saved"
             formula = f"{best} {held_out[best]:.4f}"
             bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
             finished += cost
             bar.update(finished - bar.n)  # a descent may end early
-    if not num_kept:
-        print("nothing was kept")
+    result = f"{num_saved} optimized grid(s) in {grid_store.file_of(snap.path)}"
+    if not num_saved:
+        more = ["--evaluations", str(4 * args.evaluations)]
+        longer = subprocesses.command("-m", "scripts.optimize_grid", *sys.argv[1:], *more)
+        print(cli.summary(result, args.start, f"search longer with: {longer}"))
         return
-    folder = files.free_folder(Path("samples") / f"{Path(args.weights).stem}_tuned")
-    sample = ["sample.py", "--weights", args.weights, "--n_samples", "64", "--save_dir", folder, *example]
-    sample += ["--guidance_scale", f"{args.guidance_scale:g}"] if args.guidance_scale != 1 else []
-    sample += ["--prompts", *args.prompts] if args.prompts else []
-    print(f"{num_kept} kept in {grid_store.file_of(snap.path)}; use them with: {subprocesses.command(*sample)}")
+    flags = cli.condition_flags(args.guidance_scale, args.prompts)
+    sample = cli.sample_command(args.weights, f"{Path(args.weights).stem}_optimized", *example, *flags, *args.overrides)
+    print(cli.summary(result, args.start, f"use one with: {sample}"))
 
 
 def nfe_of(method: str, times: list[float]) -> int:

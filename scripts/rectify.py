@@ -61,16 +61,21 @@ def rectify(args, cfg: RectifyConfig, stages: dict[str, Config]) -> None:
     precision = ["-mp", stages[cfg.first].train.mixed_precision]
 
     stage_list = commands(cfg, folder, names, precision)
-    started = time.perf_counter()
     for k, (title, arguments) in enumerate(stage_list, start=1):
-        print(f"\nstage {k} of {len(stage_list) + 1}: {title} ({minutes(started)} so far)", flush=True)
-        before = time.perf_counter()
+        print(f"\nstage {k} of {len(stage_list) + 1}: {title} ({elapsed(args.start)} so far)", flush=True)
+        start = time.perf_counter()
         run_command(arguments(), args.launcher)
-        print(f"stage {k} of {len(stage_list) + 1} took {minutes(before)}", flush=True)
-    print(f"\nstage {len(stage_list) + 1} of {len(stage_list) + 1}: comparison ({minutes(started)} so far)", flush=True)
+        print(f"stage {k} of {len(stage_list) + 1} took {elapsed(start)}", flush=True)
+    print(f"\nstage {len(stage_list) + 1} of {len(stage_list) + 1}: comparison ({elapsed(args.start)} so far)", flush=True)
     snapshots = {name: snapshot.load(folder / name) for name in names}
     compare(cfg, folder, compared(cfg, names), snapshots, stages[cfg.first])
-    print(f"this call took {minutes(started)}")
+    result = f"comparison.md and comparison.png in {folder}"
+    sample = cli.sample_command(folder / "distilled", f"{folder.name}_distilled", "--sampling_steps", "1")
+    print(cli.summary(result, args.start, f"sample in one step with: {sample}"))
+
+
+def elapsed(start: float) -> str:
+    return cli.duration(time.perf_counter() - start)
 
 
 def commands(
@@ -105,10 +110,6 @@ def compared(cfg: RectifyConfig, names: list[str]) -> list[tuple[str, float]]:
     if cfg.first_pairs.guidance_scale != 1:
         rows.insert(1, (names[0], cfg.first_pairs.guidance_scale))
     return rows
-
-
-def minutes(since: float) -> str:
-    return f"{(time.perf_counter() - since) / 60:.1f} min"
 
 
 def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
@@ -188,7 +189,7 @@ def compare(
     files.write_text(folder / "comparison.md", f"{text}\n\n{note}\n")
     columns = [list(column) for column in zip(*pictures, strict=True)]
     plots.panels(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))
-    print(f"\n{text}\n\n{note}\nin {folder}: comparison.md, comparison.png")
+    print(f"\n{text}\n\n{note}")
 
 
 def panel(

@@ -18,9 +18,8 @@ from configs.schema import UserError
 from flow import solvers
 from flow.evaluation import plots, table
 from flow.noise import gaussian_noise
-from flow.runtime import cli, distributed, files, lock
+from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.runtime.subprocesses import run_command
 from flow.sampling import grid_store, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
@@ -102,7 +101,12 @@ def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: Sampler
         plots.error_against_nfe(
             args.out / "fd.png", rows, "FD", f"FD-{args.feature_extractor} of {args.num_fid_images:,} images"
         )
-    print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}; in {args.out}: study.md study.csv study.png")
+    print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}")
+    flags = cli.condition_flags(args.guidance_scale, args.prompts)
+    fit = ["-m", "scripts.optimize_grid", "--weights", args.weights, *flags, *args.overrides]
+    names = "study.md study.csv study.png" + (" fd.png" if args.num_fid_images else "")
+    result = f"{names} in {args.out}"
+    print(cli.summary(result, args.start, f"fit the times of few steps with: {subprocesses.command(*fit)}"))
 
 
 @torch.inference_mode()
@@ -150,7 +154,7 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
             "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), "--no_control",
             *args.overrides,
         ]  # fmt: skip
-        run_command(evaluate)
+        subprocesses.run_command(evaluate)
     weights = files.sha256(snap.path)
     metrics_of = {}
     for r in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls

@@ -130,9 +130,17 @@ def test_readme_in_order_with_every_suggested_command(here, home, left_out):
             program, *rest = shlex.split(line)
             assert shutil.which(program) or Path(program).is_file(), line
             suggested.add(script)
+            if program == "cat":
+                assert Path(*rest).is_file()
+                continue
             script_of, smaller = tiny(rest)
             here(script_of.removeprefix("scripts.").removesuffix(".py"), *smaller)
+            if script == "scripts.doctor":  # the page starts the same training next
+                shutil.rmtree(rest[rest.index("-e") + 1])
     assert suggested == {
-        "train.py", "scripts.make_pairs", "scripts.optimize_grid", "scripts.train_vae", "scripts.cache_latents",
-        "scripts.export", "scripts.export_images",
+        "train.py", "sample.py", "evaluate.py",
+        *(f"scripts.{name}" for name in (
+            "animate", "cache_latents", "compare", "doctor", "export", "export_images", "likelihood", "make_pairs",
+            "optimize_grid", "plot_loss", "solver_study", "train_vae",
+        )),
     }  # fmt: skip

@@ -3,11 +3,13 @@
 import argparse
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs import schema
 from configs.schema import UserError
+from flow.runtime import files, subprocesses
 from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 from flow.solvers.torchdiffeq import ADAPTIVE
 
@@ -20,8 +22,8 @@ _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that also takes configuration overrides and whose errors are one line with the nearest name.
 
-    `parse()` returns the namespace with `overrides`, a list of `key=value`. An override is written `key=value`,
-    `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
+    `parse()` returns the namespace with `overrides`, a list of `key=value`, and `start`, the time for `summary`. An override
+    is written `key=value`, `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
     """
 
     def __init__(self, description: str, examples: str, kind: type = schema.Config, keys: str = "configs/schema.py"):
@@ -58,8 +60,40 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(rest)
         if unknown:
             raise UserError(f"unknown argument {unknown[0]!r}.{schema.did_you_mean(unknown[0], flags)}")
-        namespace.overrides = overrides
+        namespace.overrides, namespace.start = overrides, time.perf_counter()
         return namespace
+
+
+def summary(result: str, start: float, next_step: str) -> str:
+    """The last line of a command: what was written and where, the time taken, what to do next.
+
+    Args:
+        start: `time.perf_counter()` at the start, which `Parser.parse` stores.
+        next_step: an imperative and, behind "with: ", a command that works as printed.
+
+    Example:
+        >>> print(summary("64 images in samples/mnist", args.start, "watch them form with: python -m scripts.animate ..."))
+    """
+    return f"{result}, in {duration(time.perf_counter() - start)}; {next_step}"
+
+
+def sample_command(weights: str | Path, name: str, *flags: str) -> str:
+    """A command that samples from the weights into a new folder samples/NAME, for `summary`."""
+    save_dir = files.free_folder(Path("samples") / name)
+    return subprocesses.command("sample.py", "--weights", weights, "--n_samples", "64", "--save_dir", save_dir, *flags)
+
+
+def condition_flags(guidance_scale: float = 1.0, prompts: Sequence[str] | None = None) -> list[str]:
+    """The flags of a guidance scale and prompts, for a suggested command."""
+    flags = ["--guidance_scale", f"{guidance_scale:g}"] if guidance_scale != 1 else []
+    return [*flags, "--prompts", *prompts] if prompts else flags
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, with one decimal."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def parse_training(parser: Parser) -> argparse.Namespace:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import PartialState
-from accelerate.utils import DDPCommunicationHookType, DistributedType
+from accelerate.utils import DDPCommunicationHookType, DistributedType, LoggerType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
@@ -72,7 +72,14 @@ def build_accelerator(
 
 
 def build_training_accelerator(config: TrainConfig, log_dir: Path, own_trackers: Collection[str] = ()) -> Accelerator:
-    """The accelerator of a trainer; its trackers write to `log_dir`. own_trackers: names that Accelerate does not know."""
+    """The accelerator of a trainer; its trackers write to `log_dir`. own_trackers: names that Accelerate does not know.
+
+    Raises:
+        UserError: for an unknown tracker.
+    """
+    allowed = [*LoggerType.list(), *own_trackers]
+    if unknown := next((name for name in config.log_with if name not in allowed), None):
+        raise UserError(f"train.log_with={config.log_with}: unknown tracker {unknown!r}; choose from {', '.join(allowed)}")
     log_with = [name for name in config.log_with if name not in own_trackers]
     return build_accelerator(config.mixed_precision, log_with, str(log_dir), config.timeout_minutes, config.ddp_comm_hook)
 

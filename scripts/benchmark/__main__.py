@@ -21,7 +21,7 @@ from pathlib import Path
 from configs import schema
 from configs.schema import UserError
 from flow.evaluation import table
-from flow.runtime import cli, files
+from flow.runtime import cli, files, subprocesses
 from flow.runtime.errors import cli_main
 
 EXAMPLES = """\
@@ -92,10 +92,14 @@ def main() -> None:
               "ceilings": ceilings, "rows": rows, "rounds": found}  # fmt: skip
     text = report(result)
     print(text)
+    train = ["train.py", *(["-c", args.config] if args.config else []), *args.overrides]
+    command = subprocesses.command(*train, "-e", files.free_folder(Path("runs") / Path(args.config or "run").stem))
+    where = f" in {args.out}" if args.out else ""
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         files.write_text(args.out / "benchmark.json", json.dumps(result, indent=1))
         files.write_text(args.out / "benchmark.md", text + "\n")
+    print(cli.summary(f"{len(rows)} row(s){where}", args.start, f"train this configuration with: {command}"))
 
 
 def jobs(args) -> dict[str, dict]:

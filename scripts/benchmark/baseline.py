@@ -50,7 +50,8 @@ def main() -> None:
                 break
     names = [name for name, _ in net.named_parameters()]
     snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
-    print(f"{args.out}: {step} steps of {cfg.train.batch_size} images")
+    result = f"{args.out}: {step} steps of {cfg.train.batch_size} images"
+    print(cli.summary(result, args.start, f"sample from it with: {cli.sample_command(args.out, args.out.stem)}"))
 
 
 def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:

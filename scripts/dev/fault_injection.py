@@ -117,10 +117,12 @@ def main() -> None:
         raise UserError(f"{args.script}: killed runs differ from the reference run: {result['differences'][0]}")
     others = [name for name in JOBS if name != args.script]
     again = ["--kills", str(args.kills), "--script", others[0]]
+    where = f", all files in {args.out}" if args.out else ""
     print(
-        f"{args.script}: {result['kills']} kills in {result['runs']} run(s), all equal to the reference run, in "
-        f"{result['seconds']:.0f} s" + (f"; everything is in {args.out}" if args.out else "")
-        + f"; try another script with: {subprocesses.command('-m', 'scripts.dev.fault_injection', *again)}"
+        cli.summary(
+            f"{args.script}: {result['kills']} kills in {result['runs']} run(s), all equal to the reference run{where}",
+            args.start, f"try another script with: {subprocesses.command('-m', 'scripts.dev.fault_injection', *again)}",
+        )
     )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ Each step is a command that a user would type, and is printed. Run it again afte
 goes on where it stopped, and pictures that are older than their weights are drawn again. Overrides reach every training.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +91,6 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    started = time.perf_counter()
     plan = {exhibit.name: exhibit for exhibit in exhibits(args.runs)}
     trained: set[str] = set()
     for name in args.only:
@@ -104,7 +102,8 @@ def main() -> None:
         weights = [args.runs / run for run in exhibit.weights]
         if outdated([args.out / name / picture for picture in exhibit.pictures], weights):
             run_command([*exhibit.draw, "--weights", *map(str, weights), "--out", str(args.out / name)])
-    print(f"\npictures in {args.out}; this call took {(time.perf_counter() - started) / 60:.1f} min")
+    sample = cli.sample_command(args.runs / args.only[0], args.only[0])
+    print(cli.summary(f"\npictures in {args.out}", args.start, f"sample from a flow with: {sample}"))
 
 
 def train(exhibit: Exhibit, runs: Path, overrides: list[str]) -> None:

@@ -13,7 +13,7 @@ from tqdm import trange
 
 import datasets
 from flow.evaluation.classifiers import SIDES, Classifier, weights_file
-from flow.runtime import cli
+from flow.runtime import cli, subprocesses
 from flow.runtime.errors import cli_main
 
 EXAMPLES = "  FLOW_DATA=data python -m scripts.dev.train_classifier --name mnist"
@@ -50,7 +50,8 @@ def main() -> None:
     correct = accuracy(net, test_x, test_y)
     header = {"test_accuracy": f"{correct:.4f}", "test_images": str(len(test_x)), "epochs": str(epochs)}
     save_file(net.state_dict(), weights_file(args.name), metadata=header)
-    print(f"{args.name}: accuracy {correct:.2%} on {len(test_x)} held-out images; wrote {weights_file(args.name)}")
+    result = f"{weights_file(args.name)}: accuracy {correct:.2%} on {len(test_x)} held-out images"
+    print(cli.summary(result, args.start, f"run the tests with: {subprocesses.command('-m', 'pytest')}"))
 
 
 def split(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,10 +23,11 @@ import datasets
 import models
 from configs import schema
 from configs.schema import Config, UserError
-from flow.runtime import cli, distributed
+from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.training import data_loader
 from flow.training.flow_task import validate_conditioning
+from flow.training.logging import TRACKERS
 from flow.training.run_dir import open_run
 from scripts.doctor.machine import feature_weights, versions
 from scripts.doctor.trial import STEPS, Trial, try_training
@@ -67,7 +68,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     cfg = schema.load(args.config, args.overrides)
-    accelerator = distributed.build_training_accelerator(cfg.train, Path(tempfile.gettempdir()))
+    accelerator = distributed.build_training_accelerator(cfg.train, Path(tempfile.gettempdir()), TRACKERS)
     context = Context(args, cfg, accelerator, args.exp_dir or Path("runs") / Path(args.config or "run").stem)
     for check in CHECKS:
         try:
@@ -77,9 +78,12 @@ def main() -> None:
             say(context, "fail", check, str(error))
     failed = sum(level == "fail" for level, _, _ in context.lines)
     warned = sum(level == "warn" for level, _, _ in context.lines)
-    accelerator.print(f"{failed} failed, {warned} warned, {len(context.lines) - failed - warned} passed")
+    counts = f"{failed} failed, {warned} warned, {len(context.lines) - failed - warned} passed"
     if failed:
+        accelerator.print(cli.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
+    train = ["train.py", *(["-c", args.config] if args.config else []), "-e", context.run_dir, *args.overrides]
+    accelerator.print(cli.summary(counts, args.start, f"start the training with: {subprocesses.command(*train)}"))
 
 
 def say(context: Context, level: str, check: Callable, text: str) -> None:
@@ -270,13 +274,7 @@ def trial(context: Context) -> Lines:
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
     pauses = f"{checkpoints} checkpoint(s) of {result.checkpoint_seconds:.2g} s and {previews} preview(s) of"
     pauses += f" {result.preview_seconds:.2g} s"
-    yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {duration(seconds)}: until {end}, if it begins now"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {cli.duration(seconds)}: until {end}, if it starts now"
 
 
 def memory(context: Context) -> Lines:
