@@ -1,7 +1,7 @@
 """Sample images from trained weights: `accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples`.
 
 Image k depends on the weights, the settings and k, not on the number of processes (with methods that have tolerances a
-little on its batch, so --bspp must stay the same). A run that was cut off goes on where it was. `--save_dir` gets images/
+little on its batch, so --bspp must stay the same). An interrupted run resumes. `--save_dir` gets images/
 (PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 

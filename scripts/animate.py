@@ -1,6 +1,6 @@
-"""Moving and still pictures of a trained flow: `python -m scripts.animate --weights runs/toy --out pictures`.
+"""Animations and figures of a trained flow: `python -m scripts.animate --weights runs/toy --out pictures`.
 
-Flows in the plane get flow.gif (particles in the velocity field, and their density), density.png (the density at six
+2-D flows get flow.gif (particles in the velocity field, and their density), density.png (the density at six
 times), likelihood.png (log-density of the flow by the exact divergence and by Hutchinson's estimate, beside the exact one
 where there is a formula). Image models get trajectory.gif. With ffmpeg installed each GIF has an MP4 beside it.
 """
@@ -30,8 +30,8 @@ EXAMPLES = """\
   python -m scripts.animate --weights runs/toy --out pictures
   python -m scripts.animate --weights runs/toy_mixture --out pictures --pictures likelihood --hutchinson_samples 16
   python -m scripts.animate --weights runs/mnist --out pictures --guidance_scale 1.5 --n 50"""
-PICTURES = ("flow", "density", "likelihood")  # of flows in the plane
-SHOWN = 1500  # particles of flow.gif, at most: more would hide each other
+PICTURES = ("flow", "density", "likelihood")  # of 2-D flows
+SHOWN = 1500  # particles of flow.gif at most: more would hide each other
 STRIP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAP_CELLS = 80  # of a side of the likelihood map
 MAP_NATS = 8  # below the highest log-density are shown
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
-    """Write the pictures that were asked for."""
+    """Write the requested pictures."""
     plane = len(snap.image_shape) == 1
     pictures = []
     if not plane or {"flow", "density"} & set(args.pictures):
@@ -116,8 +116,8 @@ def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[T
 def strip(out: Path, times: list[float], states: list[Tensor]) -> str:
     """density.png: the density at six times."""
     figure, axes = plots_2d.panels([f"t = {t:g}" for t in STRIP])
-    for ax, wanted in zip(axes, STRIP, strict=True):
-        nearest = min(range(len(times)), key=lambda i, wanted=wanted: abs(times[i] - wanted))
+    for ax, t in zip(axes, STRIP, strict=True):
+        nearest = min(range(len(times)), key=lambda i, t=t: abs(times[i] - t))
         plots_2d.density(ax, states[nearest].float().cpu().numpy())
     plots_2d.save(out / "density.png", figure)
     return "density.png"
@@ -135,7 +135,7 @@ def likelihood_map(
         "exact divergence": None,
         f"Hutchinson, {probes} probe{'s' * (probes > 1)}": to_solver_dtype(torch.from_numpy(signs), accelerator.device),
     }
-    maps = {name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, eps=given)[0].cpu() for name, given in estimates.items()}
+    maps = {name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, eps=eps)[0].cpu() for name, eps in estimates.items()}
     captions = [""] * len(maps)
     exact = exact_density(snap, at.cpu())
     if exact is not None:
@@ -150,8 +150,8 @@ def likelihood_map(
     high = (maps["exact divergence"] if exact is None else exact).max().item()
     figure, axes = plots_2d.panels(list(maps), captions if exact is not None else ())
     for ax, values in zip(axes, maps.values(), strict=True):
-        colours = plots_2d.heatmap(ax, values.clamp(min=-1e3).numpy(), high - MAP_NATS, high)
-    figure.colorbar(colours, ax=axes, shrink=0.8, label="log-density (nats)")
+        color_scale = plots_2d.heatmap(ax, values.clamp(min=-1e3).numpy(), high - MAP_NATS, high)
+    figure.colorbar(color_scale, ax=axes, shrink=0.8, label="log-density (nats)")
     plots_2d.save(out / "likelihood.png", figure)
     return "likelihood.png"
 
@@ -167,7 +167,7 @@ def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
 
 
 def moving_images(out: Path, times: list[float], states: list[Tensor], names: list[str]) -> list[str]:
-    """trajectory.gif: the grid of images uint8 [N, C, H, W] on its way from noise, above a bar of time."""
+    """trajectory.gif: the grid of images uint8 [N, C, H, W] on its trajectory from noise, above a bar of time."""
     frames = []
     for t, x in zip(times, states, strict=True):
         frame = images.labelled_grid(x, len(names) or 10, names).permute(1, 2, 0).numpy()

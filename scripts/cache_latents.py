@@ -67,7 +67,7 @@ def main() -> None:
     with error_context("data"):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
         if data.codec or len(data.image_shape) != 3:
-            raise ValueError(f"data.name={source.name}: holds no images that could be encoded")
+            raise ValueError(f"data.name={source.name}: holds no images to encode")
     for note in getattr(data, "notes", []):
         accelerator.print(f"note: {note}")
     with error_context("--vae"):
@@ -98,7 +98,7 @@ def cache(
             damage = verify_shard(args.save_dir / name, len(cut))
             if damage:
                 if (args.save_dir / name).exists():
-                    bar.write(f"{damage}; encoding again")
+                    bar.write(f"{damage}; encoding its images again")
                 write_shard(accelerator, args, vae, data, name, cut, settings[0], bar)
                 num_encoded += len(cut)
             else:
@@ -115,7 +115,7 @@ def cache(
 
 
 def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]) -> str:
-    """What to type to train a small transformer on the latents."""
+    """The command that trains a small transformer on the latents."""
     overrides = {"data.args.path": str(save_dir), "model.args.num_classes": schema.AUTO}
     if data.labels is None or len(data.class_names) < 2:
         overrides["preview.guidance_scale"] = 1
@@ -129,7 +129,7 @@ def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]
 
 
 def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What decides the content of every shard; each carries it in its header."""
+    """The settings that determine every shard, which are part of its header."""
     settings = {
         "autoencoder": vae.digest,
         "images": data.fingerprint(),
@@ -232,12 +232,12 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
         )
         extractor.dimension(data.image_shape)
     count = min(args.check, len(data))
-    chosen = generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
-    mine = shard(accelerator, range(count), args.bspp)
+    image_indices = generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
+    local_batches = shard(accelerator, range(count), args.bspp)
     real_features, recon_features, ratios, shown = FeatureSet(), FeatureSet(), [], None
-    with distributed.progress(accelerator, sum(map(len, mine)), "reconstructions (of this process)") as bar:
-        read = read_images(data, [[chosen[k] for k in batch] for batch in mine])
-        for batch, (indices, real) in zip(mine, read, strict=True):
+    with distributed.progress(accelerator, sum(map(len, local_batches)), "reconstructions (of this process)") as bar:
+        read = read_images(data, [[image_indices[k] for k in batch] for batch in local_batches])
+        for batch, (indices, real) in zip(local_batches, read, strict=True):
             mean, _ = latents.moments(indices)
             with accelerator.autocast():
                 recon = to_uint8(codec.decode(latents.normalised(mean.float().to(accelerator.device)))).cpu()

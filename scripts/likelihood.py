@@ -54,12 +54,12 @@ def main() -> None:
     accelerator = distributed.build_accelerator()
     distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)
-    mine = index_batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
+    batches = index_batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
     results, nfe = [], 0
     dimensions = int(np.prod(data.image_shape))
     points = len(data.image_shape) == 1
-    with distributed.progress(accelerator, sum(map(len, mine)), "likelihood (images of this process)") as bar:
-        for batch in mine:
+    with distributed.progress(accelerator, sum(map(len, batches)), "likelihood (images of this process)") as bar:
+        for batch in batches:
             images, labels = zip(*(data[k] for k in batch), strict=True)
             draws = [generator("likelihood", args.seed, k) for k in batch]
             u = torch.from_numpy(np.stack([g.random(data.image_shape) for g in draws]))

@@ -52,9 +52,9 @@ def main() -> None:
     model = snap.model(decode=False)
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
-    with error_context("tune_grid"):
+    with error_context("optimize_grid"):
         validate(settings, model.net)
-    accelerator = distributed.build_single_process_accelerator("tune_grid")
+    accelerator = distributed.build_single_process_accelerator("optimize_grid")
     distributed.prepare_model(model.net, accelerator)
     model.net.eval()
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():

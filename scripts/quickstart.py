@@ -1,6 +1,6 @@
-"""The whole way on the embedded digits, in minutes on a CPU: train, sample with guidance, tabulate distance against NFE.
+"""Train on the embedded digits, sample with guidance, tabulate distance against NFE: minutes on a CPU.
 
-Each step is a command that a user would type, and is printed. Running it again goes on where it stopped.
+Each step is a command that a user would type, and is printed. Run it again to resume.
 """
 
 from pathlib import Path

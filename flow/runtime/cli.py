@@ -200,7 +200,7 @@ def add_solver_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]) -> tuple[tuple[str, float | str], ...]:
-    """The given options that `method` takes. Raises UserError for one that none of the `methods` takes."""
+    """The options of the command line that `method` takes. Raises UserError for one that none of the `methods` takes."""
     options = {
         "rtol": args.rtol, "atol": args.atol, "noise_scale": args.sde_noise_scale, "diffusion": args.diffusion,
         "eta": args.eta,
@@ -214,7 +214,7 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
     selected = {name: value for name, value in options.items() if name in SOLVERS[method].options}
     try:
         validate_options(method, **selected)
-    except ValueError as error:  # begins with the name of the option
+    except ValueError as error:  # starts with the name of the option
         message = str(error)
         raise UserError("--sde_" + message if message.startswith("noise_scale") else f"--{message}") from None
     return tuple(selected.items())

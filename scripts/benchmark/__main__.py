@@ -1,6 +1,6 @@
 """Speed of training, sampling and evaluation on this machine: `python -m scripts.benchmark -c configs/cifar10.yaml`.
 
-What is measured is the code of train.py, sample.py and evaluate.py, each in a process of its own, with a timer in its
+It measures the code of train.py, sample.py and evaluate.py, each in a process of its own, with a timer in its
 callbacks and around its networks. With `--against eager` the same network also runs in the loop of
 scripts/benchmark/baseline.py. The jobs take turns, `--rounds` times, and the median of all their steps counts. FLOPs are those
 of torch.utils.flop_counter, and the ceiling is the fastest matrix product or convolution of the machine in the same precision.
@@ -73,7 +73,7 @@ def main() -> None:
         schema.load(args.config, overrides)
         plan |= {", ".join([name, *extra]): {**job, "overrides": overrides} for name, job in jobs(args).items()}
     with tempfile.TemporaryDirectory() as scratch:
-        found: dict[str, list[dict]] = {name: [] for name in plan}
+        results: dict[str, list[dict]] = {name: [] for name in plan}
         costs: dict[str, dict] = {}  # by overrides
         for overrides in {str(job["overrides"]): job["overrides"] for job in plan.values()}.values():
             costs[str(overrides)] = start_job({"kind": "cost", "overrides": overrides}, args, Path(scratch))
@@ -82,14 +82,14 @@ def main() -> None:
         for turn in range(args.rounds):
             for name, job in plan.items():
                 print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-                found[name].append(start_job(job, args, Path(scratch)))
-    rows = [summary(name, job, found[name], costs[str(job["overrides"])], ceilings) for name, job in plan.items()]
+                results[name].append(start_job(job, args, Path(scratch)))
+    rows = [medians(name, job, results[name], costs[str(job["overrides"])], ceilings) for name, job in plan.items()]
     for row in rows:
         alike = [r for r in rows if (r["kind"], r["overrides"]) == (row["kind"], row["overrides"])]
-        slow = next((r for r in alike if r["what"] == "eager"), None)
+        slow = next((r for r in alike if r["variant"] == "eager"), None)
         row["ratio"] = row["images_per_second"] / slow["images_per_second"] if slow else None
     result = {"machine": machine(), "config": args.config, "overrides": args.overrides, "costs": costs,
-              "ceilings": ceilings, "rows": rows, "rounds": found}  # fmt: skip
+              "ceilings": ceilings, "rows": rows, "rounds": results}  # fmt: skip
     text = report(result)
     print(text)
     train = ["train.py", *(["-c", args.config] if args.config else []), *args.overrides]
@@ -103,20 +103,20 @@ def main() -> None:
 
 
 def jobs(args) -> dict[str, dict]:
-    """What is run in turn: name -> job."""
+    """The jobs, which take turns: name -> job."""
     plan: dict[str, dict] = {}
     for kind in [part for part in args.parts if part in ("train", "sample")]:
         if args.against:
-            plan[f"{kind}, eager, fp32"] = {"kind": kind, "what": "eager", "precision": "no", "processes": 1}
+            plan[f"{kind}, eager, fp32"] = {"kind": kind, "variant": "eager", "precision": "no", "processes": 1}
         for p in args.precisions:
-            plan[f"{kind}, {name_of(p)}"] = {"kind": kind, "what": "ours", "precision": p, "processes": 1}
+            plan[f"{kind}, {name_of(p)}"] = {"kind": kind, "variant": "project", "precision": p, "processes": 1}
     if "evaluate" in args.parts:
         for p in args.precisions:
-            plan[f"evaluate, {name_of(p)}"] = {"kind": "evaluate", "what": "ours", "precision": p, "processes": 1}
+            plan[f"evaluate, {name_of(p)}"] = {"kind": "evaluate", "variant": "project", "precision": p, "processes": 1}
     if "scaling" in args.parts:
         for p in args.precisions:
             for n in args.processes:
-                job = {"kind": "train", "what": "ours", "precision": p, "processes": n}
+                job = {"kind": "train", "variant": "project", "precision": p, "processes": n}
                 plan[f"train, {name_of(p)}, {n} process{'es' * (n > 1)}"] = job
     return plan
 
@@ -145,11 +145,11 @@ def start_job(job: dict, args, scratch: Path) -> dict:
     )
     if done.returncode or not result.is_file():
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
-        raise UserError(f"{job['kind']}: {(lines or ['it ended without a word'])[0].removeprefix('error: ')}")
+        raise UserError(f"{job['kind']}: {(lines or ['it ended without a message'])[0].removeprefix('error: ')}")
     return json.loads(result.read_text(encoding="utf-8"))
 
 
-def summary(name: str, job: dict, results: list[dict], cost: dict, ceilings: dict) -> dict:
+def medians(name: str, job: dict, results: list[dict], cost: dict, ceilings: dict) -> dict:
     """Medians over the rounds of a job, and what follows from them."""
     laps = [lap for r in results for lap in r["laps"]]
     per_lap = results[0]["images_per_lap"]

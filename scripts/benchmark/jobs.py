@@ -1,4 +1,4 @@
-"""What scripts/benchmark/ measures, a job a process: `python -m scripts.benchmark.jobs JSON`.
+"""The jobs of scripts/benchmark/, each in a process of its own: `python -m scripts.benchmark.jobs JSON`.
 
 The Trainer, `generate` and a row of the evaluation, with a timer in their callbacks and around their networks; beside them
 the plain loop, the cost of the network in FLOPs and the ceilings of the machine.
@@ -29,13 +29,13 @@ class Enough(Exception):
 def main() -> None:
     """Do the job and write its result."""
     job = json.loads(sys.argv[1])
-    kind = job["kind"] + "_" + job["what"] if "what" in job else job["kind"]
-    found = {
-        "cost": cost_job, "ceilings": ceilings_job, "train_ours": train_job, "train_eager": plain_train_job,
-        "sample_ours": sample_job, "sample_eager": plain_sample_job, "evaluate_ours": evaluate_job,
+    kind = job["kind"] + "_" + job["variant"] if "variant" in job else job["kind"]
+    result = {
+        "cost": cost_job, "ceilings": ceilings_job, "train_project": train_job, "train_eager": plain_train_job,
+        "sample_project": sample_job, "sample_eager": plain_sample_job, "evaluate_project": evaluate_job,
     }[kind](job)  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
-        Path(job["result"]).write_text(json.dumps(found), encoding="utf-8")
+        Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 def measured(job: dict, timer, images_per_lap: int, forwards: int = 1) -> dict:
@@ -79,7 +79,7 @@ def ceilings_job(job: dict) -> dict:
     distributed.set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     large = 4 if device.type == "cuda" else 1
-    found: dict = {"device": device.type}
+    result: dict = {"device": device.type}
     for precision in job["precisions"]:
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
@@ -104,8 +104,8 @@ def ceilings_job(job: dict) -> dict:
                 x, w = x.to(memory_format=layout), w.to(memory_format=layout)
                 work = 2 * 9 * len(x) * channels**2 * side**2
                 convolutions.append(best(work, lambda x=x, w=w: F.conv2d(x, w, padding=1)))
-        found[name_of(precision)] = {"matmul": max(products), "convolution": max(convolutions)}
-    return found
+        result[name_of(precision)] = {"matmul": max(products), "convolution": max(convolutions)}
+    return result
 
 
 def material(job: dict):

@@ -41,8 +41,8 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     augment = RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.92, 1.08))
     for _ in trange(steps, desc=args.name):
-        picked = torch.randint(len(train_x), (BATCH,))
-        loss = F.cross_entropy(net(augment(train_x[picked])), train_y[picked])
+        indices = torch.randint(len(train_x), (BATCH,))
+        loss = F.cross_entropy(net(augment(train_x[indices])), train_y[indices])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

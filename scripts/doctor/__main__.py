@@ -73,9 +73,9 @@ def main() -> None:
     for check in CHECKS:
         try:
             for level, text in check(context):
-                say(context, level, check, text)
+                report(context, level, check, text)
         except UserError as error:
-            say(context, "fail", check, str(error))
+            report(context, "fail", check, str(error))
     failed = sum(level == "fail" for level, _, _ in context.lines)
     warned = sum(level == "warn" for level, _, _ in context.lines)
     counts = f"{failed} failed, {warned} warned, {len(context.lines) - failed - warned} passed"
@@ -86,7 +86,7 @@ def main() -> None:
     accelerator.print(cli.summary(counts, args.start, f"start the training with: {subprocesses.command(*train)}"))
 
 
-def say(context: Context, level: str, check: Callable, text: str) -> None:
+def report(context: Context, level: str, check: Callable, text: str) -> None:
     name = check.__name__.replace("_", " ")
     context.lines.append((level, name, text))
     context.accelerator.print(f"{level}  {name}: {text}", flush=True)
@@ -96,7 +96,7 @@ Lines = Iterator[tuple[str, str]]  # (pass | warn | fail, the result and how to 
 
 
 def devices(context: Context) -> Lines:
-    """Processes against GPUs; a launcher that starts too few of them has been refused by runtime.start."""
+    """Processes against GPUs; build_accelerator has refused a launcher that starts too few."""
     accelerator, gpus = context.accelerator, torch.cuda.device_count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     text = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) each"
@@ -116,7 +116,7 @@ def devices(context: Context) -> Lines:
 
 
 def folder(context: Context) -> Lines:
-    """Free to begin a run in, and writable."""
+    """Free for a new run, and writable."""
     open_run(context.args.config, context.args.exp_dir, None, context.args.overrides, Config)
     parent = existing(context.run_dir)
     if not os.access(parent, os.W_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
@@ -126,7 +126,7 @@ def folder(context: Context) -> Lines:
 
 
 def existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
+    """The nearest folder above that exists."""
     path = path.absolute()
     return path if path.is_dir() else existing(path.parent)
 
@@ -212,7 +212,7 @@ def batch(context: Context) -> Lines:
 
 
 def ema(context: Context) -> Lines:
-    """What the averages forget of the random start, and over how many steps they reach."""
+    """How much of the random start remains in the averages, and how many steps they span."""
     cfg, per_step = context.cfg, context.cfg.train.batch_size
     images = cfg.train.steps * per_step
     for half_life in schema.half_lives(cfg):
@@ -247,7 +247,7 @@ def learning_rate(context: Context) -> Lines:
 
 
 def pauses(context: Context) -> Lines:
-    """How much of the run a crash can cost, and what it leaves to look at."""
+    """How much of the run a crash can cost."""
     cfg = context.cfg.train
     every = cfg.checkpoint_every_steps
     if not every or every >= cfg.steps:
@@ -278,7 +278,7 @@ def trial(context: Context) -> Lines:
 
 
 def memory(context: Context) -> Lines:
-    """The peak of a process against kind available is for it."""
+    """The peak of a process against the memory that is available to it."""
     if context.trial is None:
         return
     used = context.trial.peak_bytes
@@ -297,7 +297,7 @@ def memory(context: Context) -> Lines:
 
 
 def disk(context: Context) -> Lines:
-    """All checkpoints, with the one that is being written, and all snapshots."""
+    """All checkpoints, the one being written, and all snapshots, against the free space."""
     if context.trial is None:
         return
     cfg, result = context.cfg.train, context.trial
