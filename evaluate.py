@@ -32,31 +32,24 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
-    parser.add_argument("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    cli.add_config_flag(parser)
+    cli.add_weights_flag(parser, required=False)
     parser.add_argument("--samples", type=Path, metavar="DIR", help="score this folder of images, no weights needed")
-    parser.add_argument("--methods", nargs="+", choices=SOLVERS, default=["euler"], help="solvers (default: euler)")
+    cli.add_methods_flag(parser, SOLVERS, ["euler"])
     cli.add_step_flags(parser, [100], several=True)
     cli.add_solver_flags(parser)
-    parser.add_argument("--guidance_scale", nargs="+", type=cli.guidance_scale, default=[1.0], help="(default: 1, off)")
-    parser.add_argument(
-        "--labels",
-        nargs="+",
-        metavar="CLASS",
-        help="classes by name or number, in turn (default: each as often as in the reference or training set)",
-    )
+    cli.add_guidance_flag(parser, several=True)
+    cli.add_labels_flag(parser, "each as often as in the reference or training set")
     parser.add_argument(
         "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
     )
-    parser.add_argument("--n_samples", type=cli.at_least(2), default=50_000, help="images a row (default: 50000)")
-    parser.add_argument("--repeats", type=cli.at_least(1), default=1, help="image ranges a row is repeated on (default: 1)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
-    parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
-    parser.add_argument("--feature_extractor", default=INCEPTION, metavar="NAME", help=f"(default: {INCEPTION})")
-    parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
-    parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
+    cli.add_count_flag(parser, "--n_samples", "images per row", 50_000, least=2)
+    cli.add_count_flag(parser, "--repeats", "image ranges that a row is repeated on", 1)
+    cli.add_seed_flag(parser)
+    cli.add_batch_size_flag(parser)
+    cli.add_precision_flag(parser)
+    cli.add_compile_flag(parser)
+    cli.add_feature_flags(parser, INCEPTION)
     parser.add_argument(
         "--reference",
         metavar="DIR|NPZ|NAME",
@@ -67,7 +60,7 @@ def parse_args():
         help=f"(default: {' '.join(metrics.DEFAULT)}, which take seconds; kid and prc take minutes for 50,000 images)",
     )  # fmt: skip
     parser.add_argument("--no_control", action="store_true", help="leave out the row of real images that shows the floor")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: evaluation/ beside the weights or samples)")
+    cli.add_output_flag(parser, use="(default: evaluation/ beside the weights or samples)", required=False)
     return parser.parse()
 
 

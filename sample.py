@@ -5,9 +5,6 @@ little on its batch, so --bspp must stay the same). An interrupted run resumes. 
 (PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 
-from pathlib import Path
-
-from configs import schema
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, images, output, snapshot
@@ -25,22 +22,20 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
-    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
-    parser.add_argument("--n_samples", type=cli.at_least(1), required=True, help="number of images")
-    parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--sampling_method", choices=SOLVERS, default="euler", help="solver (default: euler)")
+    cli.add_config_flag(parser)
+    cli.add_weights_flag(parser)
+    cli.add_count_flag(parser, "--n_samples", "number of images", required=True)
+    cli.add_output_flag(parser, "--save_dir")
+    cli.add_method_flag(parser, SOLVERS, "euler")
     cli.add_step_flags(parser, [100], several=False)
     cli.add_solver_flags(parser)
-    parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
-    parser.add_argument(
-        "--labels", nargs="+", metavar="CLASS", help="classes by name or number, one image after the other (default: all)"
-    )
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
-    parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
+    cli.add_batch_size_flag(parser)
+    cli.add_seed_flag(parser)
+    cli.add_labels_flag(parser)
+    cli.add_prompts_flag(parser)
+    cli.add_guidance_flag(parser)
+    cli.add_precision_flag(parser)
+    cli.add_compile_flag(parser)
     parser.add_argument("--grid_by_class", action="store_true", help="grid.png: a row, not a column, for each class or prompt")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 [N, H, W, C], labels [N]")
     return parser.parse()

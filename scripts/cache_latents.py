@@ -46,16 +46,14 @@ SHOWN = 32  # pairs of the picture of --check
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="its data section names the images")
+    cli.add_config_flag(parser, "its data section names the images")
     parser.add_argument("--vae", required=True, metavar="FOLDER|ID", help="AutoencoderKL: a folder, or owner/name on the hub")
     cli.add_output_flag(parser, "--save_dir")
     parser.add_argument("--flipped", choices=("yes", "no"), default="yes", help="also encode mirror images (default: yes)")
     cli.add_batch_size_flag(parser, 32)
-    parser.add_argument("--shard_images", type=cli.at_least(1), default=1024, help="images a file (default: 1024)")
-    parser.add_argument("--check", type=cli.at_least(2), metavar="N", help="decode N latents and compare with their images")
-    parser.add_argument("--feature_extractor", default=INCEPTION, metavar="NAME", help=f"of --check (default: {INCEPTION})")
-    parser.add_argument("--feature_layer", metavar="LAYER", help="of --check (default: that of the Frechet distance)")
-    parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
+    cli.add_count_flag(parser, "--shard_images", "images per file", 1024)
+    cli.add_count_flag(parser, "--check", "decode N latents and compare with their images, also by features", least=2)
+    cli.add_feature_flags(parser, INCEPTION)
     cli.add_precision_flag(parser)
     return parser.parse()
 

@@ -61,10 +61,10 @@ def parse_args():
     parser.add_argument("--weights", nargs="+", required=True, metavar="PATH", help="run folders or .safetensors files")
     parser.add_argument("--names", nargs="+", metavar="TEXT", help="titles, one for each (default: names of the runs)")
     cli.add_output_flag(parser)
-    parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="euler", help="(default: euler)")
+    cli.add_method_flag(parser, DETERMINISTIC, "euler")
     cli.add_step_flags(parser, [2, 100], several=True)
-    parser.add_argument("--n_samples", type=cli.at_least(2), default=10_000, help="of the distance (default: 10000)")
-    parser.add_argument("--frames", type=cli.at_least(2), default=32, help="of the GIF (default: 32)")
+    cli.add_count_flag(parser, "--n_samples", "points of the distance", 10_000, least=2)
+    cli.add_count_flag(parser, "--frames", "frames of the GIF", 32, least=2)
     cli.add_seed_flag(parser)
     return parser.parse()
 

@@ -3,8 +3,6 @@
 Samples of it differ by rounding alone; every script takes it as any other snapshot.
 """
 
-from pathlib import Path
-
 import torch
 
 from configs.schema import UserError
@@ -18,7 +16,7 @@ EXAMPLES = "  python -m scripts.export --weights runs/mnist --out mnist.safetens
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new .safetensors file")
+    cli.add_output_flag(parser, use="the new .safetensors file", metavar="FILE")
     return parser.parse()
 
 

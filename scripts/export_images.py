@@ -24,8 +24,8 @@ AHEAD = 1000  # images a round
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_output_flag(parser, "--save_dir")
-    parser.add_argument("--size", type=cli.at_least(1), help="side in pixels (default: that of the data set)")
-    parser.add_argument("--n_images", type=cli.at_least(1), help="the first N (default: all)")
+    cli.add_count_flag(parser, "--size", "side in pixels (default: that of the data set)")
+    cli.add_count_flag(parser, "--n_images", "the first N (default: all)")
     return parser.parse()
 
 

@@ -26,8 +26,8 @@ EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 -
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
-    parser.add_argument("--n_images", type=cli.at_least(2), default=100, help="the first of the data set (default: 100)")
-    parser.add_argument("--hutchinson_samples", type=cli.at_least(1), default=1, help="random directions an image (default: 1)")
+    cli.add_count_flag(parser, "--n_images", "the first of the data set", 100, least=2)
+    cli.add_count_flag(parser, "--hutchinson_samples", "random directions per image", 1)
     parser.add_argument("--rtol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--atol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--test", action="store_true", help="images of the test part, for data sets that have one")

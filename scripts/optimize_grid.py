@@ -31,15 +31,13 @@ EXAMPLES = (
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
-    parser.add_argument("--methods", nargs="+", choices=FIXED_GRID, default=["euler", "ab2", "unipc"])
+    cli.add_methods_flag(parser, FIXED_GRID, ["euler", "ab2", "unipc"])
     parser.add_argument("--steps", nargs="+", type=cli.at_least(2), default=[4, 5, 6, 8, 10], help="(default: 4 5 6 8 10)")
     cli.add_guidance_flag(parser)
     cli.add_prompts_flag(parser)
-    parser.add_argument(
-        "--n_images", type=cli.at_least(2), default=32, help="to fit on, and as many to decide on (default: 32)"
-    )
-    parser.add_argument("--reference_steps", type=cli.at_least(16), default=64, help="of the trajectories (default: 64)")
-    parser.add_argument("--evaluations", type=cli.at_least(1), default=100, help="of the error in a descent (default: 100)")
+    cli.add_count_flag(parser, "--n_images", "images to fit on, and as many to decide on", 32, least=2)
+    cli.add_count_flag(parser, "--reference_steps", "steps of the fine trajectories", 64, least=16)
+    cli.add_count_flag(parser, "--evaluations", "evaluations of the error in a descent", 100)
     cli.add_seed_flag(parser, 1)
     return parser.parse()
 

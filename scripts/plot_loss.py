@@ -25,8 +25,8 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--runs", nargs="+", type=Path, required=True, metavar="DIR", help="run folders")
     parser.add_argument("--against", choices=("step", "images"), default="step", help="horizontal axis (default: step)")
-    parser.add_argument("--smooth", type=cli.at_least(1), default=1, help="mean over so many rows (default: 1, off)")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    cli.add_count_flag(parser, "--smooth", "mean over N rows", 1)
+    cli.add_output_flag(parser, use="picture to write", metavar="PNG")
     return parser.parse()
 
 

@@ -40,7 +40,7 @@ COLUMNS = 8  # images of a class in a panel of the figure
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES, kind=RectifyConfig, keys="configs/rectify.py")
-    parser.add_argument("-c", "--config", metavar="YAML", required=True, help="e.g. configs/mnist_rectify.yaml")
+    cli.add_config_flag(parser, "e.g. configs/mnist_rectify.yaml", required=True)
     parser.add_argument("--launcher", metavar="COMMAND", help="what starts each script (default: this Python)")
     return parser.parse()
 

@@ -36,23 +36,21 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
     methods = [m for m in FIXED_GRID if m not in ("ddim", "heun2")]  # which are euler and heun
-    parser.add_argument("--methods", nargs="+", choices=FIXED_GRID, default=methods, help=f"(default: {' '.join(methods)})")
+    cli.add_methods_flag(parser, FIXED_GRID, methods)
     parser.add_argument(
         "--grids", nargs="+", choices=[*time_grids.GRIDS, "optimized"], default=["uniform"], help="(default: uniform)"
     )
     cli.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)
     cli.add_guidance_flag(parser)
     cli.add_prompts_flag(parser)
-    parser.add_argument("--n_images", type=cli.at_least(1), default=32, help="(default: 32)")
+    cli.add_count_flag(parser, "--n_images", "number of images", 32)
     cli.add_seed_flag(parser)
     parser.add_argument(
         "--t_end", type=cli.fraction, default=1.0, metavar="T", help="stop there: near the data the order hides (default: 1)"
     )
     parser.add_argument("--float64", action="store_true", help="the network in float64, to see small distances")
-    parser.add_argument(
-        "--num_fid_images", type=cli.at_least(2), metavar="N", help="Frechet distance of N images (default: none)"
-    )
-    parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of --num_fid_images (default: mnist)")
+    cli.add_count_flag(parser, "--num_fid_images", "Frechet distance of N images (default: none)", least=2)
+    cli.add_extractor_flag(parser, "mnist")
     cli.add_precision_flag(parser, "--num_fid_images")
     cli.add_output_flag(parser)
     return parser.parse()

@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from configs import schema
@@ -98,7 +98,7 @@ def duration(seconds: float) -> str:
 
 def parse_training(parser: Parser) -> argparse.Namespace:
     """The command line of a trainer: -c, -e, -mp, which becomes an override, and configuration keys."""
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; a resumed run defaults to its own")
+    add_config_flag(parser, "configuration; a resumed run defaults to its own")
     parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
     args = parser.parse()
@@ -118,19 +118,57 @@ def add_weights_flag(parser: argparse.ArgumentParser, required: bool = True) -> 
     parser.add_argument("--weights", required=required, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
 
 
-def add_snapshot_config_flag(parser: argparse.ArgumentParser) -> None:
-    """-c, of scripts that take their configuration from the weights."""
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
+def add_config_flag(
+    parser: argparse.ArgumentParser, use: str = "configuration; default: the one inside the weights", required: bool = False
+) -> None:
+    """-c."""
+    parser.add_argument("-c", "--config", metavar="YAML", required=required, help=use)
+
+
+def add_count_flag(
+    parser: argparse.ArgumentParser, flag: str, use: str, default: int | None = None, least: int = 1, required: bool = False
+) -> None:
+    """A whole number of at least `least`."""
+    shown = f" (default: {default})" if default is not None else ""
+    parser.add_argument(flag, type=at_least(least), default=default, required=required, metavar="N", help=use + shown)
 
 
 def add_batch_size_flag(parser: argparse.ArgumentParser, default: int = 100) -> None:
     """--bspp, the batch size per process."""
-    parser.add_argument("--bspp", type=at_least(1), default=default, help=f"batch size per process (default: {default})")
+    add_count_flag(parser, "--bspp", "batch size per process", default)
 
 
 def add_seed_flag(parser: argparse.ArgumentParser, default: int = 8888, use: str = "noise") -> None:
     """--seed, and what it is the seed of."""
-    parser.add_argument("--seed", type=at_least(0), default=default, help=f"seed of the {use} (default: {default})")
+    add_count_flag(parser, "--seed", f"seed of the {use}", default, least=0)
+
+
+def add_method_flag(parser: argparse.ArgumentParser, choices: Iterable[str], default: str) -> None:
+    """--sampling_method, one solver."""
+    parser.add_argument("--sampling_method", choices=choices, default=default, help=f"solver (default: {default})")
+
+
+def add_methods_flag(parser: argparse.ArgumentParser, choices: Iterable[str], default: list[str]) -> None:
+    """--methods, several solvers."""
+    shown = " ".join(default)
+    parser.add_argument("--methods", nargs="+", choices=choices, default=default, help=f"solvers (default: {shown})")
+
+
+def add_extractor_flag(parser: argparse.ArgumentParser, default: str, use: str = "network of the Frechet distance") -> None:
+    """--feature_extractor, by name."""
+    parser.add_argument("--feature_extractor", default=default, metavar="NAME", help=f"{use} (default: {default})")
+
+
+def add_feature_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """--feature_extractor, --feature_layer and --feature_weights."""
+    add_extractor_flag(parser, default)
+    parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
+    parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
+
+
+def add_compile_flag(parser: argparse.ArgumentParser) -> None:
+    """--compile."""
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
 
 
 def add_precision_flag(parser: argparse.ArgumentParser, use: str = "the network") -> None:
@@ -139,18 +177,17 @@ def add_precision_flag(parser: argparse.ArgumentParser, use: str = "the network"
     parser.add_argument("-mp", "--mixed_precision", choices=choices, default="no", help=f"of {use} (default: no)")
 
 
-def add_guidance_flag(parser: argparse.ArgumentParser) -> None:
-    """--guidance_scale, one number."""
-    parser.add_argument(
-        "--guidance_scale", type=guidance_scale, default=1.0, metavar="W", help="v_u + w (v_c - v_u) (default: 1, off)"
-    )
+def add_guidance_flag(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """--guidance_scale, one number or `several`."""
+    nargs, default = ("+", [1.0]) if several else (None, 1.0)
+    shown = "v_u + w (v_c - v_u) (default: 1, off)"
+    parser.add_argument("--guidance_scale", nargs=nargs, type=guidance_scale, default=default, metavar="W", help=shown)
 
 
-def add_labels_flag(parser: argparse.ArgumentParser, things: str = "image") -> None:
-    """--labels, taken in turn."""
-    parser.add_argument(
-        "--labels", nargs="+", metavar="CLASS", help=f"classes by name or number, one {things} after the other (default: all)"
-    )
+def add_labels_flag(parser: argparse.ArgumentParser, default: str = "all") -> None:
+    """--labels, taken in turn; `default` describes those without the flag."""
+    use = f"classes by name or number, in turn (default: {default})"
+    parser.add_argument("--labels", nargs="+", metavar="CLASS", help=use)
 
 
 def add_prompts_flag(parser: argparse.ArgumentParser) -> None:
@@ -158,9 +195,15 @@ def add_prompts_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
 
 
-def add_output_flag(parser: argparse.ArgumentParser, flag: str = "--out") -> None:
-    """The output folder."""
-    parser.add_argument(flag, type=Path, required=True, metavar="DIR", help="output folder")
+def add_output_flag(
+    parser: argparse.ArgumentParser,
+    flag: str = "--out",
+    use: str = "output folder",
+    metavar: str = "DIR",
+    required: bool = True,
+) -> None:
+    """The output folder or file."""
+    parser.add_argument(flag, type=Path, required=required, metavar=metavar, help=use)
 
 
 def add_step_flags(parser: argparse.ArgumentParser, default: list[int], several: bool) -> None:

@@ -30,9 +30,9 @@ EXAMPLES = "  python -m scripts.benchmark.baseline -c configs/cifar10_fast.yaml 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", required=True, metavar="YAML", help="its data, network, batch size and learning rate")
+    cli.add_config_flag(parser, "its data, network, batch size and learning rate", required=True)
     parser.add_argument("--minutes", type=float, required=True, help="of training")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the snapshot, a new .safetensors file")
+    cli.add_output_flag(parser, use="the new .safetensors file", metavar="FILE")
     return parser.parse()
 
 

@@ -189,12 +189,10 @@ def blank_snapshot(job: dict) -> Path:
     return path
 
 
-def sample_job(job: dict) -> dict:
-    """What sample.py does: `generate`, then PNG files; "network" and, of latents, "decoder" are sections."""
+def timed_flow(job: dict):
+    """(timer, accelerator, snapshot, model, sampler settings) of untrained weights; the network is the section "network"."""
     from dataclasses import replace
 
-    from flow.sampling.generate import generate, shard
-    from flow.sampling.images import ImageWriter
     from flow.sampling.settings import SamplerSettings
     from scripts.benchmark.timer import TimedNetwork, Timer
 
@@ -203,10 +201,20 @@ def sample_job(job: dict) -> dict:
     snap = snapshot.load(blank_snapshot(job))
     model = snap.model()
     distributed.prepare_model(model.net, accelerator, job["compile"])
-    prompts = ("a",) if model.net.max_prompt_bytes else None
-    decode = timer.watch("decoder", model.decode) if model.decode else None
-    model = replace(model, net=TimedNetwork(model.net, timer, "network"), decode=decode)
-    settings = SamplerSettings(steps=job["sampling_steps"], prompts=prompts)
+    sampler = SamplerSettings(steps=job["sampling_steps"], prompts=("a",) if model.net.max_prompt_bytes else None)
+    return timer, accelerator, snap, replace(model, net=TimedNetwork(model.net, timer, "network")), sampler
+
+
+def sample_job(job: dict) -> dict:
+    """What sample.py does: `generate`, then PNG files; "network" and, of latents, "decoder" are sections."""
+    from dataclasses import replace
+
+    from flow.sampling.generate import generate, shard
+    from flow.sampling.images import ImageWriter
+
+    timer, accelerator, snap, model, settings = timed_flow(job)
+    if model.decode:
+        model = replace(model, decode=timer.watch("decoder", model.decode))
     indices = range(job["sampling_batch"] * (job["warmup"] + job["sampling_batches"]))
     batches = generate(accelerator, model, snap.image_shape, shard(accelerator, indices, job["sampling_batch"]), settings)
     with tempfile.TemporaryDirectory() as scratch, ImageWriter(Path(scratch)) as writer:
@@ -233,19 +241,11 @@ def plain_sample_job(job: dict) -> dict:
 
 def evaluate_job(job: dict) -> dict:
     """A row of evaluate.py, from noise to distance; "network" and "features" are sections."""
-    from dataclasses import replace
-
     from flow.evaluation.runner import Evaluation, EvaluationSettings, load_real_images
     from flow.sampling.generate import generate, shard
-    from flow.sampling.settings import SamplerSettings
-    from scripts.benchmark.timer import TimedNetwork, Timer
+    from scripts.benchmark.timer import TimedNetwork
 
-    timer = Timer(synchronize=True)
-    accelerator = distributed.build_accelerator(job["precision"])
-    snap = snapshot.load(blank_snapshot(job))
-    model = snap.model()
-    distributed.prepare_model(model.net, accelerator, job["compile"])
-    model = replace(model, net=TimedNetwork(model.net, timer, "network"))
+    timer, accelerator, snap, model, sampler = timed_flow(job)
     settings = EvaluationSettings(
         "benchmark", job["n_samples"], batch_size=job["sampling_batch"], feature_extractor=job["feature_extractor"],
         metrics=("fid",),
@@ -253,7 +253,6 @@ def evaluate_job(job: dict) -> dict:
     real_images = load_real_images(None, accelerator, snap.decoded_shape, snap.config)
     evaluation = Evaluation.build(settings, accelerator, Path(job["scratch"]), snap.decoded_shape, real_images)
     evaluation.extractor = TimedNetwork(evaluation.extractor, timer, "features")
-    sampler = SamplerSettings(steps=job["sampling_steps"], prompts=("a",) if model.net.max_prompt_bytes else None)
     batches = shard(accelerator, range(job["n_samples"]), job["sampling_batch"])
     images = ((b.indices, b.images) for b in generate(accelerator, model, snap.image_shape, batches, sampler))
     timer.first_lap = time.time()

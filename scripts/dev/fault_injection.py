@@ -95,10 +95,10 @@ JOBS = {
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--kills", type=cli.at_least(1), default=100, metavar="N", help="number of kills (default: 100)")
+    cli.add_count_flag(parser, "--kills", "number of kills", 100)
     parser.add_argument("--script", choices=JOBS, default="train", help="script to kill (default: train)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of the moments (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder that keeps everything (default: a temporary one)")
+    cli.add_seed_flag(parser, 0, "moments")
+    cli.add_output_flag(parser, use="folder that keeps everything (default: a temporary one)", required=False)
     return parser.parse()
 
 

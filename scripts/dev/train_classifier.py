@@ -28,8 +28,8 @@ EPOCHS = {"digits": 100, "mnist": 6}
 def main() -> None:
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--name", choices=tuple(SIDES), required=True)
-    parser.add_argument("--epochs", type=cli.at_least(1), help="default: 100 for digits, 6 for mnist")
-    parser.add_argument("--seed", type=cli.at_least(0), default=0)
+    cli.add_count_flag(parser, "--epochs", "passes over the data (default: 100 for digits, 6 for mnist)")
+    cli.add_seed_flag(parser, 0, "weights and order")
     args = parser.parse()
     epochs = args.epochs or EPOCHS[args.name]
     train_x, train_y, test_x, test_y = split(args.name, args.seed)
