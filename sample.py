@@ -64,12 +64,12 @@ def main() -> None:
         folder = args.save_dir / "images"
         if accelerator.is_main_process:
             output.check_output_dir(args.save_dir, snap, settings, net.num_classes, args.mixed_precision, args.bspp)
-            if len(snap.image_shape) == 3:
+            if not snap.space.is_points:
                 folder.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
         distributed.prepare_model(net, accelerator, args.compile)
         work = accelerator, model, snap.image_shape, range(args.n_samples), args.bspp, settings
-        if len(snap.image_shape) == 1:
+        if snap.space.is_points:
             points, nfe = output.sample_points(*work)
             if points is not None:
                 output.write_npz(args.save_dir / "samples.npz", points.numpy(), settings, net.num_classes)

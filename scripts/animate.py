@@ -60,7 +60,7 @@ def main() -> None:
     model = snap.model()
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
-    plane = len(snap.image_shape) == 1
+    plane = snap.space.is_points
     with error_context("animate"):
         validate(settings, model.net)
         if plane and model.net.num_classes is not None:
@@ -74,7 +74,7 @@ def main() -> None:
 
 def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
     """Write the requested pictures."""
-    plane = len(snap.image_shape) == 1
+    plane = snap.space.is_points
     pictures = []
     if not plane or {"flow", "density"} & set(args.pictures):
         indices = range(args.n or (20_000 if plane else 50))
@@ -175,7 +175,7 @@ def moving_images(out: Path, times: list[float], states: list[Tensor], names: li
 
 def margin_of(settings: SamplerSettings, snap: snapshot.Snapshot, num_classes: int | None) -> list[str]:
     """The name of each column of images, where there are few: its prompt, or its class."""
-    names = getattr(snap, "class_names", None) or ()
+    names = snap.class_names
     columns = settings.prompts or [names[k] if k < len(names) else str(k) for k in range(num_classes or 0)]
     return list(columns) if len(columns) <= 20 else []
 

@@ -33,6 +33,7 @@ from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images
 from flow.sampling.generate import index_batches, shard
 from flow.sampling.images import psnr, to_float, to_uint8
+from flow.sampling.space import Space
 from models import autoencoder
 from models.autoencoder import VAE
 
@@ -64,9 +65,9 @@ def main() -> None:
     accelerator = distributed.build_accelerator(args.mixed_precision)
     with error_context("data"):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
-        if data.codec or len(data.image_shape) != 3:
+        if not Space(data.image_shape, data.codec).is_pixels:
             raise ValueError(f"data.name={source.name}: holds no images to encode")
-    for note in getattr(data, "notes", []):
+    for note in data.notes:
         accelerator.print(f"note: {note}")
     with error_context("--vae"):
         vae = distributed.main_process_first(accelerator, lambda: autoencoder.load(args.vae)).to(accelerator.device)

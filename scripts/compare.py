@@ -111,7 +111,7 @@ def compare(
 
 def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:
     """The points that the flow was trained on, [N, 2]. Raises UserError for a flow of anything else, or one with labels."""
-    if len(snap.image_shape) != 1 or model.net.num_classes is not None:
+    if not snap.space.is_points or model.net.num_classes is not None:
         raise UserError(f"--weights {path}: is not a flow of points without labels; to compare images use evaluate.py")
     snap.check_data()
     source = snap.config.data

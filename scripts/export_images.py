@@ -16,6 +16,7 @@ from configs.schema import UserError
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
+from flow.sampling.space import Space
 
 EXAMPLES = "  python -m scripts.export_images --save_dir data/mnist64 --size 64 data.name=mnist"
 AHEAD = 1000  # images a round
@@ -35,7 +36,7 @@ def main() -> None:
     accelerator = distributed.build_single_process_accelerator("export_images")
     with error_context("data"):
         data = datasets.build(source.name, source.root, source.args)
-        if data.codec or len(data.image_shape) != 3:
+        if not Space(data.image_shape, data.codec).is_pixels:
             raise ValueError(f"data.name={source.name}: holds no images")
     with lock.folder(args.save_dir, accelerator):
         export(args, accelerator, data)

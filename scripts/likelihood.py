@@ -57,7 +57,7 @@ def main() -> None:
     batches = index_batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
     results, nfe = [], 0
     dimensions = int(np.prod(data.image_shape))
-    points = len(data.image_shape) == 1
+    points = snap.space.is_points
     with distributed.progress(accelerator, sum(map(len, batches)), "likelihood (images of this process)") as bar:
         for batch in batches:
             images, labels = zip(*(data[k] for k in batch), strict=True)

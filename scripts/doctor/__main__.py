@@ -139,9 +139,9 @@ def data(context: Context) -> Lines:
     context.data = dataset
     text = f"{cfg.name}, {len(dataset):,} of shape {'x'.join(map(str, dataset.image_shape))}"
     text += f", {len(dataset.class_names)} classes" if dataset.labels is not None else ", no labels"
-    for note in getattr(dataset, "notes", []):
+    for note in dataset.notes:
         yield "warn", note
-    if hasattr(dataset, "images"):
+    if dataset.access == "memory":
         if not torch.isfinite(dataset.images if dataset.images.is_floating_point() else torch.zeros(1)).all():
             yield "fail", f"{text}: not all values are finite numbers; generate it again"
             return
