@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,10 @@ from PIL import Image
 from test_readme import blocks
 
 import datasets
+import sample
 from configs import schema
+from scripts import animate, quickstart
+from scripts.dev import gallery
 
 # What follows a command to make it tiny; a later flag or key wins over an earlier one.
 TRAIN = (
@@ -115,6 +119,18 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
     if "optimized" in arguments:
         more += ["--sampling_steps", "6"]
     return script, [*arguments, *more]
+
+
+@pytest.mark.parametrize("chain", [quickstart, gallery], ids=["quickstart", "gallery"])
+def test_suggestion_after_chain_parses(here, monkeypatch, chain):
+    """The commands of the chain are not run here."""
+    monkeypatch.setattr(chain, "run_command", lambda arguments: None)
+    monkeypatch.setattr(gallery, "outdated", lambda pictures, weights: False)
+    (line,) = SUGGESTION.findall(here(chain.__name__.rpartition(".")[2]))
+    script, arguments = tiny(shlex.split(line)[1:])
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    parsed = {"sample.py": sample, "scripts.animate": animate}[script].parse_args()
+    assert parsed.weights in ("runs/digits", "runs/gallery/checkerboard")
 
 
 @pytest.mark.parametrize("left_out", [LEFT_OUT + SLOW, pytest.param(LEFT_OUT, marks=pytest.mark.slow)], ids=["short", "all"])
