@@ -1,7 +1,7 @@
 """The U-Net of DDPM's drawing: torchcfm's CIFAR-10 network, and its parameters counted layer by layer."""
 
 import torch
-from test_models import SMALL, attention_heights
+from test_networks import SMALL, attention_heights
 
 import models
 from configs import schema
