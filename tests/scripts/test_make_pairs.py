@@ -78,7 +78,8 @@ def test_inverted_pairs_are_real_images(data):
     assert 0.5 < data.noise.float().std() < 2
 
 
-def test_missing_and_damaged_shards_are_named_and_made_again_alone(tmp_path, folder, tiny_run):
+def test_damaged_shards_are_made_again(tmp_path, folder, tiny_run):
+    """Missing and damaged shards are named, and only they are made again."""
     copy = tmp_path / "pairs"
     copy.mkdir()
     for name, data in contents(folder).items():

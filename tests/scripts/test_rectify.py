@@ -134,7 +134,8 @@ def test_sigterm_lets_the_step_save_and_ends(tmp_path, config):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, config, rectified):
+def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
+    """Killed again and again, it ends with the same files."""
     folder = tmp_path / "cut"
     # the folder's name is part of the configurations inside the weights' headers, so not the bytes but the values are compared
     command = [sys.executable, "-m", "scripts.rectify", "-c", str(config), f"folder={folder}"]

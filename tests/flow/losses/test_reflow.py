@@ -70,7 +70,8 @@ def test_errors_name_the_value_and_what_would_be_right(make, message):
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, [0, 0, 0, 0]), (2, [0, 0, 0.5, 0.5]), (4, [0, 0.25, 0.5, 0.75])])
-def test_distillation_looks_at_the_times_of_euler_steps(steps, expected):
+def test_distillation_times_are_euler_steps(steps, expected):
+    """Distillation trains at the times of Euler steps."""
     seen = []
 
     def net(x, t, y):

@@ -1,0 +1,121 @@
+"""Snapshots: weights, configuration, mistakes, copies beside the checkpoints."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from configs import schema
+from configs.schema import Config, UserError
+from flow.sampling import snapshot
+from flow.training import checkpoint
+
+SHAPE = (1, 8, 8)
+
+
+class Net(nn.Module):
+    """Two weights, a float64 buffer and an integer one."""
+
+    def __init__(self, value: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+        self.register_buffer("scale", torch.full((1,), value, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor([7]))
+
+    def set(self, value: float) -> None:
+        with torch.no_grad():
+            self.weight.fill_(value)
+            self.scale.fill_(value)
+
+
+def save_snapshot(path: Path, step: int, half_life: int = 500) -> dict[str, Tensor]:
+    config = schema.load(None, ["model.args={width: 16}", "train.batch_size=32", "ema.half_life_images=[500,9000]"])
+    weights = {name: value + step for name, value in Net(0.5).state_dict().items()}
+    snapshot.save(path, weights, config, SHAPE, step, half_life)
+    return weights
+
+
+def test_a_snapshot_carries_weights_and_configuration(tmp_path):
+    path = tmp_path / "new" / "a.safetensors"
+    weights = save_snapshot(path, 3)
+    assert list(path.parent.iterdir()) == [path]
+    loaded = snapshot.load(path)
+    assert (loaded.step, loaded.images, loaded.half_life_images, loaded.image_shape) == (3, 96, 500, SHAPE)
+    assert loaded.config.model.args == {"width": 16} and loaded.config.train.batch_size == 32
+    assert loaded.weights.keys() == weights.keys()
+    for name, value in weights.items():
+        assert torch.equal(loaded.weights[name], value) and loaded.weights[name].dtype == value.dtype
+    net = Net()
+    loaded.load_into(net)
+    assert net.weight.tolist() == [3.5, 3.5] and net.count.item() == 10
+
+
+def test_snapshot_configuration_overrides(tmp_path):
+    """Overrides change the configuration of a snapshot and a file replaces it."""
+    save_snapshot(tmp_path / "a.safetensors", 3)
+    changed = snapshot.load(tmp_path / "a.safetensors", overrides=["preview.seed=5"]).config
+    assert changed.preview.seed == 5 and changed.model.args == {"width": 16}
+    (tmp_path / "c.yaml").write_text("model: {args: {width: 24}}")
+    replaced = snapshot.load(tmp_path / "a.safetensors", str(tmp_path / "c.yaml")).config
+    assert replaced.model.args == {"width": 24} and replaced.train.batch_size == Config().train.batch_size
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    save_snapshot(tmp_path / "a.safetensors", 3)
+    loaded = snapshot.load(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"bias is absent in the file, \(2,\) in model\.name=unet"):
+        loaded.load_into(nn.Linear(1, 2))
+    loaded.weights["weight"] = torch.zeros(3)
+    with pytest.raises(UserError, match=r"weight is \(3,\) in the file, \(2,\)"):
+        loaded.load_into(Net())
+
+
+def test_files_that_are_no_snapshots(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_snapshot(path, 3)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(UserError, match=r"a\.safetensors: not a whole safetensors file"):
+        snapshot.load(path)
+    save_file({"w": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"not a snapshot of this project: its header lacks config, "):
+        snapshot.load(path)
+    with pytest.raises(UserError, match="there is no such file or folder"):
+        snapshot.load(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no snapshot"):
+        snapshot.load(tmp_path / "empty")
+
+
+def test_published_snapshots_outlive_their_checkpoints(tmp_path):
+    """Two half-lives, three checkpoints, two kept of each; then the checkpoints go."""
+    run, half_lives = tmp_path / "run", [500, 9000]
+    assert checkpoint.ema_files(half_lives) == ["ema.safetensors", "ema_9000.safetensors"]
+    for step in (9, 10, 11):
+        saved = run / "checkpoints" / f"step_{step:08d}"
+        for name, half_life in zip(checkpoint.ema_files(half_lives), half_lives, strict=True):
+            save_snapshot(saved / name, step, half_life)
+        for _ in range(2):  # a resumed run publishes its last step again
+            checkpoint.link_ema_snapshots(saved, run / "snapshots", step, half_lives, keep=2)
+    names = ("step_00000010", "step_00000010.ema_9000", "step_00000011", "step_00000011.ema_9000")
+    assert {p.name for p in (run / "snapshots").iterdir()} == {f"{name}.safetensors" for name in names}
+
+    newest = run / "snapshots" / "step_00000011.safetensors"
+    assert snapshot.find(run) == newest and snapshot.find(newest) == newest and snapshot.find(run / "snapshots") == newest
+    assert snapshot.find(saved) == saved / "ema.safetensors"
+    shutil.rmtree(run / "checkpoints")
+    assert snapshot.load(run).step == 11 and snapshot.load(run).half_life_images == 500
+    assert snapshot.load(run / "snapshots" / "step_00000010.ema_9000.safetensors").half_life_images == 9000
+
+
+def test_publishing_without_hard_links_copies(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_snapshot(tmp_path / "c" / "ema.safetensors", 4)
+    checkpoint.link_ema_snapshots(tmp_path / "c", tmp_path / "snapshots", 4, [500], keep=0)
+    assert load_file(snapshot.find(tmp_path / "snapshots"))["weight"].tolist() == [4.5, 4.5]
