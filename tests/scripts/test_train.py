@@ -18,7 +18,8 @@ import torch
 from conftest import REPOSITORY, TINY_TRAIN, fail, run_script, succeed
 from safetensors.torch import load_file
 
-from flow.sampling import snapshot
+from flow.runtime import files
+from flow.sampling import images, snapshot
 from flow.training import checkpoint
 from flow.training.logging import read_metrics
 from scripts.dev import fault_injection
@@ -28,6 +29,22 @@ DROPOUT = (
     "num_classes: 10, dropout: 0.1}"
 )
 FORTY = [*TINY_TRAIN, DROPOUT, "train.steps=40", "train.checkpoint_every_steps=20", "train.log_every_steps=15"]
+
+KILLED_IN_PREVIEW = """
+import os, signal
+import train
+
+replace = os.replace
+
+def kill_or_replace(source, target):
+    if os.path.basename(os.path.dirname(target)) == "samples":
+        os.truncate(source, os.path.getsize(source) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = kill_or_replace
+train.main()
+"""
 
 
 def newest(run: Path) -> Path:
@@ -208,6 +225,19 @@ def test_kill_after_checkpoint_loses_nothing(tmp_path, uninterrupted):
     assert lost.read_bytes() == snapshot.find(uninterrupted).read_bytes()
     assert preview.read_bytes() == (uninterrupted / "samples" / preview.name).read_bytes()
     assert not unfinished.exists()
+
+
+def test_kill_while_writing_preview(here, tiny_run, tmp_path):
+    """Killed with half of a preview under its temporary name; the resumed run equals the one that was never killed."""
+    run = tmp_path / "run"
+    result = run_script("-c", KILLED_IN_PREVIEW, *TINY_TRAIN, "-e", run)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    (unfinished,) = (run / "samples").iterdir()
+    assert unfinished.name.startswith(files.TEMPORARY)
+    with pytest.raises(OSError):
+        images.read_png(unfinished)
+    here("train", "-e", run, "-r", "latest")
+    assert fault_injection.compare(tiny_run, run) == []
 
 
 def test_run_folder_holds_what_the_design_promises(uninterrupted):
