@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,18 +99,25 @@ def accelerate_state():
     GradientState._reset_state()
 
 
+def prepare(patch: pytest.MonkeyPatch, script: str, *arguments) -> Callable[[], None]:
+    """The main of a script, ready to be called in this process, which saves the seconds of a start."""
+    patch.chdir(REPOSITORY)
+    patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return importlib.import_module(MAINS.get(script, f"scripts.{script}")).main
+
+
+def run_here(script: str, *arguments) -> None:
+    """`here` for fixtures that live longer than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch, script, *arguments)()
+
+
 @pytest.fixture
 def main_of(monkeypatch):
-    """main_of("sample", *arguments): its main, ready to be called in this process, which saves the seconds of a start."""
-    monkeypatch.chdir(REPOSITORY)
-
-    def prepare(script: str, *arguments) -> Callable[[], None]:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        return importlib.import_module(MAINS.get(script, f"scripts.{script}")).main
-
-    return prepare
+    """main_of("sample", *arguments): its main, see `prepare`."""
+    return partial(prepare, monkeypatch)
 
 
 @pytest.fixture
@@ -143,7 +151,7 @@ def error(main_of, capsys):
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of 4 steps on digits, with labels. Tests must not write to it."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    succeed("train.py", *TINY_TRAIN, "-e", run)
+    run_here("train", *TINY_TRAIN, "-e", run)
     return run
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, succeed
+from conftest import REPOSITORY, run_here, succeed
 from PIL import Image
 
 import datasets
@@ -56,7 +56,7 @@ def data(cache):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache) -> Path:
     path = tmp_path_factory.mktemp("runs") / "latent"
-    succeed("train.py", *TRAIN, f"data.args.path={cache}", "-e", path)
+    run_here("train", *TRAIN, f"data.args.path={cache}", "-e", path)
     return path
 
 

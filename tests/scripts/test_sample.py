@@ -61,7 +61,7 @@ def test_two_processes_write_the_same_bytes(tmp_path, tiny_run, sampled):
     assert contents(tmp_path / "two") == contents(sampled)
 
 
-def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, tiny_run, sampled):
+def test_a_run_that_was_cut_off_goes_on_where_it_was(here, tmp_path, tiny_run, sampled):
     """Whole batches stay untouched; a missing image and an empty one (a crash of the machine) are made again."""
     out = tmp_path / "cut"
     shutil.copytree(sampled, out)
@@ -70,7 +70,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, tiny_run, sampled
     (out / "images" / "000024.png").write_bytes(b"")
     (out / "images" / ".tmp-1-000010.png").write_bytes(b"half")
     os.utime(out / "images" / "000000.png", (1, 1))
-    succeed("sample.py", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
+    here("sample", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
     assert contents(out) == contents(sampled)
     assert (out / "images" / "000000.png").stat().st_mtime == 1
 

@@ -212,7 +212,7 @@ def test_changed_options_of_the_optimizer_are_applied(here, tmp_path, tiny_run):
     assert (*group["betas"], group["eps"], group["weight_decay"]) == (0.8, 0.95, 1e-6, 0)
 
 
-def test_kill_after_checkpoint_loses_nothing(tmp_path, uninterrupted):
+def test_kill_after_checkpoint_loses_nothing(here, tmp_path, uninterrupted):
     """A kill after a checkpoint loses neither snapshot nor preview."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
@@ -221,7 +221,7 @@ def test_kill_after_checkpoint_loses_nothing(tmp_path, uninterrupted):
     preview.unlink()
     unfinished = run / "samples" / ".tmp-step_00000040.png"
     unfinished.write_bytes(b"half a picture")
-    succeed("train.py", "-e", run, "-r", "latest")
+    here("train", "-e", run, "-r", "latest")
     assert lost.read_bytes() == snapshot.find(uninterrupted).read_bytes()
     assert preview.read_bytes() == (uninterrupted / "samples" / preview.name).read_bytes()
     assert not unfinished.exists()
@@ -259,10 +259,10 @@ def test_nonfinite_loss_names_step_and_checkpoint(tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
-def test_init_from_takes_snapshot_weights(tmp_path, uninterrupted):
+def test_init_from_takes_snapshot_weights(here, tmp_path, uninterrupted):
     """With a learning rate of almost nothing, one step leaves the weights where they began."""
     run = tmp_path / "run"
-    succeed("train.py", *FORTY, "-e", run, "train.steps=1", f"train.init_from={uninterrupted}", "optimizer.lr=1e-12")
+    here("train", *FORTY, "-e", run, "train.steps=1", f"train.init_from={uninterrupted}", "optimizer.lr=1e-12")
     before, after = (load_file(snapshot.find(path)) for path in (uninterrupted, run))
     assert max((before[k] - after[k]).abs().max().item() for k in before) < 1e-6
 

@@ -87,7 +87,7 @@ def test_configuration_files(text, message, error, tmp_path):
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "run").exists()
 
 
-def test_image_folders(error, tmp_path):
+def test_image_folders(here, error, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     plain = [*TINY_TRAIN, "data.name=folder", "model.args.num_classes=null", "data.num_workers=0", "-e", tmp_path / "run"]
@@ -98,7 +98,7 @@ def test_image_folders(error, tmp_path):
     line = error("train", *plain, f"data.args={{path: {folder}, size: 8, channels: 1}}")
     assert "3.png: not a readable image" in line
     (folder / "3.png").unlink()  # mended, the run goes on, though it had no checkpoint yet
-    succeed("train.py", "-e", tmp_path / "run", "-r", "latest", "train.steps=1")
+    here("train", "-e", tmp_path / "run", "-r", "latest", "train.steps=1")
     plain[-1] = tmp_path / "new"
     assert "there is no such folder" in error("train", *plain, "data.args={path: nowhere}")
     assert "data: folder cannot be built from {}" in error("train", *plain, "data.args={}")
@@ -132,10 +132,10 @@ def test_edited_config_yaml_cannot_change_a_run(error, tiny_run, tmp_path, key, 
     assert contents(run) == edited
 
 
-def test_samples_are_not_overwritten(error, tiny_run, tmp_path):
+def test_samples_are_not_overwritten(here, error, tiny_run, tmp_path):
     out = tmp_path / "out"
     ask = ["--weights", tiny_run, "--n_samples", "2", "--sampling_steps", "1", "--save_dir", out]
-    succeed("sample.py", *ask)
+    here("sample", *ask)
     before = contents(out)
     assert "holds images of another run (seed 8888, now 1)" in error("sample", *ask, "--seed", "1")
     assert "holds images of another run (guidance_scale" in error("sample", *ask, "--guidance_scale", "2")
@@ -167,10 +167,10 @@ def test_weights(script, error, tiny_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_guidance_needs_a_network_with_labels(error, tmp_path):
+def test_guidance_needs_a_network_with_labels(here, error, tmp_path):
     """Labels and guidance need a network with labels."""
     run = tmp_path / "run"
-    succeed("train.py", *TINY_TRAIN, "-e", run, "model.args.num_classes=null", "train.steps=1")
+    here("train", *TINY_TRAIN, "-e", run, "model.args.num_classes=null", "train.steps=1")
     ask = ["--weights", run, "--n_samples", "2", "--save_dir", tmp_path / "out"]
     assert "was trained without labels" in error("sample", *ask, "--labels", "1")
     assert "needs a network with labels" in error("sample", *ask, "--guidance_scale", "2")
