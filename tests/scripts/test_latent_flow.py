@@ -110,8 +110,8 @@ def test_interrupted_cache_ends_with_same_files(here, vae_folder, cache, tmp_pat
     shutil.copy(cache / "latents_00002.safetensors", out)
     (out / f".tmp-1-{second.name}").write_bytes(b"half")
     printed = here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
-    assert "1600 of them made now" in printed and contents(out) == contents(cache)
-    assert "0 of them made now" in here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
+    assert "1600 of them new" in printed and contents(out) == contents(cache)
+    assert "0 of them new" in here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
 
 
 @pytest.mark.slow
