@@ -201,6 +201,12 @@ def test_tests_patch_no_private_name():
     assert [f"{name_of(file)}:{line}" for file in files for line in private_patches(parse(file))] == []
 
 
+def test_names_of_tests_are_short():
+    names = {node.name for file in FILES if "tests" in file.relative_to(REPOSITORY).parts for node in parse(file).body
+             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}  # fmt: skip
+    assert names and [name for name in names if len(name) > 50] == []
+
+
 def test_one_training_loop():
     """The Trainer's is the only loop over training steps; exceptions are named."""
     files = {name_of(file) for file in FILES for call in calls(parse(file))
