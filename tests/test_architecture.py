@@ -177,7 +177,9 @@ def private_patches(tree: ast.Module) -> list[int]:
             words = [arg.value for arg in call.args[:2] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
             names = [word.rpartition(".")[2] for word in words]
             lines += [call.lineno] if any(n.startswith("_") and not n.startswith("__") for n in names) else []
-    return lines
+    targets = [node.targets[0] for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    private = [t for t in targets if isinstance(t, ast.Attribute) and t.attr.startswith("_") and not t.attr.startswith("__")]
+    return lines + [target.lineno for target in private if ast.unparse(target.value) != "self"]
 
 
 def test_patches_are_found():
@@ -185,9 +187,10 @@ def test_patches_are_found():
     assert patches(ast.parse(source)) == [3, 4, 5, 6]
     assert patches(ast.parse("import os\nmock.patch.dict(os.environ, X='1')\nsetattr(self, 'x', 1)")) == []
     source = (
-        "m.setattr(a, '_b', 1)\nm.setattr('a._b', 1)\nmock.patch('a._b')\nm.setattr(a, 'b', '_c')\nm.setattr(a, '__b__', 1)"
+        "m.setattr(a, '_b', 1)\nm.setattr('a._b', 1)\nmock.patch('a._b')\nm.setattr(a, 'b', '_c')\n"
+        "m.setattr(a, '__b__', 1)\na._b = 1\nself._b = 1"
     )
-    assert private_patches(ast.parse(source)) == [1, 2, 3]
+    assert private_patches(ast.parse(source)) == [1, 2, 3, 6]
 
 
 def test_no_module_is_patched():
@@ -199,6 +202,12 @@ def test_no_module_is_patched():
 def test_tests_patch_no_private_name():
     files = [file for file in FILES if file.relative_to(REPOSITORY).parts[0] == "tests"]
     assert [f"{name_of(file)}:{line}" for file in files for line in private_patches(parse(file))] == []
+
+
+def test_names_of_tests_are_short():
+    names = {node.name for file in FILES if "tests" in file.relative_to(REPOSITORY).parts for node in parse(file).body
+             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}  # fmt: skip
+    assert names and [name for name in names if len(name) > 50] == []
 
 
 def test_one_training_loop():

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, TINY_TRAIN, fail, run_script, succeed
+from conftest import REPOSITORY, TINY_TRAIN, run_script, succeed
 from safetensors.torch import load_file
 
 from flow.runtime import files
@@ -252,9 +252,9 @@ def test_run_folder_holds_what_the_design_promises(uninterrupted):
     assert [p.name for p in checkpoint.list_checkpoints(uninterrupted / "checkpoints")] == ["step_00000020", "step_00000040"]
 
 
-def test_nonfinite_loss_names_step_and_checkpoint(tmp_path):
+def test_nonfinite_loss_names_step_and_checkpoint(error, tmp_path):
     """A learning rate beyond reason: the run ends with one line, and no checkpoint holds broken weights."""
-    line = fail("train.py", *FORTY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0")
+    line = error("train", *FORTY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0")
     assert "the loss or gradient of step " in line and "is not finite" in line and "there is no checkpoint yet" in line
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
@@ -267,10 +267,10 @@ def test_init_from_takes_snapshot_weights(here, tmp_path, uninterrupted):
     assert max((before[k] - after[k]).abs().max().item() for k in before) < 1e-6
 
 
-def test_several_half_lives_and_trackers(tmp_path):
+def test_several_half_lives_and_trackers(here, tmp_path):
     run = tmp_path / "run"
-    succeed(
-        "train.py", *TINY_TRAIN, "-e", run, "ema.half_life_images=[100, 1000]", "train.log_with=[tensorboard]",
+    here(
+        "train", *TINY_TRAIN, "-e", run, "ema.half_life_images=[100, 1000]", "train.log_with=[tensorboard]",
         "train.keep_checkpoints=1", "train.keep_snapshots=1",
     )  # fmt: skip
     assert sorted(p.name for p in (run / "snapshots").iterdir()) == [

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ENTRY_SCRIPTS, TINY_TRAIN, fail, succeed
+from conftest import ENTRY_SCRIPTS, TINY_TRAIN, fail
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -224,7 +224,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_full_disk_leaves_last_checkpoint(small_disk, tmp_path):
+def test_full_disk_leaves_last_checkpoint(here, small_disk, tmp_path):
     """On a file system with room for two checkpoints and a half."""
     disk = small_disk(6500)
     many = [*TINY_TRAIN, "train.steps=8", "train.keep_checkpoints=0", "train.checkpoint_every_steps=1"]
@@ -235,7 +235,7 @@ def test_full_disk_leaves_last_checkpoint(small_disk, tmp_path):
     assert not list((disk / "run" / "checkpoints").glob(".tmp-*"))
     roomy = tmp_path / "roomy"
     shutil.copytree(disk / "run", roomy)
-    succeed("train.py", "-e", roomy, "-r", "latest")
+    here("train", "-e", roomy, "-r", "latest")
 
 
 @pytest.mark.parametrize(
