@@ -66,6 +66,29 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     figure.savefig(path)
 
 
+def distance_against_minutes(
+    path: Path, curves: dict[str, list[tuple[float, list[float]]]], distance: str, floors: list[float]
+) -> None:
+    """Curves {recipe: [(minutes of training, distance of each seed), ...]} as a PNG: means, bars from the smallest to the
+    largest seed, and a dashed line for real images."""
+    figure, axes = _figure(len(curves))
+    for i, (name, points) in enumerate(curves.items()):
+        means = [sum(values) / len(values) for _, values in points]
+        bars = [
+            [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)],
+            [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)],
+        ]
+        axes.errorbar([minutes for minutes, _ in points], means, yerr=bars, capsize=3, label=name, **_look(i))
+    for floor in floors:
+        axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="real images")
+    _value_scale(axes)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("minutes of training steps")
+    axes.set_ylabel(f"{distance}, lower is better")
+    _legend(figure, axes)
+    figure.savefig(path)
+
+
 def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> None:
     """row[key] of the rows of a solver study, {method, grid, NFE, forwards, ...}, as a PNG: a line a (method, grid)."""
     lines: dict[str, list[dict]] = {}
