@@ -50,7 +50,7 @@ class DataConfig:
     args: dict[str, Any] = field(default_factory=dict)  # arguments of the data set
     horizontal_flip: bool = False  # mirror each training image with probability 1/2
     num_workers: int = limited(2, min=0)  # processes that decode images, for sets that are read from disk
-    autoencoder: str | None = None  # of latents: folder or hub id, where it is not where it was when they were made
+    autoencoder: str | None = None  # of latents: folder or hub id, if it has moved since they were encoded
 
 
 @dataclass
@@ -102,14 +102,14 @@ class TrainConfig:
     gradient_accumulation_steps: int = limited(1, min=1)  # micro-batches per optimizer step
     mixed_precision: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16
     compile: bool = False  # torch.compile the network
-    ddp_comm_hook: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16: what processes send each other
+    ddp_comm_hook: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16: precision of gradients between processes
     init_from: str | None = None  # snapshot whose weights a new run starts from
     log_every_steps: int = limited(50, min=1)  # rows of metrics.jsonl, means over the steps between
     sample_every_steps: int = limited(5_000, min=0)  # preview grids; 0: never
     checkpoint_every_steps: int = limited(5_000, min=0)  # besides the one at the end
     keep_checkpoints: int = limited(2, min=0)  # the last ones are retained; 0: all
     keep_snapshots: int = limited(0, min=0)  # the last ones are retained; 0: all
-    log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers of accelerate; metrics.jsonl always
+    log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers by name; metrics.jsonl always
     timeout_minutes: float = 30.0  # a process that waits longer for the others stops
     nonfinite_grad: str = limited("raise", choices=NONFINITE_GRAD)  # raise | skip a step whose gradient is not finite
 

@@ -4,11 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torchvision.datasets as tv_datasets
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -149,27 +148,30 @@ def folder(root: Path, path: str, size: int | None = None, channels: int = 3) ->
 
 def mnist(root: Path, train: bool = True) -> Images:
     """MNIST (LeCun, Cortes & Burges): 60,000 training or 10,000 test digits of 28x28 pixels."""
-    return _idx(_download(tv_datasets.MNIST, root, train))
+    return _idx(_download("MNIST", root, train))
 
 
 def fashion_mnist(root: Path, train: bool = True) -> Images:
     """Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): as MNIST, with clothes."""
-    return _idx(_download(tv_datasets.FashionMNIST, root, train))
+    return _idx(_download("FashionMNIST", root, train))
 
 
 def cifar10(root: Path, train: bool = True) -> Images:
     """CIFAR-10 (Krizhevsky 2009): 50,000 training or 10,000 test images of 32x32 RGB pixels in ten classes."""
-    data = _download(tv_datasets.CIFAR10, root, train)
+    data = _download("CIFAR10", root, train)
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return Images(images, torch.tensor(data.targets), tuple(data.classes))
 
 
-def _idx(data: tv_datasets.MNIST) -> Images:
+def _idx(data: Any) -> Images:
     return Images(data.data.unsqueeze(1), data.targets.long(), tuple(data.classes))
 
 
-def _download(cls: type, root: Path, train: bool):
+def _download(name: str, root: Path, train: bool):
     """The torchvision data set, from the files below root if they are whole, downloaded otherwise."""
+    import torchvision.datasets  # here, as it doubles the seconds before a script that needs none of it does anything
+
+    cls = getattr(torchvision.datasets, name)
     try:
         return cls(root, train=train, download=False)
     except (RuntimeError, ValueError, EOFError, OSError, UnpicklingError):  # torchvision's words for absent or damaged files

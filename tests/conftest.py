@@ -69,6 +69,18 @@ def fail(*command: str | Path, **options) -> str:
     return lines[0]
 
 
+def run_main(*command: str | Path) -> None:
+    """`python COMMAND...` in this process; with tests that change the folder or sys.argv, use `here`."""
+    script, *arguments = [str(word) for word in command if word != "-m"]
+    name = script.removeprefix("scripts.").removesuffix(".py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
+        patch.setattr(sys, "argv", [script, *arguments])
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        importlib.import_module(MAINS.get(name, f"scripts.{name}")).main()
+
+
 def stranger(run: Path, path: Path, replaced: dict[str, str] | None = None, **entries: str) -> Path:
     """The snapshot of a run as a bare file, with other text in its configuration or other entries in its header."""
     source = snapshot.find(run)

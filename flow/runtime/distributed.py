@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -15,10 +15,12 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.state import PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from configs.schema import TrainConfig, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -217,14 +219,19 @@ def prepare_launch(has_accelerator: bool, timeout: timedelta) -> None:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
+def is_sharded(value: Tensor) -> "TypeGuard[DTensor]":
+    """Whether this is a DTensor. Its class is not imported for that, which would cost a second at the start of every script."""
+    return hasattr(value, "placements")
+
+
 def local_shard(value: Tensor) -> Tensor:
     """This process's part, which shares its memory with the whole; an unsharded tensor is its own part."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_sharded(value) else value
 
 
 def full_tensor(value: Tensor) -> Tensor:
     """The unsharded tensor, on the CPU where it had to be gathered; every process calls it, for the same tensors in order."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    return value.full_tensor().cpu() if is_sharded(value) else value
 
 
 @torch.no_grad()
@@ -235,6 +242,8 @@ def copy_(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
 
 
 def _shard_like(value: Tensor, target: Tensor) -> Tensor:
-    if not isinstance(target, DTensor) or isinstance(value, DTensor):
-        return value
-    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    if is_sharded(target) and not is_sharded(value):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    return value

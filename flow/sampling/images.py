@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from flow.runtime.files import TEMPORARY, naming
 
@@ -115,7 +115,10 @@ def grid(images: Tensor, columns: int, transposed: bool = False, zoomed: bool = 
         gap = images.new_zeros(-len(images) % columns, *images.shape[1:])
         images = torch.cat([images, gap]).unflatten(0, (-1, columns)).transpose(0, 1).flatten(0, 1)
         columns = len(images) // columns
-    picture = make_grid(images, nrow=columns, padding=1, pad_value=128)[: images.shape[1]]
+    columns = min(columns, len(images))
+    gap = images.new_full((-len(images) % columns, *images.shape[1:]), 128)
+    rows = F.pad(torch.cat([images, gap]), (0, 1, 0, 1), value=128).unflatten(0, (-1, columns))  # [R, columns, C, H, W]
+    picture = F.pad(torch.cat(torch.cat(list(rows), dim=-2).unbind(), dim=-1), (1, 0, 1, 0), value=128)
     zoom = max(zoom, -(-400 // max(picture.shape[1:]))) if zoomed else zoom
     return picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
 

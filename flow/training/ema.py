@@ -6,9 +6,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from flow.runtime.distributed import copy_, full_tensor, local_shard
+from flow.runtime.distributed import copy_, full_tensor, is_sharded, local_shard
 
 
 class Ema:
@@ -44,7 +43,7 @@ class Ema:
         Of a sharded network it is an unsharded copy, so that processes may sample different numbers of batches.
         """
         weights = _floating(self.net)
-        if any(isinstance(value, DTensor) for value in weights.values()):
+        if any(is_sharded(value) for value in weights.values()):
             if self.build is None:
                 raise ValueError("averages of a sharded network are applied to a copy: give a `build` that makes one")
             plain = self.build()

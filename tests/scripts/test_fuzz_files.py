@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_fuzz import CASES, Outcomes, attempt, attempt_and_read
+from test_fuzz_commands import CASES, Outcomes, attempt, attempt_and_read
 
 from flow.sampling import images, snapshot
 

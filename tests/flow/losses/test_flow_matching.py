@@ -1,0 +1,64 @@
+"""Flow matching: the loss by hand, in float32, and its minimizer."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import loss_at
+from torch import Tensor
+
+from flow import time_samplers
+from flow.losses.flow_matching import FlowMatching
+from flow.path import LinearPath
+
+PATH = LinearPath()
+
+
+LOSS = FlowMatching(PATH, "velocity", time_samplers.build("uniform"))
+
+
+def test_the_loss_by_hand():
+    """Two images of two pixels and the network 2 x + t + y, on numbers that can be followed on paper."""
+    x0 = torch.tensor([[1.0, 0.0], [2.0, -2.0]])[:, None, None]
+    x1 = torch.tensor([[3.0, 4.0], [0.0, 2.0]])[:, None, None]
+    t, y = torch.tensor([0.5, 0.25]), torch.tensor([1, 0])
+
+    def net(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return 2 * x + (t + y)[:, None, None, None]
+
+    loss = loss_at(LOSS, net, x0, x1, t, y).per_sample
+    # image 0: xt = (2, 2),      net (5.5, 5.5),      v (2, 4):  residuals 3.5, 1.5
+    # image 1: xt = (1.5, -1.0), net (3.25, -1.75),   v (-2, 4): residuals 5.25, -5.75
+    expected = [(3.5**2 + 1.5**2) / 2, (5.25**2 + 5.75**2) / 2]
+    assert loss.shape == (2,) and loss.tolist() == pytest.approx(expected)
+
+
+def test_the_loss_is_float32_whatever_the_network_gives():
+    x0, x1 = torch.zeros(1, 2), torch.full((1, 2), 1 + 2**-12)  # not a bfloat16 number
+    loss = loss_at(LOSS, lambda x, t, y: torch.ones_like(x).bfloat16(), x0, x1, torch.zeros(1)).per_sample
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(2**-24)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.2, 0.7, 1.0])
+def test_the_minimiser_is_the_closed_form_velocity(t):
+    """x0 ~ N(0, 1), x1 ~ N(m, s^2) independent: E[x1 - x0 | x_t = x] is affine in x. The expectation of the loss is exact,
+    by Gauss-Hermite quadrature; at the closed form its gradient vanishes, and the curvature is positive."""
+    m, s = 1.5, 0.5
+    nodes, weights = np.polynomial.hermite_e.hermegauss(5)
+    z0, z1 = (torch.tensor(z.ravel(), dtype=torch.float32)[:, None] for z in np.meshgrid(nodes, nodes))
+    weight = torch.tensor(np.outer(weights, weights).ravel() / (2 * math.pi), dtype=torch.float32)
+
+    def expected_loss(slope: Tensor, intercept: Tensor) -> Tensor:
+        def net(x: Tensor, t: Tensor, y: None) -> Tensor:
+            return slope * x + intercept
+
+        return (weight * loss_at(LOSS, net, z0, m + s * z1, torch.full((25,), t)).per_sample).sum()
+
+    variance = t**2 * s**2 + (1 - t) ** 2
+    slope = (t * s**2 - (1 - t)) / variance
+    best = torch.tensor([slope, m - slope * t * m], requires_grad=True)
+    (gradient,) = torch.autograd.grad(expected_loss(*best), best)
+    assert gradient.abs().max() < 1e-4
+    for shift in ((0.1, 0.0), (-0.1, 0.0), (0.0, 0.1), (0.0, -0.1)):
+        assert expected_loss(*(best.detach() + torch.tensor(shift))) > expected_loss(*best) + 1e-3

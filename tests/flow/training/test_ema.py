@@ -1,0 +1,75 @@
+"""Moving averages of weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from flow.training.ema import Ema
+
+
+class Net(nn.Module):
+    """Two weights, a float64 buffer and an integer one."""
+
+    def __init__(self, value: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+        self.register_buffer("scale", torch.full((1,), value, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor([7]))
+
+    def set(self, value: float) -> None:
+        with torch.no_grad():
+            self.weight.fill_(value)
+            self.scale.fill_(value)
+
+
+def test_ema_closed_form():
+    """From 0 towards 1: after n steps the average is 1 - 0.5^(n B / H), and one half after a half-life of images."""
+    net = Net(0.0)
+    ema = Ema(net, [1000, 250], warmup_ratio=0)
+    net.set(1.0)
+    for n in range(1, 11):
+        ema.update(100, images=100 * n)
+        for i, half_life in enumerate((1000, 250)):
+            state = ema.state_dict(i)
+            assert state["weight"].tolist() == pytest.approx([1 - 0.5 ** (100 * n / half_life)] * 2, rel=1e-5)
+            assert state["scale"].item() == pytest.approx(1 - 0.5 ** (100 * n / half_life), rel=1e-5)
+    assert ema.state_dict(0)["weight"][0].item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_ema_warm_up_shortens_the_half_life_to_a_share_of_the_images():
+    net = Net(0.0)
+    ema = Ema(net, [1000], warmup_ratio=0.5)
+    net.set(1.0)
+    left = 1.0
+    for images in range(100, 4001, 100):
+        ema.update(100, images)
+        left *= 0.5 ** (100 / min(1000, 0.5 * images))
+        assert ema.state_dict(0)["weight"][0].item() == pytest.approx(1 - left, rel=1e-4)
+    assert left < 0.5**4  # sooner than without warm-up: the start is forgotten
+
+
+def test_ema_applied_puts_the_weights_back_whatever_happens():
+    net = Net(0.0)
+    ema = Ema(net, [100, 10_000], warmup_ratio=0)
+    net.set(1.0)
+    ema.update(100, 100)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(RuntimeError, match="inside"), ema.average_parameters() as averaged:
+        assert averaged is net and net.weight.requires_grad
+        assert net.weight.tolist() == [0.5, 0.5] and net.scale.item() == 0.5
+        raise RuntimeError("inside")
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]) and value.dtype == before[name].dtype
+    with ema.average_parameters(1):
+        assert net.weight[0].item() == pytest.approx(1 - 0.5**0.01, rel=1e-4)
+    assert ema.state_dict(0)["weight"].tolist() == [0.5, 0.5]  # lending the average leaves it as it was
+
+
+def test_ema_integer_buffers_are_taken_not_averaged():
+    net = Net(0.0)
+    ema = Ema(net, [100], warmup_ratio=0)
+    net.count.fill_(9)
+    ema.update(100, 100)
+    state = ema.state_dict(0)
+    assert state.keys() == net.state_dict().keys()
+    assert state["count"].item() == 9 and state["count"].dtype == torch.int64
