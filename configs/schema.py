@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs import stored
+from configs.stored import first_line
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
+PREDICTIONS = ("velocity", "data", "noise")
 COUPLINGS = ("independent", "ot", "paired")
 SCHEDULES = ("constant", "linear", "cosine")
 NONFINITE_GRAD = ("raise", "skip")
@@ -39,7 +41,7 @@ class UserError(ValueError):
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A field with its limits as metadata: `min` (0 or 1), `above`, or `choices`; see `check_limits`."""
+    """A field with its limits as metadata: `min`, `above`, `fraction` or `choices`; see `check_limits`."""
     return field(default=default, metadata=limits)
 
 
@@ -64,12 +66,12 @@ class ModelConfig:
 @dataclass
 class FlowConfig:
     path: str = "linear"  # a key of flow.path.PATHS
-    prediction: str = "velocity"  # the network's prediction: velocity | data | noise
+    prediction: str = limited("velocity", choices=PREDICTIONS)  # the network's prediction: velocity | data | noise
     coupling: str = limited("independent", choices=COUPLINGS)  # independent | ot | paired (needs data.name=pairs)
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
     time_sampler: str = "uniform"  # a key of flow.time_samplers.TIME_SAMPLERS: distribution of t in training
     time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the time sampler
-    label_dropout: float = 0.1  # probability that a label or prompt becomes the null one, for guidance
+    label_dropout: float = limited(0.1, fraction=True)  # probability that a label or prompt becomes the null one, for guidance
 
 
 @dataclass
@@ -123,8 +125,21 @@ class PreviewConfig:
     seed: int = limited(8888, min=0)  # of its noise
 
 
+class TrainerConfig:
+    """What the configurations of the trainers share."""
+
+    def validate(self) -> None:
+        """Raises UserError for what the types cannot say. What needs data, network or processes is checked where those are."""
+        for key in all_keys(type(self)):
+            check(self, key, lambda v: not isinstance(v, int) or v < INT64_LIMIT, "less than 2^63")
+        check_limits(self)
+        check(self, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+        check(self, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
+        check(self, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
+
+
 @dataclass
-class Config:
+class Config(TrainerConfig):
     seed: int = limited(0, min=0)  # of everything random in training
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -134,11 +149,6 @@ class Config:
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
-
-    def validate(self) -> None:
-        """What the types cannot say. Checks that need the data, the network or the processes are made where those are."""
-        check_common(self)
-        check(self, "flow.label_dropout", lambda v: 0 <= v <= 1, "between 0 and 1")
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: Any = Config) -> Any:
@@ -245,36 +255,23 @@ def did_you_mean(word: str, choices: Sequence[str]) -> str:
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
-def check_common(config: Any) -> None:
-    """What the types cannot say of the sections that the trainers share."""
-    for key in all_keys(type(config)):
-        check(config, key, lambda v: not isinstance(v, int) or v < INT64_LIMIT, "less than 2^63")
-    check_limits(config)
-    check(config, "optimizer.betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
-    check(config, "train.timeout_minutes", lambda v: 0 < v <= 43_200, "more than 0 and at most 43200, which is 30 days")
-    check(config, "ema.half_life_images", _is_half_lives, "a number of images of at least 1, or a list of distinct ones")
-
-
 def check_limits(config: Any, prefix: str = "", section: Any = None) -> None:
-    """Check every field against its metadata: min, above, choices. Raises UserError."""
+    """Check every field against its metadata. Raises UserError."""
     section = config if section is None else section
     for f in dataclasses.fields(section):
-        key, value, limits = f"{prefix}{f.name}", getattr(section, f.name), f.metadata
+        key, value = f"{prefix}{f.name}", getattr(section, f.name)
         if dataclasses.is_dataclass(value):
             check_limits(config, f"{key}.", value)
-        if limits.get("min") == 0:
-            check(config, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
-        elif "min" in limits:
-            check(config, key, lambda v, low=limits["min"]: v >= low, f"at least {limits['min']}")
-        if "above" in limits:
-            check(
-                config,
-                key,
-                lambda v, low=limits["above"]: v > low and math.isfinite(v),
-                f"greater than {limits['above']}, and finite",
-            )
-        if "choices" in limits:
-            check(config, key, lambda v, of=limits["choices"]: v in of, f"one of {', '.join(limits['choices'])}")
+        for kind, limit in f.metadata.items():
+            check(config, key, *_RULES[kind](limit))
+
+
+_RULES: dict[str, Callable[[Any], tuple[Callable[[Any], bool], str]]] = {  # limit -> (whether a value holds, in words)
+    "min": lambda low: (lambda v: low <= v < math.inf, f"at least {low}" if low else "0 or more, and finite"),
+    "above": lambda low: (lambda v: low < v < math.inf, f"greater than {low}, and finite"),
+    "fraction": lambda _: (lambda v: 0 <= v <= 1, "between 0 and 1"),
+    "choices": lambda choices: (lambda v: v in choices, f"one of {', '.join(choices)}"),
+}
 
 
 def half_lives(config: Any) -> list[int]:
@@ -307,23 +304,9 @@ def _read_yaml(path: Path, kind: type) -> DictConfig:
         raise UserError(f"-c {path}: not a YAML file ({stored.yaml_problem(error)})") from None
     if not isinstance(node, DictConfig):
         raise UserError(f"-c {path}: holds a list, expected `key: value` lines")
-    _check_tree(OmegaConf.to_container(node), kind, str(path))
+    for place, _ in stored.leaves(OmegaConf.to_container(node)):
+        _check_key(stored.dotted(place), str(path), all_keys(kind))
     return node
-
-
-def _check_tree(tree: Any, config_class: type, source: str, prefix: str = "", known: list[str] | None = None) -> None:
-    """Unknown keys of a YAML file, named with the nearest known one."""
-    known = known or all_keys(config_class)
-    fields: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(config_class)}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        nested = dataclasses.is_dataclass(fields.get(name))
-        if name not in fields:
-            raise UserError(f"{source}: unknown key {key!r}.{did_you_mean(key, known)}")
-        if nested and not isinstance(value, dict):
-            raise UserError(f"{source}: {key}={value!r}: must be a section with keys {', '.join(all_keys(fields[name]))}")
-        if nested:
-            _check_tree(value, fields[name], source, f"{key}.", known)
 
 
 def _read_override(override: str, kind: type) -> DictConfig:
@@ -341,7 +324,7 @@ def _finished(node: DictConfig) -> Any:
         config: Any = OmegaConf.to_object(node)
         OmegaConf.structured(config)  # merging does not look at the elements of lists
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {_first_line(error)}") from None
+        raise UserError(f"{error.full_key}: {first_line(error)}") from None
     for key, value in stored.unwritable(dataclasses.asdict(config)):
         raise UserError(f"{key}={value!r}: holds a character that no file name and no text can have")
     config.typed = stored.typed_interpolations(node)
@@ -349,13 +332,12 @@ def _finished(node: DictConfig) -> Any:
     return config
 
 
-def _check_key(key: str, override: str, known: list[str]) -> None:
-    if key in known or any(key.startswith(f"{k}.") for k in known if k.endswith("args")):
+def _check_key(key: str, source: str, keys: list[str]) -> None:
+    if key in keys or any(key.startswith(f"{k}.") for k in keys if k.endswith("args")):
         return
-    if any(k.startswith(f"{key}.") for k in known):
-        inner = ", ".join(k for k in known if k.startswith(f"{key}."))
-        raise UserError(f"{override}: {key!r} is a section; set one of {inner}")
-    raise UserError(f"{override}: unknown key {key!r}.{did_you_mean(key, known)}")
+    if inner := [k for k in keys if k.startswith(f"{key}.")]:
+        raise UserError(f"{source}: {key!r} is a section; set one of {', '.join(inner)}")
+    raise UserError(f"{source}: unknown key {key!r}.{did_you_mean(key, keys)}")
 
 
 def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
@@ -367,15 +349,11 @@ def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged
     except (OverflowError, TypeError) as error:  # a number of hundreds of digits; a list in place of a section
-        raise UserError(f"{source[:60]}: {_first_line(error)}") from None
+        raise UserError(f"{source[:60]}: {first_line(error)}") from None
     except OmegaConfBaseException as error:
         hint = ""
         if "Integer" in str(error) and isinstance(error.value, (float, str)):
             with contextlib.suppress(ValueError):
                 hint = f"; write {int(float(error.value)):_}" if float(error.value).is_integer() else ""
         key = f"{error.full_key}: " if error.full_key and not source.startswith(str(error.full_key)) else ""
-        raise UserError(f"{source}: {key}{_first_line(error)}{hint}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{source}: {key}{first_line(error)}{hint}") from None

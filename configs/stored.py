@@ -110,6 +110,11 @@ def yaml_problem(error: Exception) -> str:
     """What is wrong, in one line: with the line of the file where the parser says it."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         return f"{error.problem}, line {error.problem_mark.line + 1}"
+    return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its kind where there is none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -1,9 +1,8 @@
 """The keys of scripts/train_vae.py: data, optimizer, averages and training are those of configs/schema.py."""
 
-import math
 from dataclasses import dataclass, field
 
-from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, check, check_common
+from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, TrainerConfig, limited
 
 
 @dataclass
@@ -11,25 +10,17 @@ class AutoencoderConfig:  # ignored but for the loss where train.init_from names
     channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])  # of each resolution, each half the one before
     latent_channels: int = 4  # of a latent
     blocks: int = 2  # residual blocks of each resolution
-    distance: str = "l1"  # l1 | mse, between images in [-1, 1], mean over pixels
-    kl_weight: float = 1e-6  # of KL(posterior | N(0, I)), summed over a latent
-    lpips_weight: float = 0.0  # of the perceptual distance; needs the package lpips
+    distance: str = limited("l1", choices=("l1", "mse"))  # l1 | mse, between images in [-1, 1], mean over pixels
+    kl_weight: float = limited(1e-6, min=0)  # of KL(posterior | N(0, I)), summed over a latent
+    lpips_weight: float = limited(0.0, min=0)  # of the perceptual distance; needs the package lpips
 
 
 @dataclass
-class VaeConfig:
+class VaeConfig(TrainerConfig):
     seed: int = 0  # of everything random in training
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)  # init_from: folder or hub id to fine-tune
-    preview_images: int = 32  # of the picture of originals and reconstructions, and of the PSNR
-
-    def validate(self) -> None:
-        """Raises UserError for what the types cannot say."""
-        check_common(self)
-        check(self, "preview_images", lambda v: v >= 2, "at least 2")
-        check(self, "autoencoder.distance", lambda v: v in ("l1", "mse"), "l1 or mse")
-        for key in ("autoencoder.kl_weight", "autoencoder.lpips_weight"):
-            check(self, key, lambda v: v >= 0 and math.isfinite(v), "0 or more, and finite")
+    preview_images: int = limited(32, min=2)  # of the picture of originals and reconstructions, and of the PSNR

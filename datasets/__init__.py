@@ -1,6 +1,6 @@
 """Data sets: `build(name, root, args)` gives images and labels: uint8 in memory (`Images`) or read from disk (`Folder`), or
 float16 with the noise that they were made from (`Pairs`), the posteriors of an autoencoder (`Latents`), or points in place of
-images (`Points`). `data.codec` describes the autoencoder that decodes them; None: they are what they are.
+images (`PointSet`). `data.codec` describes the autoencoder that decodes them; None: they are what they are.
 
 `Dataset` and `IterableDataset` below are never instantiated: where the Hugging Face package `datasets` is installed,
 accelerate imports these two names from whatever package is called `datasets`, and finds this one.
@@ -8,21 +8,21 @@ accelerate imports these two names from whatever package is called `datasets`, a
 
 import inspect
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from datasets.digits import digits
-from datasets.images import Folder, Images, cifar10, fashion_mnist, folder, mnist
-from datasets.latents import Latents, latents
+from datasets.images import cifar10, fashion_mnist, folder, mnist
+from datasets.latents import latents
 from datasets.latents import source as latents_source
-from datasets.pairs import Pairs, pairs
+from datasets.pairs import pairs
 from datasets.pairs import source as pairs_source
-from datasets.toys import PointSet, toys
+from datasets.toys import toys
 
-DATASETS = {
+DATASETS: dict[str, Callable[..., "DataSet"]] = {
     "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "pairs": pairs,
     "latents": latents, "toys": toys,
 }  # fmt: skip
@@ -33,11 +33,11 @@ _SOURCES = {"pairs": pairs_source, "latents": latents_source}
 
 
 class DataSet(Protocol):
-    """What training needs of a data set. Those of `access` "memory" and "files" also have item access, `data[k]`.
+    """What training and evaluation need of a data set.
 
-    access: how samples are read. "memory": one tensor `images` [N, ...]. "files": one by one, `data[k]` -> (image, label), in
-    worker processes. "posterior": mean and std of `moments(indices, mirrored)`, of which a latent is drawn, scaled by
-    `normalised`; `has_flipped` says whether there are mirror images.
+    access: how training reads samples. "memory": one tensor `images` [N, ...]. "files": one by one, `data[k]`, in worker
+    processes. "posterior": mean and std of `moments(indices, mirrored)`, of which a latent is drawn, scaled by `normalised`;
+    `has_flipped` says whether there are mirror images.
     """
 
     labels: Tensor | None  # int64 [N], on the CPU
@@ -58,7 +58,13 @@ class DataSet(Protocol):
     def image_shape(self) -> tuple[int, ...]:
         """Of what a network sees of a sample: (C, H, W), or (2,) for points."""
 
+    def fingerprint(self) -> str:
+        """Hash of the content, for caches of features."""
+
     def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """A sample, without augmentation, and its label, -1 without labels."""
 
 
 class Dataset: ...
@@ -125,7 +131,7 @@ def expected_shape(name: str, args: dict[str, Any]) -> tuple[int, ...] | None:
     return SHAPES.get(name)
 
 
-def build(name: str, root: str | Path | None, args: dict[str, Any]) -> Images | Folder | Pairs | Latents | PointSet:
+def build(name: str, root: str | Path | None, args: dict[str, Any]) -> DataSet:
     """The data set `name`; `root` (None: `default_root()`) holds downloaded sets, `args` are the set's own arguments.
 
     Raises ValueError for an unknown name or argument (naming what exists), FileNotFoundError where the files are absent

@@ -23,16 +23,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 class Images:
     """A data set in memory."""
 
-    codec: ClassVar[None] = None  # pixels
     access: ClassVar[str] = "memory"
     notes: ClassVar[tuple[str, ...]] = ()
-    images: Tensor  # uint8 [N, C, H, W]
+    images: Tensor  # uint8 [N, C, H, W]; float16 images or latents of pairs; float32 points [N, 2]
     labels: Tensor | None  # int64 [N]
     class_names: tuple[str, ...]
+    codec: dict[str, Any] | None = None  # of latents: what decodes them
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return tuple(self.images.shape[1:])  # type: ignore[return-value]
+    def image_shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[1:])
 
     def __len__(self) -> int:
         return len(self.images)

@@ -7,12 +7,13 @@ of inverted real images is (noise, float16).
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from datasets import shards
+from datasets.images import Images
 from datasets.shards import read_shard, resolve_path
 
 
@@ -23,26 +24,13 @@ class Shard:
     indices: range  # of the generated images, or of the inverted ones
 
 
-@dataclass
-class Pairs:
-    """All pairs in memory: first those that were generated, then those whose image is real."""
+@dataclass(kw_only=True)
+class Pairs(Images):
+    """All pairs in memory, images float16, about [-1, 1]: first those that were generated, then those whose image is real."""
 
-    access: ClassVar[str] = "memory"
-    notes: ClassVar[tuple[str, ...]] = ()
-    images: Tensor  # float16 [N, C, H, W], about [-1, 1]
-    labels: Tensor | None  # int64 [N]
-    class_names: tuple[str, ...]
     seed: int  # of the noise of the generated ones
     generated: int
     noise: Tensor | None  # float16 [N - generated, C, H, W]
-    codec: dict[str, Any] | None = None  # of pairs of latents: what decodes them
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return tuple(self.images.shape[1:])  # type: ignore[return-value]
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 def pairs(root: Path, path: str) -> Pairs:

@@ -53,8 +53,7 @@ def save_shard(path: Path, tensors: dict[str, Tensor], header: dict[str, Any] | 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, mapped from the file and read as they are used, and the header. Raises SafetensorError or OSError."""
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        header = json.loads(metadata["header"]) if "header" in metadata else metadata  # earlier shards have a digest alone
+        header = json.loads((file.metadata() or {}).get("header", "{}"))
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 

@@ -3,49 +3,27 @@
 All lie in about [-2, 2] x [-2, 2]. Point k is a function of (seed, k): a set of any size begins with the same points.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.images import FORMATS
+from datasets.images import FORMATS, Images
 
 UNIFORMS_PER_POINT = 4  # uniform numbers that a point is made from
 SIDE = 4.0  # of the square
 
 
-@dataclass
-class PointSet:
-    """A set of points in memory."""
+@dataclass(kw_only=True)
+class PointSet(Images):
+    """A set of points in memory: what an image is to other sets, a point is here."""
 
-    access: ClassVar[str] = "memory"
-    notes: ClassVar[tuple[str, ...]] = ()
-    images: Tensor  # float32 [N, 2]; what an image is to other sets, a point is here
     log_density: Callable[[Tensor], Tensor] | None  # of points [N, 2], in nats, where it is known exactly
-    labels: None = None
-    class_names: tuple[str, ...] = ()
-    codec: None = None
-
-    @property
-    def image_shape(self) -> tuple[int]:
-        return (2,)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], -1
-
-    def fingerprint(self) -> str:
-        """Hash of the content: points in order."""
-        return hashlib.blake2b(self.images.contiguous().numpy(), digest_size=16).hexdigest()
 
 
 def toys(root: Path, name: str, n: int = 100_000, seed: int = 0, path: str | None = None) -> PointSet:
@@ -61,9 +39,8 @@ def toys(root: Path, name: str, n: int = 100_000, seed: int = 0, path: str | Non
     if (name == "image") != (path is not None):
         raise ValueError(f"path={path}: name=image and a path need each other")
     u = np.random.Generator(np.random.Philox(key=seed)).random((n, UNIFORMS_PER_POINT))
-    log_density = LOG_DENSITIES.get(name)
     points = image(u, _picture(root, path)) if path is not None else TOYS[name](u)
-    return PointSet(torch.from_numpy(points).float(), log_density)
+    return PointSet(torch.from_numpy(points).float(), None, (), log_density=LOG_DENSITIES.get(name))
 
 
 def checkerboard(u: np.ndarray) -> np.ndarray:

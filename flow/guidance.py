@@ -34,11 +34,7 @@ class GuidedVelocity:
     """
 
     def __init__(
-        self,
-        model: FlowModel | Callable[..., Tensor],
-        y: Tensor | None = None,
-        null: int | None = None,
-        scale: float = 1.0,
+        self, model: FlowModel | Callable[..., Tensor], y: Tensor | None = None, null: int | None = None, scale: float = 1.0
     ):
         """model: with a bare network the path is linear and the prediction the velocity. y: labels [B], tokens [B, L] or None
         for an unconditional network; `null` is needed where y is given."""

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from flow import registry
+
 PREDICTIONS = ("velocity", "data", "noise")  # what networks learn; `convert` also knows the score
 
 
@@ -143,6 +145,4 @@ PATHS: dict[str, type[Path]] = {"linear": LinearPath, "cosine": CosinePath, "vp"
 
 def build(name: str) -> Path:
     """The path of that name. Raises ValueError for an unknown one, naming what exists."""
-    if name not in PATHS:
-        raise ValueError(f"unknown path {name!r}; choose from {', '.join(PATHS)}")
-    return PATHS[name]()
+    return registry.pick("path", PATHS, name, {})()

@@ -2,12 +2,12 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 
-def pick(kind: str, registry: dict[str, Callable], name: str, args: dict[str, Any]) -> Callable:
+def pick(kind: str, registry: Mapping[str, Callable], name: str, args: dict[str, Any]) -> Callable:
     """registry[name] with `args` for those of its parameters whose default is a number or a string.
 
     Raises:

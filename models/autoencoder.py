@@ -1,4 +1,4 @@
-"""Codecs: images [B, C, H, W] in [-1, 1] to latents [B, c, h, w] and back. `Identity` for pixels, `VAE` for AutoencoderKL.
+"""Autoencoders: images [B, C, H, W] in [-1, 1] to latents [B, c, h, w] and back.
 
 A flow on latents is trained on x1 = (z - shift) / scale, where z is drawn from the posterior N(mean, std^2) of an
 autoencoder (Rombach et al. 2022, arXiv:2112.10752, section 3.1) and shift and scale make x1 standard in each channel. The
@@ -15,35 +15,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.layers import check_counts
+
 INSTALL = "autoencoders need the package diffusers: pip install -r requirements-latent.txt"
-
-
-class Codec(Protocol):
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior of images in [-1, 1], not normalised."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images of normalised latents, float32, about [-1, 1]."""
-
-    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]: ...
-
-
-class Identity:
-    """The codec of pixels."""
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return images, torch.zeros_like(images)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents
-
-    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        return image_shape
 
 
 class VAE(nn.Module):
@@ -132,13 +111,11 @@ class VAE(nn.Module):
         return function(batch)
 
 
-def build_codec(description: dict[str, Any] | None) -> Codec:
-    """The codec of a description; None is the identity.
+def build_codec(description: dict[str, Any]) -> VAE:
+    """The codec of a description.
 
     Raises ValueError for an autoencoder that cannot be loaded and for one whose weights are not those of the description.
     """
-    if description is None:
-        return Identity()
     if description["name"] != "vae":
         raise ValueError(f"unknown codec {description['name']!r}; choose vae")
     vae = load(description["source"], description["shift"], description["scale"])
@@ -176,9 +153,7 @@ def load(source: str, shift: Sequence[float] = (0.0,), scale: Sequence[float] = 
 def build_vae(image_channels: int, channels: Sequence[int], latent_channels: int, blocks: int) -> VAE:
     """An untrained VAE: `channels` of each resolution (the images get 2^(len - 1) times smaller), `blocks` residual blocks
     each. Raises ValueError for numbers that make no network."""
-    for name, value in {"latent_channels": latent_channels, "blocks": blocks}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+    check_counts(latent_channels=latent_channels, blocks=blocks)
     if not channels or any(not isinstance(c, int) or c < 4 or c % 4 for c in channels):
         raise ValueError(f"channels={list(channels)}: must be whole numbers divisible by 4, one for each resolution")
     levels = len(channels)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import StepEmbedding, check_time_frequency, sinusoidal_embedding, zero_init
+from models.layers import StepEmbedding, check_counts, check_time_frequency, sinusoidal_embedding, zero_init
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
@@ -149,9 +149,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 
 
 def _check(image_shape, width, depth, heads, patch, positions, dropout, num_classes, cross_attention) -> None:
-    for name, value in {"width": width, "depth": depth, "heads": heads, "patch": patch}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+    check_counts(width=width, depth=depth, heads=heads, patch=patch, num_classes=num_classes)
     if width % (4 * heads):
         raise ValueError(f"width={width}: must be divisible by 4 heads = {4 * heads}, for the rotary embedding")
     if image_shape[1] % patch or image_shape[2] % patch:
@@ -160,7 +158,5 @@ def _check(image_shape, width, depth, heads, patch, positions, dropout, num_clas
         raise ValueError(f"positions={positions!r}: must be rope or sine")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be in [0, 1)")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ValueError(f"num_classes={num_classes!r}: must be a whole number of at least 1, or null")
     if cross_attention and num_classes is None:
         raise ValueError("cross_attention=True: needs labels to attend to; set num_classes")

@@ -150,6 +150,14 @@ def check_time_frequency(value: float, slowest: float = 0.1) -> None:
         raise ValueError(f"time_frequency={value!r}: must be a number above {slowest:g}, in radians")
 
 
+def check_counts(**counts: int | None) -> None:
+    """Raises ValueError for a size that is not a whole number of at least 1; those of the condition may also be None."""
+    for name, value in counts.items():
+        optional = name in ("num_classes", "max_prompt_bytes")
+        if not (optional and value is None) and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1{', or null' * optional}")
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm over at most 32 groups of at least 4 channels."""
     groups = min(32, channels // 4)

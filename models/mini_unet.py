@@ -10,6 +10,7 @@ from models.layers import (
     Block,
     CrossAttention,
     StepEmbedding,
+    check_counts,
     check_time_frequency,
     group_norm,
     sinusoidal_embedding,
@@ -100,11 +101,10 @@ class MiniUNet(nn.Module):
 
 
 def _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, max_prompt_bytes) -> None:
-    counts = {"width": width, "blocks_per_level": blocks_per_level, "head_channels": head_channels, "patch": patch}
-    optional = {"num_classes": num_classes, "max_prompt_bytes": max_prompt_bytes}
-    for name, value in (counts | {name: value for name, value in optional.items() if value is not None}).items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1{' or null' * (name in optional)}")
+    check_counts(
+        width=width, blocks_per_level=blocks_per_level, head_channels=head_channels, patch=patch, num_classes=num_classes,
+        max_prompt_bytes=max_prompt_bytes,
+    )  # fmt: skip
     if width % 4:
         raise ValueError(f"width={width}: must be a multiple of 4, for group norm")
     if 2 * width % head_channels:

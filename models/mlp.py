@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import StepEmbedding, check_time_frequency, sinusoidal_embedding, zero_init
+from models.layers import StepEmbedding, check_counts, check_time_frequency, sinusoidal_embedding, zero_init
 
 TIME_FEATURES = 32
 
@@ -39,13 +39,9 @@ class MLP(nn.Module):
         """
         super().__init__()
         check_time_frequency(time_frequency)
-        for name, value in {"width": width, "depth": depth}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+        check_counts(width=width, depth=depth, num_classes=num_classes)
         if not isinstance(num_frequencies, int) or not 0 <= num_frequencies <= 20:
             raise ValueError(f"num_frequencies={num_frequencies!r}: must be a whole number from 0 to 20")
-        if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-            raise ValueError(f"num_classes={num_classes!r}: must be a whole number of at least 1, or null")
         self.num_classes, self.null = num_classes, num_classes
         self.num_frequencies, self.time_frequency = num_frequencies, time_frequency
         size = math.prod(image_shape)

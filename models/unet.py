@@ -15,6 +15,7 @@ from models.layers import (
     Block,
     ConvResampling,
     StepEmbedding,
+    check_counts,
     check_time_frequency,
     group_norm,
     sinusoidal_embedding,
@@ -146,10 +147,9 @@ def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dr
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name}={value!r}: must be true or false")
-    counts = {"width": width, "blocks_per_level": blocks_per_level, "head_channels": head_channels, "patch": patch}
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+    check_counts(
+        width=width, blocks_per_level=blocks_per_level, head_channels=head_channels, patch=patch, num_classes=num_classes
+    )
     if not channel_mult or not all(isinstance(m, int) and m >= 1 for m in channel_mult):
         raise ValueError(f"channel_mult={channel_mult!r}: must be a list of whole numbers of at least 1")
     if width % 4:
@@ -162,5 +162,3 @@ def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dr
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be in [0, 1)")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ValueError(f"num_classes={num_classes!r}: must be a whole number of at least 1, or null")

@@ -4,19 +4,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from datasets import DataSet
 from flow.evaluation import reference
 from flow.evaluation.features import Extractor, FeatureSet, merge
 from flow.evaluation.metrics_2d import PointSpace
-from flow.evaluation.reading import Data, read_images
+from flow.evaluation.reading import read_images
 from flow.runtime import distributed, files
 from flow.sampling.generate import shard
 
 
 def read(
-    data: Data, accelerator: Accelerator, batch_size: int, what: str, order: Sequence[int] | None = None
+    data: DataSet, accelerator: Accelerator, batch_size: int, what: str, order: Sequence[int] | None = None
 ) -> Iterator[tuple[range, Tensor]]:
     """This process's share of the images of a data set, without augmentation, under a bar that says `what`.
 
@@ -46,13 +46,11 @@ def collect(
     parts = distributed.gather_to_main(accelerator, features)
     if parts is None:
         return None
-    merged = merge(parts)
-    merged.join()
-    return merged
+    return merge(parts)
 
 
 def cached(
-    accelerator: Accelerator, extractor: Extractor | PointSpace, data: Data, fingerprint: str, path: Path, batch_size: int,
+    accelerator: Accelerator, extractor: Extractor | PointSpace, data: DataSet, fingerprint: str, path: Path, batch_size: int,
     what: str, layers: Sequence[str], order: Sequence[int] | None = None,
 ) -> FeatureSet | None:  # fmt: skip
     """The features of the images of a data set, on the main process (None on the others), from the file at `path` where it
@@ -64,9 +62,7 @@ def cached(
             features = reference.load_cached(path, layers, fingerprint, n)
         except ValueError as error:
             accelerator.print(f"warning: {path}: damaged cache of features ({error}); computing them again")
-    exists = [features is not None]
-    broadcast_object_list(exists)
-    if exists[0]:
+    if distributed.any_process(accelerator, features is not None):
         return features
     features = collect(accelerator, extractor, read(data, accelerator, batch_size, what, order), layers)
     if features is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from configs.stored import first_line
 from flow.evaluation import classifiers
 
 INCEPTION, INCEPTION_LAYER = "inception-v3-compat", "2048"
@@ -50,10 +51,8 @@ class Extractor:
             with nullcontext() if name.startswith("clip") else mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
                 self.net = cls(name, self.layers, feature_extractor_weights_path=str(weights) if weights else None)
         except Exception as error:  # downloads and state dicts fail in many ways
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"--feature_extractor {name}: its weights could not be loaded ({reason}); give a file with --feature_weights"
-            ) from None
+            reason = f"its weights could not be loaded ({first_line(error)})"
+            raise ValueError(f"--feature_extractor {name}: {reason}; give a file with --feature_weights") from None
         self.net.eval().to(device)
         digest = hashlib.sha256()
         for key, value in self.net.state_dict().items():
@@ -105,11 +104,6 @@ class FeatureSet:
         blocks = [self.rows[layer][i] for i in order]
         return torch.from_numpy(np.concatenate(blocks) if len(blocks) > 1 else blocks[0])
 
-    def join(self) -> None:
-        """Make the blocks one, in the order of the image indices, which must be without gaps."""
-        self.rows = {name: [self.matrix(name).numpy()] for name in self.rows}
-        self.indices = [range(min(i.start for i in self.indices), max(i.stop for i in self.indices))]
-
     def select(self, layer: str, positions: np.ndarray) -> "FeatureSet":
         """The images at these positions [k] of the order, with statistics of `layer`."""
         selection = FeatureSet()
@@ -142,7 +136,7 @@ class FeatureSet:
 
 
 def merge(parts: list[FeatureSet]) -> FeatureSet:
-    """The union of what the processes hold."""
+    """The union of what the processes hold, in the order of the image indices, which must be without gaps."""
     merged = FeatureSet()
     for part in parts:
         if not part.n:
@@ -153,6 +147,8 @@ def merge(parts: list[FeatureSet]) -> FeatureSet:
         merged.indices += part.indices
         for name, blocks in part.rows.items():
             merged.rows.setdefault(name, []).extend(blocks)
+    merged.rows = {name: [merged.matrix(name).numpy()] for name in merged.rows}
+    merged.indices = [range(min(i.start for i in merged.indices), max(i.stop for i in merged.indices))]
     return merged
 
 
@@ -166,6 +162,4 @@ def validate_weights_file(weights: Path) -> None:
     try:
         torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
-            f"--feature_weights {weights}: not a file of plain weights ({(str(error).splitlines() or [''])[0][:120]})"
-        ) from None
+        raise ValueError(f"--feature_weights {weights}: not a file of plain weights ({first_line(error)[:120]})") from None

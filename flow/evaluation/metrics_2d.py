@@ -7,8 +7,6 @@ from flow.likelihood import log_likelihood
 from flow.solvers import Velocity
 
 DIRECTIONS = 128
-
-
 PAIRWISE = 4000  # points a set, at most, for distances that look at all pairs
 
 

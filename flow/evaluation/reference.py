@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.stored import first_line
 from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointSpace
 
@@ -39,8 +40,7 @@ def from_npz(path: Path, extractor: Extractor | PointSpace, dimension: int) -> R
                 raise ValueError(f"{name} holds {array.dtype}, not real numbers")
         mu, sigma = (array.astype(np.float64) for array in arrays)
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"--reference {path}: not an npz file with mu and sigma ({reason})") from None
+        raise ValueError(f"--reference {path}: not an npz file with mu and sigma ({first_line(error)})") from None
     if mu.shape != (dimension,) or sigma.shape != (dimension, dimension):
         raise ValueError(
             f"--reference {path}: mu {mu.shape} and sigma {sigma.shape} are not statistics of the {dimension} features of "
@@ -102,7 +102,7 @@ def load_cached(path: Path, layers: Sequence[str], identity: str, n: int) -> Fea
             if set(matrices) != set(layers) or any(len(matrix) != n for matrix in matrices.values()):
                 raise ValueError(f"it does not hold {n} rows of {', '.join(layers)}")
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
-        raise ValueError((str(error).splitlines() or [""])[0] or type(error).__name__) from None
+        raise ValueError(first_line(error)) from None
     features = FeatureSet()
     features.add(layers[0], range(n), {name: torch.from_numpy(matrix) for name, matrix in matrices.items()})
     return features

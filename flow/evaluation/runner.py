@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import datasets
 from configs.schema import Config, UserError
-from datasets import captions
-from flow.evaluation import feature_cache, metrics, metrics_2d, plots, reading, reference, table
+from datasets import DataSet, captions
+from flow.evaluation import feature_cache, metrics, metrics_2d, plots, reference, table
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointSpace
-from flow.evaluation.reading import Data
 from flow.evaluation.reference import Reference
 from flow.model import FlowModel, Network
 from flow.noise import generator
@@ -33,6 +31,7 @@ from flow.sampling.conditions import conditions_by_frequency, labels_by_frequenc
 from flow.sampling.generate import NFECounter, build_velocity, generate, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings
 from flow.sampling.snapshot import Snapshot
+from flow.sampling.space import Space
 from flow.solvers import HAS_TOLERANCES
 from flow.solvers.torchdiffeq import ADAPTIVE
 
@@ -61,33 +60,31 @@ class RealImages:
 
     name: str  # in tables
     build: dict  # arguments of datasets.build
-    data: Data
+    data: DataSet
     root: Path  # of the cache
 
 
 def load_real_images(
-    given: str | None, accelerator: Accelerator, image_shape: tuple[int, ...], config: Config
+    choice: str | None, accelerator: Accelerator, image_shape: tuple[int, ...], config: Config
 ) -> RealImages | None:
     """Those that samples of this shape are compared with; None for an npz file, which holds statistics alone."""
     root = Path(config.data.root) if config.data.root else datasets.default_root()
-    if given and given.endswith(".npz"):
+    if choice and choice.endswith(".npz"):
         return None
     with error_context("--reference"):
-        split = datasets.named_split(given) if given else None
-        if given is None:
+        if choice is None:
             build = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
             root = Path(build["root"]) if build["root"] else root
-        elif split:
+        elif split := datasets.named_split(choice):
             build = {"name": split[0], "root": root, "args": split[1]}
         else:
-            folder = {"path": given, "size": image_shape[-1], "channels": image_shape[0]}
+            folder = {"path": choice, "size": image_shape[-1], "channels": image_shape[0]}
             build = {"name": "folder", "root": root, "args": folder}
-        data = distributed.main_process_first(accelerator, lambda: reading.build(**build))
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(**build))
+        name = choice or (f"toys {build['args']['name']}" if build["name"] == "toys" else build["name"])
         if data.image_shape[1:] != image_shape[1:]:
-            name = given or build["name"]
             raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
-    label = f"toys {build['args']['name']}" if build["name"] == "toys" and not given else given or build["name"]
-    return RealImages(label, build, data, root)
+    return RealImages(name, build, data, root)
 
 
 @dataclass
@@ -104,20 +101,43 @@ class Evaluation:
     @classmethod
     def build(
         cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, image_shape: tuple[int, ...],
-        real_images: RealImages | None,
+        source: RealImages | None,
     ) -> "Evaluation":  # fmt: skip
-        """The extractor and the reference are loaded, or the reference computed."""
-        extractor, ref = load_extractor_and_reference(settings, accelerator, image_shape, real_images)
-        return cls(settings, accelerator, out, extractor, ref, real_images)
+        """The feature extractor, checked on a blank image of the shape to come, and the reference, cached or computed."""
+        points = Space(image_shape).is_points
+
+        def load() -> Extractor | PointSpace:
+            name, layer, weights = settings.feature_extractor, settings.feature_layer, settings.feature_weights
+            return PointSpace() if points else Extractor(name, layer, weights, accelerator.device)
+
+        with error_context("evaluate"):
+            extractor = distributed.main_process_first(accelerator, load)  # it may download its weights
+            dimension = extractor.dimension(image_shape)
+            if source is None:
+                real = reference.from_npz(Path(settings.reference or ""), extractor, dimension)
+            else:
+                layers = [name for name in extractor.layers if name != extractor.isc_layer]
+                what = "features of the reference"
+                identity, features = load_features(
+                    accelerator, extractor, settings.batch_size, source.data, source, what, layers
+                )
+                real = reference.from_features(source.name, identity, features, extractor.layer)
+        counts = {"samples": settings.n_samples, "reference": dimension + 1 if source is None else len(source.data)}
+        for name, n in counts.items():
+            if n <= dimension and not points:
+                accelerator.print(
+                    f"warning: {n} images ({name}) are too few for a Frechet distance of {dimension} features: with n <= "
+                    f"{dimension} the covariance is singular and the distance far too large; take more, better 10,000"
+                )
+        return cls(settings, accelerator, out, extractor, real, source)
 
     def evaluate_row(self, subject: dict, identity: dict, compute: Callable[[], dict | None]) -> None:
         """Append the row of `subject` to the results, unless it is there with all requested metrics."""
         extractor = [self.extractor.name, self.extractor.layer, self.extractor.weights_hash]
         identity = {**identity, "extractor": extractor, "reference": self.reference.identity}
         row = {**subject, "reference": self.reference.name, "identity": identity, "asked": list(self.settings.metrics)}
-        exists = [self.accelerator.is_main_process and table.contains(self.out, row)]
-        broadcast_object_list(exists)
-        if not exists[0]:
+        main = self.accelerator.is_main_process
+        if not distributed.any_process(self.accelerator, main and table.contains(self.out, row)):
             result = compute()
             if result is not None:
                 table.append_row(self.out, {**row, **result})
@@ -201,7 +221,7 @@ def evaluate_snapshot(
         row = ev.measure(stream(), labels_for(indices, sampler, net.num_classes))
         nfe, forwards = counter.mean(accelerator)
         if row and log_density:
-            row["metrics"]["held_out_log_p"] = log_density(sampler)
+            row["metrics"]["held_out_log_p"] = log_density(sampler.guidance_scale)
         return row and {"NFE": nfe, "forwards": forwards, **row}
 
     numbers = count()
@@ -260,10 +280,10 @@ def class_counts(accelerator: Accelerator, config: Config, source: RealImages | 
     """Images of each class in the reference, or in the training set where the reference has no such classes; where neither is
     there, a warning, and the same number for each class."""
 
-    def training_set() -> Data | None:
+    def training_set() -> DataSet | None:
         try:
             real = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
-            return reading.build(**real)
+            return datasets.build(**real)
         except (ValueError, FileNotFoundError):
             return None
 
@@ -279,7 +299,7 @@ def class_counts(accelerator: Accelerator, config: Config, source: RealImages | 
 
 
 def evaluate_folder(
-    settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: Data,
+    settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: DataSet,
     stored: dict[str, Any] | None,
 ) -> None:  # fmt: skip
     """One row for the images `data` of a folder, then the report. stored: its sampling.json, which tells the labels."""
@@ -303,50 +323,20 @@ def evaluate_folder(
     ev.write_report()
 
 
-def read_folder(samples: Path) -> tuple[Data, dict[str, Any] | None]:
+def read_folder(samples: Path) -> tuple[DataSet, dict[str, Any] | None]:
     """The images of a folder, and what sample.py wrote beside them, None for a folder from elsewhere."""
     note, stored = samples / "sampling.json", None
     if note.is_file():
         with error_context(f"--samples {samples}: sampling.json is damaged"):
-            stored = sampling_of(json.loads(note.read_text(encoding="utf-8")))
+            stored = sampling_of(files.read_json(note))
     path, channels = (samples / "images", stored["image_shape"][0]) if stored else (samples, 3)
     with error_context("--samples"):
         args = {"path": str(path), "channels": channels}
-        return reading.build(name="folder", root=None, args=args), stored
-
-
-def load_extractor_and_reference(
-    settings: EvaluationSettings, accelerator: Accelerator, image_shape: tuple[int, ...], source: RealImages | None
-) -> tuple[Extractor | PointSpace, Reference]:
-    """The feature extractor, checked on a blank image of the shape to come, and what samples are compared with."""
-
-    def load() -> Extractor | PointSpace:
-        if len(image_shape) == 1:
-            return PointSpace()
-        return Extractor(settings.feature_extractor, settings.feature_layer, settings.feature_weights, accelerator.device)
-
-    with error_context("evaluate"):
-        extractor = distributed.main_process_first(accelerator, load)  # it may download its weights
-        dimension = extractor.dimension(image_shape)
-        if source is None:
-            real = reference.from_npz(Path(settings.reference or ""), extractor, dimension)
-        else:
-            layers = [name for name in extractor.layers if name != extractor.isc_layer]
-            what = "features of the reference"
-            identity, features = load_features(accelerator, extractor, settings.batch_size, source.data, source, what, layers)
-            real = reference.from_features(source.name, identity, features, extractor.layer)
-    counts = {"samples": settings.n_samples, "reference": dimension + 1 if source is None else len(source.data)}
-    for name, n in counts.items():
-        if n <= dimension and not isinstance(extractor, PointSpace):
-            accelerator.print(
-                f"warning: {n} images ({name}) are too few for a Frechet distance of {dimension} features: with n <= "
-                f"{dimension} the covariance is singular and the distance far too large; take more, better 10,000"
-            )
-    return extractor, real
+        return datasets.build(name="folder", root=None, args=args), stored
 
 
 def load_features(
-    accelerator: Accelerator, extractor: Extractor | PointSpace, batch_size: int, data: Data, source: RealImages, what: str,
+    accelerator: Accelerator, extractor: Extractor | PointSpace, batch_size: int, data: DataSet, source: RealImages, what: str,
     layers: Sequence[str], order: Sequence[int] | None = None,
 ) -> tuple[str, FeatureSet | None]:  # fmt: skip
     """The identity of these features, and on the main process they themselves, from the cache where they are there."""
@@ -374,9 +364,9 @@ def add_control(ev: Evaluation) -> None:
     other, data = datasets.held_out(source.build), source.data
     if other:
 
-        def load() -> Data | None:
+        def load() -> DataSet | None:
             try:
-                return reading.build(**other[1])
+                return datasets.build(**other[1])
             except FileNotFoundError as error:
                 accelerator.print(f"warning: no row of real images: {error}")
                 return None
@@ -431,36 +421,33 @@ def choose_by_frequency(pool: Sequence[int], labels: Tensor | None, reference_la
     classes = labels.tolist()
     counts = reference_labels.bincount(minlength=max(classes) + 1).tolist()
     by_class = {c: iter([k for k in pool if classes[k] == c]) for c in range(len(counts))}
-    chosen = [k for c in labels_by_frequency(counts, n) if (k := next(by_class[c], None)) is not None]
-    used = set(chosen)
-    return chosen + [k for k in pool if k not in used][: n - len(chosen)]
+    positions = [k for c in labels_by_frequency(counts, n) if (k := next(by_class[c], None)) is not None]
+    used = set(positions)
+    return positions + [k for k in pool if k not in used][: n - len(positions)]
 
 
-def log_density_of(
-    accelerator: Accelerator, model: FlowModel, source: RealImages | None
-) -> Callable[[SamplerSettings], float] | None:
-    """For flows of points: a function of the settings, the mean log-density of held-out points under the flow, which depends
-    on no solver and is computed once a guidance scale; None where there are no such points, or where labels are needed."""
+def log_density_of(accelerator: Accelerator, model: FlowModel, source: RealImages | None) -> Callable[[float], float] | None:
+    """For flows of points: a function of the guidance scale, the mean log-density of held-out points under the flow, which
+    depends on no solver; None where there are no such points, or where labels are needed."""
     other = datasets.held_out(source.build) if source else None
     if other is None or other[1]["name"] != "toys" or model.net.num_classes is not None or model.net.max_prompt_bytes:
         return None
-    points: Any = reading.build(**other[1])
+    points: Any = datasets.build(**other[1])
     x1 = to_solver_dtype(points.images[:HELD_OUT_POINTS], accelerator.device)
-    known: dict[float, float] = {}
 
-    def log_density(settings: SamplerSettings) -> float:
-        if settings.guidance_scale not in known:
-            print(f"log-density of {len(x1):,} held-out points under the flow")
-            velocity = build_velocity(model, range(len(x1)), settings, accelerator.device)
-            known[settings.guidance_scale] = metrics_2d.mean_log_likelihood(velocity, x1)
-        return known[settings.guidance_scale]
+    @cache
+    def at_scale(guidance_scale: float) -> float:
+        print(f"log-density of {len(x1):,} held-out points under the flow")
+        settings = SamplerSettings(guidance_scale=guidance_scale)
+        velocity = build_velocity(model, range(len(x1)), settings, accelerator.device)
+        return metrics_2d.mean_log_likelihood(velocity, x1)
 
-    return log_density
+    return at_scale
 
 
-def sampling_of(stored: Any) -> dict[str, Any]:
+def sampling_of(stored: dict[str, Any]) -> dict[str, Any]:
     """What sample.py wrote beside its images. Raises ValueError where it is something else."""
-    whole = isinstance(stored, dict) and {"image_shape", "labels", "num_classes"} <= stored.keys()
+    whole = {"image_shape", "labels", "num_classes"} <= stored.keys()
     if whole:
         shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"] or 0
         lists = isinstance(shape, list) and isinstance(labels, list) and len(shape) == 3

@@ -13,8 +13,6 @@ from typing import Any
 from safetensors import SafetensorError
 
 TEMPORARY = ".tmp-"  # prefix of what is not finished
-
-
 LOCK = ".lock"  # in a folder that is being written, see lock.py
 
 
@@ -103,12 +101,15 @@ def is_empty_dir(folder: Path) -> bool:
     return folder.is_dir() and all(p.name == LOCK or p.name.startswith(TEMPORARY) for p in folder.iterdir())
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises ValueError where it is damaged, OSError where it cannot be read."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The object, or the list, in a JSON file. Raises ValueError where it is damaged, OSError where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"it holds no {'list' if kind is list else 'object'}")
+    return value
 
 
 def free_folder(path: Path) -> Path:

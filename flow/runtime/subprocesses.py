@@ -15,8 +15,6 @@ from configs.schema import DataConfig
 from flow.runtime.shutdown import StopSignal
 
 YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")  # that are not strings where they stand alone
-
-
 REPOSITORY = Path(__file__).parents[2]
 
 

@@ -19,6 +19,14 @@ def labels_for(indices: Sequence[int], settings: SamplerSettings, num_classes: i
     return torch.tensor([choices[k % len(choices)] for k in indices])
 
 
+def condition_names(settings: SamplerSettings, class_names: Sequence[str], num_classes: int | None) -> list[str]:
+    """The prompts, or of each label the name of its class, else its number."""
+    if settings.prompts:
+        return list(settings.prompts)
+    labels = settings.labels or range(num_classes or 0)
+    return [class_names[k] if k < len(class_names) else str(k) for k in labels]
+
+
 def labels_by_frequency(counts: Sequence[int], n: int) -> list[int]:
     """The first n labels of a sequence that gives every class c its share p = counts[c] / sum(counts) from the start on: among
     the first k labels are at least floor(k p) and at most ceil(k p) of each class, for every k.

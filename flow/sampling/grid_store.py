@@ -28,20 +28,10 @@ def load(snapshot: Path, method: str, steps: int) -> tuple[float, ...]:
     grids = _read(snapshot)
     if str(steps) not in grids.get(method, {}):
         stored = "; ".join(f"{name} {' '.join(sorted(of, key=int))}" for name, of in grids.items()) or "nothing"
-        fit: list[str | Path] = [
-            "-m",
-            "scripts.optimize_grid",
-            "--weights",
-            snapshot,
-            "--methods",
-            method,
-            "--steps",
-            str(steps),
-        ]
-        fit += ["--reference_steps", str(2 * steps)] if steps > 32 else []
+        flags = ["--methods", method, "--steps", str(steps), *(["--reference_steps", str(2 * steps)] if steps > 32 else [])]
         raise UserError(
             f"--time_grid optimized: none is stored for {method} with {steps} steps (stored: {stored}); "
-            f"make one with: {subprocesses.command(*fit)}"
+            f"make one with: {subprocesses.command('-m', 'scripts.optimize_grid', '--weights', snapshot, *flags)}"
         )
     return tuple(grids[method][str(steps)])
 
@@ -51,7 +41,7 @@ def _read(snapshot: Path) -> dict[str, dict[str, list[float]]]:
     if not path.is_file():
         return {}
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = files.read_json(path)
         fitted_to, grids = stored["weights_sha256"], {m: dict(of) for m, of in stored["grids"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is not a whole file of grids; remove it and run optimize_grid again") from None

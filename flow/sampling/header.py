@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from configs.schema import DataConfig
+from configs.stored import first_line
 
 KEYS = {"config", "image_shape", "step", "images", "half_life_images"}
 MAX_NUMBERS = 2**26  # of an image: 3 x 4,700 x 4,700
 FREE_SIZE = 100_000  # an argument of a network up to this is not compared with the file
 
 
-def read(
-    metadata: Mapping[str, str],
-) -> tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any] | None, tuple[str, ...]]:
+def read(metadata: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any] | None, tuple[str, ...]]:
     """(image_shape, (step, images, half_life_images), description of the codec, class names). Raises ValueError that names the
     entry."""
     image_shape = _shape("image_shape", _json("image_shape", metadata["image_shape"]), (1, 3))
@@ -52,7 +51,7 @@ def build_within(
     weights: Mapping[str, Tensor], image_shape: tuple[int, ...], args: dict[str, Any], build: Callable[[], Any],
     check_fit: Callable[[nn.Module], None],
 ) -> Any:  # fmt: skip
-    """The network that `build()` makes, bounded by the weights that are to fill it before memory is places.
+    """The network that `build()` makes, bounded by the weights that are to fill it before memory is taken.
 
     Whole numbers among `args` are at most as large as the longest side of a tensor, or their count; the network is first made
     without memory (torch's meta device), with about as many parameters as there are tensors at most, and compared by
@@ -69,7 +68,7 @@ def build_within(
                 sketch = build()
         except (RuntimeError, OverflowError, MemoryError) as error:
             if "meta" not in str(error):  # else the constructor looks at numbers, and has to have them
-                raise ValueError(f"cannot be built from {args}: {(str(error).splitlines() or [''])[0]}") from None
+                raise ValueError(f"cannot be built from {args}: {first_line(error)}") from None
         else:
             check_fit(sketch)
             if sum(buffer.numel() for buffer in sketch.buffers()) > MAX_NUMBERS:
@@ -99,7 +98,7 @@ def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not JSON ({(str(error).splitlines() or [''])[0]})") from None
+        raise ValueError(f"{name}: not JSON ({first_line(error)})") from None
 
 
 def _shape(name: str, value: Any, lengths: tuple[int, ...]) -> tuple[int, ...]:

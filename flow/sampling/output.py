@@ -16,7 +16,7 @@ from flow.runtime import distributed, files
 from flow.runtime.errors import error_context
 from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images
-from flow.sampling.conditions import labels_for
+from flow.sampling.conditions import condition_names, labels_for
 from flow.sampling.generate import NFECounter, generate, shard
 from flow.sampling.images import ImageWriter, png_path
 from flow.sampling.settings import SamplerSettings
@@ -45,9 +45,7 @@ def check_output_dir(
     path, existing = folder / "sampling.json", None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
-            existing = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(existing, dict):
-                raise ValueError("it holds no settings")
+            existing = files.read_json(path)
     recorded = None if existing is None else [existing]
     check_same_settings(folder, recorded, json.loads(json.dumps(record)), "images", "sample.py")
     if existing is None:
@@ -115,14 +113,6 @@ def write_grid(
     columns = num_conditions if one_each else 10
     images.write_png(path, images.labelled_grid(shown.permute(0, 3, 1, 2), columns, names, by_class))
     return images.margin_names(names)[1]
-
-
-def condition_names(settings: SamplerSettings, class_names: Sequence[str], num_classes: int | None) -> list[str]:
-    """The prompts, or of each label the name of its class, else its number."""
-    if settings.prompts:
-        return list(settings.prompts)
-    labels = settings.labels or range(num_classes or 0)
-    return [class_names[k] if k < len(class_names) else str(k) for k in labels]
 
 
 def write_npz(path: Path, samples: np.ndarray, settings: SamplerSettings, num_classes: int | None) -> None:

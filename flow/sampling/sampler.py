@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flow import likelihood, solvers
+from flow import likelihood
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
@@ -81,7 +82,9 @@ class Sampler:
         Raises:
             ValueError: for settings that the method or the network does not take.
         """
-        settings = self._settings(method, steps, guidance_scale, seed, labels, prompts, time_grid, options)
+        settings = self._settings(
+            labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale, seed=seed, time_grid=time_grid
+        )
         with torch.inference_mode():
             return torch.cat([self._batch(batch, settings).images for batch in index_batches(range(n), batch_size)])
 
@@ -99,7 +102,7 @@ class Sampler:
 
         t_next: for flow maps, the time that the mean velocity leads to.
         """
-        return self._velocity(len(x), labels, prompts, guidance_scale)(x, t, t if t_next is None else t_next)
+        return self._velocity(len(x), labels, prompts, guidance_scale)(x, t, t_next)
 
     def trajectory(
         self,
@@ -119,7 +122,9 @@ class Sampler:
 
         requires_grad: keep the graph, so that the states can be differentiated with respect to the weights.
         """
-        settings = self._settings(method, steps, guidance_scale, seed, labels, prompts, time_grid, options)
+        settings = self._settings(
+            labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale, seed=seed, time_grid=time_grid
+        )
         x0 = to_solver_dtype(gaussian_noise("sample", seed, range(n), self.shape), self.device)
         states = [x0]
         with nullcontext() if requires_grad else torch.inference_mode():
@@ -170,32 +175,21 @@ class Sampler:
         with torch.inference_mode(), self._autocast():
             return likelihood.invert(self._velocity(len(x), labels, prompts, 1.0), x, noise, steps, method)
 
-    def _settings(
-        self, method: str, steps: int, guidance_scale: float, seed: int, labels, prompts, time_grid: str, options: dict
-    ) -> SamplerSettings:
-        solvers.check(method)
-        times = None
-        if time_grid == "optimized":
+    def _settings(self, labels, prompts, options: dict | None = None, **settings: Any) -> SamplerSettings:
+        labels, prompts = (None if values is None else tuple(values) for values in (labels, prompts))
+        sampler = SamplerSettings(labels=labels, prompts=prompts, options=tuple((options or {}).items()), **settings)
+        if sampler.time_grid == "optimized":
             if self.path is None:
                 raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")
-            times = grid_store.load(self.path, method, steps)
-        settings = SamplerSettings(
-            method, steps, guidance_scale, seed, tuple(labels) if labels is not None else None,
-            tuple(prompts) if prompts is not None else None, time_grid, times, tuple(options.items()),
-        )  # fmt: skip
-        validate(settings, self.model.net)
-        return settings
+            sampler = replace(sampler, times=grid_store.load(self.path, sampler.method, sampler.steps))
+        validate(sampler, self.model.net)
+        return sampler
 
     def _batch(self, indices: range, settings: SamplerSettings, callback=None) -> SampleBatch:
         return sample_batch(self.model, indices, self.shape, settings, self.device, self._autocast, callback=callback)
 
     def _velocity(self, n: int, labels, prompts, guidance_scale: float) -> GuidedVelocity:
-        settings = SamplerSettings(
-            guidance_scale=guidance_scale,
-            labels=tuple(labels) if labels is not None else None,
-            prompts=tuple(prompts) if prompts is not None else None,
-        )
-        validate(settings, self.model.net)
+        settings = self._settings(labels, prompts, guidance_scale=guidance_scale)
         return build_velocity(self.model, range(n), settings, self.device)
 
     def _autocast(self) -> AbstractContextManager:

@@ -124,8 +124,6 @@ def flow_model(net: Network, config: Config, codec: CodecSpec | None = None) -> 
     """
     with error_context("flow.path"):
         path = paths.build(config.flow.path)
-    if config.flow.prediction not in paths.PREDICTIONS:
-        raise UserError(f"flow.prediction={config.flow.prediction}: must be one of {', '.join(paths.PREDICTIONS)}")
     if codec is None:
         return FlowModel(net, path, config.flow.prediction)
     override = {"source": config.data.autoencoder} if config.data.autoencoder else {}
@@ -206,14 +204,14 @@ def find(path: Path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"--weights {path}: there is no such file or folder")
-    snapshots = _by_step(path / "snapshots") or _by_step(path) or sorted(path.glob(EMA_FILE))
+    snapshots = by_step(path / "snapshots") or by_step(path) or sorted(path.glob(EMA_FILE))
     if snapshots:
         return snapshots[-1]
     raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
 
 
-def _by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
-    """Files step_<number><tail>, oldest first."""
+def by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
+    """Files or folders step_<number><tail>, oldest first."""
     named = ((re.fullmatch(rf"step_(\d{{8,}}){re.escape(tail)}", p.name), p) for p in folder.glob(f"step_*{tail}"))
     return [p for _, p in sorted((int(match.group(1)), p) for match, p in named if match)]
 
@@ -227,19 +225,16 @@ def seal(path: Path) -> None:
     """Fill in the digest of a file whose metadata have the entry `digest`, so far BLANK, and put the metadata in order: the
     library writes them in a random one, and the same weights would be another file each time."""
     with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        start = file.read(8)
+        header = json.loads(file.read(size := int.from_bytes(start, "little")))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
         if len(text) != size:  # the library writes JSON in the same way
             raise ValueError(f"{path}: the header of safetensors has another form than expected")
+        digest = hashlib.sha256(start + text)
+        hashlib.file_digest(file, lambda: digest)  # the rest of the file
         file.seek(8)
-        file.write(text)
-    _, actual = digests(path)
-    sealed = _DIGEST.sub(rb"\g<1>" + actual.encode() + rb"\g<3>", text, count=1)
-    with open(path, "r+b") as file:
-        file.seek(8)
-        file.write(sealed)
+        file.write(_DIGEST.sub(rb"\g<1>" + digest.hexdigest().encode() + rb"\g<3>", text, count=1))
 
 
 def digests(path: Path) -> tuple[str | None, str]:

@@ -23,10 +23,7 @@ def _euler(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: st
 
 def _runge_kutta(velocity: Callable[..., Tensor], x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
     for t, t_next in pairwise(time_grid):
-        tableau = runge_kutta.TABLEAUX[method]
-        if t_next == 1 and tableau.final:
-            tableau = runge_kutta.TABLEAUX[tableau.final]
-        x = runge_kutta.step(tableau, velocity, x, t, t_next - t)
+        x = runge_kutta.step(method, velocity, x, t, t_next)
         yield x
 
 
@@ -45,9 +42,9 @@ SOLVERS: dict[str, Solver] = {
     **dict.fromkeys(multistep.BOOTSTRAP, Solver(multistep.adams_bashforth)),
     "dpmpp_2m": Solver(multistep.dpm_solver_2m),
     "unipc": Solver(multistep.unipc),
-    **dict.fromkeys(torchdiffeq.ADAPTIVE, Solver(torchdiffeq.adaptive, torchdiffeq.OPTIONS)),
-    "explicit_adams": Solver(torchdiffeq.explicit_adams),
-    **dict.fromkeys(torchdiffeq.IMPLICIT, Solver(torchdiffeq.implicit_adams, torchdiffeq.OPTIONS)),
+    **dict.fromkeys(torchdiffeq.ADAPTIVE, Solver(torchdiffeq.adaptive, torchdiffeq.TOLERANCES)),
+    "explicit_adams": Solver(torchdiffeq.adams),
+    **dict.fromkeys(torchdiffeq.IMPLICIT, Solver(torchdiffeq.adams, torchdiffeq.TOLERANCES)),
     **dict.fromkeys(sde.SDE, Solver(sde.sde, ("noise", "noise_scale", "diffusion"))),
     "ddim": Solver(ddim.ancestral_step, whole_step=True),
     "ancestral": Solver(ddim.ancestral_step, ("noise", "eta")),
@@ -117,7 +114,6 @@ def solve(
     """Integrate dx/dt = velocity(x, t, t_next) over the times of `time_grid`, from x [B, ...] at time_grid[0].
 
     Euler and DDIM pass the end of their step as t_next (forward in time), so that flow maps jump there; others pass t twice.
-
     The times lie in [0, 1] and rise or fall; backwards they start before the data end, t = 1, where no method evaluates the
     velocity. Runs in the dtype of x. `options` are those of the method: rtol and atol, or noise, noise_scale and diffusion,
     or noise and eta. `callback` gets the state at each time of the grid after the first. Raises ValueError for what `check`

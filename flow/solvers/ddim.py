@@ -11,8 +11,6 @@ from itertools import pairwise
 
 from torch import Tensor
 
-DDIM = ("ddim", "ancestral")
-
 
 def ancestral_step(
     velocity: Callable[[Tensor, float, float], Tensor],

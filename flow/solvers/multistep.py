@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor
 
-from flow.solvers.runge_kutta import TABLEAUX, step
+from flow.solvers.runge_kutta import step
 
 Velocity = Callable[[Tensor, float], Tensor]
 BOOTSTRAP = {"ab2": (2, "euler"), "ab3": (3, "heun"), "ab4": (4, "heun3")}  # order, and one order less for the first steps
@@ -30,8 +30,7 @@ def adams_bashforth(velocity: Velocity, x: Tensor, time_grid: Sequence[float], m
                 stages.append(velocity(x, t))
                 return stages[-1]
 
-            tableau = TABLEAUX[start]
-            x = step(TABLEAUX[tableau.final] if t_next == 1 and tableau.final else tableau, recorded, x, t, t_next - t)
+            x = step(start, recorded, x, t, t_next)
             history.append((t, stages[0]))
         else:
             history = [*history[-(order - 1) :], (t, velocity(x, t))]

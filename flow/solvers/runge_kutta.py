@@ -38,8 +38,11 @@ TABLEAUX = {
 TABLEAUX["heun2"] = TABLEAUX["heun"]  # torchdiffeq's name
 
 
-def step(tableau: Tableau, velocity: Callable[[Tensor, float], Tensor], x: Tensor, t: float, h: float) -> Tensor:
-    """x [B, ...] at t -> x at t + h."""
+def step(method: str, velocity: Callable[[Tensor, float], Tensor], x: Tensor, t: float, t_next: float) -> Tensor:
+    """x [B, ...] at t -> x at t_next."""
+    tableau, h = TABLEAUX[method], t_next - t
+    if t_next == 1 and tableau.final:
+        tableau = TABLEAUX[tableau.final]
     stages: list[Tensor] = []
     for c, row in zip(tableau.c, tableau.a, strict=True):
         xi = x

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 
+from flow import registry
+
 # Before t = 1, where the velocity is undefined: the noise can no longer be seen in x. Adaptive methods and the likelihood,
 # which have no grid that fixes the last step, solve up to (from) 1 - END_EPS and take one open step beyond.
 END_EPS = 1e-3
@@ -51,8 +53,7 @@ GRIDS: dict[str, Callable[[int], list[float]]] = {
 
 def build(name: str, steps: int) -> list[float]:
     """The times 0 = t_0 < ... < t_N = 1. Raises ValueError for an unknown name or fewer than one step."""
-    if name not in GRIDS:
-        raise ValueError(f"unknown time grid {name!r}; choose from {', '.join(GRIDS)}")
+    grid = registry.pick("time grid", GRIDS, name, {})
     if steps < 1:
         raise ValueError(f"{steps} steps: must be at least 1")
-    return GRIDS[name](steps)
+    return grid(steps)

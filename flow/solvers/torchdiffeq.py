@@ -3,15 +3,15 @@
 Names that runge_kutta.py has too (euler, midpoint, heun2, heun3, rk4) are solved there, which never evaluates the data end.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from flow.solvers.runge_kutta import TABLEAUX, step
+from flow.solvers.runge_kutta import step
 from flow.solvers.time_grids import END_EPS
 
 Velocity = Callable[[Tensor, float], Tensor]
+TOLERANCES = ("rtol", "atol")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 IMPLICIT = ("implicit_adams", "fixed_adams")  # two names of one method
 IGNORES_GRID = (*ADAPTIVE, "explicit_adams", *IMPLICIT)  # they use its ends, or its length, alone
@@ -37,35 +37,27 @@ def adaptive(
     end = max(1 - END_EPS, time_grid[0])
     states = _odeint(velocity, x, [*(t for t in time_grid if t < end), end], method, rtol, atol)
     yield from states[1:-1]
-    last = step(TABLEAUX["heun3"], velocity, states[-1], end, 1 - end)
+    last = step("heun3", velocity, states[-1], end, 1.0)
     yield from (states[-1] + (t - end) / (1 - end) * (last - states[-1]) for t in time_grid[1:-1] if t >= end)
     yield last
 
 
-def explicit_adams(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
-    """Adams-Bashforth of order 4, after three Runge-Kutta steps."""
-    return _adams(velocity, x, time_grid, method, 1e-5, 1e-5)
-
-
-def implicit_adams(
+def adams(
     velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str, rtol: float = 1e-5, atol: float = 1e-5
 ) -> Iterator[Tensor]:
-    """Adams-Bashforth-Moulton of order 5: at most four corrections a step, until they agree within the tolerances
-    over the whole batch. Raises ValueError for a tolerance out of range."""
-    return _adams(velocity, x, time_grid, method, rtol, atol)
+    """Adams-Bashforth of order 4 after three Runge-Kutta steps, or Adams-Bashforth-Moulton of order 5: at most four
+    corrections a step, until they agree within the tolerances over the whole batch.
 
-
-def _adams(
-    velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str, rtol: float, atol: float
-) -> Iterator[Tensor]:
-    """As many steps as the time grid has, all of one size, which their coefficients need. The last one, where it ends
-    at the data, is one of an open Runge-Kutta method (order 3, which leaves a global order of 4)."""
+    As many steps as the time grid has, all of one size, which their coefficients need. The last one, where it ends at the
+    data, is one of an open Runge-Kutta method (order 3, which leaves a global order of 4). Raises ValueError for a tolerance
+    out of range.
+    """
     steps, start, end = len(time_grid) - 1, time_grid[0], time_grid[-1]
     times = [start + (end - start) * i / steps for i in range(steps)]
     states = _odeint(velocity, x, times if end == 1 else [*times, end], method, rtol, atol, ADAMS)
     yield from states[1:]
     if end == 1:
-        yield step(TABLEAUX["heun3"], velocity, states[-1], times[-1], end - times[-1])
+        yield step("heun3", velocity, states[-1], times[-1], end)
 
 
 def _odeint(
@@ -93,6 +85,3 @@ def _odeint(
         return odeint(within, x, at, method=method, rtol=rtol, atol=atol, options=options)
     except AssertionError as error:
         raise ValueError(f"{method}: the velocity is not finite, or too steep to meet the tolerances ({error})") from None
-
-
-OPTIONS = tuple(inspect.signature(adaptive).parameters)[4:]

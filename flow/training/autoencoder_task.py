@@ -16,14 +16,13 @@ from configs.schema import UserError
 from configs.vae import VaeConfig
 from flow.losses import Batch
 from flow.losses.autoencoder import AutoencoderLoss
-from flow.noise import gaussian_noise
 from flow.runtime import distributed, files, subprocesses
 from flow.runtime.errors import error_context
 from flow.sampling import images
 from flow.sampling.generate import shard
 from flow.sampling.images import psnr, to_float, to_uint8
 from flow.sampling.space import Space
-from flow.training.data_loader import TrainingLoader
+from flow.training.data_loader import TrainingLoader, further_noise
 from flow.training.trainer import Callback, Trainer
 from models import autoencoder
 from models.autoencoder import VAE
@@ -71,9 +70,7 @@ class AutoencoderTask:
         seed, device = self.config.seed, self.accelerator.device
         for micro_batches in self.loader.steps(first_step, self.config.train.steps):
             for i, batch in enumerate(micro_batches):
-                noise = {key: gaussian_noise(key, seed, batch.sample_ids, shape) for key, shape in self.loss.draws.items()}
-                on_device = {key: distributed.to_device(value, device) for key, value in noise.items()}
-                micro_batches[i] = replace(batch, y=None, noise=on_device)
+                micro_batches[i] = replace(batch, y=None, noise=further_noise(self.loss.draws, seed, batch, device))
             yield micro_batches
 
     def write_snapshot(self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int) -> None:

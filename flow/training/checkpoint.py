@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 
 from configs import schema
 from configs.schema import Kind, UserError
+from configs.stored import first_line
 from flow.runtime import distributed, files
-from flow.sampling.snapshot import EMA_FILE, _by_step
+from flow.sampling.snapshot import EMA_FILE, by_step
 
 _NAME = re.compile(r"step_(\d{8,})")
 # Beginnings of the names of what every checkpoint holds; accelerate has several for the weights and the optimizer's state.
@@ -37,22 +38,15 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_m
     """
     path = folder / f"step_{step:08d}"
     temporary = folder / f"{files.TEMPORARY}{path.name}"
-    failure: Exception | None = None
-    try:
+    with _writing(accelerator, path):
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             files.clean_temporaries(folder)
             temporary.mkdir()
-    except OSError as error:
-        failure = error
-    _raise_on_all(accelerator, failure, path)
-    try:
+    with _writing(accelerator, path):
         accelerator.save_state(str(temporary))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        failure = error
-    _raise_on_all(accelerator, failure, path)
-    if accelerator.is_main_process:
-        try:
+    with _writing(accelerator, path):
+        if accelerator.is_main_process:
             for random_state in temporary.glob("random_states_*"):
                 random_state.unlink()
             write_more(temporary)
@@ -65,9 +59,6 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_m
             if path.exists():  # a damaged one that resuming has skipped
                 shutil.rmtree(path)
             files.atomic_rename_dir(temporary, path)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            failure = error
-    _raise_on_all(accelerator, failure, path)
     return path
 
 
@@ -99,16 +90,16 @@ def reading(path: Path) -> Iterator[None]:
     except UnpicklingError:
         raise UserError(f"-r {path}: holds something other than tensors and numbers, which is not loaded") from None
     except _READING_ERRORS as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(f"-r {path}: does not fit this configuration ({type(error).__name__}: {first})") from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"-r {path}: does not fit this configuration ({reason})") from None
 
 
-def stored_config(path: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Kind | None:
-    """The configuration that a checkpoint was written with; None for one of before it was stored. `confirmed`: {key: value} of
-    what the user's own configuration reads from the environment. Raises UserError."""
+def stored_config(path: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Kind:
+    """The configuration that a checkpoint was written with. `confirmed`: {key: value} of what the user's own configuration
+    reads from the environment. Raises UserError."""
     with reading(path), safe_open(path / EMA_FILE, framework="pt") as file:
-        text = (file.metadata() or {}).get("config")
-    return schema.parse(text, f"-r {path / EMA_FILE}", kind, confirmed) if text else None
+        text = file.metadata()["config"]
+    return schema.parse(text, f"-r {path / EMA_FILE}", kind, confirmed)
 
 
 def find_latest(accelerator: Accelerator, folder: Path) -> Path | None:
@@ -136,7 +127,7 @@ def latest_checkpoint_hint(folder: Path) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
-    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name)), key=parse_step)
+    return by_step(folder, "")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -175,13 +166,19 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def _raise_on_all(accelerator: Accelerator, failure: Exception | None, path: Path) -> None:
-    """All processes stop together where one of them could not write."""
+@contextmanager
+def _writing(accelerator: Accelerator, path: Path) -> Iterator[None]:
+    """All processes stop together where one of them could not write: UserError on each, and nothing unfinished remains."""
+    failure: Exception | None = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        failure = error
     if not distributed.any_process(accelerator, failure is not None):
         return
     if accelerator.is_main_process:
         shutil.rmtree(path.with_name(f"{files.TEMPORARY}{path.name}"), ignore_errors=True)
-    reason = (str(failure).splitlines() or [""])[0] if failure else "another process failed"
+    reason = first_line(failure) if failure else "another process failed"
     raise UserError(f"checkpoint {path} was not written: {reason}; {latest_checkpoint_hint(path.parent)}")
 
 
@@ -199,5 +196,5 @@ def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[in
                 os.link(saved / name, temporary)
             except OSError:  # a file system without hard links
                 shutil.copyfile(saved / name, temporary)
-        for old in _by_step(folder, tail)[:-keep] if keep else []:
+        for old in by_step(folder, tail)[:-keep] if keep else []:
             old.unlink()

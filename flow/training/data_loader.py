@@ -6,11 +6,13 @@ any number of them sees the same global batches, and resuming needs the step alo
 """
 
 import signal
-import threading
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import tee
-from queue import Queue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,49 +24,42 @@ from configs.schema import Config, UserError
 from configs.vae import VaeConfig
 from flow.losses import Batch
 from flow.noise import gaussian_noise, generator
+from flow.runtime import distributed
 from flow.runtime.shutdown import SIGNALS
 from flow.sampling.images import to_float
 from flow.sampling.space import Space
 
 
+@dataclass
 class TrainingLoader:
-    """Iterates over training steps: each item is the list of this process's micro-batches."""
+    """Iterates over training steps: each item is the list of this process's micro-batches.
 
-    def __init__(
-        self,
-        data,
-        *,
-        seed: int,
-        batch_size: int,
-        gradient_accumulation_steps: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        horizontal_flip: bool,
-        num_workers: int,
-    ):
-        """data: Images or Pairs (held on the device where they take less than a quarter of its free memory), Folder or
-        Latents.
+    Raises UserError where the global batch does not divide by processes x micro-batches, and for flips of points and of
+    latents that have no flipped copies.
+    """
 
-        Raises UserError where the global batch does not divide by processes x micro-batches, and for flips of points and of
-        latents that have no flipped copies.
-        """
-        self.micro_batch_size = micro_batch_size(batch_size, world_size, gradient_accumulation_steps)
-        self.data, self.seed, self.batch_size = data, seed, batch_size
-        self.gradient_accumulation_steps = gradient_accumulation_steps
-        self.rank, self.world_size = rank, world_size
-        self.device, self.horizontal_flip, self.num_workers = device, horizontal_flip, num_workers
+    data: Any  # a `datasets.DataSet`; in memory it is held on the device where it takes less than a quarter of its free memory
+    seed: int
+    batch_size: int  # of the global batch
+    gradient_accumulation_steps: int
+    rank: int
+    world_size: int
+    device: torch.device
+    horizontal_flip: bool
+    num_workers: int
+
+    def __post_init__(self):
+        data, device = self.data, self.device
+        self.micro_batch_size = micro_batch_size(self.batch_size, self.world_size, self.gradient_accumulation_steps)
         self.latent = data.access == "posterior"
-        if horizontal_flip and Space(data.image_shape, data.codec).is_points:
+        if self.horizontal_flip and Space(data.image_shape, data.codec).is_points:
             raise UserError("data.horizontal_flip=true: points have no mirror image; set it to false")
-        if self.latent and horizontal_flip and not data.has_flipped:
+        if self.latent and self.horizontal_flip and not data.has_flipped:
             raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
         self.in_memory = data.access == "memory"
         if self.in_memory:
-            images, fits = data.images, True
-            if device.type == "cuda":
-                fits = images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
-            self.images = images.to(device) if fits else images.pin_memory()
+            fits = device.type != "cuda" or data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+            self.images = data.images.to(device) if fits else data.images.pin_memory()
             self.labels = data.labels.to(self.images.device) if data.labels is not None else None
 
     @classmethod
@@ -80,11 +75,7 @@ class TrainingLoader:
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of steps first .. last - 1."""
         index_batches, lookahead = tee(self._index_batches(first, last))  # workers read ahead of what is handed out
-        fetched: Iterator[tuple[Tensor | None, Tensor | None]]
-        if self.in_memory or self.latent:
-            fetched = map(self._select, lookahead)
-        else:
-            fetched = self._read(lookahead, (last - first) * self.gradient_accumulation_steps)
+        fetched = map(self._select, lookahead) if self.in_memory or self.latent else self._read(lookahead)
         for step in range(first, last):
             micro_batches = range(self.gradient_accumulation_steps)
             yield [self._micro_batch(step, m, next(index_batches), *next(fetched)) for m in micro_batches]
@@ -101,14 +92,9 @@ class TrainingLoader:
         while position < start + self.batch_size:  # a batch may straddle epochs, or hold several of a tiny set
             epoch, offset = divmod(position, n)
             take = min(n - offset, start + self.batch_size - position)
-            parts.append(self._permutation(epoch)[offset : offset + take])
+            parts.append(_permutation(self.seed, epoch, n)[offset : offset + take])
             position += take
         return np.concatenate(parts)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch, self._order = epoch, generator("order", self.seed, epoch).permutation(len(self.data))
-        return self._order
 
     def _index_batches(self, first: int, last: int) -> Iterator[list[int]]:
         for step in range(first, last):
@@ -122,10 +108,10 @@ class TrainingLoader:
         index = torch.tensor(indices, device=self.images.device)
         return self.images[index], self.labels[index] if self.labels is not None else None
 
-    def _read(self, index_batches: Iterator[list[int]], count: int) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    def _read(self, index_batches: Iterator[list[int]]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         loader: DataLoader = DataLoader(
             _SafeDataset(self.data),
-            batch_sampler=_Sampler(index_batches, count),
+            batch_sampler=index_batches,
             num_workers=self.num_workers,
             collate_fn=_collate,
             worker_init_fn=_ignore_signals,
@@ -162,6 +148,17 @@ class TrainingLoader:
         return self.data.normalised(mean + std * noise)
 
 
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    return generator("order", seed, epoch).permutation(n)
+
+
+def further_noise(draws: dict[str, tuple[int, ...]], seed: int, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The noise of `Loss.draws` [b, *shape], on the device: functions of (key, seed, sample id)."""
+    noise = {key: gaussian_noise(key, seed, batch.sample_ids, shape) for key, shape in draws.items()}
+    return {key: distributed.to_device(value, device) for key, value in noise.items()}
+
+
 def micro_batch_size(batch_size: int, world_size: int, gradient_accumulation_steps: int) -> int:
     """Images that a process takes at once. Raises UserError where the global batch does not divide."""
     shares = world_size * gradient_accumulation_steps
@@ -172,19 +169,6 @@ def micro_batch_size(batch_size: int, world_size: int, gradient_accumulation_ste
             f"train.gradient_accumulation_steps={gradient_accumulation_steps}; {near} would"
         )
     return batch_size // shares
-
-
-class _Sampler:
-    """The batch sampler that torch asks for: an iterable with a length."""
-
-    def __init__(self, index_batches: Iterator[list[int]], count: int):
-        self.index_batches, self.count = index_batches, count
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.index_batches
-
-    def __len__(self) -> int:
-        return self.count
 
 
 class _SafeDataset(Dataset):
@@ -228,32 +212,12 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     if not depth:
         yield from items
         return
-    queue: Queue[tuple[bool, object]] = Queue()
-    semaphore, stop_event = threading.Semaphore(depth), threading.Event()
-
-    def work() -> None:
-        try:
-            for item in items:
-                queue.put((True, item))
-                semaphore.acquire()
-                if stop_event.is_set():
-                    return
-            queue.put((False, None))
-        except BaseException as error:
-            queue.put((False, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(1)
     try:
-        while True:
-            more, item = queue.get()
-            if not more:
-                if item is not None:
-                    raise item  # type: ignore[misc]
-                return
+        ahead = deque(pool.submit(next, iterator, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(pool.submit(next, iterator, end))
             yield item  # type: ignore[misc]
-            semaphore.release()
     finally:
-        stop_event.set()
-        semaphore.release()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

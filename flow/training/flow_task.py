@@ -1,6 +1,6 @@
 """Training of a flow: the network, its loss, and batches as a function of (seed, step)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from flow import couplings, losses, time_samplers
 from flow.couplings import Coupling, PairedCoupling
 from flow.guidance import drop_labels
 from flow.losses import Batch
-from flow.noise import gaussian_noise, generator
+from flow.noise import generator
 from flow.runtime import distributed, files, subprocesses
 from flow.runtime.errors import error_context
 from flow.sampling import snapshot
+from flow.sampling.conditions import condition_names
 from flow.sampling.generate import generate, shard
 from flow.sampling.settings import SamplerSettings, validate
 from flow.sampling.space import Space
-from flow.training.data_loader import TrainingLoader
+from flow.training.data_loader import TrainingLoader, further_noise
 
 MAX_COLUMNS = 20  # of one class or prompt each, in a preview
 NAMED_CLASSES = 10  # in the log
@@ -81,19 +82,17 @@ class FlowTask:
     def batches(self, first_step: int) -> Iterator[list[Batch]]:
         """Each batch with its source samples, uniforms, further noise and labels, some of which are dropped."""
         seed, size, device = self.config.seed, self.config.train.batch_size, self.accelerator.device
-        num_uniforms, draws = self.loss.num_uniforms, self.loss.draws
         for step, micro_batches in enumerate(self.loader.steps(first_step, self.config.train.steps), start=first_step):
-            u = time_samplers.stratified(seed, step, size, num_uniforms)  # [B, num_uniforms], of the global batch
+            u = time_samplers.stratified(seed, step, size, self.loss.num_uniforms)  # [B, num_uniforms], of the global batch
             for i, batch in enumerate(micro_batches):
                 coupled_labels = batch.y if self.net.null is not None else None
                 x0 = self.coupling.sample_x0(batch.sample_ids, batch.indices, batch.x1, coupled_labels)
-                noise = {key: gaussian_noise(key, seed, batch.sample_ids, shape) for key, shape in draws.items()}
                 micro_batches[i] = replace(
                     batch,
                     x0=distributed.to_device(x0, device),
                     u=distributed.to_device(u[batch.rows], device),
                     y=self._condition(batch, step),
-                    noise={key: distributed.to_device(value, device) for key, value in noise.items()},
+                    noise=further_noise(self.loss.draws, seed, batch, device),
                 )
             yield micro_batches
 
@@ -115,7 +114,7 @@ class FlowTask:
         gathered = distributed.gather_in_order(self.accelerator, parts)
         if gathered is None:
             return None, {}
-        names = list(settings.prompts or margin_labels(net.num_classes, self.class_names))
+        names = condition_names(settings, self.class_names, net.num_classes)
         if not 2 <= len(names) <= MAX_COLUMNS:
             names = []
         return self.space.picture(torch.cat(gathered), len(names) or max(1, round(n**0.5)), names), {}
@@ -143,18 +142,15 @@ class FlowTask:
         return f"sample with: {subprocesses.command(*sample)}"
 
     def _preview_settings(self) -> SamplerSettings:
-        preview, names = self.config.preview, self.data.class_names
-        prompts = tuple(captions.plain(name) for name in names) if self.net.max_prompt_bytes else None
-        return SamplerSettings(
-            preview.sampling_method, preview.sampling_steps, preview.guidance_scale, preview.seed, prompts=prompts
-        )
+        p = self.config.preview
+        prompts = tuple(map(captions.plain, self.data.class_names)) if self.net.max_prompt_bytes else None
+        return SamplerSettings(p.sampling_method, p.sampling_steps, p.guidance_scale, p.seed, prompts=prompts)
 
     def _condition(self, batch: Batch, step: int) -> Tensor | None:
         """Labels [b] or tokens [b, L], some of them replaced by the null condition; None for unconditional networks."""
-        y = self._encode_condition(batch)
+        y, config = self._encode_condition(batch), self.config
         if y is None:
             return None
-        config = self.config
         return drop_labels(y, batch.rows, config.seed, step, config.train.batch_size, config.flow.label_dropout, self.net.null)
 
     def _encode_condition(self, batch: Batch) -> Tensor | None:
@@ -167,11 +163,6 @@ class FlowTask:
             ]
             return self.net.encode(prompts).to(batch.x1.device, non_blocking=True)
         return batch.y if self.net.num_classes is not None else None
-
-
-def margin_labels(num_classes: int | None, class_names: Sequence[str]) -> list[str]:
-    """The name of each class, or its number where it has none."""
-    return [class_names[k] if k < len(class_names) else str(k) for k in range(num_classes or 0)]
 
 
 def build_coupling(config: Config, data, micro_batch_size: int) -> Coupling:

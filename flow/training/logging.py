@@ -19,12 +19,9 @@ from flow.losses import Losses
 from flow.runtime import files, jsonl
 
 TIME_BINS = 10
-
-
 PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
-TRACKERS: dict[
-    str, type[GeneralTracker]
-] = {}  # trackers beside those that Accelerate knows; they are called with the run folder
+# Trackers beside those that Accelerate knows; they are called with the run folder.
+TRACKERS: dict[str, type[GeneralTracker]] = {}
 
 
 class Logger:
@@ -43,9 +40,9 @@ class Logger:
             flat = {key: _to_scalar(schema.get(config, key)) for key in schema.all_keys(type(config))}
             # TensorBoard takes the name of its folder where others take the name of the project.
             tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
-            known = [tensorboard if str(tracker) == "tensorboard" else tracker for tracker in accelerator.log_with]
+            trackers = [tensorboard if str(tracker) == "tensorboard" else tracker for tracker in accelerator.log_with]
             own = [TRACKERS[name](folder) for name in config.train.log_with if name in TRACKERS]
-            accelerator.log_with = [*known, *own]
+            accelerator.log_with = [*trackers, *own]
             with files.naming(folder / "tensorboard"):
                 accelerator.init_trackers(
                     PROJECT, config=flat, init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}}

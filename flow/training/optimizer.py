@@ -1,10 +1,11 @@
 """The optimizer, its learning rate, and the steps that are skipped where the gradient is not finite."""
 
 import math
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from configs.schema import OptimizerConfig, UserError
 from flow.runtime.distributed import full_tensor
@@ -18,29 +19,24 @@ def lr_at(config: OptimizerConfig, update: int, total: int) -> float:
     """lr of update number `update` (from 0) of `total`: linear warm-up from 0, then constant, linear or cosine to 0."""
     warmup = min(1.0, (update + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     progress = min(1.0, max(0, update - config.warmup_steps) / max(1, total - config.warmup_steps))
-    decay = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": (1 + math.cos(math.pi * progress)) / 2,
-    }[config.schedule]
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
     return config.lr * warmup * decay
 
 
 def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
     """Give an optimizer whose state was loaded the betas, eps and weight_decay of the configuration: its own are those of
     the checkpoint."""
-    beta1, beta2 = config.betas
     for group in optimizer.param_groups:
-        group.update(betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay)
+        group.update(_options(config))
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
     """The optimizer of a network on this device; its learning rate is then that of `lr_at` at each step."""
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(
-        net.parameters(), lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )  # fmt: skip
+    return torch.optim.AdamW(net.parameters(), lr=config.lr, fused=device.type in ("cpu", "cuda"), **_options(config))
+
+
+def _options(config: OptimizerConfig) -> dict[str, Any]:
+    return {"betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
 
 
 class GuardedOptimizer:
@@ -55,22 +51,15 @@ class GuardedOptimizer:
         self.in_a_row = 0
 
     def update(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, meter: LossStatistics, step: int
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, statistics: LossStatistics, step: int
     ) -> bool:
         """Clip the gradient to max_norm (0: not at all), take step number `step` unless it has to be left out, and forget the
-        gradient; whether the weights changed."""
-        norm = full_tensor(self.accelerator.clip_grad_norm_(model.parameters(), max_norm or float("inf")))
-        updated = self.step(optimizer, norm)
-        meter.add_grad_norm(step, norm, updated)
-        optimizer.zero_grad()
-        return updated
-
-    def step(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> bool:
-        """Take the step with a gradient of this norm, unless it has to be left out; whether the weights changed.
+        gradient; whether the weights changed.
 
         The device is waited for only with fp16 and with train.nonfinite_grad=skip. Whether fp16 skipped shows in its scale,
         which falls then: accelerate looks whether the optimizer's step was called, and that of a fused one always is.
         """
+        norm = full_tensor(self.accelerator.clip_grad_norm_(model.parameters(), max_norm or float("inf")))
         if self.scaler is not None:
             before = self.scaler.get_scale() if self.scale is None else self.scale
             optimizer.step()
@@ -81,6 +70,8 @@ class GuardedOptimizer:
             if updated:
                 optimizer.step()
         self.in_a_row = 0 if updated else self.in_a_row + 1
+        statistics.add_grad_norm(step, norm, updated)
+        optimizer.zero_grad()
         return updated
 
     def metrics(self) -> dict[str, float]:

@@ -102,8 +102,8 @@ def checkpoint_to_resume(accelerator: Accelerator, resume: str, run_dir: Path, c
     folder = run_dir / "checkpoints"
     named = resume != "latest" and checkpoint.is_checkpoint(Path(resume))
     path = _checkpoint_named(Path(resume), folder) if named else checkpoint.find_latest(accelerator, folder)
-    before = path and checkpoint.stored_config(path, type(cfg), stored.typed_values(cfg))
-    if before:
+    if path:
+        before = checkpoint.stored_config(path, type(cfg), stored.typed_values(cfg))
         refuse_changes(before, cfg, f"the checkpoint {path} was made")
     return path
 
@@ -137,9 +137,7 @@ def write_run_files(run_dir: Path, config: Any, accelerator: Accelerator) -> Non
     files.write_text(run_dir / "config.yaml", schema.dump(config))
     path = run_dir / "environment.json"
     with error_context(f"{path}: is damaged; move it away"):
-        starts = files.read_json(path) if path.is_file() else []
-        if not isinstance(starts, list):
-            raise ValueError("it holds no list of starts")
+        starts = files.read_json(path, list) if path.is_file() else []
     files.write_text(path, json.dumps([*starts, environment(accelerator)], indent=1))
 
 

@@ -4,16 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import models
 from models import autoencoder
 
 pytest.importorskip("diffusers")
-
-
-def test_the_identity_changes_nothing():
-    codec, x = models.build_codec(None), torch.randn(2, 3, 4, 4)
-    assert codec.decode(x) is x and codec.latent_shape((3, 4, 4)) == (3, 4, 4)
-    assert torch.equal(codec.encode(x)[0], x) and not codec.encode(x)[1].any()
 
 
 def test_a_folder_of_diffusers_is_loaded_as_it_is(vae_folder):

@@ -249,7 +249,7 @@ def test_mini_unet_has_the_shape_of_its_input_and_sees_labels(shape, args):
     ("args", "message"),
     [
         ({"num_classes": 3, "max_prompt_bytes": 5}, "num_classes=3, max_prompt_bytes=5: labels or prompts, not both"),
-        ({"max_prompt_bytes": 0}, "max_prompt_bytes=0: must be a whole number of at least 1 or null"),
+        ({"max_prompt_bytes": 0}, "max_prompt_bytes=0: must be a whole number of at least 1, or null"),
         ({"width": 18}, "width=18: must be a multiple of 4"),
         ({"head_channels": 24}, "head_channels=24: must divide 2 width = 32"),
         ({"patch": 3}, "patch=3: needs an image side divisible by 6, the images are 8x8"),

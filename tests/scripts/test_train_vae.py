@@ -90,7 +90,7 @@ def test_lpips_where_it_is_installed(here, error, tmp_path, monkeypatch):
     ("autoencoder.channels=[8, 7]", "must be whole numbers divisible by 4"),
     ("autoencoder.channels=[8, 8, 8, 8, 8]", "sides must be divisible by 16"),
     ("autoencoder.blocks=0", "blocks=0"),
-    ("autoencoder.distance=l3", "autoencoder.distance=l3: must be l1 or mse"),
+    ("autoencoder.distance=l3", "autoencoder.distance=l3: must be one of l1, mse"),
     ("autoencoder.kl_wight=1", "Did you mean 'autoencoder.kl_weight'"),
     ("train.init_from=/nowhere", "/nowhere: there is no such folder"),
 ])  # fmt: skip

@@ -75,7 +75,7 @@ def test_training_that_cannot_start(arguments, message, error, tmp_path):
     ("text", "message"),
     [
         ("train: {stesp: 3}", "unknown key 'train.stesp'. Did you mean 'train.steps'?"),
-        ("train: 3", "train=3: must be a section"),
+        ("train: 3", "'train' is a section"),
         ("- a", "holds a list"),
         ("a: [", "not a YAML file"),
         ("data: !!python/object/apply:os.system ['touch PWNED']", "not a YAML file"),
