@@ -2,12 +2,13 @@
 
 One row for each method, number of steps, guidance scale and range of images. Images go from the network straight into
 the feature extractor, on every process. `--samples DIR` scores a folder of images instead. `--out` gets results.jsonl,
-results.csv, results.md and nfe.png; rows that are there already are not computed again.
+results.csv, results.md and nfe.png; existing rows are not computed again.
 
 The classes of the images are as frequent as in the reference. A row `real (...)` shows the floor: as many real images that are
 not in the reference, from the other split of the data set; where it has none, one random half against the other half.
 """
 
+import shlex
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from configs import schema
 from configs.schema import UserError
 from flow.evaluation import metrics, runner
 from flow.evaluation.features import INCEPTION
-from flow.runtime import cli, distributed, lock
+from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, snapshot
 from flow.sampling.conditions import conditions_in_turn
@@ -31,31 +32,24 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
-    parser.add_argument("--weights", metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    cli.add_config_flag(parser)
+    cli.add_weights_flag(parser, required=False)
     parser.add_argument("--samples", type=Path, metavar="DIR", help="score this folder of images, no weights needed")
-    parser.add_argument("--methods", nargs="+", choices=SOLVERS, default=["euler"], help="solvers (default: euler)")
+    cli.add_methods_flag(parser, SOLVERS, ["euler"])
     cli.add_step_flags(parser, [100], several=True)
     cli.add_solver_flags(parser)
-    parser.add_argument("--guidance_scale", nargs="+", type=cli.guidance_scale, default=[1.0], help="(default: 1, off)")
-    parser.add_argument(
-        "--labels",
-        nargs="+",
-        metavar="CLASS",
-        help="classes by name or number, in turn (default: each as often as in the reference or training set)",
-    )
+    cli.add_guidance_flag(parser, several=True)
+    cli.add_labels_flag(parser, "each as often as in the reference or training set")
     parser.add_argument(
         "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
     )
-    parser.add_argument("--n_samples", type=cli.at_least(2), default=50_000, help="images a row (default: 50000)")
-    parser.add_argument("--repeats", type=cli.at_least(1), default=1, help="image ranges a row is repeated on (default: 1)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
-    parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
-    parser.add_argument("--feature_extractor", default=INCEPTION, metavar="NAME", help=f"(default: {INCEPTION})")
-    parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
-    parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
+    cli.add_count_flag(parser, "--n_samples", "images per row", 50_000, least=2)
+    cli.add_count_flag(parser, "--repeats", "image ranges that a row is repeated on", 1)
+    cli.add_seed_flag(parser)
+    cli.add_batch_size_flag(parser)
+    cli.add_precision_flag(parser)
+    cli.add_compile_flag(parser)
+    cli.add_feature_flags(parser, INCEPTION)
     parser.add_argument(
         "--reference",
         metavar="DIR|NPZ|NAME",
@@ -66,7 +60,7 @@ def parse_args():
         help=f"(default: {' '.join(metrics.DEFAULT)}, which take seconds; kid and prc take minutes for 50,000 images)",
     )  # fmt: skip
     parser.add_argument("--no_control", action="store_true", help="leave out the row of real images that shows the floor")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="(default: evaluation/ beside the weights or samples)")
+    cli.add_output_flag(parser, use="(default: evaluation/ beside the weights or samples)", required=False)
     return parser.parse()
 
 
@@ -115,6 +109,11 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         runner.evaluate_snapshot(
             settings, accelerator, out, snap, model, plan, subject, captions_of, args.mixed_precision, not labels
         )
+    row = plan[-1]
+    flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
+    flags += cli.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
+    sample = cli.sample_command(args.weights, f"{path.stem}_{row.method}_{row.steps}", *flags, *args.overrides)
+    print_summary(args, accelerator, out, f"sample as in the last row with: {sample}")
 
 
 def evaluate_folder(args, accelerator: Accelerator) -> None:
@@ -125,6 +124,14 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
     with lock.folder(out, accelerator):
         config = schema.load(args.config, args.overrides)
         runner.evaluate_folder(settings, accelerator, out, args.samples, config, data, stored)
+    show = f"cat {shlex.quote(str(out / 'results.md'))}"
+    print_summary(args, accelerator, out, f"see the table again with: {show}")
+
+
+def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> None:
+    if accelerator.is_main_process:
+        names = sorted(p.name for p in out.iterdir() if p.name != files.LOCK)
+        print(cli.summary(f"{' '.join(names)} in {out}", args.start, next_step))
 
 
 def evaluation_settings(args, owner: str, n_samples: int) -> runner.EvaluationSettings:

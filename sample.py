@@ -1,14 +1,11 @@
 """Sample images from trained weights: `accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples`.
 
 Image k depends on the weights, the settings and k, not on the number of processes (with methods that have tolerances a
-little on its batch, so --bspp must stay the same). A run that was cut off goes on where it was. `--save_dir` gets images/
+little on its batch, so --bspp must stay the same). An interrupted run resumes. `--save_dir` gets images/
 (PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 
-from pathlib import Path
-
-from configs import schema
-from flow.runtime import cli, distributed, files, lock
+from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, images, output, snapshot
 from flow.sampling.settings import SamplerSettings, validate
@@ -25,22 +22,20 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
-    parser.add_argument("--weights", required=True, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
-    parser.add_argument("--n_samples", type=cli.at_least(1), required=True, help="number of images")
-    parser.add_argument("--save_dir", type=Path, required=True, metavar="DIR", help="output folder")
-    parser.add_argument("--sampling_method", choices=SOLVERS, default="euler", help="solver (default: euler)")
+    cli.add_config_flag(parser)
+    cli.add_weights_flag(parser)
+    cli.add_count_flag(parser, "--n_samples", "number of images", required=True)
+    cli.add_output_flag(parser, "--save_dir")
+    cli.add_method_flag(parser, SOLVERS, "euler")
     cli.add_step_flags(parser, [100], several=False)
     cli.add_solver_flags(parser)
-    parser.add_argument("--bspp", type=cli.at_least(1), default=100, help="batch size per process (default: 100)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=8888, help="seed of the noise (default: 8888)")
-    parser.add_argument(
-        "--labels", nargs="+", metavar="CLASS", help="classes by name or number, one image after the other (default: all)"
-    )
-    parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
-    parser.add_argument("--guidance_scale", type=cli.guidance_scale, default=1.0, help="v_u + w (v_c - v_u) (default: 1, off)")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, default="no")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
+    cli.add_batch_size_flag(parser)
+    cli.add_seed_flag(parser)
+    cli.add_labels_flag(parser)
+    cli.add_prompts_flag(parser)
+    cli.add_guidance_flag(parser)
+    cli.add_precision_flag(parser)
+    cli.add_compile_flag(parser)
     parser.add_argument("--grid_by_class", action="store_true", help="grid.png: a row, not a column, for each class or prompt")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 [N, H, W, C], labels [N]")
     return parser.parse()
@@ -69,23 +64,30 @@ def main() -> None:
         folder = args.save_dir / "images"
         if accelerator.is_main_process:
             output.check_output_dir(args.save_dir, snap, settings, net.num_classes, args.mixed_precision, args.bspp)
-            if len(snap.image_shape) == 3:
+            if not snap.space.is_points:
                 folder.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
         distributed.prepare_model(net, accelerator, args.compile)
         work = accelerator, model, snap.image_shape, range(args.n_samples), args.bspp, settings
-        if len(snap.image_shape) == 1:
+        if snap.space.is_points:
             points, nfe = output.sample_points(*work)
             if points is not None:
                 output.write_npz(args.save_dir / "samples.npz", points.numpy(), settings, net.num_classes)
                 images.write_png(args.save_dir / "grid.png", images.scatter_image(points))
-                print(f"{args.n_samples} points in {args.save_dir / 'samples.npz'}, NFE {nfe}; look at grid.png there")
+                study = files.free_folder(args.save_dir / "study")
+                compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study, *args.overrides]
+                result = f"{args.n_samples} points in {args.save_dir / 'samples.npz'} and grid.png, NFE {nfe}"
+                print(cli.summary(result, args.start, f"compare solvers with: {subprocesses.command(*compare)}"))
             return
         nfe, forwards = output.write_images(*work, folder)
         if accelerator.is_main_process:
             write_summary(args, snap, settings, net.num_classes)
-            cost = f", NFE {nfe} ({forwards} network evaluations) an image" if nfe else ", all of which were there already"
-            print(f"{args.n_samples} images in {folder}{cost}; look at {args.save_dir / 'grid.png'}")
+            cost = f"NFE {nfe} ({forwards} network evaluations) per image" if nfe else "none of them new"
+            result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
+            animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
+            flags = cli.condition_flags(args.guidance_scale, args.prompts)
+            command = subprocesses.command(*animate, *flags, *args.overrides)
+            print(cli.summary(result, args.start, f"watch images form with: {command}"))
 
 
 def write_summary(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None) -> None:

@@ -1,6 +1,6 @@
-"""Moving and still pictures of a trained flow: `python -m scripts.animate --weights runs/toy --out pictures`.
+"""Animations and figures of a trained flow: `python -m scripts.animate --weights runs/toy --out pictures`.
 
-Flows in the plane get flow.gif (particles in the velocity field, and their density), density.png (the density at six
+2-D flows get flow.gif (particles in the velocity field, and their density), density.png (the density at six
 times), likelihood.png (log-density of the flow by the exact divergence and by Hutchinson's estimate, beside the exact one
 where there is a formula). Image models get trajectory.gif. With ffmpeg installed each GIF has an MP4 beside it.
 """
@@ -18,7 +18,7 @@ from flow.guidance import GuidedVelocity
 from flow.likelihood import log_likelihood
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import cli, distributed, lock
+from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images, snapshot
 from flow.sampling.generate import build_velocity, decode, to_solver_dtype, trajectory
@@ -30,8 +30,8 @@ EXAMPLES = """\
   python -m scripts.animate --weights runs/toy --out pictures
   python -m scripts.animate --weights runs/toy_mixture --out pictures --pictures likelihood --hutchinson_samples 16
   python -m scripts.animate --weights runs/mnist --out pictures --guidance_scale 1.5 --n 50"""
-PICTURES = ("flow", "density", "likelihood")  # of flows in the plane
-SHOWN = 1500  # particles of flow.gif, at most: more would hide each other
+PICTURES = ("flow", "density", "likelihood")  # of 2-D flows
+SHOWN = 1500  # particles of flow.gif at most: more would hide each other
 STRIP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAP_CELLS = 80  # of a side of the likelihood map
 MAP_NATS = 8  # below the highest log-density are shown
@@ -42,14 +42,12 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
     cli.add_output_flag(parser)
-    parser.add_argument("--n", type=cli.at_least(1), help="particles, or images of the grid (default: 20000, or 50)")
-    parser.add_argument("--frames", type=cli.at_least(2), default=32, help="of a GIF (default: 32)")
-    parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="(default: heun)")
-    parser.add_argument("--steps_a_frame", type=cli.at_least(1), default=2, help="of the solver (default: 2)")
+    cli.add_count_flag(parser, "--n", "particles, or images of the grid (default: 20000, or 50)")
+    cli.add_count_flag(parser, "--frames", "frames of a GIF", 32, least=2)
+    cli.add_method_flag(parser, DETERMINISTIC, "heun")
+    cli.add_count_flag(parser, "--steps_a_frame", "steps of the solver between frames", 2)
     parser.add_argument("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="of points (default: all)")
-    parser.add_argument(
-        "--hutchinson_samples", type=cli.at_least(1), default=4, help="of Hutchinson's estimate, a point (default: 4)"
-    )
+    cli.add_count_flag(parser, "--hutchinson_samples", "random directions per point", 4)
     cli.add_guidance_flag(parser)
     cli.add_prompts_flag(parser)
     cli.add_seed_flag(parser)
@@ -62,7 +60,7 @@ def main() -> None:
     model = snap.model()
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
-    plane = len(snap.image_shape) == 1
+    plane = snap.space.is_points
     with error_context("animate"):
         validate(settings, model.net)
         if plane and model.net.num_classes is not None:
@@ -75,8 +73,8 @@ def main() -> None:
 
 
 def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
-    """Write the pictures that were asked for."""
-    plane = len(snap.image_shape) == 1
+    """Write the requested pictures."""
+    plane = snap.space.is_points
     pictures = []
     if not plane or {"flow", "density"} & set(args.pictures):
         indices = range(args.n or (20_000 if plane else 50))
@@ -93,7 +91,10 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             pictures.append(strip(args.out, times, states))
     if plane and "likelihood" in args.pictures:
         pictures.append(likelihood_map(args.out, accelerator, model, snap, args.hutchinson_samples, args.seed))
-    print(f"in {args.out}: {' '.join(pictures)}")
+    study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
+    flags = cli.condition_flags(args.guidance_scale, args.prompts)
+    command = subprocesses.command(*study, *flags, *args.overrides)
+    print(cli.summary(f"{' '.join(pictures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 
 def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[Tensor]) -> list[str]:
@@ -113,8 +114,8 @@ def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[T
 def strip(out: Path, times: list[float], states: list[Tensor]) -> str:
     """density.png: the density at six times."""
     figure, axes = plots_2d.panels([f"t = {t:g}" for t in STRIP])
-    for ax, wanted in zip(axes, STRIP, strict=True):
-        nearest = min(range(len(times)), key=lambda i, wanted=wanted: abs(times[i] - wanted))
+    for ax, t in zip(axes, STRIP, strict=True):
+        nearest = min(range(len(times)), key=lambda i, t=t: abs(times[i] - t))
         plots_2d.density(ax, states[nearest].float().cpu().numpy())
     plots_2d.save(out / "density.png", figure)
     return "density.png"
@@ -132,7 +133,7 @@ def likelihood_map(
         "exact divergence": None,
         f"Hutchinson, {probes} probe{'s' * (probes > 1)}": to_solver_dtype(torch.from_numpy(signs), accelerator.device),
     }
-    maps = {name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, eps=given)[0].cpu() for name, given in estimates.items()}
+    maps = {name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, eps=eps)[0].cpu() for name, eps in estimates.items()}
     captions = [""] * len(maps)
     exact = exact_density(snap, at.cpu())
     if exact is not None:
@@ -147,8 +148,8 @@ def likelihood_map(
     high = (maps["exact divergence"] if exact is None else exact).max().item()
     figure, axes = plots_2d.panels(list(maps), captions if exact is not None else ())
     for ax, values in zip(axes, maps.values(), strict=True):
-        colours = plots_2d.heatmap(ax, values.clamp(min=-1e3).numpy(), high - MAP_NATS, high)
-    figure.colorbar(colours, ax=axes, shrink=0.8, label="log-density (nats)")
+        color_scale = plots_2d.heatmap(ax, values.clamp(min=-1e3).numpy(), high - MAP_NATS, high)
+    figure.colorbar(color_scale, ax=axes, shrink=0.8, label="log-density (nats)")
     plots_2d.save(out / "likelihood.png", figure)
     return "likelihood.png"
 
@@ -164,7 +165,7 @@ def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
 
 
 def moving_images(out: Path, times: list[float], states: list[Tensor], names: list[str]) -> list[str]:
-    """trajectory.gif: the grid of images uint8 [N, C, H, W] on its way from noise, above a bar of time."""
+    """trajectory.gif: the grid of images uint8 [N, C, H, W] on its trajectory from noise, above a bar of time."""
     frames = []
     for t, x in zip(times, states, strict=True):
         frame = images.labelled_grid(x, len(names) or 10, names).permute(1, 2, 0).numpy()
@@ -174,7 +175,7 @@ def moving_images(out: Path, times: list[float], states: list[Tensor], names: li
 
 def margin_of(settings: SamplerSettings, snap: snapshot.Snapshot, num_classes: int | None) -> list[str]:
     """The name of each column of images, where there are few: its prompt, or its class."""
-    names = getattr(snap, "class_names", None) or ()
+    names = snap.class_names
     columns = settings.prompts or [names[k] if k < len(names) else str(k) for k in range(num_classes or 0)]
     return list(columns) if len(columns) <= 20 else []
 

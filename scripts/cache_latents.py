@@ -33,6 +33,7 @@ from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images
 from flow.sampling.generate import index_batches, shard
 from flow.sampling.images import psnr, to_float, to_uint8
+from flow.sampling.space import Space
 from models import autoencoder
 from models.autoencoder import VAE
 
@@ -46,16 +47,14 @@ SHOWN = 32  # pairs of the picture of --check
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="its data section names the images")
+    cli.add_config_flag(parser, "its data section names the images")
     parser.add_argument("--vae", required=True, metavar="FOLDER|ID", help="AutoencoderKL: a folder, or owner/name on the hub")
     cli.add_output_flag(parser, "--save_dir")
     parser.add_argument("--flipped", choices=("yes", "no"), default="yes", help="also encode mirror images (default: yes)")
     cli.add_batch_size_flag(parser, 32)
-    parser.add_argument("--shard_images", type=cli.at_least(1), default=1024, help="images a file (default: 1024)")
-    parser.add_argument("--check", type=cli.at_least(2), metavar="N", help="decode N latents and compare with their images")
-    parser.add_argument("--feature_extractor", default=INCEPTION, metavar="NAME", help=f"of --check (default: {INCEPTION})")
-    parser.add_argument("--feature_layer", metavar="LAYER", help="of --check (default: that of the Frechet distance)")
-    parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
+    cli.add_count_flag(parser, "--shard_images", "images per file", 1024)
+    cli.add_count_flag(parser, "--check", "decode N latents and compare with their images, also by features", least=2)
+    cli.add_feature_flags(parser, INCEPTION)
     cli.add_precision_flag(parser)
     return parser.parse()
 
@@ -66,9 +65,9 @@ def main() -> None:
     accelerator = distributed.build_accelerator(args.mixed_precision)
     with error_context("data"):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
-        if data.codec or len(data.image_shape) != 3:
-            raise ValueError(f"data.name={source.name}: holds no images that could be encoded")
-    for note in getattr(data, "notes", []):
+        if not Space(data.image_shape, data.codec).is_pixels:
+            raise ValueError(f"data.name={source.name}: holds no images to encode")
+    for note in data.notes:
         accelerator.print(f"note: {note}")
     with error_context("--vae"):
         vae = distributed.main_process_first(accelerator, lambda: autoencoder.load(args.vae)).to(accelerator.device)
@@ -98,7 +97,7 @@ def cache(
             damage = verify_shard(args.save_dir / name, len(cut))
             if damage:
                 if (args.save_dir / name).exists():
-                    bar.write(f"{damage}; encoding again")
+                    bar.write(f"{damage}; encoding its images again")
                 write_shard(accelerator, args, vae, data, name, cut, settings[0], bar)
                 num_encoded += len(cut)
             else:
@@ -107,16 +106,15 @@ def cache(
     if accelerator.is_main_process:
         write_manifest(args, source, data, vae, settings[0], plan)
     accelerator.wait_for_everyone()
-    train = train_command(args.save_dir, data, latent_shape)
-    accelerator.print(
-        f"latents of {len(data)} images in {args.save_dir}, {num_encoded} of them made now; train on them with: {train}"
-    )
     if args.check:
         check(args, accelerator, data)
+    train = train_command(args.save_dir, data, latent_shape)
+    result = f"latents of {len(data)} images in {args.save_dir}, {num_encoded} of them new"
+    accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
 
 
 def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]) -> str:
-    """What to type to train a small transformer on the latents."""
+    """The command that trains a small transformer on the latents."""
     overrides = {"data.args.path": str(save_dir), "model.args.num_classes": schema.AUTO}
     if data.labels is None or len(data.class_names) < 2:
         overrides["preview.guidance_scale"] = 1
@@ -130,7 +128,7 @@ def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]
 
 
 def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What decides the content of every shard; each carries it in its header."""
+    """The settings that determine every shard, which are part of its header."""
     settings = {
         "autoencoder": vae.digest,
         "images": data.fingerprint(),
@@ -233,12 +231,12 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
         )
         extractor.dimension(data.image_shape)
     count = min(args.check, len(data))
-    chosen = generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
-    mine = shard(accelerator, range(count), args.bspp)
+    image_indices = generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
+    local_batches = shard(accelerator, range(count), args.bspp)
     real_features, recon_features, ratios, shown = FeatureSet(), FeatureSet(), [], None
-    with distributed.progress(accelerator, sum(map(len, mine)), "reconstructions (of this process)") as bar:
-        read = read_images(data, [[chosen[k] for k in batch] for batch in mine])
-        for batch, (indices, real) in zip(mine, read, strict=True):
+    with distributed.progress(accelerator, sum(map(len, local_batches)), "reconstructions (of this process)") as bar:
+        read = read_images(data, [[image_indices[k] for k in batch] for batch in local_batches])
+        for batch, (indices, real) in zip(local_batches, read, strict=True):
             mean, _ = latents.moments(indices)
             with accelerator.autocast():
                 recon = to_uint8(codec.decode(latents.normalised(mean.float().to(accelerator.device)))).cpu()
@@ -261,7 +259,7 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
     images.write_png(args.save_dir / "reconstructions.png", images.side_by_side_grid(*shown))
     print(
         f"PSNR {decibels.mean():.2f} ± {standard_error(decibels):.2f} dB, r{extractor.distance_name} {distance:.3f} over "
-        f"{count} images; look at {args.save_dir / 'reconstructions.png'}"
+        f"{count} images, shown in {args.save_dir / 'reconstructions.png'}"
     )
 
 

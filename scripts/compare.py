@@ -1,7 +1,7 @@
-"""Flows in the plane side by side on the same noise: `python -m scripts.compare --weights runs/a runs/b --out pictures`.
+"""2-D flows side by side on the same noise: `python -m scripts.compare --weights runs/a runs/b --out pictures`.
 
-A column for each of the weights, a row for each number of steps: where particles go, and the ways of some of them. Under
-each panel its NFE, sliced Wasserstein-2 distance to the data and straightness deviation (0: one Euler step is exact).
+A column for each of the weights, a row for each number of steps: where particles go, and some of their trajectories. Under each
+panel are its NFE, sliced Wasserstein-2 distance to the data and straightness deviation (0: one Euler step is exact).
 `--out` gets compare.gif, compare.png and compare.md; with ffmpeg installed also compare.mp4.
 """
 
@@ -18,7 +18,7 @@ from configs.schema import UserError
 from flow.evaluation import animation, plots_2d, table
 from flow.evaluation.metrics_2d import sliced_wasserstein
 from flow.model import FlowModel
-from flow.runtime import cli, distributed, files, lock
+from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from flow.sampling.generate import mean_straightness_deviation, trajectory
@@ -31,7 +31,7 @@ EXAMPLES = """\
   python -m scripts.compare --weights runs/toy runs/toy_reflow --names flow reflow --sampling_steps 1 2 100 --out pictures
   python -m scripts.compare --weights runs/independent runs/ot --sampling_method dopri5 --out pictures"""
 SHOWN = 1000  # particles of a panel
-WAYS = 40  # of them are followed by a line
+TRAJECTORIES = 40  # of them are drawn as lines
 STRAIGHTNESS_STEPS = 100
 
 
@@ -40,7 +40,7 @@ class Panel:
     """A solution of a flow."""
 
     name: str  # of the flow
-    steps: int | None  # None: as many as the method takes
+    steps: int | None  # None: chosen by the method
     nfe: int
     distance: float  # sliced Wasserstein-2 to the data
     straightness_deviation: float
@@ -48,7 +48,7 @@ class Panel:
     states: np.ndarray  # of the particles that are shown at these times, [T, K, 2]
 
     def at(self, t: float) -> np.ndarray:
-        """The ways up to t, [T', K, 2]: straight between the times, as a step of the solver is."""
+        """The trajectories up to t, [T', K, 2], linear between the times, as a step of the solver is."""
         k = max(i for i, time in enumerate(self.times) if time <= t)
         if k == len(self.times) - 1:
             return self.states
@@ -61,10 +61,10 @@ def parse_args():
     parser.add_argument("--weights", nargs="+", required=True, metavar="PATH", help="run folders or .safetensors files")
     parser.add_argument("--names", nargs="+", metavar="TEXT", help="titles, one for each (default: names of the runs)")
     cli.add_output_flag(parser)
-    parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="euler", help="(default: euler)")
+    cli.add_method_flag(parser, DETERMINISTIC, "euler")
     cli.add_step_flags(parser, [2, 100], several=True)
-    parser.add_argument("--n_samples", type=cli.at_least(2), default=10_000, help="of the distance (default: 10000)")
-    parser.add_argument("--frames", type=cli.at_least(2), default=32, help="of the GIF (default: 32)")
+    cli.add_count_flag(parser, "--n_samples", "points of the distance", 10_000, least=2)
+    cli.add_count_flag(parser, "--frames", "frames of the GIF", 32, least=2)
     cli.add_seed_flag(parser)
     return parser.parse()
 
@@ -86,29 +86,33 @@ def main() -> None:
 def compare(
     args, accelerator: Accelerator, names: list[str], flows: list[FlowModel], reals: list[Tensor], steps: list[int]
 ) -> None:
-    """Solve the flows, write the animation, the picture and the table."""
+    """Solve the flows, write the animation, the figure and the table."""
     rows: list[list[Panel]] = [[] for _ in steps]
     with distributed.progress(accelerator, len(flows) * len(steps), "panels") as bar:
         for name, model, real in zip(names, flows, reals, strict=True):
             distributed.prepare_model(model.net, accelerator)
             model.net.eval().requires_grad_(False)
-            for row, panel in zip(rows, solved(args, accelerator, name, model, real, steps), strict=True):
+            for row, panel in zip(rows, solve_flow(args, accelerator, name, model, real, steps), strict=True):
                 row.append(panel)
                 bar.update()
-    drawn = [panel for row in rows for panel in row]
+    panels = [panel for row in rows for panel in row]
     names_written = animation.write(
-        args.out / "compare.gif", [animation.figure_to_array(drawing(drawn, len(steps), t)) for t in uniform(args.frames - 1)]
+        args.out / "compare.gif",
+        [animation.figure_to_array(figure_at(panels, len(steps), t)) for t in uniform(args.frames - 1)],
     )
-    plots_2d.save(args.out / "compare.png", drawing(drawn, len(steps), None))
-    text = listed(drawn, args.sampling_method)
+    plots_2d.save(args.out / "compare.png", figure_at(panels, len(steps), None))
+    text = markdown_table(panels, args.sampling_method)
     files.write_text(args.out / "compare.md", text + "\n")
-    print(f"{text}\nin {args.out}: {' '.join([*names_written, 'compare.png', 'compare.md'])}")
+    print(text)
+    result = f"{' '.join([*names_written, 'compare.png', 'compare.md'])} in {args.out}"
+    animate = ["-m", "scripts.animate", "--weights", args.weights[0], "--out", files.free_folder(args.out / names[0])]
+    print(cli.summary(result, args.start, f"see one of them alone with: {subprocesses.command(*animate, *args.overrides)}"))
 
 
 def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:
-    """The points that the flow was to make, [N, 2]. Raises UserError for a flow of anything else, or one with labels."""
-    if len(snap.image_shape) != 1 or model.net.num_classes is not None:
-        raise UserError(f"--weights {path}: is no flow of points without labels; to compare images use evaluate.py")
+    """The points that the flow was trained on, [N, 2]. Raises UserError for a flow of anything else, or one with labels."""
+    if not snap.space.is_points or model.net.num_classes is not None:
+        raise UserError(f"--weights {path}: is not a flow of points without labels; to compare images use evaluate.py")
     snap.check_data()
     source = snap.config.data
     with error_context("data"):
@@ -116,7 +120,7 @@ def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:
         return datasets.build(real["name"], real["root"], real["args"]).images
 
 
-def solved(args, accelerator: Accelerator, name: str, model: FlowModel, real: Tensor, steps: list[int]) -> list[Panel]:
+def solve_flow(args, accelerator: Accelerator, name: str, model: FlowModel, real: Tensor, steps: list[int]) -> list[Panel]:
     """The flow with each of the numbers of steps."""
     panels = []
     shape, indices = tuple(real.shape[1:]), range(args.n_samples)
@@ -130,27 +134,27 @@ def solved(args, accelerator: Accelerator, name: str, model: FlowModel, real: Te
         if not panels:
             deviation, _ = mean_straightness_deviation(accelerator, model, shape, indices[:SHOWN], settings, STRAIGHTNESS_STEPS)
         distance = sliced_wasserstein(end.x.float().cpu(), real)
-        ways = np.stack([x.float().cpu().numpy() for x in states])
-        panels.append(Panel(name, None if adaptive else n, end.nfe, distance, deviation, times, ways))
+        trajectories = np.stack([x.float().cpu().numpy() for x in states])
+        panels.append(Panel(name, None if adaptive else n, end.nfe, distance, deviation, times, trajectories))
     return panels
 
 
-def drawing(drawn: list[Panel], rows: int, t: float | None) -> Figure:
+def figure_at(panels: list[Panel], rows: int, t: float | None) -> Figure:
     """The panels at time t (None: at the end, without a line of time), a row for each number of steps."""
-    titles = [panel.name for panel in drawn[: len(drawn) // rows]] + [""] * (len(drawn) - len(drawn) // rows)
-    captions = [f"NFE {p.nfe},  SW2 {p.distance:.3f}\nstraightness deviation {p.straightness_deviation:.2g}" for p in drawn]
+    titles = [panel.name for panel in panels[: len(panels) // rows]] + [""] * (len(panels) - len(panels) // rows)
+    captions = [f"NFE {p.nfe},  SW2 {p.distance:.3f}\nstraightness deviation {p.straightness_deviation:.2g}" for p in panels]
     figure, axes = plots_2d.panels(titles, captions, rows, t)
-    for ax, panel in zip(axes, drawn, strict=True):
-        ways = panel.at(1.0 if t is None else t)
-        plots_2d.particles(ax, ways[-1], ways[0])
-        plots_2d.paths(ax, ways[:, :WAYS])
+    for ax, panel in zip(axes, panels, strict=True):
+        trajectories = panel.at(1.0 if t is None else t)
+        plots_2d.particles(ax, trajectories[-1], trajectories[0])
+        plots_2d.paths(ax, trajectories[:, :TRAJECTORIES])
     return figure
 
 
-def listed(drawn: list[Panel], method: str) -> str:
+def markdown_table(panels: list[Panel], method: str) -> str:
     """The numbers under the panels as a table."""
     lines = [["flow", "method", "steps", "NFE", "SW2", "straightness deviation"]]
-    for p in drawn:
+    for p in panels:
         steps = "" if p.steps is None else str(p.steps)
         lines.append([p.name, method, steps, str(p.nfe), f"{p.distance:.4f}", f"{p.straightness_deviation:.4f}"])
     return table.markdown(lines)

@@ -3,13 +3,10 @@
 Samples of it differ by rounding alone; every script takes it as any other snapshot.
 """
 
-import time
-from pathlib import Path
-
 import torch
 
 from configs.schema import UserError
-from flow.runtime import cli, files, subprocesses
+from flow.runtime import cli
 from flow.runtime.errors import cli_main
 from flow.sampling import snapshot
 
@@ -19,12 +16,12 @@ EXAMPLES = "  python -m scripts.export --weights runs/mnist --out mnist.safetens
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new .safetensors file")
+    cli.add_output_flag(parser, use="the new .safetensors file", metavar="FILE")
     return parser.parse()
 
 
 def main() -> None:
-    args, start = parse_args(), time.perf_counter()
+    args = parse_args()
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; name another file")
     snap = snapshot.load(args.weights, None, args.overrides)
@@ -37,10 +34,8 @@ def main() -> None:
         args.out, snap.weights, snap.config, snap.image_shape, snap.step, snap.half_life_images, snap.codec, snap.class_names
     )
     sizes = [path.stat().st_size / 2**20 for path in (args.out, snap.path)]
-    folder = files.free_folder(Path("samples") / args.out.stem)
-    sample = subprocesses.command("sample.py", "--weights", args.out, "--n_samples", "64", "--save_dir", folder)
-    seconds = time.perf_counter() - start
-    print(f"{args.out}: {sizes[0]:.1f} MiB instead of {sizes[1]:.1f} MiB, in {seconds:.1f} s; sample from it with: {sample}")
+    result = f"{args.out}: {sizes[0]:.1f} MiB instead of {sizes[1]:.1f} MiB"
+    print(cli.summary(result, args.start, f"sample from it with: {cli.sample_command(args.out, args.out.stem)}"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from configs.schema import UserError
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
+from flow.sampling.space import Space
 
 EXAMPLES = "  python -m scripts.export_images --save_dir data/mnist64 --size 64 data.name=mnist"
 AHEAD = 1000  # images a round
@@ -24,8 +25,8 @@ AHEAD = 1000  # images a round
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_output_flag(parser, "--save_dir")
-    parser.add_argument("--size", type=cli.at_least(1), help="side in pixels (default: that of the data set)")
-    parser.add_argument("--n_images", type=cli.at_least(1), help="the first N (default: all)")
+    cli.add_count_flag(parser, "--size", "side in pixels (default: that of the data set)")
+    cli.add_count_flag(parser, "--n_images", "the first N (default: all)")
     return parser.parse()
 
 
@@ -35,7 +36,7 @@ def main() -> None:
     accelerator = distributed.build_single_process_accelerator("export_images")
     with error_context("data"):
         data = datasets.build(source.name, source.root, source.args)
-        if data.codec or len(data.image_shape) != 3:
+        if not Space(data.image_shape, data.codec).is_pixels:
             raise ValueError(f"data.name={source.name}: holds no images")
     with lock.folder(args.save_dir, accelerator):
         export(args, accelerator, data)
@@ -63,7 +64,7 @@ def export(args, accelerator: Accelerator, data) -> None:
     run_dir = files.free_folder(Path("runs") / args.save_dir.name)
     overrides = ["data.horizontal_flip=false", subprocesses.override("data.args", folder)]
     train = subprocesses.command("train.py", "-c", subprocesses.shipped("photos64.yaml"), "-e", run_dir, *overrides)
-    print(f"{count} images in {args.save_dir}; train on them with: {train}")
+    print(cli.summary(f"{count} images in {args.save_dir}", args.start, f"train on them with: {train}"))
 
 
 def resized(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ Pixels are dequantized uniformly over bins of width one centered on their levels
 Points, which have no levels, get their log-likelihood in nats a point.
 """
 
+import sys
+
 import numpy as np
 import torch
 
@@ -12,7 +14,7 @@ import datasets
 from configs.schema import UserError
 from flow.likelihood import bits_per_dimension, dequantize, log_likelihood
 from flow.noise import generator
-from flow.runtime import cli, distributed
+from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from flow.sampling.generate import build_velocity, index_batches, to_solver_dtype
@@ -24,8 +26,8 @@ EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 -
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
-    parser.add_argument("--n_images", type=cli.at_least(2), default=100, help="the first of the data set (default: 100)")
-    parser.add_argument("--hutchinson_samples", type=cli.at_least(1), default=1, help="random directions an image (default: 1)")
+    cli.add_count_flag(parser, "--n_images", "the first of the data set", 100, least=2)
+    cli.add_count_flag(parser, "--hutchinson_samples", "random directions per image", 1)
     parser.add_argument("--rtol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--atol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--test", action="store_true", help="images of the test part, for data sets that have one")
@@ -52,12 +54,12 @@ def main() -> None:
     accelerator = distributed.build_accelerator()
     distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)
-    mine = index_batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
+    batches = index_batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
     results, nfe = [], 0
     dimensions = int(np.prod(data.image_shape))
-    points = len(data.image_shape) == 1
-    with distributed.progress(accelerator, sum(map(len, mine)), "likelihood (images of this process)") as bar:
-        for batch in mine:
+    points = snap.space.is_points
+    with distributed.progress(accelerator, sum(map(len, batches)), "likelihood (images of this process)") as bar:
+        for batch in batches:
             images, labels = zip(*(data[k] for k in batch), strict=True)
             draws = [generator("likelihood", args.seed, k) for k in batch]
             u = torch.from_numpy(np.stack([g.random(data.image_shape) for g in draws]))
@@ -79,12 +81,15 @@ def main() -> None:
         values = torch.tensor([value for part in everything for value in part])
         error = values.std().item() / len(values) ** 0.5
         unit = "nats a point, log-likelihood" if points else "bits per dimension"
-        print(
+        result = (
             f"{values.mean().item():.4f} ± {error:.4f} {unit} (mean ± standard error over {len(values)} "
             f"{'points' if points else 'images'}; dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe} for the last "
             f"batch, {args.hutchinson_samples} Hutchinson sample(s)"
             f"{'' if points else ', uniform dequantization, bins centered on the levels'})"
         )
+        more = ["--hutchinson_samples", str(4 * args.hutchinson_samples)]
+        command = subprocesses.command("-m", "scripts.likelihood", *sys.argv[1:], *more)
+        print(cli.summary(result, args.start, f"estimate the divergence more closely with: {command}"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Pairs (noise, image) of a trained flow, for reflow and distillation: `python -m scripts.make_pairs --weights runs/mnist ...`.
 
 Pair k is a function of the weights, the settings and k; classes come in turn. `--real_fraction` makes that share of the
-pairs from real images, whose noise is found by solving the flow backwards. `--save_dir` gets manifest.json and shards.
-Run it again after a kill: whole shards stay, missing or damaged ones are named and generated again.
+pairs from real images, whose noise comes from solving the flow backwards. `--save_dir` gets manifest.json and shards.
+Run it again after a kill: whole shards stay, missing or damaged ones are generated again, with a warning.
 """
 
 import json
@@ -42,18 +42,18 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_snapshot_config_flag(parser)
+    cli.add_config_flag(parser)
     cli.add_weights_flag(parser)
-    parser.add_argument("--n_pairs", type=cli.at_least(1), required=True, help="number of pairs")
+    cli.add_count_flag(parser, "--n_pairs", "number of pairs", required=True)
     cli.add_output_flag(parser, "--save_dir")
-    parser.add_argument("--sampling_method", choices=DETERMINISTIC, default="heun", help="solver (default: heun)")
-    parser.add_argument("--sampling_steps", type=cli.at_least(1), default=50, help="steps of the solver (default: 50)")
+    cli.add_method_flag(parser, DETERMINISTIC, "heun")
+    cli.add_count_flag(parser, "--sampling_steps", "steps of the solver", 50)
     cli.add_guidance_flag(parser)
-    cli.add_labels_flag(parser, "pair")
+    cli.add_labels_flag(parser)
     parser.add_argument("--real_fraction", type=cli.fraction, default=0.0, help="share of pairs from real images (default: 0)")
     cli.add_seed_flag(parser, 0)
     cli.add_batch_size_flag(parser)
-    parser.add_argument("--shard_pairs", type=cli.at_least(1), default=1000, help="pairs a file (default: 1000)")
+    cli.add_count_flag(parser, "--shard_pairs", "pairs per file", 1000)
     cli.add_precision_flag(parser)
     return parser.parse()
 
@@ -68,27 +68,27 @@ def main() -> None:
     with error_context("data"):
         real = datasets.source_dataset(
             source.name, source.root, source.args, derived=["pairs"]
-        )  # in a second round that of the first
+        )  # in a second reflow that of the first
     labels = cli.labels_of(args.labels, snap.class_names)
     accelerator = distributed.build_accelerator(args.mixed_precision)
     with error_context("data"):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
-    known, prompts = labels, None
+    classes, prompts = labels, None
     if net.max_prompt_bytes:
-        known = labels or tuple(range(len(data.class_names)))
-        if not all(0 <= label < len(data.class_names) for label in known):
+        classes = labels or tuple(range(len(data.class_names)))
+        if not all(0 <= label < len(data.class_names) for label in classes):
             raise UserError(f"--labels {labels}: the data set has classes 0 to {len(data.class_names) - 1}")
-        prompts = tuple(captions.plain(data.class_names[label]) for label in known)
-    settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, known, prompts)
+        prompts = tuple(captions.plain(data.class_names[label]) for label in classes)
+    settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, classes, prompts)
     with error_context("make_pairs"):
         validate(settings, net)
         if data.image_shape != snap.image_shape:
             raise ValueError(f"the data set has images of {data.image_shape}, the network makes {snap.image_shape}")
         inverted = round(args.real_fraction * args.n_pairs)
-        real_ones = invertible(data, labels, args.seed)
-        if inverted > len(real_ones):
+        invertible_indices = invertible(data, labels, args.seed)
+        if inverted > len(invertible_indices):
             raise ValueError(
-                f"--real_fraction {args.real_fraction}: {inverted} pairs of {len(real_ones)} real images; use less"
+                f"--real_fraction {args.real_fraction}: {inverted} pairs of {len(invertible_indices)} real images; use less"
             )
 
     manifest = {
@@ -110,11 +110,12 @@ def main() -> None:
     }
     distributed.prepare_model(net, accelerator)
     net.eval()
-    make = partial(make_shard, accelerator, model, data, real_ones, settings, args.bspp)
+    make = partial(make_shard, accelerator, model, data, invertible_indices, settings, args.bspp)
     with lock.folder(args.save_dir, accelerator):
-        written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
+        num_written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
     train = train_command(args.weights, args.save_dir, snap.config)
-    accelerator.print(f"{args.n_pairs} pairs in {args.save_dir}, {written} of them made now; train on them with: {train}")
+    result = f"{args.n_pairs} pairs in {args.save_dir}, {num_written} of them new"
+    accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
 
 
 def write_shards(
@@ -125,10 +126,10 @@ def write_shards(
     if accelerator.is_main_process:
         check_output_dir(args.save_dir, manifest)
     accelerator.wait_for_everyone()
-    mine = shards_of(manifest)[accelerator.process_index :: accelerator.num_processes]
+    local_shards = shards_of(manifest)[accelerator.process_index :: accelerator.num_processes]
     num_written = 0
-    with distributed.progress(accelerator, sum(len(s.indices) for s in mine), "pairs (of this process)") as bar:
-        for shard in mine:
+    with distributed.progress(accelerator, sum(len(s.indices) for s in local_shards), "pairs (of this process)") as bar:
+        for shard in local_shards:
             damage = verify_shard(args.save_dir, shard)
             if damage and (args.save_dir / shard.name).exists():
                 bar.write(f"{damage}; regenerating")
@@ -143,7 +144,7 @@ def write_shards(
 
 
 def train_command(weights: str, save_dir: Path, config: schema.Config) -> str:
-    """What to type to train the network of these weights on the pairs, from the weights."""
+    """The command that trains the network of these weights on the pairs, from the weights."""
     same = ["model.name", "model.args", "flow.path", "flow.prediction"]
     overrides = {key: schema.get(config, key) for key in same} | {
         "data.name": "pairs", "data.args.path": str(save_dir), "flow.coupling": "paired", "flow.label_dropout": 0.0,
@@ -176,21 +177,21 @@ def without_root(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:
-    """The real images of these classes in the order, given by the seed, in which they are inverted."""
+    """The indices of the real images of these classes, in an order that depends on the seed."""
     order = generator("inverted", seed).permutation(len(data)).tolist()
     return order if labels is None else [k for k in order if int(data.labels[k]) in labels]
 
 
 def make_shard(
-    accelerator: Accelerator, model: FlowModel, data, real_ones: list[int], settings: SamplerSettings, batch_size: int,
+    accelerator: Accelerator, model: FlowModel, data, invertible_indices: list[int], settings: SamplerSettings, batch_size: int,
     shard: Shard, bar,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one shard."""
     parts: dict[str, list[Tensor]] = {}
     for batch in index_batches(shard.indices, batch_size):
         if shard.inverted:
-            chosen = real_ones[batch.start : batch.stop]
-            batch_tensors = invert_batch(accelerator, model, data, settings, batch, chosen)
+            real_indices = invertible_indices[batch.start : batch.stop]
+            batch_tensors = invert_batch(accelerator, model, data, settings, batch, real_indices)
         else:
             batch_tensors = generate_batch(accelerator, model, data, settings, batch)
         for name, tensor in batch_tensors.items():
@@ -210,14 +211,14 @@ def generate_batch(
 
 @torch.inference_mode()
 def invert_batch(
-    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, batch: range, chosen: list[int]
+    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, batch: range, real_indices: list[int]
 ) -> dict[str, Tensor]:
-    """images, labels and float16 noise of the real images `chosen`, which become the inverted pairs `batch`.
+    """images, labels and float16 noise of the real images `real_indices`, which become the inverted pairs `batch`.
 
-    Inverted with the image's own label and without guidance, which a flow cannot be solved backwards with.
+    Inverted with the image's own label and without guidance, as a guided flow cannot be solved backwards.
     """
     with error_context("data"):
-        pixels, labels = zip(*(data[k] for k in chosen), strict=True)
+        pixels, labels = zip(*(data[k] for k in real_indices), strict=True)
     x1 = to_float(torch.stack(pixels))
     y = torch.tensor(labels)
     prompts = tuple(captions.plain(data.class_names[label]) for label in labels) if model.net.max_prompt_bytes else None

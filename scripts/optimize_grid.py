@@ -4,6 +4,7 @@ The times are fitted on the flow's own fine trajectories, and saved only where t
 grid by formula on images that were not used. They are saved beside the snapshot, for `sample.py --time_grid optimized`.
 """
 
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from configs.schema import UserError
 from flow import solvers
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, distributed, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
@@ -30,15 +31,13 @@ EXAMPLES = (
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
-    parser.add_argument("--methods", nargs="+", choices=FIXED_GRID, default=["euler", "ab2", "unipc"])
+    cli.add_methods_flag(parser, FIXED_GRID, ["euler", "ab2", "unipc"])
     parser.add_argument("--steps", nargs="+", type=cli.at_least(2), default=[4, 5, 6, 8, 10], help="(default: 4 5 6 8 10)")
     cli.add_guidance_flag(parser)
     cli.add_prompts_flag(parser)
-    parser.add_argument(
-        "--n_images", type=cli.at_least(2), default=32, help="to fit on, and as many to decide on (default: 32)"
-    )
-    parser.add_argument("--reference_steps", type=cli.at_least(16), default=64, help="of the trajectories (default: 64)")
-    parser.add_argument("--evaluations", type=cli.at_least(1), default=100, help="of the error in a descent (default: 100)")
+    cli.add_count_flag(parser, "--n_images", "images to fit on, and as many to decide on", 32, least=2)
+    cli.add_count_flag(parser, "--reference_steps", "steps of the fine trajectories", 64, least=16)
+    cli.add_count_flag(parser, "--evaluations", "evaluations of the error in a descent", 100)
     cli.add_seed_flag(parser, 1)
     return parser.parse()
 
@@ -51,9 +50,9 @@ def main() -> None:
     model = snap.model(decode=False)
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
-    with error_context("tune_grid"):
+    with error_context("optimize_grid"):
         validate(settings, model.net)
-    accelerator = distributed.build_single_process_accelerator("tune_grid")
+    accelerator = distributed.build_single_process_accelerator("optimize_grid")
     distributed.prepare_model(model.net, accelerator)
     model.net.eval()
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():
@@ -76,7 +75,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     fine_cost = len(parts) * grid_optimization.EVALUATIONS_A_STEP * args.reference_steps
     errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + args.evaluations
     costs = {(method, n): errors * nfe_of(method, by_formula["uniform", n]) for method in args.methods for n in args.steps}
-    num_kept = 0
+    num_saved = 0
     with distributed.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:
 
         def velocity(part: int, x: Tensor, t: float, t_next: float) -> Tensor:
@@ -106,22 +105,23 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             verdict = ""
             if tuned < held_out[best]:
                 grid_store.store(snap.path, method, times)
-                num_kept += 1
+                num_saved += 1
                 example = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
             else:
-                verdict = "  not kept"
+                verdict = "  not saved"
             formula = f"{best} {held_out[best]:.4f}"
             bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
             finished += cost
             bar.update(finished - bar.n)  # a descent may end early
-    if not num_kept:
-        print("nothing was kept")
+    result = f"{num_saved} optimized grid(s) in {grid_store.file_of(snap.path)}"
+    if not num_saved:
+        more = ["--evaluations", str(4 * args.evaluations)]
+        longer = subprocesses.command("-m", "scripts.optimize_grid", *sys.argv[1:], *more)
+        print(cli.summary(result, args.start, f"search longer with: {longer}"))
         return
-    folder = files.free_folder(Path("samples") / f"{Path(args.weights).stem}_tuned")
-    sample = ["sample.py", "--weights", args.weights, "--n_samples", "64", "--save_dir", folder, *example]
-    sample += ["--guidance_scale", f"{args.guidance_scale:g}"] if args.guidance_scale != 1 else []
-    sample += ["--prompts", *args.prompts] if args.prompts else []
-    print(f"{num_kept} kept in {grid_store.file_of(snap.path)}; use them with: {subprocesses.command(*sample)}")
+    flags = cli.condition_flags(args.guidance_scale, args.prompts)
+    sample = cli.sample_command(args.weights, f"{Path(args.weights).stem}_optimized", *example, *flags, *args.overrides)
+    print(cli.summary(result, args.start, f"use one with: {sample}"))
 
 
 def nfe_of(method: str, times: list[float]) -> int:

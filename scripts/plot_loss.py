@@ -3,6 +3,7 @@
 Runs that minimize different losses get a panel for each loss.
 """
 
+import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -11,7 +12,7 @@ from configs import schema
 from configs.schema import UserError
 from configs.vae import VaeConfig
 from flow.evaluation import plots
-from flow.runtime import cli, jsonl
+from flow.runtime import cli, jsonl, subprocesses
 from flow.runtime.errors import cli_main
 from flow.training.logging import read_metrics
 
@@ -24,8 +25,8 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--runs", nargs="+", type=Path, required=True, metavar="DIR", help="run folders")
     parser.add_argument("--against", choices=("step", "images"), default="step", help="horizontal axis (default: step)")
-    parser.add_argument("--smooth", type=cli.at_least(1), default=1, help="mean over so many rows (default: 1, off)")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="picture to write")
+    cli.add_count_flag(parser, "--smooth", "mean over N rows", 1)
+    cli.add_output_flag(parser, use="picture to write", metavar="PNG")
     return parser.parse()
 
 
@@ -48,7 +49,8 @@ def main() -> None:
         x, values = zip(*points, strict=True)
         losses.setdefault(loss_name(run / "config.yaml"), {})[label] = list(x), list(values)
     plots.loss_curves(args.out, losses, args.against, args.smooth)
-    print(f"{len(args.runs)} curve(s) in {args.out}")
+    smoother = subprocesses.command("-m", "scripts.plot_loss", *sys.argv[1:], "--smooth", str(10 * args.smooth))
+    print(cli.summary(f"{len(args.runs)} curve(s) in {args.out}", args.start, f"smooth them with: {smoother}"))
 
 
 def has_numbers(row: dict, *keys: str) -> bool:

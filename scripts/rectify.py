@@ -1,7 +1,7 @@
 """1-RF, pairs, 2-RF, pairs, distilled model, table and figure by one command: `python -m scripts.rectify -c YAML`.
 
-Each step is a command that a user would type, and is printed. Run it again after a kill: it goes on where it stopped and
-ends with the same files. Below `folder`: a run folder for each model, the pairs, evaluation/ (every cell of the table),
+Each step is a command that a user would type, and is printed. Run it again after a kill: it resumes and ends with the
+same files. Below `folder`: a run folder for each model, the pairs, evaluation/ (every cell of the table),
 comparison.md and comparison.png.
 """
 
@@ -40,7 +40,7 @@ COLUMNS = 8  # images of a class in a panel of the figure
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES, kind=RectifyConfig, keys="configs/rectify.py")
-    parser.add_argument("-c", "--config", metavar="YAML", required=True, help="e.g. configs/mnist_rectify.yaml")
+    cli.add_config_flag(parser, "e.g. configs/mnist_rectify.yaml", required=True)
     parser.add_argument("--launcher", metavar="COMMAND", help="what starts each script (default: this Python)")
     return parser.parse()
 
@@ -61,22 +61,27 @@ def rectify(args, cfg: RectifyConfig, stages: dict[str, Config]) -> None:
     precision = ["-mp", stages[cfg.first].train.mixed_precision]
 
     stage_list = commands(cfg, folder, names, precision)
-    started = time.perf_counter()
     for k, (title, arguments) in enumerate(stage_list, start=1):
-        print(f"\nstage {k} of {len(stage_list) + 1}: {title} ({minutes(started)} so far)", flush=True)
-        before = time.perf_counter()
+        print(f"\nstage {k} of {len(stage_list) + 1}: {title} ({elapsed(args.start)} so far)", flush=True)
+        start = time.perf_counter()
         run_command(arguments(), args.launcher)
-        print(f"stage {k} of {len(stage_list) + 1} took {minutes(before)}", flush=True)
-    print(f"\nstage {len(stage_list) + 1} of {len(stage_list) + 1}: comparison ({minutes(started)} so far)", flush=True)
+        print(f"stage {k} of {len(stage_list) + 1} took {elapsed(start)}", flush=True)
+    print(f"\nstage {len(stage_list) + 1} of {len(stage_list) + 1}: comparison ({elapsed(args.start)} so far)", flush=True)
     snapshots = {name: snapshot.load(folder / name) for name in names}
     compare(cfg, folder, compared(cfg, names), snapshots, stages[cfg.first])
-    print(f"this call took {minutes(started)}")
+    result = f"comparison.md and comparison.png in {folder}"
+    sample = cli.sample_command(folder / "distilled", f"{folder.name}_distilled", "--sampling_steps", "1")
+    print(cli.summary(result, args.start, f"sample in one step with: {sample}"))
+
+
+def elapsed(start: float) -> str:
+    return cli.duration(time.perf_counter() - start)
 
 
 def commands(
     cfg: RectifyConfig, folder: Path, names: list[str], precision: list[str]
 ) -> list[tuple[str, Callable[[], list[str]]]]:
-    """Title and arguments of each command, in order; the arguments depend on what is there when the command starts."""
+    """Title and arguments of each command, in order; the arguments depend on the files that exist when the command starts."""
     result: list[tuple[str, Callable[[], list[str]]]] = []
     result.append((f"training of {names[0]}", partial(train_arguments, cfg.first, folder / names[0], [])))
     for k, (teacher, student) in enumerate(pairwise(names), start=1):
@@ -107,12 +112,8 @@ def compared(cfg: RectifyConfig, names: list[str]) -> list[tuple[str, float]]:
     return rows
 
 
-def minutes(since: float) -> str:
-    return f"{(time.perf_counter() - since) / 60:.1f} min"
-
-
 def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
-    """Raises UserError for what would otherwise come out after hours, in the middle of the chain."""
+    """Raises UserError for what would otherwise fail after hours, in the middle of the chain."""
     for path, stage in stages.items():
         with error_context(f"{path}: loss"):
             time_sampler = time_samplers.build(stage.flow.time_sampler, **stage.flow.time_sampler_args)
@@ -126,24 +127,24 @@ def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
     if first.args.get("max_prompt_bytes"):
         raise UserError(f"{cfg.first}: model.args.max_prompt_bytes: the chain is for networks with labels or without any")
     for key in ("first_pairs", "later_pairs"):
-        asked = schema.get(cfg, key)
+        stage = schema.get(cfg, key)
         with error_context(f"{key}.sampling_method"):
-            solvers.check(asked.sampling_method)
-            if asked.sampling_method not in solvers.DETERMINISTIC:
-                raise ValueError(f"{asked.sampling_method!r} makes no pairs: its images depend on more than their noise")
-        if asked.guidance_scale != 1 and not first.args.get("num_classes"):
-            raise UserError(f"{key}.guidance_scale={asked.guidance_scale}: needs labels (model.args.num_classes)")
+            solvers.check(stage.sampling_method)
+            if stage.sampling_method not in solvers.DETERMINISTIC:
+                raise ValueError(f"{stage.sampling_method!r} cannot make pairs: its images depend on more than their noise")
+        if stage.guidance_scale != 1 and not first.args.get("num_classes"):
+            raise UserError(f"{key}.guidance_scale={stage.guidance_scale}: needs labels (model.args.num_classes)")
     if cfg.feature_extractor not in FEATURE_EXTRACTORS_REGISTRY:
         known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
         raise UserError(f"feature_extractor={cfg.feature_extractor}: unknown; choose one of {known}")
 
 
-def pair_arguments(teacher: Path, save_dir: Path, asked: ReflowStageConfig, seed: int) -> list[str]:
+def pair_arguments(teacher: Path, save_dir: Path, stage: ReflowStageConfig, seed: int) -> list[str]:
     """Of make_pairs; each round has noise of its own."""
     return [
-        "--weights", str(teacher), "--save_dir", str(save_dir), "--n_pairs", str(asked.n_pairs), "--seed", str(seed),
-        "--sampling_method", asked.sampling_method, "--sampling_steps", str(asked.sampling_steps),
-        "--guidance_scale", f"{asked.guidance_scale:g}", "--real_fraction", f"{asked.real_fraction:g}",
+        "--weights", str(teacher), "--save_dir", str(save_dir), "--n_pairs", str(stage.n_pairs), "--seed", str(seed),
+        "--sampling_method", stage.sampling_method, "--sampling_steps", str(stage.sampling_steps),
+        "--guidance_scale", f"{stage.guidance_scale:g}", "--real_fraction", f"{stage.real_fraction:g}",
     ]  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def compare(
     files.write_text(folder / "comparison.md", f"{text}\n\n{note}\n")
     columns = [list(column) for column in zip(*pictures, strict=True)]
     plots.panels(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))
-    print(f"\n{text}\n\n{note}\nin {folder}: comparison.md, comparison.png")
+    print(f"\n{text}\n\n{note}")
 
 
 def panel(

@@ -18,9 +18,8 @@ from configs.schema import UserError
 from flow import solvers
 from flow.evaluation import plots, table
 from flow.noise import gaussian_noise
-from flow.runtime import cli, distributed, files, lock
+from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.runtime.subprocesses import run_command
 from flow.sampling import grid_store, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
@@ -37,23 +36,21 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
     methods = [m for m in FIXED_GRID if m not in ("ddim", "heun2")]  # which are euler and heun
-    parser.add_argument("--methods", nargs="+", choices=FIXED_GRID, default=methods, help=f"(default: {' '.join(methods)})")
+    cli.add_methods_flag(parser, FIXED_GRID, methods)
     parser.add_argument(
         "--grids", nargs="+", choices=[*time_grids.GRIDS, "optimized"], default=["uniform"], help="(default: uniform)"
     )
     cli.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)
     cli.add_guidance_flag(parser)
     cli.add_prompts_flag(parser)
-    parser.add_argument("--n_images", type=cli.at_least(1), default=32, help="(default: 32)")
+    cli.add_count_flag(parser, "--n_images", "number of images", 32)
     cli.add_seed_flag(parser)
     parser.add_argument(
         "--t_end", type=cli.fraction, default=1.0, metavar="T", help="stop there: near the data the order hides (default: 1)"
     )
     parser.add_argument("--float64", action="store_true", help="the network in float64, to see small distances")
-    parser.add_argument(
-        "--num_fid_images", type=cli.at_least(2), metavar="N", help="Frechet distance of N images (default: none)"
-    )
-    parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of --num_fid_images (default: mnist)")
+    cli.add_count_flag(parser, "--num_fid_images", "Frechet distance of N images (default: none)", least=2)
+    cli.add_extractor_flag(parser, "mnist")
     cli.add_precision_flag(parser, "--num_fid_images")
     cli.add_output_flag(parser)
     return parser.parse()
@@ -102,7 +99,12 @@ def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: Sampler
         plots.error_against_nfe(
             args.out / "fd.png", rows, "FD", f"FD-{args.feature_extractor} of {args.num_fid_images:,} images"
         )
-    print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}; in {args.out}: study.md study.csv study.png")
+    print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}")
+    flags = cli.condition_flags(args.guidance_scale, args.prompts)
+    fit = ["-m", "scripts.optimize_grid", "--weights", args.weights, *flags, *args.overrides]
+    names = "study.md study.csv study.png" + (" fd.png" if args.num_fid_images else "")
+    result = f"{names} in {args.out}"
+    print(cli.summary(result, args.start, f"fit the times of few steps with: {subprocesses.command(*fit)}"))
 
 
 @torch.inference_mode()
@@ -150,7 +152,7 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
             "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), "--no_control",
             *args.overrides,
         ]  # fmt: skip
-        run_command(evaluate)
+        subprocesses.run_command(evaluate)
     weights = files.sha256(snap.path)
     metrics_of = {}
     for r in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls

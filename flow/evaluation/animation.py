@@ -1,4 +1,4 @@
-"""Frames as files that move: GIF, and MP4 where ffmpeg is installed."""
+"""Frames as GIF, and as MP4 where ffmpeg is installed."""
 
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = 128  # of a GIF: flat drawings need no more, and the file stays small
+COLORS = 128  # of a GIF: flat drawings need no more, and the file stays small
 SECONDS = 4.0  # of a GIF, before its end is held
 BAR_HEIGHT = 32  # pixels of the bar of time
 
@@ -49,12 +49,12 @@ def write(path: Path, frames: list[np.ndarray], seconds: float = SECONDS) -> lis
 
 
 def write_gif(path: Path, frames: list[np.ndarray], seconds: float, hold_seconds: float = 1.5) -> None:
-    """Frames uint8 [H, W, 3] that last `seconds` together; the last one is held before it starts anew."""
+    """Frames uint8 [H, W, 3] that last `seconds` in total; the last frame is held before the loop restarts."""
     sheet = np.concatenate([frames[i] for i in (0, len(frames) // 2, -1)]).reshape(-1, 3)
-    # One palette for all frames, so that colours do not flicker; by the root of their pixels, so that small dots keep theirs.
+    # One palette for all frames, so that colors do not flicker; by the root of their pixels, so that small dots keep theirs.
     shades, counts = np.unique(sheet, axis=0, return_counts=True)
     weighted = np.repeat(shades, np.sqrt(counts).astype(int), axis=0)
-    palette = Image.fromarray(weighted[None]).quantize(COLOURS, kmeans=3, dither=Image.Dither.NONE)
+    palette = Image.fromarray(weighted[None]).quantize(COLORS, kmeans=3, dither=Image.Dither.NONE)
     indexed = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [each + round(1000 * hold_seconds)]

@@ -1,4 +1,4 @@
-"""Pictures of tables, losses and samples side by side."""
+"""Figures of tables, losses and samples side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ from flow.evaluation.table import is_control
 
 matplotlib.use("Agg")
 
-# Okabe & Ito's colours, told apart by colour-blind readers; every line also has its own marker.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe & Ito's colors, safe for color-blind readers; every line also has its own marker.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 
 
@@ -33,12 +33,12 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     distance.
     """
     names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2"))]
-    drawn = [e for e in entries if e["NFE"] and names and names[0] in e["metrics"]]
-    if len(drawn) < 2:
+    points = [e for e in entries if e["NFE"] and names and names[0] in e["metrics"]]
+    if len(points) < 2:
         return
     lines: dict[str, list[dict]] = {}
-    several = {key: len({e[key] for e in drawn}) > 1 for key in ("weights", "captions", "guidance_scale")}
-    for e in drawn:
+    several = {key: len({e[key] for e in points}) > 1 for key in ("weights", "captions", "guidance_scale")}
+    for e in points:
         label = e["method"]
         if several["guidance_scale"] and e["guidance_scale"] is not None:
             label += f", guidance {e['guidance_scale']:g}"
@@ -46,7 +46,7 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
         label = f"{e['weights']}: {label}" if several["weights"] else label
         lines.setdefault(label, []).append(e)
     figure, axes = _figure(len(lines))
-    cost, title = _cost_axis(drawn)
+    cost, title = _cost_axis(points)
     for i, (label, line) in enumerate(lines.items()):
         line.sort(key=lambda e: e[cost])
         means, spreads = zip(*(e["metrics"][names[0]] for e in line), strict=True)
@@ -59,7 +59,7 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
         floor = e["metrics"][names[0]][0]
         if floor > 0:  # the axis is logarithmic
             axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
-    _cost_scale(axes, title, [e[cost] for e in drawn])
+    _cost_scale(axes, title, [e[cost] for e in points])
     _value_scale(axes)
     axes.set_ylabel(f"{names[0]}, lower is better")
     _legend(figure, axes)
@@ -120,8 +120,8 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 def _look(i: int) -> dict[str, Any]:
     """Color, marker and dashes of line i."""
-    dashes = "-" if i < len(COLOURS) else "--"
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linestyle": dashes}
+    dashes = "-" if i < len(COLORS) else "--"
+    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5, "linestyle": dashes}
 
 
 def _cost_axis(rows: list[dict]) -> tuple[str, str]:
@@ -190,7 +190,7 @@ def loss_curves(
     for axes, (loss, curves) in zip(panels, losses.items(), strict=True):
         for label, (x, values) in curves.items():
             means = [sum(window := values[max(0, k + 1 - smooth) : k + 1]) / len(window) for k in range(len(values))]
-            color, marker = COLOURS[i % len(COLOURS)], "o" if len(x) == 1 else None
+            color, marker = COLORS[i % len(COLORS)], "o" if len(x) == 1 else None
             axes.plot(x, means, label=label, color=color, linewidth=1.2, marker=marker)
             i += 1
         _value_scale(axes)

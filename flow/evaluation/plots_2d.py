@@ -1,4 +1,4 @@
-"""Pictures of flows in the plane, all in one style: particles, paths, velocity field, density, likelihood."""
+"""Figures of 2-D flows in one style: particles, trajectories, velocity field, density, likelihood."""
 
 import math
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from flow.evaluation.plots import COLOURS
+from flow.evaluation.plots import COLORS
 
-EXTENT = 2.6  # the square that is shown, from -REACH to REACH
+EXTENT = 2.6  # the square from -EXTENT to EXTENT is shown
 
 
 BINS = 100
@@ -21,13 +21,13 @@ BINS = 100
 ARROWS = 17  # of a side of the velocity field
 
 
-MAX_ARROW = 4.0  # longer arrows are drawn as this one: near t = 1 a field is steep where there is no data
+MAX_ARROW = 4.0  # longer arrows are cut to this length: near t = 1 a field is steep where there is no data
 
 
 INCH = 2.8  # side of a panel
 
 
-GREY = "0.35"
+GRAY = "0.35"
 
 
 def panels(
@@ -35,7 +35,7 @@ def panels(
 ) -> tuple[Figure, list[Axes]]:
     """A figure of square panels, left to right and top to bottom, with a title over and a caption under each.
 
-    With a `time` from 0 to 1 a line below all panels says how far it has come from noise to data.
+    With a `time` from 0 to 1 a line below all panels shows where between noise and data it is.
     """
     columns = math.ceil(len(titles) / rows)
     lines = max((c.count("\n") + 1 for c in captions if c), default=0)
@@ -59,7 +59,7 @@ def panels(
 
 
 def progress(figure: Figure, time: float, height: float) -> None:
-    """The line of time in the lowest share `height` of a figure: where between noise and data it is."""
+    """The line of time in the lowest fraction `height` of a figure."""
     ax = figure.add_axes((0, 0, 1, height))
     ax.set_in_layout(False)
     ax.set(xlim=(0, 1), ylim=(0, 1))
@@ -67,35 +67,35 @@ def progress(figure: Figure, time: float, height: float) -> None:
     left, right = 0.3, 0.7
     here = left + (right - left) * time
     ax.plot([left, right], [0.55, 0.55], color="0.8", linewidth=2, solid_capstyle="round")
-    ax.plot([left, here], [0.55, 0.55], color=GREY, linewidth=2, solid_capstyle="round")
-    ax.plot([here], [0.55], "o", color=GREY, markersize=6)
+    ax.plot([left, here], [0.55, 0.55], color=GRAY, linewidth=2, solid_capstyle="round")
+    ax.plot([here], [0.55], "o", color=GRAY, markersize=6)
     ax.text(left - 0.02, 0.5, "noise", ha="right", va="center", fontsize=10)
     ax.text(right + 0.02, 0.5, "data", ha="left", va="center", fontsize=10)
     ax.text(0.98, 0.5, f"t = {time:.2f}", ha="right", va="center", fontsize=10)
 
 
 def particles(ax: Axes, x: np.ndarray, start: np.ndarray) -> None:
-    """Points [N, 2], coloured by the sixth of the plane that they started in, so that one sees where they go."""
-    ax.scatter(x[:, 0], x[:, 1], c=np.array(COLOURS)[sector(start)], s=3, linewidths=0, zorder=2)
+    """Points [N, 2], colored by the sector that they started in."""
+    ax.scatter(x[:, 0], x[:, 1], c=np.array(COLORS)[sector(start)], s=3, linewidths=0, zorder=2)
 
 
 def paths(ax: Axes, states: np.ndarray) -> None:
-    """The ways [T, K, 2] of K particles up to now, as lines in the colour of where they started, with their ends as dots."""
-    colours = np.array(COLOURS)[sector(states[0])]
+    """Trajectories [T, K, 2] of K particles as lines, their ends as dots in the color of the sector where they started."""
+    colors = np.array(COLORS)[sector(states[0])]
     if len(states) > 1:
         ax.add_collection(LineCollection(list(states.transpose(1, 0, 2)), colors="black", linewidths=0.7, alpha=0.6, zorder=3))
     ends = states[-1]
-    ax.scatter(ends[:, 0], ends[:, 1], c=colours, s=16, linewidths=0.7, edgecolors="black", zorder=4)
+    ax.scatter(ends[:, 0], ends[:, 1], c=colors, s=16, linewidths=0.7, edgecolors="black", zorder=4)
 
 
 def sector(start: np.ndarray) -> np.ndarray:
-    """The sixth of the plane, 0 to 5, that points [N, 2] lie in."""
+    """The sixth of the plane, 0 to 5, of points [N, 2]."""
     angle = np.arctan2(start[:, 1], start[:, 0]) % (2 * math.pi)
     return (angle * (3 / math.pi)).astype(int).clip(max=5)
 
 
 def arrows(ax: Axes, v: np.ndarray) -> None:
-    """The velocity [N, 2] at the points of `mesh(ARROWS)`."""
+    """The velocity [N, 2] at the points of `grid_centers(ARROWS)`."""
     at = grid_centers(ARROWS)
     speed = np.linalg.norm(v, axis=1, keepdims=True)
     v = v * np.minimum(1, MAX_ARROW / np.maximum(speed, 1e-9))
@@ -103,8 +103,10 @@ def arrows(ax: Axes, v: np.ndarray) -> None:
 
 
 def density(ax: Axes, x: np.ndarray) -> None:
-    """The histogram of points [N, 2], smoothed by a Gaussian as wide as a cell; the colour ends where 1 in 200 of the cells
-    with points are beyond."""
+    """The histogram of points [N, 2], smoothed by a Gaussian as wide as a cell.
+
+    The color scale ends at the 99.5 % quantile of the cells with points.
+    """
     count, *_ = np.histogram2d(x[:, 1], x[:, 0], bins=BINS, range=[[-EXTENT, EXTENT]] * 2)
     kernel = np.exp(-0.5 * np.arange(-3, 4) ** 2)
     for axis in (0, 1):
@@ -114,7 +116,7 @@ def density(ax: Axes, x: np.ndarray) -> None:
 
 
 def heatmap(ax: Axes, values: np.ndarray, low: float, high: float):
-    """Values [K^2] at the points of `mesh(K)` in colours from `low` to `high`; returns what a colour bar needs."""
+    """Values [K^2] at the points of `grid_centers(K)` in colors from `low` to `high`; returns what a color bar needs."""
     k = math.isqrt(len(values))
     return ax.imshow(
         values.reshape(k, k), extent=(-EXTENT, EXTENT) * 2, origin="lower", cmap="viridis", vmin=low, vmax=high,
@@ -123,7 +125,7 @@ def heatmap(ax: Axes, values: np.ndarray, low: float, high: float):
 
 
 def grid_centers(cells: int) -> np.ndarray:
-    """The centres of cells x cells squares, [cells^2, 2], row by row from below."""
+    """The centers of cells x cells squares, [cells^2, 2], row by row from the bottom."""
     line = (np.arange(cells) + 0.5) * (2 * EXTENT / cells) - EXTENT
     x, y = np.meshgrid(line, line)
     return np.stack([x.ravel(), y.ravel()], axis=1)

@@ -168,7 +168,6 @@ class Evaluation:
             rows = table.read_rows(self.out)
             print(table.write(self.out, rows))
             plots.distance_against_nfe(self.out / "nfe.png", table.aggregate(rows))
-            print(f"in {self.out}: {' '.join(sorted(p.name for p in self.out.iterdir() if p.name != files.LOCK))}")
         self.accelerator.wait_for_everyone()
 
 

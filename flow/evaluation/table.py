@@ -18,7 +18,7 @@ KEY_COLUMNS = ("weights", "captions", "method", "steps", "NFE", "forwards", "gui
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
 
-CONTROL = "real"  # begins the weights of a row of real images, e.g. "real (test split)"
+CONTROL = "real"  # the prefix of the weights of a row of real images, e.g. "real (test split)"
 
 
 def append_row(folder: Path, row: dict) -> None:
@@ -30,7 +30,7 @@ def append_row(folder: Path, row: dict) -> None:
 def read_rows(folder: Path) -> list[dict]:
     """The rows of results.jsonl, one a measurement: where it was repeated, its last values of every metric.
 
-    Lines that are no rows are left out, each with a warning on stderr.
+    Lines that are not rows are skipped, each with a warning on stderr.
     """
     path = folder / "results.jsonl"
     rows: dict[str, dict] = {}
@@ -46,7 +46,7 @@ def read_rows(folder: Path) -> list[dict]:
 
 
 def damage_of(row: dict) -> str | None:
-    """Why a JSON object is no row of results.jsonl, or None."""
+    """Why a JSON object is not a row of results.jsonl, or None."""
     kinds = {"weights": str, "n": int, "identity": dict, "metrics": dict, "seconds": int | float, "asked": list}
     for key, kind in kinds.items():
         if key not in row:
@@ -55,16 +55,16 @@ def damage_of(row: dict) -> str | None:
             return f"its {key!r} has the wrong type"
     for key in ("method", "captions", "reference"):
         if not isinstance(row.get(key), str | None):
-            return f"its {key!r} is no text"
+            return f"its {key!r} is not text"
     numbers = {key: row[key] for key in ("n", "first", "steps", *COST, "guidance_scale", "seconds") if row.get(key) is not None}
     for key, value in {**numbers, **row["metrics"]}.items():
         if value is not None and not jsonl.is_number(value):
-            return f"its {key!r} is no number"
-    return None if all(isinstance(name, str) for name in row["asked"]) else "its 'asked' is no list of metrics"
+            return f"its {key!r} is not a number"
+    return None if all(isinstance(name, str) for name in row["asked"]) else "its 'asked' is not a list of metrics"
 
 
 def contains(folder: Path, row: dict) -> bool:
-    """Whether results.jsonl holds the same measurement with at least the metrics asked for in `row`."""
+    """Whether results.jsonl holds the same measurement with at least the requested metrics of `row`."""
     existing = {_key(r): r for r in read_rows(folder)}.get(_key(row))
     return existing is not None and set(row["asked"]) <= set(existing["asked"])
 
@@ -91,7 +91,7 @@ def aggregate(rows: list[dict]) -> list[dict]:
 
 
 def write(folder: Path, rows: list[dict]) -> str:
-    """Write results.csv and results.md; returns the Markdown. Columns that say nothing are left out of the latter."""
+    """Write results.csv and results.md; returns the Markdown. Empty columns are left out of the Markdown."""
     entries = aggregate(rows)
     names = [*dict.fromkeys(name for e in entries for name in e["metrics"] if name != "seconds"), "seconds"]
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
@@ -121,20 +121,20 @@ def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra
 
     `names` maps f"{weights}, {guidance scale:g}" to what the row is called, in order; `extra` is {column: {row: cell}}.
     """
-    found = {}
+    results = {}
     for e in entries:
         scale = 1 if e["guidance_scale"] is None else e["guidance_scale"]
-        found[f"{e['weights']}, {scale:g}", e["NFE"]] = e["metrics"]
-    nfe = sorted({key[1] for key in found})
+        results[f"{e['weights']}, {scale:g}", e["NFE"]] = e["metrics"]
+    nfe = sorted({key[1] for key in results})
     lines = [["model", *(f"NFE {n}" for n in nfe), *extra]]
     for key, name in names.items():
-        cells = [" / ".join(_cell(m, *found[key, n][m]) for m in metrics) if (key, n) in found else "" for n in nfe]
+        cells = [" / ".join(_cell(m, *results[key, n][m]) for m in metrics) if (key, n) in results else "" for n in nfe]
         lines.append([name, *cells, *(column.get(name, "") for column in extra.values())])
     return markdown(lines)
 
 
 def is_control(entry: dict) -> bool:
-    """Whether this is the row of real images, which no method made."""
+    """Whether this is a row of real images, which have no method."""
     return entry.get("method") is None and str(entry["weights"]).startswith(f"{CONTROL} (")
 
 
@@ -150,11 +150,11 @@ def _warn(message: str) -> None:
 
 def _statistics(values: list) -> tuple:
     """Mean and standard deviation (n - 1) of those that are not None; (None, nan) for none, the value itself for one."""
-    known = [v for v in values if v is not None]
-    if len(set(known)) < 2:
-        return (known[0] if known else None), (0.0 if len(known) > 1 else math.nan)
-    mean = sum(known) / len(known)
-    return mean, math.sqrt(sum((v - mean) * (v - mean) for v in known) / (len(known) - 1))
+    present = [v for v in values if v is not None]
+    if len(set(present)) < 2:
+        return (present[0] if present else None), (0.0 if len(present) > 1 else math.nan)
+    mean = sum(present) / len(present)
+    return mean, math.sqrt(sum((v - mean) * (v - mean) for v in present) / (len(present) - 1))
 
 
 def _cost_cell(mean: float | None, spread: float) -> str | None:

@@ -3,11 +3,13 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from configs import schema
 from configs.schema import UserError
+from flow.runtime import files, subprocesses
 from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 from flow.solvers.torchdiffeq import ADAPTIVE
 
@@ -20,8 +22,8 @@ _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that also takes configuration overrides and whose errors are one line with the nearest name.
 
-    `parse()` returns the namespace with `overrides`, a list of `key=value`. An override is written `key=value`,
-    `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
+    `parse()` returns the namespace with `overrides`, a list of `key=value`, and `start`, the time for `summary`. An override
+    is written `key=value`, `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
     """
 
     def __init__(self, description: str, examples: str, kind: type = schema.Config, keys: str = "configs/schema.py"):
@@ -58,13 +60,45 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args(rest)
         if unknown:
             raise UserError(f"unknown argument {unknown[0]!r}.{schema.did_you_mean(unknown[0], flags)}")
-        namespace.overrides = overrides
+        namespace.overrides, namespace.start = overrides, time.perf_counter()
         return namespace
+
+
+def summary(result: str, start: float, next_step: str) -> str:
+    """The last line of a command: what was written and where, the time taken, what to do next.
+
+    Args:
+        start: `time.perf_counter()` at the start, which `Parser.parse` stores.
+        next_step: an imperative and, behind "with: ", a command that works as printed.
+
+    Example:
+        >>> print(summary("64 images in samples/mnist", args.start, "watch them form with: python -m scripts.animate ..."))
+    """
+    return f"{result}, in {duration(time.perf_counter() - start)}; {next_step}"
+
+
+def sample_command(weights: str | Path, name: str, *flags: str) -> str:
+    """A command that samples from the weights into a new folder samples/NAME, for `summary`."""
+    save_dir = files.free_folder(Path("samples") / name)
+    return subprocesses.command("sample.py", "--weights", weights, "--n_samples", "64", "--save_dir", save_dir, *flags)
+
+
+def condition_flags(guidance_scale: float = 1.0, prompts: Sequence[str] | None = None) -> list[str]:
+    """The flags of a guidance scale and prompts, for a suggested command."""
+    flags = ["--guidance_scale", f"{guidance_scale:g}"] if guidance_scale != 1 else []
+    return [*flags, "--prompts", *prompts] if prompts else flags
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, with one decimal."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def parse_training(parser: Parser) -> argparse.Namespace:
     """The command line of a trainer: -c, -e, -mp, which becomes an override, and configuration keys."""
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; a resumed run defaults to its own")
+    add_config_flag(parser, "configuration; a resumed run defaults to its own")
     parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
     parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
     args = parser.parse()
@@ -84,19 +118,57 @@ def add_weights_flag(parser: argparse.ArgumentParser, required: bool = True) -> 
     parser.add_argument("--weights", required=required, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
 
 
-def add_snapshot_config_flag(parser: argparse.ArgumentParser) -> None:
-    """-c, of scripts that take their configuration from the weights."""
-    parser.add_argument("-c", "--config", metavar="YAML", help="configuration; default: the one inside the weights")
+def add_config_flag(
+    parser: argparse.ArgumentParser, use: str = "configuration; default: the one inside the weights", required: bool = False
+) -> None:
+    """-c."""
+    parser.add_argument("-c", "--config", metavar="YAML", required=required, help=use)
+
+
+def add_count_flag(
+    parser: argparse.ArgumentParser, flag: str, use: str, default: int | None = None, least: int = 1, required: bool = False
+) -> None:
+    """A whole number of at least `least`."""
+    shown = f" (default: {default})" if default is not None else ""
+    parser.add_argument(flag, type=at_least(least), default=default, required=required, metavar="N", help=use + shown)
 
 
 def add_batch_size_flag(parser: argparse.ArgumentParser, default: int = 100) -> None:
     """--bspp, the batch size per process."""
-    parser.add_argument("--bspp", type=at_least(1), default=default, help=f"batch size per process (default: {default})")
+    add_count_flag(parser, "--bspp", "batch size per process", default)
 
 
 def add_seed_flag(parser: argparse.ArgumentParser, default: int = 8888, use: str = "noise") -> None:
     """--seed, and what it is the seed of."""
-    parser.add_argument("--seed", type=at_least(0), default=default, help=f"seed of the {use} (default: {default})")
+    add_count_flag(parser, "--seed", f"seed of the {use}", default, least=0)
+
+
+def add_method_flag(parser: argparse.ArgumentParser, choices: Iterable[str], default: str) -> None:
+    """--sampling_method, one solver."""
+    parser.add_argument("--sampling_method", choices=choices, default=default, help=f"solver (default: {default})")
+
+
+def add_methods_flag(parser: argparse.ArgumentParser, choices: Iterable[str], default: list[str]) -> None:
+    """--methods, several solvers."""
+    shown = " ".join(default)
+    parser.add_argument("--methods", nargs="+", choices=choices, default=default, help=f"solvers (default: {shown})")
+
+
+def add_extractor_flag(parser: argparse.ArgumentParser, default: str, use: str = "network of the Frechet distance") -> None:
+    """--feature_extractor, by name."""
+    parser.add_argument("--feature_extractor", default=default, metavar="NAME", help=f"{use} (default: {default})")
+
+
+def add_feature_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """--feature_extractor, --feature_layer and --feature_weights."""
+    add_extractor_flag(parser, default)
+    parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
+    parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
+
+
+def add_compile_flag(parser: argparse.ArgumentParser) -> None:
+    """--compile."""
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network, which pays on GPUs")
 
 
 def add_precision_flag(parser: argparse.ArgumentParser, use: str = "the network") -> None:
@@ -105,18 +177,17 @@ def add_precision_flag(parser: argparse.ArgumentParser, use: str = "the network"
     parser.add_argument("-mp", "--mixed_precision", choices=choices, default="no", help=f"of {use} (default: no)")
 
 
-def add_guidance_flag(parser: argparse.ArgumentParser) -> None:
-    """--guidance_scale, one number."""
-    parser.add_argument(
-        "--guidance_scale", type=guidance_scale, default=1.0, metavar="W", help="v_u + w (v_c - v_u) (default: 1, off)"
-    )
+def add_guidance_flag(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """--guidance_scale, one number or `several`."""
+    nargs, default = ("+", [1.0]) if several else (None, 1.0)
+    shown = "v_u + w (v_c - v_u) (default: 1, off)"
+    parser.add_argument("--guidance_scale", nargs=nargs, type=guidance_scale, default=default, metavar="W", help=shown)
 
 
-def add_labels_flag(parser: argparse.ArgumentParser, things: str = "image") -> None:
-    """--labels, taken in turn."""
-    parser.add_argument(
-        "--labels", nargs="+", metavar="CLASS", help=f"classes by name or number, one {things} after the other (default: all)"
-    )
+def add_labels_flag(parser: argparse.ArgumentParser, default: str = "all") -> None:
+    """--labels, taken in turn; `default` describes those without the flag."""
+    use = f"classes by name or number, in turn (default: {default})"
+    parser.add_argument("--labels", nargs="+", metavar="CLASS", help=use)
 
 
 def add_prompts_flag(parser: argparse.ArgumentParser) -> None:
@@ -124,9 +195,15 @@ def add_prompts_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", nargs="+", metavar="TEXT", help="for networks with text, one image after the other")
 
 
-def add_output_flag(parser: argparse.ArgumentParser, flag: str = "--out") -> None:
-    """The output folder."""
-    parser.add_argument(flag, type=Path, required=True, metavar="DIR", help="output folder")
+def add_output_flag(
+    parser: argparse.ArgumentParser,
+    flag: str = "--out",
+    use: str = "output folder",
+    metavar: str = "DIR",
+    required: bool = True,
+) -> None:
+    """The output folder or file."""
+    parser.add_argument(flag, type=Path, required=required, metavar=metavar, help=use)
 
 
 def add_step_flags(parser: argparse.ArgumentParser, default: list[int], several: bool) -> None:
@@ -166,7 +243,7 @@ def add_solver_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]) -> tuple[tuple[str, float | str], ...]:
-    """The given options that `method` takes. Raises UserError for one that none of the `methods` takes."""
+    """The options of the command line that `method` takes. Raises UserError for one that none of the `methods` takes."""
     options = {
         "rtol": args.rtol, "atol": args.atol, "noise_scale": args.sde_noise_scale, "diffusion": args.diffusion,
         "eta": args.eta,
@@ -180,7 +257,7 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
     selected = {name: value for name, value in options.items() if name in SOLVERS[method].options}
     try:
         validate_options(method, **selected)
-    except ValueError as error:  # begins with the name of the option
+    except ValueError as error:  # starts with the name of the option
         message = str(error)
         raise UserError("--sde_" + message if message.startswith("noise_scale") else f"--{message}") from None
     return tuple(selected.items())

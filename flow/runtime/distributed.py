@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import PartialState
-from accelerate.utils import DDPCommunicationHookType, DistributedType
+from accelerate.utils import DDPCommunicationHookType, DistributedType, LoggerType
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ def build_accelerator(
         raise UserError("train.mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
     timeout = timedelta(minutes=timeout_minutes)
     prepare_launch(has_accelerator, timeout)
-    # Without cpu=True, two processes on a machine without GPUs would each believe to be process 0 of 1.
+    # Without cpu=True, two processes on a machine without GPUs would each be process 0 of 1.
     try:
         accelerator = Accelerator(
             cpu=not has_accelerator,
@@ -74,7 +74,14 @@ def build_accelerator(
 
 
 def build_training_accelerator(config: TrainConfig, log_dir: Path, own_trackers: Collection[str] = ()) -> Accelerator:
-    """The accelerator of a trainer; its trackers write to `log_dir`. own_trackers: names that Accelerate does not know."""
+    """The accelerator of a trainer; its trackers write to `log_dir`. own_trackers: names that Accelerate does not know.
+
+    Raises:
+        UserError: for an unknown tracker.
+    """
+    allowed = [*LoggerType.list(), *own_trackers]
+    if unknown := next((name for name in config.log_with if name not in allowed), None):
+        raise UserError(f"train.log_with={config.log_with}: unknown tracker {unknown!r}; choose from {', '.join(allowed)}")
     log_with = [name for name in config.log_with if name not in own_trackers]
     return build_accelerator(config.mixed_precision, log_with, str(log_dir), config.timeout_minutes, config.ddp_comm_hook)
 
@@ -129,8 +136,8 @@ def set_threads() -> str | None:
 
 
 def tune_malloc() -> None:
-    """Have glibc hold on to freed memory: it gives blocks above 32 MiB back to the system, and to fetch the activations of a
-    large network page by page again in every step takes a tenth of the step (docs/performance.md)."""
+    """Have glibc retain freed memory: it returns blocks above 32 MiB to the system, and mapping the activations of a large
+    network page by page again takes a tenth of each step (docs/performance.md)."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -188,13 +195,13 @@ def gather_in_order(accelerator: Accelerator, parts: list[tuple[int, Any]]) -> l
 
 @functools.cache
 def _control_group(timeout: timedelta):
-    """Processes talk about flags and objects over the CPU, whatever carries the gradients."""
+    """Flags and objects travel over the CPU, whatever carries the gradients."""
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def _check_launch() -> None:
-    """`accelerate-launch --cpu --num_processes 2` starts one process without a word; its mark is a rendezvous address
-    for a process that belongs to no group."""
+    """`accelerate-launch --cpu --num_processes 2` starts one process without a message. It leaves a rendezvous
+    address but no group."""
     lone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     if lone and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "PMI_SIZE" not in os.environ:
         raise UserError(
@@ -207,7 +214,7 @@ def _check_launch() -> None:
 def prepare_launch(has_accelerator: bool, timeout: timedelta) -> None:
     """Call before the Accelerator is built. Raises UserError for FSDP's first version, whose flat weights have no names.
 
-    accelerate shards only what it takes for GPUs; gloo shards on CPUs just as well, which the tests live on.
+    accelerate shards only what it takes for GPUs; gloo shards on CPUs just as well, which the tests rely on.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return

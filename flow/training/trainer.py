@@ -1,5 +1,6 @@
 """The training loop: one for flows, reflow, distillation and autoencoders. What differs between them is the `Task`."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from configs import schema
 from configs.schema import UserError
 from flow.losses import Batch, Loss
 from flow.noise import generator
-from flow.runtime import distributed
+from flow.runtime import cli, distributed
 from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, snapshot
 from flow.training import checkpoint, run_dir
@@ -125,7 +126,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step. SIGTERM and Ctrl-C end the process after the step, with a checkpoint."""
-        config = self.config.train
+        config, start = self.config.train, time.perf_counter()
         self._log_summary()
         self.model.train()
         # A GPU computes one step while the CPU draws the noise of the next; a CPU that computes has no time to spare.
@@ -154,14 +155,12 @@ class Trainer:
                         self.save_checkpoint()
                     if self._preview_is_due():
                         self.write_preview()
-        if self.stop_requested and not self.finished:
-            self.logger.info(f"stopped at step {self.step}; {self.task.next_command(self.folder)}")
-            return
-        if not self.finished:
+        if not (self.finished or self.stop_requested):
             self.accelerator.end_training()
             command = run_dir.resume_command(self.folder, self.task.script, self.config)
             stop.leave(self.logger.info, f"{self._checkpoint_hint()}; resume with: {command}")
-        self.logger.info(f"finished step {self.step}; {self.task.next_command(self.folder)}")
+        result = f"{self.folder}: {'finished' if self.finished else 'stopped at'} step {self.step}"
+        self.logger.info(cli.summary(result, start, self.task.next_command(self.folder)))
 
     def training_step(self, micro_batches: list[Batch]) -> None:
         """Forward and backward of the micro-batches, one optimizer step, the moving averages."""

@@ -1,6 +1,6 @@
 """Speed of training, sampling and evaluation on this machine: `python -m scripts.benchmark -c configs/cifar10.yaml`.
 
-What is measured is the code of train.py, sample.py and evaluate.py, each in a process of its own, with a timer in its
+It measures the code of train.py, sample.py and evaluate.py, each in a process of its own, with a timer in its
 callbacks and around its networks. With `--against eager` the same network also runs in the loop of
 scripts/benchmark/baseline.py. The jobs take turns, `--rounds` times, and the median of all their steps counts. FLOPs are those
 of torch.utils.flop_counter, and the ceiling is the fastest matrix product or convolution of the machine in the same precision.
@@ -21,7 +21,7 @@ from pathlib import Path
 from configs import schema
 from configs.schema import UserError
 from flow.evaluation import table
-from flow.runtime import cli, files
+from flow.runtime import cli, files, subprocesses
 from flow.runtime.errors import cli_main
 from scripts.benchmark import quality
 from scripts.benchmark.jobs import name_of, start_job
@@ -42,22 +42,22 @@ COMPUTE = ("forward", "backward", "network", "decoder", "features")  # sections 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", metavar="YAML", help="of the training that is measured")
+    cli.add_config_flag(parser, "of the training that is measured")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["train", "sample"], help="(default: train sample)")
     parser.add_argument("--precisions", nargs="+", choices=schema.MIXED_PRECISIONS, default=["no", "bf16"])
     parser.add_argument("--against", choices=("eager",), help="also the loop that a user would write, in fp32")
-    parser.add_argument("--steps", type=cli.at_least(1), default=10, help="training steps a round (default: 10)")
-    parser.add_argument("--warmup", type=cli.at_least(1), default=2, help="steps or batches that do not count (default: 2)")
-    parser.add_argument("--rounds", type=cli.at_least(1), default=3, help="turns of each job (default: 3)")
-    parser.add_argument("--sampling_batch", type=cli.at_least(1), default=32, help="(default: 32)")
-    parser.add_argument("--sampling_batches", type=cli.at_least(1), default=3, help="batches a round (default: 3)")
-    parser.add_argument("--sampling_steps", type=cli.at_least(1), default=5, help="Euler steps (default: 5)")
-    parser.add_argument("--n_samples", type=cli.at_least(4), default=500, help="images of evaluate (default: 500)")
-    parser.add_argument("--feature_extractor", default="mnist", metavar="NAME", help="of evaluate (default: mnist)")
+    cli.add_count_flag(parser, "--steps", "training steps per round", 10)
+    cli.add_count_flag(parser, "--warmup", "steps or batches that do not count", 2)
+    cli.add_count_flag(parser, "--rounds", "turns of each job", 3)
+    cli.add_count_flag(parser, "--sampling_batch", "images per batch of sample", 32)
+    cli.add_count_flag(parser, "--sampling_batches", "batches per round", 3)
+    cli.add_count_flag(parser, "--sampling_steps", "Euler steps", 5)
+    cli.add_count_flag(parser, "--n_samples", "images of evaluate", 500, least=4)
+    cli.add_extractor_flag(parser, "mnist")
     parser.add_argument("--processes", nargs="+", type=cli.at_least(1), default=[1, 2], help="of scaling (default: 1 2)")
     parser.add_argument("--vary", nargs="+", metavar=("KEY", "VALUE"), default=[], help="all of it for each value of a key")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, except for the loop of --against")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="output folder (default: only printed)")
+    cli.add_compile_flag(parser)
+    cli.add_output_flag(parser, use="output folder (default: only printed)", required=False)
     args = parser.parse()
     if "train.steps" in " ".join(args.overrides):
         raise UserError("train.steps: --steps says how many are measured")
@@ -77,7 +77,7 @@ def main() -> None:
         schema.load(args.config, overrides)
         plan |= {", ".join([name, *extra]): {**job, "overrides": overrides} for name, job in jobs(args).items()}
     with tempfile.TemporaryDirectory() as scratch:
-        found: dict[str, list[dict]] = {name: [] for name in plan}
+        results: dict[str, list[dict]] = {name: [] for name in plan}
         costs: dict[str, dict] = {}  # by overrides
         for overrides in {str(job["overrides"]): job["overrides"] for job in plan.values()}.values():
             costs[str(overrides)] = run_job({"kind": "cost", "overrides": overrides}, args, Path(scratch))
@@ -86,37 +86,41 @@ def main() -> None:
         for turn in range(args.rounds):
             for name, job in plan.items():
                 print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-                found[name].append(run_job(job, args, Path(scratch)))
-    rows = [summary(name, job, found[name], costs[str(job["overrides"])], ceilings) for name, job in plan.items()]
+                results[name].append(run_job(job, args, Path(scratch)))
+    rows = [medians(name, job, results[name], costs[str(job["overrides"])], ceilings) for name, job in plan.items()]
     for row in rows:
         alike = [r for r in rows if (r["kind"], r["overrides"]) == (row["kind"], row["overrides"])]
-        slow = next((r for r in alike if r["what"] == "eager"), None)
+        slow = next((r for r in alike if r["variant"] == "eager"), None)
         row["ratio"] = row["images_per_second"] / slow["images_per_second"] if slow else None
     result = {"machine": machine(), "config": args.config, "overrides": args.overrides, "costs": costs,
-              "ceilings": ceilings, "rows": rows, "rounds": found}  # fmt: skip
+              "ceilings": ceilings, "rows": rows, "rounds": results}  # fmt: skip
     text = report(result)
     print(text)
+    train = ["train.py", *(["-c", args.config] if args.config else []), *args.overrides]
+    command = subprocesses.command(*train, "-e", files.free_folder(Path("runs") / Path(args.config or "run").stem))
+    where = f" in {args.out}" if args.out else ""
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         files.write_text(args.out / "benchmark.json", json.dumps(result, indent=1))
         files.write_text(args.out / "benchmark.md", text + "\n")
+    print(cli.summary(f"{len(rows)} row(s){where}", args.start, f"train this configuration with: {command}"))
 
 
 def jobs(args) -> dict[str, dict]:
-    """What is run in turn: name -> job."""
+    """The jobs, which take turns: name -> job."""
     plan: dict[str, dict] = {}
     for kind in [part for part in args.parts if part in ("train", "sample")]:
         if args.against:
-            plan[f"{kind}, eager, fp32"] = {"kind": kind, "what": "eager", "precision": "no", "processes": 1}
+            plan[f"{kind}, eager, fp32"] = {"kind": kind, "variant": "eager", "precision": "no", "processes": 1}
         for p in args.precisions:
-            plan[f"{kind}, {name_of(p)}"] = {"kind": kind, "what": "ours", "precision": p, "processes": 1}
+            plan[f"{kind}, {name_of(p)}"] = {"kind": kind, "variant": "project", "precision": p, "processes": 1}
     if "evaluate" in args.parts:
         for p in args.precisions:
-            plan[f"evaluate, {name_of(p)}"] = {"kind": "evaluate", "what": "ours", "precision": p, "processes": 1}
+            plan[f"evaluate, {name_of(p)}"] = {"kind": "evaluate", "variant": "project", "precision": p, "processes": 1}
     if "scaling" in args.parts:
         for p in args.precisions:
             for n in args.processes:
-                job = {"kind": "train", "what": "ours", "precision": p, "processes": n}
+                job = {"kind": "train", "variant": "project", "precision": p, "processes": n}
                 plan[f"train, {name_of(p)}, {n} process{'es' * (n > 1)}"] = job
     return plan
 
@@ -132,7 +136,7 @@ def run_job(job: dict, args, scratch: Path) -> dict:
     return start_job({**settings, **job}, scratch)
 
 
-def summary(name: str, job: dict, results: list[dict], cost: dict, ceilings: dict) -> dict:
+def medians(name: str, job: dict, results: list[dict], cost: dict, ceilings: dict) -> dict:
     """Medians over the rounds of a job, and what follows from them."""
     laps = [lap for r in results for lap in r["laps"]]
     per_lap = results[0]["images_per_lap"]

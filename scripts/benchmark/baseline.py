@@ -1,11 +1,11 @@
-"""The training and sampling loops that a user would write without this project: what scripts.benchmark measures against.
+"""The training and sampling loops that a user would write without this project, the baseline of scripts.benchmark.
 
 `python -m scripts.benchmark.baseline -c CONFIG --minutes 25 --out FILE` trains with it, for tables of equal time
 (scripts/benchmark/gpu_check.sh).
 
 fp32, a DataLoader with two workers, torch.optim.AdamW, averages by a Python loop over the parameters, loss.item() in each
 step; sampling by Euler's method, batch after batch, each image saved by torchvision. Both yield after every step or batch,
-so that whoever iterates can take the time.
+so that the caller can measure the time.
 """
 
 import time
@@ -30,9 +30,9 @@ EXAMPLES = "  python -m scripts.benchmark.baseline -c configs/cifar10_fast.yaml 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("-c", "--config", required=True, metavar="YAML", help="its data, network, batch size and learning rate")
+    cli.add_config_flag(parser, "its data, network, batch size and learning rate", required=True)
     parser.add_argument("--minutes", type=float, required=True, help="of training")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the snapshot, a new .safetensors file")
+    cli.add_output_flag(parser, use="the new .safetensors file", metavar="FILE")
     return parser.parse()
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         raise UserError(f"--out {args.out}: exists already; name another file")
     cfg = schema.load(args.config, args.overrides)
     net, images, labels = material(cfg)
-    with distributed.progress(distributed.build_single_process_accelerator("plain_loop"), cfg.train.steps, "plain loop") as bar:
+    with distributed.progress(distributed.build_single_process_accelerator("baseline"), cfg.train.steps, "plain loop") as bar:
         end = time.monotonic() + 60 * args.minutes
         for step, averages in enumerate(train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr), start=1):  # noqa: B007
             bar.update()
@@ -50,7 +50,8 @@ def main() -> None:
                 break
     names = [name for name, _ in net.named_parameters()]
     snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
-    print(f"{args.out}: {step} steps of {cfg.train.batch_size} images")
+    result = f"{args.out}: {step} steps of {cfg.train.batch_size} images"
+    print(cli.summary(result, args.start, f"sample from it with: {cli.sample_command(args.out, args.out.stem)}"))
 
 
 def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:
@@ -60,7 +61,7 @@ def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:
     schema.set_auto_classes(cfg, data.class_names if data.labels is not None else ())
     with error_context("model"):
         net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
-    if net.max_prompt_bytes or not hasattr(data, "images") or data.images.dtype != torch.uint8:
+    if net.max_prompt_bytes or data.access != "memory" or data.images.dtype != torch.uint8:
         raise UserError(f"data.name={cfg.data.name}: the plain loop is for networks without prompts on images in memory")
     return net, data.images, data.labels if net.num_classes is not None else None
 
@@ -98,15 +99,15 @@ def sample(
     """Endless batches of PNG files in `folder`, by Euler steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net.to(device).eval()
-    made = 0
+    count = 0
     while True:
         x = torch.randn(batch_size, *image_shape, device=device)
         y = torch.arange(batch_size, device=device) % classes if classes else None
         for i in range(steps):
             x = x + net(x, torch.full((batch_size,), i / steps, device=device), y) / steps
         for image in x:
-            save_image((image + 1) / 2, folder / f"{made:06d}.png")
-            made += 1
+            save_image((image + 1) / 2, folder / f"{count:06d}.png")
+            count += 1
         yield
 
 

@@ -1,4 +1,4 @@
-"""What scripts/benchmark/ measures, a job a process: `python -m scripts.benchmark.jobs JSON`.
+"""The jobs of scripts/benchmark/, each in a process of its own: `python -m scripts.benchmark.jobs JSON`.
 
 The Trainer, `generate` and a row of the evaluation, with a timer in their callbacks and around their networks; beside them
 the plain loop, the cost of the network in FLOPs and the ceilings of the machine.
@@ -30,13 +30,13 @@ class Enough(Exception):
 def main() -> None:
     """Do the job and write its result."""
     job = json.loads(sys.argv[1])
-    kind = job["kind"] + "_" + job["what"] if "what" in job else job["kind"]
-    found = {
-        "cost": cost_job, "ceilings": ceilings_job, "train_ours": train_job, "train_eager": plain_train_job,
-        "sample_ours": sample_job, "sample_eager": plain_sample_job, "evaluate_ours": evaluate_job,
+    kind = job["kind"] + "_" + job["variant"] if "variant" in job else job["kind"]
+    result = {
+        "cost": cost_job, "ceilings": ceilings_job, "train_project": train_job, "train_eager": plain_train_job,
+        "sample_project": sample_job, "sample_eager": plain_sample_job, "evaluate_project": evaluate_job,
     }[kind](job)  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
-        Path(job["result"]).write_text(json.dumps(found), encoding="utf-8")
+        Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 def start_job(job: dict, scratch: Path) -> dict:
@@ -56,7 +56,7 @@ def start_job(job: dict, scratch: Path) -> dict:
     )
     if process.returncode or not result.is_file():
         lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")] or process.stderr.splitlines()[-1:]
-        raise UserError(f"{job['kind']}: {(lines or ['it ended without a word'])[0].removeprefix('error: ')}")
+        raise UserError(f"{job['kind']}: {(lines or ['it ended without a message'])[0].removeprefix('error: ')}")
     return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -105,7 +105,7 @@ def ceilings_job(job: dict) -> dict:
     distributed.set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     large = 4 if device.type == "cuda" else 1
-    found: dict = {"device": device.type}
+    result: dict = {"device": device.type}
     for precision in job["precisions"]:
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
@@ -130,8 +130,8 @@ def ceilings_job(job: dict) -> dict:
                 x, w = x.to(memory_format=layout), w.to(memory_format=layout)
                 work = 2 * 9 * len(x) * channels**2 * side**2
                 convolutions.append(best(work, lambda x=x, w=w: F.conv2d(x, w, padding=1)))
-        found[name_of(precision)] = {"matmul": max(products), "convolution": max(convolutions)}
-    return found
+        result[name_of(precision)] = {"matmul": max(products), "convolution": max(convolutions)}
+    return result
 
 
 def material(job: dict):
@@ -215,12 +215,10 @@ def blank_snapshot(job: dict) -> Path:
     return path
 
 
-def sample_job(job: dict) -> dict:
-    """What sample.py does: `generate`, then PNG files; "network" and, of latents, "decoder" are sections."""
+def timed_flow(job: dict):
+    """(timer, accelerator, snapshot, model, sampler settings) of untrained weights; the network is the section "network"."""
     from dataclasses import replace
 
-    from flow.sampling.generate import generate, shard
-    from flow.sampling.images import ImageWriter
     from flow.sampling.settings import SamplerSettings
     from scripts.benchmark.timer import TimedNetwork, Timer
 
@@ -229,10 +227,20 @@ def sample_job(job: dict) -> dict:
     snap = snapshot.load(blank_snapshot(job))
     model = snap.model()
     distributed.prepare_model(model.net, accelerator, job["compile"])
-    prompts = ("a",) if model.net.max_prompt_bytes else None
-    decode = timer.watch("decoder", model.decode) if model.decode else None
-    model = replace(model, net=TimedNetwork(model.net, timer, "network"), decode=decode)
-    settings = SamplerSettings(steps=job["sampling_steps"], prompts=prompts)
+    sampler = SamplerSettings(steps=job["sampling_steps"], prompts=("a",) if model.net.max_prompt_bytes else None)
+    return timer, accelerator, snap, replace(model, net=TimedNetwork(model.net, timer, "network")), sampler
+
+
+def sample_job(job: dict) -> dict:
+    """What sample.py does: `generate`, then PNG files; "network" and, of latents, "decoder" are sections."""
+    from dataclasses import replace
+
+    from flow.sampling.generate import generate, shard
+    from flow.sampling.images import ImageWriter
+
+    timer, accelerator, snap, model, settings = timed_flow(job)
+    if model.decode:
+        model = replace(model, decode=timer.watch("decoder", model.decode))
     indices = range(job["sampling_batch"] * (job["warmup"] + job["sampling_batches"]))
     batches = generate(accelerator, model, snap.image_shape, shard(accelerator, indices, job["sampling_batch"]), settings)
     with tempfile.TemporaryDirectory() as scratch, ImageWriter(Path(scratch)) as writer:
@@ -259,19 +267,11 @@ def plain_sample_job(job: dict) -> dict:
 
 def evaluate_job(job: dict) -> dict:
     """A row of evaluate.py, from noise to distance; "network" and "features" are sections."""
-    from dataclasses import replace
-
     from flow.evaluation.runner import Evaluation, EvaluationSettings, load_real_images
     from flow.sampling.generate import generate, shard
-    from flow.sampling.settings import SamplerSettings
-    from scripts.benchmark.timer import TimedNetwork, Timer
+    from scripts.benchmark.timer import TimedNetwork
 
-    timer = Timer(synchronize=True)
-    accelerator = distributed.build_accelerator(job["precision"])
-    snap = snapshot.load(blank_snapshot(job))
-    model = snap.model()
-    distributed.prepare_model(model.net, accelerator, job["compile"])
-    model = replace(model, net=TimedNetwork(model.net, timer, "network"))
+    timer, accelerator, snap, model, sampler = timed_flow(job)
     settings = EvaluationSettings(
         "benchmark", job["n_samples"], batch_size=job["sampling_batch"], feature_extractor=job["feature_extractor"],
         metrics=("fid",),
@@ -279,7 +279,6 @@ def evaluate_job(job: dict) -> dict:
     real_images = load_real_images(None, accelerator, snap.decoded_shape, snap.config)
     evaluation = Evaluation.build(settings, accelerator, Path(job["scratch"]), snap.decoded_shape, real_images)
     evaluation.extractor = TimedNetwork(evaluation.extractor, timer, "features")
-    sampler = SamplerSettings(steps=job["sampling_steps"], prompts=("a",) if model.net.max_prompt_bytes else None)
     batches = shard(accelerator, range(job["n_samples"]), job["sampling_batch"])
     images = ((b.indices, b.images) for b in generate(accelerator, model, snap.image_shape, batches, sampler))
     timer.first_lap = time.time()

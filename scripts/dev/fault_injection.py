@@ -95,10 +95,10 @@ JOBS = {
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--kills", type=cli.at_least(1), default=100, metavar="N", help="number of kills (default: 100)")
+    cli.add_count_flag(parser, "--kills", "number of kills", 100)
     parser.add_argument("--script", choices=JOBS, default="train", help="script to kill (default: train)")
-    parser.add_argument("--seed", type=cli.at_least(0), default=0, help="seed of the moments (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder that keeps everything (default: a temporary one)")
+    cli.add_seed_flag(parser, 0, "moments")
+    cli.add_output_flag(parser, use="folder that keeps everything (default: a temporary one)", required=False)
     return parser.parse()
 
 
@@ -117,10 +117,12 @@ def main() -> None:
         raise UserError(f"{args.script}: killed runs differ from the reference run: {result['differences'][0]}")
     others = [name for name in JOBS if name != args.script]
     again = ["--kills", str(args.kills), "--script", others[0]]
+    where = f", all files in {args.out}" if args.out else ""
     print(
-        f"{args.script}: {result['kills']} kills in {result['runs']} run(s), all equal to the reference run, in "
-        f"{result['seconds']:.0f} s" + (f"; everything is in {args.out}" if args.out else "")
-        + f"; try another script with: {subprocesses.command('-m', 'scripts.dev.fault_injection', *again)}"
+        cli.summary(
+            f"{args.script}: {result['kills']} kills in {result['runs']} run(s), all equal to the reference run{where}",
+            args.start, f"try another script with: {subprocesses.command('-m', 'scripts.dev.fault_injection', *again)}",
+        )
     )  # fmt: skip
 
 

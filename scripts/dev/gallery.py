@@ -1,10 +1,9 @@
 """Every picture of docs/gallery.md, from nothing: `python -m scripts.dev.gallery` trains the flows and draws them.
 
 Each step is a command that a user would type, and is printed. Run it again after a kill: what is finished stays, a run
-goes on where it stopped, and pictures that are older than their weights are drawn again. Overrides reach every training.
+resumes, and pictures that are older than their weights are drawn again. Overrides reach every training.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class Exhibit:
 
 
 def exhibits(runs: Path) -> list[Exhibit]:
-    """In the order in which they are made: the later ones use runs of the earlier."""
+    """In order: the later ones use runs of the earlier."""
     compare = ("-m", "scripts.compare", "--sampling_steps", "2", "100")
     result = []
     for name, overrides in SETS.items():
@@ -81,8 +80,8 @@ def toy_config(name: str) -> str:
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    known = [exhibit.name for exhibit in exhibits(Path())]
-    parser.add_argument("--only", nargs="+", choices=known, default=known, help="and what they need (default: all)")
+    names = [exhibit.name for exhibit in exhibits(Path())]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="and what they need (default: all)")
     parser.add_argument("--runs", type=Path, default=Path("runs/gallery"), metavar="DIR", help="(default: runs/gallery)")
     parser.add_argument(
         "--out", type=Path, default=Path("docs/images/gallery"), metavar="DIR", help="(default: docs/images/gallery)"
@@ -92,7 +91,6 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    started = time.perf_counter()
     plan = {exhibit.name: exhibit for exhibit in exhibits(args.runs)}
     trained: set[str] = set()
     for name in args.only:
@@ -104,7 +102,8 @@ def main() -> None:
         weights = [args.runs / run for run in exhibit.weights]
         if outdated([args.out / name / picture for picture in exhibit.pictures], weights):
             run_command([*exhibit.draw, "--weights", *map(str, weights), "--out", str(args.out / name)])
-    print(f"\npictures in {args.out}; this call took {(time.perf_counter() - started) / 60:.1f} min")
+    sample = cli.sample_command(args.runs / args.only[0], args.only[0])
+    print(cli.summary(f"\npictures in {args.out}", args.start, f"sample from a flow with: {sample}"))
 
 
 def train(exhibit: Exhibit, runs: Path, overrides: list[str]) -> None:
@@ -118,9 +117,9 @@ def train(exhibit: Exhibit, runs: Path, overrides: list[str]) -> None:
 
 
 def outdated(pictures: list[Path], weights: list[Path]) -> bool:
-    """Whether a picture is missing, or older than the newest snapshot of a run."""
-    newest = max(snapshot.find(run).stat().st_mtime for run in weights)
-    return not all(picture.is_file() and picture.stat().st_mtime > newest for picture in pictures)
+    """Whether a picture is missing, or older than the latest snapshot of a run."""
+    latest = max(snapshot.find(run).stat().st_mtime for run in weights)
+    return not all(picture.is_file() and picture.stat().st_mtime > latest for picture in pictures)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tqdm import trange
 
 import datasets
 from flow.evaluation.classifiers import SIDES, Classifier, weights_file
-from flow.runtime import cli
+from flow.runtime import cli, subprocesses
 from flow.runtime.errors import cli_main
 
 EXAMPLES = "  FLOW_DATA=data python -m scripts.dev.train_classifier --name mnist"
@@ -28,8 +28,8 @@ EPOCHS = {"digits": 100, "mnist": 6}
 def main() -> None:
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--name", choices=tuple(SIDES), required=True)
-    parser.add_argument("--epochs", type=cli.at_least(1), help="default: 100 for digits, 6 for mnist")
-    parser.add_argument("--seed", type=cli.at_least(0), default=0)
+    cli.add_count_flag(parser, "--epochs", "passes over the data (default: 100 for digits, 6 for mnist)")
+    cli.add_seed_flag(parser, 0, "weights and order")
     args = parser.parse()
     epochs = args.epochs or EPOCHS[args.name]
     train_x, train_y, test_x, test_y = split(args.name, args.seed)
@@ -41,8 +41,8 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     augment = RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.92, 1.08))
     for _ in trange(steps, desc=args.name):
-        picked = torch.randint(len(train_x), (BATCH,))
-        loss = F.cross_entropy(net(augment(train_x[picked])), train_y[picked])
+        indices = torch.randint(len(train_x), (BATCH,))
+        loss = F.cross_entropy(net(augment(train_x[indices])), train_y[indices])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -50,7 +50,8 @@ def main() -> None:
     correct = accuracy(net, test_x, test_y)
     header = {"test_accuracy": f"{correct:.4f}", "test_images": str(len(test_x)), "epochs": str(epochs)}
     save_file(net.state_dict(), weights_file(args.name), metadata=header)
-    print(f"{args.name}: accuracy {correct:.2%} on {len(test_x)} held-out images; wrote {weights_file(args.name)}")
+    result = f"{weights_file(args.name)}: accuracy {correct:.2%} on {len(test_x)} held-out images"
+    print(cli.summary(result, args.start, f"run the tests with: {subprocesses.command('-m', 'pytest')}"))
 
 
 def split(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
 
 
 def main() -> None:
-    cli.Parser(__doc__, "  python -m scripts.dev.write_configuration").parse()
+    args = cli.Parser(__doc__, "  python -m scripts.dev.write_configuration").parse()
     files.write_text(PAGE, page())
-    print(f"wrote {PAGE}")
+    difference = f"git diff --stat {shlex.quote(str(PAGE))}"
+    print(cli.summary(f"{PAGE}: every key", args.start, f"see what has changed with: {difference}"))
 
 
 def page() -> str:

@@ -23,10 +23,11 @@ import datasets
 import models
 from configs import schema
 from configs.schema import Config, UserError
-from flow.runtime import cli, distributed
+from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.training import data_loader
 from flow.training.flow_task import validate_conditioning
+from flow.training.logging import TRACKERS
 from flow.training.run_dir import open_run
 from scripts.doctor.machine import feature_weights, versions
 from scripts.doctor.trial import STEPS, Trial, try_training
@@ -67,22 +68,25 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     cfg = schema.load(args.config, args.overrides)
-    accelerator = distributed.build_training_accelerator(cfg.train, Path(tempfile.gettempdir()))
+    accelerator = distributed.build_training_accelerator(cfg.train, Path(tempfile.gettempdir()), TRACKERS)
     context = Context(args, cfg, accelerator, args.exp_dir or Path("runs") / Path(args.config or "run").stem)
     for check in CHECKS:
         try:
             for level, text in check(context):
-                say(context, level, check, text)
+                report(context, level, check, text)
         except UserError as error:
-            say(context, "fail", check, str(error))
+            report(context, "fail", check, str(error))
     failed = sum(level == "fail" for level, _, _ in context.lines)
     warned = sum(level == "warn" for level, _, _ in context.lines)
-    accelerator.print(f"{failed} failed, {warned} warned, {len(context.lines) - failed - warned} passed")
+    counts = f"{failed} failed, {warned} warned, {len(context.lines) - failed - warned} passed"
     if failed:
+        accelerator.print(cli.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
+    train = ["train.py", *(["-c", args.config] if args.config else []), "-e", context.run_dir, *args.overrides]
+    accelerator.print(cli.summary(counts, args.start, f"start the training with: {subprocesses.command(*train)}"))
 
 
-def say(context: Context, level: str, check: Callable, text: str) -> None:
+def report(context: Context, level: str, check: Callable, text: str) -> None:
     name = check.__name__.replace("_", " ")
     context.lines.append((level, name, text))
     context.accelerator.print(f"{level}  {name}: {text}", flush=True)
@@ -92,7 +96,7 @@ Lines = Iterator[tuple[str, str]]  # (pass | warn | fail, the result and how to 
 
 
 def devices(context: Context) -> Lines:
-    """Processes against GPUs; a launcher that starts too few of them has been refused by runtime.start."""
+    """Processes against GPUs; build_accelerator has refused a launcher that starts too few."""
     accelerator, gpus = context.accelerator, torch.cuda.device_count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     text = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) each"
@@ -112,7 +116,7 @@ def devices(context: Context) -> Lines:
 
 
 def folder(context: Context) -> Lines:
-    """Free to begin a run in, and writable."""
+    """Free for a new run, and writable."""
     open_run(context.args.config, context.args.exp_dir, None, context.args.overrides, Config)
     parent = existing(context.run_dir)
     if not os.access(parent, os.W_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
@@ -122,7 +126,7 @@ def folder(context: Context) -> Lines:
 
 
 def existing(path: Path) -> Path:
-    """The nearest folder above that is there."""
+    """The nearest folder above that exists."""
     path = path.absolute()
     return path if path.is_dir() else existing(path.parent)
 
@@ -135,9 +139,9 @@ def data(context: Context) -> Lines:
     context.data = dataset
     text = f"{cfg.name}, {len(dataset):,} of shape {'x'.join(map(str, dataset.image_shape))}"
     text += f", {len(dataset.class_names)} classes" if dataset.labels is not None else ", no labels"
-    for note in getattr(dataset, "notes", []):
+    for note in dataset.notes:
         yield "warn", note
-    if hasattr(dataset, "images"):
+    if dataset.access == "memory":
         if not torch.isfinite(dataset.images if dataset.images.is_floating_point() else torch.zeros(1)).all():
             yield "fail", f"{text}: not all values are finite numbers; generate it again"
             return
@@ -208,7 +212,7 @@ def batch(context: Context) -> Lines:
 
 
 def ema(context: Context) -> Lines:
-    """What the averages forget of the random start, and over how many steps they reach."""
+    """How much of the random start remains in the averages, and how many steps they span."""
     cfg, per_step = context.cfg, context.cfg.train.batch_size
     images = cfg.train.steps * per_step
     for half_life in schema.half_lives(cfg):
@@ -243,7 +247,7 @@ def learning_rate(context: Context) -> Lines:
 
 
 def pauses(context: Context) -> Lines:
-    """How much of the run a crash can cost, and what it leaves to look at."""
+    """How much of the run a crash can cost."""
     cfg = context.cfg.train
     every = cfg.checkpoint_every_steps
     if not every or every >= cfg.steps:
@@ -270,17 +274,11 @@ def trial(context: Context) -> Lines:
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
     pauses = f"{checkpoints} checkpoint(s) of {result.checkpoint_seconds:.2g} s and {previews} preview(s) of"
     pauses += f" {result.preview_seconds:.2g} s"
-    yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {duration(seconds)}: until {end}, if it begins now"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {cli.duration(seconds)}: until {end}, if it starts now"
 
 
 def memory(context: Context) -> Lines:
-    """The peak of a process against kind available is for it."""
+    """The peak of a process against the memory that is available to it."""
     if context.trial is None:
         return
     used = context.trial.peak_bytes
@@ -299,7 +297,7 @@ def memory(context: Context) -> Lines:
 
 
 def disk(context: Context) -> Lines:
-    """All checkpoints, with the one that is being written, and all snapshots."""
+    """All checkpoints, the one being written, and all snapshots, against the free space."""
     if context.trial is None:
         return
     cfg, result = context.cfg.train, context.trial

@@ -1,4 +1,4 @@
-"""What scripts/doctor/ looks up on the machine: packages and the weights of feature extractors."""
+"""Checks of the machine for scripts/doctor/: packages and the weights of feature extractors."""
 
 import re
 import sys
@@ -29,7 +29,7 @@ def versions(requirements: Path) -> tuple[str, str]:
         return "fail", f"{', '.join(wrong)}; pip install -r requirements.txt"
     return (
         "pass",
-        f"Python {sys.version.split()[0]}, torch {torch.__version__}, {len(bounds)} packages as requirements.txt asks",
+        f"Python {sys.version.split()[0]}, torch {torch.__version__}, {len(bounds)} packages as in requirements.txt",
     )
 
 
@@ -42,7 +42,7 @@ def feature_weights(image_shape: tuple[int, ...]) -> tuple[str, str]:
             return "pass", f"evaluate with --feature_extractor {name}, whose weights are part of the repository"
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if file.is_file():
-        return "pass", f"Inception's weights lie in {file}"
+        return "pass", f"Inception's weights are in {file}"
     return (
         "warn",
         f"Inception's weights are not in {file.parent}; evaluate.py fetches them, or give a file with --feature_weights",

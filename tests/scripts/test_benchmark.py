@@ -59,6 +59,7 @@ def test_every_job(tmp_path):
     assert 0 < rows["train, fp32"]["outside"] < 1 and rows["train, fp32"]["seconds_to_first_step"] > 0.5
     [cost] = result["costs"].values()
     assert cost["training"] == pytest.approx(3 * cost["forward"], rel=0.1)
+    assert text.splitlines()[-1].startswith(f"5 row(s) in {tmp_path}, in ") and "train.py -c configs/digits.yaml" in text
     assert all(name in text for name in rows) and (tmp_path / "benchmark.md").read_text() in text + "\n"
 
 

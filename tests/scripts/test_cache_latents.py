@@ -109,8 +109,8 @@ def test_a_cache_that_was_cut_off_ends_as_the_same_files(here, vae_folder, cache
     shutil.copy(cache / "latents_00002.safetensors", out)
     (out / f".tmp-1-{second.name}").write_bytes(b"half")
     printed = here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
-    assert "1600 of them made now" in printed and contents(out) == contents(cache)
-    assert "0 of them made now" in here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
+    assert "1600 of them new" in printed and contents(out) == contents(cache)
+    assert "0 of them new" in here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ def found(check, *overrides: str, **made) -> list[tuple[str, str]]:
 def test_a_healthy_run_passes_and_leaves_nothing(here, tmp_path):
     said = here("doctor", *HEALTHY, "-e", tmp_path / "run")
     lines = said.splitlines()
-    assert lines[-1].startswith("0 failed, 0 warned"), said
+    assert lines[-1].startswith("0 failed, 0 warned") and "; start the training with: " in lines[-1], said
     assert any("images/s; the first took" in line for line in lines) and any("until 20" in line for line in lines)
     assert any("disk: 2 checkpoint(s) and 3 snapshot(s) need 0.0" in line for line in lines)
     assert not list(tmp_path.iterdir())

@@ -75,7 +75,7 @@ def test_mistakes(flow, tmp_path, error):
     a, labelled = flow("moons", 1), flow("moons", 1, "{width: 16, num_classes: 2}")
     out = ["--out", tmp_path / "out"]
     assert "--names: 1 for 2 weights; give one for each" in error("compare", "--weights", a, a, "--names", "one", *out)
-    assert "is no flow of points without labels" in error("compare", "--weights", a, labelled, *out)
+    assert "is not a flow of points without labels" in error("compare", "--weights", a, labelled, *out)
     assert "'moon' (choose from " in error("gallery", "--only", "moon")
     Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
     toys = [*TINY_TRAIN[2:], "-e", tmp_path / "run", "data.name=toys", "model.name=mlp", "model.args={}"]

@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def folder(tmp_path_factory, tiny_run) -> Path:
     out = tmp_path_factory.mktemp("pairs") / "one"
     result = succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", out, *ARGUMENTS)
-    assert "50 pairs" in result.stdout and "50 of them made now" in result.stdout
+    assert "50 pairs" in result.stdout and "50 of them new" in result.stdout
     return out
 
 
@@ -92,7 +92,7 @@ def test_missing_and_damaged_shards_are_named_and_made_again_alone(tmp_path, fol
     before = {name: (copy / name).stat().st_mtime_ns for name in contents(copy)}
     result = succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", copy, *ARGUMENTS)
     assert "inverted_00000.safetensors is damaged" in result.stdout + result.stderr
-    assert "25 of them made now" in result.stdout
+    assert "25 of them new" in result.stdout
     assert contents(copy) == contents(folder)
     touched = {name for name, stamp in before.items() if (copy / name).stat().st_mtime_ns != stamp}
     assert touched == {"inverted_00000.safetensors"}  # and the one that was not there
@@ -127,7 +127,7 @@ def test_a_kill_costs_one_shard(tmp_path, tiny_run):
     there = {p: p.stat().st_mtime_ns for p in cut.glob("generated_*")}
     assert 2 <= len(there) < 8
     result = succeed(*command, "--save_dir", cut)
-    assert f"{320 - 40 * len(there)} of them made now" in result.stdout
+    assert f"{320 - 40 * len(there)} of them new" in result.stdout
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in there.items())
     succeed(*command, "--save_dir", whole)
     assert contents(cut) == contents(whole)

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -66,11 +67,13 @@ def rectified(tmp_path_factory, config) -> Path:
         patch.setattr(rectify, "run_command", lambda arguments, launcher: run_main(*arguments))
         run_main("-m", "scripts.rectify", "-c", config, f"folder={folder}")
     assert "| model" in out.getvalue()
-    stages = re.findall(r"^stage (\d+) of (\d+): (.*) \(\d+\.\d min so far\)$", out.getvalue(), re.M)
+    stages = re.findall(r"^stage (\d+) of (\d+): (.*) \(\d+\.\d (?:s|min) so far\)$", out.getvalue(), re.M)
     assert [(int(k), int(n)) for k, n, _ in stages] == [(k, 10) for k in range(1, 11)]
     assert stages[1][2] == "pairs of 1-rf" and stages[6][2] == "evaluation of 1-rf with guidance 1.5"
     bars = re.findall(r"straightness deviation and figure [^|]*\|[^|]*\| (\d+)/(\d+)", err.getvalue())
     assert bars[-1][0] == bars[-1][1]
+    (hint,) = re.findall(r"; sample in one step with: (.+)$", out.getvalue(), re.M)
+    run_main(*shlex.split(hint)[1:], "--n_samples", "4", "--save_dir", folder.parent / "samples")
     return folder
 
 

@@ -60,7 +60,7 @@ def test_commands(tmp_path, tiny_run, here, error):
     weights.write_bytes(snapshot.find(tiny_run).read_bytes())
     tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3", "4"]
     out = here(*tune, "--n_images", "4", "--reference_steps", "16", "--evaluations", "30")
-    assert f"kept in {grid_store.file_of(weights)}" in out
+    assert f"grid(s) in {grid_store.file_of(weights)}" in out
     grid_store.store(weights, "heun", [0.0, 0.3, 1.0])
     out = tmp_path / "samples"
     sample = ["sample", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--time_grid", "optimized"]

@@ -50,9 +50,12 @@ def test_registered_tracker(here, monkeypatch, tmp_path):
     assert first == {"seed": 0} and rows == read_metrics(tmp_path / "run" / "metrics.jsonl")
 
 
-def test_unknown_tracker_is_one_line(error, tmp_path):
-    line = error("train", *TINY_TRAIN, "-e", tmp_path / "run", "train.log_with=[tensorbord]")
-    assert "train.log_with" in line and "tensorbord" in line and "tensorboard" in line and not (tmp_path / "run").exists()
+def test_unknown_tracker_is_one_line(error, monkeypatch, tmp_path):
+    """It lists the valid names, those of the registry too."""
+    monkeypatch.setitem(logging.TRACKERS, "json", JSONTracker)
+    line = error("train", *TINY_TRAIN, "-e", tmp_path / "run", "train.log_with=[json, foo]")
+    assert "train.log_with=['json', 'foo']: unknown tracker 'foo'; choose from " in line and not (tmp_path / "run").exists()
+    assert {"tensorboard", "wandb", "json"} <= set(line.partition("choose from ")[2].split(", "))
 
 
 def test_sample_grid_reaches_tensorboard(here, tmp_path):
