@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,18 +70,6 @@ def fail(*command: str | Path, **options) -> str:
     return lines[0]
 
 
-def run_main(*command: str | Path) -> None:
-    """`python COMMAND...` in this process; with tests that change the folder or sys.argv, use `here`."""
-    script, *arguments = [str(word) for word in command if word != "-m"]
-    name = script.removeprefix("scripts.").removesuffix(".py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(REPOSITORY)
-        patch.setattr(sys, "argv", [script, *arguments])
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        importlib.import_module(MAINS.get(name, f"scripts.{name}")).main()
-
-
 def stranger(run: Path, path: Path, replaced: dict[str, str] | None = None, **entries: str) -> Path:
     """The snapshot of a run as a bare file, with other text in its configuration or other entries in its header."""
     source = snapshot.find(run)
@@ -110,18 +99,25 @@ def accelerate_state():
     GradientState._reset_state()
 
 
+def prepare(patch: pytest.MonkeyPatch, script: str, *arguments) -> Callable[[], None]:
+    """The main of a script, ready to be called in this process, which saves the seconds of a start."""
+    patch.chdir(REPOSITORY)
+    patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    return importlib.import_module(MAINS.get(script, f"scripts.{script}")).main
+
+
+def run_here(script: str, *arguments) -> None:
+    """`here` for fixtures that live longer than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch, script, *arguments)()
+
+
 @pytest.fixture
 def main_of(monkeypatch):
-    """main_of("sample", *arguments): its main, ready to be called in this process, which saves the seconds of a start."""
-    monkeypatch.chdir(REPOSITORY)
-
-    def prepare(script: str, *arguments) -> Callable[[], None]:
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        return importlib.import_module(MAINS.get(script, f"scripts.{script}")).main
-
-    return prepare
+    """main_of("sample", *arguments): its main, see `prepare`."""
+    return partial(prepare, monkeypatch)
 
 
 @pytest.fixture
@@ -155,7 +151,7 @@ def error(main_of, capsys):
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of 4 steps on digits, with labels. Tests must not write to it."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
-    succeed("train.py", *TINY_TRAIN, "-e", run)
+    run_here("train", *TINY_TRAIN, "-e", run)
     return run
 
 

@@ -105,7 +105,7 @@ def test_packages_from_outside(place):
     assert strangers == []
 
 
-def test_nothing_imports_the_tests_or_from_below_an_entry_script():
+def test_nothing_imports_tests_or_entry_scripts():
     """torch-fidelity installs a package called `tests`; an entry script is the top of the house."""
     strangers = []
     for file in FILES:

@@ -30,7 +30,7 @@ read -ra nfe <<<"$NFE"
 mkdir -p "$OUT"
 
 echo "== tests that need a GPU"
-python -m pytest -m "slow or not slow" -n 0 tests/flow/training/test_gpu.py | tee "$OUT/tests.txt"
+python -m pytest -m "slow or not slow" -n 0 tests/scripts/test_gpu.py | tee "$OUT/tests.txt"
 
 echo "== speed against the plain loop"
 python -m scripts.benchmark -c "$CONFIG" --parts train sample --precisions bf16 --against eager "${benchmark[@]}" \

@@ -91,7 +91,8 @@ def test_only_a_folder_has_auto_as_its_default(here, photos, tmp_path, arguments
     assert stored in text if stored else "num_classes" not in text
 
 
-def test_images_beside_the_subfolders_and_a_single_class_have_no_labels(here, photos, tmp_path):
+def test_single_class_has_no_labels(here, photos, tmp_path):
+    """Images beside the subfolders have no labels, nor has a single class."""
     folder = tmp_path / "mixed"
     (folder / "a").mkdir(parents=True)
     for name in ("a/0.png", "a/1.png", "stray.png"):
@@ -102,7 +103,8 @@ def test_images_beside_the_subfolders_and_a_single_class_have_no_labels(here, ph
     assert "no labels" in here("train", *PHOTOS, data(folder), "-e", tmp_path / "two", "train.steps=1")
 
 
-def test_a_corrupt_image_is_still_an_error_that_names_it(error, photos, tmp_path):
+def test_corrupt_image_is_named(error, photos, tmp_path):
+    """A corrupt image in a folder of classes is an error that names it."""
     (tmp_path / "photos/a").mkdir(parents=True)
     (tmp_path / "photos/a/broken.png").write_bytes((photos / "cats/0.png").read_bytes()[:60])
     message = error("train", *PHOTOS, data(tmp_path / "photos"), "-e", tmp_path / "run", "train.steps=1")

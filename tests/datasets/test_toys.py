@@ -144,9 +144,7 @@ def test_points_that_are_not_finite_are_refused():
 
 
 def test_the_way_of_images_from_noise(tmp_path, tiny_run, here):
-    succeed(
-        "-m", "scripts.animate", "--weights", tiny_run, "--out", tmp_path, "--n", "20", "--frames", "4", "--guidance_scale", "2"
-    )
+    here("animate", "--weights", tiny_run, "--out", tmp_path, "--n", "20", "--frames", "4", "--guidance_scale", "2")
     with Image.open(tmp_path / "trajectory.gif") as moving:
         assert moving.n_frames == 4
         first = np.asarray(moving.convert("L"), dtype=float)

@@ -1,4 +1,4 @@
-"""Guidance: dropped labels, and the velocity of the formula."""
+"""Labels that are dropped, and guidance against its formula."""
 
 import pytest
 import torch

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from conftest import succeed
 
 from flow import solvers
 from flow.likelihood import bits_per_dimension, dequantize, invert, log_likelihood
@@ -111,7 +110,7 @@ def test_points_are_scored_in_nats(tmp_path, here):
     assert -10 < nats < 0 and "bits" not in told
 
 
-def test_command(tiny_run):
-    result = succeed("-m", "scripts.likelihood", "--weights", tiny_run, "--n_images", "6", "--bspp", "3", "--rtol", "0.05")
-    bits = float(re.search(r"([\d.]+) ± [\d.]+ bits per dimension", result.stdout).group(1))
+def test_command(here, tiny_run):
+    printed = here("likelihood", "--weights", tiny_run, "--n_images", "6", "--bspp", "3", "--rtol", "0.05")
+    bits = float(re.search(r"([\d.]+) ± [\d.]+ bits per dimension", printed).group(1))
     assert 3 < bits < 20  # of an untrained network: noise

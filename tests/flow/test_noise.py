@@ -1,4 +1,4 @@
-"""Random numbers: functions of their key, different for different keys, standard normal."""
+"""Random numbers: functions of their keys, independent of each other, standard normal."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Paths: their ends, their velocity, conversions between predictions."""
+"""Paths and predictions: ends, velocities, conversions, the same flow for each."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_conversions_agree_with_the_pair_and_come_back(name, given, wanted):
 
 @pytest.mark.parametrize("name", path.PATHS)
 @pytest.mark.parametrize("prediction", path.PREDICTIONS)
-def test_a_network_of_any_path_and_prediction_is_the_same_flow(name, prediction):
+def test_every_path_and_prediction_is_one_flow(name, prediction):
     """Exact networks for data N(3, 0.5^2): each, through its own path, ends at 3 + 0.5 x0."""
     p = path.build(name)
 

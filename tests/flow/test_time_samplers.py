@@ -1,4 +1,4 @@
-"""Times of training: stratified over the batch, distributed as declared."""
+"""Laws of t: strata, distributions, wrong arguments."""
 
 import math
 
@@ -73,12 +73,3 @@ def test_laws(name, args, cdf):
 def test_wrong_laws(name, args, message):
     with pytest.raises(ValueError, match=message):
         time_samplers.build(name, **args)
-
-
-def test_u_shaped_law_has_its_density():
-    """Quantiles against the distribution function of exp(a t) + exp(a (1 - t)), integrated by hand."""
-    a = 4.0
-    t = time_samplers.build("u_shaped", a=a)(torch.linspace(0.001, 0.999, 999, dtype=torch.float64))
-    distribution = (torch.exp(a * t) - torch.exp(a * (1 - t)) - 1 + math.exp(a)) / (2 * (math.exp(a) - 1))
-    assert torch.allclose(distribution, torch.linspace(0.001, 0.999, 999, dtype=torch.float64), atol=1e-12)
-    assert t.min() >= 0 and t.max() <= 1

@@ -34,7 +34,8 @@ def test_tokens_are_bytes():
         text_encoder.encode(["hello world"], 10)
 
 
-def test_network_reads_its_prompt_and_padding_changes_nothing(net):
+def test_network_reads_its_prompt(net):
+    """The network reads its prompt, and padding changes nothing."""
     x, t = torch.randn(3, 1, 8, 8), torch.full((3,), 0.4)
     x = x[:1].expand(3, -1, -1, -1)
     a, b, c = net(x, t, net.encode(["a seven", "a three", "a seven"]))
@@ -66,7 +67,8 @@ def test_only_digits_are_read_as_digits():
 
 
 @pytest.mark.parametrize("names", [NAMES, MNIST_NAMES, ("ship", "frog")])
-def test_captions_name_their_class_and_never_a_held_out_wording(names):
+def test_captions_name_their_class(names):
+    """Captions name their class and never use a held-out wording."""
     generator = np.random.default_rng(0)
     held_out = {wording for name in names for wording in captions.held_out(name)}
     limit = captions.longest(names)

@@ -1,7 +1,7 @@
 """The U-Net of DDPM's drawing: torchcfm's CIFAR-10 network, and its parameters counted layer by layer."""
 
 import torch
-from test_models import SMALL, attention_heights
+from test_networks import SMALL, attention_heights
 
 import models
 from configs import schema
@@ -29,7 +29,7 @@ def residual(c_in: int, c_out: int, emb: int) -> int:
     return 2 * c_in + conv(c_in, c_out) + (emb + 1) * c_out + 2 * c_out + conv(c_out, c_out) + skip
 
 
-def test_parameters_of_the_ddpm_style_unet_follow_from_its_drawing():
+def test_parameter_count_of_ddpm_unet():
     """Layer by layer for two levels of 8 and 16 channels, one block each, attention in the middle only."""
     args = SMALL | {"width": 8, "attention_resolutions": [], "middle_attention": True, "scale_shift_norm": False}
     net = models.build("unet", (3, 8, 8), args | {"resblock_updown": False})

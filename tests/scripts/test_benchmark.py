@@ -63,7 +63,8 @@ def test_every_job(tmp_path):
     assert all(name in text for name in rows) and (tmp_path / "benchmark.md").read_text() in text + "\n"
 
 
-def test_a_halved_snapshot_is_half_the_size_and_samples_the_same(tmp_path, tiny_run, here, error):
+def test_halved_snapshot_samples_the_same(tmp_path, tiny_run, here, error):
+    """A halved snapshot is half the size and samples the same."""
     half = tmp_path / "half.safetensors"
     here("export", "--weights", tiny_run, "--out", half)
     assert half.stat().st_size < 0.6 * snapshot.find(tiny_run).stat().st_size

@@ -38,7 +38,8 @@ def test_a_healthy_run_passes_and_leaves_nothing(here, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_keeps_a_run_from_beginning_is_told_at_once(main_of, capsys, tmp_path):
+def test_every_obstacle_is_reported(main_of, capsys, tmp_path):
+    """All that keeps a run from starting is reported in one go."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "notes.txt").write_text("mine")
@@ -67,7 +68,8 @@ def test_a_trial_that_fails_is_a_line(main_of, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("half_life", "ratio"), [(1000, 0), (1000, 0.05), (400, 0.3), (10**6, 0.5), (64, 1.0)])
-def test_what_is_left_of_the_start_is_what_the_average_holds(half_life, ratio):
+def test_share_of_the_start_in_the_average(half_life, ratio):
+    """The reported share of the start is what the average holds."""
     net = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(net.weight)
     ema = Ema(net, [half_life], ratio)
@@ -155,14 +157,16 @@ def test_two_processes_are_examined_together(tmp_path):
         (["-c", "configs/mnist_reflow.yaml", "data.args.path=no/such"], "mini_unet, about 1.19 M parameters"),
     ],
 )
-def test_the_network_is_named_where_the_data_are_missing(main_of, capsys, tmp_path, arguments, told):
+def test_network_is_checked_without_data(main_of, capsys, tmp_path, arguments, told):
+    """The network is reported even where the data are missing."""
     with pytest.raises(SystemExit):
         cli_main(main_of("doctor", *arguments, "-e", tmp_path / "run", "train.mixed_precision=no"))
     said = capsys.readouterr().out
     assert "fail  data: " in said and told in said
 
 
-def test_a_network_that_cannot_be_is_named_without_the_data(main_of, capsys, tmp_path):
+def test_wrong_network_is_named_without_data(main_of, capsys, tmp_path):
+    """A network that cannot be built is named even without the data."""
     with pytest.raises(SystemExit):
         cli_main(main_of("doctor", "-c", "configs/photos64.yaml", "-e", tmp_path / "run", "data.args.path=no/such",
                             "model.args.attention_resolutions=[5]"))  # fmt: skip

@@ -3,6 +3,8 @@
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -79,10 +81,23 @@ SAMPLE_FLAGS = st.one_of(
 
 
 class Outcomes(Counter):
-    """What became of the cases."""
+    """How many cases ended in which way; `failures` describes those with a traceback, a wrong number or half of a run."""
+
+    def __init__(self):
+        super().__init__()
+        self.failures: list[str] = []
+
+    @contextmanager
+    def case(self, shown: object) -> Iterator[None]:
+        """One case; what its assertions find is a failure, and the next case goes on."""
+        try:
+            yield
+        except AssertionError as error:
+            self.failures.append(f"{shown}: {error}")
 
     def __str__(self) -> str:
-        return f"{sum(self.values())} cases: " + ", ".join(f"{n} {what}" for what, n in sorted(self.items()))
+        counts = ", ".join(f"{n} {what}" for what, n in sorted(self.items()))
+        return f"{self.total()} cases: {counts}; {len(self.failures)} failures"
 
 
 def attempt(main_of, capsys, script: str, arguments: list[str]) -> str:
@@ -145,11 +160,12 @@ def fuzz(cases: int, seed: int, main_of, capsys, tiny_run) -> Outcomes:
     @given(st.one_of(trainings, trainings, trainings, samplings))
     def case(drawn) -> None:
         script, parts = drawn
-        if script == "train":
-            outcome = check_training(main_of, capsys, parts)
-        else:
-            outcome = check_sampling(main_of, capsys, tiny_run, parts)
-        outcomes[f"{script}: ran" if outcome == "ran" else f"{script}: ended in one line"] += 1
+        with outcomes.case(drawn):
+            if script == "train":
+                outcome = check_training(main_of, capsys, parts)
+            else:
+                outcome = check_sampling(main_of, capsys, tiny_run, parts)
+            outcomes[f"{script}: ran" if outcome == "ran" else f"{script}: ended in one line"] += 1
 
     case()
     return outcomes
@@ -157,6 +173,7 @@ def fuzz(cases: int, seed: int, main_of, capsys, tiny_run) -> Outcomes:
 
 def test_some_mutated_command_lines(main_of, capsys, tiny_run):
     outcomes = fuzz(20, 1, main_of, capsys, tiny_run)
+    assert outcomes.failures == []
     assert len(outcomes) == 4, str(outcomes)
 
 
@@ -164,4 +181,6 @@ def test_some_mutated_command_lines(main_of, capsys, tiny_run):
 def test_many_mutated_command_lines(main_of, capsys, tiny_run):
     outcomes = fuzz(CASES, 0, main_of, capsys, tiny_run)
     with capsys.disabled():
-        print(f"\nfuzz: {outcomes}, 0 silent failures")
+        print(f"\nfuzz: {outcomes}")
+    assert outcomes.failures == []
+    assert outcomes.total() >= CASES

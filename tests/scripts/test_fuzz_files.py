@@ -1,4 +1,4 @@
-"""Mutated files: headers of snapshots, npz files of statistics, tables of results.
+"""Mutated files: headers of snapshots, npz files of statistics, tables of results, metrics of runs.
 
 Each case gives the numbers of the whole file or ends in one line that names it, exit code 2: no traceback, no silent number.
 """
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_fuzz_commands import CASES, Outcomes, attempt, attempt_and_read
 
 from flow.sampling import images, snapshot
+from flow.training.logging import read_metrics
 
 JSON_VALUES = [
     "3",
@@ -77,6 +78,9 @@ YAML_VALUES += [
     "vp",
 ]
 YAML_VALUES += ["cosine", "noise", "data", "[[1]]", "???", "2026-01-01", "100000", "64", '"\\ud800"']
+
+
+ODD_LINES = [b"3", b"null", b"[]", b"{}", b'"a"', b"[" * 5000, b"9" * 5000, b"\0", b"\xff\xfe", b"{]", b"true"]  # of JSON lines
 
 
 def damaged(whole: bytes, rng: random.Random) -> bytes:
@@ -149,17 +153,19 @@ def fuzz_headers(cases: int, seed: int, main_of, capsys, run: Path) -> Outcomes:
             of_images(snapshot.load(source)),
         )
         for _ in range(cases):
-            mutated_header(source, path, rng)
-            outcome = attempt(main_of, capsys, "sample", ["--weights", str(path), *ask, str(out)])
-            if outcome == "ran":
-                snap = snapshot.load(path)
-                assert all(torch.isfinite(value).all() for value in snap.weights.values())
-                same = of_images(snap) == known and all(torch.equal(v, snap.weights[n]) for n, v in load_file(source).items())
-                made = [images.read_png(out / "images" / f"00000{k}.png") for k in (0, 1)]
-                assert not same or all(np.array_equal(a, b) for a, b in zip(made, right, strict=True))
-            assert (outcome == "ran") == out.exists(), outcome
             shutil.rmtree(out, ignore_errors=True)
-            outcomes["header: ran" if outcome == "ran" else "header: ended in one line"] += 1
+            mutated_header(source, path, rng)
+            with outcomes.case(path.read_bytes()[:2000]):
+                outcome = attempt(main_of, capsys, "sample", ["--weights", str(path), *ask, str(out)])
+                if outcome == "ran":
+                    snap = snapshot.load(path)
+                    assert all(torch.isfinite(value).all() for value in snap.weights.values())
+                    same = of_images(snap) == known
+                    same = same and all(torch.equal(v, snap.weights[n]) for n, v in load_file(source).items())
+                    pictures = [images.read_png(out / "images" / f"00000{k}.png") for k in (0, 1)]
+                    assert not same or all(np.array_equal(a, b) for a, b in zip(pictures, right, strict=True))
+                assert (outcome == "ran") == out.exists(), outcome
+                outcomes["header: ran" if outcome == "ran" else "header: ended in one line"] += 1
     return outcomes
 
 
@@ -213,10 +219,11 @@ def fuzz_npz(cases: int, seed: int, main_of, capsys, scored, scratch: Path) -> O
     for _ in range(cases):
         shutil.rmtree(out, ignore_errors=True)
         path.write_bytes(mutated_npz(rng, mu, sigma))
-        outcome = attempt(main_of, capsys, "evaluate", [*ask, "--reference", str(path), "--out", str(out)])
-        assert outcome == "ran" or "reference.npz" in outcome, outcome
-        assert outcome != "ran" or scores(out) == right, f"{scores(out)} in place of {right}"
-        outcomes["npz: ran" if outcome == "ran" else "npz: ended in one line"] += 1
+        with outcomes.case(path.read_bytes()[:2000]):
+            outcome = attempt(main_of, capsys, "evaluate", [*ask, "--reference", str(path), "--out", str(out)])
+            assert outcome == "ran" or "reference.npz" in outcome, outcome
+            assert outcome != "ran" or scores(out) == right, f"{scores(out)} in place of {right}"
+            outcomes["npz: ran" if outcome == "ran" else "npz: ended in one line"] += 1
     return outcomes
 
 
@@ -229,9 +236,7 @@ def mutated_jsonl(line: str, rng: random.Random) -> tuple[bytes, bool]:
     if kind == "cut":
         rows[k] = rows[k][: rng.randrange(1, len(rows[k]))]
     elif kind == "value":
-        rows.insert(
-            k, rng.choice([b"3", b"null", b"[]", b"{}", b'"a"', b"[" * 5000, b"9" * 5000, b"\0", b"\xff\xfe", b"{]", b"true"])
-        )
+        rows.insert(k, rng.choice(ODD_LINES))
     elif kind == "missing":
         rows[k] = json.dumps(
             {n: v for n, v in json.loads(rows[k]).items() if n != rng.choice(["metrics", "identity", "asked"])}
@@ -261,39 +266,103 @@ def fuzz_jsonl(cases: int, seed: int, main_of, capsys, scored, scratch: Path) ->
         out.mkdir()
         content, named = mutated_jsonl(line, rng)
         (out / "results.jsonl").write_bytes(content)
-        outcome, printed = attempt_and_read(main_of, capsys, "evaluate", [*ask, str(out)])
-        if outcome == "ran":
-            assert set(scores(out)) == set(right), content
-            lines = [text for text in printed.splitlines() if not text.startswith("in ")]  # that one lists the files
-            assert not named or any("results.jsonl" in text for text in lines), content
-        else:
-            assert "results.jsonl" in outcome, outcome
-        outcomes["jsonl: ran" if outcome == "ran" else "jsonl: ended in one line"] += 1
+        with outcomes.case(content):
+            outcome, printed = attempt_and_read(main_of, capsys, "evaluate", [*ask, str(out)])
+            if outcome == "ran":
+                assert set(scores(out)) == set(right), content
+                lines = [text for text in printed.splitlines() if not text.startswith("in ")]  # that one lists the files
+                assert not named or any("results.jsonl" in text for text in lines), content
+            else:
+                assert "results.jsonl" in outcome, outcome
+            outcomes["jsonl: ran" if outcome == "ran" else "jsonl: ended in one line"] += 1
     return outcomes
 
 
+METRICS = [{"step": step, "images": 32 * step, "loss": 0.5 + step, "images_per_second": 9.0} for step in (2, 4, 6)]
+
+
+def mutated_metrics(rng: random.Random) -> tuple[bytes, list[dict], bool]:
+    """(a damaged metrics.jsonl, the rows that are whole in it, whether another line has to be named)."""
+    rows = [json.dumps(row).encode() for row in METRICS]
+    k = rng.randrange(len(rows))
+    whole = [row for i, row in enumerate(METRICS) if i != k]
+    kind = rng.choice(["cut", "line", "step", "bytes", "glued", "blank"])
+    if kind == "cut":
+        rows[k] = rows[k][: rng.randrange(1, len(rows[k]))]
+    elif kind == "line":
+        rows.insert(k, rng.choice(ODD_LINES))
+        whole = METRICS
+    elif kind == "step":
+        values = [None, "2", [2], {}, True, 2.5, 10**30]
+        changed = {**METRICS[k], "step": rng.choice(values)} if rng.random() < 0.8 else {"loss": 1.0}
+        rows[k] = json.dumps(changed).encode()
+    elif kind == "bytes":
+        place = rng.randrange(len(rows[k]) - 1) + 1
+        rows[k] = rows[k][:place] + rng.choice([b"\xff", b"\xc3\x28", b"\0"]) + rows[k][place:]
+    elif kind == "glued":
+        rows[0] += rows.pop(1)
+        whole = METRICS[2:]
+    else:
+        rows.insert(k, rng.choice([b"", b"  "]))
+        whole = METRICS
+    return b"\n".join(rows) + rng.choice([b"\n", b"\n", b""]), whole, kind != "blank"
+
+
+def fuzz_metrics(cases: int, seed: int, main_of, capsys, scored, scratch: Path) -> Outcomes:
+    """Silent would be a value that nobody logged, a lost row, or a damaged line that nobody names."""
+    outcomes, rng = Outcomes(), random.Random(seed)
+    for case in range(cases):
+        run = scratch / f"run_{case}"
+        run.mkdir()
+        content, whole, named = mutated_metrics(rng)
+        (run / "metrics.jsonl").write_bytes(content)
+        with outcomes.case(content):
+            assert read_metrics(run / "metrics.jsonl") == whole
+            printed = capsys.readouterr().err
+            assert ("metrics.jsonl, line " in printed) == named, printed
+            outcome, printed = attempt_and_read(
+                main_of, capsys, "plot_loss", ["--runs", str(run), "--out", str(run / "loss.png")]
+            )
+            assert outcome == "ran" and (run / "loss.png").is_file(), outcome
+            assert ("metrics.jsonl, line " in printed) == named, printed
+            outcomes["metrics: damage named" if named else "metrics: nothing to name"] += 1
+    return outcomes
+
+
+def check(outcomes: Outcomes, cases: int) -> None:
+    assert outcomes.failures == []
+    assert outcomes.total() == cases
+
+
 def test_some_mutated_headers(main_of, capsys, tiny_run):
-    assert len(fuzz_headers(40, 1, main_of, capsys, tiny_run)) == 2
+    outcomes = fuzz_headers(40, 1, main_of, capsys, tiny_run)
+    check(outcomes, 40)
+    assert len(outcomes) == 2  # some ran, some ended in one line
 
 
 def test_some_mutated_statistics(main_of, capsys, scored, tmp_path):
-    assert len(fuzz_npz(15, 1, main_of, capsys, scored, tmp_path)) == 2
+    outcomes = fuzz_npz(15, 1, main_of, capsys, scored, tmp_path)
+    check(outcomes, 15)
+    assert len(outcomes) == 2
 
 
-def test_some_mutated_tables(main_of, capsys, scored, tmp_path):
-    assert sum(fuzz_jsonl(15, 1, main_of, capsys, scored, tmp_path).values()) == 15
+@pytest.mark.parametrize("fuzz", [fuzz_jsonl, fuzz_metrics])
+def test_some_mutated_tables(main_of, capsys, scored, tmp_path, fuzz):
+    check(fuzz(15, 1, main_of, capsys, scored, tmp_path), 15)
 
 
 @pytest.mark.slow
 def test_many_mutated_headers(main_of, capsys, tiny_run):
     outcomes = fuzz_headers(CASES // 2, 0, main_of, capsys, tiny_run)
     with capsys.disabled():
-        print(f"\nfuzz: {outcomes}, 0 silent numbers")
+        print(f"\nfuzz: {outcomes}")
+    check(outcomes, CASES // 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fuzz", [fuzz_npz, fuzz_jsonl])
+@pytest.mark.parametrize("fuzz", [fuzz_npz, fuzz_jsonl, fuzz_metrics])
 def test_many_mutated_tables_and_statistics(main_of, capsys, scored, tmp_path, fuzz):
     outcomes = fuzz(CASES // 4, 0, main_of, capsys, scored, tmp_path)
     with capsys.disabled():
-        print(f"\nfuzz: {outcomes}, 0 silent numbers")
+        print(f"\nfuzz: {outcomes}")
+    check(outcomes, CASES // 4)

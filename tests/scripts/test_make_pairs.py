@@ -78,7 +78,8 @@ def test_inverted_pairs_are_real_images(data):
     assert 0.5 < data.noise.float().std() < 2
 
 
-def test_missing_and_damaged_shards_are_named_and_made_again_alone(tmp_path, folder, tiny_run):
+def test_damaged_shards_are_made_again(tmp_path, folder, tiny_run):
+    """Missing and damaged shards are named, and only they are made again."""
     copy = tmp_path / "pairs"
     copy.mkdir()
     for name, data in contents(folder).items():
@@ -154,12 +155,12 @@ def test_mistakes(error, tmp_path, tiny_run):
     assert "holds no pairs (manifest.json is not there)" in error(*train, "data.name=pairs", f"data.args.path={tmp_path}")
 
 
-def test_training_on_pairs_resumes_exactly(tmp_path, folder, tiny_run):
+def test_training_on_pairs_resumes_exactly(here, tmp_path, folder, tiny_run):
     """Reflow through the one trainer; 2 + 2 steps are 4 steps, to the bit."""
     given = ["flow.coupling=paired", "data.name=pairs", f"data.args.path={folder}", f"train.init_from={tiny_run}"]
     reflow = [*TINY_TRAIN, *given, "flow.time_sampler=u_shaped", "loss.args.distance=pseudo_huber"]
-    succeed("train.py", *reflow, "-e", tmp_path / "whole")
-    succeed("train.py", *reflow, "-e", tmp_path / "cut", "train.steps=2")
-    succeed("train.py", "-e", tmp_path / "cut", "-r", "latest", "train.steps=4")
+    here("train", *reflow, "-e", tmp_path / "whole")
+    here("train", *reflow, "-e", tmp_path / "cut", "train.steps=2")
+    here("train", "-e", tmp_path / "cut", "-r", "latest", "train.steps=4")
     whole, cut = (load_file(snapshot.find(tmp_path / name)) for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, run_main, succeed
+from conftest import REPOSITORY, run_here, succeed
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -58,14 +58,20 @@ def config(tmp_path_factory) -> Path:
     return folder / "rectify.yaml"
 
 
+def run_command_here(arguments: list[str], launcher: str | None = None) -> None:
+    """`run_command` in this process."""
+    script, *rest = [word for word in arguments if word != "-m"]
+    run_here(script.removeprefix("scripts.").removesuffix(".py"), *rest)
+
+
 @pytest.fixture(scope="module")
 def rectified(tmp_path_factory, config) -> Path:
     """The whole chain, its commands run in this process, which saves the seconds of ten starts."""
     folder = tmp_path_factory.mktemp("rectify") / "whole"
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setattr(rectify, "run_command", lambda arguments, launcher: run_main(*arguments))
-        run_main("-m", "scripts.rectify", "-c", config, f"folder={folder}")
+        patch.setattr(rectify, "run_command", run_command_here)
+        run_here("rectify", "-c", config, f"folder={folder}")
     assert "| model" in out.getvalue()
     stages = re.findall(r"^stage (\d+) of (\d+): (.*) \(\d+\.\d (?:s|min) so far\)$", out.getvalue(), re.M)
     assert [(int(k), int(n)) for k, n, _ in stages] == [(k, 10) for k in range(1, 11)]
@@ -73,7 +79,7 @@ def rectified(tmp_path_factory, config) -> Path:
     bars = re.findall(r"straightness deviation and figure [^|]*\|[^|]*\| (\d+)/(\d+)", err.getvalue())
     assert bars[-1][0] == bars[-1][1]
     (hint,) = re.findall(r"; sample in one step with: (.+)$", out.getvalue(), re.M)
-    run_main(*shlex.split(hint)[1:], "--n_samples", "4", "--save_dir", folder.parent / "samples")
+    run_command_here([*shlex.split(hint)[1:], "--n_samples", "4", "--save_dir", str(folder.parent / "samples")])
     return folder
 
 
@@ -144,7 +150,8 @@ def test_sigterm_lets_the_step_save_and_ends(tmp_path, config):
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_same_files(tmp_path, config, rectified):
+def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
+    """Killed again and again, it ends with the same files."""
     folder = tmp_path / "cut"
     # the folder's name is part of the configurations inside the weights' headers, so not the bytes but the values are compared
     command = [sys.executable, "-m", "scripts.rectify", "-c", str(config), f"folder={folder}"]

@@ -61,7 +61,7 @@ def test_two_processes_write_the_same_bytes(tmp_path, tiny_run, sampled):
     assert contents(tmp_path / "two") == contents(sampled)
 
 
-def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, tiny_run, sampled):
+def test_a_run_that_was_cut_off_goes_on_where_it_was(here, tmp_path, tiny_run, sampled):
     """Whole batches stay untouched; a missing image and an empty one (a crash of the machine) are made again."""
     out = tmp_path / "cut"
     shutil.copytree(sampled, out)
@@ -70,12 +70,13 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, tiny_run, sampled
     (out / "images" / "000024.png").write_bytes(b"")
     (out / "images" / ".tmp-1-000010.png").write_bytes(b"half")
     os.utime(out / "images" / "000000.png", (1, 1))
-    succeed("sample.py", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
+    here("sample", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
     assert contents(out) == contents(sampled)
     assert (out / "images" / "000000.png").stat().st_mtime == 1
 
 
-def test_a_kill_before_the_first_file_leaves_a_folder_that_can_be_used(tmp_path, tiny_run, here):
+def test_kill_before_first_file_leaves_usable_folder(tmp_path, tiny_run, here):
+    """A kill before the first file leaves a folder that can be used."""
     out = tmp_path / "out"
     out.mkdir()
     (out / ".tmp-1-sampling.json").write_text("{")
@@ -93,7 +94,8 @@ def test_image_depends_on_its_index_alone(model):
     assert (alone - other).abs().max() > 1
 
 
-def test_labels_follow_the_index_and_guidance_changes_images(model):
+def test_labels_follow_index(model):
+    """Labels follow the index, and guidance changes images."""
     assert labels_for(range(8, 13), SamplerSettings(), 10).tolist() == [8, 9, 0, 1, 2]
     assert labels_for(range(3), SamplerSettings(labels=(4, 7)), 10).tolist() == [4, 7, 4]
     assert labels_for(range(3), SamplerSettings(), None) is None
@@ -137,7 +139,7 @@ def test_mistakes_about_solvers(error, tmp_path, tiny_run, script):
     assert not (tmp_path / "out").exists()
 
 
-def test_stochastic_images_are_functions_of_seed_and_index(model):
+def test_stochastic_images_depend_on_seed_and_index(model):
     """Whatever the batches: the increments belong to the image and the step."""
     settings = SamplerSettings("stochastic_heun", 5, options=(("noise_scale", 0.7),))
     whole = images_of(model, range(10), 10, settings)
@@ -148,7 +150,7 @@ def test_stochastic_images_are_functions_of_seed_and_index(model):
 
 
 @pytest.mark.slow
-def test_adaptive_methods_count_all_batches_and_keep_their_batch_size(tmp_path, tiny_run, error):
+def test_adaptive_cost_counts_all_batches(tmp_path, tiny_run, error):
     """Their step sizes are those of a batch: the cost is the mean over images, for any number of processes."""
     sample = ["--weights", tiny_run, "--n_samples", "7", "--sampling_method", "bosh3", "--rtol", "0.1", "--atol", "0.1"]
     told = []

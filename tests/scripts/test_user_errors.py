@@ -87,7 +87,7 @@ def test_configuration_files(text, message, error, tmp_path):
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "run").exists()
 
 
-def test_image_folders(error, tmp_path):
+def test_image_folders(here, error, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     plain = [*TINY_TRAIN, "data.name=folder", "model.args.num_classes=null", "data.num_workers=0", "-e", tmp_path / "run"]
@@ -98,13 +98,14 @@ def test_image_folders(error, tmp_path):
     line = error("train", *plain, f"data.args={{path: {folder}, size: 8, channels: 1}}")
     assert "3.png: not a readable image" in line
     (folder / "3.png").unlink()  # mended, the run goes on, though it had no checkpoint yet
-    succeed("train.py", "-e", tmp_path / "run", "-r", "latest", "train.steps=1")
+    here("train", "-e", tmp_path / "run", "-r", "latest", "train.steps=1")
     plain[-1] = tmp_path / "new"
     assert "there is no such folder" in error("train", *plain, "data.args={path: nowhere}")
     assert "data: folder cannot be built from {}" in error("train", *plain, "data.args={}")
 
 
-def test_runs_are_not_overwritten_and_resume_does_not_change_them(error, tiny_run, tmp_path):
+def test_runs_are_not_overwritten(error, tiny_run, tmp_path):
+    """Runs are not overwritten, and resuming does not change their settings."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     before = contents(run)
@@ -119,7 +120,8 @@ def test_runs_are_not_overwritten_and_resume_does_not_change_them(error, tiny_ru
 @pytest.mark.parametrize(
     ("key", "value", "before"), [("seed", 5, 0), ("train.batch_size", 16, 32), ("flow.prediction", "data", "velocity")]
 )
-def test_an_edited_config_yaml_does_not_change_what_resuming_cannot(error, tiny_run, tmp_path, key, value, before):
+def test_edited_config_yaml_cannot_change_a_run(error, tiny_run, tmp_path, key, value, before):
+    """An edited config.yaml does not change what resuming cannot change."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     stored = schema.parse((run / "config.yaml").read_text())
@@ -130,10 +132,10 @@ def test_an_edited_config_yaml_does_not_change_what_resuming_cannot(error, tiny_
     assert contents(run) == edited
 
 
-def test_samples_are_not_overwritten(error, tiny_run, tmp_path):
+def test_samples_are_not_overwritten(here, error, tiny_run, tmp_path):
     out = tmp_path / "out"
     ask = ["--weights", tiny_run, "--n_samples", "2", "--sampling_steps", "1", "--save_dir", out]
-    succeed("sample.py", *ask)
+    here("sample", *ask)
     before = contents(out)
     assert "holds images of another run (seed 8888, now 1)" in error("sample", *ask, "--seed", "1")
     assert "holds images of another run (guidance_scale" in error("sample", *ask, "--guidance_scale", "2")
@@ -165,9 +167,10 @@ def test_weights(script, error, tiny_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_and_guidance_need_a_network_with_labels(error, tmp_path):
+def test_guidance_needs_a_network_with_labels(here, error, tmp_path):
+    """Labels and guidance need a network with labels."""
     run = tmp_path / "run"
-    succeed("train.py", *TINY_TRAIN, "-e", run, "model.args.num_classes=null", "train.steps=1")
+    here("train", *TINY_TRAIN, "-e", run, "model.args.num_classes=null", "train.steps=1")
     ask = ["--weights", run, "--n_samples", "2", "--save_dir", tmp_path / "out"]
     assert "was trained without labels" in error("sample", *ask, "--labels", "1")
     assert "needs a network with labels" in error("sample", *ask, "--guidance_scale", "2")
@@ -221,7 +224,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_full_disk_while_saving_leaves_the_last_checkpoint(small_disk, tmp_path):
+def test_full_disk_leaves_last_checkpoint(small_disk, tmp_path):
     """On a file system with room for two checkpoints and a half."""
     disk = small_disk(6500)
     many = [*TINY_TRAIN, "train.steps=8", "train.keep_checkpoints=0", "train.checkpoint_every_steps=1"]
@@ -238,7 +241,7 @@ def test_full_disk_while_saving_leaves_the_last_checkpoint(small_disk, tmp_path)
 @pytest.mark.parametrize(
     ("name", "option"), [("metrics.jsonl", "train.log_every_steps=1"), ("samples/step_", "train.sample_every_steps=1")]
 )
-def test_full_disk_while_training_names_file_and_checkpoint(error, small_disk, tiny_run, name, option):
+def test_full_disk_names_file_and_checkpoint(error, small_disk, tiny_run, name, option):
     """On a file system with room for the run and a little more."""
     sizes = {p.stat().st_ino: p.stat().st_size for p in tiny_run.rglob("*") if p.is_file()}  # a snapshot has two names
     run = small_disk(sum(4 * -(-size // 4096) for size in sizes.values()) + 40) / "run"

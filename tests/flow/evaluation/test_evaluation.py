@@ -57,7 +57,7 @@ def real(extractor) -> reference.Reference:
     return reference.from_features("digits", "x", feature_set(noisy_digits(1797, 0), extractor), extractor.layer)
 
 
-def test_command_equals_torch_fidelity_on_the_same_files(tmp_path, here):
+def test_metrics_equal_torch_fidelity(tmp_path, here):
     """`evaluate.py --samples DIR --reference DIR` against `torch_fidelity.calculate_metrics` on both folders."""
     samples = write_folder(tmp_path / "samples", noisy_digits(1200))
     originals = write_folder(tmp_path / "real", noisy_digits(1797, 0))
@@ -82,7 +82,7 @@ def test_a_set_is_at_distance_zero_from_itself(extractor, real):
     assert found["precision"] == found["recall"] == 1
 
 
-def test_frechet_distance_of_gaussians_has_the_closed_form():
+def test_frechet_distance_of_gaussians():
     """Also for singular covariances, and for more features than images."""
     mu = np.array([1.0, 2.0, 0.0])
     a, b = np.diag([4.0, 1.0, 0.0]), np.diag([1.0, 1.0, 9.0])
@@ -157,7 +157,8 @@ def test_table_files_and_finished_rows(evaluated, here):
     assert "| euler" in again
 
 
-def test_aggregate_is_the_mean_and_spread_of_the_ranges():
+def test_aggregate_mean_and_spread():
+    """The aggregate is the mean and spread of the ranges."""
     common = {"weights": "w", "method": "euler", "steps": 2, "NFE": 2, "forwards": 2, "guidance_scale": None, "n": 9}
     rows = [{**common, "first": i, "identity": {}, "metrics": {"FID": v}, "seconds": 1.0} for i, v in enumerate((3.0, 5.0))]
     (entry,) = table.aggregate(rows)
@@ -180,7 +181,8 @@ def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
     assert "NFE,NFE_std,forwards,forwards_std" in (tmp_path / "results.csv").read_text()
 
 
-def test_results_cut_off_by_a_crash_are_read_up_to_there(tmp_path):
+def test_truncated_results_are_read(tmp_path):
+    """Results that a crash cut off are read up to that line."""
     row = {"weights": "a", "n": 9, "identity": {}, "metrics": {}, "seconds": 1.0, "asked": ["fid"]}
     table.append_row(tmp_path, row)
     with open(tmp_path / "results.jsonl", "a") as file:
@@ -266,7 +268,8 @@ def test_rows_of_other_solver_options_are_other_rows():
 
 
 @pytest.mark.parametrize("counts", [[9, 1], [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949], [3, 0, 5, 1], [2, 2]])
-def test_every_beginning_has_the_classes_by_their_frequency(counts):
+def test_class_frequency_of_every_prefix(counts):
+    """The first n samples have the classes by their frequency, for every n."""
     n = min(2 * sum(counts), 3000)
     labels = labels_by_frequency(counts, n)
     share = np.array(counts) / sum(counts)
@@ -290,7 +293,7 @@ def unbalanced(tmp_path):
     return tmp_path / "unbalanced"
 
 
-def test_evaluation_draws_classes_by_their_frequency_in_the_reference(here, tmp_path, tiny_run, unbalanced, monkeypatch):
+def test_labels_follow_reference_frequency(here, tmp_path, tiny_run, unbalanced, monkeypatch):
     """Over the repeats together; labels of the command line take turns."""
     drawn = []
     generate = runner.generate
@@ -339,7 +342,8 @@ def test_a_perfect_model_of_an_unbalanced_set_is_near(extractor):
     assert 4 * distance(labels_by_frequency(counts, 90)) < distance([k % 2 for k in range(90)])
 
 
-def test_where_no_data_tell_the_frequency_classes_take_turns(here, tmp_path, tiny_run, extractor, real):
+def test_classes_take_turns_without_data(here, tmp_path, tiny_run, extractor, real):
+    """Without data to count, classes take turns."""
     np.savez(tmp_path / "stats.npz", mu=real.mu, sigma=real.sigma)
     command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 70]
     command += ["--reference", tmp_path / "stats.npz", "--out", tmp_path / "out"]
@@ -348,7 +352,8 @@ def test_where_no_data_tell_the_frequency_classes_take_turns(here, tmp_path, tin
     assert "warning: the classes take turns" in printed and "no row of real images" in printed
 
 
-def test_a_folder_whose_classes_take_turns_is_warned_about(here, tmp_path, tiny_run):
+def test_balanced_folder_is_warned_about(here, tmp_path, tiny_run):
+    """A warning names a folder whose classes take turns."""
     here("sample", "--weights", tiny_run, "--n_samples", 66, "--sampling_steps", 1, "--save_dir", tmp_path / "samples")
     command = ["evaluate", "--samples", tmp_path / "samples", "--reference", "digits", "--feature_extractor", "digits"]
     assert "take turns over the classes, which are not equally frequent" in here(*command, f"data.root={tmp_path}")
@@ -358,7 +363,8 @@ def test_a_folder_whose_classes_take_turns_is_warned_about(here, tmp_path, tiny_
 
 
 @pytest.mark.parametrize(("n", "m"), [(130, 200), (64, 65), (4, 300)])
-def test_precision_and_recall_in_blocks_are_those_of_torch_fidelity(n, m, monkeypatch):
+def test_precision_and_recall_equal_torch_fidelity(n, m, monkeypatch):
+    """Precision and recall in blocks equal torch-fidelity's."""
     monkeypatch.setattr(metrics, "BLOCK", 64)
     generator = torch.Generator().manual_seed(0)
     samples, real = (torch.randn(k, 5, generator=generator) + 20 for k in (n, m))
@@ -517,7 +523,7 @@ def test_damaged_caches_are_named_and_computed_again(here, tmp_path, tiny_run):
     assert f"warning: {cache}: damaged cache" in printed and value == expected
 
 
-def test_the_row_of_real_images_of_a_set_without_splits(evaluated, extractor):
+def test_real_row_without_splits(evaluated, extractor):
     """Two random halves of the reference, of which the first has no more images than the rows have samples."""
     control = next(row for row in table.read_rows(evaluated[1] / "one") if table.is_control(row))
     data = datasets.build("digits", None, {})

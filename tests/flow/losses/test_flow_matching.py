@@ -1,4 +1,4 @@
-"""Flow matching: the loss by hand, in float32, and its minimizer."""
+"""The loss of flow matching against its formula, and its minimizer."""
 
 import math
 
@@ -13,8 +13,6 @@ from flow.losses.flow_matching import FlowMatching
 from flow.path import LinearPath
 
 PATH = LinearPath()
-
-
 LOSS = FlowMatching(PATH, "velocity", time_samplers.build("uniform"))
 
 
@@ -34,7 +32,8 @@ def test_the_loss_by_hand():
     assert loss.shape == (2,) and loss.tolist() == pytest.approx(expected)
 
 
-def test_the_loss_is_float32_whatever_the_network_gives():
+def test_loss_is_float32():
+    """The loss is float32 for any dtype of the network."""
     x0, x1 = torch.zeros(1, 2), torch.full((1, 2), 1 + 2**-12)  # not a bfloat16 number
     loss = loss_at(LOSS, lambda x, t, y: torch.ones_like(x).bfloat16(), x0, x1, torch.zeros(1)).per_sample
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(2**-24)

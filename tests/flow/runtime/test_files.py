@@ -5,7 +5,8 @@ import pytest
 from flow.runtime import files
 
 
-def test_atomic_file_keeps_the_old_content_when_writing_fails(tmp_path):
+def test_failed_write_keeps_old_content(tmp_path):
+    """Atomic file keeps the old content when writing fails."""
     path = tmp_path / "new" / "a.txt"
     with files.atomic_file(path) as temporary:
         temporary.write_text("old")

@@ -116,7 +116,7 @@ def test_a_folder_that_is_being_written_is_refused(name, command, error, monkeyp
     assert not (folder / files.LOCK).exists()
 
 
-def test_a_run_that_began_while_this_command_started_is_not_mixed_with(main_of, error, monkeypatch, tmp_path, tiny_run):
+def test_concurrent_start_is_refused(main_of, error, monkeypatch, tmp_path, tiny_run):
     """Both commands saw a folder that did not exist; the other one has finished when this one gets the lock."""
     run = tmp_path / "run"
     start = distributed.build_training_accelerator
@@ -131,7 +131,8 @@ def test_a_run_that_began_while_this_command_started_is_not_mixed_with(main_of, 
     assert names(run) == {"config.yaml"}
 
 
-def test_a_folder_that_nothing_was_written_to_goes_again(tmp_path):
+def test_unused_folder_is_removed(tmp_path):
+    """A command that fails removes a folder that it made and wrote nothing to."""
     for folder in (tmp_path / "a" / "b" / "c", tmp_path / "a"):
         with pytest.raises(KeyError), lock.folder(folder):
             assert names(folder) == {files.LOCK}

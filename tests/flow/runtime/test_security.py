@@ -69,7 +69,8 @@ def seal_manifest(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pickle", "torch.save"])
 @pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors", "pytorch_model.bin", "ema.safetensors", "state.json"])
-def test_a_pickle_in_place_of_a_file_of_a_checkpoint(error, pwned, tiny_run, tmp_path, name, kind):
+def test_pickle_as_checkpoint_file(error, pwned, tiny_run, tmp_path, name, kind):
+    """A pickle in place of a file of a checkpoint."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     folder = checkpoint.list_checkpoints(run / "checkpoints")[-1]
@@ -81,7 +82,7 @@ def test_a_pickle_in_place_of_a_file_of_a_checkpoint(error, pwned, tiny_run, tmp
 
 
 @pytest.mark.parametrize("name", ["random_states_0.pkl", "custom_checkpoint_0.pkl", "scheduler.bin", "scaler.pt"])
-def test_a_pickle_beside_the_files_of_a_checkpoint(main_of, pwned, tiny_run, tmp_path, name):
+def test_pickle_beside_checkpoint_files(main_of, pwned, tiny_run, tmp_path, name):
     """Such files are not asked for, and one that accelerate looks at is read as plain values; the run may end or go on."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
@@ -93,7 +94,8 @@ def test_a_pickle_beside_the_files_of_a_checkpoint(main_of, pwned, tiny_run, tmp
     assert left.value.code in (0, 2)
 
 
-def test_a_pickle_in_place_of_the_loss_scale(pwned, tmp_path):
+def test_pickle_as_loss_scale(pwned, tmp_path):
+    """A pickle in place of the loss scale."""
     own = distributed.build_accelerator()
     own.scaler = torch.amp.GradScaler("cpu")
     path = checkpoint.save(own, tmp_path, 1, {}, lambda folder: None)
@@ -103,7 +105,8 @@ def test_a_pickle_in_place_of_the_loss_scale(pwned, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch.save"])
-def test_a_pickle_in_place_of_weights(error, pwned, tmp_path, kind):
+def test_pickle_as_weights(error, pwned, tmp_path, kind):
+    """A pickle in place of weights."""
     path = tmp_path / "evil.safetensors"
     path.write_bytes(evil(pwned, kind))
     ask = ["--weights", path, "--n_samples", "2", "--save_dir", tmp_path / "out"]
@@ -115,13 +118,15 @@ def test_a_pickle_in_place_of_weights(error, pwned, tmp_path, kind):
 @pytest.mark.parametrize("name", ["evil.pth", "evil.safetensors"])  # a name says nothing about the content
 @pytest.mark.parametrize("kind", ["pickle", "torch.save"])
 @pytest.mark.parametrize("extractor", ["inception-v3-compat", "vgg16", "mnist"])
-def test_a_pickle_in_place_of_feature_weights(pwned, tmp_path, name, kind, extractor):
+def test_pickle_as_feature_weights(pwned, tmp_path, name, kind, extractor):
+    """A pickle in place of feature weights."""
     (tmp_path / name).write_bytes(evil(pwned, kind))
     with pytest.raises(ValueError, match="weights"):
         features.Extractor(extractor, None, tmp_path / name, torch.device("cpu"))
 
 
-def test_a_pickle_where_downloaded_inception_weights_are_kept(pwned, tmp_path, monkeypatch):
+def test_pickle_as_inception_weights(pwned, tmp_path, monkeypatch):
+    """A pickle where downloaded Inception weights are kept."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / features.INCEPTION_FILE).write_bytes(evil(pwned, "torch.save"))
@@ -129,7 +134,8 @@ def test_a_pickle_where_downloaded_inception_weights_are_kept(pwned, tmp_path, m
         features.Extractor(features.INCEPTION, None, None, torch.device("cpu"))
 
 
-def test_a_pickle_in_place_of_statistics_and_cached_features(pwned, tmp_path):
+def test_pickle_as_statistics_or_features(pwned, tmp_path):
+    """A pickle in place of statistics and cached features."""
     extractor = features.Extractor("digits", None, None, torch.device("cpu"))
     bad = np.array([Payload(pwned)], dtype=object)
     np.savez(tmp_path / "reference.npz", mu=bad, sigma=bad)
@@ -143,7 +149,9 @@ def test_a_pickle_in_place_of_statistics_and_cached_features(pwned, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
-def test_a_pickle_in_place_of_a_downloaded_data_set(pwned, tmp_path, monkeypatch, name):
+def test_pickle_as_downloaded_data_set(pwned, tmp_path, monkeypatch, name):
+    """A pickle in place of a downloaded data set."""
+
     def no_network(self):
         raise OSError("no network")
 
@@ -162,7 +170,8 @@ def test_a_pickle_in_place_of_a_downloaded_data_set(pwned, tmp_path, monkeypatch
         datasets.build(name, tmp_path, {})
 
 
-def test_a_pickle_in_place_of_pairs(pwned, tmp_path):
+def test_pickle_as_pairs(pwned, tmp_path):
+    """A pickle in place of pairs."""
     manifest = {"seed": 0, "generated": 4, "inverted": 0, "shard_pairs": 4, "class_names": [], "data": {"name": "digits"}}
     manifest["data"] |= {"root": None, "args": {}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
@@ -207,7 +216,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tiny_run, tmp_path):
         assert "names a file outside of the checkpoint" in checkpoint.verify(folder)
 
 
-def test_an_image_bomb_is_refused_before_it_is_unpacked(tmp_path):
+def test_image_bomb_is_refused(tmp_path):
     """Two hundred bytes that claim 60,000 x 60,000 pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:

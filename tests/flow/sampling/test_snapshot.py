@@ -1,16 +1,20 @@
-"""Snapshots: weights with their configuration, overrides, files that are none."""
+"""Snapshots: weights, configuration, mistakes, copies beside the checkpoints."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs import schema
 from configs.schema import Config, UserError
 from flow.sampling import snapshot
+from flow.training import checkpoint
+
+SHAPE = (1, 8, 8)
 
 
 class Net(nn.Module):
@@ -26,9 +30,6 @@ class Net(nn.Module):
         with torch.no_grad():
             self.weight.fill_(value)
             self.scale.fill_(value)
-
-
-SHAPE = (1, 8, 8)
 
 
 def save_snapshot(path: Path, step: int, half_life: int = 500) -> dict[str, Tensor]:
@@ -53,7 +54,8 @@ def test_a_snapshot_carries_weights_and_configuration(tmp_path):
     assert net.weight.tolist() == [3.5, 3.5] and net.count.item() == 10
 
 
-def test_overrides_change_the_configuration_of_a_snapshot_and_a_file_replaces_it(tmp_path):
+def test_snapshot_configuration_overrides(tmp_path):
+    """Overrides change the configuration of a snapshot and a file replaces it."""
     save_snapshot(tmp_path / "a.safetensors", 3)
     changed = snapshot.load(tmp_path / "a.safetensors", overrides=["preview.seed=5"]).config
     assert changed.preview.seed == 5 and changed.model.args == {"width": 16}
@@ -86,3 +88,34 @@ def test_files_that_are_no_snapshots(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no snapshot"):
         snapshot.load(tmp_path / "empty")
+
+
+def test_published_snapshots_outlive_their_checkpoints(tmp_path):
+    """Two half-lives, three checkpoints, two kept of each; then the checkpoints go."""
+    run, half_lives = tmp_path / "run", [500, 9000]
+    assert checkpoint.ema_files(half_lives) == ["ema.safetensors", "ema_9000.safetensors"]
+    for step in (9, 10, 11):
+        saved = run / "checkpoints" / f"step_{step:08d}"
+        for name, half_life in zip(checkpoint.ema_files(half_lives), half_lives, strict=True):
+            save_snapshot(saved / name, step, half_life)
+        for _ in range(2):  # a resumed run publishes its last step again
+            checkpoint.link_ema_snapshots(saved, run / "snapshots", step, half_lives, keep=2)
+    names = ("step_00000010", "step_00000010.ema_9000", "step_00000011", "step_00000011.ema_9000")
+    assert {p.name for p in (run / "snapshots").iterdir()} == {f"{name}.safetensors" for name in names}
+
+    newest = run / "snapshots" / "step_00000011.safetensors"
+    assert snapshot.find(run) == newest and snapshot.find(newest) == newest and snapshot.find(run / "snapshots") == newest
+    assert snapshot.find(saved) == saved / "ema.safetensors"
+    shutil.rmtree(run / "checkpoints")
+    assert snapshot.load(run).step == 11 and snapshot.load(run).half_life_images == 500
+    assert snapshot.load(run / "snapshots" / "step_00000010.ema_9000.safetensors").half_life_images == 9000
+
+
+def test_publishing_without_hard_links_copies(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError("not supported")
+
+    monkeypatch.setattr(os, "link", no_links)
+    save_snapshot(tmp_path / "c" / "ema.safetensors", 4)
+    checkpoint.link_ema_snapshots(tmp_path / "c", tmp_path / "snapshots", 4, [500], keep=0)
+    assert load_file(snapshot.find(tmp_path / "snapshots"))["weight"].tolist() == [4.5, 4.5]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from flow.sampling import snapshot
 
 
-def test_places_in_a_snapshot_of_strangers_are_used_where_they_are_repeated(error, here, tiny_run, tmp_path):
+def test_foreign_paths_need_repetition(error, here, tiny_run, tmp_path):
     """Sampling needs none of them; inside a run folder they are the user's own."""
     place, path = tmp_path / "there", tmp_path / "run" / "snapshots" / "step_00000004.safetensors"
     path.parent.mkdir(parents=True)
@@ -27,7 +27,8 @@ def test_places_in_a_snapshot_of_strangers_are_used_where_they_are_repeated(erro
     assert place.is_dir()
 
 
-def test_the_autoencoder_in_a_snapshot_of_strangers_is_not_loaded_or_downloaded(error, tiny_run, tmp_path):
+def test_foreign_autoencoder_is_not_loaded(error, tiny_run, tmp_path):
+    """The autoencoder in a snapshot of strangers is not loaded or downloaded."""
     codec = {
         "name": "vae",
         "source": "owner/name",

@@ -108,7 +108,8 @@ def test_the_study(tmp_path, tiny_run, here, error):
     assert with_distances("1") != first and with_distances("2") == first  # the rows of other calls are not taken for these
 
 
-def test_the_study_measures_the_order_of_a_smooth_network(tmp_path, here):
+def test_study_measures_order(tmp_path, here):
+    """The study measures the order of a smooth network."""
     cfg = schema.load(None, ["model.name=dit", "model.args={width: 16, depth: 1, heads: 2, time_frequency: 5}"])
     torch.manual_seed(0)
     net = models.build("dit", (1, 8, 8), cfg.model.args)

@@ -149,7 +149,7 @@ def test_no_noise_is_left_when_the_data_is_one_point(method):
 
 @pytest.mark.filterwarnings("ignore:Functional iteration did not converge")  # in the strongest field
 @pytest.mark.parametrize("method", solvers.SOLVERS)
-def test_no_method_evaluates_the_velocity_outside_the_times_it_solves_over(method):
+def test_evaluation_times_stay_in_interval(method):
     """Forwards as sampling does it, backwards as likelihood and inversion do, in weak and strong fields."""
     backwards = [(1 - time_grids.END_EPS, 0.0), (T_MAX, 0.0)] if method in solvers.DETERMINISTIC else []
     for start, end in [(0.0, 1.0), (0.0, 0.9), *backwards]:
@@ -170,7 +170,7 @@ def test_no_method_evaluates_the_velocity_outside_the_times_it_solves_over(metho
             assert solvers.solve(velocity, x, steps, method, **options).nfe == len(times) > 0
 
 
-def test_adaptive_methods_have_no_error_floor_of_their_last_step():
+def test_adaptive_methods_have_no_error_floor():
     """It was 2e-6 here, and 1e-4 for data as narrow as 0.01, whatever the tolerances."""
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     for method in ("dopri5", "dopri8"):
@@ -179,7 +179,7 @@ def test_adaptive_methods_have_no_error_floor_of_their_last_step():
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
-def test_states_within_the_last_step_of_an_adaptive_method(method):
+def test_adaptive_states_within_the_last_step(method):
     """Grids finer than END_EPS have times beyond 1 - END_EPS."""
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
     for times in (time_grids.uniform(1500), [0.0, 0.5, 1 - time_grids.END_EPS, 0.9996, 1.0], [0.9995, 0.9999, 1.0]):
@@ -200,7 +200,8 @@ def test_a_velocity_that_is_not_finite_is_named():
         solvers.solve(lambda x, t, t_next: x / 0, torch.ones(1, 2), [0.0, 1.0], "dopri5")
 
 
-def test_solver_keeps_the_dtype_and_leaves_its_input_alone():
+def test_solver_keeps_dtype_and_input():
+    """The solver keeps the dtype and does not change its input."""
     for dtype in (torch.float32, torch.float64):
         x = torch.ones(2, 2, dtype=dtype)
         assert solvers.solve(rotation, x, time_grids.uniform(3), "heun").x.dtype == dtype
@@ -316,7 +317,8 @@ def test_diffusion_coefficients_are_those_of_sit(method, diffusion, form):
 
 
 @pytest.mark.parametrize("method", SDE)
-def test_the_sde_leaves_no_noise_where_the_data_is_one_point(method):
+def test_sde_on_one_point_leaves_no_noise(method):
+    """The SDE leaves no noise where the data is one point."""
     mu = 0.7
     x0 = torch.randn(100, dtype=torch.float64)
     noise = lambda i: torch.randn(100, dtype=torch.float64)  # noqa: E731
@@ -328,7 +330,7 @@ def test_the_sde_leaves_no_noise_where_the_data_is_one_point(method):
 
 @pytest.mark.parametrize("diffusion", DIFFUSION_COEFFICIENTS)
 @pytest.mark.parametrize("method", SDE)
-def test_the_sde_leaves_little_noise_with_a_field_that_is_wrong_near_the_data(method, diffusion):
+def test_sde_with_wrong_field_leaves_little_noise(method, diffusion):
     """A network cannot follow v = (x1 - x) / (1 - t) to the end: here its slope stops at 1 / 0.05."""
     draws = np.random.default_rng(0)
     x0 = torch.from_numpy(draws.standard_normal((4000, 1)))

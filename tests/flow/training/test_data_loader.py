@@ -1,4 +1,4 @@
-"""The global batch is a function of (seed, step): order, processes, micro-batches, flips, files; and the way back to images."""
+"""The global batch is a function of (seed, step): order, processes, micro-batches, flips, files."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.schema import UserError
 from datasets.images import Folder, Images
 from flow.losses import Batch
-from flow.sampling.images import grid, read_png, to_uint8, write_png
+from flow.sampling.images import to_uint8
 from flow.training.data_loader import TrainingLoader
 
 
@@ -68,7 +68,9 @@ def test_every_image_comes_once_an_epoch(batch_size):
     assert [p for (batch,) in steps for p in batch.sample_ids] == list(range(100))
 
 
-def test_the_stream_does_not_depend_on_the_batch_size_but_on_the_seed():
+def test_stream_depends_on_seed_alone():
+    """The stream depends on the seed, not on the batch size."""
+
     def stream(batch_size: int, seed: int) -> list[int]:
         return [
             k for (batch,) in make(numbered(10), batch_size, seed=seed).steps(0, 60 // batch_size) for k in numbers(batch.x1)
@@ -80,7 +82,8 @@ def test_the_stream_does_not_depend_on_the_batch_size_but_on_the_seed():
 
 @pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_processes_and_micro_batches_share_one_global_batch(world_size, gradient_accumulation_steps):
+def test_processes_share_one_global_batch(world_size, gradient_accumulation_steps):
+    """Processes and micro-batches share one global batch."""
     data, step, batch_size = numbered(20), 5, 16  # step 5 holds positions 80 to 95
     (alone,) = next(make(data, batch_size, horizontal_flip=True).steps(step, step + 1))
     batches = []
@@ -119,7 +122,8 @@ def test_a_loader_can_be_read_again_from_any_step():
     assert [loader.indices(step).tolist() for step in (9, 0, 3)] == [first[2], first[0], first[1]]
 
 
-def test_flips_are_a_function_of_seed_and_step_and_about_half():
+def test_flips_depend_on_seed_and_step():
+    """Flips are a function of seed and step; about half of the images are flipped."""
     n = 4000
 
     def flips(seed: int, step: int) -> Tensor:
@@ -173,7 +177,7 @@ def test_a_folder_without_classes_gives_no_labels(tmp_path):
     assert batch.y is None and batch.x1.shape == (2, 1, 4, 4)
 
 
-def test_workers_outlive_the_signals_that_ask_a_run_to_stop(folder):
+def test_workers_outlive_stop_signals(folder):
     """A launcher, a scheduler or `timeout` send SIGTERM to every process: the step is finished, then comes the checkpoint."""
     steps = make(folder, 7, num_workers=1).steps(0, 40)
     next(steps)
@@ -200,44 +204,3 @@ def test_a_batch_that_does_not_divide(batch_size, world_size, gradient_accumulat
     with pytest.raises(UserError, match=message):
         make(numbered(10), batch_size, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)
     make(numbered(10), near, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)
-
-
-# ---- and back: from the network to pictures
-
-
-def test_all_levels_go_to_the_network_and_back():
-    levels = torch.arange(256, dtype=torch.uint8)
-    for dtype in (torch.float32, torch.float64):
-        assert torch.equal(to_uint8(levels.to(dtype) / 127.5 - 1), levels)
-
-
-def test_to_uint8_rounds_to_the_nearest_level_and_clamps():
-    x = torch.tensor([-9.0, -1.0, -0.999, 0.6 / 127.5 - 1, 1 - 0.6 / 127.5, 1 - 0.4 / 127.5, 1.0, 9.0])
-    assert to_uint8(x).tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
-    assert to_uint8(torch.zeros(2, 3)).dtype == torch.uint8 and to_uint8(torch.zeros(2, 3)).shape == (2, 3)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png_round_trip(tmp_path, channels):
-    image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
-    write_png(tmp_path / "a.png", image)
-    assert np.array_equal(read_png(tmp_path / "a.png"), image.permute(1, 2, 0).numpy())
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-    with pytest.raises(FileNotFoundError):
-        write_png(tmp_path / "absent" / "a.png", image)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_grid(channels):
-    """Five images in three columns: each in its cell, row by row, with grey lines between, enlarged by whole pixels."""
-    images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, channels, 8, 6) * 10
-    picture = grid(images, 3)
-    height, width = 2 * 8 + 3, 3 * 6 + 4
-    zoom = 19  # 400 / 22, rounded up
-    assert picture.shape == (channels, height * zoom, width * zoom) and picture.dtype == torch.uint8
-    small = picture[:, ::zoom, ::zoom]
-    assert torch.equal(small.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), picture)
-    for k in range(5):
-        top, left = 1 + 9 * (k // 3), 1 + 7 * (k % 3)
-        assert small[:, top : top + 8, left : left + 6].eq(10 * k).all()
-    assert small[:, 0].eq(128).all() and small[:, :, 0].eq(128).all()

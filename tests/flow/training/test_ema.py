@@ -1,4 +1,4 @@
-"""Moving averages of weights."""
+"""Moving averages: closed form, warm-up, buffers, weights put back."""
 
 import pytest
 import torch
@@ -36,7 +36,8 @@ def test_ema_closed_form():
     assert ema.state_dict(0)["weight"][0].item() == pytest.approx(0.5, rel=1e-5)
 
 
-def test_ema_warm_up_shortens_the_half_life_to_a_share_of_the_images():
+def test_ema_warm_up_shortens_half_life():
+    """EMA warm up shortens the half life to a share of the images."""
     net = Net(0.0)
     ema = Ema(net, [1000], warmup_ratio=0.5)
     net.set(1.0)
@@ -48,7 +49,8 @@ def test_ema_warm_up_shortens_the_half_life_to_a_share_of_the_images():
     assert left < 0.5**4  # sooner than without warm-up: the start is forgotten
 
 
-def test_ema_applied_puts_the_weights_back_whatever_happens():
+def test_ema_applied_restores_weights():
+    """EMA applied puts the weights back whatever happens."""
     net = Net(0.0)
     ema = Ema(net, [100, 10_000], warmup_ratio=0)
     net.set(1.0)

@@ -59,7 +59,7 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_broken_is_saved(error, ruin, tmp_path, value, step):
+def test_nonfinite_gradient_stops_run(error, ruin, tmp_path, value, step):
     """Also that of the last step, after which no loss would tell."""
     ruin(step, value=value)
     line = error("train", *MLP, "-e", tmp_path / "run", "train.log_every_steps=100")
@@ -131,7 +131,7 @@ def loss_scaler(monkeypatch):
     return lambda: monkeypatch.setattr(distributed, "build_accelerator", start)
 
 
-def test_overflow_with_a_loss_scaler_moves_neither_average_nor_schedule(here, ruin, watched, loss_scaler, tmp_path):
+def test_scaler_overflow_leaves_no_trace(here, ruin, watched, loss_scaler, tmp_path):
     """A fused optimizer's step is called all the same, and does nothing, so that nobody counting calls would see it."""
     ruin(1, 4)
     warm = ["optimizer.warmup_steps=6", "optimizer.lr=6"]

@@ -1,4 +1,4 @@
-"""The learning rate."""
+"""The learning rate of each update."""
 
 import numpy as np
 import pytest

@@ -50,7 +50,7 @@ def end(process: subprocess.Popen) -> str:
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves_one_checkpoint_and_ends_soon(tmp_path, capsys):
+def test_sigterm_to_launcher_saves_one_checkpoint(tmp_path, capsys):
     """What Slurm and spot machines send."""
     run = tmp_path / "run"
     process = start(run)
@@ -81,7 +81,8 @@ def test_sigterm_to_the_launcher_saves_one_checkpoint_and_ends_soon(tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("blow", "rank"), [(signal.SIGSTOP, 0), (signal.SIGSTOP, 1), (signal.SIGKILL, 0), (signal.SIGKILL, 1)])
-def test_a_hung_or_dead_process_ends_the_others_with_a_message(tmp_path, capsys, blow, rank):
+def test_lost_process_ends_the_others(tmp_path, capsys, blow, rank):
+    """A hung or dead process ends the others with a message."""
     run = tmp_path / "run"
     process = start(run, "train.timeout_minutes=0.05")
     family = workers(process)
@@ -106,7 +107,7 @@ SPLITS = [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)]  # processes, micro-batches
 
 
 @pytest.mark.slow
-def test_every_split_of_a_global_batch_gives_the_same_run(tmp_path, capsys):
+def test_splits_of_global_batch_are_one_run(tmp_path, capsys):
     """Started on two processes and resumed on each split, and from the start on each: the same but for rounding."""
     steps = ["train.steps=40", "train.checkpoint_every_steps=20", "train.log_every_steps=1", "train.keep_checkpoints=0"]
     two = tmp_path / "two"

@@ -18,7 +18,8 @@ import torch
 from conftest import REPOSITORY, TINY_TRAIN, fail, run_script, succeed
 from safetensors.torch import load_file
 
-from flow.sampling import snapshot
+from flow.runtime import files
+from flow.sampling import images, snapshot
 from flow.training import checkpoint
 from flow.training.logging import read_metrics
 from scripts.dev import fault_injection
@@ -28,6 +29,22 @@ DROPOUT = (
     "num_classes: 10, dropout: 0.1}"
 )
 FORTY = [*TINY_TRAIN, DROPOUT, "train.steps=40", "train.checkpoint_every_steps=20", "train.log_every_steps=15"]
+
+KILLED_IN_PREVIEW = """
+import os, signal
+import train
+
+replace = os.replace
+
+def kill_or_replace(source, target):
+    if os.path.basename(os.path.dirname(target)) == "samples":
+        os.truncate(source, os.path.getsize(source) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = kill_or_replace
+train.main()
+"""
 
 
 def newest(run: Path) -> Path:
@@ -66,7 +83,8 @@ def uninterrupted(tmp_path_factory) -> Path:
     return run
 
 
-def test_stopped_by_sigterm_saves_and_says_how_to_go_on(tmp_path, monkeypatch, uninterrupted):
+def test_sigterm_saves_and_suggests_resume(tmp_path, monkeypatch, uninterrupted):
+    """A run stopped by SIGTERM saves and prints the command that resumes it."""
     monkeypatch.setenv("FLOW_NUM_THREADS", "1")
     run = tmp_path / "run"
     command = [sys.executable, "train.py", *FORTY, "train.steps=4000", "train.checkpoint_every_steps=0", "-e", str(run)]
@@ -99,7 +117,8 @@ def start_on_a_terminal(command: list[str]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_closed_terminal_stops_a_run_unless_it_is_ignored(tmp_path, monkeypatch, nohup):
+def test_closed_terminal_stops_run(tmp_path, monkeypatch, nohup):
+    """A closed terminal stops a run, unless SIGHUP is ignored."""
     monkeypatch.setenv("FLOW_NUM_THREADS", "1")
     run = tmp_path / "run"
     more = ["train.steps=60", "train.log_every_steps=5", "train.checkpoint_every_steps=0"] if nohup else ["train.steps=100_000"]
@@ -125,7 +144,7 @@ def test_a_closed_terminal_stops_a_run_unless_it_is_ignored(tmp_path, monkeypatc
         assert f"train.py -e {run} -r latest" in said
 
 
-def test_two_processes_resume_to_the_bit_and_equal_one_within_rounding(tmp_path, monkeypatch):
+def test_two_processes_resume_and_equal_one(tmp_path, monkeypatch):
     """Without dropout, whose masks belong to a process, two processes compute what one does."""
     monkeypatch.setenv("FLOW_NUM_THREADS", "1")
     plain = [argument for argument in FORTY if argument is not DROPOUT]
@@ -151,7 +170,8 @@ def test_two_processes_resume_to_the_bit_and_equal_one_within_rounding(tmp_path,
         assert max((ema_a[k] - ema_b[k]).abs().max().item() for k in ema_a) < 1e-4
 
 
-def test_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, uninterrupted):
+def test_damaged_newest_checkpoint_is_skipped(tmp_path, uninterrupted):
+    """A damaged newest checkpoint is named and skipped."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     victim = run / "checkpoints" / "step_00000040" / "optimizer.bin"
@@ -165,7 +185,8 @@ def test_damaged_newest_checkpoint_is_named_and_passed_over(tmp_path, uninterrup
 
 
 @pytest.mark.parametrize("manifest", ["{}", '{"state.json": {}}', "[]"])
-def test_a_manifest_without_what_a_checkpoint_holds_is_passed_over(here, tmp_path, tiny_run, manifest):
+def test_incomplete_manifest_is_skipped(here, tmp_path, tiny_run, manifest):
+    """A checkpoint whose manifest lacks a file is skipped."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     (run / "checkpoints" / "step_00000004" / "manifest.json").write_text(manifest)
@@ -191,7 +212,8 @@ def test_changed_options_of_the_optimizer_are_applied(here, tmp_path, tiny_run):
     assert (*group["betas"], group["eps"], group["weight_decay"]) == (0.8, 0.95, 1e-6, 0)
 
 
-def test_a_kill_after_a_checkpoint_loses_neither_snapshot_nor_preview(tmp_path, uninterrupted):
+def test_kill_after_checkpoint_loses_nothing(here, tmp_path, uninterrupted):
+    """A kill after a checkpoint loses neither snapshot nor preview."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
     lost, preview = snapshot.find(run), run / "samples" / "step_00000040.png"
@@ -199,10 +221,23 @@ def test_a_kill_after_a_checkpoint_loses_neither_snapshot_nor_preview(tmp_path, 
     preview.unlink()
     unfinished = run / "samples" / ".tmp-step_00000040.png"
     unfinished.write_bytes(b"half a picture")
-    succeed("train.py", "-e", run, "-r", "latest")
+    here("train", "-e", run, "-r", "latest")
     assert lost.read_bytes() == snapshot.find(uninterrupted).read_bytes()
     assert preview.read_bytes() == (uninterrupted / "samples" / preview.name).read_bytes()
     assert not unfinished.exists()
+
+
+def test_kill_while_writing_preview(here, tiny_run, tmp_path):
+    """Killed with half of a preview under its temporary name; the resumed run equals the one that was never killed."""
+    run = tmp_path / "run"
+    result = run_script("-c", KILLED_IN_PREVIEW, *TINY_TRAIN, "-e", run)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    (unfinished,) = (run / "samples").iterdir()
+    assert unfinished.name.startswith(files.TEMPORARY)
+    with pytest.raises(OSError):
+        images.read_png(unfinished)
+    here("train", "-e", run, "-r", "latest")
+    assert fault_injection.compare(tiny_run, run) == []
 
 
 def test_run_folder_holds_what_the_design_promises(uninterrupted):
@@ -217,17 +252,17 @@ def test_run_folder_holds_what_the_design_promises(uninterrupted):
     assert [p.name for p in checkpoint.list_checkpoints(uninterrupted / "checkpoints")] == ["step_00000020", "step_00000040"]
 
 
-def test_not_finite_loss_stops_with_the_step_and_the_newest_checkpoint(tmp_path):
+def test_nonfinite_loss_names_step_and_checkpoint(tmp_path):
     """A learning rate beyond reason: the run ends with one line, and no checkpoint holds broken weights."""
     line = fail("train.py", *FORTY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0")
     assert "the loss or gradient of step " in line and "is not finite" in line and "there is no checkpoint yet" in line
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
-def test_init_from_starts_with_the_weights_of_a_snapshot(tmp_path, uninterrupted):
+def test_init_from_takes_snapshot_weights(here, tmp_path, uninterrupted):
     """With a learning rate of almost nothing, one step leaves the weights where they began."""
     run = tmp_path / "run"
-    succeed("train.py", *FORTY, "-e", run, "train.steps=1", f"train.init_from={uninterrupted}", "optimizer.lr=1e-12")
+    here("train", *FORTY, "-e", run, "train.steps=1", f"train.init_from={uninterrupted}", "optimizer.lr=1e-12")
     before, after = (load_file(snapshot.find(path)) for path in (uninterrupted, run))
     assert max((before[k] - after[k]).abs().max().item() for k in before) < 1e-6
 
@@ -268,7 +303,7 @@ def test_cifar10_takes_steps_and_the_loss_falls(tmp_path, real_data):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
-def test_launcher_that_starts_too_few_processes_is_caught(tmp_path):
+def test_too_few_processes_are_an_error(tmp_path):
     """`accelerate-launch --cpu --num_processes 2` starts one process; these are the marks it leaves."""
     marks = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
     result = run_script("train.py", *TINY_TRAIN, "-e", tmp_path / "run", **marks)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from conftest import REPOSITORY, succeed
+from conftest import REPOSITORY, run_here, succeed
 from PIL import Image
 
 import datasets
@@ -56,7 +56,7 @@ def data(cache):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, cache) -> Path:
     path = tmp_path_factory.mktemp("runs") / "latent"
-    succeed("train.py", *TRAIN, f"data.args.path={cache}", "-e", path)
+    run_here("train", *TRAIN, f"data.args.path={cache}", "-e", path)
     return path
 
 
@@ -74,7 +74,8 @@ def test_decoding_undoes_normalisation(vae_folder, data):
     assert not torch.allclose(codec.decode(z), plain.decode(z), atol=1e-3)
 
 
-def test_the_cache_holds_posteriors_of_images_and_mirror_images(vae_folder, cache, data):
+def test_cache_holds_posteriors_of_mirror_images(vae_folder, cache, data):
+    """The cache holds posteriors of images and mirror images."""
     vae, real = autoencoder.load(str(vae_folder)), datasets.build("digits", None, {})
     assert len(data) == len(real) == 1797 and data.image_shape == (2, 4, 4)
     assert torch.equal(data.labels, real.labels) and data.class_names == real.class_names
@@ -100,7 +101,7 @@ def test_latents_are_standard_in_each_channel(data):
     torch.testing.assert_close((mean.square() + variance).mean((0, 2, 3)), torch.ones(2).double(), atol=1e-6, rtol=1e-6)
 
 
-def test_a_cache_that_was_cut_off_ends_as_the_same_files(here, vae_folder, cache, tmp_path):
+def test_interrupted_cache_ends_with_same_files(here, vae_folder, cache, tmp_path):
     """Killed while the second shard was written, the first one damaged on the disk since."""
     out = tmp_path / "cut"
     out.mkdir()
@@ -120,7 +121,7 @@ def test_two_processes_write_the_same_files(vae_folder, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cache_killed_again_and_again_ends_as_the_same_files(vae_folder, tmp_path):
+def test_killed_cache_ends_with_same_files(vae_folder, tmp_path):
     """With shards of 40 images, so that kills come in the middle of files, between them and before the manifest."""
     ask = ["--vae", vae_folder, "data.name=digits", "--shard_images", 40, "--bspp", 20]
     command = [sys.executable, "-m", "scripts.cache_latents", *map(str, ask), "--save_dir"]

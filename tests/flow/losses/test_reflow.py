@@ -1,4 +1,6 @@
-"""Distillation: the times of Euler steps, targets without a pole, what is refused; errors of the loss section."""
+"""Reflow and distillation: time law, distances, objectives, straightness deviation, inversion."""
+
+import math
 
 import pytest
 import torch
@@ -6,14 +8,38 @@ from conftest import loss_at
 
 from flow import losses, path, solvers, time_samplers
 from flow.guidance import GuidedVelocity
+from flow.likelihood import T_MAX, invert
 from flow.losses import distances
 from flow.losses.distillation import discretize_times
 from flow.model import FlowModel
 from flow.path import LinearPath
+from flow.sampling.generate import straightness_deviation
+from flow.solvers import time_grids
 
 
 def build(name: str, prediction: str = "velocity", **args) -> losses.FlowLoss:
     return losses.build(name, LinearPath(), prediction, time_samplers.build("uniform"), args)
+
+
+def test_u_shaped_law_has_its_density():
+    """Quantiles against the distribution function of exp(a t) + exp(a (1 - t)), integrated by hand."""
+    a = 4.0
+    t = time_samplers.build("u_shaped", a=a)(torch.linspace(0.001, 0.999, 999, dtype=torch.float64))
+    distribution = (torch.exp(a * t) - torch.exp(a * (1 - t)) - 1 + math.exp(a)) / (2 * (math.exp(a) - 1))
+    assert torch.allclose(distribution, torch.linspace(0.001, 0.999, 999, dtype=torch.float64), atol=1e-12)
+    assert t.min() >= 0 and t.max() <= 1
+
+
+def test_distances():
+    a, b = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.zeros(2, 2)
+    assert distances.mse(a, b).tolist() == [12.5, 0] and distances.l1(a, b).tolist() == [3.5, 0]
+    far, near = distances.pseudo_huber(a, b, c=1e-3)
+    assert far.item() == pytest.approx(math.sqrt(12.5), abs=2e-3) and near == 0
+    small = distances.pseudo_huber(a * 1e-3, b, c=1.0)[0].item()
+    assert small == pytest.approx(12.5e-6 / 2, rel=1e-2)  # mse / (2 c) far below c
+    a = torch.zeros(1, 2, requires_grad=True)
+    distances.build("pseudo_huber", {"c": 0.03})(a, torch.zeros(1, 2)).sum().backward()
+    assert a.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -44,7 +70,8 @@ def test_errors_name_the_value_and_what_would_be_right(make, message):
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, [0, 0, 0, 0]), (2, [0, 0, 0.5, 0.5]), (4, [0, 0.25, 0.5, 0.75])])
-def test_distillation_looks_at_the_times_of_euler_steps(steps, expected):
+def test_distillation_times_are_euler_steps(steps, expected):
+    """Distillation trains at the times of Euler steps."""
     seen = []
 
     def net(x, t, y):
@@ -115,3 +142,27 @@ def test_distillation_of_noise_prediction_is_refused(name, error, tmp_path):
     for prediction in ("velocity", "data"):
         a, b = (path.build(name).target(x0, x1, t, prediction) for x1 in (x0, -x0))
         assert (a - b).abs().min() > 0.1
+
+
+def test_straightness_deviation():
+    """0 for a velocity that does not change along the way; for v = 2 t the integral of (1 - 2 t)^2 is 1 / 3."""
+    x0 = torch.randn(5, 2, 3, dtype=torch.float64)
+    assert straightness_deviation(lambda x, t, t_next: torch.ones_like(x), x0, 20).abs().max() < 1e-12
+    curved = straightness_deviation(lambda x, t, t_next: torch.full_like(x, 2 * t), x0, 1000)
+    assert torch.allclose(curved, torch.full((5,), 1 / 3, dtype=torch.float64), atol=1e-3)
+
+
+def test_inversion_finds_the_noise_back():
+    """Data N(3, 0.5^2): the exact velocity of the linear path, whose flow is x0 -> 3 + 0.5 x0."""
+
+    def velocity(x, t, t_next=None):
+        variance = (1 - t) ** 2 + (0.5 * t) ** 2
+        return 3 + (0.25 * t - (1 - t)) / variance * (x - 3 * t)
+
+    x0 = torch.randn(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x1 = solvers.solve(velocity, x0, time_grids.uniform(100), "heun").x
+    assert torch.allclose(x1, 3 + 0.5 * x0, atol=1e-3)
+    noise = torch.randn(2000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = invert(velocity, x1, noise, 100, "heun")
+    assert torch.allclose(found, x0, atol=4 * (1 - T_MAX) / 0.5 + 0.05)
+    assert found.std().item() == pytest.approx(1, abs=0.02)

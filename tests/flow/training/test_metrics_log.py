@@ -1,4 +1,4 @@
-"""metrics.jsonl: read without a line that was cut off, continued by a resumed run."""
+"""metrics.jsonl: lines that were cut off, and a run that goes on."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,8 @@ def accelerator() -> Accelerator:
     return accelerator
 
 
-def test_read_metrics_leaves_out_a_line_that_was_cut_off(tmp_path):
+def test_truncated_metrics_line_is_left_out(tmp_path):
+    """Read metrics leaves out a line that was cut off."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
     first, second = read_metrics(path)

@@ -54,7 +54,8 @@ def attention_heights(net: nn.Module, shape: tuple[int, int, int]) -> list[int]:
         ((3, 8, 16), {"resblock_updown": False}),
     ],
 )
-def test_output_has_the_shape_of_the_input_and_is_zero_at_first(shape, args):
+def test_initial_output_is_zero(shape, args):
+    """The output has the shape of the input and is zero at first."""
     net = models.build("unet", shape, SMALL | args)
     x, t = torch.randn(3, *shape), torch.tensor([0.0, 0.4, 1.0])
     y = torch.tensor([0, 1, 2]) if net.num_classes else None
@@ -68,7 +69,7 @@ def test_output_has_the_shape_of_the_input_and_is_zero_at_first(shape, args):
     ("asked", "heights"),
     [([], []), ([16], [16] * 3), ([8], [8] * 3), ([4], [4] * 4), ([16, 4], [16, 4, 4, 4, 4, 16, 16])],
 )
-def test_attention_is_at_the_resolutions_asked_for_and_nowhere_else(asked, heights):
+def test_attention_sits_at_its_resolutions(asked, heights):
     """One block a level on the way down and two on the way up; the lowest level also has the middle."""
     args = SMALL | {"channel_mult": [1, 2, 2], "attention_resolutions": asked}
     net = models.build("unet", (1, 16, 16), args)
@@ -83,7 +84,7 @@ def test_attention_resolutions_count_patches():
     assert set(attention_heights(net, (1, 16, 16))) == {8}
 
 
-def test_attention_is_not_left_out_where_a_level_is_narrower_than_a_head():
+def test_attention_at_narrow_levels():
     """Either one narrow head or an error: the level was named, so silence would be a network without attention."""
     try:
         net = models.build("unet", (1, 8, 8), SMALL | {"head_channels": 64})
@@ -142,7 +143,8 @@ def test_unknown_network():
         models.build("resnet", (1, 8, 8), {})
 
 
-def test_labels_change_the_output_and_the_null_label_is_one_of_them():
+def test_labels_change_output():
+    """Labels change the output, and so does the null label."""
     net = perturbed(models.build("unet", (1, 8, 8), SMALL | {"num_classes": 3}))
     assert net.num_classes == 3
     x, t = torch.randn(1, 1, 8, 8).expand(4, -1, -1, -1), torch.full((4,), 0.5)
@@ -233,7 +235,8 @@ def test_a_lower_time_frequency_is_smoother_in_time(name, args):
     ("shape", "args"),
     [((1, 28, 28), {}), ((3, 8, 12), {"patch": 1, "num_classes": 3}), ((1, 16, 16), {"patch": 4, "blocks_per_level": 2})],
 )
-def test_mini_unet_has_the_shape_of_its_input_and_sees_labels(shape, args):
+def test_mini_unet_shape_and_labels(shape, args):
+    """The output has the shape of the input and depends on labels."""
     net = models.build("mini_unet", shape, {"width": 16, "head_channels": 16} | args)
     x, t = torch.randn(1, *shape).expand(3, -1, -1, -1), torch.full((3,), 0.3)
     y = torch.tensor([0, 1, 3]) if net.num_classes else None  # 3: the null label
@@ -261,7 +264,8 @@ def test_mini_unet_names_the_argument_that_is_wrong(args, message):
         models.build("mini_unet", (1, 8, 8), {"width": 16, "head_channels": 16} | args)
 
 
-def test_the_conditional_mnist_config_differs_in_one_switch():
+def test_conditional_mnist_config_differs_once():
+    """The conditional MNIST configuration differs in one switch."""
     plain, conditional = (schema.load(f"configs/{name}.yaml") for name in ("mnist_mini", "mnist_mini_cond"))
     assert (plain.model.args.pop("num_classes"), conditional.model.args.pop("num_classes")) == (None, 10)
     assert plain == conditional
@@ -280,7 +284,8 @@ DIT = {"width": 32, "depth": 2, "heads": 2, "patch": 2}
         ((1, 8, 8), {"qk_norm": True, "num_classes": 3}),
     ],
 )
-def test_dit_has_the_shape_of_its_input_and_sees_time_place_and_label(shape, args):
+def test_dit_shape_and_conditions(shape, args):
+    """The output has the shape of the input and depends on time, place and label."""
     net = models.build("dit", shape, DIT | args)
     x, t = torch.randn(1, *shape).expand(3, -1, -1, -1), torch.full((3,), 0.3)
     y = torch.tensor([0, 1, 3]) if net.num_classes else None  # 3: the null label
@@ -295,7 +300,8 @@ def test_dit_has_the_shape_of_its_input_and_sees_time_place_and_label(shape, arg
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_with_qk_norm_the_length_of_queries_and_keys_does_not_matter(qk_norm):
+def test_qk_norm_ignores_length(qk_norm):
+    """With qk-norm the length of queries and keys does not matter."""
     net = perturbed(models.build("dit", (1, 8, 8), DIT | {"qk_norm": qk_norm}))
     x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.3)
     before = net(x, t)
@@ -316,14 +322,16 @@ def test_dit_sizes_are_those_of_the_paper(size, millions):
     assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
-def test_the_dit_of_the_celebahq_config_has_38_75_million_parameters():
+def test_parameter_count_of_celebahq_dit():
+    """The DiT of the CelebA-HQ config has 38.75 million parameters."""
     cfg = schema.load("configs/celebahq_dit.yaml")
     with torch.device("meta"):
         net = models.build(cfg.model.name, (4, 32, 32), cfg.model.args)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(38.75e6, rel=0.02)
 
 
-def test_rotary_scores_depend_on_the_difference_of_places():
+def test_rotary_scores_depend_on_distance():
+    """Rotary scores depend on the difference of places."""
     q, k = torch.randn(2, 8, dtype=torch.float64)
     turn = angles(4, 5, 8).double()
     scores = rotate(q.expand(1, 1, 20, 8), turn)[0, 0] @ rotate(k.expand(1, 1, 20, 8), turn)[0, 0].T

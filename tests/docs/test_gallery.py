@@ -158,7 +158,8 @@ def test_every_picture_is_there_and_light():
         assert (REPOSITORY / "docs" / picture).stat().st_size < 3_000_000
 
 
-def test_the_gallery_makes_what_is_asked_for_and_its_needs(gallery_commands, tmp_path):
+def test_gallery_makes_requested_pictures(gallery_commands, tmp_path):
+    """The gallery makes what is asked for, and what that needs."""
     commands = gallery_commands("--only", "reflow", "--runs", tmp_path, "train.steps=3")
     assert [c[0] if c[0] != "-m" else c[1] for c in commands] == [
         "train.py", "scripts.make_pairs", "train.py", "scripts.compare"
@@ -166,7 +167,8 @@ def test_the_gallery_makes_what_is_asked_for_and_its_needs(gallery_commands, tmp
     assert all(c[-1] == "train.steps=3" for c in commands if c[0] == "train.py")
 
 
-def test_pictures_are_drawn_again_when_they_are_older_than_their_weights(flow, tmp_path):
+def test_outdated_pictures_are_drawn_again(flow, tmp_path):
+    """Pictures older than their weights are drawn again."""
     weights, picture = flow("moons", 1), tmp_path / "flow.gif"
     assert gallery.outdated([picture], [weights])
     picture.write_bytes(b"")

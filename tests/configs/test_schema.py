@@ -131,13 +131,15 @@ def test_a_network_that_reads_prompts_needs_an_encoder(error, monkeypatch, tmp_p
     assert "Reader has max_prompt_bytes: it needs encode(prompts), and null" in line
 
 
-def test_a_training_that_diverges_in_its_last_step_saves_nothing(error, tmp_path):
+def test_divergence_in_last_step_saves_nothing(error, tmp_path):
+    """A training that diverges in its last step saves nothing."""
     line = error("train", *MLP, "train.steps=1", "optimizer.lr=1e38", "optimizer.eps=1e-38", "-e", tmp_path / "run")
     assert "is not finite after step 1; there is no checkpoint yet" in line
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
-def test_a_run_whose_yaml_reads_the_environment_is_resumed_with_its_yaml(here, monkeypatch, tmp_path):
+def test_yaml_with_environment_is_resumed(here, monkeypatch, tmp_path):
+    """A run whose YAML reads the environment is resumed with its YAML."""
     monkeypatch.setenv("PLACE", str(tmp_path))
     (tmp_path / "c.yaml").write_text("data: {name: toys, args: {name: image, path: '${oc.env:PLACE}/p.png'}}")
     write_png(tmp_path / "p.png", torch.zeros(1, 4, 4, dtype=torch.uint8))

@@ -107,7 +107,8 @@ STATES = ["", "3", "[]", "{}", "[" * 100_000, '{"step": 4, "updates": null}', '{
 
 
 @pytest.mark.parametrize("text", STATES, ids=range(len(STATES)))
-def test_a_damaged_state_is_named_though_its_manifest_fits(error, tiny_run, tmp_path, text):
+def test_damaged_state_with_a_fitting_manifest(error, tiny_run, tmp_path, text):
+    """A damaged state is named even if its manifest fits."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     path = run / "checkpoints" / "step_00000004"
