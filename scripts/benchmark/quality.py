@@ -12,7 +12,6 @@ import re
 import shlex
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,7 +68,6 @@ def parse_args(argv: list[str]):
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     recipes = read_recipes(args.configs, args.overrides)
-    started = time.perf_counter()
     with lock.folder(args.out):
         recipes = fitted(args, recipes)
         for seed in range(args.seeds):
@@ -77,8 +75,14 @@ def main(argv: list[str]) -> None:
                 train(args, recipe, seed)
                 evaluate(args, recipe, seed)
             report(args, recipes, seed + 1)
-    minutes = (time.perf_counter() - started) / 60
-    print(f"wrote {args.out / 'race.md'} and {args.out / 'race.png'} in {minutes:.1f} min")
+    best = recipes[0].name
+    print(
+        cli.summary(
+            f"race.md and race.png in {args.out}",
+            args.start,
+            f"sample with: {cli.sample_command(args.out / best / 'seed_0', best)}",
+        )
+    )
 
 
 def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
@@ -130,8 +134,9 @@ def trial(args, recipes: list[Recipe]) -> list[float]:
                 print(f"trial {turn + 1} of {args.trial_rounds}: {recipe.name}", flush=True)
                 config = schema.load(recipe.config, recipe.overrides)
                 job = {
-                    "kind": "train", "what": "ours", "precision": config.train.mixed_precision, "overrides": recipe.overrides,
-                    "config": recipe.config, "compile": config.train.compile, "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS,
+                    "kind": "train", "variant": "project", "config": recipe.config, "overrides": recipe.overrides,
+                    "precision": config.train.mixed_precision, "compile": config.train.compile,
+                    "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS,
                 }  # fmt: skip
                 own += start_job(job, Path(scratch))["laps"]
     return [statistics.median(own) for own in laps]
