@@ -241,7 +241,7 @@ def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
         "method": None,
         "NFE": None,
         "n": 9,
-        "metrics": {"FID": (1.0, math.nan)},
+        "metrics": {"FID": table.Statistic(1.0, math.nan)},
     }
     plots.distance_against_nfe(tmp_path / "control.png", [entry, control])
     assert not (tmp_path / "control.png").exists()
