@@ -17,6 +17,7 @@ class Comparison:
     samples: FeatureSet
     reference: Reference
     labels: np.ndarray | None = None  # int64 [n], the requested classes of the samples
+    standard_errors: dict[str, float] = field(default_factory=dict)  # by column, of the metrics that know theirs
     bar: tqdm = field(default_factory=lambda: tqdm(total=0, disable=True))  # a long metric adds its work to the total
 
     @property

@@ -9,6 +9,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from flow.evaluation.comparison import Comparison
+from flow.evaluation.intervals import frechet_standard_error, symmetric_root
 
 DEFAULT = ("fid", "isc", "accuracy")  # those that take seconds, whatever the number of images
 BLOCK = 4096  # rows and columns of a block of distances: 64 MiB in float32
@@ -22,7 +23,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     tr (sigma1 sigma2)^(1/2) is the sum of the singular values of sigma1^(1/2) sigma2^(1/2): symmetric decompositions
     only, and exact to rounding for singular covariances, where eigenvalues of the product lose half the digits.
     """
-    shared = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()
+    shared = np.linalg.svd(symmetric_root(sigma1) @ symmetric_root(sigma2), compute_uv=False).sum()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * shared
     return float(distance)
 
@@ -86,9 +87,12 @@ def num_blocks(n: int, m: int, real_radii: Tensor | None = None) -> int:
 
 
 def fid(c: Comparison) -> dict[str, float]:
-    """Frechet distance in the feature space of the extractor."""
-    distance = frechet_distance(c.samples.mu, c.samples.sigma, c.reference.mu, c.reference.sigma)
-    return {c.extractor.distance_name: distance}
+    """Frechet distance in the feature space of the extractor, with its standard error."""
+    name, ref = c.extractor.distance_name, c.reference
+    error = frechet_standard_error(c.samples.matrix(c.extractor.layer).numpy(), ref.mu, ref.sigma)
+    if error is not None:
+        c.standard_errors[name] = error
+    return {name: frechet_distance(c.samples.mu, c.samples.sigma, ref.mu, ref.sigma)}
 
 
 def kid(c: Comparison) -> dict[str, float]:
@@ -160,12 +164,6 @@ def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, float]:
         results |= METRICS[name](c)
         c.bar.update()
     return results
-
-
-def _root(sigma: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a covariance matrix."""
-    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
 def _center(features: Tensor) -> Tensor:

@@ -49,19 +49,40 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     cost, title = _cost_axis(points)
     for i, (label, line) in enumerate(lines.items()):
         line.sort(key=lambda e: e[cost])
-        means, spreads = zip(*(e["metrics"][names[0]] for e in line), strict=True)
-        x = [e[cost] for e in line]
-        if any(spread > 0 for spread in spreads):
-            axes.errorbar(x, means, yerr=[s if s > 0 else 0 for s in spreads], capsize=3, label=label, **_look(i))
-        else:
-            axes.plot(x, means, label=label, **_look(i))
+        values = [e["metrics"][names[0]] for e in line]
+        bars = [next((bar for bar in (value.interval, value.std) if bar > 0), 0) for value in values]
+        x, means = [e[cost] for e in line], [value.mean for value in values]
+        axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=label, **_look(i))
     for i, e in enumerate(e for e in entries if is_control(e) and names[0] in e["metrics"]):
-        floor = e["metrics"][names[0]][0]
+        floor = e["metrics"][names[0]].mean
         if floor > 0:  # the axis is logarithmic
             axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
     _cost_scale(axes, title, [e[cost] for e in points])
     _value_scale(axes)
     axes.set_ylabel(f"{names[0]}, lower is better")
+    _legend(figure, axes)
+    figure.savefig(path)
+
+
+def distance_against_minutes(
+    path: Path, curves: dict[str, list[tuple[float, list[float]]]], distance: str, floors: list[float]
+) -> None:
+    """Curves {recipe: [(minutes of training, distance of each seed), ...]} as a PNG: means, bars from the smallest to the
+    largest seed, and a dashed line for real images."""
+    figure, axes = _figure(len(curves))
+    for i, (name, points) in enumerate(curves.items()):
+        means = [sum(values) / len(values) for _, values in points]
+        bars = [
+            [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)],
+            [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)],
+        ]
+        axes.errorbar([minutes for minutes, _ in points], means, yerr=bars, capsize=3, label=name, **_look(i))
+    for floor in floors:
+        axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="real images")
+    _value_scale(axes)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("minutes of training steps")
+    axes.set_ylabel(f"{distance}, lower is better")
     _legend(figure, axes)
     figure.savefig(path)
 

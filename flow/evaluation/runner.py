@@ -149,18 +149,20 @@ class Evaluation:
         seconds = time.perf_counter() - start
         if samples is None:
             return None
-        return {"metrics": self.compute_metrics(samples, self.reference, labels), "seconds": seconds}
+        return {**self.compute_metrics(samples, self.reference, labels), "seconds": seconds}
 
-    def compute_metrics(self, samples: FeatureSet, ref: Reference, labels: Tensor | None) -> dict[str, float]:
-        """The requested metrics, under a bar of their own."""
+    def compute_metrics(self, samples: FeatureSet, ref: Reference, labels: Tensor | None) -> dict[str, dict]:
+        """{"metrics": those requested, "standard_errors": where they are known}, under a bar of their own."""
         with error_context(self.settings.owner):
             if isinstance(self.extractor, PointSpace):
                 assert ref.features is not None, "points are compared with points"
-                return metrics_2d.evaluate(samples.matrix(self.extractor.layer), ref.features)
+                return {"metrics": metrics_2d.evaluate(samples.matrix(self.extractor.layer), ref.features)}
             y = None if labels is None else labels.numpy()
             with distributed.progress(self.accelerator, 0, "metrics") as bar:
                 bar.leave = False
-                return metrics.evaluate(Comparison(self.extractor, samples, ref, y, bar), self.settings.metrics)
+                comparison = Comparison(self.extractor, samples, ref, y, bar=bar)
+                values = metrics.evaluate(comparison, self.settings.metrics)
+                return {"metrics": values, "standard_errors": comparison.standard_errors}
 
     def write_report(self) -> None:
         """Write and print the table, draw the plot."""
@@ -398,8 +400,8 @@ def add_control(ev: Evaluation) -> None:
         results = ev.compute_metrics(samples, ref, None if data.labels is None else data.labels[positions])
         points: Any = data
         if getattr(points, "log_density", None):
-            results["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()
-        return {"metrics": results, "seconds": seconds}
+            results["metrics"]["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()
+        return {**results, "seconds": seconds}
 
     kind = other[0] if other else "half against half"
     subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))

@@ -7,9 +7,11 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
+from flow.evaluation.intervals import NORMAL_95
 from flow.runtime import jsonl
 
 # What a row is about, in the order of the columns.
@@ -18,7 +20,19 @@ KEY_COLUMNS = ("weights", "captions", "method", "steps", "NFE", "forwards", "gui
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
 
+NOTE = "±: 95 % interval over samples, at this n. sd: standard deviation over the ranges."
 CONTROL = "real"  # the prefix of the weights of a row of real images, e.g. "real (test split)"
+
+
+class Statistic(NamedTuple):
+    """A column of an entry."""
+
+    mean: float | None  # over the ranges
+    std: float  # over the ranges (n - 1), nan for a single one
+    interval: float = math.nan  # half of the 95 % interval of the mean over samples, nan where it is not known
+
+
+EMPTY = Statistic(None, math.nan)
 
 
 def append_row(folder: Path, row: dict) -> None:
@@ -40,8 +54,8 @@ def read_rows(folder: Path) -> list[dict]:
             continue
         key = _key(line.row)
         before = rows.get(key, {"metrics": {}, "asked": []})
-        metrics = {**before["metrics"], **line.row["metrics"]}
-        rows[key] = {**line.row, "metrics": metrics, "asked": list(dict.fromkeys([*before["asked"], *line.row["asked"]]))}
+        metrics = {name: {**before.get(name, {}), **line.row.get(name, {})} for name in ("metrics", "standard_errors")}
+        rows[key] = {**line.row, **metrics, "asked": list(dict.fromkeys([*before["asked"], *line.row["asked"]]))}
     return list(rows.values())
 
 
@@ -53,11 +67,14 @@ def damage_of(row: dict) -> str | None:
             return f"it has no {key!r}"
         if not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"its {key!r} has the wrong type"
+    errors = row.get("standard_errors", {})
+    if not isinstance(errors, dict):
+        return "its 'standard_errors' has the wrong type"
     for key in ("method", "captions", "reference"):
         if not isinstance(row.get(key), str | None):
             return f"its {key!r} is not text"
     numbers = {key: row[key] for key in ("n", "first", "steps", *COST, "guidance_scale", "seconds") if row.get(key) is not None}
-    for key, value in {**numbers, **row["metrics"]}.items():
+    for key, value in [*numbers.items(), *row["metrics"].items(), *errors.items()]:
         if value is not None and not jsonl.is_number(value):
             return f"its {key!r} is not a number"
     return None if all(isinstance(name, str) for name in row["asked"]) else "its 'asked' is not a list of metrics"
@@ -70,10 +87,9 @@ def contains(folder: Path, row: dict) -> bool:
 
 
 def aggregate(rows: list[dict]) -> list[dict]:
-    """One entry a measurement, by NFE: {**subject, "ranges": repeats, "spreads": {...}, "metrics": {name: (mean, std)}}.
+    """One entry a measurement, by NFE: {**subject, "ranges": repeats, "spreads": {...}, "metrics": {name: Statistic}}.
 
-    NFE and forwards are means over the repeats, too; "spreads" has their standard deviations. A standard deviation is that
-    of the repeats (n - 1), nan for a single one.
+    NFE and forwards are means over the repeats, too; "spreads" has their standard deviations.
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
@@ -81,11 +97,11 @@ def aggregate(rows: list[dict]) -> list[dict]:
     entries = []
     for members in groups.values():
         names = dict.fromkeys(name for row in members for name, value in row["metrics"].items() if value is not None)
-        metrics = {name: _statistics([row["metrics"].get(name) for row in members]) for name in names}
+        metrics = {name: _metric(name, members) for name in names}
         metrics["seconds"] = _statistics([row["seconds"] for row in members])
         cost = {key: _statistics([row.get(key) for row in members]) for key in COST}
-        subject = {key: cost[key][0] if key in COST else members[-1].get(key) for key in KEY_COLUMNS}
-        spreads = {key: std for key, (_, std) in cost.items()}
+        subject = {key: cost[key].mean if key in COST else members[-1].get(key) for key in KEY_COLUMNS}
+        spreads = {key: value.std for key, value in cost.items()}
         entries.append({**subject, "ranges": len(members), "spreads": spreads, "metrics": metrics})
     return sorted(entries, key=lambda e: (str(e["weights"]), e["guidance_scale"] or 0, str(e["method"]), e["NFE"] or 0))
 
@@ -94,14 +110,16 @@ def write(folder: Path, rows: list[dict]) -> str:
     """Write results.csv and results.md; returns the Markdown. Empty columns are left out of the Markdown."""
     entries = aggregate(rows)
     names = [*dict.fromkeys(name for e in entries for name in e["metrics"] if name != "seconds"), "seconds"]
+    known = {name for e in entries for name, value in e["metrics"].items() if not math.isnan(value.interval)}
+    columns_of = {name: [name, f"{name}_std", *([f"{name}_interval"] if name in known else [])] for name in names}
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         subject = [column for key in KEY_COLUMNS for column in ((key, f"{key}_std") if key in COST else (key,))]
-        writer.writerow([*subject, "ranges", *(column for name in names for column in (name, f"{name}_std"))])
+        writer.writerow([*subject, "ranges", *(column for name in names for column in columns_of[name])])
         for e in entries:
             values = {**e, **{f"{key}_std": std for key, std in e["spreads"].items()}}
-            pairs = [e["metrics"].get(name, (None, None)) for name in names]
-            cells = [*(values[key] for key in subject), e["ranges"], *(v for pair in pairs for v in pair)]
+            numbers = [v for name in names for v in e["metrics"].get(name, EMPTY)[: len(columns_of[name])]]
+            cells = [*(values[key] for key in subject), e["ranges"], *numbers]
             writer.writerow(["" if v is None or v != v else v for v in cells])
     subject = [key for key in KEY_COLUMNS if any(e[key] is not None for e in entries)]
     if all(e["NFE"] == e["forwards"] for e in entries):
@@ -109,9 +127,9 @@ def write(folder: Path, rows: list[dict]) -> str:
     lines = [[*subject, "ranges", *names]]
     for e in entries:
         about = [_cost_cell(e[key], e["spreads"][key]) if key in COST else e[key] for key in subject]
-        cells = [_cell(name, *e["metrics"][name]) if name in e["metrics"] else "" for name in names]
+        cells = [_cell(name, e["metrics"][name]) if name in e["metrics"] else "" for name in names]
         lines.append([*("" if v is None else str(v) for v in about), str(e["ranges"]), *cells])
-    text = markdown(lines)
+    text = markdown(lines) + (f"\n\n{NOTE}" if known else "")
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
     return text
 
@@ -128,7 +146,7 @@ def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra
     nfe = sorted({key[1] for key in results})
     lines = [["model", *(f"NFE {n}" for n in nfe), *extra]]
     for key, name in names.items():
-        cells = [" / ".join(_cell(m, *results[key, n][m]) for m in metrics) if (key, n) in results else "" for n in nfe]
+        cells = [" / ".join(_cell(m, results[key, n][m]) for m in metrics) if (key, n) in results else "" for n in nfe]
         lines.append([name, *cells, *(column.get(name, "") for column in extra.values())])
     return markdown(lines)
 
@@ -148,13 +166,22 @@ def _warn(message: str) -> None:
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def _statistics(values: list) -> tuple:
-    """Mean and standard deviation (n - 1) of those that are not None; (None, nan) for none, the value itself for one."""
+def _metric(name: str, rows: list[dict]) -> Statistic:
+    """A metric of the ranges of a measurement; their samples are independent, so the variances of their errors add up."""
+    errors = [row.get("standard_errors", {}).get(name) for row in rows]
+    value = _statistics([row["metrics"].get(name) for row in rows])
+    if None in errors:
+        return value
+    return value._replace(interval=NORMAL_95 * math.sqrt(sum(error * error for error in errors)) / len(errors))
+
+
+def _statistics(values: list) -> Statistic:
+    """Mean and standard deviation (n - 1) of those that are not None; None and nan for none, the value itself for one."""
     present = [v for v in values if v is not None]
     if len(set(present)) < 2:
-        return (present[0] if present else None), (0.0 if len(present) > 1 else math.nan)
+        return Statistic(present[0] if present else None, 0.0 if len(present) > 1 else math.nan)
     mean = sum(present) / len(present)
-    return mean, math.sqrt(sum((v - mean) * (v - mean) for v in present) / (len(present) - 1))
+    return Statistic(mean, math.sqrt(sum((v - mean) * (v - mean) for v in present) / (len(present) - 1)))
 
 
 def _cost_cell(mean: float | None, spread: float) -> str | None:
@@ -162,27 +189,22 @@ def _cost_cell(mean: float | None, spread: float) -> str | None:
     if mean is None:
         return None
     number = f"{mean:.1f}".removesuffix(".0")
-    return f"{number} ± {spread:.1f}" if spread > 0 else number
+    return f"{number} (sd {spread:.1f})" if spread > 0 else number
 
 
-def _cell(name: str, mean: float, spread: float) -> str:
-    digits = (
-        1
-        if name == "seconds"
-        else 4
-        if name in ("KID", "SW2", "MMD", "energy")
-        else 3
-        if name in ("accuracy", "precision", "recall")
-        else 2
-    )
-    number = f"{mean:.{digits}f}"
-    return number if math.isnan(spread) or name == "seconds" else f"{number} ± {spread:.{digits}f}"
+def _cell(name: str, value: Statistic) -> str:
+    digits = 4 if name in ("KID", "SW2", "MMD", "energy") else 3 if name in ("accuracy", "precision", "recall") else 2
+    if name == "seconds":
+        return f"{value.mean:.1f}"
+    interval = "" if math.isnan(value.interval) else f" ± {value.interval:.{digits}f}"
+    spread = "" if math.isnan(value.std) else f" (sd {value.std:.{digits}f})"
+    return f"{value.mean:.{digits}f}{interval}{spread}"
 
 
 def markdown(lines: list[list[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal; text to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    numeric = [all(re.fullmatch(r"[-+\de.±/ ]*|nan", line[i]) for line in lines[1:]) for i in range(len(widths))]
+    numeric = [all(re.fullmatch(r"[-+\de.±/ ()sd]*|nan", line[i]) for line in lines[1:]) for i in range(len(widths))]
     rule = ["-" * (w - 1) + (":" if right else "-") for w, right in zip(widths, numeric, strict=True)]
     rows = []
     for line in [lines[0], rule, *lines[1:]]:

@@ -301,16 +301,21 @@ def guidance_scale(text: str) -> float:
     return _number(text, sys.float_info.max, "a finite number of 0 or more")
 
 
+def minutes(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    return _number(text, sys.float_info.max, "a finite number above 0", low=sys.float_info.min)
+
+
 def fraction(text: str) -> float:
     """An argparse type: a number from 0 to 1."""
     return _number(text, 1.0, "a number from 0 to 1")
 
 
-def _number(text: str, high: float, rule: str) -> float:
+def _number(text: str, high: float, rule: str, low: float = 0.0) -> float:
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value <= high:
+    if not low <= value <= high:
         raise argparse.ArgumentTypeError(f"{text!r}: must be {rule}")
     return value

@@ -5,6 +5,8 @@ callbacks and around its networks. With `--against eager` the same network also 
 scripts/benchmark/baseline.py. The jobs take turns, `--rounds` times, and the median of all their steps counts. FLOPs are those
 of torch.utils.flop_counter, and the ceiling is the fastest matrix product or convolution of the machine in the same precision.
 `--out` gets benchmark.json and benchmark.md.
+
+`python -m scripts.benchmark quality --help`: recipes that train for the same minutes, and what their samples are worth.
 """
 
 import ast
@@ -12,10 +14,8 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from configs import schema
@@ -23,6 +23,8 @@ from configs.schema import UserError
 from flow.evaluation import table
 from flow.runtime import cli, files, subprocesses
 from flow.runtime.errors import cli_main
+from scripts.benchmark import quality
+from scripts.benchmark.jobs import name_of, start_job
 
 EXAMPLES = """\
   python -m scripts.benchmark -c configs/mnist_mini_cond.yaml --against eager
@@ -65,6 +67,8 @@ def parse_args():
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["quality"]:
+        return quality.main(sys.argv[2:])
     args = parse_args()
     key, *values = args.vary or [""]
     plan: dict[str, dict] = {}
@@ -76,13 +80,13 @@ def main() -> None:
         results: dict[str, list[dict]] = {name: [] for name in plan}
         costs: dict[str, dict] = {}  # by overrides
         for overrides in {str(job["overrides"]): job["overrides"] for job in plan.values()}.values():
-            costs[str(overrides)] = start_job({"kind": "cost", "overrides": overrides}, args, Path(scratch))
+            costs[str(overrides)] = run_job({"kind": "cost", "overrides": overrides}, args, Path(scratch))
         precisions = sorted({job["precision"] for job in plan.values()})
-        ceilings = start_job({"kind": "ceilings", "precisions": precisions}, args, Path(scratch))
+        ceilings = run_job({"kind": "ceilings", "precisions": precisions}, args, Path(scratch))
         for turn in range(args.rounds):
             for name, job in plan.items():
                 print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-                results[name].append(start_job(job, args, Path(scratch)))
+                results[name].append(run_job(job, args, Path(scratch)))
     rows = [medians(name, job, results[name], costs[str(job["overrides"])], ceilings) for name, job in plan.items()]
     for row in rows:
         alike = [r for r in rows if (r["kind"], r["overrides"]) == (row["kind"], row["overrides"])]
@@ -121,32 +125,15 @@ def jobs(args) -> dict[str, dict]:
     return plan
 
 
-def name_of(precision: str) -> str:
-    return "fp32" if precision == "no" else precision
-
-
-def start_job(job: dict, args, scratch: Path) -> dict:
-    """The result of a job in a process of its own (or several)."""
-    result = scratch / "result.json"
-    result.unlink(missing_ok=True)
-    job = {
-        "overrides": args.overrides, **job, "config": args.config, "result": str(result), "scratch": str(scratch),
-        "compile": args.compile,
-        "steps": args.steps, "warmup": args.warmup, "sampling_batch": args.sampling_batch, "n_samples": args.n_samples,
+def run_job(job: dict, args, scratch: Path) -> dict:
+    """The result of a job with the settings of the command line."""
+    settings = {
+        "overrides": args.overrides, "config": args.config, "compile": args.compile, "steps": args.steps,
+        "warmup": args.warmup, "sampling_batch": args.sampling_batch, "n_samples": args.n_samples,
         "sampling_batches": args.sampling_batches, "sampling_steps": args.sampling_steps,
-        "feature_extractor": args.feature_extractor, "started": time.time(),
+        "feature_extractor": args.feature_extractor,
     }  # fmt: skip
-    launcher = [sys.executable]
-    if job.get("processes", 1) > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(job["processes"])]
-        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run(
-        [*launcher, "-m", "scripts.benchmark.jobs", json.dumps(job)], capture_output=True, text=True, check=False
-    )
-    if done.returncode or not result.is_file():
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
-        raise UserError(f"{job['kind']}: {(lines or ['it ended without a message'])[0].removeprefix('error: ')}")
-    return json.loads(result.read_text(encoding="utf-8"))
+    return start_job({**settings, **job}, scratch)
 
 
 def medians(name: str, job: dict, results: list[dict], cost: dict, ceilings: dict) -> dict:

@@ -9,17 +9,18 @@ import hashlib
 import json
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 from configs import schema
+from configs.schema import UserError
 from flow.runtime import distributed, files
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from scripts.benchmark import baseline
-from scripts.benchmark.__main__ import name_of
 
 
 class Enough(Exception):
@@ -36,6 +37,31 @@ def main() -> None:
     }[kind](job)  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
         Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def start_job(job: dict, scratch: Path) -> dict:
+    """The result of a job in a process of its own (or several); `scratch` is a folder for what it leaves behind.
+
+    Raises UserError with the last line of a job that fails.
+    """
+    result = scratch / "result.json"
+    result.unlink(missing_ok=True)
+    job = {**job, "result": str(result), "scratch": str(scratch), "started": time.time()}
+    launcher = [sys.executable]
+    if job.get("processes", 1) > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(job["processes"])]
+        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    process = subprocess.run(
+        [*launcher, "-m", "scripts.benchmark.jobs", json.dumps(job)], capture_output=True, text=True, check=False
+    )
+    if process.returncode or not result.is_file():
+        lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")] or process.stderr.splitlines()[-1:]
+        raise UserError(f"{job['kind']}: {(lines or ['it ended without a message'])[0].removeprefix('error: ')}")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def name_of(precision: str) -> str:
+    return "fp32" if precision == "no" else precision
 
 
 def measured(job: dict, timer, images_per_lap: int, forwards: int = 1) -> dict:

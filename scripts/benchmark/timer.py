@@ -21,7 +21,7 @@ class Timer:
         self._clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
         self.laps: list[float] = []  # seconds of each lap
-        self.first_lap = 0.0  # when the first of `timed` ended, in seconds of the epoch
+        self.first_lap = 0.0  # when the first one ended, in seconds of the epoch
         self._open: list[str] = []
         self._thread = threading.get_ident()
         self._since = self._lap = clock()
@@ -46,13 +46,13 @@ class Timer:
         now = self._clock()
         self.laps.append(now - self._lap)
         self._lap = now
+        self.first_lap = self.first_lap or time.time()
 
     def timed(self, items: Iterable[T], warmup: int, count: int) -> Iterator[T]:
         """The items, each with its work a lap, forgotten for the first `warmup` ones; ends after `count` more."""
         for done, item in enumerate(items, start=1):
             yield item
             self.lap()
-            self.first_lap = self.first_lap or time.time()
             if done == warmup:
                 self.restart()
             if done == warmup + count:

@@ -1,5 +1,6 @@
 """Evaluation: the numbers are torch-fidelity's, whatever the number of processes, and the table tells the truth."""
 
+import csv
 import json
 import math
 from dataclasses import replace
@@ -149,7 +150,7 @@ def test_table_files_and_finished_rows(evaluated, here):
     assert [r["first"] for r in rows[:2]] == [0, 60]  # repeats are other images, not the same ones again
     assert rows[0]["metrics"]["FD-digits"] != rows[1]["metrics"]["FD-digits"]
     text = (folder / "results.md").read_text()
-    assert "FD-digits" in text and "FID" not in text and "±" in text
+    assert "FD-digits" in text and "FID" not in text and " (sd " in text
     assert "real (half against half)" in text and "real (half against half)" in (folder / "results.csv").read_text()
     before = (folder / "results.jsonl").read_bytes()
     again = here("evaluate", *command[1:], "--out", folder)
@@ -162,7 +163,7 @@ def test_aggregate_mean_and_spread():
     common = {"weights": "w", "method": "euler", "steps": 2, "NFE": 2, "forwards": 2, "guidance_scale": None, "n": 9}
     rows = [{**common, "first": i, "identity": {}, "metrics": {"FID": v}, "seconds": 1.0} for i, v in enumerate((3.0, 5.0))]
     (entry,) = table.aggregate(rows)
-    assert entry["metrics"]["FID"] == pytest.approx((4.0, math.sqrt(2)))
+    assert entry["metrics"]["FID"][:2] == pytest.approx((4.0, math.sqrt(2)))
     assert entry["ranges"] == 2
 
 
@@ -176,8 +177,8 @@ def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
     rows = table.read_rows(tmp_path)
     (entry,) = table.aggregate(rows)
     assert (entry["ranges"], entry["NFE"], entry["forwards"]) == (3, 75, 150)
-    assert entry["metrics"]["FID"] == pytest.approx((7.5, 0.36056), abs=1e-5)
-    assert "| 75 ± 3.6 | 150 ± 7.2 |" in table.write(tmp_path, rows)
+    assert entry["metrics"]["FID"][:2] == pytest.approx((7.5, 0.36056), abs=1e-5)
+    assert "| 75 (sd 3.6) | 150 (sd 7.2) |" in table.write(tmp_path, rows)
     assert "NFE,NFE_std,forwards,forwards_std" in (tmp_path / "results.csv").read_text()
 
 
@@ -192,6 +193,35 @@ def test_truncated_results_are_read(tmp_path):
     assert not table.contains(tmp_path, {**row, "asked": ["fid", "kid"]})
 
 
+def test_table_shows_intervals(tmp_path):
+    """Of one range its own, of two that of their mean; none where a range does not know its error."""
+    common = {
+        "weights": "a",
+        "method": "euler",
+        "steps": 5,
+        "NFE": 5,
+        "forwards": 5,
+        "n": 100,
+        "seconds": 1.0,
+        "asked": ["fid"],
+    }
+    rows = [
+        {**common, "identity": {"seed": seed}, "first": first, "metrics": {"FID": value}, "standard_errors": errors}
+        for seed, first, value, errors in (
+            (0, 0, 3.0, {"FID": 0.5}), (1, 0, 3.0, {"FID": 0.3}), (1, 100, 5.0, {"FID": 0.4}), (2, 0, 3.0, {"FID": 0.3}),
+            (2, 100, 5.0, {}),
+        )
+    ]  # fmt: skip
+    for row in rows:
+        table.append_row(tmp_path, row)
+    intervals = [entry["metrics"]["FID"].interval for entry in table.aggregate(table.read_rows(tmp_path))]
+    assert intervals == pytest.approx([1.96 * 0.5, 1.96 * 0.25, math.nan], nan_ok=True)
+    text = table.write(tmp_path, rows)
+    assert "3.00 ± 0.98 |" in text and "4.00 ± 0.49 (sd 1.41) |" in text and text.endswith(table.NOTE)
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert [line["FID_interval"][:4] for line in csv.DictReader(file)] == ["0.98", "0.49", ""]
+
+
 def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
     entry = {
         "weights": "w",
@@ -199,7 +229,7 @@ def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
         "method": "euler",
         "guidance_scale": 1.0,
         "NFE": 2,
-        "metrics": {"FID": (4.0, math.nan)},
+        "metrics": {"FID": table.Statistic(4.0, math.nan)},
     }
     plots.distance_against_nfe(tmp_path / "one.png", [entry])
     assert not (tmp_path / "one.png").exists()
@@ -211,7 +241,7 @@ def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
         "method": None,
         "NFE": None,
         "n": 9,
-        "metrics": {"FID": (1.0, math.nan)},
+        "metrics": {"FID": table.Statistic(1.0, math.nan)},
     }
     plots.distance_against_nfe(tmp_path / "control.png", [entry, control])
     assert not (tmp_path / "control.png").exists()

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flow.evaluation import animation, plots
+from flow.evaluation import animation, plots, table
 from flow.sampling import images
 
 
@@ -24,7 +24,12 @@ def figures(monkeypatch) -> list[Figure]:
 
 def entry(nfe: float, fd: float, method: str = "euler", scale: float | None = None) -> dict:
     about = {"weights": "w", "captions": None, "method": method, "guidance_scale": scale, "grid": "uniform", "error": fd}
-    return {**about, "NFE": nfe, "forwards": nfe * (1 if scale in (None, 1) else 2), "metrics": {"FID": (fd, math.nan)}}
+    return {
+        **about,
+        "NFE": nfe,
+        "forwards": nfe * (1 if scale in (None, 1) else 2),
+        "metrics": {"FID": table.Statistic(fd, math.nan)},
+    }
 
 
 def ticks(axes: Axes, axis: str) -> list[float]:

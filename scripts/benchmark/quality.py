@@ -1,0 +1,273 @@
+"""A fair race of training recipes: `python -m scripts.benchmark quality --configs A B --minutes 10 --seeds 3 --out DIR`.
+
+Every recipe trains for the same minutes of the step on this machine: data, network and optimizer; checkpoints and evaluation
+do not count. The seconds of a step come from a trial in which the recipes take turns. The number of steps that follows is
+stored in race.json, so that a run stays a function of its seed. Schedules end with the last step. Then the
+recipes are trained and evaluated in turn, one seed after the other. `--out` gets race.md, race.png (distance against
+minutes), and a folder for each recipe with its runs and their rows. Run it again after a kill: finished work stays.
+"""
+
+import json
+import re
+import shlex
+import statistics
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from configs import schema
+from configs.schema import UserError
+from flow.evaluation import intervals, plots, table
+from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
+from flow.evaluation.metrics import METRICS
+from flow.runtime import cli, files, lock
+from flow.runtime.subprocesses import run_command, train_arguments
+from flow.solvers import SOLVERS
+from scripts.benchmark.jobs import start_job
+
+EXAMPLES = """\
+  python -m scripts.benchmark quality --configs configs/mnist.yaml "configs/mnist.yaml optimizer.lr=2e-3" \\
+      --minutes 3 --seeds 3 --feature_extractor mnist --n_samples 2000 --out runs/race"""
+WARMUP_STEPS = 3  # of a trial, which do not count
+TRIAL_STEPS = 10  # in each of the turns of a trial
+
+
+@dataclass
+class Recipe:
+    """A configuration with overrides, and what the trial found."""
+
+    name: str
+    config: str
+    overrides: list[str]
+    seconds_per_step: float = 0.0
+    steps: int = 0
+
+
+def parse_args(argv: list[str]):
+    parser = cli.Parser(__doc__, EXAMPLES)
+    parser.add_argument("--configs", nargs="+", required=True, metavar="RECIPE", help='a YAML, or "YAML key=value ..."')
+    parser.add_argument("--minutes", type=cli.minutes, required=True, help="of training steps, for each run")
+    parser.add_argument("--seeds", type=cli.at_least(1), default=3, help="runs of each recipe, seeds 0, 1, ... (default: 3)")
+    parser.add_argument("--curve", type=cli.at_least(1), default=4, help="points of the distance in training (default: 4)")
+    parser.add_argument("--trial_rounds", type=cli.at_least(1), default=3, help="turns of the trial (default: 3)")
+    parser.add_argument("--methods", nargs="+", choices=SOLVERS, default=["euler"], help="solvers (default: euler)")
+    parser.add_argument("--sampling_steps", nargs="+", type=cli.at_least(1), default=[20], help="of the solvers (default: 20)")
+    parser.add_argument("--guidance_scale", nargs="+", type=cli.guidance_scale, default=[1.0], help="(default: 1, off)")
+    parser.add_argument("--n_samples", type=cli.at_least(2), default=5_000, help="images a row (default: 5000)")
+    parser.add_argument("--feature_extractor", choices=FEATURE_EXTRACTORS_REGISTRY, default="mnist", help="(default: mnist)")
+    parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
+    parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
+    parser.add_argument("--reference", metavar="DIR|NPZ|NAME", help="real images (default: the training set)")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["fid", "prc", "accuracy"])
+    cli.add_output_flag(parser)
+    return parser.parse(argv)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    recipes = read_recipes(args.configs, args.overrides)
+    with lock.folder(args.out):
+        recipes = fitted(args, recipes)
+        for seed in range(args.seeds):
+            for recipe in recipes:
+                train(args, recipe, seed)
+                evaluate(args, recipe, seed)
+            report(args, recipes, seed + 1)
+    best = recipes[0].name
+    print(
+        cli.summary(
+            f"race.md and race.png in {args.out}",
+            args.start,
+            f"sample with: {cli.sample_command(args.out / best / 'seed_0', best)}",
+        )
+    )
+
+
+def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
+    """The recipes of --configs, each with the overrides that all share.
+
+    Raises UserError for one that is wrong or comes twice.
+    """
+    recipes = []
+    for word in words:
+        config, *own = shlex.split(word)
+        schema.load(config, [*overrides, *own])
+        if key := next((key for key in ("seed", "train.steps") if key in schema.overridden([*overrides, *own])), None):
+            raise UserError(f"--configs {word!r}: {key} is set by the race (--seeds, --minutes)")
+        name = "_".join([Path(config).stem, *(re.sub(r"[^\w.=-]+", "_", o).strip("_") for o in own)])
+        if name in [recipe.name for recipe in recipes]:
+            raise UserError(f"--configs {word!r}: comes twice")
+        recipes.append(Recipe(name, config, [*overrides, *own]))
+    return recipes
+
+
+def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
+    """The recipes with their steps: those of race.json, or of a trial now, which writes it."""
+    path = args.out / "race.json"
+    stored: dict[str, Recipe] = {}
+    if path.is_file():
+        record = files.read_json(path)
+        stored = {entry["name"]: Recipe(**entry) for entry in record["recipes"]}
+        if record["minutes"] != args.minutes:
+            raise UserError(f"--minutes {args.minutes:g}: {path} is of a race of {record['minutes']:g}; name another folder")
+    for recipe in recipes:
+        known = stored.get(recipe.name)
+        if known and (known.config, known.overrides) != (recipe.config, recipe.overrides):
+            raise UserError(f"--out {args.out}: holds a recipe {recipe.name} with other keys; name another folder")
+    new = [recipe for recipe in recipes if recipe.name not in stored]
+    for recipe, seconds in zip(new, trial(args, new), strict=True):
+        recipe.seconds_per_step = seconds
+        recipe.steps = max(1, round(60 * args.minutes / seconds))
+        stored[recipe.name] = recipe
+    files.write_text(path, json.dumps({"minutes": args.minutes, "recipes": [asdict(r) for r in stored.values()]}, indent=1))
+    return [stored[recipe.name] for recipe in recipes]
+
+
+def trial(args, recipes: list[Recipe]) -> list[float]:
+    """Median seconds of a step of each recipe; they take turns, so that a slow minute of the machine hits all."""
+    laps: list[list[float]] = [[] for _ in recipes]
+    with tempfile.TemporaryDirectory() as scratch:
+        for turn in range(args.trial_rounds):
+            for recipe, own in zip(recipes, laps, strict=True):
+                print(f"trial {turn + 1} of {args.trial_rounds}: {recipe.name}", flush=True)
+                config = schema.load(recipe.config, recipe.overrides)
+                job = {
+                    "kind": "train", "variant": "project", "config": recipe.config, "overrides": recipe.overrides,
+                    "precision": config.train.mixed_precision, "compile": config.train.compile,
+                    "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS,
+                }  # fmt: skip
+                own += start_job(job, Path(scratch))["laps"]
+    return [statistics.median(own) for own in laps]
+
+
+def run_dir(args, recipe: Recipe, seed: int) -> Path:
+    return args.out / recipe.name / f"seed_{seed}"
+
+
+def snapshot_steps(args, recipe: Recipe) -> list[int]:
+    """The steps whose snapshots the curve shows; the last one is that of the end."""
+    return sorted({max(1, recipe.steps * k // args.curve) for k in range(1, args.curve + 1)})
+
+
+def train(args, recipe: Recipe, seed: int) -> None:
+    overrides = [
+        *recipe.overrides, f"seed={seed}", f"train.steps={recipe.steps}", "train.sample_every_steps=0", "train.log_with=[]",
+        f"train.checkpoint_every_steps={max(1, recipe.steps // args.curve)}", "train.keep_snapshots=0",
+    ]  # fmt: skip
+    run_command(train_arguments(recipe.config, run_dir(args, recipe, seed), overrides))
+
+
+def evaluate(args, recipe: Recipe, seed: int) -> None:
+    """Rows of the finished run, and of its snapshots on the way at the first of the settings."""
+    run = run_dir(args, recipe, seed)
+    shared = [
+        "--feature_extractor", args.feature_extractor, "--n_samples", str(args.n_samples), "--bspp", "250",
+        "-mp", schema.load(recipe.config, recipe.overrides).train.mixed_precision,
+    ]  # fmt: skip
+    for flag in ("feature_layer", "feature_weights", "reference"):
+        shared += [f"--{flag}", str(value)] if (value := getattr(args, flag)) else []
+    scales = [f"{w:g}" for w in args.guidance_scale]
+    settings = ["--methods", *args.methods, "--sampling_steps", *map(str, args.sampling_steps), "--guidance_scale", *scales]
+    out = ["--out", str(run / "evaluation")]
+    run_command(["evaluate.py", "--weights", str(run), *settings, "--metrics", *args.metrics, *shared, *out])
+    first = ["--methods", args.methods[0], "--sampling_steps", str(args.sampling_steps[0]), "--guidance_scale", scales[0]]
+    for step in snapshot_steps(args, recipe)[:-1]:
+        snapshots = sorted((run / "snapshots").glob(f"step_{step:08d}*.safetensors"))
+        out = ["--no_control", "--out", str(run / "curve")]
+        run_command(["evaluate.py", "--weights", str(snapshots[0]), *first, "--metrics", "fid", *shared, *out])
+
+
+def rows_of(args, recipe: Recipe, seed: int, folder: str = "evaluation") -> list[dict]:
+    """Rows of the table of a run, with as many images as this race asks for."""
+    rows = table.read_rows(run_dir(args, recipe, seed) / folder)
+    return [row for row in rows if row["n"] == args.n_samples]
+
+
+def report(args, recipes: list[Recipe], seeds: int) -> None:
+    """Write and print race.md and draw race.png for the seeds that are finished."""
+    settings, distance = list(settings_of(args)), ""
+    lines: list[list[str]] = []
+    for method, steps, scale in settings:
+        cells: dict[str, list[dict]] = {}
+        for recipe in recipes:
+            cells[recipe.name] = [pick(rows_of(args, recipe, seed), method, steps, scale) for seed in range(seeds)]
+        names = list(cells[recipes[0].name][0]["metrics"])
+        distance = next(name for name in names if name.startswith(("FID", "FD-")))
+        if not lines:
+            head = ["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]
+            lines.append([name for i, name in enumerate(head) if i < 8 or name != distance])
+        base = [row["metrics"][distance] for row in cells[recipes[0].name]]
+        for recipe in recipes:
+            rows = cells[recipe.name]
+            values = [row["metrics"][distance] for row in rows]
+            others = [mean_of([row["metrics"][name] for row in rows], 3) for name in names if name != distance]
+            batch = schema.load(recipe.config, recipe.overrides).train.batch_size
+            change = "" if recipe is recipes[0] else difference(values, base)
+            lines.append([
+                recipe.name, str(recipe.steps), f"{batch / recipe.seconds_per_step:.0f}", method, f"{rows[0]['NFE']:g}",
+                f"{scale:g}", spread(values, [row.get("standard_errors", {}).get(distance) for row in rows]), change, *others,
+            ])  # fmt: skip
+    control = [row for row in rows_of(args, recipes[0], 0) if table.is_control(row)]
+    text = table.markdown(lines)
+    note = [
+        f"{args.minutes:g} minutes of steps a run, {seeds} seed(s), {args.n_samples:,} images a row. {distance}: mean over the "
+        "seeds ± its 95 % interval over samples, then the smallest and the largest seed. Change: to the first recipe, the mean "
+        "over seeds ± its standard error."
+    ]
+    note += [f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.2f}, the floor." for row in control]
+    files.write_text(args.out / "race.md", f"{text}\n\n{' '.join(note)}\n")
+    curves = {recipe.name: curve(args, recipe, seeds, distance) for recipe in recipes}
+    plots.distance_against_minutes(args.out / "race.png", curves, distance, [row["metrics"][distance] for row in control])
+    print(f"\n{text}\n\n{' '.join(note)}", flush=True)
+
+
+def settings_of(args) -> Iterator[tuple[str, int, float]]:
+    """(method, steps, guidance scale) of the rows of a run."""
+    for scale in args.guidance_scale:
+        for method in args.methods:
+            for steps in cli.num_steps(SimpleNamespace(nfe=None, sampling_steps=args.sampling_steps), method):
+                yield method, steps, scale
+
+
+def pick(rows: list[dict], method: str, steps: int, scale: float) -> dict:
+    """The row of these settings; a network without labels has no guidance scale."""
+    return next(
+        row for row in rows
+        if row.get("method") == method and row["steps"] in (steps, None) and row["guidance_scale"] in (scale, None)
+    )  # fmt: skip
+
+
+def curve(args, recipe: Recipe, seeds: int, distance: str) -> list[tuple[float, list[float]]]:
+    """(minutes, distance of each seed) for the snapshots of the runs."""
+    method, steps, scale = next(settings_of(args))
+    points: dict[int, list[float]] = {}
+    for seed in range(seeds):
+        for row in rows_of(args, recipe, seed, "curve"):
+            step = int(row["weights"].rpartition("@")[2])
+            points.setdefault(step, []).append(row["metrics"][distance])
+        final = pick(rows_of(args, recipe, seed), method, steps, scale)
+        points.setdefault(recipe.steps, []).append(final["metrics"][distance])
+    return [(step * recipe.seconds_per_step / 60, values) for step, values in sorted(points.items())]
+
+
+def spread(values: list[float], errors: list[float | None]) -> str:
+    """'2.31 ± 0.08 (2.25 to 2.40)' for the distances of the seeds and their standard errors."""
+    text = f"{statistics.fmean(values):.2f}"
+    known = [error for error in errors if error is not None]
+    if len(known) == len(values):
+        text += f" ± {intervals.NORMAL_95 * sum(error**2 for error in known) ** 0.5 / len(known):.2f}"
+    return text + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+
+
+def difference(values: list[float], base: list[float]) -> str:
+    """The mean over seeds of what a recipe changes, with its standard error."""
+    changes = [a - b for a, b in zip(values, base, strict=True)]
+    error = f" ± {statistics.stdev(changes) / len(changes) ** 0.5:.2f}" if len(changes) > 1 else ""
+    return f"{statistics.fmean(changes):+.2f}{error}"
+
+
+def mean_of(values: list[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.fmean(known):.{digits}f}" if known else ""
