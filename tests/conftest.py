@@ -101,7 +101,6 @@ def accelerate_state():
 
 def prepare(patch: pytest.MonkeyPatch, script: str, *arguments) -> Callable[[], None]:
     """The main of a script, ready to be called in this process, which saves the seconds of a start."""
-    patch.chdir(REPOSITORY)
     patch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
@@ -111,12 +110,14 @@ def prepare(patch: pytest.MonkeyPatch, script: str, *arguments) -> Callable[[], 
 def run_here(script: str, *arguments) -> None:
     """`here` for fixtures that live longer than a test."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPOSITORY)
         prepare(patch, script, *arguments)()
 
 
 @pytest.fixture
 def main_of(monkeypatch):
-    """main_of("sample", *arguments): its main, see `prepare`."""
+    """main_of("sample", *arguments): its main, see `prepare`; the current folder is the repository."""
+    monkeypatch.chdir(REPOSITORY)
     return partial(prepare, monkeypatch)
 
 
