@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, TINY_TRAIN, run_script, succeed
+from conftest import REPOSITORY, TINY_TRAIN, run_here, run_script, succeed
 from safetensors.torch import load_file
 
 from flow.runtime import files
@@ -28,7 +28,7 @@ DROPOUT = (
     "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
     "num_classes: 10, dropout: 0.1}"
 )
-FORTY = [*TINY_TRAIN, DROPOUT, "train.steps=40", "train.checkpoint_every_steps=20", "train.log_every_steps=15"]
+LONGER = [*TINY_TRAIN, DROPOUT, "train.steps=24", "train.checkpoint_every_steps=12", "train.log_every_steps=9"]
 
 KILLED_IN_PREVIEW = """
 import os, signal
@@ -63,23 +63,23 @@ def losses(run: Path) -> list[dict]:
 
 def kill_after_first_checkpoint(run: Path, launcher: list[str]) -> None:
     """Start a training run and kill all of its processes once its first checkpoint is there."""
-    command = [sys.executable, *launcher, "train.py", *FORTY, "-e", str(run)]
+    command = [sys.executable, *launcher, "train.py", *LONGER, "-e", str(run)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.time() + 120
-    while not (run / "checkpoints" / "step_00000020").exists():
+    while not (run / "checkpoints" / "step_00000012").exists():
         assert process.poll() is None and time.time() < deadline, process.stderr.read()
         time.sleep(0.01)
     family = [*psutil.Process(process.pid).children(recursive=True), process]  # the launcher alone would leave its children
     for member in family:
         member.kill()
     process.communicate()
-    assert not (run / "checkpoints" / "step_00000040").exists(), "the run was over before the signal"
+    assert not (run / "checkpoints" / "step_00000024").exists(), "the run was over before the signal"
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("training") / "run"
-    succeed("train.py", *FORTY, "-e", run)
+    run_here("train", *LONGER, "-e", run)
     return run
 
 
@@ -87,9 +87,9 @@ def test_sigterm_saves_and_suggests_resume(tmp_path, monkeypatch, uninterrupted)
     """A run stopped by SIGTERM saves and prints the command that resumes it."""
     monkeypatch.setenv("FLOW_NUM_THREADS", "1")
     run = tmp_path / "run"
-    command = [sys.executable, "train.py", *FORTY, "train.steps=4000", "train.checkpoint_every_steps=0", "-e", str(run)]
+    command = [sys.executable, "train.py", *LONGER, "train.steps=4000", "train.checkpoint_every_steps=0", "-e", str(run)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (run / "metrics.jsonl").exists():  # the first row comes at step 15
+    while not (run / "metrics.jsonl").exists():  # the first row comes at step 9
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -98,7 +98,7 @@ def test_sigterm_saves_and_suggests_resume(tmp_path, monkeypatch, uninterrupted)
     saved = checkpoint.list_checkpoints(run / "checkpoints")
     assert len(saved) == 1 and checkpoint.verify(saved[0]) is None
     step = checkpoint.parse_step(saved[0])
-    assert 15 <= step < 4000
+    assert 9 <= step < 4000
     assert "Traceback" not in err
     (resume,) = re.findall(r"resume with: (.+)", out)
     subprocess.run(f"{resume} train.steps={step + 3}", shell=True, cwd=REPOSITORY, check=True, capture_output=True)
@@ -147,11 +147,11 @@ def test_closed_terminal_stops_run(tmp_path, monkeypatch, nohup):
 def test_two_processes_resume_and_equal_one(tmp_path, monkeypatch):
     """Without dropout, whose masks belong to a process, two processes compute what one does."""
     monkeypatch.setenv("FLOW_NUM_THREADS", "1")
-    plain = [argument for argument in FORTY if argument is not DROPOUT]
+    plain = [argument for argument in LONGER if argument is not DROPOUT]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     torchrun += ["--rdzv_endpoint", "localhost:0"]
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
-    succeed("train.py", *FORTY, "-e", two, processes=2)
+    succeed("train.py", *LONGER, "-e", two, processes=2)
     kill_after_first_checkpoint(resumed, torchrun)
     succeed("train.py", "-e", resumed, "-r", "latest", processes=2)
     assert_same_state(resumed, two)
@@ -160,9 +160,9 @@ def test_two_processes_resume_and_equal_one(tmp_path, monkeypatch):
     # One process goes on from the half of a run of two: the same batches, noise and times, so the same losses.
     both, elastic = tmp_path / "both", tmp_path / "elastic"
     succeed("train.py", *plain, "-e", both, "train.keep_checkpoints=0", processes=2)
-    shutil.copytree(both, elastic, ignore=shutil.ignore_patterns("step_00000040*"))
-    succeed("train.py", "-e", elastic, "-r", "latest")
-    succeed("train.py", *plain, "train.gradient_accumulation_steps=2", "-e", one)
+    shutil.copytree(both, elastic, ignore=shutil.ignore_patterns("step_00000024*"))
+    run_here("train", "-e", elastic, "-r", "latest")
+    run_here("train", *plain, "train.gradient_accumulation_steps=2", "-e", one)
     for other in (elastic, one):
         for a, b in zip(losses(both), losses(other), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -174,13 +174,13 @@ def test_damaged_newest_checkpoint_is_skipped(tmp_path, uninterrupted):
     """A damaged newest checkpoint is named and skipped."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    victim = run / "checkpoints" / "step_00000040" / "optimizer.bin"
+    victim = run / "checkpoints" / "step_00000024" / "optimizer.bin"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     result = succeed("train.py", "-e", run, "-r", "latest")
-    assert "step_00000040 is damaged and skipped: optimizer.bin has changed" in result.stdout
-    assert "resuming from step 20" in result.stdout + result.stderr
+    assert "step_00000024 is damaged and skipped: optimizer.bin has changed" in result.stdout
+    assert "resuming from step 12" in result.stdout + result.stderr
     assert_same_state(run, uninterrupted)
 
 
@@ -216,10 +216,10 @@ def test_kill_after_checkpoint_loses_nothing(here, tmp_path, uninterrupted):
     """A kill after a checkpoint loses neither snapshot nor preview."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    lost, preview = snapshot.find(run), run / "samples" / "step_00000040.png"
+    lost, preview = snapshot.find(run), run / "samples" / "step_00000024.png"
     lost.unlink()
     preview.unlink()
-    unfinished = run / "samples" / ".tmp-step_00000040.png"
+    unfinished = run / "samples" / ".tmp-step_00000024.png"
     unfinished.write_bytes(b"half a picture")
     here("train", "-e", run, "-r", "latest")
     assert lost.read_bytes() == snapshot.find(uninterrupted).read_bytes()
@@ -246,15 +246,15 @@ def test_run_folder_holds_what_the_design_promises(uninterrupted):
     starts = json.loads((uninterrupted / "environment.json").read_text())
     assert starts[0]["processes"] == 1 and starts[0]["packages"]["torch"]
     row = read_metrics(uninterrupted / "metrics.jsonl")[-1]
-    assert row["step"] == 40 and row["images"] == 40 * 32
+    assert row["step"] == 24 and row["images"] == 24 * 32
     assert {"loss", "loss_t_0.0", "loss_t_0.9", "grad_norm", "learning_rate", "images_per_second"} <= row.keys()
-    assert (uninterrupted / "samples" / "step_00000040.png").stat().st_size > 0
-    assert [p.name for p in checkpoint.list_checkpoints(uninterrupted / "checkpoints")] == ["step_00000020", "step_00000040"]
+    assert (uninterrupted / "samples" / "step_00000024.png").stat().st_size > 0
+    assert [p.name for p in checkpoint.list_checkpoints(uninterrupted / "checkpoints")] == ["step_00000012", "step_00000024"]
 
 
 def test_nonfinite_loss_names_step_and_checkpoint(error, tmp_path):
     """A learning rate beyond reason: the run ends with one line, and no checkpoint holds broken weights."""
-    line = error("train", *FORTY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0")
+    line = error("train", *LONGER, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0")
     assert "the loss or gradient of step " in line and "is not finite" in line and "there is no checkpoint yet" in line
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
@@ -262,7 +262,7 @@ def test_nonfinite_loss_names_step_and_checkpoint(error, tmp_path):
 def test_init_from_takes_snapshot_weights(here, tmp_path, uninterrupted):
     """With a learning rate of almost nothing, one step leaves the weights where they began."""
     run = tmp_path / "run"
-    here("train", *FORTY, "-e", run, "train.steps=1", f"train.init_from={uninterrupted}", "optimizer.lr=1e-12")
+    here("train", *LONGER, "-e", run, "train.steps=1", f"train.init_from={uninterrupted}", "optimizer.lr=1e-12")
     before, after = (load_file(snapshot.find(path)) for path in (uninterrupted, run))
     assert max((before[k] - after[k]).abs().max().item() for k in before) < 1e-6
 
