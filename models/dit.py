@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import StepEmbedding, check_counts, check_time_frequency, sinusoidal_embedding, zero_init
+from models.layers import StepEmbedding, attention, check_counts, check_time_frequency, sinusoidal_embedding, zero_init
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
@@ -117,11 +117,11 @@ class DiTBlock(nn.Module):
             q, k = (F.rms_norm(p, p.shape[-1:]) * scale.to(p.dtype) for p, scale in zip((q, k), self.qk_scale, strict=True))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        a = F.scaled_dot_product_attention(q, k, v)
+        a = attention(q, k, v)
         h = h + gate_a * self.proj(a.transpose(1, 2).flatten(2))
         if self.cross_attention and context is not None:
             k, v = (self._split(part) for part in self.key_value(context).chunk(2, dim=2))
-            a = F.scaled_dot_product_attention(self._split(self.query(F.layer_norm(h, h.shape[-1:]))), k, v)
+            a = attention(self._split(self.query(F.layer_norm(h, h.shape[-1:]))), k, v)
             h = h + self.cross_proj(a.transpose(1, 2).flatten(2))
         return h + gate_m * self.mlp(F.layer_norm(h, h.shape[-1:]) * (1 + scale_m) + shift_m)
 
