@@ -99,10 +99,10 @@ SHORT = 256  # tokens: up to so many, torch's attention kernel for CPUs is slowe
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q [B, heads, N, D] and k, v [B, heads, L, D], where mask [B, 1, 1, L] is true.
 
-    Torch's fused kernel, but for training on short sequences on a CPU, where its backward pass is 2 to 6 times slower than
-    matrix products (docs/performance.md).
+    Torch's fused kernel, but for short sequences on a CPU, where its backward pass is 2 to 6 times slower than matrix products
+    (docs/performance.md).
     """
-    if q.device.type != "cpu" or not torch.is_grad_enabled() or k.shape[2] > SHORT:
+    if q.device.type != "cpu" or k.shape[2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, heads, N, L]
     if mask is not None:
