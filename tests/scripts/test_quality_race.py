@@ -1,0 +1,76 @@
+"""The race of recipes: equal minutes, one table, one figure, and a second call that trains nothing again."""
+
+import json
+import shlex
+
+import pytest
+from conftest import TINY, run_here
+from PIL import Image
+
+from flow.evaluation import table
+from flow.training import checkpoint
+from scripts.benchmark import quality
+
+RECIPE = ["configs/digits.yaml", TINY, "train.batch_size=32", "preview.n_samples=4", "preview.sampling_steps=1"]
+FLAGS = ["--minutes", "0.005", "--curve", "2", "--trial_rounds", "1", "--feature_extractor", "digits", "--n_samples", "80"]
+FLAGS += ["--sampling_steps", "1", "--guidance_scale", "1", "2", "--metrics", "fid", "accuracy"]
+
+
+@pytest.fixture
+def race(monkeypatch, here, tmp_path):
+    """race(*recipes, flags): what the race prints, its commands run in this process."""
+
+    def run_command(arguments):
+        commands.append(arguments[0])
+        run_here(arguments[0].removesuffix(".py"), *arguments[1:])
+
+    commands = []
+    monkeypatch.setattr(quality, "run_command", run_command)
+
+    def run(*recipes, flags=()):
+        commands.clear()
+        printed = here("benchmark", "quality", "--configs", *recipes, *FLAGS, *flags, "--out", tmp_path / "race")
+        return printed, list(commands)
+
+    return run
+
+
+def test_two_recipes(race, tmp_path):
+    base, faster = shlex.join(RECIPE), shlex.join([*RECIPE, "optimizer.lr=2e-3"])
+    printed, commands = race(base, faster, flags=["--seeds", "2"])
+    out = tmp_path / "race"
+    record = json.loads((out / "race.json").read_text())
+    assert [entry["steps"] for entry in record["recipes"]] == [
+        max(1, round(0.3 / entry["seconds_per_step"])) for entry in record["recipes"]
+    ]
+    name = record["recipes"][0]["name"]
+    for entry in record["recipes"]:
+        for seed in range(2):
+            run = out / entry["name"] / f"seed_{seed}"
+            assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == entry["steps"]
+            assert f"seed: {seed}" in (run / "config.yaml").read_text()
+            assert [row["guidance_scale"] for row in table.read_rows(run / "evaluation") if row["method"]] == [1.0, 2.0]
+            assert len(table.read_rows(run / "curve")) == min(entry["steps"], 2) - 1
+    text = (out / "race.md").read_text()
+    assert text in printed + "\n" and "2 seed(s)" in text and "the floor" in text
+    rows = [line for line in text.splitlines() if line.startswith(f"| {name}")]
+    assert len(rows) == 4 and all(" to " in row and " ± " in row for row in rows)
+    assert Image.open(out / "race.png").width > 400
+
+    weights = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert race(base, faster, flags=["--seeds", "2"])[1] == commands
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == weights
+
+
+def test_mistakes(error, tmp_path):
+    def refused(*words):
+        return error("benchmark", "quality", *FLAGS, "--out", tmp_path / "race", "--configs", *words)
+
+    assert "comes twice" in refused("configs/digits.yaml", "configs/digits.yaml")
+    assert "train.steps is set by the race" in refused("configs/digits.yaml train.steps=3")
+    assert "unknown key 'optimizer.rl'" in refused("configs/digits.yaml optimizer.rl=3")
+    assert "'0': must be a finite number above 0" in refused("configs/digits.yaml", "--minutes", "0")
+    assert not (tmp_path / "race").exists()
+    (tmp_path / "race").mkdir()
+    (tmp_path / "race" / "race.json").write_text('{"minutes": 3, "recipes": []}')
+    assert "is of a race of 3" in refused("configs/digits.yaml")
