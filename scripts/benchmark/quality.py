@@ -45,7 +45,7 @@ class Recipe:
     steps: int = 0
 
 
-def parse_args(argv: list[str]):
+def parse_args(argv: list[str] | None = None):
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--configs", nargs="+", required=True, metavar="RECIPE", help='a YAML, or "YAML key=value ..."')
     parser.add_argument("--minutes", type=cli.minutes, required=True, help="of training steps, for each run")

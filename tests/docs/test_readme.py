@@ -29,7 +29,7 @@ from scripts import (  # fmt: skip
     train_vae,
 )
 from scripts.benchmark import __main__ as benchmark
-from scripts.benchmark import baseline
+from scripts.benchmark import baseline, quality
 from scripts.dev import fault_injection, gallery, write_configuration
 from scripts.doctor import __main__ as doctor
 
@@ -38,7 +38,8 @@ SCRIPTS = {
     "-m scripts.rectify": rectify, "-m scripts.plot_loss": plot_loss, "-m scripts.optimize_grid": optimize_grid,
     "-m scripts.solver_study": solver_study, "-m scripts.likelihood": likelihood,
     "-m scripts.animate": animate, "-m scripts.compare": compare, "-m scripts.dev.gallery": gallery,
-    "-m scripts.doctor": doctor, "-m scripts.dev.fault_injection": fault_injection, "-m scripts.benchmark": benchmark,
+    "-m scripts.doctor": doctor, "-m scripts.dev.fault_injection": fault_injection,
+    "-m scripts.benchmark quality": quality, "-m scripts.benchmark": benchmark,
     "-m scripts.export": export, "-m scripts.benchmark.baseline": baseline, "-m scripts.export_images": export_images,
     "-m scripts.train_vae": train_vae, "-m scripts.cache_latents": cache_latents,
 }  # fmt: skip
