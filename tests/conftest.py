@@ -30,12 +30,13 @@ MAINS = {  # scripts whose main is not that of the module scripts.NAME
 REPOSITORY = Path(__file__).parent.parent
 
 # A network and a run small enough for seconds.
-TINY = (
+TINY = [
+    "model.name=unet",
     "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
-    "num_classes: 10}"
-)
+    "num_classes: 10}",
+]
 TINY_TRAIN = [
-    "-c", "configs/digits.yaml", TINY, "train.steps=4", "train.batch_size=32", "train.log_every_steps=2",
+    "-c", "configs/digits.yaml", *TINY, "train.steps=4", "train.batch_size=32", "train.log_every_steps=2",
     "train.checkpoint_every_steps=2", "train.sample_every_steps=0", "train.log_with=[]", "preview.n_samples=4",
     "preview.sampling_steps=1", "preview.guidance_scale=1",
 ]  # fmt: skip

@@ -33,13 +33,16 @@ EXAMPLES = """\
   python -m scripts.dev.fault_injection --kills 100 --script sample
   python -m scripts.dev.fault_injection --kills 1000 --seed 1 --out runs/fault_injection"""
 
-TINY_NETWORK = "model.args={width: 16, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], num_classes: 10}"
+TINY_NETWORK = [
+    "model.name=unet",
+    "model.args={width: 16, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], num_classes: 10}",
+]
 TRAIN = [
     "train.batch_size=16", "train.steps=60", "train.checkpoint_every_steps=5", "train.log_every_steps=3",
     "train.sample_every_steps=20", "train.log_with=[]", "ema.half_life_images=[100, 1000]",
 ]  # fmt: skip
 TRAIN_FLOW = [
-    "-c", "configs/digits.yaml", TINY_NETWORK, *TRAIN, "preview.n_samples=4", "preview.sampling_steps=1",
+    "-c", "configs/digits.yaml", *TINY_NETWORK, *TRAIN, "preview.n_samples=4", "preview.sampling_steps=1",
     "preview.guidance_scale=1",
 ]  # fmt: skip
 TRAIN_VAE = [

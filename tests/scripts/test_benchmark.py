@@ -39,7 +39,7 @@ def test_every_job(tmp_path):
     options = [
         "-c",
         "configs/digits.yaml",
-        TINY,
+        *TINY,
         "train.batch_size=16",
         "--parts",
         "train",

@@ -15,7 +15,10 @@ from scripts.doctor import __main__ as doctor
 from scripts.doctor import machine
 from scripts.doctor.trial import Trial
 
-HEALTHY = ["-c", "configs/digits.yaml", TINY, "train.batch_size=32", "preview.n_samples=4", "preview.sampling_steps=1"]
+HEALTHY = [
+    "-c", "configs/digits.yaml", *TINY, "train.batch_size=32", "train.steps=1200", "train.checkpoint_every_steps=400",
+    "preview.n_samples=4", "preview.sampling_steps=1",
+]  # fmt: skip
 
 
 def patient(*overrides: str, device: str = "cpu", processes: int = 1, **made) -> SimpleNamespace:

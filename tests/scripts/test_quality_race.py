@@ -11,7 +11,7 @@ from flow.evaluation import table
 from flow.training import checkpoint
 from scripts.benchmark import quality
 
-RECIPE = ["configs/digits.yaml", TINY, "train.batch_size=32", "preview.n_samples=4", "preview.sampling_steps=1"]
+RECIPE = ["configs/digits.yaml", *TINY, "train.batch_size=32", "preview.n_samples=4", "preview.sampling_steps=1"]
 FLAGS = ["--minutes", "0.005", "--curve", "2", "--trial_rounds", "1", "--feature_extractor", "digits", "--n_samples", "80"]
 FLAGS += ["--sampling_steps", "1", "--guidance_scale", "1", "2", "--metrics", "fid", "accuracy"]
 
