@@ -35,11 +35,12 @@ TINY = [
     "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
     "num_classes: 10}",
 ]
-TINY_TRAIN = [
-    "-c", "configs/digits.yaml", *TINY, "train.steps=4", "train.batch_size=32", "train.log_every_steps=2",
-    "train.checkpoint_every_steps=2", "train.sample_every_steps=0", "train.log_with=[]", "preview.n_samples=4",
-    "preview.sampling_steps=1", "preview.guidance_scale=1",
+TINY_RUN = [
+    "train.steps=4", "train.batch_size=32", "train.log_every_steps=2", "train.checkpoint_every_steps=2",
+    "train.sample_every_steps=0", "train.log_with=[]", "preview.n_samples=4", "preview.sampling_steps=1",
+    "preview.guidance_scale=1",
 ]  # fmt: skip
+TINY_TRAIN = ["-c", "configs/digits.yaml", *TINY, *TINY_RUN]
 
 
 def run_script(*command: str | Path, processes: int = 1, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_TRAIN
+from conftest import TINY_RUN
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -14,7 +14,7 @@ from flow.model import FlowModel
 from flow.sampling import snapshot
 from flow.sampling.images import write_png
 
-MLP = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 8, depth: 1}", "train.steps=2"]
+MLP = [*TINY_RUN, "model.name=mlp", "model.args={width: 8, depth: 1}", "train.steps=2"]
 
 
 def header_of(path) -> dict[str, str]:
@@ -117,7 +117,7 @@ class Plain(nn.Module):
 
 def test_a_network_without_words_on_conditions(here, error, monkeypatch, tmp_path):
     monkeypatch.setitem(models.MODELS, "plain", Plain)
-    here("train", *TINY_TRAIN[:2], *TINY_TRAIN[3:], "model.name=plain", "-e", tmp_path / "run")
+    here("train", "-c", "configs/digits.yaml", *TINY_RUN, "model.name=plain", "-e", tmp_path / "run")
     ask = ["--weights", tmp_path / "run", "--n_samples", "2", "--sampling_steps", "1", "--save_dir", tmp_path / "out"]
     assert "was trained without labels" in error("sample", *ask, "--labels", "1")
     assert "2 images" in here("sample", *ask)
@@ -127,7 +127,7 @@ def test_a_network_without_words_on_conditions(here, error, monkeypatch, tmp_pat
 
 def test_a_network_that_reads_prompts_needs_an_encoder(error, monkeypatch, tmp_path):
     monkeypatch.setitem(models.MODELS, "plain", type("Reader", (Plain,), {"max_prompt_bytes": 8}))
-    line = error("train", *TINY_TRAIN[:2], *TINY_TRAIN[3:], "model.name=plain", "-e", tmp_path / "run")
+    line = error("train", "-c", "configs/digits.yaml", *TINY_RUN, "model.name=plain", "-e", tmp_path / "run")
     assert "Reader has max_prompt_bytes: it needs encode(prompts), and null" in line
 
 

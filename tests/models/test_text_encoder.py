@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_TRAIN
+from conftest import TINY_RUN
 
 import models
 from datasets import captions
@@ -87,7 +87,7 @@ def test_training_and_prompting(tmp_path, here, error):
     run, out = tmp_path / "run", tmp_path / "samples"
     config = tmp_path / "text.yaml"
     config.write_text(yaml.safe_dump({"data": {"name": "digits"}, "model": {"name": "mini_unet", "args": NET}}))
-    arguments = ["-c", config, *(a for a in TINY_TRAIN[2:] if not a.startswith("model.args"))]
+    arguments = ["-c", config, *TINY_RUN]
     here("train", *arguments, "-e", run)
     sample = ["--weights", run, "--n_samples", "6", "--save_dir", out, "--sampling_steps", "2"]
     here(

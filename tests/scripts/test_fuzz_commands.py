@@ -9,14 +9,14 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from conftest import TINY_TRAIN
+from conftest import TINY_RUN
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import schema
 from flow.runtime.errors import cli_main
 
-SMALL = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 8, depth: 1, num_classes: 10}", "train.steps=2"]
+SMALL = [*TINY_RUN, "model.name=mlp", "model.args={width: 8, depth: 1, num_classes: 10}", "train.steps=2"]
 CASES = int(os.environ.get("FLOW_FUZZ_CASES", "2000"))  # of the long test
 SLOW_OR_REMOTE = ("train.compile", "train.steps")  # left alone: minutes of compilation, endless runs
 

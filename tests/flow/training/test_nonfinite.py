@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY_TRAIN
+from conftest import TINY_RUN
 from safetensors.torch import load_file
 
 import datasets
@@ -14,7 +14,7 @@ from flow.training.ema import Ema
 from flow.training.logging import read_metrics
 
 # A network of two layers on the digits, without the configuration file: a step takes milliseconds.
-MLP = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 16, depth: 1}", "train.log_every_steps=1", "train.steps=6"]
+MLP = [*TINY_RUN, "model.name=mlp", "model.args={width: 16, depth: 1}", "train.log_every_steps=1", "train.steps=6"]
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, TINY_TRAIN, succeed
+from conftest import REPOSITORY, TINY_RUN, TINY_TRAIN, succeed
 from safetensors.torch import load_file
 
 from flow.sampling import snapshot
 from flow.training import checkpoint
 from flow.training.logging import read_metrics
 
-MLP = [*TINY_TRAIN[3:], "model.name=mlp", "model.args={width: 64, depth: 2}", "train.log_every_steps=1"]
+MLP = [*TINY_RUN, "model.name=mlp", "model.args={width: 64, depth: 2}", "train.log_every_steps=1"]
 LAUNCHER = [str(Path(sys.executable).with_name("accelerate-launch")), "--multi_gpu", "--main_process_port", "0"]
 
 
