@@ -36,30 +36,30 @@ def race(monkeypatch, here, tmp_path):
 
 
 def test_two_recipes(race, tmp_path):
+    """The second call adds a seed and trains nothing again."""
     base, faster = shlex.join(RECIPE), shlex.join([*RECIPE, "optimizer.lr=2e-3"])
-    printed, commands = race(base, faster, flags=["--seeds", "2"])
+    race(base, faster, flags=["--seeds", "1"])
     out = tmp_path / "race"
-    record = json.loads((out / "race.json").read_text())
-    assert [entry["steps"] for entry in record["recipes"]] == [
-        max(1, round(0.3 / entry["seconds_per_step"])) for entry in record["recipes"]
-    ]
-    name = record["recipes"][0]["name"]
-    for entry in record["recipes"]:
+    recipes = json.loads((out / "race.json").read_text())["recipes"]
+    weights = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    printed, commands = race(base, faster, flags=["--seeds", "2"])
+    assert json.loads((out / "race.json").read_text())["recipes"] == recipes
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
+    assert commands.count("train.py") == 4
+
+    for recipe in recipes:
+        assert recipe["steps"] == max(1, round(0.3 / recipe["seconds_per_step"]))
         for seed in range(2):
-            run = out / entry["name"] / f"seed_{seed}"
-            assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == entry["steps"]
+            run = out / recipe["name"] / f"seed_{seed}"
+            assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == recipe["steps"]
             assert f"seed: {seed}" in (run / "config.yaml").read_text()
             assert [row["guidance_scale"] for row in table.read_rows(run / "evaluation") if row["method"]] == [1.0, 2.0]
-            assert len(table.read_rows(run / "curve")) == min(entry["steps"], 2) - 1
+            assert len(table.read_rows(run / "curve")) == min(recipe["steps"], 2) - 1
     text = (out / "race.md").read_text()
     assert text in printed + "\n" and "2 seed(s)" in text and "the floor" in text
-    rows = [line for line in text.splitlines() if line.startswith(f"| {name}")]
+    rows = [line for line in text.splitlines() if line.startswith(f"| {recipes[0]['name']}")]
     assert len(rows) == 4 and all(" to " in row and " ± " in row for row in rows)
     assert Image.open(out / "race.png").width > 400
-
-    weights = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    assert race(base, faster, flags=["--seeds", "2"])[1] == commands
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == weights
 
 
 def test_mistakes(error, tmp_path):
