@@ -13,7 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flow.losses import Batch, FlowLoss, Losses
 from flow.runtime.errors import cli_main
@@ -82,6 +82,21 @@ def stranger(run: Path, path: Path, replaced: dict[str, str] | None = None, **en
         header["config"] = header["config"].replace(old, new, 1)
     save_file(load_file(source), path, metadata={**header, **entries})
     return path
+
+
+class TwoWeights(nn.Module):
+    """Two weights, a float64 buffer and an integer one."""
+
+    def __init__(self, value: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+        self.register_buffer("scale", torch.full((1,), value, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor([7]))
+
+    def set(self, value: float) -> None:
+        with torch.no_grad():
+            self.weight.fill_(value)
+            self.scale.fill_(value)
 
 
 def loss_at(loss: FlowLoss, net: Callable, x0: Tensor, x1: Tensor, t: Tensor, y: Tensor | None = None) -> Losses:

@@ -18,7 +18,7 @@ def frechet_standard_error(features: np.ndarray, mu: np.ndarray, sigma: np.ndarr
     Gaussians. It estimates the spread of the distance of n samples about its mean at this n, not about its limit for many
     samples. Where the samples have the reference's own distribution it is about 1.5 times too wide.
 
-    None for n <= d, where S is singular and the distance has no derivative.
+    None where the distance has no derivative: for n <= d, where S is singular, and for features that are all the same.
     """
     n, d = features.shape
     if n <= d:
@@ -28,8 +28,10 @@ def frechet_standard_error(features: np.ndarray, mu: np.ndarray, sigma: np.ndarr
     x -= m
     root = symmetric_root(sigma)
     values, vectors = np.linalg.eigh(root @ (x.T @ x / (n - 1)) @ root)
-    # Features that never change have no variance in either set, and take no part.
-    inverse_roots = np.where(values > values[-1] * 1e-12, 1 / np.sqrt(values.clip(values[-1] * 1e-12)), 0)
+    smallest = values[-1] * 1e-12  # below it: features that never change, which take no part
+    if smallest <= 0:
+        return None
+    inverse_roots = np.where(values > smallest, values.clip(smallest) ** -0.5, 0)
     optimal_map = root @ ((vectors * inverse_roots) @ vectors.T) @ root
     influence = 2 * x @ (m - mu) + ((x @ (np.eye(d) - optimal_map)) * x).sum(1)
     return float(influence.std() / np.sqrt(n))

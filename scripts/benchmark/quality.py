@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from configs import schema
 from configs.schema import UserError
@@ -25,6 +24,7 @@ from flow.evaluation.metrics import METRICS
 from flow.runtime import cli, files, lock
 from flow.runtime.subprocesses import run_command, train_arguments
 from flow.solvers import SOLVERS
+from flow.solvers.torchdiffeq import ADAPTIVE
 from scripts.benchmark.jobs import start_job
 
 EXAMPLES = """\
@@ -36,7 +36,7 @@ TRIAL_STEPS = 10  # in each of the turns of a trial
 
 @dataclass
 class Recipe:
-    """A configuration with overrides, and what the trial found."""
+    """A configuration with overrides, and the results of the trial."""
 
     name: str
     config: str
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
                 train(args, recipe, seed)
                 evaluate(args, recipe, seed)
             report(args, recipes, seed + 1)
-    best = recipes[0].name
+        best = min(recipes, key=lambda recipe: final_distance(args, recipe)).name
     print(
         cli.summary(
             f"race.md and race.png in {args.out}",
@@ -194,7 +194,7 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
         for recipe in recipes:
             cells[recipe.name] = [pick(rows_of(args, recipe, seed), method, steps, scale) for seed in range(seeds)]
         names = list(cells[recipes[0].name][0]["metrics"])
-        distance = next(name for name in names if name.startswith(("FID", "FD-")))
+        distance = next(filter(is_distance, names))
         if not lines:
             head = ["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]
             lines.append([name for i, name in enumerate(head) if i < 8 or name != distance])
@@ -227,7 +227,7 @@ def settings_of(args) -> Iterator[tuple[str, int, float]]:
     """(method, steps, guidance scale) of the rows of a run."""
     for scale in args.guidance_scale:
         for method in args.methods:
-            for steps in cli.num_steps(SimpleNamespace(nfe=None, sampling_steps=args.sampling_steps), method):
+            for steps in args.sampling_steps[:1] if method in ADAPTIVE else args.sampling_steps:
                 yield method, steps, scale
 
 
@@ -237,6 +237,17 @@ def pick(rows: list[dict], method: str, steps: int, scale: float) -> dict:
         row for row in rows
         if row.get("method") == method and row["steps"] in (steps, None) and row["guidance_scale"] in (scale, None)
     )  # fmt: skip
+
+
+def final_distance(args, recipe: Recipe) -> float:
+    """The mean distance over the seeds at the first of the settings."""
+    rows = [pick(rows_of(args, recipe, seed), *next(settings_of(args))) for seed in range(args.seeds)]
+    return statistics.fmean(next(v for name, v in row["metrics"].items() if is_distance(name)) for row in rows)
+
+
+def is_distance(column: str) -> bool:
+    """Whether a column of the table is a Frechet distance."""
+    return column.startswith(("FID", "FD-"))
 
 
 def curve(args, recipe: Recipe, seeds: int, distance: str) -> list[tuple[float, list[float]]]:

@@ -10,6 +10,7 @@ from torch import nn
 import models
 from configs import schema
 from configs.schema import UserError
+from flow import path
 from flow.model import FlowModel
 from flow.sampling import snapshot
 from flow.sampling.images import write_png
@@ -146,3 +147,8 @@ def test_yaml_with_environment_is_resumed(here, monkeypatch, tmp_path):
     run = ["-c", tmp_path / "c.yaml", *MLP, "-e", tmp_path / "run"]
     here("train", *run)
     assert "finished step 3" in here("train", *run, "-r", "latest", "train.steps=3")
+
+
+def test_predictions_are_those_of_the_method():
+    """configs/ imports nothing of flow/, so the choices stand in both."""
+    assert schema.PREDICTIONS == path.PREDICTIONS

@@ -230,8 +230,8 @@ def test_full_disk_leaves_last_checkpoint(here, small_disk, tmp_path):
     many = [*TINY_TRAIN, "train.steps=8", "train.keep_checkpoints=0", "train.checkpoint_every_steps=1"]
     line = fail("train.py", *many, "-e", disk / "run")
     assert "was not written" in line and "the latest checkpoint is" in line
-    kept = checkpoint.list_checkpoints(disk / "run" / "checkpoints")
-    assert kept and checkpoint.verify(kept[-1]) is None and str(kept[-1]) in line
+    whole = checkpoint.list_checkpoints(disk / "run" / "checkpoints")
+    assert whole and checkpoint.verify(whole[-1]) is None and str(whole[-1]) in line
     assert not list((disk / "run" / "checkpoints").glob(".tmp-*"))
     roomy = tmp_path / "roomy"
     shutil.copytree(disk / "run", roomy)

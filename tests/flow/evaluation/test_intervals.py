@@ -44,4 +44,8 @@ def test_a_constant_feature_changes_nothing():
 
 
 def test_too_few_samples_have_no_interval():
-    assert frechet_standard_error(np.zeros((4, 4)), np.zeros(4), np.eye(4)) is None
+    assert frechet_standard_error(np.eye(4), np.zeros(4), np.eye(4)) is None
+
+
+def test_equal_samples_have_no_interval():
+    assert frechet_standard_error(np.ones((9, 4)), np.zeros(4), np.eye(4)) is None

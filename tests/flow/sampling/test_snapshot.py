@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TwoWeights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -17,24 +18,9 @@ from flow.training import checkpoint
 SHAPE = (1, 8, 8)
 
 
-class Net(nn.Module):
-    """Two weights, a float64 buffer and an integer one."""
-
-    def __init__(self, value: float = 0.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((2,), value))
-        self.register_buffer("scale", torch.full((1,), value, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor([7]))
-
-    def set(self, value: float) -> None:
-        with torch.no_grad():
-            self.weight.fill_(value)
-            self.scale.fill_(value)
-
-
 def save_snapshot(path: Path, step: int, half_life: int = 500) -> dict[str, Tensor]:
     config = schema.load(None, ["model.args={width: 16}", "train.batch_size=32", "ema.half_life_images=[500,9000]"])
-    weights = {name: value + step for name, value in Net(0.5).state_dict().items()}
+    weights = {name: value + step for name, value in TwoWeights(0.5).state_dict().items()}
     snapshot.save(path, weights, config, SHAPE, step, half_life)
     return weights
 
@@ -49,7 +35,7 @@ def test_a_snapshot_carries_weights_and_configuration(tmp_path):
     assert loaded.weights.keys() == weights.keys()
     for name, value in weights.items():
         assert torch.equal(loaded.weights[name], value) and loaded.weights[name].dtype == value.dtype
-    net = Net()
+    net = TwoWeights()
     loaded.load_into(net)
     assert net.weight.tolist() == [3.5, 3.5] and net.count.item() == 10
 
@@ -71,7 +57,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         loaded.load_into(nn.Linear(1, 2))
     loaded.weights["weight"] = torch.zeros(3)
     with pytest.raises(UserError, match=r"weight is \(3,\) in the file, \(2,\)"):
-        loaded.load_into(Net())
+        loaded.load_into(TwoWeights())
 
 
 def test_files_that_are_no_snapshots(tmp_path):
@@ -91,7 +77,7 @@ def test_files_that_are_no_snapshots(tmp_path):
 
 
 def test_published_snapshots_outlive_their_checkpoints(tmp_path):
-    """Two half-lives, three checkpoints, two kept of each; then the checkpoints go."""
+    """Two half-lives, three checkpoints, of which two stay of each; then the checkpoints go."""
     run, half_lives = tmp_path / "run", [500, 9000]
     assert checkpoint.ema_files(half_lives) == ["ema.safetensors", "ema_9000.safetensors"]
     for step in (9, 10, 11):
@@ -103,8 +89,8 @@ def test_published_snapshots_outlive_their_checkpoints(tmp_path):
     names = ("step_00000010", "step_00000010.ema_9000", "step_00000011", "step_00000011.ema_9000")
     assert {p.name for p in (run / "snapshots").iterdir()} == {f"{name}.safetensors" for name in names}
 
-    newest = run / "snapshots" / "step_00000011.safetensors"
-    assert snapshot.find(run) == newest and snapshot.find(newest) == newest and snapshot.find(run / "snapshots") == newest
+    latest = run / "snapshots" / "step_00000011.safetensors"
+    assert snapshot.find(run) == latest and snapshot.find(latest) == latest and snapshot.find(run / "snapshots") == latest
     assert snapshot.find(saved) == saved / "ema.safetensors"
     shutil.rmtree(run / "checkpoints")
     assert snapshot.load(run).step == 11 and snapshot.load(run).half_life_images == 500

@@ -110,10 +110,10 @@ def test_checkpoint_restores_everything(tmp_path):
     optimizer.step()
     path = checkpoint.save(own, tmp_path, 7, {"updates": 6, "meter": [1.5]}, lambda folder: None)
     assert not list(path.glob("random_states*"))  # nothing random is carried in a state
-    kept = {name: value.clone() for name, value in net.state_dict().items()}
+    saved = {name: value.clone() for name, value in net.state_dict().items()}
     moment = optimizer.state[net.weight]["exp_avg"].clone()
     optimizer.step()
-    assert not torch.equal(net.weight, kept["weight"])
+    assert not torch.equal(net.weight, saved["weight"])
     assert checkpoint.load(own, path) == {"step": 7, "updates": 6, "meter": [1.5]}
-    assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
     assert torch.equal(optimizer.state[net.weight]["exp_avg"], moment)

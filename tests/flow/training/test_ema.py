@@ -2,29 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
+from conftest import TwoWeights
 
 from flow.training.ema import Ema
 
 
-class Net(nn.Module):
-    """Two weights, a float64 buffer and an integer one."""
-
-    def __init__(self, value: float = 0.0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((2,), value))
-        self.register_buffer("scale", torch.full((1,), value, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor([7]))
-
-    def set(self, value: float) -> None:
-        with torch.no_grad():
-            self.weight.fill_(value)
-            self.scale.fill_(value)
-
-
 def test_ema_closed_form():
     """From 0 towards 1: after n steps the average is 1 - 0.5^(n B / H), and one half after a half-life of images."""
-    net = Net(0.0)
+    net = TwoWeights(0.0)
     ema = Ema(net, [1000, 250], warmup_ratio=0)
     net.set(1.0)
     for n in range(1, 11):
@@ -38,7 +23,7 @@ def test_ema_closed_form():
 
 def test_ema_warm_up_shortens_half_life():
     """EMA warm up shortens the half life to a share of the images."""
-    net = Net(0.0)
+    net = TwoWeights(0.0)
     ema = Ema(net, [1000], warmup_ratio=0.5)
     net.set(1.0)
     left = 1.0
@@ -51,7 +36,7 @@ def test_ema_warm_up_shortens_half_life():
 
 def test_ema_applied_restores_weights():
     """EMA applied puts the weights back whatever happens."""
-    net = Net(0.0)
+    net = TwoWeights(0.0)
     ema = Ema(net, [100, 10_000], warmup_ratio=0)
     net.set(1.0)
     ema.update(100, 100)
@@ -68,7 +53,7 @@ def test_ema_applied_restores_weights():
 
 
 def test_ema_integer_buffers_are_taken_not_averaged():
-    net = Net(0.0)
+    net = TwoWeights(0.0)
     ema = Ema(net, [100], warmup_ratio=0)
     net.count.fill_(9)
     ema.update(100, 100)
