@@ -24,6 +24,7 @@ from configs.stored import first_line
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 PREDICTIONS = ("velocity", "data", "noise")
 COUPLINGS = ("independent", "ot", "paired")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine")
 NONFINITE_GRAD = ("raise", "skip")
 INT64_LIMIT = 2**63  # for the whole numbers of torch
@@ -60,7 +61,7 @@ class ModelConfig:
     name: str = "unet"  # a key of models.MODELS
     args: dict[str, Any] = field(
         default_factory=dict
-    )  # arguments of the network; num_classes (N, null, or auto as for data.name=folder): labels; max_prompt_bytes: prompts
+    )  # of the network; num_classes (N, null, auto for data.name=folder): labels; max_prompt_bytes: prompts; data_std: scaling
 
 
 @dataclass
@@ -81,7 +82,10 @@ class LossConfig:
 
 
 @dataclass
-class OptimizerConfig:  # AdamW; weight_decay=0 is Adam
+class OptimizerConfig:
+    name: str = limited(
+        "adamw", choices=OPTIMIZERS
+    )  # adamw | muon (for hidden matrices, AdamW for the rest); see docs/recipes.md
     lr: float = limited(2e-4, above=0)  # peak learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
     eps: float = limited(1e-8, above=0)  # of AdamW

@@ -9,7 +9,9 @@ from torch import nn
 
 from configs.schema import OptimizerConfig, UserError
 from flow.runtime.distributed import full_tensor
+from flow.runtime.errors import error_context
 from flow.training.logging import LossStatistics
+from flow.training.muon import MuonWithAdamW
 
 MAX_SKIPPED_IN_A_ROW = 50  # so many skipped steps mean that there is nothing more to learn
 MIN_LOSS_SCALE = 1.0  # of fp16: below it the gradient overflows without any scaling
@@ -30,9 +32,19 @@ def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> No
         group.update(_options(config))
 
 
-def build_optimizer(net: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
-    """The optimizer of a network on this device; its learning rate is then that of `lr_at` at each step."""
-    return torch.optim.AdamW(net.parameters(), lr=config.lr, fused=device.type in ("cpu", "cuda"), **_options(config))
+def build_optimizer(net: nn.Module, config: OptimizerConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """The optimizer of a network on its device; its learning rate is then that of `lr_at` at each step.
+
+    Raises:
+        UserError: for optimizer.name=muon where the network has nothing for it, or is sharded.
+    """
+    fused = accelerator.device.type in ("cpu", "cuda")
+    if config.name == "muon":
+        if accelerator.is_fsdp2:
+            raise UserError("optimizer.name=muon: needs whole matrices, FSDP2 shards them; use adamw")
+        with error_context("optimizer"):
+            return MuonWithAdamW(net, config.lr, fused, **_options(config))
+    return torch.optim.AdamW(net.parameters(), lr=config.lr, fused=fused, **_options(config))
 
 
 def _options(config: OptimizerConfig) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Trainer:
         self.stop_requested = False
         device = accelerator.device
         distributed.prepare_model(task.net, accelerator, config.train.compile)
-        self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, device))
+        self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, accelerator))
         self.eager = EagerNetwork(task.net, "FSDP2: derivatives of sharded networks" if accelerator.is_fsdp2 else None)
         self.half_lives = schema.half_lives(config)
         self.ema = Ema(task.net, self.half_lives, config.ema.warmup_ratio, task.build_network)

@@ -170,6 +170,15 @@ def test_two_processes_resume_and_equal_one(tmp_path, monkeypatch):
         assert max((ema_a[k] - ema_b[k]).abs().max().item() for k in ema_a) < 1e-4
 
 
+def test_muon_resumes_to_the_same_bits(tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    muon = ["optimizer.name=muon", "model.args.width=32", "train.steps=4", "train.checkpoint_every_steps=2"]
+    run_here("train", *TINY_TRAIN, *muon, "train.keep_checkpoints=0", "-e", straight)
+    shutil.copytree(straight, resumed, ignore=shutil.ignore_patterns("step_00000004*"))
+    run_here("train", "-e", resumed, "-r", "latest")
+    assert_same_state(resumed, straight)
+
+
 def test_damaged_newest_checkpoint_is_skipped(tmp_path, uninterrupted):
     """A damaged newest checkpoint is named and skipped."""
     run = tmp_path / "run"

@@ -1,0 +1,101 @@
+"""Muon for hidden matrices, AdamW for the rest, as one optimizer."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from flow.training.muon import MuonWithAdamW
+
+OPTIONS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.GroupNorm(4, 64), nn.Conv2d(64, 3, 3))
+
+
+def optimizer_of(net: nn.Module) -> MuonWithAdamW:
+    return MuonWithAdamW(net, lr=1e-2, fused=False, **OPTIONS)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_hidden_matrix_by_torch():
+    net, options = network(), {"lr": 1e-2, "weight_decay": 0.01}
+    reference = copy.deepcopy(net)
+    matrix = nn.Parameter(reference[1].weight.detach().reshape(64, 32 * 9).clone())
+    others = [p for p in reference.parameters() if p is not reference[1].weight]
+    muon = torch.optim.Muon([matrix], adjust_lr_fn="match_rms_adamw", **options)
+    adamw = torch.optim.AdamW(others, lr=1e-2, **OPTIONS)
+    optimizer = optimizer_of(net)
+    for step in range(3):
+        train(net, optimizer, range(step, step + 1))
+        reference[1].weight.data.copy_(matrix.detach().view(64, 32, 3, 3))
+        reference.zero_grad()
+        reference(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        matrix.grad = reference[1].weight.grad.reshape(64, -1)
+        muon.step()
+        adamw.step()
+    assert torch.equal(net[1].weight.detach().reshape(64, -1), matrix.detach())
+    assert torch.equal(net[0].weight, reference[0].weight) and torch.equal(net[2].bias, reference[2].bias)
+
+
+def test_step_has_the_size_of_adamw():
+    net = network()
+    before = net[1].weight.detach().clone()
+    train(net, MuonWithAdamW(net, lr=1e-2, fused=False, **{**OPTIONS, "weight_decay": 0.0}), range(1))
+    step = (net[1].weight.detach() - before).square().mean().sqrt().item()
+    assert step == pytest.approx(0.2 * 1e-2, rel=0.3)
+
+
+def test_channels_last():
+    plain, last = network(), network().to(memory_format=torch.channels_last)
+    train(plain, optimizer_of(plain), range(3))
+    train(last, optimizer_of(last), range(3))
+    assert not last[1].weight.is_contiguous()
+    # NOTE: bfloat16 sums over the columns in another order
+    assert (plain[1].weight - last[1].weight).abs().max() < 0.1 * 3e-2 * 0.2
+
+
+def test_resumes_to_the_same_bits():
+    straight, resumed = network(), network()
+    train(straight, optimizer_of(straight), range(6))
+    first = optimizer_of(resumed)
+    train(resumed, first, range(3))
+    second = optimizer_of(resumed)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(resumed, second, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["unet", "mini_unet", "dit"])
+def test_pixels_and_embeddings_stay_with_adamw(name):
+    args = {
+        "unet": {"width": 32, "head_channels": 32},
+        "mini_unet": {"width": 32},
+        "dit": {"width": 64, "depth": 1, "heads": 2},
+    }[name]
+    net = models.build(name, (1, 16, 16), {**args, "num_classes": 10})
+    optimizer = optimizer_of(net)
+    for p in optimizer.matrices:
+        assert p.dim() in (2, 4) and min(p.shape[:2]) >= 32
+    embeddings = [m.weight for m in net.modules() if isinstance(m, nn.Embedding)]
+    assert embeddings and not {id(p) for p in embeddings} & {id(p) for p in optimizer.matrices}
+    modulations = [m.weight for name, m in net.named_modules() if name.endswith("modulation")]
+    assert modulations and not {id(p) for p in modulations} & {id(p) for p in optimizer.matrices}
+    assert math.fsum(p.numel() for p in optimizer.matrices) > 0.5 * sum(p.numel() for p in net.parameters())
+
+
+def test_nothing_for_muon():
+    with pytest.raises(ValueError, match="name=muon: the network has no layer with 32 inputs and outputs; use adamw"):
+        optimizer_of(nn.Linear(2, 2))
