@@ -40,12 +40,17 @@ class FlowModel:
         """Attributes that the network lacks get their defaults: no labels, no prompts, one time.
 
         Raises:
-            ValueError: for two times on another path than the linear one, or with another prediction than the velocity.
+            ValueError: for two times or preconditioning on another path than the linear one, or with another prediction than
+                the velocity.
         """
         for name, value in network_defaults(self.net).items():
             setattr(self.net, name, value)
-        if self.net.two_times and not (isinstance(self.path, LinearPath) and self.prediction == "velocity"):
+        if isinstance(self.path, LinearPath) and self.prediction == "velocity":
+            return
+        if self.net.two_times:
             raise ValueError("two_times=true: a flow map needs flow.path=linear and flow.prediction=velocity")
+        if (data_std := getattr(self.net, "data_std", None)) is not None:
+            raise ValueError(f"data_std={data_std}: preconditioning needs flow.path=linear and flow.prediction=velocity")
 
 
 def network_defaults(net: Any) -> dict[str, int | None]:

@@ -3,6 +3,8 @@
 y is labels [B] where `net.num_classes` is not None, tokens [B, net.max_prompt_bytes] of prompts where that is not None (then
 `net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition. `build_codec(spec)`
 is what stands between images and the latents that a network may be trained on.
+
+Every network takes the argument `data_std` as well: the standard deviation of the data, for `Preconditioned`.
 """
 
 import inspect
@@ -14,6 +16,7 @@ from models.autoencoder import build_codec
 from models.dit import DiT
 from models.mini_unet import MiniUNet
 from models.mlp import MLP
+from models.preconditioning import Preconditioned
 from models.unet import UNet
 
 __all__ = ["MODELS", "build", "build_codec"]
@@ -29,15 +32,18 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
     if name not in MODELS:
         raise ValueError(f"unknown network {name!r}; choose from {', '.join(MODELS)}")
     allowed = {key: p for key, p in inspect.signature(MODELS[name]).parameters.items() if key != "image_shape"}
+    args = dict(args)
+    data_std = args.pop("data_std", None)
     for key, value in args.items():
         if key not in allowed:
-            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(allowed)}")
+            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join([*allowed, 'data_std'])}")
         truth = allowed[key].annotation is bool
         if isinstance(value, bool) != truth:
             raise ValueError(f"{key}={value!r}: must be {'true or false' if truth else 'something else than true or false'}")
     if len(image_shape) != 3 and name != "mlp":
         raise ValueError(f"{name} is a network for images; for points use mlp")
     try:
-        return MODELS[name](image_shape, **args)
+        net = MODELS[name](image_shape, **args)
     except TypeError as error:  # e.g. a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
+    return net if data_std is None else Preconditioned(net, data_std)

@@ -73,13 +73,13 @@ class Snapshot:
         return flow_model(net, self.config, self.codec if decode else None)
 
     def load_into(self, net: nn.Module, optional: str = "") -> None:
-        """Load the weights into the network; those that begin with `optional` may be absent, and stay as they are there.
+        """Load the weights into the network; those whose names hold `optional` may be absent, and stay as they are there.
 
         Raises:
             UserError: that names the first weight that does not fit.
         """
         if optional:
-            missing = {k: v for k, v in net.state_dict().items() if k.startswith(optional) and k not in self.weights}
+            missing = {k: v for k, v in net.state_dict().items() if optional in k and k not in self.weights}
             self = replace(self, weights={**self.weights, **missing})
         self.check_fit(net)
         net.load_state_dict(self.weights)
