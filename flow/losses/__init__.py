@@ -32,10 +32,13 @@ def build(name: str, path: Path, prediction: str, time_sampler: Callable[[Tensor
         raise ValueError(f"unknown loss {name!r}; choose from {', '.join(LOSSES)}")
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}")
-    allowed = [p for p in inspect.signature(LOSSES[name]).parameters if p not in GIVEN]
-    for key in args:
+    allowed = {key: p for key, p in inspect.signature(LOSSES[name]).parameters.items() if key not in GIVEN}
+    for key, value in args.items():
         if key not in allowed:
             raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(allowed) or 'none'}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if allowed[key].annotation in (int, float) and not is_number:
+            raise ValueError(f"{key}={value!r}: must be a number")
     try:
         return LOSSES[name](path=path, prediction=prediction, time_sampler=time_sampler, **args)  # type: ignore[call-arg]
     except TypeError as error:  # a word where a number belongs

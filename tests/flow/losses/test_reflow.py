@@ -53,6 +53,10 @@ def test_distances():
         (lambda: distances.build("pseudo_huber", {"name": 3}), "pseudo_huber has no argument 'name'; it takes c"),
         (lambda: build("flow_matching", "x1"), "unknown prediction 'x1'; choose from velocity, data, noise"),
         (
+            lambda: losses.build("distillation", LinearPath(), "velocity", lambda u: u, {"steps": "two"}),
+            "steps='two': must be a number",
+        ),
+        (
             lambda: losses.build("distil", LinearPath(), "velocity", lambda u: u, {}),
             "unknown loss 'distil'; choose from flow_matching, distillation",
         ),
