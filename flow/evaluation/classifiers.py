@@ -1,7 +1,8 @@
-"""Two small fixed classifiers for digits, registered with torch-fidelity as the feature extractors `digits` and `mnist`.
+"""Three small fixed classifiers, registered with torch-fidelity as the feature extractors `digits`, `mnist` and `cifar10`.
 
-Inception's features mean little on 8x8 or 28x28 grey digits. `scripts/dev/train_classifier.py` trains these; their weights
-are part of the repository, so a Frechet distance measured with them compares between machines and years.
+Inception's features mean little on 8x8 or 28x28 grey digits, and it cannot say how many samples are in their class.
+`scripts/dev/train_classifier.py` trains these; their weights are part of the repository, so a Frechet distance measured with
+them compares between machines and years.
 """
 
 from pathlib import Path
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
-SIDES = {"digits": 8, "mnist": 28}  # pixels
-FEATURES = 64
+SIDES = {"digits": 8, "mnist": 28, "cifar10": 32}  # pixels
+FEATURES, CLASSES = 64, 10
 
 
-class Classifier(nn.Module):
+class DigitClassifier(nn.Module):
     """Grey images [B, 1, side, side] in [0, 1] -> logits [B, 10], by way of 64 features."""
 
     def __init__(self, side: int):
@@ -30,10 +31,46 @@ class Classifier(nn.Module):
         self.features = nn.Sequential(
             *stages, nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels * side * side, FEATURES), nn.ReLU()
         )
-        self.head = nn.Linear(FEATURES, 10)
+        self.head = nn.Linear(FEATURES, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
+
+
+class CifarClassifier(nn.Module):
+    """Color images [B, 3, 32, 32] in [0, 1] -> logits [B, 10], by way of 64 features.
+
+    Three stages of two convolutions, the second with a skip, down to 16, 8 and 4 pixels; then the mean over the pixels.
+    """
+
+    WIDTHS = (64, 112, 112)
+
+    def __init__(self, side: int = 32):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.GELU())
+        channels, self.down, self.residual = 32, nn.ModuleList(), nn.ModuleList()
+        for width in self.WIDTHS:
+            pooled = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2))
+            self.down.append(nn.Sequential(pooled, nn.BatchNorm2d(width), nn.GELU()))
+            self.residual.append(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.GELU()))
+            channels = width
+        self.embedding = nn.Sequential(nn.Linear(channels, FEATURES), nn.GELU())
+        self.head = nn.Linear(FEATURES, CLASSES)
+
+    def features(self, images: Tensor) -> Tensor:
+        h = self.stem(4 * images - 2)
+        for down, residual in zip(self.down, self.residual, strict=True):
+            h = down(h)
+            h = h + residual(h)
+        return self.embedding(h.mean((2, 3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))
+
+
+def build(name: str) -> DigitClassifier | CifarClassifier:
+    """The classifier `name`, untrained."""
+    return (CifarClassifier if name == "cifar10" else DigitClassifier)(SIDES[name])
 
 
 def weights_file(name: str) -> Path:
@@ -45,9 +82,10 @@ class ClassifierFeatures(FeatureExtractorBase):
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs):
         super().__init__(name, features_list)
-        self.side = SIDES[name]
-        self.net = Classifier(self.side)
-        self.net.load_state_dict(load_file(feature_extractor_weights_path or weights_file(name)))
+        self.side, self.net = SIDES[name], build(name)
+        self.grey = isinstance(self.net, DigitClassifier)
+        weights = load_file(feature_extractor_weights_path or weights_file(name))
+        self.net.load_state_dict(weights)  # those of cifar10 are stored in half precision
         self.requires_grad_(False)
         self.eval()
 
@@ -68,15 +106,17 @@ class ClassifierFeatures(FeatureExtractorBase):
         return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        grey = images.float().mean(1, keepdim=True) / 255
-        height, width = grey.shape[-2:]
+        x = images.float() / 255
+        height, width = x.shape[-2:]
         if height != width or height < self.side:
             raise ValueError(
                 f"the extractor takes {self.side}x{self.side} images, not {height}x{width}; it shrinks larger squares"
             )
+        if self.grey:
+            x = x.mean(1, keepdim=True)
         if height > self.side:
-            grey = F.interpolate(grey, size=self.side, mode="bilinear", antialias=True)
-        features = self.net.features(grey)
+            x = F.interpolate(x, size=self.side, mode="bilinear", antialias=True)
+        features = self.net.features(x)
         outputs = {str(FEATURES): features, "logits": self.net.head(features)}
         return tuple(outputs[name] for name in self.features_list)
 

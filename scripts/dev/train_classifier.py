@@ -1,4 +1,4 @@
-"""Train one of the two classifiers that serve as feature extractors: `python -m scripts.dev.train_classifier --name mnist`.
+"""Train one of the classifiers that serve as feature extractors: `python -m scripts.dev.train_classifier --name mnist`.
 
 Writes flow/evaluation/<name>.safetensors with the accuracy on held-out images in its header. Evaluation depends on
 these files: train them again only to change the measure itself.
@@ -7,55 +7,79 @@ these files: train them again only to change the measure itself.
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import RandomAffine
 from tqdm import trange
 
 import datasets
-from flow.evaluation.classifiers import SIDES, Classifier, weights_file
+from flow.evaluation import classifiers
+from flow.evaluation.classifiers import SIDES, weights_file
 from flow.runtime import cli, subprocesses
 from flow.runtime.errors import cli_main
+from flow.training.muon import MuonWithAdamW
 
 EXAMPLES = "  FLOW_DATA=data python -m scripts.dev.train_classifier --name mnist"
-
-
 BATCH = 128
-
-
-EPOCHS = {"digits": 100, "mnist": 6}
+EPOCHS = {"digits": 100, "mnist": 6, "cifar10": 10}
+MAX_SHIFT = 4  # pixels, of cifar10
 
 
 def main() -> None:
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--name", choices=tuple(SIDES), required=True)
-    cli.add_count_flag(parser, "--epochs", "passes over the data (default: 100 for digits, 6 for mnist)")
+    epochs_text = ", ".join(f"{count} for {name}" for name, count in EPOCHS.items())
+    cli.add_count_flag(parser, "--epochs", f"passes over the data (default: {epochs_text})")
     cli.add_seed_flag(parser, 0, "weights and order")
     args = parser.parse()
     epochs = args.epochs or EPOCHS[args.name]
     train_x, train_y, test_x, test_y = split(args.name, args.seed)
 
     torch.manual_seed(args.seed)
-    net = Classifier(SIDES[args.name])
+    net = classifiers.build(args.name)
     steps = epochs * len(train_x) // BATCH
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    augment = RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.92, 1.08))
-    for _ in trange(steps, desc=args.name):
-        indices = torch.randint(len(train_x), (BATCH,))
-        loss = F.cross_entropy(net(augment(train_x[indices])), train_y[indices])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    color = args.name == "cifar10"
+    if color:
+        net = net.to(memory_format=torch.channels_last)
+        lr, augment = 6e-3, flipped_and_shifted
+        optimizer: torch.optim.Optimizer = MuonWithAdamW(net, lr, fused=True, weight_decay=2e-2)
+    else:
+        lr, augment = 2e-3, RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.92, 1.08))
+        optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=not color)
+    with trange(steps, desc=args.name) as bar:
+        for step in bar:
+            indices = torch.randint(len(train_x), (BATCH,))
+            with torch.autocast("cpu", torch.bfloat16, enabled=color):
+                logits = net(augment(train_x[indices]))
+            loss = F.cross_entropy(logits.float(), train_y[indices], label_smoothing=0.1 * color)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if step % 100 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    if color:  # half precision halves the file
+        net.load_state_dict({k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()})
     correct = accuracy(net, test_x, test_y)
     header = {"test_accuracy": f"{correct:.4f}", "test_images": str(len(test_x)), "epochs": str(epochs)}
-    save_file(net.state_dict(), weights_file(args.name), metadata=header)
+    weights = {k: (v.half() if color and v.is_floating_point() else v).contiguous() for k, v in net.state_dict().items()}
+    save_file(weights, weights_file(args.name), metadata=header)
     result = f"{weights_file(args.name)}: accuracy {correct:.2%} on {len(test_x)} held-out images"
     print(cli.summary(result, args.start, f"run the tests with: {subprocesses.command('-m', 'pytest')}"))
 
 
+def flipped_and_shifted(images: Tensor) -> Tensor:
+    """Images [B, C, H, W], each mirrored with probability 1/2 and moved by up to MAX_SHIFT pixels, reflected at the edge."""
+    b, _, height, width = images.shape
+    padded = F.pad(images, [MAX_SHIFT] * 4, mode="reflect")
+    dy, dx = torch.randint(2 * MAX_SHIFT + 1, (2, b, 1))
+    rows, columns = dy + torch.arange(height), dx + torch.arange(width)  # [B, H], [B, W]
+    columns = torch.where(torch.rand(b, 1) < 0.5, columns.flip(1), columns)
+    return padded[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
 def split(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and held-out images, float32 [N, 1, H, W] in [0, 1], and labels [N]."""
+    """Training and held-out images, float32 [N, C, H, W] in [0, 1], and labels [N]."""
     if name == "digits":  # one set of 1,797: a random sixth is held out
         data = datasets.build("digits", None, {})
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
@@ -67,7 +91,7 @@ def split(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def accuracy(net: Classifier, x: Tensor, y: Tensor) -> float:
+def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     net.eval()
     return (torch.cat([net(part) for part in x.split(1000)]).argmax(1) == y).float().mean().item()
 

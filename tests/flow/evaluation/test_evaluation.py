@@ -17,6 +17,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 import datasets
 from flow.evaluation import metrics, plots, reference, runner, table
+from flow.evaluation.classifiers import weights_file
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.noise import generator
@@ -256,6 +257,17 @@ def test_npz_reference_serves_the_distance_alone(tmp_path, extractor, real):
     found = metrics.evaluate(Comparison(extractor, samples, loaded), metrics.METRICS)
     expected = metrics.evaluate(Comparison(extractor, samples, real), ["fid"])
     assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("mnist", 0.98), ("cifar10", 0.85)])
+def test_classifiers_know_held_out_images(request, name, least):
+    """From a file under 1 MB; the digits saw most of these in training."""
+    root = None if name == "digits" else request.getfixturevalue("real_data")
+    data = datasets.build(name, root, {} if name == "digits" else {"train": False})
+    extractor = Extractor(name, None, None, CPU)
+    logits = extractor(data.images[:500])["logits"]
+    assert (logits.argmax(1) == data.labels[:500]).float().mean() > least
+    assert weights_file(name).stat().st_size < 1e6
 
 
 def test_only_inception_2048_is_called_fid():
