@@ -38,7 +38,7 @@ def feature_weights(image_shape: tuple[int, ...]) -> tuple[str, str]:
     if len(image_shape) == 1:
         return "pass", "points are measured as they are"
     for name, side in SIDES.items():
-        if image_shape[1:] == (side, side) and (image_shape[0] == 3) == (name == "cifar10"):
+        if image_shape == (1, side, side) and name != "cifar10":
             return "pass", f"evaluate with --feature_extractor {name}, whose weights are part of the repository"
     file = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     if file.is_file():
