@@ -1,6 +1,6 @@
 """Three small fixed classifiers, registered with torch-fidelity as the feature extractors `digits`, `mnist` and `cifar10`.
 
-Inception's features mean little on 8x8 or 28x28 grey digits, and it cannot say how many samples are in their class.
+Inception's features mean little on 8x8 or 28x28 grey digits, and Inception cannot tell whether a sample shows its class.
 `scripts/dev/train_classifier.py` trains these; their weights are part of the repository, so a Frechet distance measured with
 them compares between machines and years.
 """
@@ -45,7 +45,7 @@ class CifarClassifier(nn.Module):
 
     WIDTHS = (64, 112, 112)
 
-    def __init__(self, side: int = 32):
+    def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.GELU())
         channels, self.down, self.residual = 32, nn.ModuleList(), nn.ModuleList()
@@ -70,7 +70,7 @@ class CifarClassifier(nn.Module):
 
 def build(name: str) -> DigitClassifier | CifarClassifier:
     """The classifier `name`, untrained."""
-    return (CifarClassifier if name == "cifar10" else DigitClassifier)(SIDES[name])
+    return CifarClassifier() if name == "cifar10" else DigitClassifier(SIDES[name])
 
 
 def weights_file(name: str) -> Path:

@@ -53,9 +53,8 @@ class Extractor:
         except Exception as error:  # downloads and state dicts fail in many ways
             reason = f"its weights could not be loaded ({first_line(error)})"
             raise ValueError(f"--feature_extractor {name}: {reason}; give a file with --feature_weights") from None
-        self.net.eval().to(device).to(
-            memory_format=torch.channels_last
-        )  # Inception on a CPU: twice as fast (docs/performance.md)
+        self.net.eval().to(device)
+        self.net.to(memory_format=torch.channels_last)  # Inception is 1.4 times as fast on a CPU (docs/performance.md)
         digest = hashlib.sha256()
         for key, value in self.net.state_dict().items():
             digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())

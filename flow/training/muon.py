@@ -14,9 +14,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     and convolutions; AdamW for norms, biases, embeddings, the layers that touch pixels, and those of the embedding of time, on
     which Muon would cost as much as on the rest of a small U-Net.
 
-    A convolution counts as the matrix [outputs, inputs * height * width]. The size of a step is 0.2 sqrt(max(side)), the
-    root mean square of a step of AdamW, so that both take the same learning rate and weight decay (Liu et al. 2025,
-    arXiv:2502.16982, eq. 4).
+    A convolution counts as the matrix [outputs, inputs * height * width]. An orthogonal step is scaled by
+    0.2 sqrt(max(rows, columns)) to the root mean square of a usual step of AdamW, so that both take the same learning rate and
+    weight decay (`adjust_lr_fn="match_rms_adamw"` of torch.optim.Muon; Liu et al. 2025, arXiv:2502.16982).
 
     Parameters and gradients belong to the network; `torch.optim.Muon`, which takes matrices alone, works on views of them.
     """

@@ -58,11 +58,12 @@ def main() -> None:
             schedule.step()
             if step % 100 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-    if color:  # half precision halves the file
-        net.load_state_dict({k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()})
+    weights = {name: value.contiguous() for name, value in net.state_dict().items()}
+    if color:  # half precision halves the file; the accuracy is that of the file
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+        net.load_state_dict(weights)
     correct = accuracy(net, test_x, test_y)
     header = {"test_accuracy": f"{correct:.4f}", "test_images": str(len(test_x)), "epochs": str(epochs)}
-    weights = {k: (v.half() if color and v.is_floating_point() else v).contiguous() for k, v in net.state_dict().items()}
     save_file(weights, weights_file(args.name), metadata=header)
     result = f"{weights_file(args.name)}: accuracy {correct:.2%} on {len(test_x)} held-out images"
     print(cli.summary(result, args.start, f"run the tests with: {subprocesses.command('-m', 'pytest')}"))
