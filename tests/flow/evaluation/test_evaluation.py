@@ -260,8 +260,8 @@ def test_npz_reference_serves_the_distance_alone(tmp_path, extractor, real):
 
 
 @pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("mnist", 0.98), ("cifar10", 0.85)])
-def test_classifiers_know_held_out_images(request, name, least):
-    """From a file under 1 MB; the digits saw most of these in training."""
+def test_classifiers_know_their_classes(request, name, least):
+    """From a file under 1 MB; images of the test split, but for the digits, which have none."""
     root = None if name == "digits" else request.getfixturevalue("real_data")
     data = datasets.build(name, root, {} if name == "digits" else {"train": False})
     extractor = Extractor(name, None, None, CPU)
