@@ -107,7 +107,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
     with lock.folder(out, accelerator):
         runner.evaluate_snapshot(
-            settings, accelerator, out, snap, model, plan, subject, captions_of, args.mixed_precision, not labels
+            settings, accelerator, out, snap, model, plan, subject, captions_of, accelerator.mixed_precision, not labels
         )
     row = plan[-1]
     flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]

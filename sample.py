@@ -63,7 +63,7 @@ def main() -> None:
     with lock.folder(args.save_dir, accelerator):
         folder = args.save_dir / "images"
         if accelerator.is_main_process:
-            output.check_output_dir(args.save_dir, snap, settings, net.num_classes, args.mixed_precision, args.bspp)
+            output.check_output_dir(args.save_dir, snap, settings, net.num_classes, accelerator.mixed_precision, args.bspp)
             if not snap.space.is_points:
                 folder.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()

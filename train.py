@@ -11,7 +11,7 @@ EXAMPLES = """\
   accelerate-launch train.py -c configs/mnist.yaml
   accelerate-launch train.py -c configs/mnist.yaml -e runs/wide model.args.width=96 train.steps=20_000
   accelerate-launch train.py -c configs/mnist.yaml -r latest
-  accelerate-launch --multi_gpu --num_processes 8 train.py -c configs/cifar10.yaml -mp bf16"""
+  accelerate-launch --multi_gpu --num_processes 8 train.py -c configs/cifar10.yaml -mp auto"""
 
 
 def parse_args():

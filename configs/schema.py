@@ -22,10 +22,11 @@ from configs import stored
 from configs.stored import first_line
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
+PRECISION_CHOICES = ("auto", *MIXED_PRECISIONS)
 PREDICTIONS = ("velocity", "data", "noise")
 COUPLINGS = ("independent", "ot", "paired")
 OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
 NONFINITE_GRAD = ("raise", "skip")
 INT64_LIMIT = 2**63  # for the whole numbers of torch
 _ARGS_OF = {  # a name and its arguments; those of another name mean nothing to it
@@ -91,7 +92,7 @@ class OptimizerConfig:
     eps: float = limited(1e-8, above=0)  # of AdamW
     weight_decay: float = limited(0.0, min=0)  # of AdamW
     warmup_steps: int = limited(0, min=0)  # linear from 0
-    schedule: str = limited("constant", choices=SCHEDULES)  # constant | linear | cosine, down to 0 at train.steps
+    schedule: str = limited("constant", choices=SCHEDULES)  # constant | linear | cosine | wsd; all but the first end at 0
     clip_grad_norm: float = limited(1.0, min=0)  # 0: off
 
 
@@ -106,7 +107,9 @@ class TrainConfig:
     steps: int = limited(100_000, min=1)  # optimizer steps
     batch_size: int = limited(128, min=1)  # images per optimizer step, over all processes and micro-batches
     gradient_accumulation_steps: int = limited(1, min=1)  # micro-batches per optimizer step
-    mixed_precision: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16
+    mixed_precision: str = limited(
+        "no", choices=PRECISION_CHOICES
+    )  # no | fp16 | bf16 | auto: bf16 where the device has instructions for it, else no
     compile: bool = False  # torch.compile the network
     ddp_comm_hook: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16: precision of gradients between processes
     init_from: str | None = None  # snapshot whose weights a new run starts from

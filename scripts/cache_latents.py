@@ -41,7 +41,7 @@ EXAMPLES = """\
   python -m scripts.cache_latents --vae runs/mnist_vae/autoencoder --save_dir data/mnist64_latents \\
       data.name=folder data.args='{path: data/mnist64, channels: 1}' --check 1000 --feature_extractor mnist
   accelerate-launch --multi_gpu --num_processes 8 -m scripts.cache_latents --vae stabilityai/sd-vae-ft-mse \\
-      --save_dir data/celebahq_latents data.name=folder data.args='{path: data/celebahq, size: 256}' -mp bf16"""
+      --save_dir data/celebahq_latents data.name=folder data.args='{path: data/celebahq, size: 256}' -mp auto"""
 SHOWN = 32  # pairs of the picture of --check
 
 
@@ -61,6 +61,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
+    args.mixed_precision = distributed.resolve_precision(args.mixed_precision)
     source = schema.load(args.config, args.overrides).data
     accelerator = distributed.build_accelerator(args.mixed_precision)
     with error_context("data"):

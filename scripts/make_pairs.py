@@ -37,7 +37,7 @@ from flow.solvers import DETERMINISTIC
 EXAMPLES = """\
   python -m scripts.make_pairs --weights runs/mnist_mini_cond --n_pairs 20000 --save_dir runs/pairs --guidance_scale 1.5
   accelerate-launch --multi_gpu --num_processes 8 -m scripts.make_pairs --weights runs/cifar10 --n_pairs 1000000 \\
-      --save_dir runs/cifar10_pairs --sampling_method heun --sampling_steps 18 --real_fraction 0.2 -mp bf16"""
+      --save_dir runs/cifar10_pairs --sampling_method heun --sampling_steps 18 --real_fraction 0.2 -mp auto"""
 
 
 def parse_args():
@@ -98,7 +98,7 @@ def main() -> None:
         "guidance_scale": args.guidance_scale,
         "seed": args.seed,
         "labels": labels,
-        "mixed_precision": args.mixed_precision,
+        "mixed_precision": accelerator.mixed_precision,
         "bspp": args.bspp,
         "generated": args.n_pairs - inverted,
         "inverted": inverted,

@@ -158,7 +158,7 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     for r in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
         same = r["n"] == args.num_fid_images and r.get("guidance_scale") in (None, args.guidance_scale)
         of = r["identity"]
-        precision, extractor = args.mixed_precision, args.feature_extractor
+        precision, extractor = distributed.resolve_precision(args.mixed_precision), args.feature_extractor
         keys = (of.get("weights_sha256"), of.get("mixed_precision"), of.get("extractor", [None])[0])
         if same and keys == (weights, precision, extractor):
             metrics_of[r["method"], r["steps"], json.dumps(of["times"])] = r["metrics"]

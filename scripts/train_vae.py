@@ -15,7 +15,7 @@ EXAMPLES = """\
   python -m scripts.train_vae -c configs/mnist_vae.yaml
   python -m scripts.train_vae -c configs/mnist_vae.yaml -r latest
   accelerate-launch --multi_gpu --num_processes 8 -m scripts.train_vae -e runs/celebahq_vae data.name=folder \\
-      data.args='{path: data/celebahq, size: 256}' train.init_from=stabilityai/sd-vae-ft-mse optimizer.lr=1e-5 -mp bf16"""
+      data.args='{path: data/celebahq, size: 256}' train.init_from=stabilityai/sd-vae-ft-mse optimizer.lr=1e-5 -mp auto"""
 
 
 def parse_args():

@@ -100,7 +100,7 @@ def parse_training(parser: Parser) -> argparse.Namespace:
     """The command line of a trainer: -c, -e, -mp, which becomes an override, and configuration keys."""
     add_config_flag(parser, "configuration; a resumed run defaults to its own")
     parser.add_argument("-e", "--exp_dir", metavar="DIR", type=Path, help="run folder (default: runs/<name of the YAML>)")
-    parser.add_argument("-mp", "--mixed_precision", choices=schema.MIXED_PRECISIONS, help="sets train.mixed_precision")
+    parser.add_argument("-mp", "--mixed_precision", choices=schema.PRECISION_CHOICES, help="sets train.mixed_precision")
     args = parser.parse()
     if args.mixed_precision:
         args.overrides.append(f"train.mixed_precision={args.mixed_precision}")
@@ -173,7 +173,7 @@ def add_compile_flag(parser: argparse.ArgumentParser) -> None:
 
 def add_precision_flag(parser: argparse.ArgumentParser, use: str = "the network") -> None:
     """-mp, of scripts that do not train."""
-    choices = schema.MIXED_PRECISIONS
+    choices = schema.PRECISION_CHOICES
     parser.add_argument("-mp", "--mixed_precision", choices=choices, default="no", help=f"of {use} (default: no)")
 
 

@@ -14,15 +14,20 @@ from flow.training.logging import LossStatistics
 from flow.training.muon import MuonWithAdamW
 
 MAX_SKIPPED_IN_A_ROW = 50  # so many skipped steps mean that there is nothing more to learn
+DECAY_SHARE = 0.2  # of schedule wsd
 MIN_LOSS_SCALE = 1.0  # of fp16: below it the gradient overflows without any scaling
 
 
 def lr_at(config: OptimizerConfig, update: int, total: int) -> float:
-    """lr of update number `update` (from 0) of `total`: linear warm-up from 0, then constant, linear or cosine to 0."""
+    """lr of update number `update` (from 0) of `total`: linear warm-up from 0, then constant, linear or cosine to 0. With wsd it
+    is constant until the last DECAY_SHARE of the updates, and then linear to 0: warm-up, stable, decay (Hu et al. 2024,
+    arXiv:2404.06395) with the linear cooldown of Hägele et al. 2024 (arXiv:2405.18392).
+    """
     warmup = min(1.0, (update + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     progress = min(1.0, max(0, update - config.warmup_steps) / max(1, total - config.warmup_steps))
-    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[config.schedule]
-    return config.lr * warmup * decay
+    cooldown = min(1.0, (1 - progress) / DECAY_SHARE)
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "wsd": cooldown}
+    return config.lr * warmup * decay[config.schedule]
 
 
 def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:

@@ -22,6 +22,7 @@ from flow.evaluation import intervals, plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.runtime import cli, files, lock
+from flow.runtime.distributed import resolve_precision
 from flow.runtime.subprocesses import run_command, train_arguments
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
@@ -135,7 +136,7 @@ def trial(args, recipes: list[Recipe]) -> list[float]:
                 config = schema.load(recipe.config, recipe.overrides)
                 job = {
                     "kind": "train", "variant": "project", "config": recipe.config, "overrides": recipe.overrides,
-                    "precision": config.train.mixed_precision, "compile": config.train.compile,
+                    "precision": resolve_precision(config.train.mixed_precision), "compile": config.train.compile,
                     "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS,
                 }  # fmt: skip
                 own += start_job(job, Path(scratch))["laps"]

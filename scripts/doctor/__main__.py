@@ -34,8 +34,8 @@ from scripts.doctor.trial import STEPS, Trial, try_training
 
 EXAMPLES = """\
   python -m scripts.doctor -c configs/mnist.yaml
-  python -m scripts.doctor -c configs/cifar10.yaml -mp bf16 train.batch_size=256
-  accelerate-launch --config_file configs/accelerate/eight_gpus.yaml -m scripts.doctor -c configs/cifar10.yaml -mp bf16"""
+  python -m scripts.doctor -c configs/cifar10.yaml -mp auto train.batch_size=256
+  accelerate-launch --config_file configs/accelerate/eight_gpus.yaml -m scripts.doctor -c configs/cifar10.yaml -mp auto"""
 
 
 IMAGES_LOOKED_AT = 500
@@ -108,9 +108,9 @@ def devices(context: Context) -> Lines:
         yield "fail", f"{text}: there is an NVIDIA GPU that torch {torch.__version__} does not see; install torch with CUDA"
     else:
         yield "pass", text
-    precision = context.cfg.train.mixed_precision
+    precision = accelerator.mixed_precision
     if gpus and precision == "no" and torch.cuda.is_bf16_supported():
-        yield "warn", "train.mixed_precision=no: this GPU has bf16, which is faster; start with -mp bf16"
+        yield "warn", "train.mixed_precision=no: this GPU has bf16, which is faster; start with -mp auto"
     else:
         yield "pass", f"train.mixed_precision={precision}"
 

@@ -278,5 +278,5 @@ def test_the_precision_no_is_a_word(tmp_path):
     assert schema.load(tmp_path / "c.yaml").train.mixed_precision == "no"
     assert schema.load(None, ["train.mixed_precision=bf16", "train.mixed_precision=no"]).train.mixed_precision == "no"
     assert schema.parse(schema.dump(schema.load())).train.mixed_precision == "no"
-    with pytest.raises(schema.UserError, match="mixed_precision=fp8: must be one of no, fp16, bf16"):
+    with pytest.raises(schema.UserError, match="mixed_precision=fp8: must be one of auto, no, fp16, bf16"):
         schema.load(None, ["train.mixed_precision=fp8"])

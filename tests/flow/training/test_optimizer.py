@@ -16,6 +16,8 @@ from flow.training.optimizer import lr_at
         ("linear", 2, [0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8, 0]),
         ("cosine", 0, [(1 + np.cos(np.pi * k / 10)) / 2 for k in range(11)]),
         ("cosine", 2, [0.5, 1, *[(1 + np.cos(np.pi * k / 8)) / 2 for k in range(9)]]),
+        ("wsd", 0, [1] * 9 + [0.5, 0]),
+        ("wsd", 5, [0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1, 0]),
         ("constant", 20, [(k + 1) / 20 for k in range(11)]),  # a warm-up longer than the run
     ],
 )
