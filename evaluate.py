@@ -21,7 +21,7 @@ from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, snapshot
 from flow.sampling.conditions import conditions_in_turn
-from flow.sampling.settings import SamplerSettings, validate
+from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
 
 EXAMPLES = """\
@@ -98,6 +98,8 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
                 with error_context("evaluate"):
                     validate(sampler, net)
                 plan.append(sampler)
+    for note in dict.fromkeys(filter(None, (guidance_note(sampler, model) for sampler in plan))):
+        accelerator.print(f"note: {note}")
     path = Path(args.weights)
     out = args.out or (path if path.is_dir() else path.parent) / "evaluation"
     subject = {

@@ -8,7 +8,7 @@ little on its batch, so --bspp must stay the same). An interrupted run resumes. 
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, images, output, snapshot
-from flow.sampling.settings import SamplerSettings, validate
+from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
 
 EXAMPLES = """\
@@ -60,6 +60,8 @@ def main() -> None:
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
     accelerator = distributed.build_accelerator(args.mixed_precision)
+    if note := guidance_note(settings, model):
+        accelerator.print(f"note: {note}")
     with lock.folder(args.save_dir, accelerator):
         folder = args.save_dir / "images"
         if accelerator.is_main_process:

@@ -2,7 +2,8 @@
 
 A folder holds manifest.json and shards (datasets/shards.py) with images float16 [n, C, H, W] (of a flow on latents: those)
 and labels int64 [n] where there are any. The noise of generated images is a function of (seed, index) and not stored; that
-of inverted real images is (noise, float16).
+of inverted real images is (noise, float16). With `make_pairs --keep_states K` a shard also holds K states of each path
+between noise and image, float16 [n, K, C, H, W].
 """
 
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Pairs(Images):
     seed: int  # of the noise of the generated ones
     generated: int
     noise: Tensor | None  # float16 [N - generated, C, H, W]
+    states: Tensor | None = None  # float16 [N, K, C, H, W], of each path from noise to image, between the two
+    state_times: tuple[float, ...] = ()  # of the K states, in (0, 1), rising
 
 
 def pairs(root: Path, path: str) -> Pairs:
@@ -40,7 +43,7 @@ def pairs(root: Path, path: str) -> Pairs:
     """
     folder = resolve_path(root, path)
     manifest = read_manifest(folder)
-    parts: dict[str, list[Tensor]] = {"images": [], "labels": [], "noise": []}
+    parts: dict[str, list[Tensor]] = {"images": [], "labels": [], "noise": [], "states": []}
     for shard in shards_of(manifest):
         damage = verify_shard(folder, shard)
         if damage:
@@ -55,6 +58,8 @@ def pairs(root: Path, path: str) -> Pairs:
         seed=manifest["seed"],
         generated=manifest["generated"],
         noise=joined["noise"],
+        states=joined["states"],
+        state_times=tuple(manifest.get("state_times", ())),
         codec=manifest.get("codec"),
     )
 

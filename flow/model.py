@@ -34,6 +34,7 @@ class FlowModel:
     net: Network
     path: Path  # of its training
     prediction: str = "velocity"  # one of path.PREDICTIONS
+    trained_guidance: float = 1.0  # the scale inside the velocity that a flow map learned (loss.args.guidance_scale)
     decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
 
     def __post_init__(self):

@@ -1,13 +1,15 @@
 """Pairs (noise, image) of a trained flow, for reflow and distillation: `python -m scripts.make_pairs --weights runs/mnist ...`.
 
 Pair k is a function of the weights, the settings and k; classes come in turn. `--real_fraction` makes that share of the
-pairs from real images, whose noise comes from solving the flow backwards. `--save_dir` gets manifest.json and shards.
+pairs from real images, whose noise comes from solving the flow backwards. `--keep_states` also stores states of each path, for
+loss.name=trajectory. `--save_dir` gets manifest.json and shards.
 Run it again after a kill: whole shards stay, missing or damaged ones are generated again, with a warning.
 """
 
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,9 @@ from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
 from flow.sampling import snapshot
-from flow.sampling.generate import build_velocity, generate, index_batches, to_solver_dtype
+from flow.sampling.generate import build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.images import to_float
-from flow.sampling.settings import SamplerSettings, validate
+from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
 from flow.solvers import DETERMINISTIC
 
 EXAMPLES = """\
@@ -51,6 +53,7 @@ def parse_args():
     cli.add_guidance_flag(parser)
     cli.add_labels_flag(parser)
     parser.add_argument("--real_fraction", type=cli.fraction, default=0.0, help="share of pairs from real images (default: 0)")
+    cli.add_count_flag(parser, "--keep_states", "also store N states of each path, for loss.name=trajectory", least=1)
     cli.add_seed_flag(parser, 0)
     cli.add_batch_size_flag(parser)
     cli.add_count_flag(parser, "--shard_pairs", "pairs per file", 1000)
@@ -90,6 +93,13 @@ def main() -> None:
             raise ValueError(
                 f"--real_fraction {args.real_fraction}: {inverted} pairs of {len(invertible_indices)} real images; use less"
             )
+        times = build_time_grid(settings, model.path)
+        kept = states_to_keep(args.keep_states or 0, len(times) - 1)
+        if kept and inverted:
+            raise ValueError("--keep_states: no path of the flow ends at a real image; not with --real_fraction")
+
+    if note := guidance_note(settings, model):
+        accelerator.print(f"note: {note}")
 
     manifest = {
         "weights_sha256": files.sha256(snap.path),
@@ -107,13 +117,14 @@ def main() -> None:
         "class_names": data.class_names,
         "data": real,
         **({"codec": snap.codec} if snap.codec else {}),
+        **({"state_times": [times[k] for k in kept]} if kept else {}),
     }
     distributed.prepare_model(net, accelerator)
     net.eval()
-    make = partial(make_shard, accelerator, model, data, invertible_indices, settings, args.bspp)
+    make = partial(make_shard, accelerator, model, data, invertible_indices, settings, kept, args.bspp)
     with lock.folder(args.save_dir, accelerator):
         num_written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
-    train = train_command(args.weights, args.save_dir, snap.config)
+    train = train_command(args.weights, args.save_dir, snap.config, bool(kept))
     result = f"{args.n_pairs} pairs in {args.save_dir}, {num_written} of them new"
     accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
 
@@ -143,14 +154,16 @@ def write_shards(
     return sum(distributed.gather_to_main(accelerator, num_written) or [0])
 
 
-def train_command(weights: str, save_dir: Path, config: schema.Config) -> str:
-    """The command that trains the network of these weights on the pairs, from the weights."""
+def train_command(weights: str, save_dir: Path, config: schema.Config, has_states: bool) -> str:
+    """The command that trains the network of these weights on the pairs, from the weights: reflow, or a flow map on paths."""
     same = ["model.name", "model.args", "flow.path", "flow.prediction"]
     overrides = {key: schema.get(config, key) for key in same} | {
         "data.name": "pairs", "data.args.path": str(save_dir), "flow.coupling": "paired", "flow.label_dropout": 0.0,
         "train.init_from": weights,
     }  # fmt: skip
-    folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_reflow"))
+    if has_states:
+        overrides |= {"loss.name": "trajectory", "model.args": {**config.model.args, "two_times": True}}
+    folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_{'trajectory' if has_states else 'reflow'}"))
     return subprocesses.command(
         "train.py", "-e", folder, *(subprocesses.override(key, value) for key, value in overrides.items())
     )
@@ -176,6 +189,14 @@ def without_root(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**manifest, "data": {key: value for key, value in manifest["data"].items() if key != "root"}}
 
 
+def states_to_keep(count: int, steps: int) -> list[int]:
+    """The steps, of so many, whose ends are stored: `count` of them between 0 and `steps`, evenly. Raises ValueError where
+    there are not so many."""
+    if count >= steps:
+        raise ValueError(f"--keep_states {count}: a path of {steps} steps has {steps - 1} states between its ends")
+    return [round((j + 1) * steps / (count + 1)) for j in range(count)]
+
+
 def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:
     """The indices of the real images of these classes, in an order that depends on the seed."""
     order = generator("inverted", seed).permutation(len(data)).tolist()
@@ -183,8 +204,8 @@ def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:
 
 
 def make_shard(
-    accelerator: Accelerator, model: FlowModel, data, invertible_indices: list[int], settings: SamplerSettings, batch_size: int,
-    shard: Shard, bar,
+    accelerator: Accelerator, model: FlowModel, data, invertible_indices: list[int], settings: SamplerSettings, kept: list[int],
+    batch_size: int, shard: Shard, bar,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one shard."""
     parts: dict[str, list[Tensor]] = {}
@@ -193,19 +214,29 @@ def make_shard(
             real_indices = invertible_indices[batch.start : batch.stop]
             batch_tensors = invert_batch(accelerator, model, data, settings, batch, real_indices)
         else:
-            batch_tensors = generate_batch(accelerator, model, data, settings, batch)
+            batch_tensors = generate_batch(accelerator, model, data, settings, kept, batch)
         for name, tensor in batch_tensors.items():
             parts.setdefault(name, []).append(tensor)
         bar.update(len(batch))
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
+@torch.inference_mode()
 def generate_batch(
-    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, batch: range
+    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, kept: list[int], batch: range
 ) -> dict[str, Tensor]:
-    """images float16 and labels int64 of the pairs with these indices."""
-    (samples,) = generate(accelerator, model, data.image_shape, [batch], settings, noise_key="pairs")
-    tensors = {"images": samples.x.half().cpu()}
+    """images float16, labels int64, and states float16 at the ends of the steps `kept` of the pairs with these indices."""
+    states: list[Tensor] = []
+    steps = count(1)
+
+    def keep(x: Tensor) -> None:
+        if next(steps) in kept:
+            states.append(x.half().cpu())
+
+    samples = sample_batch(
+        model, batch, data.image_shape, settings, accelerator.device, accelerator.autocast, "pairs", keep if kept else None
+    )
+    tensors = {"images": samples.x.half().cpu(), **({"states": torch.stack(states, dim=1)} if kept else {})}
     return tensors if samples.labels is None else tensors | {"labels": samples.labels}
 
 

@@ -24,6 +24,9 @@ class Batch:
     sample_ids: range
     indices: list[int]  # of the data set
     noise: dict[str, Tensor] = field(default_factory=dict)  # Loss.draws by key: standard normal [b, *shape]
+    progress: float = 0.0  # the share of the training that is done, step / train.steps
+    states: Tensor | None = None  # [b, K, ...], float16: states of a teacher's path from x0 to x1, between the two
+    state_times: tuple[float, ...] | None = None  # of the K states, in (0, 1), rising
 
 
 @dataclass
@@ -42,15 +45,18 @@ class Eager(Protocol):
     """
 
     jvp_error: str | None  # why there is no jvp here, or None
+    null: int | None  # the y that stands for no condition
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor: ...
 
-    def jvp(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
+    def jvp(
+        self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no"
+    ) -> tuple[Tensor, Tensor]:
         """(u, du/dt): the output u [b, ...] at (x, t), and its derivative along dx/dt = v [b, ...]; t_next stays fixed."""
 
 
 class Loss(Protocol):
-    """A training loss. It is stateless: a schedule is a function of `batch.step`."""
+    """A training loss. It is stateless: a schedule is a function of `batch.step` or `batch.progress`."""
 
     num_uniforms: int  # stratified uniforms that a sample needs
     draws: dict[str, tuple[int, ...]]  # further standard normal noise by key, with the shape for a sample
@@ -66,12 +72,16 @@ class FlowLoss(ABC):
     """
 
     name: ClassVar[str]
-    num_uniforms: int = 1
+    num_uniforms: ClassVar[int] = 1
     draws: ClassVar[dict[str, tuple[int, ...]]] = {}
+    needs_two_times: ClassVar[bool] = False  # of the network: it is a flow map
+    needs_jvp: ClassVar[bool] = False  # calls eager.jvp
+    needs_states: ClassVar[bool] = False  # reads batch.states
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        LOSSES[cls.name] = cls
+        if "name" in cls.__dict__:  # others are bases of losses
+            LOSSES[cls.name] = cls
 
     @abstractmethod
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses: ...

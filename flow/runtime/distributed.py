@@ -77,7 +77,7 @@ def build_accelerator(
 
 
 def resolve_precision(mixed_precision: str) -> str:
-    """What `auto` means on this machine: bf16 where its GPU or CPU has instructions for it, else no. Others stay as they are."""
+    """What `auto` means on this machine: bf16 where its GPU or CPU has instructions for it, else no; others as they are."""
     if mixed_precision != "auto":
         return mixed_precision
     if not _has_accelerator():
@@ -90,7 +90,7 @@ def _has_accelerator() -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that requirements.txt allows
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

@@ -1,5 +1,6 @@
 """A trained flow in Python: sampling, velocities, trajectories, likelihood and inversion without a launcher."""
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,7 +17,7 @@ from flow.noise import gaussian_noise
 from flow.sampling import grid_store, snapshot
 from flow.sampling.generate import SampleBatch, build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.images import to_float
-from flow.sampling.settings import SamplerSettings, build_time_grid, validate
+from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
 
 
 class Sampler:
@@ -183,6 +184,8 @@ class Sampler:
                 raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")
             sampler = replace(sampler, times=grid_store.load(self.path, sampler.method, sampler.steps))
         validate(sampler, self.model.net)
+        if note := guidance_note(sampler, self.model):
+            warnings.warn(note, stacklevel=3)
         return sampler
 
     def _batch(self, indices: range, settings: SamplerSettings, callback=None) -> SampleBatch:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flow import solvers
-from flow.model import Network
+from flow.model import FlowModel, Network
 from flow.path import Path
 from flow.solvers import time_grids
 from flow.solvers.torchdiffeq import ADAPTIVE, IGNORES_GRID
@@ -38,6 +38,21 @@ def build_time_grid(settings: SamplerSettings, path: Path) -> list[float]:
     if settings.time_grid == "edm":  # by the ratio of noise to data, which is the time of the linear path
         return times
     return [0.0, *(path.t_to_linear(t) for t in times[1:-1]), 1.0]
+
+
+LONG_STEP = 0.1  # of the time from 0 to 1: over longer ones guidance of a flow map is not that of its flow
+
+
+def guidance_note(settings: SamplerSettings, model: FlowModel) -> str | None:
+    """Why guidance of this model does less than it says, or None."""
+    scale = f"guidance_scale={settings.guidance_scale:g}"
+    if settings.guidance_scale == 1:
+        return None
+    if model.trained_guidance != 1:
+        return f"{scale}: comes on top of the scale {model.trained_guidance:g} that the network was trained with"
+    if model.net.two_times and solvers.SOLVERS[settings.method].whole_step and settings.steps * LONG_STEP < 1:
+        return f"{scale}: guides mean velocities of long steps, which is not the guided flow; loss.args.guidance_scale is"
+    return None
 
 
 def validate(settings: SamplerSettings, net: Network) -> None:

@@ -124,11 +124,12 @@ def flow_model(net: Network, config: Config, codec: CodecSpec | None = None) -> 
     """
     with error_context("flow.path"):
         path = paths.build(config.flow.path)
+    guidance = config.loss.args.get("guidance_scale", 1.0)
     if codec is None:
-        return FlowModel(net, path, config.flow.prediction)
+        return FlowModel(net, path, config.flow.prediction, guidance)
     override = {"source": config.data.autoencoder} if config.data.autoencoder else {}
     with error_context("data.autoencoder" if override else "the autoencoder (data.autoencoder can name another place)"):
-        return FlowModel(net, path, config.flow.prediction, models.build_codec({**codec, **override}).decode)
+        return FlowModel(net, path, config.flow.prediction, guidance, models.build_codec({**codec, **override}).decode)
 
 
 def check_codec(key: str, weights: Snapshot, codec: CodecSpec | None) -> None:

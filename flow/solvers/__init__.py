@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flow.solvers import ddim, multistep, runge_kutta, sde, torchdiffeq
+from flow.solvers import consistency, ddim, multistep, runge_kutta, sde, torchdiffeq
 from flow.solvers.time_grids import uniform
 
 Velocity = Callable[[Tensor, float, float], Tensor]  # (x, t, t_next); ordinary networks ignore t_next
@@ -33,7 +33,7 @@ class Solver:
 
     states: Callable[..., Iterator[Tensor]]  # (velocity, x, time_grid, method, **options) -> the state at each further time
     options: tuple[str, ...] = ()
-    whole_step: bool = False  # it passes the end of its step as t_next, so that flow maps jump; all others pass t twice
+    whole_step: bool = False  # it passes where it jumps to as t_next, for flow maps; all others pass t twice
 
 
 SOLVERS: dict[str, Solver] = {
@@ -47,6 +47,7 @@ SOLVERS: dict[str, Solver] = {
     **dict.fromkeys(torchdiffeq.IMPLICIT, Solver(torchdiffeq.adams, torchdiffeq.TOLERANCES)),
     **dict.fromkeys(sde.SDE, Solver(sde.sde, ("noise", "noise_scale", "diffusion"))),
     "ddim": Solver(ddim.ancestral_step, whole_step=True),
+    "consistency": Solver(consistency.renoised_jumps, ("noise",), whole_step=True),
     "ancestral": Solver(ddim.ancestral_step, ("noise", "eta")),
 }
 
@@ -113,7 +114,8 @@ def solve(
 ) -> Solution:
     """Integrate dx/dt = velocity(x, t, t_next) over the times of `time_grid`, from x [B, ...] at time_grid[0].
 
-    Euler and DDIM pass the end of their step as t_next (forward in time), so that flow maps jump there; others pass t twice.
+    Euler and DDIM pass the end of their step as t_next (forward in time), so that flow maps jump there; `consistency` passes
+    the data end, 1; others pass t twice.
     The times lie in [0, 1] and rise or fall; backwards they start before the data end, t = 1, where no method evaluates the
     velocity. Runs in the dtype of x. `options` are those of the method: rtol and atol, or noise, noise_scale and diffusion,
     or noise and eta. `callback` gets the state at each time of the grid after the first. Raises ValueError for what `check`

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from configs.schema import first_line
+
 
 class EagerNetwork:
     """Implements `flow.losses.Eager` for a network on one device.
@@ -19,6 +21,7 @@ class EagerNetwork:
     def __init__(self, net: nn.Module, jvp_error: str | None = None):
         """jvp_error: why derivatives are not available here, for the message of the error."""
         self.net, self.jvp_error = net, jvp_error
+        self.null: int | None = getattr(net, "null", None)
         self._device = next(net.parameters()).device
         self.start_micro_batch()
 
@@ -32,13 +35,16 @@ class EagerNetwork:
         with self._plain(), torch.no_grad():
             return type(self.net).forward(self.net, x, t, y, t_next)
 
-    def jvp(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(u, du/dt) [b, ...]: the output and its derivative along dx/dt = v, dt/dt = 1, with t_next fixed.
+    def jvp(
+        self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no"
+    ) -> tuple[Tensor, Tensor]:
+        """(u, du/dt) [b, ...], float32: the output and its derivative along dx/dt = v, dt/dt = 1, with t_next fixed.
 
         Fused attention kernels have no forward-mode derivative, so attention uses the math kernel here.
+        precision: bf16 computes both under autocast.
 
         Raises:
-            ValueError: where `jvp_error` says why there is none.
+            ValueError: where `jvp_error` says why there is none, and where an operation of the network has none.
         """
         if self.jvp_error:
             raise ValueError(self.jvp_error)
@@ -46,14 +52,18 @@ class EagerNetwork:
         def output(x: Tensor, t: Tensor) -> Tensor:
             return type(self.net).forward(self.net, x, t, y, t_next)
 
-        with self._plain(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            u, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
-        return u, du_dt
+        bf16 = precision == "bf16"
+        with self._plain(bf16), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            try:
+                u, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
+            except NotImplementedError as error:
+                raise ValueError(f"the network has no derivative ({first_line(error)})") from error
+        return (u.float(), du_dt.float()) if bf16 else (u, du_dt)
 
     @contextmanager
-    def _plain(self) -> Iterator[None]:
+    def _plain(self, bf16: bool = False) -> Iterator[None]:
         cuda = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), torch.autocast(self._device.type, enabled=False):
+        with torch.random.fork_rng(devices=cuda), torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
             if cuda:
                 torch.cuda.set_rng_state(self._state, self._device)
             else:

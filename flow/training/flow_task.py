@@ -17,7 +17,7 @@ from datasets import captions
 from flow import couplings, losses, time_samplers
 from flow.couplings import Coupling, PairedCoupling
 from flow.guidance import drop_labels
-from flow.losses import Batch
+from flow.losses import Batch, FlowLoss
 from flow.noise import generator
 from flow.runtime import distributed, files, subprocesses
 from flow.runtime.errors import error_context
@@ -61,6 +61,7 @@ class FlowTask:
             time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
         with error_context("loss"):
             self.loss = losses.build(config.loss.name, self.model.path, config.flow.prediction, time_sampler, config.loss.args)
+        check_loss(config, self.loss, self.net, self.data)
         with error_context("preview"):
             self.preview_settings = self._preview_settings()
             validate(self.preview_settings, self.net)
@@ -93,6 +94,8 @@ class FlowTask:
                     u=distributed.to_device(u[batch.rows], device),
                     y=self._condition(batch, step),
                     noise=further_noise(self.loss.draws, seed, batch, device),
+                    progress=step / self.config.train.steps,
+                    **self._states(batch),
                 )
             yield micro_batches
 
@@ -141,6 +144,13 @@ class FlowTask:
         sample: list[str | Path] = ["sample.py", "--weights", folder, "--n_samples", "64", "--save_dir", save_dir, *prompts]
         return f"sample with: {subprocesses.command(*sample)}"
 
+    def _states(self, batch: Batch) -> dict[str, Any]:
+        """What a loss that needs them sees of the stored paths of a teacher."""
+        if not self.loss.needs_states:
+            return {}
+        states = distributed.to_device(self.data.states[batch.indices], self.accelerator.device)
+        return {"states": states, "state_times": self.data.state_times}
+
     def _preview_settings(self) -> SamplerSettings:
         p = self.config.preview
         prompts = tuple(map(captions.plain, self.data.class_names)) if self.net.max_prompt_bytes else None
@@ -178,6 +188,18 @@ def build_coupling(config: Config, data, micro_batch_size: int) -> Coupling:
                 "data.horizontal_flip=true: a mirrored image is not what its noise was turned into; set it to false"
             )
         return PairedCoupling(data.seed, data.generated, data.noise, data.image_shape, **flow.coupling_args)
+
+
+def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
+    """Raises UserError where the loss needs what network or data do not have."""
+    name = f"loss.name={config.loss.name}"
+    if loss.needs_two_times and not net.two_times:
+        raise UserError(f"{name}: needs a network with two times; set model.args.two_times=true")
+    if loss.needs_states and not getattr(data, "state_times", ()):
+        raise UserError(f"{name}: needs pairs with the paths that lead to them; make them with make_pairs --keep_states 8")
+    guidance = getattr(loss, "guidance_scale", 1)
+    if guidance != 1 and net.null is None:
+        raise UserError(f"loss.args.guidance_scale={guidance}: needs a network with labels (model.args.num_classes) or prompts")
 
 
 def validate_conditioning(config: Config, data, net: Any) -> None:

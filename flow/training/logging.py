@@ -114,7 +114,7 @@ class LossStatistics:
         self.sums = torch.zeros(2, TIME_BINS, device=device, dtype=dtype)  # loss and number of samples, by time bin
         self.terms: dict[str, Tensor] = {}  # sums by name
         self.by_time = True  # whether the samples have times
-        self.grad_norm = torch.zeros(2, device=device, dtype=dtype)  # sum and number of steps
+        self.grad_norms: list[Tensor] = []  # of the steps that were taken; 0 where not finite
         self.first_nonfinite_step = torch.full((), -1, device=device, dtype=torch.long)
 
     def update(self, step: int, losses: Losses) -> None:
@@ -135,7 +135,7 @@ class LossStatistics:
         """The norm of a step's gradient; that of a step that was skipped is no part of the mean."""
         if updated:
             finite = torch.isfinite(norm.detach())
-            self.grad_norm += torch.stack([torch.where(finite, norm.detach(), 0), finite]).to(self.grad_norm.dtype)
+            self.grad_norms.append(torch.where(finite, norm.detach(), 0).float())
             self._note(step, finite)
 
     def check(self, accelerator: Accelerator, hint: str) -> None:
@@ -156,7 +156,7 @@ class LossStatistics:
         return {
             "sums": accelerator.reduce(self.sums, "sum").tolist(),
             "terms": {name: accelerator.reduce(value, "sum").item() for name, value in self.terms.items()},
-            "grad_norm": self.grad_norm.tolist(),
+            "grad_norms": self._norms().tolist(),
         }
 
     def load_state(self, accelerator: Accelerator, state: dict) -> None:
@@ -164,22 +164,30 @@ class LossStatistics:
             self.sums += torch.tensor(state["sums"], device=self.sums.device, dtype=self.sums.dtype)
         for name, value in state["terms"].items():
             self.terms[name] = self.sums.new_tensor(value if accelerator.is_main_process else 0.0)
-        self.grad_norm += torch.tensor(state["grad_norm"], device=self.sums.device, dtype=self.sums.dtype)
+        self.grad_norms = list(torch.tensor(state["grad_norms"], device=self.sums.device))
 
     def compute(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means of the loss, in each time bin that had samples, of the terms, and of the gradient norm; resets."""
+        """Means of the loss, in each time bin that had samples, and of the terms; mean, median and largest of the gradient
+        norms, whose spikes a mean hides; resets."""
         loss, count = accelerator.reduce(self.sums, "sum").tolist()
         terms = {name: accelerator.reduce(value, "sum").item() for name, value in self.terms.items()}
-        norm, steps = self.grad_norm.tolist()
+        norms = self._norms()
         self.sums.zero_()
         self.terms.clear()
-        self.grad_norm.zero_()
+        self.grad_norms.clear()
         num_samples = sum(count)
         metrics = {"loss": sum(loss) / num_samples if num_samples else float("nan")}
         if self.by_time:
             metrics |= {f"loss_t_{i / TIME_BINS:.1f}": loss[i] / count[i] for i in range(TIME_BINS) if count[i]}
         metrics |= {name: total / num_samples for name, total in terms.items() if num_samples}
-        return metrics | {"grad_norm": norm / max(steps, 1)}
+        if not len(norms):
+            return metrics | {"grad_norm": 0.0}
+        median = norms.sort().values[(len(norms) - 1) // 2].item()
+        return metrics | {"grad_norm": norms.mean().item(), "grad_norm_median": median, "grad_norm_max": norms.max().item()}
+
+    def _norms(self) -> Tensor:
+        """The gradient norms of the steps since the last `compute`, on the CPU."""
+        return torch.stack(self.grad_norms).cpu() if self.grad_norms else torch.zeros(0)
 
     def _note(self, step: int, finite: Tensor) -> None:
         if self.raises:

@@ -19,9 +19,10 @@ MIN_LOSS_SCALE = 1.0  # of fp16: below it the gradient overflows without any sca
 
 
 def lr_at(config: OptimizerConfig, update: int, total: int) -> float:
-    """lr of update number `update` (from 0) of `total`: linear warm-up from 0, then constant, linear or cosine to 0. With wsd it
-    is constant until the last DECAY_SHARE of the updates, and then linear to 0: warm-up, stable, decay (Hu et al. 2024,
-    arXiv:2404.06395) with the linear cooldown of Hägele et al. 2024 (arXiv:2405.18392).
+    """lr of update number `update` (from 0) of `total`: linear warm-up from 0, then constant, linear or cosine to 0.
+
+    With wsd it is constant until the last DECAY_SHARE of the updates, and then linear to 0: warm-up, stable, decay (Hu et al.
+    2024, arXiv:2404.06395) with the linear cooldown of Hägele et al. 2024 (arXiv:2405.18392).
     """
     warmup = min(1.0, (update + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     progress = min(1.0, max(0, update - config.warmup_steps) / max(1, total - config.warmup_steps))

@@ -10,7 +10,7 @@ from flow.runtime.distributed import build_accelerator, resolve_precision
 CPUINFO = Path("/proc/cpuinfo")
 
 
-@pytest.mark.skipif(torch.accelerator.is_available() or not CPUINFO.exists(), reason="reads the CPU's flags as Linux lists them")
+@pytest.mark.skipif(torch.accelerator.is_available() or not CPUINFO.exists(), reason="reads the flags of a CPU")
 def test_auto_is_what_the_cpu_has():
     flags = set(CPUINFO.read_text().split())
     expected = "bf16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "no"

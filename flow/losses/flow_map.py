@@ -1,0 +1,97 @@
+"""What the losses of flow maps share: two times, the weight of a sample, guidance inside the target."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flow.losses.base import Batch, Eager, FlowLoss, Losses
+from flow.losses.distances import mse
+from flow.path import LinearPath, Path
+
+
+@dataclass(kw_only=True)
+class FlowMapLoss(FlowLoss):
+    """Base of the losses that train u(x, t, t_next), the mean velocity from t to t_next: x + (t_next - t) u is the flow map.
+
+    A `map_share` of the samples has t < t_next, both from the time sampler, sorted; the others have t_next = t and learn the
+    velocity (Geng et al. 2025, arXiv:2505.13447, section 4.3; its time runs the other way: their t and r are 1 - t and
+    1 - t_next here). The squared error e of a sample, the mean over its elements, gets the weight 1 / (e + c)^p without
+    gradient (there e is the sum, so that its c is ours times the number of elements).
+    """
+
+    num_uniforms: ClassVar[int] = 3  # two times, and which samples have two
+    needs_two_times: ClassVar[bool] = True
+
+    path: Path
+    prediction: str
+    time_sampler: Callable[[Tensor], Tensor]
+    map_share: float = 0.5  # in [0, 1]
+    weight_power: float = 1.0  # p; 0 is the plain squared error
+    weight_offset: float = 1e-3  # c
+    guidance_scale: float = 1.0  # w of the guided velocity that is learned; 1 is off
+    guidance_mix: float = 0.0  # kappa in [0, 1), see `guided`
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, LinearPath) or self.prediction != "velocity":
+            raise ValueError(f"{self.name}: a flow map needs flow.path=linear and flow.prediction=velocity")
+        self.check("map_share", 0 <= self.map_share <= 1, "between 0 and 1")
+        self.check("weight_power", self.weight_power >= 0, "0 or more")
+        self.check("weight_offset", self.weight_offset > 0, "more than 0")
+        self.check("guidance_scale", self.guidance_scale > 0, "more than 0; 1 is off")
+        self.check("guidance_mix", 0 <= self.guidance_mix < 1, "0 or more and less than 1")
+
+    def check(self, key: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{key}={getattr(self, key)!r}: must be {rule}")
+
+    def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(t, t_next) float32 [b], t <= t_next, of uniforms u [b, 3]."""
+        t, t_next = self.time_sampler(u[:, :2]).float().sort(dim=1).values.unbind(1)
+        return t, torch.where(u[:, 2] < self.map_share, t_next, t)
+
+    def guided(self, eager: Eager, x: Tensor, t: Tensor, y: Tensor | None, v: Tensor) -> Tensor:
+        """The velocity [b, ...] in place of v = x1 - x0 whose mean over v is the guided one.
+
+        w (1 - kappa) v + kappa u_c + (1 - kappa - w (1 - kappa)) u_u with the network's velocities with and without the
+        condition, u_c = u(x, t, t, y) and u_u (MeanFlow, arXiv:2505.13447, section 4.2 and appendix; its omega is
+        w (1 - kappa), and w the effective scale). kappa > 0 takes part of v from the network, which has less variance.
+        Samples whose condition was dropped keep v.
+        """
+        if self.guidance_scale == 1 and self.guidance_mix == 0:
+            return v
+        if y is None or eager.null is None:
+            raise ValueError(f"{self.name}: guidance_scale={self.guidance_scale}: needs a network with labels or prompts")
+        own, mix = self.guidance_scale * (1 - self.guidance_mix), self.guidance_mix
+        target = own * v + (1 - mix - own) * eager(x, t, torch.full_like(y, eager.null), t)
+        if mix:
+            target = target + mix * eager(x, t, y, t)
+        dropped = (y == eager.null).flatten(1).all(1) if y.dim() > 1 else y == eager.null
+        return torch.where(column(dropped, v), v, target)
+
+    def weighted(self, prediction: Tensor, target: Tensor, t: Tensor, alpha: Tensor | float = 1.0) -> Losses:
+        """e / alpha with e [b] the squared error, weighted by (alpha^2 / (e + c))^p; unweighted as the term `mse`.
+
+        alpha: that of alpha-Flow, [b] or a number; its weight for p = 1 is alpha / (e + c) of e.
+        """
+        e = mse(prediction.float(), target)
+        weight = (alpha**2 / (e.detach() + self.weight_offset)) ** self.weight_power
+        return Losses(weight * e / alpha, t, {"mse": e})
+
+
+def x_and_velocity(path: Path, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The point x_t [b, ...] of each pair, and its velocity x1 - x0."""
+    assert batch.x0 is not None
+    return path.interpolate(batch.x0, batch.x1, t), path.velocity(batch.x0, batch.x1, t)
+
+
+def jump(x: Tensor, t: Tensor, t_next: Tensor, u: Tensor) -> Tensor:
+    """x + (t_next - t) u: where a mean velocity u [b, ...] leads from t to t_next [b]."""
+    return x + column(t_next - t, x) * u
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """values [b], ready to multiply `like` [b, ...]."""
+    return values.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,69 @@
+"""A flow map from the stored paths of a teacher: consistency mid-training."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from flow.losses.base import Batch, Eager, Losses
+from flow.losses.flow_map import FlowMapLoss, column
+
+STENCIL = 5  # states that a velocity is read from
+
+
+@dataclass(kw_only=True)
+class Trajectory(FlowMapLoss):
+    """u(x_i, t_i, t_j) regressed on (x_j - x_i) / (t_j - t_i) for states i < j of a path that a teacher's solver took.
+
+    Consistency mid-training for mean flows (Hu et al. 2025, arXiv:2509.24526): with fixed targets it needs
+    neither derivatives nor schedules, and prepares a network for `alpha_flow` or `mean_flow`. The samples with t_next = t
+    learn the velocity of the path, the derivative of the polynomial through the five states next to x_i. Guidance is that of
+    the teacher. The pairs (i, j) are uniform; flow.time_sampler is not used.
+
+    Example:
+        >>> loss = Trajectory(LinearPath(), "velocity", time_samplers.build("uniform"), map_share=0.75)
+        >>> loss(net, eager, batch).per_sample.mean().backward()  # with batch.path, of pairs made with --keep_states
+    """
+
+    name: ClassVar[str] = "trajectory"
+    num_uniforms: ClassVar[int] = 2  # which pair of states, and which samples have two
+    needs_states: ClassVar[bool] = True
+
+    map_share: float = 0.75
+    weight_power: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("guidance_scale", self.guidance_scale == 1, "1, as the guidance is that of the teacher's paths")
+        self.check("guidance_mix", self.guidance_mix == 0, "0, as the guidance is that of the teacher's paths")
+
+    def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
+        assert batch.x0 is not None and batch.u is not None and batch.states is not None and batch.state_times is not None
+        states = torch.cat([batch.x0[:, None], batch.states.float(), batch.x1[:, None]], dim=1)  # [b, K + 2, ...]
+        times = torch.tensor([0.0, *batch.state_times, 1.0], dtype=torch.float64)
+        n, rows = len(times), torch.arange(len(states), device=states.device)
+        i, j = torch.triu_indices(n, n, 1, device=states.device)[:, (batch.u[:, 0] * (n * (n - 1) // 2)).long()]
+        t = times.float().to(states.device)
+        x, step = states[rows, i], column(t[j] - t[i], batch.x1)
+        weights = derivative_weights(times).float().to(states.device)[i]  # [b, K + 2]
+        velocity = torch.einsum("bk,bk...->b...", weights, states)
+        is_map = batch.u[:, 1] < self.map_share
+        target = torch.where(column(is_map, x), (states[rows, j] - x) / step, velocity)
+        return self.weighted(net(x, t[i], batch.y, torch.where(is_map, t[j], t[i])), target, t[i])
+
+
+def derivative_weights(times: Tensor) -> Tensor:
+    """D [n, n]: D f is the derivative at each of `times` [n] of the polynomial through the values f there and at its nearest
+    neighbors, `STENCIL` in all. Exact for polynomials of degree STENCIL - 1 (finite differences on any grid)."""
+    n, size = len(times), min(STENCIL, len(times))
+    result = times.new_zeros(n, n)
+    for i in range(n):
+        start = min(max(i - size // 2, 0), n - size)
+        near = slice(start, start + size)
+        powers = torch.vander(times[near] - times[i], increasing=True).T  # [power, state]
+        slope = times.new_zeros(size)
+        slope[1] = 1.0  # of the polynomials 1, h, h^2, ... at h = 0
+        result[i, near] = torch.linalg.solve(powers, slope)
+    return result

@@ -1,0 +1,132 @@
+"""Flow maps by the commands: training, resuming, paths of a teacher, guidance inside, what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_TRAIN, succeed
+from safetensors.torch import load_file
+
+import datasets
+from flow.sampling import snapshot
+from flow.sampling.generate import sample_batch
+from flow.sampling.sampler import Sampler
+from flow.sampling.settings import SamplerSettings
+from flow.training.logging import read_metrics
+
+TWO_TIMES = ["model.args.two_times=true", "model.args.time_frequency=30"]
+MEAN_FLOW = [*TINY_TRAIN, *TWO_TIMES, "loss.name=mean_flow"]
+ALPHA_FLOW = [*TINY_TRAIN, *TWO_TIMES, "loss.name=alpha_flow"]
+PATHS = ["--n_pairs", "40", "--shard_pairs", "20", "--bspp", "10", "--sampling_steps", "6", "--seed", "4"]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(snapshot.find(run))
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, tiny_run) -> Path:
+    out = tmp_path_factory.mktemp("paths") / "paths"
+    result = succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", out, *PATHS, "--keep_states", "2")
+    assert "loss.name=trajectory" in result.stdout and "paths_trajectory" in result.stdout
+    return out
+
+
+@pytest.mark.parametrize("method", [MEAN_FLOW, ALPHA_FLOW], ids=["mean_flow", "alpha_flow"])
+def test_resumes_to_the_same_bits(here, tmp_path, method):
+    """With dropout, guidance in the target, and a kill after the second of four steps."""
+    arguments = [*method, "model.args.dropout=0.2", "loss.args.guidance_scale=2", "loss.args.guidance_mix=0.5"]
+    here("train", *arguments, "-e", tmp_path / "whole")
+    here("train", *arguments, "-e", tmp_path / "halves", "train.keep_checkpoints=0")
+    last = max((tmp_path / "halves" / "checkpoints").iterdir())
+    for path in sorted(last.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    last.rmdir()
+    here("train", "-e", tmp_path / "halves", "-r", "latest")
+    assert same(tmp_path / "whole", tmp_path / "halves")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [MEAN_FLOW, ALPHA_FLOW], ids=["mean_flow", "alpha_flow"])
+def test_two_processes_equal_one(tmp_path, method):
+    steps = ["train.steps=40", "train.batch_size=32", "train.checkpoint_every_steps=40"]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run, processes in zip(runs, (1, 2), strict=True):
+        succeed("train.py", *method, *steps, "-e", run, processes=processes)
+    one, two = map(weights, runs)
+    assert all(torch.allclose(one[key], two[key], atol=1e-5) for key in one)
+
+
+def test_paths_of_a_teacher(paths, tiny_run):
+    """The states are those of the solver, and lead from the noise of the pair to its image."""
+    data = datasets.build("pairs", None, {"path": str(paths)})
+    assert data.state_times == pytest.approx((1 / 3, 2 / 3)) and data.states.shape == (40, 2, 1, 8, 8)
+    states: list[torch.Tensor] = []
+    settings = SamplerSettings("heun", 6, 1.0, seed=4)
+    model = snapshot.load(tiny_run).model(decode=False)
+    with torch.inference_mode():
+        sample_batch(model, range(10), (1, 8, 8), settings, torch.device("cpu"), noise_key="pairs", callback=states.append)
+    assert torch.equal(torch.stack([states[1], states[3]], dim=1).half(), data.states[:10])
+    assert torch.equal(states[-1].half(), data.images[:10])
+
+
+def test_a_flow_map_learns_from_paths(here, tmp_path, paths, tiny_run):
+    """From the weights of the teacher, and resumed to the same bits by the command that make_pairs prints."""
+    arguments = [*TINY_TRAIN, *TWO_TIMES, "loss.name=trajectory", "data.name=pairs", f"data.args.path={paths}"]
+    arguments += ["flow.coupling=paired", "flow.label_dropout=0", f"train.init_from={tiny_run}"]
+    arguments.remove("model.args.time_frequency=30")
+    here("train", *arguments, "-e", tmp_path / "run")
+    here("train", *arguments, "-e", tmp_path / "again")
+    assert same(tmp_path / "run", tmp_path / "again")
+    assert {"mse", "grad_norm_median", "grad_norm_max"} <= read_metrics(tmp_path / "run" / "metrics.jsonl")[-1].keys()
+
+
+def test_two_ways_to_sample(here, tmp_path):
+    """One jump is the same by both; two differ, as one of them adds noise between."""
+    here("train", *ALPHA_FLOW, "-e", tmp_path / "run")
+    sampler = Sampler.load(tmp_path / "run")
+    one = [sampler.sample(4, method=method, steps=1) for method in ("euler", "consistency")]
+    two = [sampler.sample(4, method=method, steps=2) for method in ("euler", "consistency")]
+    assert torch.equal(*one) and not torch.equal(*two)
+
+
+def test_guidance_comes_with_notes(here, tmp_path):
+    here("train", *ALPHA_FLOW, "loss.args.guidance_scale=2", "-e", tmp_path / "run")
+    sampled = here("sample", "--weights", tmp_path / "run", "--n_samples", "2", "--save_dir", tmp_path / "a")
+    assert "note: " not in sampled
+    sampled = here(
+        "sample", "--weights", tmp_path / "run", "--n_samples", "2", "--save_dir", tmp_path / "b", "--guidance_scale", "2"
+    )
+    assert "note: guidance_scale=2: comes on top of the scale 2 that the network was trained with" in sampled
+    plain = tmp_path / "plain"
+    here("train", *ALPHA_FLOW, "-e", plain)
+    with pytest.warns(UserWarning, match="guides mean velocities of long steps"):
+        Sampler.load(plain).sample(2, method="euler", steps=2, guidance_scale=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["loss.name=mean_flow"], "loss.name=mean_flow: needs a network with two times; set model.args.two_times=true"),
+        ([*TWO_TIMES, "loss.name=trajectory"], "loss.name=trajectory: needs pairs with the paths that lead to them"),
+        (
+            [*TWO_TIMES, "loss.name=mean_flow", "loss.args.guidance_scale=2", "model.args.num_classes=null"],
+            "loss.args.guidance_scale=2: needs a network with labels",
+        ),
+        ([*TWO_TIMES, "loss.name=alpha_flow", "loss.args.alpha_min=0"], "loss: alpha_min=0: must be more than 0"),
+        ([*TWO_TIMES, "loss.name=alpha_flow", "flow.path=vp"], "two_times=true: a flow map needs flow.path=linear"),
+    ],
+)
+def test_mistakes(error, tmp_path, arguments, message):
+    assert message in error("train", *TINY_TRAIN, *arguments, "-e", tmp_path / "run")
+
+
+def test_mistakes_of_paths(error, tmp_path, tiny_run):
+    make = ["make_pairs", "--weights", tiny_run, "--save_dir", tmp_path / "pairs", *PATHS]
+    assert "--keep_states 6: a path of 6 steps has 5 states" in error(*make, "--keep_states", "6")
+    assert "not with --real_fraction" in error(*make, "--keep_states", "2", "--real_fraction", "0.5")
