@@ -1,35 +1,85 @@
-"""The keys of scripts/rectify.py, which trains several models one after the other."""
+"""The keys of scripts/rectify.py, which trains models by several routes to few steps and compares them."""
 
+import re
 from dataclasses import dataclass, field
 
-from configs.schema import check, check_limits, limited
+from configs.schema import UserError, check, check_limits, limited
 
 
 @dataclass
-class ReflowStageConfig:
-    n_pairs: int = limited(20_000, min=1)  # (noise, image) pairs
+class PairsConfig:
+    n_pairs: int = limited(20_000, min=1)  # (noise, image) pairs; `minutes` replaces it
     sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS
     sampling_steps: int = limited(8, min=1)  # steps of its solver
     guidance_scale: float = limited(1.0, min=0)  # 1: off
     real_fraction: float = limited(0.0, fraction=True)  # share of the pairs whose image is real
+    keep_states: int = limited(0, min=0)  # stored states of each path, for loss.name=trajectory
+
+
+@dataclass
+class StageConfig:
+    """A training, or the pairs of the network before it."""
+
+    config: str | None = None  # YAML of a training; it starts from the network before it on the route, if there is one
+    overrides: list[str] = field(default_factory=list)  # `key=value` of the training
+    pairs: PairsConfig | None = None  # or pairs of the network before it, for the trainings after it
+    share: float = limited(0.0, fraction=True)  # of `minutes`
+
+
+@dataclass
+class RouteConfig:
+    stages: list[str] = field(default_factory=list)  # in their order; routes that begin alike share what they have in common
+    guidance_scale: list[float] = field(default_factory=lambda: [1.0])  # a row of the table each
+    methods: list[str] = field(default_factory=lambda: ["euler"])  # a row of the table each: euler, consistency, ...
 
 
 @dataclass
 class RectifyConfig:
     folder: str = "runs/rectify"  # everything is written below it
-    first: str = "configs/mnist_mini_cond.yaml"  # configuration of 1-RF
-    reflow: str = "configs/mnist_reflow.yaml"  # configuration of 2-RF and later rounds
-    distill: str = "configs/mnist_distill.yaml"  # configuration of the distilled model
-    rounds: int = limited(2, min=1)  # flows before distillation: 2 is 1-RF and 2-RF
-    first_pairs: ReflowStageConfig = field(default_factory=ReflowStageConfig)  # of 1-RF
-    later_pairs: ReflowStageConfig = field(default_factory=ReflowStageConfig)  # of the flows after it
-    nfe: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 8, 50])  # Euler steps of the table
+    minutes: float | None = None  # of each route, by a trial on this machine; null: steps and pairs as configured
+    stages: dict[str, StageConfig] = field(default_factory=dict)  # by the name of their folder
+    routes: dict[str, RouteConfig] = field(default_factory=dict)  # by their name in the table
+    nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # steps of the table
     n_samples: int = limited(2_000, min=2)  # images a cell of the table
     feature_extractor: str = "mnist"  # of evaluate.py
     straightness_images: int = limited(200, min=2)  # over which the straightness deviation is the mean
     straightness_steps: int = limited(50, min=1)  # Euler steps of its integral
 
     def validate(self) -> None:
-        """What the scripts that are called would only find out after the first training."""
+        """What the scripts that are called would only find out after the first training. Raises UserError."""
         check_limits(self)
         check(self, "nfe", lambda v: v and all(n >= 1 for n in v) and len(set(v)) == len(v), "distinct numbers from 1")
+        check(self, "minutes", lambda v: v is None or v > 0, "more than 0, or null")
+        check(self, "routes", bool, "at least one route")
+        for name, stage in self.stages.items():
+            if not re.fullmatch(r"[\w+-]+", name):
+                raise UserError(f"stages.{name}: a name is letters, digits, _, + and -, as it names a folder")
+            if (stage.config is None) == (stage.pairs is None):
+                raise UserError(f"stages.{name}: needs either config, for a training, or pairs")
+        for name, route in self.routes.items():
+            self._check_route(name, route)
+
+    def before(self, route: RouteConfig, k: int) -> tuple[str | None, str | None]:
+        """The training and the pairs that stage number k of the route builds on: the last ones before it."""
+        earlier = route.stages[:k]
+        trained = [name for name in earlier if self.stages[name].config is not None]
+        paired = [name for name in earlier if self.stages[name].pairs is not None]
+        return (trained[-1] if trained else None), (paired[-1] if paired else None)
+
+    def _check_route(self, name: str, route: RouteConfig) -> None:
+        key = f"routes.{name}"
+        if unknown := next((stage for stage in route.stages if stage not in self.stages), None):
+            raise UserError(f"{key}.stages: {unknown!r} is no stage; there are {', '.join(self.stages)}")
+        if not route.stages or any(self.stages[end].config is None for end in (route.stages[0], route.stages[-1])):
+            raise UserError(f"{key}.stages={route.stages}: must begin and end with a training")
+        if not route.guidance_scale or not route.methods or any(w < 0 for w in route.guidance_scale):
+            raise UserError(f"{key}: needs methods, and guidance scales of 0 or more")
+        for k, stage in enumerate(route.stages):
+            for other, there in self.routes.items():
+                if stage in there.stages and self.before(there, there.stages.index(stage)) != self.before(route, k):
+                    raise UserError(
+                        f"{key}.stages: {stage!r} builds on other stages than in routes.{other}; give it a new name"
+                    )
+        total = sum(self.stages[stage].share for stage in route.stages)
+        if self.minutes is not None and abs(total - 1) > 1e-6:
+            raise UserError(f"{key}.stages: their shares of the minutes add up to {total:g}, not to 1")

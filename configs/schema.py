@@ -230,7 +230,9 @@ def all_keys(config_class: type = Config, prefix: str = "") -> list[str]:
 
 def get(config: Any, key: str) -> Any:
     """The value of a dotted key."""
-    return functools.reduce(getattr, key.split("."), config)
+    return functools.reduce(
+        lambda node, name: node[name] if isinstance(node, dict) else getattr(node, name), key.split("."), config
+    )
 
 
 def wants_auto_classes(config: Config) -> bool:
@@ -267,8 +269,9 @@ def check_limits(config: Any, prefix: str = "", section: Any = None) -> None:
     section = config if section is None else section
     for f in dataclasses.fields(section):
         key, value = f"{prefix}{f.name}", getattr(section, f.name)
-        if dataclasses.is_dataclass(value):
-            check_limits(config, f"{key}.", value)
+        for name, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            if dataclasses.is_dataclass(inner):
+                check_limits(config, f"{key}.{name}." if name else f"{key}.", inner)
         for kind, limit in f.metadata.items():
             check(config, key, *_RULES[kind](limit))
 
@@ -312,13 +315,13 @@ def _read_yaml(path: Path, kind: type) -> DictConfig:
     if not isinstance(node, DictConfig):
         raise UserError(f"-c {path}: holds a list, expected `key: value` lines")
     for place, _ in stored.leaves(OmegaConf.to_container(node)):
-        _check_key(stored.dotted(place), str(path), all_keys(kind))
+        _check_key(stored.dotted(place), str(path), kind)
     return node
 
 
 def _read_override(override: str, kind: type) -> DictConfig:
     key, _, value = override.partition("=")
-    _check_key(key, override, all_keys(kind))
+    _check_key(key, override, kind)
     try:
         return OmegaConf.from_dotlist([override])
     except Exception as error:  # OmegaConf lets the errors of the YAML scanner through
@@ -339,8 +342,10 @@ def _finished(node: DictConfig) -> Any:
     return config
 
 
-def _check_key(key: str, source: str, keys: list[str]) -> None:
-    if key in keys or any(key.startswith(f"{k}.") for k in keys if k.endswith("args")):
+def _check_key(key: str, source: str, kind: type) -> None:
+    keys = all_keys(kind)
+    inside = next((k for k in keys if key.startswith(f"{k}.")), None)  # of a key that holds a dictionary, e.g. model.args
+    if key in keys or (inside and isinstance(get(kind(), inside), dict)):
         return
     if inner := [k for k in keys if k.startswith(f"{key}.")]:
         raise UserError(f"{source}: {key!r} is a section; set one of {', '.join(inner)}")

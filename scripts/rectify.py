@@ -1,14 +1,17 @@
-"""1-RF, pairs, 2-RF, pairs, distilled model, table and figure by one command: `python -m scripts.rectify -c YAML`.
+"""Routes to few steps, compared: trainings, pairs, table and figure by one command: `python -m scripts.rectify -c YAML`.
 
-Each step is a command that a user would type, and is printed. Run it again after a kill: it resumes and ends with the
-same files. Below `folder`: a run folder for each model, the pairs, evaluation/ (every cell of the table),
-comparison.md and comparison.png.
+A route is a chain of stages: trainings (flow, reflow, distillation, flow map) and pairs of the network before. With `minutes`
+every route takes as long as the others, its teachers and pairs included: the seconds of a step or a pair come from a trial
+just before the stage, and what follows from them is stored in plan.json. Each stage is a command that a user would type, and
+is printed. Run it again after a kill: it resumes and ends with the same files. Below `folder`: a folder for each stage,
+evaluation/ (every cell of the table), comparison.md and comparison.png.
 """
 
+import json
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +19,14 @@ import torch
 from accelerate import Accelerator
 
 from configs import schema
-from configs.rectify import RectifyConfig, ReflowStageConfig
+from configs.rectify import RectifyConfig, RouteConfig, StageConfig
 from configs.schema import Config, UserError
+from datasets.pairs import read_manifest
 from flow import losses, solvers, time_samplers
 from flow import path as paths
 from flow.evaluation import plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
+from flow.losses import FlowLoss
 from flow.model import FlowModel
 from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
@@ -29,13 +34,42 @@ from flow.runtime.subprocesses import run_command, train_arguments
 from flow.sampling import images, snapshot
 from flow.sampling.generate import generate, mean_straightness_deviation
 from flow.sampling.settings import SamplerSettings
+from flow.training.logging import read_metrics
+from scripts.benchmark.jobs import sampling_seconds, training_laps
 
 EXAMPLES = """\
   python -m scripts.rectify -c configs/mnist_rectify.yaml
-  python -m scripts.rectify -c configs/mnist_rectify.yaml folder=runs/three_rounds rounds=3
+  python -m scripts.rectify -c configs/digits_few_steps.yaml minutes=2 folder=runs/digits_two_minutes
   python -m scripts.rectify -c configs/mnist_rectify.yaml --launcher "accelerate-launch --multi_gpu --num_processes 8\""""
-SHOWN_NFE = (1, 2)  # rows of the figure, and the largest of the table
+SHOWN_NFE = (1, 2)  # columns of the figure, and the largest of the table
 COLUMNS = 8  # images of a class in a panel of the figure
+TRIAL_ROUNDS = 3
+
+
+@dataclass
+class Cost:
+    """What a stage took."""
+
+    images: int = 0  # trained on, or made
+    minutes: float = 0.0
+    passes: float = 0.0  # of an image through the network, a backward pass counts as two
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.images + other.images, self.minutes + other.minutes, self.passes + other.passes)
+
+
+@dataclass
+class Row:
+    """A row of the table."""
+
+    title: str
+    route: RouteConfig
+    scale: float
+    method: str
+
+    @property
+    def network(self) -> str:
+        return self.route.stages[-1]
 
 
 def parse_args():
@@ -48,143 +82,265 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     cfg = schema.load(args.config, args.overrides, kind=RectifyConfig)
-    stages = {path: schema.load(path) for path in (cfg.first, cfg.reflow, cfg.distill)}
-    check_stages(cfg, stages)
+    check_routes(cfg)
     with lock.folder(Path(cfg.folder)):
-        rectify(args, cfg, stages)
+        Rectify(cfg, args.launcher, args.start).run()
 
 
-def rectify(args, cfg: RectifyConfig, stages: dict[str, Config]) -> None:
-    """The chain of commands, then the comparison."""
-    folder = Path(cfg.folder)
-    names = [*(f"{k}-rf" for k in range(1, cfg.rounds + 1)), "distilled"]
-    precision = ["-mp", stages[cfg.first].train.mixed_precision]
+class Rectify:
+    """The stages in their order, then the comparison."""
 
-    stage_list = commands(cfg, folder, names, precision)
-    for k, (title, arguments) in enumerate(stage_list, start=1):
-        print(f"\nstage {k} of {len(stage_list) + 1}: {title} ({elapsed(args.start)} so far)", flush=True)
-        start = time.perf_counter()
-        run_command(arguments(), args.launcher)
-        print(f"stage {k} of {len(stage_list) + 1} took {elapsed(start)}", flush=True)
-    print(f"\nstage {len(stage_list) + 1} of {len(stage_list) + 1}: comparison ({elapsed(args.start)} so far)", flush=True)
-    snapshots = {name: snapshot.load(folder / name) for name in names}
-    compare(cfg, folder, compared(cfg, names), snapshots, stages[cfg.first])
-    result = f"comparison.md and comparison.png in {folder}"
-    sample = cli.sample_command(folder / "distilled", f"{folder.name}_distilled", "--sampling_steps", "1")
-    print(cli.summary(result, args.start, f"sample in one step with: {sample}"))
+    def __init__(self, cfg: RectifyConfig, launcher: str | None, start: float):
+        self.cfg, self.launcher, self.start, self.folder = cfg, launcher, start, Path(cfg.folder)
+        self.plan_file = self.folder / "plan.json"
+        self.rows = table_rows(cfg)
+
+    def run(self) -> None:
+        stages = {name: (route, k) for route in self.cfg.routes.values() for k, name in enumerate(route.stages)}
+        self.count, self.done = len(stages) + len(self.rows) + 1, 0
+        for name, (route, k) in stages.items():
+            self.announce(f"{'training' if self.cfg.stages[name].config else 'pairs'}: {name}")
+            self.run_stage(name, *self.cfg.before(route, k))
+        for row in self.rows:
+            self.announce(f"evaluation of {row.title}")
+            run_command(self.evaluation(row), self.launcher)
+        self.announce("comparison")
+        compare(self.cfg, self.folder, self.rows, {row.network: self.route_cost(row.route) for row in self.rows})
+        result = f"comparison.md and comparison.png in {self.folder}"
+        last = self.rows[-1].network
+        sample = cli.sample_command(self.folder / last, f"{self.folder.name}_{last}", "--sampling_steps", "1")
+        print(cli.summary(result, self.start, f"sample in one step with: {sample}"))
+
+    def announce(self, title: str) -> None:
+        self.done += 1
+        print(f"\nstage {self.done} of {self.count}: {title} ({elapsed(self.start)} so far)", flush=True)
+
+    def run_stage(self, name: str, teacher: str | None, pairs: str | None) -> None:
+        """The command of a stage; its seconds add up in plan.json over several calls."""
+        stage, start = self.cfg.stages[name], time.perf_counter()
+        arguments = self.training(name, teacher, pairs) if stage.config else self.pairs(name, teacher)
+        run_command(arguments, self.launcher)
+        self.record(name, elapsed=self.plan(name).get("elapsed", 0.0) + time.perf_counter() - start)
+
+    def training(self, name: str, teacher: str | None, pairs: str | None) -> list[str]:
+        stage = self.cfg.stages[name]
+        assert stage.config is not None
+        overrides = [*stage.overrides]
+        if teacher:
+            overrides.append(f"train.init_from={self.folder / teacher}")
+        if schema.load(stage.config, overrides).data.name == "pairs":
+            overrides.append(f"data.args.path={self.folder / str(pairs)}")
+        if (steps := self.fitted(name, stage, overrides, 1.0)) is not None:
+            overrides.append(f"train.steps={steps}")
+        return train_arguments(stage.config, self.folder / name, overrides)
+
+    def pairs(self, name: str, teacher: str | None) -> list[str]:
+        """Of make_pairs; each set has noise of its own."""
+        stage = self.cfg.stages[name]
+        assert stage.pairs is not None and teacher is not None
+        made = stage.pairs
+        count = self.fitted(name, stage, [], forwards(stage)) or made.n_pairs
+        seed = 1 + list(self.cfg.stages).index(name)
+        return [
+            "-m", "scripts.make_pairs", "--weights", str(self.folder / teacher), "--save_dir", str(self.folder / name),
+            "--n_pairs", str(count), "--seed", str(seed), "--sampling_method", made.sampling_method,
+            "--sampling_steps", str(made.sampling_steps), "--guidance_scale", f"{made.guidance_scale:g}",
+            "--real_fraction", f"{made.real_fraction:g}", *(["--keep_states", str(made.keep_states)] * bool(made.keep_states)),
+            *precision_flag(first_config(self.cfg)),
+        ]  # fmt: skip
+
+    def fitted(self, name: str, stage: StageConfig, overrides: list[str], passes: float) -> int | None:
+        """The steps or pairs that fill the share of the minutes, stored at the first call; None where there is no budget."""
+        if self.cfg.minutes is None:
+            return None
+        plan = self.plan(name)
+        if plan.get("minutes", self.cfg.minutes) != self.cfg.minutes or plan.get("share", stage.share) != stage.share:
+            raise UserError(f"minutes={self.cfg.minutes:g}: {self.plan_file} is of another budget; name another folder")
+        if "count" not in plan:
+            with tempfile.TemporaryDirectory() as scratch:
+                if stage.config:
+                    rounds = [training_laps(stage.config, overrides, Path(scratch)) for _ in range(TRIAL_ROUNDS)]
+                    seconds = statistics.median(lap for laps in rounds for lap in laps)
+                else:
+                    first = self.cfg.stages[next(iter(self.cfg.routes.values())).stages[0]]
+                    seconds = sampling_seconds(str(first.config), first.overrides, Path(scratch)) * passes
+            count = max(1, round(60 * self.cfg.minutes * stage.share / seconds))
+            self.record(name, minutes=self.cfg.minutes, share=stage.share, seconds=seconds, count=count)
+        return self.plan(name)["count"]
+
+    def plan(self, name: str) -> dict:
+        return files.read_json(self.plan_file).get(name, {}) if self.plan_file.is_file() else {}
+
+    def record(self, name: str, **entries: float) -> None:
+        plan = files.read_json(self.plan_file) if self.plan_file.is_file() else {}
+        plan[name] = {**plan.get(name, {}), **entries}
+        files.write_text(self.plan_file, json.dumps(plan, indent=1))
+
+    def evaluation(self, row: Row) -> list[str]:
+        return [
+            "evaluate.py", "--weights", str(self.folder / row.network), "--guidance_scale", f"{row.scale:g}",
+            "--methods", row.method, "--sampling_steps", *map(str, self.cfg.nfe), "--n_samples", str(self.cfg.n_samples),
+            "--metrics", "fid", "accuracy", "--feature_extractor", self.cfg.feature_extractor,
+            "--out", str(self.folder / "evaluation"), *precision_flag(first_config(self.cfg)),
+        ]  # fmt: skip
+
+    def route_cost(self, route: RouteConfig) -> Cost:
+        return sum((self.stage_cost(name) for name in route.stages), Cost())
+
+    def stage_cost(self, name: str) -> Cost:
+        """Of a finished stage: the minutes of its steps without checkpoints and previews, or of making its pairs."""
+        stage = self.cfg.stages[name]
+        if stage.config is None:
+            manifest = read_manifest(self.folder / name)
+            count = manifest["generated"] + manifest["inverted"]
+            return Cost(count, self.plan(name).get("elapsed", 0.0) / 60, count * forwards(stage))
+        rows = read_metrics(self.folder / name / "metrics.jsonl")
+        seen = [0, *(row["images"] for row in rows)]
+        seconds = sum((now - last) / row["images_per_second"] for last, now, row in zip(seen, seen[1:], rows, strict=False))
+        config = schema.load(stage.config, stage.overrides)
+        return Cost(seen[-1], seconds / 60, seen[-1] * build_loss(config).passes)
 
 
 def elapsed(start: float) -> str:
     return cli.duration(time.perf_counter() - start)
 
 
-def commands(
-    cfg: RectifyConfig, folder: Path, names: list[str], precision: list[str]
-) -> list[tuple[str, Callable[[], list[str]]]]:
-    """Title and arguments of each command, in order; the arguments depend on the files that exist when the command starts."""
-    result: list[tuple[str, Callable[[], list[str]]]] = []
-    result.append((f"training of {names[0]}", partial(train_arguments, cfg.first, folder / names[0], [])))
-    for k, (teacher, student) in enumerate(pairwise(names), start=1):
-        pairs = folder / f"pairs_{teacher}"
-        settings = cfg.first_pairs if k == 1 else cfg.later_pairs
-        make = ["-m", "scripts.make_pairs", *pair_arguments(folder / teacher, pairs, settings, k), *precision]
-        result.append((f"pairs of {teacher}", lambda make=make: make))
-        config = cfg.distill if student == "distilled" else cfg.reflow
-        overrides = [f"data.args.path={pairs}", f"train.init_from={folder / teacher}"]
-        result.append((f"training of {student}", partial(train_arguments, config, folder / student, overrides)))
-    for name, scale in compared(cfg, names):
-        evaluate = [
-            "evaluate.py", "--weights", str(folder / name), "--guidance_scale", f"{scale:g}", "--methods", "euler",
-            "--sampling_steps", *map(str, cfg.nfe), "--n_samples", str(cfg.n_samples), "--metrics", "fid", "accuracy",
-            "--feature_extractor", cfg.feature_extractor, "--out", str(folder / "evaluation"), *precision,
-        ]  # fmt: skip
-        guided = f" with guidance {scale:g}" if scale != 1 else ""
-        result.append((f"evaluation of {name}{guided}", lambda evaluate=evaluate: evaluate))
-    return result
-
-
-def compared(cfg: RectifyConfig, names: list[str]) -> list[tuple[str, float]]:
-    """Names and guidance scales of the rows of the table: the first flow also with the guidance that its pairs were made
-    with, which is what the others have to be compared with."""
-    rows = [(name, 1.0) for name in names]
-    if cfg.first_pairs.guidance_scale != 1:
-        rows.insert(1, (names[0], cfg.first_pairs.guidance_scale))
+def table_rows(cfg: RectifyConfig) -> list[Row]:
+    rows = []
+    for name, route in cfg.routes.items():
+        for scale in route.guidance_scale:
+            for method in route.methods:
+                guided = f", w = {scale:g}" if scale != 1 else ""
+                by = f", {method}" if len(route.methods) > 1 and method != "euler" else ""
+                rows.append(Row(name + guided + by, route, scale, method))
     return rows
 
 
-def check_stages(cfg: RectifyConfig, stages: dict[str, Config]) -> None:
-    """Raises UserError for what would otherwise fail after hours, in the middle of the chain."""
-    for path, stage in stages.items():
-        with error_context(f"{path}: loss"):
-            time_sampler = time_samplers.build(stage.flow.time_sampler, **stage.flow.time_sampler_args)
-            losses.build(stage.loss.name, paths.build(stage.flow.path), stage.flow.prediction, time_sampler, stage.loss.args)
-    first = stages[cfg.first].model
-    for path in (cfg.reflow, cfg.distill):
-        if stages[path].flow.coupling != "paired":
-            raise UserError(f"{path}: flow.coupling={stages[path].flow.coupling}: must be paired, as it trains on pairs")
-        if stages[path].model != first:
-            raise UserError(f"{path}: model: must be that of {cfg.first}, from whose weights it starts")
-    if first.args.get("max_prompt_bytes"):
-        raise UserError(f"{cfg.first}: model.args.max_prompt_bytes: the chain is for networks with labels or without any")
-    for key in ("first_pairs", "later_pairs"):
-        stage = schema.get(cfg, key)
-        with error_context(f"{key}.sampling_method"):
-            solvers.check(stage.sampling_method)
-            if stage.sampling_method not in solvers.DETERMINISTIC:
-                raise ValueError(f"{stage.sampling_method!r} cannot make pairs: its images depend on more than their noise")
-        if stage.guidance_scale != 1 and not first.args.get("num_classes"):
-            raise UserError(f"{key}.guidance_scale={stage.guidance_scale}: needs labels (model.args.num_classes)")
+def first_config(cfg: RectifyConfig) -> Config:
+    """The configuration of the first training of all."""
+    stage = cfg.stages[next(iter(cfg.routes.values())).stages[0]]
+    return schema.load(stage.config, stage.overrides)
+
+
+def precision_flag(config: Config) -> list[str]:
+    return ["-mp", config.train.mixed_precision]
+
+
+def forwards(stage: StageConfig) -> int:
+    """Network passes of a pair."""
+    assert stage.pairs is not None
+    return solvers.nfe(stage.pairs.sampling_method, stage.pairs.sampling_steps) * (
+        2 if stage.pairs.guidance_scale not in (0, 1) else 1
+    )
+
+
+def build_loss(config: Config) -> FlowLoss:
+    time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
+    return losses.build(config.loss.name, paths.build(config.flow.path), config.flow.prediction, time_sampler, config.loss.args)
+
+
+def check_routes(cfg: RectifyConfig) -> None:
+    """Raises UserError for what would otherwise fail after hours, in the middle of a route."""
+    configs = {name: schema.load(stage.config, stage.overrides) for name, stage in cfg.stages.items() if stage.config}
+    for name, config in configs.items():
+        with error_context(f"{cfg.stages[name].config}: loss"):
+            build_loss(config)
+    for name, route in cfg.routes.items():
+        for k, stage in enumerate(route.stages):
+            check_stage(cfg, configs, f"routes.{name}: {stage}", stage, *cfg.before(route, k))
+        for method in route.methods:
+            with error_context(f"routes.{name}.methods"):
+                solvers.check(method)
     if cfg.feature_extractor not in FEATURE_EXTRACTORS_REGISTRY:
         known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
         raise UserError(f"feature_extractor={cfg.feature_extractor}: unknown; choose one of {known}")
 
 
-def pair_arguments(teacher: Path, save_dir: Path, stage: ReflowStageConfig, seed: int) -> list[str]:
-    """Of make_pairs; each round has noise of its own."""
-    return [
-        "--weights", str(teacher), "--save_dir", str(save_dir), "--n_pairs", str(stage.n_pairs), "--seed", str(seed),
-        "--sampling_method", stage.sampling_method, "--sampling_steps", str(stage.sampling_steps),
-        "--guidance_scale", f"{stage.guidance_scale:g}", "--real_fraction", f"{stage.real_fraction:g}",
-    ]  # fmt: skip
-
-
-def compare(
-    cfg: RectifyConfig, folder: Path, rows: list[tuple[str, float]], snapshots: dict[str, snapshot.Snapshot], first: Config
+def check_stage(
+    cfg: RectifyConfig, configs: dict[str, Config], key: str, name: str, teacher: str | None, pairs: str | None
 ) -> None:
+    stage = cfg.stages[name]
+    if stage.pairs is not None:
+        assert teacher is not None  # routes begin with a training
+        with error_context(f"stages.{name}.pairs.sampling_method"):
+            solvers.check(stage.pairs.sampling_method)
+            if stage.pairs.sampling_method not in solvers.DETERMINISTIC:
+                raise ValueError(
+                    f"{stage.pairs.sampling_method!r} cannot make pairs: its images depend on more than their noise"
+                )
+            if cfg.minutes is not None and stage.pairs.sampling_method in solvers.HAS_TOLERANCES:
+                raise ValueError(f"{stage.pairs.sampling_method!r} chooses its own number of evaluations, which fits no budget")
+        if stage.pairs.guidance_scale != 1 and not configs[teacher].model.args.get("num_classes"):
+            scale = stage.pairs.guidance_scale
+            raise UserError(f"stages.{name}.pairs.guidance_scale={scale}: needs labels (model.args.num_classes)")
+        return
+    config = configs[name]
+    if config.model.args.get("max_prompt_bytes"):
+        raise UserError(f"{key}: model.args.max_prompt_bytes: routes are for networks with labels or without any")
+    if teacher and same_network(config) != same_network(configs[teacher]):
+        raise UserError(f"{key}: model: must be that of {teacher}, from whose weights it starts")
+    if config.data.name == "pairs":
+        if config.flow.coupling != "paired":
+            raise UserError(f"{key}: flow.coupling={config.flow.coupling}: must be paired, as it trains on pairs")
+        made = cfg.stages[pairs].pairs if pairs else None
+        if made is None:
+            raise UserError(f"{key}: trains on pairs, and no stage before it makes any")
+        if build_loss(config).needs_states and not made.keep_states:
+            raise UserError(f"{key}: loss.name={config.loss.name}: needs stages.{pairs}.pairs.keep_states of at least 1")
+
+
+def same_network(config: Config) -> tuple:
+    """What networks must share for one to start from the other's weights; a flow may become a flow map."""
+    return config.model.name, {key: value for key, value in config.model.args.items() if key != "two_times"}
+
+
+def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, Cost]) -> None:
     """Write and print comparison.md, draw comparison.png."""
+    first = first_config(cfg)
     accelerator = distributed.build_accelerator(first.train.mixed_precision)
     titles, straight, pictures = {}, {}, []
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
     classes = first.model.args.get("num_classes")
     shown = COLUMNS * classes if classes else 10 * COLUMNS
     each = cfg.straightness_images * cfg.straightness_steps + shown * sum(nfes)
-    total = sum(each * (2 if scale not in (0, 1) else 1) for _, scale in rows)
+    total = sum(each * (2 if row.scale not in (0, 1) else 1) for row in rows)
     bar = distributed.progress(accelerator, total, "straightness deviation and figure (network calls)")
-    for name, scale in rows:
-        snap = snapshots[name]
+    for row in rows:
+        snap = snapshot.load(folder / row.network)
         model = snap.model()
         distributed.prepare_model(model.net, accelerator)
         model.net.register_forward_hook(lambda net, inputs, output: bar.update(len(inputs[0])))
-        key = f"{name}@{snap.step}, {scale:g}"
-        titles[key] = name + (f", w = {scale:g}" if scale != 1 else "")
-        settings = SamplerSettings(guidance_scale=scale)
+        titles[f"{row.network}@{snap.step}, {row.scale:g}, {row.method}"] = row.title
+        settings = SamplerSettings(guidance_scale=row.scale)
         indices = range(cfg.straightness_images)
         mean, error = mean_straightness_deviation(
             accelerator, model, snap.image_shape, indices, settings, cfg.straightness_steps
         )
-        straight[titles[key]] = f"{mean:.4f} ± {error:.4f}"
-        pictures.append([panel(accelerator, model, snap.image_shape, n, scale) for n in nfes])
+        straight[row.title] = f"{mean:.4f} ± {error:.4f}"
+        pictures.append([panel(accelerator, model, snap.image_shape, row.method, n, row.scale) for n in nfes])
     bar.close()
     results = table.read_rows(folder / "evaluation")
     extractor = cfg.feature_extractor
     results = [r for r in results if r["n"] == cfg.n_samples and r["identity"].get("extractor", [None])[0] == extractor]
     entries = table.aggregate([r for r in results if r.get("steps") in cfg.nfe])
     distance = next(name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-")))
-    shown = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
-    text = table.by_nfe(entries, shown, titles, {"straightness deviation": straight})
-    note = f"Cells: {' / '.join(shown)} of {cfg.n_samples:,} images, Euler steps. Straightness deviation: its mean over "
-    note += f"{cfg.straightness_images} images ± standard error; 0 is straight."
-    if any(scale not in (0, 1) for _, scale in rows):
+    metrics = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
+    cost = {row.title: costs[row.network] for row in rows}
+    extra = {
+        "images": {title: f"{c.images:,}" for title, c in cost.items()},
+        "minutes": {title: f"{c.minutes:.1f}" for title, c in cost.items()},
+        "network passes": {title: f"{c.passes / 1e6:.2f} M" for title, c in cost.items()},
+        "straightness deviation": straight,
+    }
+    text = table.by_nfe(entries, metrics, titles, extra)
+    note = (
+        f"Cells: {' / '.join(metrics)} of {cfg.n_samples:,} images, Euler steps where no method is named. Images, minutes and "
+    )
+    note += "network passes are those of the whole route, teachers and pairs included; a backward pass counts as two, a "
+    note += (
+        f"derivative too. Straightness deviation: its mean over {cfg.straightness_images} images ± standard error; 0: straight."
+    )
+    if any(row.scale not in (0, 1) for row in rows):
         note += " With guidance (w) each velocity evaluation is two network calls, so NFE 2 costs four."
     files.write_text(folder / "comparison.md", f"{text}\n\n{note}\n")
     columns = [list(column) for column in zip(*pictures, strict=True)]
@@ -193,13 +349,13 @@ def compare(
 
 
 def panel(
-    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, int, int], steps: int, scale: float
+    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, int, int], method: str, steps: int, scale: float
 ) -> np.ndarray:
     """A row a class (without classes: ten rows), each column from one and the same noise: uint8 [H, W] or [H, W, 3]."""
     shown = []
     for label in range(model.net.num_classes or 1):
         labels = (label,) if model.net.num_classes else None
-        settings = SamplerSettings("euler", steps, scale, labels=labels)
+        settings = SamplerSettings(method, steps, scale, labels=labels)
         n = COLUMNS if model.net.num_classes else 10 * COLUMNS
         shown += [batch.images for batch in generate(accelerator, model, image_shape, [range(n)], settings)]
     picture = images.grid(torch.cat(shown), COLUMNS, zoomed=False).permute(1, 2, 0).numpy()

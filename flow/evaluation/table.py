@@ -135,14 +135,15 @@ def write(folder: Path, rows: list[dict]) -> str:
 
 
 def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra: dict[str, dict[str, str]]) -> str:
-    """Markdown: a row for each (weights, guidance scale) of `names`, a column for each NFE, cells "metric / metric".
+    """Markdown: a row for each (weights, guidance scale, method) of `names`, a column for each NFE, cells "metric / metric".
 
-    `names` maps f"{weights}, {guidance scale:g}" to what the row is called, in order; `extra` is {column: {row: cell}}.
+    `names` maps f"{weights}, {guidance scale:g}, {method}" to what the row is called, in order; `extra` is
+    {column: {row: cell}}.
     """
     results = {}
     for e in entries:
         scale = 1 if e["guidance_scale"] is None else e["guidance_scale"]
-        results[f"{e['weights']}, {scale:g}", e["NFE"]] = e["metrics"]
+        results[f"{e['weights']}, {scale:g}, {e['method']}", e["NFE"]] = e["metrics"]
     nfe = sorted({key[1] for key in results})
     lines = [["model", *(f"NFE {n}" for n in nfe), *extra]]
     for key, name in names.items():

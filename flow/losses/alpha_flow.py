@@ -40,6 +40,11 @@ class AlphaFlow(FlowMapLoss):
         self.check("anneal_end", self.anneal_start < self.anneal_end <= 1, "more than anneal_start and at most 1")
         self.check("alpha_min", 0 < self.alpha_min <= 1, "more than 0 and at most 1")
 
+    @property
+    def passes(self) -> float:  # type: ignore[override]
+        """Of a sample, once alpha is less than 1."""
+        return 4 + self.guidance_passes
+
     def alpha(self, progress: float) -> float:
         """alpha at this share of the training: 1 - sigmoid, set to 1 within `alpha_min` of it, and at least `alpha_min`."""
         phase = (progress - self.anneal_start) / (self.anneal_end - self.anneal_start) - 0.5

@@ -74,6 +74,7 @@ class FlowLoss(ABC):
     name: ClassVar[str]
     num_uniforms: ClassVar[int] = 1
     draws: ClassVar[dict[str, tuple[int, ...]]] = {}
+    passes: float = 3.0  # passes through the network that a sample costs: 1 forward, 2 backward
     needs_two_times: ClassVar[bool] = False  # of the network: it is a flow map
     needs_jvp: ClassVar[bool] = False  # calls eager.jvp
     needs_states: ClassVar[bool] = False  # reads batch.states

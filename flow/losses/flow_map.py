@@ -47,6 +47,11 @@ class FlowMapLoss(FlowLoss):
         if not holds:
             raise ValueError(f"{key}={getattr(self, key)!r}: must be {rule}")
 
+    @property
+    def guidance_passes(self) -> int:
+        """Passes through the network that `guided` takes."""
+        return (self.guidance_scale != 1 or self.guidance_mix > 0) + (self.guidance_mix > 0)
+
     def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(t, t_next) float32 [b], t <= t_next, of uniforms u [b, 3]."""
         t, t_next = self.time_sampler(u[:, :2]).float().sort(dim=1).values.unbind(1)

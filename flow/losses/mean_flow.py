@@ -39,6 +39,11 @@ class MeanFlow(FlowMapLoss):
         self.check("tangent", self.tangent in TANGENTS, f"one of {', '.join(TANGENTS)}")
         self.check("jvp_precision", self.jvp_precision in JVP_PRECISIONS, f"one of {', '.join(JVP_PRECISIONS)}")
 
+    @property
+    def passes(self) -> float:  # type: ignore[override]
+        """Of a sample; the derivative counts as two, as it takes the network and its tangent forward."""
+        return 3 + self.guidance_passes + self.map_share * (2 + (self.tangent == "network"))
+
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
         assert batch.u is not None
         t, t_next = self.times(batch.u)

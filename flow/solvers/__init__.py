@@ -92,6 +92,11 @@ def max_steps_for_nfe(method: str, nfe: int, end: float = 1.0) -> int:
     return steps
 
 
+def nfe(method: str, steps: int) -> int:
+    """Velocity evaluations of so many steps of a method without tolerances."""
+    return _dry_run(method, steps).nfe
+
+
 def _dry_run(method: str, steps: int, end: float = 1.0, **options: Any) -> Solution:
     noise: dict[str, Any] = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
     return solve(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,9 @@ from flow.runtime import distributed, files
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from scripts.benchmark import baseline
+
+WARMUP_STEPS = 3  # of a trial of training steps, which do not count
+TRIAL_STEPS = 10  # that count
 
 
 class Enough(Exception):
@@ -58,6 +62,29 @@ def start_job(job: dict, scratch: Path) -> dict:
         lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")] or process.stderr.splitlines()[-1:]
         raise UserError(f"{job['kind']}: {(lines or ['it ended without a message'])[0].removeprefix('error: ')}")
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def training_laps(config: str, overrides: list[str], scratch: Path) -> list[float]:
+    """Seconds of a few training steps after the first ones, in a process of its own."""
+    cfg = schema.load(config, overrides)
+    precision = distributed.resolve_precision(cfg.train.mixed_precision)
+    job = {
+        "kind": "train", "variant": "project", "config": config, "overrides": overrides, "precision": precision,
+        "compile": cfg.train.compile, "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS,
+    }  # fmt: skip
+    return start_job(job, scratch)["laps"]
+
+
+def sampling_seconds(config: str, overrides: list[str], scratch: Path) -> float:
+    """Seconds of an image of one network evaluation in sampling, untrained weights, in a process of its own."""
+    cfg = schema.load(config, overrides)
+    precision = distributed.resolve_precision(cfg.train.mixed_precision)
+    job = {
+        "kind": "sample", "variant": "project", "config": config, "overrides": overrides, "precision": precision,
+        "compile": False, "sampling_batch": 100, "warmup": 1, "sampling_batches": 5, "sampling_steps": 4,
+    }  # fmt: skip
+    result = start_job(job, scratch)
+    return statistics.median(result["laps"]) / (result["images_per_lap"] * result["forwards"])
 
 
 def name_of(precision: str) -> str:

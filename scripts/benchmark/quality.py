@@ -22,17 +22,14 @@ from flow.evaluation import intervals, plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.runtime import cli, files, lock
-from flow.runtime.distributed import resolve_precision
 from flow.runtime.subprocesses import run_command, train_arguments
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
-from scripts.benchmark.jobs import start_job
+from scripts.benchmark.jobs import training_laps
 
 EXAMPLES = """\
   python -m scripts.benchmark quality --configs configs/mnist.yaml "configs/mnist.yaml optimizer.lr=2e-3" \\
       --minutes 3 --seeds 3 --feature_extractor mnist --n_samples 2000 --out runs/race"""
-WARMUP_STEPS = 3  # of a trial, which do not count
-TRIAL_STEPS = 10  # in each of the turns of a trial
 
 
 @dataclass
@@ -133,13 +130,7 @@ def trial(args, recipes: list[Recipe]) -> list[float]:
         for turn in range(args.trial_rounds):
             for recipe, own in zip(recipes, laps, strict=True):
                 print(f"trial {turn + 1} of {args.trial_rounds}: {recipe.name}", flush=True)
-                config = schema.load(recipe.config, recipe.overrides)
-                job = {
-                    "kind": "train", "variant": "project", "config": recipe.config, "overrides": recipe.overrides,
-                    "precision": resolve_precision(config.train.mixed_precision), "compile": config.train.compile,
-                    "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS,
-                }  # fmt: skip
-                own += start_job(job, Path(scratch))["laps"]
+                own += training_laps(recipe.config, recipe.overrides, Path(scratch))
     return [statistics.median(own) for own in laps]
 
 

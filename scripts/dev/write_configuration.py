@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import shlex
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ name (`model.name=`, `data.name=`, ...) on the command line starts from empty ar
 SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("Training a flow", "`train.py`, `configs/schema.py`", schema.Config),
     ("Training an autoencoder", "`scripts/train_vae.py`, `configs/vae.py`", vae.VaeConfig),
-    ("Rectified flow", "`scripts/rectify.py`, `configs/rectify.py`", rectify.RectifyConfig),
+    ("Routes to few steps", "`scripts/rectify.py`, `configs/rectify.py`", rectify.RectifyConfig),
 )
 
 
@@ -50,8 +51,10 @@ def keys(config_class: type, prefix: str = "") -> list[tuple[str, str, str]]:
     rows = []
     for field in dataclasses.fields(config_class):
         value = getattr(defaults, field.name)
-        if dataclasses.is_dataclass(value):
-            rows += keys(type(value), f"{prefix}{field.name}.")
+        inside = next(filter(dataclasses.is_dataclass, (type(value), *typing.get_args(field.type))), None)
+        if inside:  # a section, an optional one, or a dictionary of sections
+            name = ".NAME" if isinstance(value, dict) else ""
+            rows += keys(inside, f"{prefix}{field.name}{name}.")
         else:
             rows.append((prefix + field.name, shown(value), comments[field.name]))
     return rows

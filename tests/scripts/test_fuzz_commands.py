@@ -29,9 +29,11 @@ WORDS = st.sampled_from([
     "", "null", "~", "no", "true", "''", "[]", "{}", "[1, 2]", "{a: 1}", "[[]]", "digits", "mlp", "unet", "dit", "mini_unet",
     "toys", "pairs", "folder", "linear", "vp", "cosine", "data", "noise", "ot", "paired", "independent", "uniform", "heun",
     "logit_normal", "dopri5", "unipc", "euler_maruyama", "ancestral", "skip", "bf16", "fp16", "tensorboard", "[tensorboard]",
-    "[nothing]", "pseudo_huber", "l1", "constant", "???", "${seed}", "${nowhere}", "${oc.env:HOME}", "!!python/name:os.system",
+    "[nothing]", "mean_flow", "alpha_flow", "trajectory", "auto",
+    "pseudo_huber", "l1", "constant", "???", "${seed}", "${nowhere}", "${oc.env:HOME}", "!!python/name:os.system",
     "*a", "&a 1", "{a: ", "[", "'", "\\", "a\nb", "\u0000", "数字", "😀", "{path: nowhere}", "{name: moons}", "{width: 8}",
-    "{width: -8}", "{block: 2}", "{num_classes: 3}", "{width: {a: 1}}", "2026-01-01", "../../etc", "%", "=", "a=b",
+    "{width: -8}", "{block: 2}", "{num_classes: 3}", "{width: {a: 1}}", "{two_times: true}", "{map_share: 0.5}",
+    "2026-01-01", "../../etc", "%", "=", "a=b",
 ])  # fmt: skip
 VALUES = st.one_of(NUMBERS, WORDS, st.text(max_size=6))
 KEYS = st.sampled_from([k for k in schema.all_keys() if k not in SLOW_OR_REMOTE])
@@ -45,7 +47,15 @@ NO_SIZES = st.sampled_from([
     "ema.warmup_ratio", "flow.label_dropout", "preview.guidance_scale",
 ])  # fmt: skip
 INNER = st.sampled_from(
-    ["model.args.width", "model.args.depth", "model.args.x", "data.args.path", "flow.time_sampler_args.mean", "a.b.c"]
+    [
+        "model.args.width",
+        "model.args.depth",
+        "model.args.x",
+        "data.args.path",
+        "flow.time_sampler_args.mean",
+        "loss.args.map_share",
+        "a.b.c",
+    ]
 )
 
 

@@ -1,6 +1,7 @@
 """rectify: one command from 1-RF to the table, which goes on after a kill and ends with the same files."""
 
 import io
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,8 @@ from conftest import REPOSITORY, run_here, succeed
 from PIL import Image
 from safetensors.torch import load_file
 
+from configs import schema
+from configs.rectify import RectifyConfig
 from flow.evaluation import table
 from flow.sampling import snapshot
 from flow.training import checkpoint
@@ -38,23 +41,34 @@ ON_PAIRS = {"data": {"name": "pairs", "args": {"path": "filled in by rectify"}}}
 def config(tmp_path_factory) -> Path:
     """A rectify YAML for seconds, without its folder."""
     folder = tmp_path_factory.mktemp("configs")
-    stages = {
-        "first": STAGE,
-        "reflow": STAGE | ON_PAIRS | {"flow": {"coupling": "paired", "label_dropout": 0.0}},
-        "distill": STAGE | ON_PAIRS | {"flow": {"coupling": "paired", "label_dropout": 0.0}, "loss": {"name": "distillation"}},
+    on_pairs = STAGE | ON_PAIRS | {"flow": {"coupling": "paired", "label_dropout": 0.0}}
+    flow_map = {"model": {**STAGE["model"], "args": {**STAGE["model"]["args"], "two_times": True}}}
+    trainings = {
+        "1-rf": STAGE,
+        "2-rf": on_pairs,
+        "distilled": on_pairs | {"loss": {"name": "distillation"}},
+        "on_paths": on_pairs | flow_map | {"loss": {"name": "trajectory"}},
+        "flow_map": STAGE | flow_map | {"loss": {"name": "alpha_flow"}},
     }
-    for name, stage in stages.items():
+    for name, stage in trainings.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(stage))
-    round_of_pairs = {"n_pairs": 40, "sampling_steps": 2, "guidance_scale": 1.5}
-    whole = {name: str(folder / f"{name}.yaml") for name in stages}
-    whole |= {
-        "first_pairs": round_of_pairs,
-        "later_pairs": {"n_pairs": 40, "sampling_steps": 1},
+    whole = {
+        "stages": {name: {"config": str(folder / f"{name}.yaml")} for name in trainings}
+        | {
+            "pairs_1-rf": {"pairs": {"n_pairs": 40, "sampling_steps": 2, "guidance_scale": 1.5}},
+            "pairs_2-rf": {"pairs": {"n_pairs": 40, "sampling_steps": 1}},
+            "paths": {"pairs": {"n_pairs": 40, "sampling_steps": 3, "keep_states": 2}},
+        },
+        "routes": {
+            "flow": {"stages": ["1-rf"], "guidance_scale": [1, 1.5]},
+            "distilled": {"stages": ["1-rf", "pairs_1-rf", "2-rf", "pairs_2-rf", "distilled"]},
+            "trajectory+alpha_flow": {"stages": ["1-rf", "paths", "on_paths", "flow_map"], "methods": ["euler", "consistency"]},
+        },
         "nfe": [1, 2],
         "n_samples": 80,
     }
     whole |= {"feature_extractor": "digits", "straightness_images": 5, "straightness_steps": 4}
-    (folder / "rectify.yaml").write_text(yaml.safe_dump(whole))
+    (folder / "rectify.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
     return folder / "rectify.yaml"
 
 
@@ -74,8 +88,8 @@ def rectified(tmp_path_factory, config) -> Path:
         run_here("rectify", "-c", config, f"folder={folder}")
     assert "| model" in out.getvalue()
     stages = re.findall(r"^stage (\d+) of (\d+): (.*) \(\d+\.\d (?:s|min) so far\)$", out.getvalue(), re.M)
-    assert [(int(k), int(n)) for k, n, _ in stages] == [(k, 10) for k in range(1, 11)]
-    assert stages[1][2] == "pairs of 1-rf" and stages[6][2] == "evaluation of 1-rf with guidance 1.5"
+    assert [(int(k), int(n)) for k, n, _ in stages] == [(k, 14) for k in range(1, 15)]
+    assert stages[1][2] == "pairs: pairs_1-rf" and stages[9][2] == "evaluation of flow, w = 1.5"
     bars = re.findall(r"straightness deviation and figure [^|]*\|[^|]*\| (\d+)/(\d+)", err.getvalue())
     assert bars[-1][0] == bars[-1][1]
     (hint,) = re.findall(r"; sample in one step with: (.+)$", out.getvalue(), re.M)
@@ -85,23 +99,26 @@ def rectified(tmp_path_factory, config) -> Path:
 
 def results(folder: Path) -> dict:
     """Everything that the second of two equal runs has to repeat: all files but logs, clocks and machine descriptions."""
-    files = {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("pairs_*/*"))}
+    files = {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("pa*/*"))}
     weights = {}
-    for name in ("1-rf", "2-rf", "distilled"):
+    for name in ("1-rf", "2-rf", "distilled", "on_paths", "flow_map"):
         weights |= {f"{name} {key}": value.tolist() for key, value in load_file(snapshot.find(folder / name)).items()}
     rows = [
         {k: v for k, v in row.items() if k not in ("seconds", "identity")} for row in table.read_rows(folder / "evaluation")
     ]
-    pictures = {p.name: p.read_bytes() for p in folder.glob("comparison.*")}
+    pictures = {"comparison.png": (folder / "comparison.png").read_bytes()}  # the table has minutes
     return {"pairs": files, "weights": weights, "rows": rows, "pictures": pictures}
 
 
 def test_table_and_figure(rectified):
     text = (rectified / "comparison.md").read_text()
-    rows = ("1-rf ", "1-rf, w = 1.5", "2-rf", "distilled")
-    for word in ("NFE 1", "NFE 2", "straightness deviation", *rows, "FD-digits / accuracy"):
-        assert word in text
-    assert len([row for row in table.read_rows(rectified / "evaluation") if not table.is_control(row)]) == 8
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == ["model", "NFE 1", "NFE 2", "images", "minutes", "network passes", "straightness deviation"]
+    names = ["flow", "flow, w = 1.5", "distilled", "trajectory+alpha_flow", "trajectory+alpha_flow, consistency"]
+    assert [row[0] for row in rows[2:]] == names and "FD-digits / accuracy" in text
+    images = {row[0]: row[3] for row in rows[2:]}
+    assert images["flow"] == "64" and images["distilled"] == str(3 * 64 + 2 * 40)
+    assert len([row for row in table.read_rows(rectified / "evaluation") if not table.is_control(row)]) == 10
     assert min(Image.open(rectified / "comparison.png").size) > 200
 
 
@@ -112,34 +129,79 @@ def test_the_stages_build_on_each_other(rectified):
     assert f"path: {rectified / 'pairs_2-rf'}" in configs["distilled"]
 
 
+def test_costs_of_a_route(rectified, config):
+    """Images and passes are those of all stages: 3 a training sample (alpha_flow: 4), Heun's evaluations a pair."""
+    cfg = schema.load(config, [f"folder={rectified}"], kind=RectifyConfig)
+    steps = rectify.Rectify(cfg, None, 0.0)
+    cost = {name: steps.route_cost(route) for name, route in cfg.routes.items()}
+    assert cost["flow"].images == 64 and cost["flow"].passes == 64 * 3
+    assert cost["distilled"].passes == 3 * 64 * 3 + 40 * 3 * 2 + 40
+    assert cost["trajectory+alpha_flow"].passes == 2 * 64 * 3 + 64 * 4 + 40 * 5
+    assert 0 < cost["flow"].minutes < cost["distilled"].minutes < 5
+
+
 def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
-    command = ["rectify", "-c", config, f"folder={tmp_path / 'never'}"]
-    assert "unknown key 'round'. Did you mean 'rounds'?" in error(*command, "round=3")
-    assert "rounds=0: must be at least 1" in error(*command, "rounds=0")
-    assert "flow.coupling=independent: must be paired" in error(*command, "reflow=configs/digits.yaml")
-    assert "first_pairs.sampling_method: unknown solver 'hen'" in error(*command, "first_pairs.sampling_method=hen")
-    assert "feature_extractor=mnst: unknown; choose one of" in error(*command, "feature_extractor=mnst")
-    assert "model: must be that of" in error(*command, "reflow=configs/mnist_reflow.yaml")
-    (tmp_path / "noise.yaml").write_text("{flow: {prediction: noise}, loss: {name: distillation}}")
-    assert "use velocity or data" in error(*command, f"distill={tmp_path / 'noise.yaml'}")
+    command = ["rectify", "-c", tmp_path / "changed.yaml", f"folder={tmp_path / 'never'}"]
+    whole = yaml.safe_load(config.read_text())
+
+    def refused(*place_and_value) -> str:
+        *place, last, value = place_and_value
+        changed = json.loads(json.dumps(whole))
+        section = changed
+        for name in place:
+            section = section[name]
+        section[last] = value
+        (tmp_path / "changed.yaml").write_text(yaml.safe_dump(changed))
+        return error(*command)
+
+    stages = whole["stages"]
+    assert "unknown key 'route'. Did you mean 'routes'?" in refused("route", 3)
+    assert "routes={}: must be at least one route" in refused("routes", {})
+    assert "stages.paths.pairs.n_pairs=0: must be at least 1" in refused("stages", "paths", "pairs", "n_pairs", 0)
+    assert "stages.paths: needs either config, for a training, or pairs" in refused("stages", "paths", "config", "x.yaml")
+    assert "'1rf' is no stage; there are 1-rf" in refused("routes", "flow", "stages", ["1rf"])
+    assert "must begin and end with a training" in refused("routes", "flow", "stages", ["1-rf", "paths"])
+    assert "'distilled' builds on other stages than in routes." in refused("routes", "flow", "stages", ["1-rf", "distilled"])
+    assert "and no stage before it makes any" in refused("routes", "distilled", "stages", ["1-rf", "2-rf"])
+    assert "flow.coupling=independent: must be paired" in refused(
+        "stages", "2-rf", {**stages["2-rf"], "overrides": ["flow.coupling=independent"]}
+    )
+    assert "model: must be that of 1-rf" in refused("stages", "2-rf", "overrides", ["model.args.width=32"])
+    assert "stages.paths.pairs.sampling_method: unknown solver 'hen'" in refused(
+        "stages", "paths", "pairs", "sampling_method", "hen"
+    )
+    assert "needs stages.paths.pairs.keep_states" in refused("stages", "paths", "pairs", "keep_states", 0)
+    assert "feature_extractor=mnst: unknown; choose one of" in refused("feature_extractor", "mnst")
+    assert "use velocity or data" in refused("stages", "distilled", "overrides", ["flow.prediction=noise"])
+    assert "shares of the minutes add up to 0, not to 1" in refused("minutes", 3)
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.slow
+def test_a_budget_of_minutes(tmp_path, config):
+    """Steps and pairs follow from a trial, are stored, and are the same when the command runs again."""
+    whole = yaml.safe_load(config.read_text())
+    whole |= {"minutes": 0.1, "routes": {"reflow": {"stages": ["1-rf", "pairs_1-rf", "2-rf"]}}}
+    for name, share in (("1-rf", 0.5), ("pairs_1-rf", 0.1), ("2-rf", 0.4)):
+        whole["stages"][name]["share"] = share
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(whole))
+    command = ["-m", "scripts.rectify", "-c", tmp_path / "c.yaml", f"folder={tmp_path / 'run'}"]
+    succeed(*command)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["1-rf"]["count"] == round(0.1 * 60 * 0.5 / plan["1-rf"]["seconds"])
+    assert snapshot.load(tmp_path / "run" / "1-rf").step == plan["1-rf"]["count"]
+    succeed(*command)
+    again = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert all(again[name]["count"] == plan[name]["count"] for name in plan)
 
 
 def test_sigterm_lets_the_step_save_and_ends(tmp_path, config):
     """The training that is under way writes its checkpoint; nothing is left running."""
     folder = tmp_path / "stopped"
-    first = yaml.safe_load((config.parent / "first.yaml").read_text())
-    first["train"] |= {"steps": 100_000, "checkpoint_every_steps": 0}
-    (tmp_path / "long.yaml").write_text(yaml.safe_dump(first))
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.rectify",
-        "-c",
-        str(config),
-        f"folder={folder}",
-        f"first={tmp_path / 'long.yaml'}",
-    ]
+    whole = yaml.safe_load(config.read_text())
+    whole["stages"]["1-rf"]["overrides"] = ["train.steps=100_000", "train.checkpoint_every_steps=0"]
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(whole))
+    command = [sys.executable, "-m", "scripts.rectify", "-c", str(tmp_path / "long.yaml"), f"folder={folder}"]
     process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "FLOW_NUM_THREADS": "1"})
     while not (folder / "1-rf" / "metrics.jsonl").exists():
         assert process.poll() is None
@@ -174,7 +236,7 @@ def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
     succeed("-m", "scripts.rectify", "-c", config, f"folder={folder}", timeout=600)
     cut, whole = results(folder), results(rectified)
     manifests = [name for name in whole["pairs"] if name.name == "manifest.json"]  # these hold the hash of the weights' file
-    assert len(manifests) == 2
+    assert len(manifests) == 3
     for name in manifests:
         del cut["pairs"][name], whole["pairs"][name]
     assert cut == whole
