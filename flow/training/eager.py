@@ -1,7 +1,8 @@
 """The network without DDP, compile, autocast and gradient: what losses take targets and derivatives from."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,11 @@ class EagerNetwork:
     random numbers after it.
     """
 
-    def __init__(self, net: nn.Module, jvp_error: str | None = None):
-        """jvp_error: why derivatives are not available here, for the message of the error."""
+    def __init__(self, net: nn.Module, jvp_error: str | None = None, sharded: nn.Module | None = None):
+        """jvp_error: why derivatives are not available here, for the message of the error. sharded: the network as FSDP2 has
+        it, whose hooks gather the parameters; it is called as a whole then, in the precision of training."""
         self.net, self.jvp_error = net, jvp_error
+        self._forward: Callable[..., Tensor] = sharded or partial(type(net).forward, net)
         self.null: int | None = getattr(net, "null", None)
         self._device = next(net.parameters()).device
         self.start_micro_batch()
@@ -33,7 +36,7 @@ class EagerNetwork:
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         """The output [b, ...], float32, without gradient."""
         with self._plain(), torch.no_grad():
-            return type(self.net).forward(self.net, x, t, y, t_next)
+            return self._forward(x, t, y, t_next)
 
     def jvp(
         self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no"
@@ -50,7 +53,7 @@ class EagerNetwork:
             raise ValueError(self.jvp_error)
 
         def output(x: Tensor, t: Tensor) -> Tensor:
-            return type(self.net).forward(self.net, x, t, y, t_next)
+            return self._forward(x, t, y, t_next)
 
         bf16 = precision == "bf16"
         with self._plain(bf16), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

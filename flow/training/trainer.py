@@ -103,7 +103,8 @@ class Trainer:
         device = accelerator.device
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, accelerator))
-        self.eager = EagerNetwork(task.net, "FSDP2 has no jvp of a sharded network" if accelerator.is_fsdp2 else None)
+        sharded = ("FSDP2 has no jvp of a sharded network", self.model) if accelerator.is_fsdp2 else ()
+        self.eager = EagerNetwork(task.net, *sharded)
         if self.eager.jvp_error and getattr(task.loss, "needs_jvp", False):
             raise UserError(f"loss.name={config.loss.name}: {self.eager.jvp_error}; use alpha_flow")
         self.half_lives = schema.half_lives(config)

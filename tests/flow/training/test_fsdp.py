@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, succeed
+from conftest import REPOSITORY, run_script, succeed
 from safetensors.torch import load_file
 
 from flow.runtime import distributed
@@ -68,3 +68,23 @@ def test_training_in_shards_is_training(tmp_path):
     norms = [[json.loads(line)["grad_norm"] for line in (run / "metrics.jsonl").open()] for run in (sharded, whole)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     succeed("sample.py", "--weights", sharded, "--n_samples", "4", "--save_dir", tmp_path / "s", "--sampling_steps", "2")
+
+
+@pytest.mark.slow
+def test_flow_maps_in_shards(tmp_path):
+    """alpha_flow takes its targets from the sharded network; mean_flow, whose derivative is not to be had there, says so."""
+    flow_map = [
+        DIT.replace("num_classes", "two_times: true, time_frequency: 30, num_classes"),
+        "train.checkpoint_every_steps=4",
+    ]
+    alpha_flow = [*TRAIN, *flow_map, "loss.name=alpha_flow", "loss.args={anneal_end: 0.1, guidance_scale: 2}"]
+    sharded, whole = tmp_path / "sharded", tmp_path / "whole"
+    succeed("train.py", *alpha_flow, "-e", sharded, processes=2, **fsdp_environment())
+    succeed("train.py", *alpha_flow, "-e", whole, processes=2)
+    found, expected = snapshots(sharded), snapshots(whole)
+    for name, weights in expected.items():
+        for key, value in weights.items():
+            torch.testing.assert_close(found[name][key], value, atol=2e-5, rtol=1e-3)
+    arguments = [*TRAIN, *flow_map, "loss.name=mean_flow", "-e", tmp_path / "mean_flow"]
+    result = run_script("train.py", *arguments, processes=2, **fsdp_environment())
+    assert "loss.name=mean_flow: FSDP2 has no jvp of a sharded network; use alpha_flow" in result.stderr
