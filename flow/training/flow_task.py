@@ -44,6 +44,7 @@ class FlowTask:
             UserError: for whatever in the configuration, the data and the network does not fit together.
         """
         self.config, self.accelerator = config, accelerator
+        self.notes: list[str] = []  # for the start of the log
         with error_context("data"):
             self.data = distributed.main_process_first(
                 accelerator, lambda: datasets.build(config.data.name, config.data.root, config.data.args)
@@ -76,6 +77,13 @@ class FlowTask:
                 source = snapshot.load(init_from)
                 snapshot.check_codec(f"train.init_from={init_from}", source, self.data.codec)
                 source.load_into(self.net, optional="step_embedding.")  # a flow may become a flow map
+            before, now = source.config.model.args, self.config.model.args
+            changed = [key for key in sorted({**before, **now}) if before.get(key) != now.get(key) and key != "two_times"]
+            self.notes += [
+                f"train.init_from={init_from}: was trained with model.args.{key}={before.get(key, 'its default')}, here it is "
+                f"{now.get(key, 'the default')}"
+                for key in changed
+            ]
 
     def build_network(self) -> Any:
         return models.build(self.config.model.name, self.data.image_shape, self.config.model.args)
@@ -133,7 +141,7 @@ class FlowTask:
         condition = f"prompts of at most {net.max_prompt_bytes} bytes" if net.max_prompt_bytes else condition
         size = sum(p.numel() for p in net.parameters()) / 1e6
         return [
-            *(f"note: {note}" for note in data.notes),
+            *(f"note: {note}" for note in [*data.notes, *self.notes]),
             f"data: {self.config.data.name}, {len(data):,} {self.space}; "
             f"model: {self.config.model.name}, {size:.2f} M parameters, {condition}",
         ]

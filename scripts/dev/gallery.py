@@ -70,6 +70,8 @@ def exhibits(runs: Path) -> list[Exhibit]:
             ("eight_gaussians", "coupling"), "configs/toy.yaml", (*SETS["eight_gaussians"], *OT),
         )
     )  # fmt: skip
+    jumps = ("-m", "scripts.compare", "--sampling_steps", "1", "2", "4", "--names", "flow map")
+    result.append(Exhibit("flow_map", ("compare.gif", "compare.png"), jumps, ("flow_map",), "configs/toy_flow_map.yaml"))
     result.append(Exhibit("digits", ("trajectory.gif",), ("-m", "scripts.animate"), ("digits",), "configs/digits.yaml"))
     return result
 

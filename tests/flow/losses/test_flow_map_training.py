@@ -81,6 +81,8 @@ def test_a_flow_map_learns_from_paths(here, tmp_path, paths, tiny_run):
     arguments += ["flow.coupling=paired", "flow.label_dropout=0", f"train.init_from={tiny_run}"]
     arguments.remove("model.args.time_frequency=30")
     here("train", *arguments, "-e", tmp_path / "run")
+    printed = here("train", *arguments, "model.args.time_frequency=30", "-e", tmp_path / "other")
+    assert f"{tiny_run}: was trained with model.args.time_frequency=its default, here it is 30" in printed
     here("train", *arguments, "-e", tmp_path / "again")
     assert same(tmp_path / "run", tmp_path / "again")
     assert {"mse", "grad_norm_median", "grad_norm_max"} <= read_metrics(tmp_path / "run" / "metrics.jsonl")[-1].keys()
