@@ -309,7 +309,11 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
         snap = snapshot.load(folder / row.network)
         model = snap.model()
         distributed.prepare_model(model.net, accelerator)
-        model.net.register_forward_hook(lambda net, inputs, output: bar.update(len(inputs[0])))
+
+        def advance(net, inputs, output) -> None:  # what a hook returns would replace the output
+            bar.update(len(inputs[0]))
+
+        model.net.register_forward_hook(advance)
         titles[f"{row.network}@{snap.step}, {row.scale:g}, {row.method}"] = row.title
         settings = SamplerSettings(guidance_scale=row.scale)
         indices = range(cfg.straightness_images)
