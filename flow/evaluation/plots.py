@@ -1,5 +1,6 @@
 """Figures of tables, losses and samples side by side."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -201,21 +202,37 @@ def loss_curves(
     figure.savefig(path)
 
 
+INCHES_A_LETTER = 0.09  # of a title
+
+
+def _lines(title: str, letters: int) -> list[str]:
+    """The title in lines of so many letters where it can be cut: after a space, a comma, + and _."""
+    lines = [""]
+    for piece in re.findall(r"[^\s_+]+[\s_+]?", title):
+        if lines[-1] and len(lines[-1] + piece.rstrip()) > letters:
+            lines.append("")
+        lines[-1] += piece
+    return [line.strip() for line in lines]
+
+
 def panels(path: Path, pictures: list[list[np.ndarray]], rows: list[str], columns: list[str]) -> None:
     """Pictures uint8 [H, W] or [H, W, 3] in rows and columns with their names, as a PNG without resampling blur."""
     height, width = pictures[0][0].shape[:2]
     scale = 2 / 150  # inches a pixel: each is two pixels of the file
-    size = (len(columns) * width * scale + 0.5, len(rows) * height * scale + 0.4)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    titles = [_lines(column, max(8, int(width * scale / INCHES_A_LETTER))) for column in columns]
+    top = 0.2 * (1 + max(len(title) for title in titles))
+    figure = Figure(
+        figsize=(len(columns) * width * scale + 0.5, len(rows) * height * scale + top), dpi=150, layout="constrained"
+    )
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
+        for j in range(len(columns)):
             ax = axes[i][j]
             ax.imshow(pictures[i][j], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
             if i == 0:
-                ax.set_title(column, fontsize=11)
+                ax.set_title("\n".join(titles[j]), fontsize=11)
             if j == 0:
                 ax.set_ylabel(row, fontsize=11)
     figure.savefig(path)
