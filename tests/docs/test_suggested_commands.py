@@ -50,6 +50,7 @@ SHORTER = {
     "--n_samples 1020": "--n_samples 4",
     "--bspp 5000": "",
 }
+SHORTER |= {"--keep_states 8": "--keep_states 1"}
 SHORTER |= {"--sampling_steps 5 50 ": "", "--float64 --t_end 0.9": "--t_end 0.9"}
 ELSEWHERE = ("make ", "source ")  # the environment
 # Chains of processes, run by tests of their own, with what needs their runs; and Inception's features of CIFAR-10.
@@ -116,6 +117,8 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         del more[more.index("--sampling_steps") : more.index("--sampling_steps") + 2]
     if "dopri5" in arguments:
         more += ["--rtol", "0.5", "--atol", "0.5"]
+    if "--keep_states" in arguments:
+        more += ["--sampling_steps", "2"]
     if "optimized" in arguments:
         more += ["--sampling_steps", "6"]
     return script, [*arguments, *more]

@@ -22,7 +22,7 @@ HEALTHY = [
 
 
 def patient(*overrides: str, device: str = "cpu", processes: int = 1, **made) -> SimpleNamespace:
-    accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes)
+    accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes, mixed_precision="no")
     return SimpleNamespace(
         cfg=schema.load(None, list(overrides)), accelerator=accelerator, data=None, trial=None, lines=[], **made
     )

@@ -239,14 +239,15 @@ def test_full_disk_leaves_last_checkpoint(here, small_disk, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("metrics.jsonl", "train.log_every_steps=1"), ("samples/step_", "train.sample_every_steps=1")]
+    ("name", "option"),
+    [("metrics.jsonl", "train.log_every_steps=1"), ("samples/step_", "train.sample_every_steps=1 train.log_every_steps=2000")],
 )
 def test_full_disk_names_file_and_checkpoint(error, small_disk, tiny_run, name, option):
     """On a file system with room for the run and a little more."""
     sizes = {p.stat().st_ino: p.stat().st_size for p in tiny_run.rglob("*") if p.is_file()}  # a snapshot has two names
     run = small_disk(sum(4 * -(-size // 4096) for size in sizes.values()) + 40) / "run"
     subprocess.run(["cp", "-a", tiny_run, run], check=True)
-    line = error("train", "-e", run, "-r", "latest", "train.steps=2000", "train.checkpoint_every_steps=0", option)
+    line = error("train", "-e", run, "-r", "latest", "train.steps=2000", "train.checkpoint_every_steps=0", *option.split())
     assert "No space left on device" in line and f"{run / name}" in line
     assert f"the latest checkpoint is {run / 'checkpoints' / 'step_00000004'}" in line
     rows = (run / "metrics.jsonl").read_text()

@@ -58,7 +58,7 @@ def test_distances():
         ),
         (
             lambda: losses.build("distil", LinearPath(), "velocity", lambda u: u, {}),
-            "unknown loss 'distil'; choose from flow_matching, distillation",
+            "unknown loss 'distil'; choose from alpha_flow, flow_matching, distillation",
         ),
         (
             lambda: build("distillation", steps=0),

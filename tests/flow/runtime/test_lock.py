@@ -61,10 +61,11 @@ def command(request, tiny_run, points, tmp_path):
         if name == "rectify":  # its chain ends with the first command, which marks where it begins and ends
             (tmp_path / "chain.sh").write_text(f"echo begin >> {folder}.txt; sleep 0.3; echo end >> {folder}.txt; exit 7")
             reflow = {"data": {"name": "pairs"}, "flow": {"coupling": "paired"}}
+            stages: dict = {"pairs": {"pairs": {"n_pairs": 10}}}
             for stage, content in {"first": {}, "reflow": reflow}.items():
                 (tmp_path / f"{stage}.yaml").write_text(yaml.safe_dump(content))
-            chain = {"first": "first", "reflow": "reflow", "distill": "reflow"}
-            chain = {key: str(tmp_path / f"{stage}.yaml") for key, stage in chain.items()}
+                stages[stage] = {"config": str(tmp_path / f"{stage}.yaml")}
+            chain = {"stages": stages, "routes": {"reflow": {"stages": ["first", "pairs", "reflow"]}}}
             (tmp_path / "rectify.yaml").write_text(yaml.safe_dump(chain | {"feature_extractor": "digits"}))
         return {
             "train": lambda: [*TINY_TRAIN, "-e", folder, f"seed={number}"],
