@@ -99,10 +99,10 @@ def gradient(loss: losses.FlowLoss, net: nn.Module, batch: Batch) -> tuple[Tenso
 @pytest.mark.parametrize("tangent", ["path", "network"])
 def test_true_map_is_stationary_for_mean_flow(tangent):
     loss = build_loss("mean_flow", map_share=0.8, weight_power=0, tangent=tangent)
-    grad, error = gradient(loss, NearTruth(mean_velocity), batch_of(40_000))
+    grad, error = gradient(loss, NearTruth(mean_velocity), batch_of(20_000))
     assert (grad.abs() < 4.5 * error).all()
-    grad, error = gradient(loss, NearTruth(lambda x, t, t_next: true_velocity(x, t)), batch_of(40_000))  # no map
-    assert (grad.abs() > 20 * error).any()
+    grad, error = gradient(loss, NearTruth(lambda x, t, t_next: true_velocity(x, t)), batch_of(20_000))  # no map
+    assert (grad.abs() > 15 * error).any()
 
 
 def test_sign_of_the_derivative():
