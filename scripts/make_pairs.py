@@ -94,8 +94,8 @@ def main() -> None:
                 f"--real_fraction {args.real_fraction}: {inverted} pairs of {len(invertible_indices)} real images; use less"
             )
         times = build_time_grid(settings, model.path)
-        kept = states_to_keep(args.keep_states or 0, len(times) - 1)
-        if kept and inverted:
+        kept_steps = states_to_keep(args.keep_states or 0, len(times) - 1)
+        if kept_steps and inverted:
             raise ValueError("--keep_states: no path of the flow ends at a real image; not with --real_fraction")
 
     if note := guidance_note(settings, model):
@@ -117,14 +117,14 @@ def main() -> None:
         "class_names": data.class_names,
         "data": real,
         **({"codec": snap.codec} if snap.codec else {}),
-        **({"state_times": [times[k] for k in kept]} if kept else {}),
+        **({"state_times": [times[k] for k in kept_steps]} if kept_steps else {}),
     }
     distributed.prepare_model(net, accelerator)
     net.eval()
-    make = partial(make_shard, accelerator, model, data, invertible_indices, settings, kept, args.bspp)
+    make = partial(make_shard, accelerator, model, data, invertible_indices, settings, kept_steps, args.bspp)
     with lock.folder(args.save_dir, accelerator):
         num_written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
-    train = train_command(args.weights, args.save_dir, snap.config, bool(kept))
+    train = train_command(args.weights, args.save_dir, snap.config, bool(kept_steps))
     result = f"{args.n_pairs} pairs in {args.save_dir}, {num_written} of them new"
     accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
 
@@ -204,8 +204,8 @@ def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:
 
 
 def make_shard(
-    accelerator: Accelerator, model: FlowModel, data, invertible_indices: list[int], settings: SamplerSettings, kept: list[int],
-    batch_size: int, shard: Shard, bar,
+    accelerator: Accelerator, model: FlowModel, data, invertible_indices: list[int], settings: SamplerSettings,
+    kept_steps: list[int], batch_size: int, shard: Shard, bar,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The tensors of one shard."""
     parts: dict[str, list[Tensor]] = {}
@@ -214,7 +214,7 @@ def make_shard(
             real_indices = invertible_indices[batch.start : batch.stop]
             batch_tensors = invert_batch(accelerator, model, data, settings, batch, real_indices)
         else:
-            batch_tensors = generate_batch(accelerator, model, data, settings, kept, batch)
+            batch_tensors = generate_batch(accelerator, model, data, settings, kept_steps, batch)
         for name, tensor in batch_tensors.items():
             parts.setdefault(name, []).append(tensor)
         bar.update(len(batch))
@@ -223,20 +223,27 @@ def make_shard(
 
 @torch.inference_mode()
 def generate_batch(
-    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, kept: list[int], batch: range
+    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, kept_steps: list[int], batch: range
 ) -> dict[str, Tensor]:
-    """images float16, labels int64, and states float16 at the ends of the steps `kept` of the pairs with these indices."""
+    """images float16, labels int64, and states float16 at the ends of `kept_steps` of the pairs with these indices."""
     states: list[Tensor] = []
     steps = count(1)
 
     def keep(x: Tensor) -> None:
-        if next(steps) in kept:
+        if next(steps) in kept_steps:
             states.append(x.half().cpu())
 
     samples = sample_batch(
-        model, batch, data.image_shape, settings, accelerator.device, accelerator.autocast, "pairs", keep if kept else None
+        model,
+        batch,
+        data.image_shape,
+        settings,
+        accelerator.device,
+        accelerator.autocast,
+        "pairs",
+        keep if kept_steps else None,
     )
-    tensors = {"images": samples.x.half().cpu(), **({"states": torch.stack(states, dim=1)} if kept else {})}
+    tensors = {"images": samples.x.half().cpu(), **({"states": torch.stack(states, dim=1)} if kept_steps else {})}
     return tensors if samples.labels is None else tensors | {"labels": samples.labels}
 
 

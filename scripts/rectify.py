@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +131,12 @@ class Rectify:
             overrides.append(f"train.init_from={self.folder / teacher}")
         if schema.load(stage.config, overrides).data.name == "pairs":
             overrides.append(f"data.args.path={self.folder / str(pairs)}")
-        if (steps := self.fitted(name, stage, overrides, 1.0)) is not None:
+
+        def seconds(scratch: Path) -> float:
+            rounds = [training_laps(str(stage.config), overrides, scratch) for _ in range(TRIAL_ROUNDS)]
+            return statistics.median(lap for laps in rounds for lap in laps)
+
+        if (steps := self.fitted(name, seconds)) is not None:
             overrides.append(f"train.steps={steps}")
         return train_arguments(stage.config, self.folder / name, overrides)
 
@@ -138,35 +144,38 @@ class Rectify:
         """Of make_pairs; each set has noise of its own."""
         stage = self.cfg.stages[name]
         assert stage.pairs is not None and teacher is not None
-        made = stage.pairs
-        count = self.fitted(name, stage, [], forwards(stage)) or made.n_pairs
+        settings, source = stage.pairs, self.cfg.stages[teacher]
+
+        def seconds(scratch: Path) -> float:
+            return sampling_seconds(str(source.config), source.overrides, scratch) * forwards(stage)
+
+        n_pairs = self.fitted(name, seconds) or settings.n_pairs
+        states = ["--keep_states", str(settings.keep_states)] if settings.keep_states else []
         seed = 1 + list(self.cfg.stages).index(name)
         return [
             "-m", "scripts.make_pairs", "--weights", str(self.folder / teacher), "--save_dir", str(self.folder / name),
-            "--n_pairs", str(count), "--seed", str(seed), "--sampling_method", made.sampling_method,
-            "--sampling_steps", str(made.sampling_steps), "--guidance_scale", f"{made.guidance_scale:g}",
-            "--real_fraction", f"{made.real_fraction:g}", *(["--keep_states", str(made.keep_states)] * bool(made.keep_states)),
-            *precision_flag(first_config(self.cfg)),
+            "--n_pairs", str(n_pairs), "--seed", str(seed), "--sampling_method", settings.sampling_method,
+            "--sampling_steps", str(settings.sampling_steps), "--guidance_scale", f"{settings.guidance_scale:g}",
+            "--real_fraction", f"{settings.real_fraction:g}", *states, *precision_flag(first_config(self.cfg)),
         ]  # fmt: skip
 
-    def fitted(self, name: str, stage: StageConfig, overrides: list[str], passes: float) -> int | None:
-        """The steps or pairs that fill the share of the minutes, stored at the first call; None where there is no budget."""
+    def fitted(self, name: str, trial: Callable[[Path], float]) -> int | None:
+        """The steps or pairs that fill the share of the minutes, stored at the first call; None where there is no budget.
+
+        trial: seconds of a step or pair, measured with a scratch folder. Raises UserError for the plan of another budget.
+        """
         if self.cfg.minutes is None:
             return None
-        plan = self.plan(name)
-        if plan.get("minutes", self.cfg.minutes) != self.cfg.minutes or plan.get("share", stage.share) != stage.share:
-            raise UserError(f"minutes={self.cfg.minutes:g}: {self.plan_file} is of another budget; name another folder")
+        plan, budget = self.plan(name), {"minutes": self.cfg.minutes, "share": self.cfg.stages[name].share}
         if "count" not in plan:
             with tempfile.TemporaryDirectory() as scratch:
-                if stage.config:
-                    rounds = [training_laps(stage.config, overrides, Path(scratch)) for _ in range(TRIAL_ROUNDS)]
-                    seconds = statistics.median(lap for laps in rounds for lap in laps)
-                else:
-                    first = self.cfg.stages[next(iter(self.cfg.routes.values())).stages[0]]
-                    seconds = sampling_seconds(str(first.config), first.overrides, Path(scratch)) * passes
-            count = max(1, round(60 * self.cfg.minutes * stage.share / seconds))
-            self.record(name, minutes=self.cfg.minutes, share=stage.share, seconds=seconds, count=count)
-        return self.plan(name)["count"]
+                seconds = trial(Path(scratch))
+            fitting = max(1, round(60 * budget["minutes"] * budget["share"] / seconds))
+            self.record(name, **budget, seconds=seconds, count=fitting)
+            return fitting
+        if budget != {key: plan[key] for key in budget}:
+            raise UserError(f"minutes={self.cfg.minutes:g}: {self.plan_file} is of another budget; name another folder")
+        return plan["count"]
 
     def plan(self, name: str) -> dict:
         return files.read_json(self.plan_file).get(name, {}) if self.plan_file.is_file() else {}
@@ -282,10 +291,10 @@ def check_stage(
     if config.data.name == "pairs":
         if config.flow.coupling != "paired":
             raise UserError(f"{key}: flow.coupling={config.flow.coupling}: must be paired, as it trains on pairs")
-        made = cfg.stages[pairs].pairs if pairs else None
-        if made is None:
+        source = cfg.stages[pairs].pairs if pairs else None
+        if source is None:
             raise UserError(f"{key}: trains on pairs, and no stage before it makes any")
-        if build_loss(config).needs_states and not made.keep_states:
+        if build_loss(config).needs_states and not source.keep_states:
             raise UserError(f"{key}: loss.name={config.loss.name}: needs stages.{pairs}.pairs.keep_states of at least 1")
 
 

@@ -42,8 +42,8 @@ class AlphaFlow(FlowMapLoss):
 
     @property
     def passes(self) -> float:  # type: ignore[override]
-        """Of a sample, once alpha is less than 1."""
-        return 4 + self.guidance_passes
+        """Of a sample, the mean over a training: the target takes one more while alpha is less than 1."""
+        return 3 + self.guidance_passes + sum(self.alpha(k / 1000) < 1 for k in range(1000)) / 1000
 
     def alpha(self, progress: float) -> float:
         """alpha at this share of the training: 1 - sigmoid, set to 1 within `alpha_min` of it, and at least `alpha_min`."""

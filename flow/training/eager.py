@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from configs.schema import first_line
+from configs.schema import UserError, first_line
 
 
 class EagerNetwork:
@@ -47,10 +47,10 @@ class EagerNetwork:
         precision: bf16 computes both under autocast.
 
         Raises:
-            ValueError: where `jvp_error` says why there is none, and where an operation of the network has none.
+            UserError: where `jvp_error` says why there is none, and where an operation of the network has none.
         """
         if self.jvp_error:
-            raise ValueError(self.jvp_error)
+            raise UserError(self.jvp_error)
 
         def output(x: Tensor, t: Tensor) -> Tensor:
             return self._forward(x, t, y, t_next)
@@ -60,7 +60,9 @@ class EagerNetwork:
             try:
                 u, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
             except NotImplementedError as error:
-                raise ValueError(f"the network has no derivative ({first_line(error)})") from error
+                raise UserError(
+                    f"the network has no forward-mode derivative ({first_line(error)}); use loss.name=alpha_flow"
+                ) from error
         return (u.float(), du_dt.float()) if bf16 else (u, du_dt)
 
     @contextmanager

@@ -4,11 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import TINY_TRAIN
 from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import models
+from configs.schema import UserError
 from flow import path, solvers
 from flow.model import FlowModel
 from flow.sampling import snapshot
@@ -100,8 +103,23 @@ def test_eager_derivative(name):
     expected = (net(x + h * v, t + h, y, t_next) - net(x - h * v, t - h, y, t_next)) / (2 * h)
     assert torch.allclose(u, net(x, t, y, t_next)) and torch.allclose(du, expected, rtol=1e-4, atol=1e-4)
     assert not u.requires_grad and not du.requires_grad
-    with pytest.raises(ValueError, match="sharded"):
+    with pytest.raises(UserError, match="sharded"):
         EagerNetwork(net, "no derivatives of sharded networks").jvp(x, t, y, t_next, v)
+
+
+def test_a_kernel_without_forward_mode():
+    """The error of a network that insists on fused attention names the loss which needs no derivative."""
+
+    class Fused(torch.nn.Linear):
+        def forward(self, x, t, y=None, t_next=None):
+            q = super().forward(x)[:, None]
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+    eager, x, t = EagerNetwork(Fused(8, 8)), torch.ones(2, 4, 8), torch.zeros(2)
+    assert torch.isfinite(eager(x, t)).all()
+    with pytest.raises(UserError, match=r"no forward-mode derivative .*; use loss\.name=alpha_flow"):
+        eager.jvp(x, t, None, t, x)
 
 
 def test_eager_replays_dropout():
