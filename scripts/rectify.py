@@ -8,7 +8,6 @@ evaluation/ (every cell of the table), comparison.md and comparison.png.
 """
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from flow.sampling import images, snapshot
 from flow.sampling.generate import generate, mean_straightness_deviation
 from flow.sampling.settings import SamplerSettings
 from flow.training.logging import read_metrics
-from scripts.benchmark.jobs import sampling_seconds, training_laps
+from scripts.benchmark.jobs import sampling_seconds, seconds_per_step, training_laps
 
 EXAMPLES = """\
   python -m scripts.rectify -c configs/mnist_rectify.yaml
@@ -133,8 +132,7 @@ class Rectify:
             overrides.append(f"data.args.path={self.folder / str(pairs)}")
 
         def seconds(scratch: Path) -> float:
-            rounds = [training_laps(str(stage.config), overrides, scratch) for _ in range(TRIAL_ROUNDS)]
-            return statistics.median(lap for laps in rounds for lap in laps)
+            return seconds_per_step([training_laps(str(stage.config), overrides, scratch) for _ in range(TRIAL_ROUNDS)])
 
         if (steps := self.fitted(name, seconds)) is not None:
             overrides.append(f"train.steps={steps}")

@@ -65,7 +65,7 @@ def start_job(job: dict, scratch: Path) -> dict:
 
 
 def training_laps(config: str, overrides: list[str], scratch: Path) -> list[float]:
-    """Seconds of a few training steps after the first ones, in a process of its own."""
+    """Seconds of the steps of a short training after its first steps, in a process of its own."""
     cfg = schema.load(config, overrides)
     precision = distributed.resolve_precision(cfg.train.mixed_precision)
     job = {
@@ -73,6 +73,12 @@ def training_laps(config: str, overrides: list[str], scratch: Path) -> list[floa
         "compile": cfg.train.compile, "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS,
     }  # fmt: skip
     return start_job(job, scratch)["laps"]
+
+
+def seconds_per_step(rounds: list[list[float]]) -> float:
+    """The mean over the steps of their medians over rounds of `training_laps`: the cost of a step may change as the training
+    goes on, as that of alpha_flow does."""
+    return statistics.mean(statistics.median(laps) for laps in zip(*rounds, strict=True))
 
 
 def sampling_seconds(config: str, overrides: list[str], scratch: Path) -> float:
@@ -201,7 +207,7 @@ def train_job(job: dict) -> dict:
 
     config = schema.load(job["config"], [
         *job["overrides"], f"train.mixed_precision={job['precision']}", f"train.compile={job['compile']}", "train.log_with=[]",
-        "train.sample_every_steps=0", "train.checkpoint_every_steps=0", "train.steps=1_000_000_000",
+        "train.sample_every_steps=0", "train.checkpoint_every_steps=0", f"train.steps={job['warmup'] + job['steps']}",
     ])  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         accelerator = distributed.build_training_accelerator(config.train, Path(scratch))

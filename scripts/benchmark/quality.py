@@ -25,7 +25,7 @@ from flow.runtime import cli, files, lock
 from flow.runtime.subprocesses import run_command, train_arguments
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
-from scripts.benchmark.jobs import training_laps
+from scripts.benchmark.jobs import seconds_per_step, training_laps
 
 EXAMPLES = """\
   python -m scripts.benchmark quality --configs configs/mnist.yaml "configs/mnist.yaml optimizer.lr=2e-3" \\
@@ -124,14 +124,14 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
 
 
 def trial(args, recipes: list[Recipe]) -> list[float]:
-    """Median seconds of a step of each recipe; they take turns, so that a slow minute of the machine hits all."""
-    laps: list[list[float]] = [[] for _ in recipes]
+    """Seconds of a step of each recipe; they take turns, so that a slow minute of the machine hits all."""
+    rounds: list[list[list[float]]] = [[] for _ in recipes]
     with tempfile.TemporaryDirectory() as scratch:
         for turn in range(args.trial_rounds):
-            for recipe, own in zip(recipes, laps, strict=True):
+            for recipe, own in zip(recipes, rounds, strict=True):
                 print(f"trial {turn + 1} of {args.trial_rounds}: {recipe.name}", flush=True)
-                own += training_laps(recipe.config, recipe.overrides, Path(scratch))
-    return [statistics.median(own) for own in laps]
+                own.append(training_laps(recipe.config, recipe.overrides, Path(scratch)))
+    return [seconds_per_step(own) for own in rounds]
 
 
 def run_dir(args, recipe: Recipe, seed: int) -> Path:
