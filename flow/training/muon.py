@@ -1,9 +1,14 @@
 """Muon for the matrices of a network, AdamW for everything else, as one optimizer."""
 
+import math
+from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from flow.runtime.distributed import resolve_precision
 
 MIN_SIDE = 32  # inputs and outputs of a hidden layer: those that touch pixels have fewer
 CONDITIONING = {"time_mlp", "step_embedding", "modulation"}  # layers of the embedding of time, by their names in `models`
@@ -16,9 +21,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     A convolution counts as the matrix [outputs, inputs * height * width]. An orthogonal step is scaled by
     0.2 sqrt(max(rows, columns)) to the root mean square of a usual step of AdamW, so that both take the same learning rate and
-    weight decay (`adjust_lr_fn="match_rms_adamw"` of torch.optim.Muon; Liu et al. 2025, arXiv:2502.16982).
+    weight decay (Liu et al. 2025, arXiv:2502.16982).
 
-    Parameters and gradients belong to the network; `torch.optim.Muon`, which takes matrices alone, works on views of them.
+    Parameters and gradients belong to the network; `Muon`, which takes matrices alone, works on views of them.
     """
 
     def __init__(self, net: nn.Module, lr: float, fused: bool, **options: Any):
@@ -35,7 +40,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others = [p for p in net.parameters() if id(p) not in hidden]
         super().__init__([{"params": self.matrices}, {"params": others}], {"lr": lr, **options})
         self.views = [nn.Parameter(as_matrix(p.detach())) for p in self.matrices]
-        self.muon = torch.optim.Muon(self.views, adjust_lr_fn="match_rms_adamw")
+        self.muon = Muon(self.views)
         self.adamw = torch.optim.AdamW(others, fused=fused)
 
     @torch.no_grad()
@@ -54,6 +59,51 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
+
+
+class Muon(torch.optim.Optimizer):
+    """The step of `torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")`, for all matrices of one shape together, and in
+    the precision in which the machine is fast: that of torch is bfloat16, 20 times slower than float32 on a CPU without
+    instructions for it (docs/performance.md).
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = torch.bfloat16 if resolve_precision("auto") == "bf16" else torch.float32
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            present = [p for p in group["params"] if p.grad is not None]
+            for shape, members in groupby(sorted(present, key=lambda p: p.shape), key=lambda p: p.shape):
+                matrices = list(members)
+                directions = torch.stack([self._momentum(p, group["momentum"]) for p in matrices])
+                steps = orthogonalize(directions.to(self.dtype)).to(directions.dtype).unbind()
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, steps, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+
+    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
+        """Nesterov's, of the gradient of a matrix."""
+        assert p.grad is not None
+        average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+        average.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Matrices [n, rows, columns] with their singular values moved to about 1 (between 0.7 and 1.2).
+
+    Five steps of the Newton-Schulz iteration with the coefficients of Jordan et al. 2024
+    (kellerjordan.github.io/posts/muon), X <- a X + (b X X^T + c (X X^T)^2) X.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    if matrices.shape[1] > matrices.shape[2]:  # the smaller Gram matrix
+        return orthogonalize(matrices.mT).mT
+    x = matrices / matrices.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 def as_matrix(weight: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import models
-from flow.training.muon import MuonWithAdamW
+from flow.training.muon import MuonWithAdamW, orthogonalize
 
 OPTIONS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 
@@ -45,8 +45,17 @@ def test_hidden_matrix_by_torch():
         matrix.grad = reference[1].weight.grad.reshape(64, -1)
         muon.step()
         adamw.step()
-    assert torch.equal(net[1].weight.detach().reshape(64, -1), matrix.detach())
-    assert torch.equal(net[0].weight, reference[0].weight) and torch.equal(net[2].bias, reference[2].bias)
+    trained, start = net[1].weight.detach().reshape(64, -1), network()[1].weight.detach().reshape(64, -1)
+    # torch.optim.Muon computes in bfloat16, this one in what the machine is fast in
+    assert (trained - matrix.detach()).norm() < 0.06 * (trained - start).norm()
+    for name in ("0.weight", "2.bias"):  # of AdamW, whose gradients come through the matrix
+        torch.testing.assert_close(net.get_parameter(name), reference.get_parameter(name), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 64), (2, 64, 32)])
+def test_orthogonal(shape):
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+    assert values.min() > 0.6 and values.max() < 1.25
 
 
 def test_step_has_the_size_of_adamw():
