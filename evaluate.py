@@ -19,7 +19,7 @@ from flow.evaluation import metrics, runner
 from flow.evaluation.features import INCEPTION
 from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, snapshot
+from flow.sampling import grid_store, guide, snapshot
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
@@ -38,7 +38,7 @@ def parse_args():
     cli.add_methods_flag(parser, SOLVERS, ["euler"])
     cli.add_step_flags(parser, [100], several=True)
     cli.add_solver_flags(parser)
-    cli.add_guidance_flag(parser, several=True)
+    cli.add_guidance_flags(parser, several=True)
     cli.add_labels_flag(parser, "each as often as in the reference or training set")
     parser.add_argument(
         "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
@@ -78,23 +78,29 @@ def main() -> None:
 
 
 def evaluate_weights(args, accelerator: Accelerator) -> None:
-    """A row for each method x steps x guidance scale x range of images."""
+    """A row for each method x steps x guidance scale x range of images; a scale of 1 has neither interval nor guide."""
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model()
     net = model.net
+    guide_name = guide.attach(model, snap, args.guide_weights)
     if args.reference is None or net.max_prompt_bytes:
         snap.check_data()
-    distributed.prepare_model(net, accelerator, args.compile)
+    for network in model.networks:
+        distributed.prepare_model(network, accelerator, args.compile)
     labels = cli.labels_of(args.labels, snap.class_names)
     captions_of = runner.captions_by_class(args.captions, labels, accelerator, snap.config, net)
     turns, prompts = conditions_in_turn(labels, captions_of)
     plan = []
+    some = any(w != 1 for w in args.guidance_scale)  # else the flags of guidance are errors
     for scale in args.guidance_scale:
         for method in args.methods:
             options = cli.solver_options(args, method, args.methods)
             for steps in cli.num_steps(args, method):
                 times = grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None
-                sampler = SamplerSettings(method, steps, scale, args.seed, turns, prompts, args.time_grid, times, options)
+                guidance = (tuple(args.guidance_interval), guide_name) if scale != 1 or not some else ()
+                sampler = SamplerSettings(
+                    method, steps, scale, args.seed, turns, prompts, args.time_grid, times, options, *guidance
+                )
                 with error_context("evaluate"):
                     validate(sampler, net)
                 plan.append(sampler)
@@ -103,7 +109,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     path = Path(args.weights)
     out = args.out or (path if path.is_dir() else path.parent) / "evaluation"
     subject = {
-        "weights": f"{path.name if path.is_dir() else path.stem}@{snap.step}",
+        "weights": snap.title(path),
         "captions": (args.captions or "plain") if net.max_prompt_bytes else None,
     }
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
@@ -114,6 +120,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     row = plan[-1]
     flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
     flags += cli.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
+    flags += cli.guidance_flags(args) if row.guidance_scale != 1 else []
     sample = cli.sample_command(args.weights, f"{path.stem}_{row.method}_{row.steps}", *flags, *args.overrides)
     print_summary(args, accelerator, out, f"sample as in the last row with: {sample}")
 

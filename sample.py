@@ -7,13 +7,15 @@ little on its batch, so --bspp must stay the same). An interrupted run resumes. 
 
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, images, output, snapshot
+from flow.sampling import grid_store, guide, images, output, snapshot
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
 
 EXAMPLES = """\
   accelerate-launch sample.py --weights runs/mnist --n_samples 100 --save_dir samples/mnist --sampling_steps 50
   accelerate-launch sample.py --weights runs/digits --n_samples 40 --save_dir samples/threes --labels 3 --guidance_scale 2
+  accelerate-launch sample.py --weights runs/digits --n_samples 40 --save_dir samples/guided --guidance_scale 2 \\
+      --guidance_interval 0.2 0.8
   accelerate-launch sample.py --weights runs/mnist_text --n_samples 20 --save_dir samples/prompts --guidance_scale 3 \\
       --prompts "a handwritten three" "数字7"
   accelerate-launch --multi_gpu --num_processes 8 sample.py --weights runs/cifar10 --n_samples 50000 --save_dir samples/50k \\
@@ -33,7 +35,7 @@ def parse_args():
     cli.add_seed_flag(parser)
     cli.add_labels_flag(parser)
     cli.add_prompts_flag(parser)
-    cli.add_guidance_flag(parser)
+    cli.add_guidance_flags(parser)
     cli.add_precision_flag(parser)
     cli.add_compile_flag(parser)
     parser.add_argument("--grid_by_class", action="store_true", help="grid.png: a row, not a column, for each class or prompt")
@@ -46,6 +48,7 @@ def main() -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model()
     net = model.net
+    guide_name = guide.attach(model, snap, args.guide_weights)
     labels = cli.labels_of(args.labels, snap.class_names)
     prompts = tuple(args.prompts) if args.prompts else None
     method = args.sampling_method
@@ -53,7 +56,8 @@ def main() -> None:
     settings = SamplerSettings(
         method, steps, args.guidance_scale, args.seed, labels, prompts, args.time_grid,
         grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None,
-        cli.solver_options(args, method, [method]),
+        cli.solver_options(args, method, [method]), tuple(args.guidance_interval),
+        guide_name,
     )  # fmt: skip
     with error_context("sample"):
         validate(settings, net)
@@ -69,7 +73,8 @@ def main() -> None:
             if not snap.space.is_points:
                 folder.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
-        distributed.prepare_model(net, accelerator, args.compile)
+        for network in model.networks:
+            distributed.prepare_model(network, accelerator, args.compile)
         work = accelerator, model, snap.image_shape, range(args.n_samples), args.bspp, settings
         if snap.space.is_points:
             points, nfe = output.sample_points(*work)
@@ -87,7 +92,7 @@ def main() -> None:
             cost = f"NFE {nfe} ({forwards} network evaluations) per image" if nfe else "none of them new"
             result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
             animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
-            flags = cli.condition_flags(args.guidance_scale, args.prompts)
+            flags = cli.condition_flags(args.guidance_scale, args.prompts) + cli.guidance_flags(args)
             command = subprocesses.command(*animate, *flags, *args.overrides)
             print(cli.summary(result, args.start, f"watch images form with: {command}"))
 

@@ -24,24 +24,31 @@ def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, p
 
 
 class GuidedVelocity:
-    """A network as the velocity of a solver, on the linear path, with classifier-free guidance: v_u + w (v_c - v_u).
+    """A network as the velocity of a solver, on the linear path, with guidance.
 
-    That is Ho & Salimans 2022 (arXiv:2207.12598, eq. 6) for velocities, with scale w = 1 + their w: w = 1 is off, w = 0
-    ignores the labels. Both halves go through the network as one batch. `forwards` counts network calls per image.
+    Without a guide that is classifier-free guidance, v_u + w (v_c - v_u) of the velocities without and with the labels (Ho &
+    Salimans 2022, arXiv:2207.12598, eq. 6, with scale w = 1 + their w): w = 1 is off, w = 0 ignores the labels. Both halves go
+    through the network as one batch. With a guide it is autoguidance, v_g + w (v_c - v_g), where v_g is the velocity of the
+    guide, a weaker model, with the same labels (Karras et al. 2024, arXiv:2406.02507, eq. 3). Outside of the interval of t the
+    velocity is v_c alone (Kynkaanniemi et al. 2024, arXiv:2404.07724); it holds for each stage of a solver.
+
+    `forwards` counts network calls per image, those of the guide included.
 
     A network of another path or prediction is evaluated at the point of its own path that corresponds to (x, t), see
     `flow/path.py`, and its prediction is converted to x1 - x0. Guidance of either is the same, as the conversion is affine.
     """
 
     def __init__(
-        self, model: FlowModel | Callable[..., Tensor], y: Tensor | None = None, null: int | None = None, scale: float = 1.0
-    ):
+        self, model: FlowModel | Callable[..., Tensor], y: Tensor | None = None, null: int | None = None, scale: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0), guide: "GuidedVelocity | None" = None,
+    ):  # fmt: skip
         """model: with a bare network the path is linear and the prediction the velocity. y: labels [B], tokens [B, L] or None
-        for an unconditional network; `null` is needed where y is given."""
+        for an unconditional network; `null` is needed where y is given. interval: of the solver's t, both ends included.
+        guide: with its own labels and scale 1."""
         self.net: Callable[..., Tensor] = model.net if isinstance(model, FlowModel) else model
         self.path = model.path if isinstance(model, FlowModel) else LinearPath()
         self.prediction = model.prediction if isinstance(model, FlowModel) else "velocity"
-        self.y, self.null, self.scale = y, null, scale
+        self.y, self.null, self.scale, self.interval, self.guide = y, null, scale, interval, guide
         self.forwards = 0
         has_float64 = isinstance(self.net, nn.Module) and any(p.dtype == torch.float64 for p in self.net.parameters())
         self.dtype = torch.float64 if has_float64 else torch.float32
@@ -52,32 +59,40 @@ class GuidedVelocity:
         t_next: for networks with two times, the time that their mean velocity leads to; default t.
         """
         t_next = t if t_next is None else t_next
+        scale = self.scale if self.interval[0] <= t <= self.interval[1] else 1.0
+        if self.guide is None or scale == 1:
+            return self._velocity(x, t, t_next, scale)
+        before = self.guide.forwards
+        v_g = self.guide(x, t, t_next)
+        self.forwards += self.guide.forwards - before
+        return v_g + scale * (self._velocity(x, t, t_next, 1.0) - v_g)
+
+    def _velocity(self, x: Tensor, t: float, t_next: float, scale: float) -> Tensor:
+        """The network's own velocity, with classifier-free guidance of this scale."""
         if isinstance(self.path, LinearPath) and self.prediction == "velocity":
-            return self._cfg(x.to(self.dtype), t, t_next).to(x.dtype)
+            return self._cfg(x.to(self.dtype), t, t_next, scale).to(x.dtype)
         # where alpha is 0 the noise says nothing about the data: a network that predicts noise is evaluated a little later
         t_net = max(self.path.t_from_linear(t), MIN_NOISE_PREDICTION_TIME if self.prediction == "noise" else 0.0)
         t_net = min(t_net, self.path.t_max)  # the last time of its training
         times = torch.full((len(x),), t_net, device=x.device, dtype=x.dtype)
         alpha, sigma, *_ = self.path.coefficients(times[:1])
         x_net = x * (alpha + sigma).view(-1, *[1] * (x.dim() - 1))
-        prediction = self._cfg(x_net.to(self.dtype), t_net, t_net).to(x.dtype)
+        prediction = self._cfg(x_net.to(self.dtype), t_net, t_net, scale).to(x.dtype)
         x0, x1 = self.path.predict_x0_x1(x_net, times, prediction, self.prediction)
         return x1 - x0
 
-    def _cfg(self, x: Tensor, t: float, t_next: float) -> Tensor:
+    def _cfg(self, x: Tensor, t: float, t_next: float, scale: float) -> Tensor:
         """The network's prediction at x and its own time t, guided."""
         self.forwards += 1
-        if self.y is None:
-            return self._forward(x, t, t_next, None)
-        if self.scale == 1:
+        if self.y is None or scale == 1:
             return self._forward(x, t, t_next, self.y)
         assert self.null is not None
         y_null = torch.full_like(self.y, self.null)
-        if self.scale == 0:
+        if scale == 0:
             return self._forward(x, t, t_next, y_null)
         self.forwards += 1
         v_c, v_u = self._forward(torch.cat([x, x]), t, t_next, torch.cat([self.y, y_null])).chunk(2)
-        return v_u + self.scale * (v_c - v_u)
+        return v_u + scale * (v_c - v_u)
 
     def _forward(self, x: Tensor, t: float, t_next: float, y: Tensor | None) -> Tensor:
         times = torch.full((2, len(x)), t, device=x.device, dtype=self.dtype)

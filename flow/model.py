@@ -36,6 +36,7 @@ class FlowModel:
     prediction: str = "velocity"  # one of path.PREDICTIONS
     trained_guidance: float = 1.0  # the scale inside the velocity that a flow map learned (loss.args.guidance_scale)
     decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
+    guide: "FlowModel | None" = None  # a weaker model of the same data, for autoguidance (arXiv:2406.02507)
 
     def __post_init__(self):
         """Attributes that the network lacks get their defaults: no labels, no prompts, one time.
@@ -52,6 +53,16 @@ class FlowModel:
             raise ValueError("two_times=true: a flow map needs flow.path=linear and flow.prediction=velocity")
         if (data_std := getattr(self.net, "data_std", None)) is not None:
             raise ValueError(f"data_std={data_std}: preconditioning needs flow.path=linear and flow.prediction=velocity")
+
+    @property
+    def networks(self) -> list[Any]:
+        """Its own and that of the guide."""
+        return [self.net, *(self.guide.networks if self.guide else [])]
+
+    def eval(self) -> None:
+        """Networks without dropout, as sampling wants them."""
+        for net in self.networks:
+            net.eval()
 
 
 def network_defaults(net: Any) -> dict[str, int | None]:

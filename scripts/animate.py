@@ -20,7 +20,7 @@ from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import images, snapshot
+from flow.sampling import guide, images, snapshot
 from flow.sampling.generate import build_velocity, decode, to_solver_dtype, trajectory
 from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
@@ -48,7 +48,7 @@ def parse_args():
     cli.add_count_flag(parser, "--steps_a_frame", "steps of the solver between frames", 2)
     parser.add_argument("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="of points (default: all)")
     cli.add_count_flag(parser, "--hutchinson_samples", "random directions per point", 4)
-    cli.add_guidance_flag(parser)
+    cli.add_guidance_flags(parser)
     cli.add_prompts_flag(parser)
     cli.add_seed_flag(parser)
     return parser.parse()
@@ -58,16 +58,21 @@ def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model()
-    prompts = tuple(args.prompts) if args.prompts else None
-    settings = SamplerSettings(args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
+    guide_name = guide.attach(model, snap, args.guide_weights)
+    settings = SamplerSettings(
+        args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed,
+        prompts=tuple(args.prompts) if args.prompts else None, guidance_interval=tuple(args.guidance_interval),
+        guide=guide_name,
+    )  # fmt: skip
     plane = snap.space.is_points
     with error_context("animate"):
         validate(settings, model.net)
         if plane and model.net.num_classes is not None:
             raise ValueError("--weights: a flow of points with labels has a field for each of them; train one without")
     accelerator = distributed.build_single_process_accelerator("animate")
-    distributed.prepare_model(model.net, accelerator)
-    model.net.eval().requires_grad_(False)
+    for network in model.networks:
+        distributed.prepare_model(network, accelerator)
+        network.eval().requires_grad_(False)
     with lock.folder(args.out, accelerator):
         draw(args, accelerator, snap, model, settings)
 

@@ -30,7 +30,7 @@ from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
-from flow.sampling import snapshot
+from flow.sampling import guide, snapshot
 from flow.sampling.generate import build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.images import to_float
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
@@ -50,7 +50,7 @@ def parse_args():
     cli.add_output_flag(parser, "--save_dir")
     cli.add_method_flag(parser, DETERMINISTIC, "heun")
     cli.add_count_flag(parser, "--sampling_steps", "steps of the solver", 50)
-    cli.add_guidance_flag(parser)
+    cli.add_guidance_flags(parser)
     cli.add_labels_flag(parser)
     parser.add_argument("--real_fraction", type=cli.fraction, default=0.0, help="share of pairs from real images (default: 0)")
     cli.add_count_flag(parser, "--keep_states", "also store N states of each path, for loss.name=trajectory", least=1)
@@ -66,6 +66,7 @@ def main() -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model()
     net = model.net
+    guide_name = guide.attach(model, snap, args.guide_weights)
     snap.check_data()
     source = snap.config.data
     with error_context("data"):
@@ -82,7 +83,10 @@ def main() -> None:
         if not all(0 <= label < len(data.class_names) for label in classes):
             raise UserError(f"--labels {labels}: the data set has classes 0 to {len(data.class_names) - 1}")
         prompts = tuple(captions.plain(data.class_names[label]) for label in classes)
-    settings = SamplerSettings(args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, classes, prompts)
+    settings = SamplerSettings(
+        args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, classes, prompts,
+        guidance_interval=tuple(args.guidance_interval), guide=guide_name,
+    )  # fmt: skip
     with error_context("make_pairs"):
         validate(settings, net)
         if data.image_shape != snap.image_shape:
@@ -106,6 +110,8 @@ def main() -> None:
         "sampling_method": args.sampling_method,
         "sampling_steps": args.sampling_steps,
         "guidance_scale": args.guidance_scale,
+        "guidance_interval": args.guidance_interval,
+        "guide": settings.guide,
         "seed": args.seed,
         "labels": labels,
         "mixed_precision": accelerator.mixed_precision,
@@ -119,8 +125,9 @@ def main() -> None:
         **({"codec": snap.codec} if snap.codec else {}),
         **({"state_times": [times[k] for k in kept_steps]} if kept_steps else {}),
     }
-    distributed.prepare_model(net, accelerator)
-    net.eval()
+    for network in model.networks:
+        distributed.prepare_model(network, accelerator)
+    model.eval()
     make = partial(make_shard, accelerator, model, data, invertible_indices, settings, kept_steps, args.bspp)
     with lock.folder(args.save_dir, accelerator):
         num_written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)

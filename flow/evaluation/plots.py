@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from flow.evaluation.table import is_control
+from flow.evaluation.table import GUIDANCE, is_control
 
 matplotlib.use("Agg")
 
@@ -30,7 +30,7 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     """The first Frechet distance of the table, for points their SW2, against its cost; `path` is a PNG.
 
     The cost is the NFE or, where guidance makes the two differ, the number of network calls. There is a line for each
-    (weights, method, guidance scale), and a dashed one for real images. Writes nothing where fewer than two entries have a
+    (weights, method, guidance), and a dashed one for real images. Writes nothing where fewer than two entries have a
     distance.
     """
     names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2"))]
@@ -38,11 +38,14 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     if len(points) < 2:
         return
     lines: dict[str, list[dict]] = {}
-    several = {key: len({e[key] for e in points}) > 1 for key in ("weights", "captions", "guidance_scale")}
+    several = {key: len({e[key] for e in points}) > 1 for key in ("weights", "captions", *GUIDANCE)}
     for e in points:
         label = e["method"]
         if several["guidance_scale"] and e["guidance_scale"] is not None:
             label += f", guidance {e['guidance_scale']:g}"
+        if several["guidance_interval"] and e["guidance_interval"]:
+            label += f" for t from {e['guidance_interval']}"
+        label += f" by {e['guide']}" if several["guide"] and e["guide"] else ""
         label += f", {e['captions']} captions" if several["captions"] else ""
         label = f"{e['weights']}: {label}" if several["weights"] else label
         lines.setdefault(label, []).append(e)

@@ -29,7 +29,7 @@ from flow.runtime import distributed, files
 from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_by_frequency, labels_by_frequency, labels_for
 from flow.sampling.generate import NFECounter, build_velocity, generate, shard, to_solver_dtype
-from flow.sampling.settings import SamplerSettings
+from flow.sampling.settings import ALL_TIMES, SamplerSettings
 from flow.sampling.snapshot import Snapshot
 from flow.sampling.space import Space
 from flow.solvers import HAS_TOLERANCES
@@ -233,15 +233,23 @@ def evaluate_snapshot(
                 **subject,
                 "method": sampler.solver,
                 "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
-                "guidance_scale": sampler.guidance_scale if net.null is not None else None,
+                "guidance_scale": sampler.guidance_scale if net.null is not None or sampler.guide else None,
+                **guidance_columns(sampler),
                 "n": settings.n_samples,
                 "first": indices.start,
             }
-            row_identity = {**identity, "times": sampler.times}  # a grid may be optimized again
+            row_identity = {**identity, **guidance_columns(sampler), "times": sampler.times}  # a grid may be optimized again
             if sampler.method in HAS_TOLERANCES:
                 row_identity["bspp"] = settings.batch_size
             ev.evaluate_row(row, row_identity, partial(compute, sampler, indices, next(numbers)))
     ev.write_report()
+
+
+def guidance_columns(sampler: SamplerSettings) -> dict[str, str]:
+    """The interval and the guide of a row, where it has them."""
+    low, high = sampler.guidance_interval
+    columns = {"guidance_interval": f"{low:g} to {high:g}"} if (low, high) != ALL_TIMES else {}
+    return columns | ({"guide": sampler.guide} if sampler.guide else {})
 
 
 def resolve_conditions(

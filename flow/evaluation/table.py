@@ -14,8 +14,9 @@ from tqdm import tqdm
 from flow.evaluation.intervals import NORMAL_95
 from flow.runtime import jsonl
 
+GUIDANCE = ("guidance_scale", "guidance_interval", "guide")
 # What a row is about, in the order of the columns.
-KEY_COLUMNS = ("weights", "captions", "method", "steps", "NFE", "forwards", "guidance_scale", "n", "reference")
+KEY_COLUMNS = ("weights", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "n", "reference")
 # Rows that agree in these are repeats of one measurement, on ranges of images of their own.
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
@@ -70,7 +71,7 @@ def damage_of(row: dict) -> str | None:
     errors = row.get("standard_errors", {})
     if not isinstance(errors, dict):
         return "its 'standard_errors' has the wrong type"
-    for key in ("method", "captions", "reference"):
+    for key in ("method", "captions", "reference", "guidance_interval", "guide"):
         if not isinstance(row.get(key), str | None):
             return f"its {key!r} is not text"
     numbers = {key: row[key] for key in ("n", "first", "steps", *COST, "guidance_scale", "seconds") if row.get(key) is not None}

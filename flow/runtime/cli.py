@@ -89,6 +89,13 @@ def condition_flags(guidance_scale: float = 1.0, prompts: Sequence[str] | None =
     return [*flags, "--prompts", *prompts] if prompts else flags
 
 
+def guidance_flags(args: argparse.Namespace) -> list[str]:
+    """--guidance_interval and --guide_weights as they were typed, which go with `condition_flags`."""
+    low, high = args.guidance_interval
+    flags = ["--guidance_interval", f"{low:g}", f"{high:g}"] if (low, high) != (0, 1) else []
+    return [*flags, "--guide_weights", args.guide_weights] if args.guide_weights else flags
+
+
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours, with one decimal."""
     if seconds < 90:
@@ -182,6 +189,17 @@ def add_guidance_flag(parser: argparse.ArgumentParser, several: bool = False) ->
     nargs, default = ("+", [1.0]) if several else (None, 1.0)
     shown = "v_u + w (v_c - v_u) (default: 1, off)"
     parser.add_argument("--guidance_scale", nargs=nargs, type=guidance_scale, default=default, metavar="W", help=shown)
+
+
+def add_guidance_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """--guidance_scale, one number or `several`, with --guidance_interval and --guide_weights."""
+    add_guidance_flag(parser, several)
+    parser.add_argument(
+        "--guidance_interval", nargs=2, type=fraction, default=[0.0, 1.0], metavar=("LO", "HI"),
+        help="times t of the guidance, outside of which the network is called once (default: 0 1)",
+    )  # fmt: skip
+    use = "autoguidance: v_g + w (v_c - v_g), where v_g is of this weaker model"
+    parser.add_argument("--guide_weights", metavar="PATH", help=use)
 
 
 def add_labels_flag(parser: argparse.ArgumentParser, default: str = "all") -> None:

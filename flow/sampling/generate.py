@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ class SampleBatch:
     x: Tensor  # the end of the flow: images, about [-1, 1], or latents, [b, C, H, W], or points [b, 2], on the device
     labels: Tensor | None  # int64 [b], on the CPU, where they are known
     nfe: int  # velocity evaluations per image
-    forwards: int  # network evaluations per image: twice the NFE with guidance
+    forwards: int  # network evaluations per image: with guidance up to twice the NFE
     decode: Callable[[Tensor], Tensor] = lambda x: x  # from x to what people see
 
     @property
@@ -82,7 +82,7 @@ def generate(
     The state of the solver is float64 where the device has it. Raises ValueError for settings that `validate` refuses.
     """
     validate(settings, model.net)
-    model.net.eval()
+    model.eval()
     for batch in batches:
         yield sample_batch(model, batch, image_shape, settings, accelerator.device, accelerator.autocast, noise_key)
 
@@ -130,7 +130,7 @@ def trajectory(
 
     They are solved as one batch, by a deterministic method; `callback` is called at each time.
     """
-    model.net.eval()
+    model.eval()
     x0 = to_solver_dtype(gaussian_noise("sample", settings.seed, indices, image_shape), accelerator.device)
     states = [x0[:num_keep]]
 
@@ -148,7 +148,7 @@ def mean_straightness_deviation(
     steps: int,
 ) -> tuple[float, float]:  # fmt: skip
     """Mean and standard error of the deviation from straightness over these images, by so many Euler steps."""
-    model.net.eval()
+    model.eval()
     x0 = to_solver_dtype(gaussian_noise("sample", settings.seed, indices, image_shape), accelerator.device)
     with accelerator.autocast():
         deviation = straightness_deviation(build_velocity(model, indices, settings, accelerator.device), x0, steps).cpu()
@@ -161,13 +161,14 @@ def increments(seed: int, indices: range, image_shape: tuple[int, ...], like: Te
 
 
 def build_velocity(model: FlowModel, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> GuidedVelocity:
-    """The network as the velocity of the images with these indices: their labels or prompts, the guidance scale."""
+    """The network as the velocity of the images with these indices: their labels or prompts, and the guidance."""
     net = model.net
     y = labels_for(indices, settings, net.num_classes) if net.num_classes is not None else None
     if net.max_prompt_bytes and settings.prompts:
         y = net.encode([settings.prompts[k % len(settings.prompts)] for k in indices])
     y = y.to(device, non_blocking=True) if y is not None else None
-    return GuidedVelocity(model, y, net.null, settings.guidance_scale)
+    guide = build_velocity(model.guide, indices, replace(settings, guidance_scale=1.0), device) if model.guide else None
+    return GuidedVelocity(model, y, net.null, settings.guidance_scale, settings.guidance_interval, guide)
 
 
 def to_solver_dtype(x: Tensor, device: torch.device) -> Tensor:

@@ -14,10 +14,10 @@ from flow import likelihood
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
-from flow.sampling import grid_store, snapshot
+from flow.sampling import grid_store, guide, snapshot
 from flow.sampling.generate import SampleBatch, build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.images import to_float
-from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
+from flow.sampling.settings import ALL_TIMES, SamplerSettings, build_time_grid, guidance_note, validate
 
 
 class Sampler:
@@ -33,8 +33,9 @@ class Sampler:
         turns autocast off."""
         self.model, self.shape, self.device, self.dtype = model, tuple(shape), device, dtype
         self.path: Path | None = None  # of the snapshot, for optimized time grids
+        self.guide_name: str | None = None  # of autoguidance
         self.image_shape = self.shape  # of what comes out, decoded
-        model.net.eval()
+        model.eval()
 
     @classmethod
     def load(
@@ -43,11 +44,12 @@ class Sampler:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         overrides: Sequence[str] = (),
+        guide_weights: str | Path | None = None,
     ) -> "Sampler":
         """The flow behind a run directory, a checkpoint directory or a .safetensors file.
 
         device: default is the accelerator of the machine, else the CPU. dtype: of autocast. overrides: `key=value` changes
-        of the stored configuration.
+        of the stored configuration. guide_weights: a weaker model; guidance_scale is then that of autoguidance.
 
         Raises:
             UserError: where there is no snapshot, it is damaged, or its weights do not fit.
@@ -57,8 +59,11 @@ class Sampler:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         target_device = torch.device(device or "cpu")
         model = snap.model()
-        model.net.to(target_device)  # type: ignore[attr-defined]
+        guide_name = guide.attach(model, snap, guide_weights)
+        for net in model.networks:
+            net.to(target_device)
         sampler = cls(model, snap.image_shape, target_device, dtype)
+        sampler.guide_name = guide_name
         sampler.path, sampler.image_shape = snap.path, tuple(snap.decoded_shape)
         return sampler
 
@@ -71,6 +76,7 @@ class Sampler:
         method: str = "euler",
         steps: int = 100,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = ALL_TIMES,
         seed: int = 8888,
         time_grid: str = "uniform",
         batch_size: int = 100,
@@ -78,14 +84,16 @@ class Sampler:
     ) -> Tensor:
         """n images uint8 [n, C, H, W] on the CPU, or points float32 [n, 2].
 
-        Image k has label or prompt k mod their number. options: those of the method, such as rtol or noise_scale.
+        Image k has label or prompt k mod their number. guidance_interval: the times t of the guidance. options: those of
+        the method, such as rtol or noise_scale.
 
         Raises:
             ValueError: for settings that the method or the network does not take.
         """
         settings = self._settings(
-            labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale, seed=seed, time_grid=time_grid
-        )
+            labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval, seed=seed, time_grid=time_grid,
+        )  # fmt: skip
         with torch.inference_mode():
             return torch.cat([self._batch(batch, settings).images for batch in index_batches(range(n), batch_size)])
 
@@ -114,6 +122,7 @@ class Sampler:
         method: str = "euler",
         steps: int = 100,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = ALL_TIMES,
         seed: int = 8888,
         time_grid: str = "uniform",
         requires_grad: bool = False,
@@ -124,8 +133,9 @@ class Sampler:
         requires_grad: keep the graph, so that the states can be differentiated with respect to the weights.
         """
         settings = self._settings(
-            labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale, seed=seed, time_grid=time_grid
-        )
+            labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval, seed=seed, time_grid=time_grid,
+        )  # fmt: skip
         x0 = to_solver_dtype(gaussian_noise("sample", seed, range(n), self.shape), self.device)
         states = [x0]
         with nullcontext() if requires_grad else torch.inference_mode():
@@ -178,7 +188,8 @@ class Sampler:
 
     def _settings(self, labels, prompts, options: dict | None = None, **settings: Any) -> SamplerSettings:
         labels, prompts = (None if values is None else tuple(values) for values in (labels, prompts))
-        sampler = SamplerSettings(labels=labels, prompts=prompts, options=tuple((options or {}).items()), **settings)
+        given = {"labels": labels, "prompts": prompts, "options": tuple((options or {}).items()), **settings}
+        sampler = SamplerSettings(**given, guide=self.guide_name if settings["guidance_scale"] != 1 else None)
         if sampler.time_grid == "optimized":
             if self.path is None:
                 raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")

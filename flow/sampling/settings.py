@@ -8,6 +8,8 @@ from flow.path import Path
 from flow.solvers import time_grids
 from flow.solvers.torchdiffeq import ADAPTIVE, IGNORES_GRID
 
+ALL_TIMES = (0.0, 1.0)
+
 
 @dataclass(frozen=True)
 class SamplerSettings:
@@ -22,6 +24,8 @@ class SamplerSettings:
     time_grid: str = "uniform"  # a key of solvers.time_grids.GRIDS, in the time of the network's own path, or "optimized"
     times: tuple[float, ...] | None = None  # of the optimized grid, on the linear path
     options: tuple[tuple[str, float | str], ...] = ()  # of the method: rtol and atol, or noise_scale and diffusion
+    guidance_interval: tuple[float, float] = ALL_TIMES  # of t: there is guidance from the first to the second
+    guide: str | None = None  # of autoguidance: its name, as guide.attach returns it
 
     @property
     def solver(self) -> str:
@@ -58,6 +62,12 @@ def guidance_note(settings: SamplerSettings, model: FlowModel) -> str | None:
 def validate(settings: SamplerSettings, net: Network) -> None:
     """Raises ValueError for settings that the network cannot serve."""
     solvers.validate_options(settings.method, **dict(settings.options))
+    low, high = settings.guidance_interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"guidance_interval={low:g} {high:g}: must be two times from 0 to 1, the smaller first")
+    for name, given in {"guidance_interval": (low, high) != ALL_TIMES, "guide_weights": settings.guide}.items():
+        if given and settings.guidance_scale == 1:
+            raise ValueError(f"{name}: needs a guidance_scale other than 1, which is off")
     if not settings.times:
         time_grids.build(settings.time_grid, settings.steps)
     if settings.method in IGNORES_GRID and settings.time_grid != "uniform":
@@ -77,8 +87,9 @@ def validate(settings: SamplerSettings, net: Network) -> None:
             raise ValueError(
                 f"labels={list(settings.labels)}: this network was trained without labels (model.args.num_classes)"
             )
-        if settings.guidance_scale != 1:
-            raise ValueError(f"guidance_scale={settings.guidance_scale}: needs a network with labels (model.args.num_classes)")
+        if settings.guidance_scale != 1 and not settings.guide:
+            scale = f"guidance_scale={settings.guidance_scale}"
+            raise ValueError(f"{scale}: needs a network with labels (model.args.num_classes), or guide_weights")
         return
     for label in settings.labels or ():
         if not 0 <= label < net.num_classes:

@@ -46,6 +46,11 @@ class Snapshot:
     class_names: tuple[str, ...] = ()  # of the labels that the network was trained with
     unconfirmed: dict[str, Any] = field(default_factory=dict)  # {key: value} that the header names and nobody has repeated
 
+    def title(self, weights: str | Path) -> str:
+        """What a table calls the snapshot behind `weights`: digits@2000, after the run folder or the file."""
+        path = Path(weights)
+        return f"{path.name if path.is_dir() else path.stem}@{self.step}"
+
     @property
     def decoded_shape(self) -> tuple[int, ...]:
         """Of the images that come out in the end; `image_shape` is that of what the network sees."""

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from flow.guidance import GuidedVelocity, drop_labels
+from flow.solvers import solve
 
 
 def test_labels_are_dropped_at_the_given_rate():
@@ -60,3 +61,28 @@ def test_without_labels_there_is_nothing_to_guide():
     velocity = GuidedVelocity(net)
     x = torch.randn(4, 3)
     assert torch.equal(velocity(x, 0.5), torch.sin(x + 0.5)) and velocity.forwards == 1
+
+
+@pytest.mark.parametrize(("t", "guided"), [(0.1, False), (0.25, True), (0.4, True), (0.5, True), (0.75, False)])
+def test_interval_of_each_stage(t, guided):
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    velocity = GuidedVelocity(Net(), y, 5, 3.0, interval=(0.25, 0.5))
+    assert torch.equal(velocity(x, t), GuidedVelocity(Net(), y, 5, 3.0 if guided else 1.0)(x, t))
+    assert velocity.forwards == 1 + guided
+
+
+def test_interval_of_a_solver():
+    velocity = GuidedVelocity(Net(), torch.tensor([1, 2]), 5, 2.0, interval=(0.5, 1.0))
+    solution = solve(velocity, torch.randn(2, 3), [0.0, 0.4, 0.8, 1.0], "midpoint")  # stages at 0, 0.2, 0.4, 0.6, 0.8, 0.9
+    assert solution.nfe == 6 and velocity.forwards == 3 + 2 * 3
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.3)])
+def test_autoguidance_is_the_formula(interval):
+    x, y, guide_net = torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), Net()
+    guide = GuidedVelocity(lambda x, t, y: 0.5 * guide_net(x, t, y), y, 5)
+    velocity = GuidedVelocity(Net(), y, 5, 2.5, interval, guide)
+    strong, weak = Net()(x, torch.full((4,), 0.4), y), 0.5 * Net()(x, torch.full((4,), 0.4), y)
+    on = interval[1] >= 0.4
+    torch.testing.assert_close(velocity(x, 0.4), weak + 2.5 * (strong - weak) if on else strong)
+    assert velocity.forwards == 1 + on and len(guide_net.calls) == on

@@ -1,0 +1,37 @@
+"""The guide of autoguidance: a weaker model whose velocity the guided one leads away from."""
+
+from pathlib import Path
+
+from configs.schema import UserError
+from flow.model import FlowModel
+from flow.runtime import files
+from flow.sampling import snapshot
+from flow.sampling.snapshot import Snapshot
+
+
+def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str | None:
+    """Give `model`, which was built of `snap`, the guide behind --guide_weights, and name it for `SamplerSettings`: what it is
+    called, its step, and the start of the SHA-256 of its file. Without weights there is no guide: None.
+
+    A smaller or shorter trained network of the same data works best, with its own averaging length (Karras et al. 2024,
+    arXiv:2406.02507). One without labels guides as in classifier-free guidance. Its path and prediction may differ.
+
+    Raises:
+        UserError: for a guide of other images, other classes or prompts, or another number of times.
+    """
+    if weights is None:
+        return None
+    key = f"--guide_weights {weights}"
+    guide = snapshot.load(weights)
+    if guide.image_shape != snap.image_shape:
+        raise UserError(f"{key}: is a model of images of {guide.image_shape}, --weights of {snap.image_shape}")
+    snapshot.check_codec(key, guide, snap.codec)
+    weaker = guide.model(decode=False)
+    if weaker.net.two_times != model.net.two_times:
+        kinds = ["a flow map" if net.two_times else "a flow" for net in (weaker.net, model.net)]
+        raise UserError(f"{key}: is {kinds[0]}, --weights {kinds[1]}; give one of the same kind")
+    own, other = ((net.num_classes, net.max_prompt_bytes) for net in (model.net, weaker.net))
+    if other not in (own, (None, None)) or (other != (None, None) and guide.class_names != snap.class_names):
+        raise UserError(f"{key}: was trained with other classes or prompts than --weights")
+    model.guide = weaker
+    return f"{guide.title(weights)} ({files.sha256(guide.path)[:12]})"
