@@ -38,14 +38,14 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     if len(points) < 2:
         return
     lines: dict[str, list[dict]] = {}
-    several = {key: len({e[key] for e in points}) > 1 for key in ("weights", "captions", *GUIDANCE)}
+    several = {key: len({e.get(key) for e in points}) > 1 for key in ("weights", "captions", *GUIDANCE)}
     for e in points:
         label = e["method"]
         if several["guidance_scale"] and e["guidance_scale"] is not None:
             label += f", guidance {e['guidance_scale']:g}"
-        if several["guidance_interval"] and e["guidance_interval"]:
+        if several["guidance_interval"] and e.get("guidance_interval"):
             label += f" for t from {e['guidance_interval']}"
-        label += f" by {e['guide']}" if several["guide"] and e["guide"] else ""
+        label += f" by {e['guide']}" if several["guide"] and e.get("guide") else ""
         label += f", {e['captions']} captions" if several["captions"] else ""
         label = f"{e['weights']}: {label}" if several["weights"] else label
         lines.setdefault(label, []).append(e)

@@ -48,7 +48,7 @@ class Unconditional(nn.Module):
 
 
 @pytest.mark.parametrize("method", ["heun", "ab2", "euler_maruyama"])
-def test_unconditional_guide_is_classifier_free_guidance(method):
+def test_unconditional_guide(method):
     net = network(0)
     plain = FlowModel(net, LinearPath())
     guided = FlowModel(net, LinearPath(), guide=FlowModel(Unconditional(net), LinearPath()))
