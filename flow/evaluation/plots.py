@@ -1,5 +1,6 @@
 """Figures of tables, losses and samples side by side."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from flow.evaluation.table import GUIDANCE, is_control
+from flow.evaluation.table import GUIDANCE, Statistic, is_control
 
 matplotlib.use("Agg")
 
@@ -64,6 +65,24 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     _cost_scale(axes, title, [e[cost] for e in points])
     _value_scale(axes)
     axes.set_ylabel(f"{names[0]}, lower is better")
+    _legend(figure, axes)
+    figure.savefig(path)
+
+
+def distance_against_scale(
+    path: Path, curves: dict[str, list[tuple[float, Statistic]]], distance: str, floors: list[float]
+) -> None:
+    """Curves {guidance: [(scale, distance), ...]} as a PNG, with 95 % intervals, and a dashed line for real images."""
+    figure, axes = _figure(len(curves))
+    for i, (name, points) in enumerate(curves.items()):
+        scales, means = [scale for scale, _ in points], [value.mean or 0.0 for _, value in points]
+        bars = [0.0 if math.isnan(value.interval) else value.interval for _, value in points]
+        axes.errorbar(scales, means, yerr=bars if any(bars) else None, capsize=3, label=name, **_look(i))
+    for floor in floors:
+        axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="real images")
+    _value_scale(axes)
+    axes.set_xlabel("guidance scale w")
+    axes.set_ylabel(f"{distance}, lower is better")
     _legend(figure, axes)
     figure.savefig(path)
 

@@ -10,8 +10,8 @@ from flow.sampling.snapshot import Snapshot
 
 
 def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str | None:
-    """Give `model`, which was built of `snap`, the guide behind --guide_weights, and name it for `SamplerSettings`: what it is
-    called, its step, and the start of the SHA-256 of its file. Without weights there is no guide: None.
+    """Give `model`, which was built of `snap`, the guide behind --guide_weights, and name it for `SamplerSettings`. Without
+    weights there is no guide: None.
 
     A smaller or shorter trained network of the same data works best, with its own averaging length (Karras et al. 2024,
     arXiv:2406.02507). One without labels guides as in classifier-free guidance. Its path and prediction may differ.
@@ -34,4 +34,9 @@ def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str 
     if other not in (own, (None, None)) or (other != (None, None) and guide.class_names != snap.class_names):
         raise UserError(f"{key}: was trained with other classes or prompts than --weights")
     model.guide = weaker
+    return name_of(guide, weights)
+
+
+def name_of(guide: Snapshot, weights: str | Path) -> str:
+    """What a guide is called in tables and settings."""
     return f"{guide.title(weights)} ({files.sha256(guide.path)[:12]})"

@@ -1,0 +1,179 @@
+"""The best guidance of a model: `python -m scripts.optimize_guidance --weights runs/mnist --guidance_scale 1 1.2 1.5 2 3`.
+
+Each scale in each interval, by the null label and by each of --guide_weights, is a row of one table, made by evaluate.py; a
+second call adds only what is missing. With --halving all begin on few images, and the better half of them goes on with twice as
+many, up to --n_samples. `--out` gets guidance.png, distance against scale, beside the files of evaluate.py.
+"""
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+from configs.schema import UserError
+from flow.evaluation import plots, table
+from flow.evaluation.runner import guidance_columns
+from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import guide, snapshot
+from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
+from flow.solvers import SOLVERS
+
+EXAMPLES = """\
+  python -m scripts.optimize_guidance --weights runs/mnist --out runs/mnist/guidance --feature_extractor mnist \\
+      --guidance_scale 1 1.2 1.5 2 3 --intervals 0:1 0.2:0.8 0.4:1 --sampling_method heun --sampling_steps 10
+  python -m scripts.optimize_guidance --weights runs/mnist --out runs/mnist/guidance --feature_extractor mnist --halving \\
+      --guidance_scale 1.5 2 3 --guide_weights runs/mnist/snapshots/step_00001000.safetensors"""
+
+FEWEST = 500  # images of the first round of --halving
+
+
+class Guidance(NamedTuple):
+    """A candidate."""
+
+    scale: float
+    interval: tuple[float, float] = ALL_TIMES
+    guide: str | None = None  # --guide_weights of evaluate.py
+
+    @property
+    def curve(self) -> str:
+        """Of the figure."""
+        by = f"autoguidance by {self.guide}" if self.guide else "classifier-free guidance"
+        low, high = self.interval
+        return by + (f", t from {low:g} to {high:g}" if self.interval != ALL_TIMES else "")
+
+    @property
+    def flags(self) -> list[str]:
+        """Of sample.py."""
+        interval = [f"{t:g}" for t in self.interval]
+        flags = ["--guidance_interval", *interval] if self.interval != ALL_TIMES else []
+        return [*cli.condition_flags(self.scale), *flags, *(["--guide_weights", self.guide] if self.guide else [])]
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    cli.add_weights_flag(parser)
+    cli.add_guidance_flag(parser, several=True)
+    parser.add_argument(
+        "--intervals", nargs="+", type=interval, default=[ALL_TIMES], metavar="LO:HI", help="times t of it (default: 0:1)"
+    )
+    parser.add_argument("--guide_weights", nargs="+", default=[], metavar="PATH", help="guides of autoguidance, weaker models")
+    parser.add_argument("--halving", action="store_true", help="leave the worse half behind, with each doubling of the images")
+    cli.add_method_flag(parser, SOLVERS, "heun")
+    cli.add_count_flag(parser, "--sampling_steps", "steps of the solver", 10)
+    cli.add_count_flag(parser, "--n_samples", "images per row", 5000, least=2)
+    cli.add_seed_flag(parser)
+    cli.add_extractor_flag(parser, "mnist")
+    cli.add_precision_flag(parser)
+    parser.add_argument("--launcher", metavar="COMMAND", help="what starts evaluate.py (default: this Python)")
+    cli.add_output_flag(parser)
+    return parser.parse()
+
+
+def interval(text: str) -> tuple[float, float]:
+    """An argparse type: two times, LO:HI."""
+    low, _, high = text.partition(":")
+    return cli.fraction(low), cli.fraction(high)
+
+
+def main() -> None:
+    args = parse_args()
+    snap = snapshot.load(args.weights, None, args.overrides)
+    net = snap.model(decode=False).net
+    left = candidates(args, net.null is not None)
+    with error_context("optimize_guidance"):
+        for scale, times, weights in left:
+            base = SamplerSettings(args.sampling_method, args.sampling_steps, scale)
+            validate(replace(base, guidance_interval=times, guide=weights), net)
+    accelerator = distributed.build_single_process_accelerator("optimize_guidance")
+    with lock.folder(args.out, accelerator):
+        rounds = number_of_rounds(len(left), args.n_samples) if args.halving else 0
+        for k in range(rounds + 1):
+            n = -(-args.n_samples // 2 ** (rounds - k))
+            if rounds:
+                print(f"\nround {k + 1} of {rounds + 1}: {len(left)} kinds of guidance on {n} images each", flush=True)
+            distance, results, floors = evaluate(args, snap, left, n)
+            left.sort(key=lambda candidate: results[candidate].mean)
+            if k < rounds:
+                left = left[: -(-len(left) // 2)]
+        plots.distance_against_scale(args.out / "guidance.png", curves(results), distance, floors)
+    best = left[0]
+    value = f"{distance} {results[best].mean:.2f} ± {results[best].interval:.2f}"
+    flags = [*best.flags, "--sampling_method", args.sampling_method, "--sampling_steps", str(args.sampling_steps)]
+    result = f"best: guidance {best.scale:g}, {best.curve}: {value}; table and guidance.png in {args.out}"
+    sample = cli.sample_command(args.weights, "best_guidance", *flags, *args.overrides)
+    print(cli.summary(result, args.start, f"sample with it: {sample}"))
+
+
+def candidates(args, has_labels: bool) -> list[Guidance]:
+    """All of the command line; a scale of 1 is no guidance and there once. Raises UserError for fewer than two."""
+    guides = [*([None] if has_labels else []), *args.guide_weights]
+    scales = dict.fromkeys(args.guidance_scale)
+    guided = [Guidance(w, t, g) for g in guides for t in dict.fromkeys(args.intervals) for w in scales if w != 1]
+    found = [*([Guidance(1.0)] if 1 in scales else []), *guided]
+    if len(found) < 2:
+        need = "" if guides else ", and a network without labels needs --guide_weights"
+        raise UserError(f"--guidance_scale {' '.join(f'{w:g}' for w in scales)}: needs two kinds of guidance at least{need}")
+    return found
+
+
+def number_of_rounds(count: int, n_samples: int) -> int:
+    """Halvings that leave one of `count`, or begin on FEWEST images."""
+    return max(0, min(math.ceil(math.log2(count)), math.floor(math.log2(n_samples / FEWEST))))
+
+
+def evaluate(
+    args, snap: snapshot.Snapshot, wanted: list[Guidance], n: int
+) -> tuple[str, dict[Guidance, table.Statistic], list[float]]:
+    """The name of the distance, its value for each candidate on n images, and that of real images."""
+    groups: dict[tuple, list[str]] = {}
+    for scale, times, weights in wanted:
+        groups.setdefault((times, weights), []).append(f"{scale:g}")
+    for (times, weights), scales in groups.items():
+        flags = ["--guidance_interval", *(f"{t:g}" for t in times)] if times != ALL_TIMES else []
+        flags += ["--guide_weights", weights] if weights else []
+        command = [
+            "evaluate.py", "--weights", args.weights, "--guidance_scale", *scales, *flags, "--methods", args.sampling_method,
+            "--sampling_steps", str(args.sampling_steps), "--n_samples", str(n), "--seed", str(args.seed),
+            "--feature_extractor", args.feature_extractor, "-mp", args.mixed_precision, "--out", str(args.out / "evaluation"),
+            *args.overrides,
+        ]  # fmt: skip
+        subprocesses.run_command(command, args.launcher)
+    names = {c.guide: guide.name_of(snapshot.load(c.guide), c.guide) for c in wanted if c.guide}
+    by_columns = {columns(c, names): c for c in wanted}
+    own = {"weights_sha256": files.sha256(snap.path), "seed": args.seed}
+    own["mixed_precision"] = distributed.resolve_precision(args.mixed_precision)
+    solver = args.sampling_method, args.sampling_steps
+    distance, results, floors = "", {}, []
+    for row in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
+        if row["n"] != n or row["identity"]["extractor"][0] != args.feature_extractor:
+            continue
+        [entry] = table.aggregate([row])
+        distance = next(name for name in entry["metrics"] if name.startswith(("FID", "FD-")))
+        if table.is_control(entry):
+            floors.append(entry["metrics"][distance].mean)
+        elif own.items() <= row["identity"].items() and (row["method"], row["steps"]) == solver:
+            key = (row["guidance_scale"] or 1.0, row.get("guidance_interval"), row.get("guide"))
+            if key in by_columns:
+                results[by_columns[key]] = entry["metrics"][distance]
+    return distance, results, floors
+
+
+def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str | None]:
+    """What evaluate.py writes of it in a row."""
+    settings = SamplerSettings(guidance_scale=c.scale, guidance_interval=c.interval, guide=c.guide and names[c.guide])
+    written = guidance_columns(settings)
+    return c.scale, written.get("guidance_interval"), written.get("guide")
+
+
+def curves(results: dict[Guidance, table.Statistic]) -> dict[str, list[tuple[float, table.Statistic]]]:
+    """The lines of the figure; each begins without guidance, where that was evaluated."""
+    lines: dict[str, list[tuple[float, table.Statistic]]] = {}
+    start = [(c.scale, value) for c, value in results.items() if c.scale == 1]
+    for c, value in results.items():
+        if c.scale != 1:
+            lines.setdefault(c.curve, [*start]).append((c.scale, value))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()} or {"no guidance": start}
+
+
+if __name__ == "__main__":
+    cli_main(main)

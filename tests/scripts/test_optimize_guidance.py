@@ -1,0 +1,66 @@
+"""scripts.optimize_guidance: a table that grows, halving, and the hint."""
+
+import shlex
+
+import pytest
+
+from flow.evaluation import table
+from flow.runtime import subprocesses
+from flow.sampling.snapshot import by_step
+from scripts import optimize_guidance
+
+FLAGS = ["--feature_extractor", "digits", "--sampling_method", "euler", "--sampling_steps", "2"]
+
+
+@pytest.fixture
+def optimize(monkeypatch, here, main_of, tiny_run, tmp_path):
+    """optimize(*flags): what the script prints; evaluate.py runs in this process."""
+
+    def run_command(arguments: list[str], launcher: str | None = None) -> None:
+        main_of("evaluate", *arguments[1:])()
+
+    def call(*flags: str) -> str:
+        monkeypatch.setattr(subprocesses, "run_command", run_command)
+        return here("optimize_guidance", "--weights", tiny_run, *FLAGS, "--out", tmp_path / "guidance", *flags)
+
+    return call
+
+
+def rows_of(tmp_path) -> list[dict]:
+    return [row for row in table.read_rows(tmp_path / "guidance/evaluation") if row["method"]]
+
+
+def test_table_grows_and_the_best_is_named(optimize, tmp_path):
+    out = optimize("--guidance_scale", "1", "3", "--n_samples", "80")
+    assert len(rows_of(tmp_path)) == 2 and (tmp_path / "guidance/guidance.png").is_file()
+    out = optimize("--guidance_scale", "1", "3", "--n_samples", "80", "--intervals", "0:1", "0.4:1")
+    rows = rows_of(tmp_path)
+    assert [(row["guidance_scale"], row.get("guidance_interval")) for row in rows] == [(1, None), (3, None), (3, "0.4 to 1")]
+    best = min(rows, key=lambda row: row["metrics"]["FD-digits"])
+    last = out.splitlines()[-1]
+    assert f"best: guidance {best['guidance_scale']:g}" in last and f"FD-digits {best['metrics']['FD-digits']:.2f} ±" in last
+    assert ("--guidance_interval 0.4 1" in last) == bool(best.get("guidance_interval"))
+
+
+def test_halving(optimize, tmp_path, tiny_run, monkeypatch):
+    monkeypatch.setattr(optimize_guidance, "FEWEST", 70)
+    weak = by_step(tiny_run / "snapshots")[0]
+    out = optimize("--guidance_scale", "1", "2", "3", "--guide_weights", weak, "--n_samples", "140", "--halving")
+    counts = [row["n"] for row in rows_of(tmp_path)]
+    assert counts == [70] * 5 + [140] * 3 and "round 2 of 2: 3 kinds of guidance on 140 images" in out
+    seventy = sorted(row["metrics"]["FD-digits"] for row in rows_of(tmp_path) if row["n"] == 70)[:3]
+    kept = {(r["guidance_scale"], r.get("guide")) for r in rows_of(tmp_path) if r["n"] == 140}
+    assert kept == {(r["guidance_scale"], r.get("guide")) for r in rows_of(tmp_path) if r["metrics"]["FD-digits"] in seventy}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--guidance_scale 1", "--guidance_scale 1: needs two kinds of guidance at least"),
+        ("--guidance_scale 1 2 --intervals 0.5:0.2", "guidance_interval=0.5 0.2: must be two times from 0 to 1"),
+        ("--guidance_scale 1 2 --intervals 0.5", "argument --intervals: '': must be a number from 0 to 1"),
+    ],
+)
+def test_errors(flags, message, error, tiny_run, tmp_path):
+    line = error("optimize_guidance", "--weights", tiny_run, *FLAGS, "--out", tmp_path / "out", *shlex.split(flags))
+    assert message in line
