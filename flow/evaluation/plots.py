@@ -30,13 +30,11 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     """The first Frechet distance of the table, for points their SW2, against its cost; `path` is a PNG.
 
     The cost is the NFE or, where guidance makes the two differ, the number of network calls. There is a line for each
-    (weights, method, guidance scale), and a dashed one for real images. Writes nothing where fewer than two entries have a
-    distance.
+    (weights, method, guidance scale), and a dashed one for real images. Averages of a width with one point are left to
+    `distance_against_width`. Writes nothing where fewer than two entries have a distance.
     """
     name = _distance(entries)
     points = [e for e in entries if e["NFE"] and name in e["metrics"]]
-    if len(points) < 2:
-        return
     lines: dict[str, list[dict]] = {}
     several = {key: len({e[key] for e in points}) > 1 for key in ("weights", "captions", "guidance_scale")}
     for e in points:
@@ -48,6 +46,10 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
         label += f", {e['captions']} captions" if several["captions"] else ""
         label = f"{e['weights']}: {label}" if several["weights"] else label
         lines.setdefault(label, []).append(e)
+    lines = {label: line for label, line in lines.items() if len(line) > 1 or line[0].get("ema_width") is None}
+    points = [e for line in lines.values() for e in line]
+    if len(points) < 2:
+        return
     figure, axes = _figure(len(lines))
     cost, title = _cost_axis(points)
     for i, (label, line) in enumerate(lines.items()):
@@ -87,7 +89,8 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
         _errorbars(axes, line, "ema_width", name, label, i)
         if label in others:
             half_life = others[label]["metrics"][name].mean
-            axes.axhline(half_life, color=COLORS[i % len(COLORS)], linestyle="--", linewidth=1, label="its half-life average")
+            label = f"{label.partition(',')[0]}, half-life average"
+            axes.axhline(half_life, color=COLORS[i % len(COLORS)], linestyle="--", linewidth=1, label=label)
     _floors(axes, entries, name)
     widths = [e["ema_width"] for line in lines.values() for e in line]
     _cost_scale(axes, "width of the average (relative standard deviation of its profile)", widths, "{:g}".format)
