@@ -9,6 +9,7 @@ not in the reference, from the other split of the data set; where it has none, o
 """
 
 import shlex
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,7 +20,7 @@ from flow.evaluation import metrics, runner
 from flow.evaluation.features import INCEPTION
 from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, guide, snapshot
+from flow.sampling import grid_store, guide, posthoc_ema, snapshot
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
@@ -34,6 +35,9 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_config_flag(parser)
     cli.add_weights_flag(parser, required=False)
+    cli.add_widths_flag(
+        parser, "--ema_width", "instead of the weights of the run, averages of these widths (scripts.posthoc_ema)"
+    )
     parser.add_argument("--samples", type=Path, metavar="DIR", help="score this folder of images, no weights needed")
     cli.add_methods_flag(parser, SOLVERS, ["euler"])
     cli.add_step_flags(parser, [100], several=True)
@@ -70,6 +74,8 @@ def main() -> None:
         raise UserError("give either --weights PATH or --samples DIR")
     if args.samples and not args.reference:
         raise UserError("--samples: a --reference is needed: a folder, an npz file or the name of a data set")
+    if args.samples and args.ema_width:
+        raise UserError("--ema_width: needs --weights RUN, a folder of images has no averages")
     accelerator = distributed.build_accelerator(args.mixed_precision)
     if args.samples:
         evaluate_folder(args, accelerator)
@@ -78,8 +84,13 @@ def main() -> None:
 
 
 def evaluate_weights(args, accelerator: Accelerator) -> None:
-    """A row for each method x steps x guidance scale x range of images; a scale of 1 has neither interval nor guide."""
-    snap = snapshot.load(args.weights, args.config, args.overrides)
+    """A row for each width of the average x method x steps x guidance scale x range of images; a scale of 1 has neither
+    interval nor guide."""
+    path = Path(args.weights)
+    widths = posthoc_ema.reconstruct(accelerator, path, args.ema_width) if args.ema_width else []
+    weights = widths or [path]
+    averages = [partial(snapshot.load, width, args.config, args.overrides) for width in widths]
+    snap = snapshot.load(weights[-1], args.config, args.overrides)
     model = snap.model()
     net = model.net
     guide_name = guide.attach(model, snap, args.guide_weights)
@@ -106,7 +117,6 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
                 plan.append(sampler)
     for note in dict.fromkeys(filter(None, (guidance_note(sampler, model) for sampler in plan))):
         accelerator.print(f"note: {note}")
-    path = Path(args.weights)
     out = args.out or (path if path.is_dir() else path.parent) / "evaluation"
     subject = {
         "weights": snap.title(path),
@@ -115,13 +125,14 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
     with lock.folder(out, accelerator):
         runner.evaluate_snapshot(
-            settings, accelerator, out, snap, model, plan, subject, captions_of, accelerator.mixed_precision, not labels
-        )
+            settings, accelerator, out, snap, model, plan, subject, captions_of, accelerator.mixed_precision, not labels,
+            averages,
+        )  # fmt: skip
     row = plan[-1]
     flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
     flags += cli.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
     flags += cli.guidance_flags(args) if row.guidance_scale != 1 else []
-    sample = cli.sample_command(args.weights, f"{path.stem}_{row.method}_{row.steps}", *flags, *args.overrides)
+    sample = cli.sample_command(weights[-1], f"{weights[-1].stem}_{row.method}_{row.steps}", *flags, *args.overrides)
     print_summary(args, accelerator, out, f"sample as in the last row with: {sample}")
 
 

@@ -29,6 +29,7 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 NONFINITE_GRAD = ("raise", "skip")
 INT64_LIMIT = 2**63  # for the whole numbers of torch
+MAX_EMA_WIDTH = 12**-0.5  # 0.2887, the sigma_rel of an average with equal weights
 _ARGS_OF = {  # a name and its arguments; those of another name mean nothing to it
     "data.name": "data.args", "model.name": "model.args", "flow.coupling": "flow.coupling_args",
     "flow.time_sampler": "flow.time_sampler_args", "loss.name": "loss.args",
@@ -103,6 +104,14 @@ class EmaConfig:
 
 
 @dataclass
+class FlowEmaConfig(EmaConfig):
+    power_widths: list[float] = field(
+        default_factory=list
+    )  # sigma_rel of power-function averages that are stored, from which other widths follow; two, e.g. [0.05, 0.1]; []: off
+    power_every_steps: int = limited(5_000, min=0)  # how often they are stored, besides at the end; 0: only there
+
+
+@dataclass
 class TrainConfig:
     steps: int = limited(100_000, min=1)  # optimizer steps
     batch_size: int = limited(128, min=1)  # images per optimizer step, over all processes and micro-batches
@@ -153,9 +162,14 @@ class Config(TrainerConfig):
     flow: FlowConfig = field(default_factory=FlowConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
+    ema: FlowEmaConfig = field(default_factory=FlowEmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def validate(self) -> None:
+        super().validate()
+        rule = f"a list of distinct numbers above 0 and below {MAX_EMA_WIDTH:.4f}"
+        check(self, "ema.power_widths", lambda v: len(set(v)) == len(v) and all(0 < w < MAX_EMA_WIDTH for w in v), rule)
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None, base: Any = None, kind: Any = Config) -> Any:
@@ -288,6 +302,11 @@ def half_lives(config: Any) -> list[int]:
     """ema.half_life_images as a list."""
     value = config.ema.half_life_images
     return list(value) if isinstance(value, list) else [value]
+
+
+def power_widths(config: Any) -> list[float]:
+    """ema.power_widths; autoencoders have none."""
+    return config.ema.power_widths if isinstance(config, Config) else []
 
 
 def _is_half_lives(value: Any) -> bool:

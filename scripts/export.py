@@ -31,8 +31,9 @@ def main() -> None:
             raise UserError(f"--weights {snap.path}: {name} has values beyond the range of fp16")
         snap.weights[name] = half
     snapshot.save(
-        args.out, snap.weights, snap.config, snap.image_shape, snap.step, snap.half_life_images, snap.codec, snap.class_names
-    )
+        args.out, snap.weights, snap.config, snap.image_shape, snap.step, snap.half_life_images, snap.codec, snap.class_names,
+        snap.power_average,
+    )  # fmt: skip
     sizes = [path.stat().st_size / 2**20 for path in (args.out, snap.path)]
     result = f"{args.out}: {sizes[0]:.1f} MiB instead of {sizes[1]:.1f} MiB"
     print(cli.summary(result, args.start, f"sample from it with: {cli.sample_command(args.out, args.out.stem)}"))

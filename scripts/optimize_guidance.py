@@ -91,13 +91,15 @@ def main() -> None:
             n = -(-args.n_samples // 2 ** (rounds - k))
             if rounds:
                 print(f"\nround {k + 1} of {rounds + 1}: {len(left)} kinds of guidance on {n} images each", flush=True)
-            distance, results, floors = evaluate(args, snap, left, n)
-            left.sort(key=lambda candidate: results[candidate].mean)
+            results, floors = evaluate(args, snap, left, n)
+            distance = next(name for name in results[left[0]]["metrics"] if name.startswith(("FID", "FD-")))
+            left.sort(key=lambda candidate: results[candidate]["metrics"][distance].mean)
             if k < rounds:
                 left = left[: -(-len(left) // 2)]
-        plots.distance_against_scale(args.out / "guidance.png", curves(results), distance, floors)
+        plots.distance_against_scale(args.out / "guidance.png", curves(results), floors)
     best = left[0]
-    value = f"{distance} {results[best].mean:.2f} ± {results[best].interval:.2f}"
+    reached = results[best]["metrics"][distance]
+    value = f"{distance} {reached.mean:.2f} ± {reached.interval:.2f}"
     flags = [*best.flags, "--sampling_method", args.sampling_method, "--sampling_steps", str(args.sampling_steps)]
     result = f"best: guidance {best.scale:g}, {best.curve}: {value}; table and guidance.png in {args.out}"
     sample = cli.sample_command(args.weights, "best_guidance", *flags, *args.overrides)
@@ -121,10 +123,8 @@ def number_of_rounds(count: int, n_samples: int) -> int:
     return max(0, min(math.ceil(math.log2(count)), math.floor(math.log2(n_samples / FEWEST))))
 
 
-def evaluate(
-    args, snap: snapshot.Snapshot, wanted: list[Guidance], n: int
-) -> tuple[str, dict[Guidance, table.Statistic], list[float]]:
-    """The name of the distance, its value for each candidate on n images, and that of real images."""
+def evaluate(args, snap: snapshot.Snapshot, wanted: list[Guidance], n: int) -> tuple[dict[Guidance, dict], list[dict]]:
+    """The entry of the table of each candidate on n images, and those of real images."""
     groups: dict[tuple, list[str]] = {}
     for scale, times, weights in wanted:
         groups.setdefault((times, weights), []).append(f"{scale:g}")
@@ -143,19 +143,17 @@ def evaluate(
     own = {"weights_sha256": files.sha256(snap.path), "seed": args.seed}
     own["mixed_precision"] = distributed.resolve_precision(args.mixed_precision)
     solver = args.sampling_method, args.sampling_steps
-    distance, results, floors = "", {}, []
+    results, floors = {}, []
     for row in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
         if row["n"] != n or row["identity"]["extractor"][0] != args.feature_extractor:
             continue
         [entry] = table.aggregate([row])
-        distance = next(name for name in entry["metrics"] if name.startswith(("FID", "FD-")))
+        key = (row["guidance_scale"] or 1.0, row.get("guidance_interval"), row.get("guide"))
         if table.is_control(entry):
-            floors.append(entry["metrics"][distance].mean)
-        elif own.items() <= row["identity"].items() and (row["method"], row["steps"]) == solver:
-            key = (row["guidance_scale"] or 1.0, row.get("guidance_interval"), row.get("guide"))
-            if key in by_columns:
-                results[by_columns[key]] = entry["metrics"][distance]
-    return distance, results, floors
+            floors.append(entry)
+        elif own.items() <= row["identity"].items() and (row["method"], row["steps"]) == solver and key in by_columns:
+            results[by_columns[key]] = {**entry, "guidance_scale": key[0]}
+    return results, floors
 
 
 def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str | None]:
@@ -165,14 +163,14 @@ def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str 
     return c.scale, written.get("guidance_interval"), written.get("guide")
 
 
-def curves(results: dict[Guidance, table.Statistic]) -> dict[str, list[tuple[float, table.Statistic]]]:
+def curves(results: dict[Guidance, dict]) -> dict[str, list[dict]]:
     """The lines of the figure; each begins without guidance, where that was evaluated."""
-    lines: dict[str, list[tuple[float, table.Statistic]]] = {}
-    start = [(c.scale, value) for c, value in results.items() if c.scale == 1]
-    for c, value in results.items():
+    lines: dict[str, list[dict]] = {}
+    start = [entry for c, entry in results.items() if c.scale == 1]
+    for c, entry in results.items():
         if c.scale != 1:
-            lines.setdefault(c.curve, [*start]).append((c.scale, value))
-    return {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()} or {"no guidance": start}
+            lines.setdefault(c.curve, [*start]).append(entry)
+    return lines or {"no guidance": start}
 
 
 if __name__ == "__main__":

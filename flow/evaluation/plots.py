@@ -1,8 +1,7 @@
 """Figures of tables, losses and samples side by side."""
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from flow.evaluation.table import GUIDANCE, Statistic, is_control
+from flow.evaluation.table import GUIDANCE, is_control
 
 matplotlib.use("Agg")
 
@@ -31,60 +30,115 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     """The first Frechet distance of the table, for points their SW2, against its cost; `path` is a PNG.
 
     The cost is the NFE or, where guidance makes the two differ, the number of network calls. There is a line for each
-    (weights, method, guidance), and a dashed one for real images. Writes nothing where fewer than two entries have a
-    distance.
+    (weights, method, guidance), and a dashed one for real images. Averages of a width with one point are left to
+    `distance_against_width`. Writes nothing where fewer than two entries have a distance.
     """
-    names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2"))]
-    points = [e for e in entries if e["NFE"] and names and names[0] in e["metrics"]]
-    if len(points) < 2:
-        return
+    name = _distance(entries)
+    points = [e for e in entries if e["NFE"] and name in e["metrics"]]
     lines: dict[str, list[dict]] = {}
     several = {key: len({e.get(key) for e in points}) > 1 for key in ("weights", "captions", *GUIDANCE)}
     for e in points:
         label = e["method"]
-        if several["guidance_scale"] and e["guidance_scale"] is not None:
-            label += f", guidance {e['guidance_scale']:g}"
-        if several["guidance_interval"] and e.get("guidance_interval"):
-            label += f" for t from {e['guidance_interval']}"
-        label += f" by {e['guide']}" if several["guide"] and e.get("guide") else ""
+        if e.get("ema_width") is not None:
+            label += f", EMA width {e['ema_width']:g}"
+        label += _guidance(e, [key for key in GUIDANCE if several[key]])
         label += f", {e['captions']} captions" if several["captions"] else ""
         label = f"{e['weights']}: {label}" if several["weights"] else label
         lines.setdefault(label, []).append(e)
+    lines = {label: line for label, line in lines.items() if len(line) > 1 or line[0].get("ema_width") is None}
+    points = [e for line in lines.values() for e in line]
+    if len(points) < 2:
+        return
     figure, axes = _figure(len(lines))
     cost, title = _cost_axis(points)
     for i, (label, line) in enumerate(lines.items()):
-        line.sort(key=lambda e: e[cost])
-        values = [e["metrics"][names[0]] for e in line]
-        bars = [next((bar for bar in (value.interval, value.std) if bar > 0), 0) for value in values]
-        x, means = [e[cost] for e in line], [value.mean for value in values]
-        axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=label, **_look(i))
-    for i, e in enumerate(e for e in entries if is_control(e) and names[0] in e["metrics"]):
-        floor = e["metrics"][names[0]].mean
-        if floor > 0:  # the axis is logarithmic
-            axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
+        _errorbars(axes, line, cost, name, label, i)
+    _floors(axes, entries, name)
     _cost_scale(axes, title, [e[cost] for e in points])
     _value_scale(axes)
-    axes.set_ylabel(f"{names[0]}, lower is better")
+    axes.set_ylabel(f"{name}, lower is better")
     _legend(figure, axes)
     figure.savefig(path)
 
 
-def distance_against_scale(
-    path: Path, curves: dict[str, list[tuple[float, Statistic]]], distance: str, floors: list[float]
-) -> None:
-    """Curves {guidance: [(scale, distance), ...]} as a PNG, with 95 % intervals, and a dashed line for real images."""
-    figure, axes = _figure(len(curves))
-    for i, (name, points) in enumerate(curves.items()):
-        scales, means = [scale for scale, _ in points], [value.mean or 0.0 for _, value in points]
-        bars = [0.0 if math.isnan(value.interval) else value.interval for _, value in points]
-        axes.errorbar(scales, means, yerr=bars if any(bars) else None, capsize=3, label=name, **_look(i))
-    for floor in floors:
-        axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="real images")
+def distance_against_scale(path: Path, lines: dict[str, list[dict]], floors: list[dict]) -> None:
+    """The first Frechet distance of entries against their guidance scale, a line a name, and those of real images; a PNG."""
+    name = _distance([entry for line in lines.values() for entry in line])
+    figure, axes = _figure(len(lines))
+    for i, (label, line) in enumerate(lines.items()):
+        _errorbars(axes, line, "guidance_scale", name, label, i)
+    _floors(axes, floors, name)
     _value_scale(axes)
     axes.set_xlabel("guidance scale w")
-    axes.set_ylabel(f"{distance}, lower is better")
+    axes.set_ylabel(f"{name}, lower is better")
     _legend(figure, axes)
     figure.savefig(path)
+
+
+def distance_against_width(path: Path, entries: list[dict]) -> None:
+    """The first Frechet distance of the table, for points their SW2, against the width of the average; `path` is a PNG.
+
+    There is a line for each run and sampler settings with at least two widths, a dashed one for the run's other average with
+    the same settings, where the table has it, and one for real images. Writes nothing where no run has two widths.
+    """
+    name = _distance(entries)
+    lines: dict[str, list[dict]] = {}
+    others: dict[str, dict] = {}
+    for e in entries:
+        if e["method"] is None or name not in e["metrics"]:
+            continue
+        captions = f", {e['captions']} captions" if e["captions"] else ""
+        label = f"{e['weights']}: {e['method']}, NFE {_short(e['NFE'])}{_guidance(e, GUIDANCE)}{captions}"
+        if e["ema_width"] is None:
+            others[label] = e
+        else:
+            lines.setdefault(label, []).append(e)
+    lines = {label: line for label, line in lines.items() if len({e["ema_width"] for e in line}) > 1}
+    if not lines:
+        return
+    figure, axes = _figure(2 * len(lines))
+    for i, (label, line) in enumerate(lines.items()):
+        _errorbars(axes, line, "ema_width", name, label, i)
+        if label in others:
+            half_life = others[label]["metrics"][name].mean
+            label = f"{label.partition(',')[0]}, half-life average"
+            axes.axhline(half_life, color=COLORS[i % len(COLORS)], linestyle="--", linewidth=1, label=label)
+    _floors(axes, entries, name)
+    widths = [e["ema_width"] for line in lines.values() for e in line]
+    _cost_scale(axes, "width of the average (relative standard deviation of its profile)", widths, "{:g}".format)
+    _value_scale(axes)
+    axes.set_ylabel(f"{name}, lower is better")
+    _legend(figure, axes)
+    figure.savefig(path)
+
+
+def _distance(entries: list[dict]) -> str:
+    """The name of the first distance of a table; empty where there is none."""
+    names = (name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2")))
+    return next(names, "")
+
+
+def _guidance(entry: dict, shown: Sequence[str]) -> str:
+    """The guidance of an entry in a label, as far as these columns tell it."""
+    form = {"guidance_scale": ", guidance {:g}", "guidance_interval": ", t from {}", "guide": " by {}"}
+    return "".join(form[key].format(entry[key]) for key in shown if entry.get(key) is not None)
+
+
+def _errorbars(axes: Axes, line: list[dict], key: str, name: str, label: str, i: int) -> None:
+    """The metric `name` of the entries of line i against their `key`, with the 95 % interval, or the spread of repeats."""
+    line.sort(key=lambda e: e[key])
+    values = [e["metrics"][name] for e in line]
+    bars = [next((bar for bar in (value.interval, value.std) if bar > 0), 0) for value in values]
+    x, means = [e[key] for e in line], [value.mean for value in values]
+    axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=label, **_look(i))
+
+
+def _floors(axes: Axes, entries: list[dict], name: str) -> None:
+    """A line for each row of real images."""
+    for i, e in enumerate(e for e in entries if is_control(e) and name in e["metrics"]):
+        floor = e["metrics"][name].mean
+        if floor > 0:  # the axis is logarithmic
+            axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
 
 
 def distance_against_minutes(
@@ -150,7 +204,11 @@ def _cost_axis(rows: list[dict]) -> tuple[str, str]:
     return ("NFE", NFE) if all(row.get("forwards") in (None, row["NFE"]) for row in rows) else ("forwards", CALLS)
 
 
-def _cost_scale(axes: Axes, title: str, values: Sequence[float]) -> None:
+def _short(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _cost_scale(axes: Axes, title: str, values: Sequence[float], shown: Callable[[float], str] = _short) -> None:
     """A logarithmic horizontal axis with a tick at each measured number, and its label where there is room."""
     axes.set_xscale("log")
     axes.set_xlabel(title)
@@ -159,7 +217,7 @@ def _cost_scale(axes: Axes, title: str, values: Sequence[float]) -> None:
     low, high = np.log(axes.get_xlim())
     width = 0.85 * WIDTH * 72  # of the axes, in points
     place = [(np.log(v) - low) / (high - low) * width for v in measured]
-    size = [6.5 * len(_short(v)) + 6 for v in measured]  # points of a label with its gap
+    size = [6.5 * len(shown(v)) + 6 for v in measured]  # points of a label with its gap
     labelled = [0]
     last = len(measured) - 1
     for i in range(1, last):
@@ -170,13 +228,9 @@ def _cost_scale(axes: Axes, title: str, values: Sequence[float]) -> None:
     labelled += [last] if last else []
     axes.xaxis.set_major_locator(FixedLocator([measured[i] for i in labelled]))
     axes.xaxis.set_minor_locator(FixedLocator(measured))
-    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    axes.xaxis.set_major_formatter(lambda value, _: shown(value))
     axes.xaxis.set_minor_formatter("")
     axes.grid(alpha=0.3)
-
-
-def _short(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
 
 
 def _value_scale(axes: Axes) -> None:

@@ -170,24 +170,25 @@ class Evaluation:
             rows = table.read_rows(self.out)
             print(table.write(self.out, rows))
             plots.distance_against_nfe(self.out / "nfe.png", table.aggregate(rows))
+            plots.distance_against_width(self.out / "ema_width.png", table.aggregate(rows))
         self.accelerator.wait_for_everyone()
 
 
 def evaluate_snapshot(
     settings: EvaluationSettings, accelerator: Accelerator, out: Path, snap: Snapshot, model: FlowModel,
     plan: list[SamplerSettings], subject: dict, captions_of: list[list[str]] | None, mixed_precision: str,
-    by_frequency: bool,
+    by_frequency: bool, averages: Sequence[Callable[[], Snapshot]] = (),
 ) -> None:  # fmt: skip
     """A row for each of the sampler settings and each range of images, then the report.
 
     Args:
         subject: "weights" and "captions" of the rows.
         by_frequency: replace the labels of the plan by the frequency of the classes in the reference.
+        averages: load the snapshots of other averages of the network, which are evaluated in the place of `snap`.
     """
-    net = model.net
+    net: Any = model.net
     real_images = load_real_images(settings.reference, accelerator, snap.decoded_shape, snap.config)
     identity: dict[str, Any] = {
-        "weights_sha256": files.sha256(snap.path),
         "seed": plan[0].seed,
         "labels": plan[0].labels,
         "prompts": plan[0].prompts,
@@ -200,16 +201,17 @@ def evaluate_snapshot(
         identity |= names
     ev = Evaluation.build(settings, accelerator, out, snap.decoded_shape, real_images)
     add_control(ev)
-    log_density = log_density_of(accelerator, model, real_images)
-    if log_density:
-        identity["held_out_points"] = HELD_OUT_POINTS
+    averages = averages or [lambda: snap]
+    total = len(plan) * settings.repeats * len(averages)
 
-    def compute(sampler: SamplerSettings, indices: range, number: int) -> dict | None:
+    def compute(
+        log_density: Callable[[float], float] | None, sampler: SamplerSettings, indices: range, number: int
+    ) -> dict | None:
         counter = NFECounter()
         batches = shard(accelerator, indices, settings.batch_size)
         local = sum(map(len, batches))
-        total, name = len(plan) * settings.repeats, "images of this process"
-        bar = distributed.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
+        name = f"images of this process, row {number + 1} of {total}"
+        bar = distributed.progress(accelerator, local * total, name, local * number)
         bar.leave = False  # the next bar takes its place
 
         def stream() -> Iterator[tuple[range, Tensor]]:
@@ -226,22 +228,30 @@ def evaluate_snapshot(
         return row and {"NFE": nfe, "forwards": forwards, **row}
 
     numbers = count()
-    for sampler in plan:
-        for repeat in range(settings.repeats):
-            indices = range(repeat * settings.n_samples, (repeat + 1) * settings.n_samples)
-            row = {
-                **subject,
-                "method": sampler.solver,
-                "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
-                "guidance_scale": sampler.guidance_scale if net.null is not None or sampler.guide else None,
-                **guidance_columns(sampler),
-                "n": settings.n_samples,
-                "first": indices.start,
-            }
-            row_identity = {**identity, **guidance_columns(sampler), "times": sampler.times}  # a grid may be optimized again
-            if sampler.method in HAS_TOLERANCES:
-                row_identity["bspp"] = settings.batch_size
-            ev.evaluate_row(row, row_identity, partial(compute, sampler, indices, next(numbers)))
+    for load in averages:
+        average = load()
+        average.load_into(net)
+        identity["weights_sha256"] = files.sha256(average.path)
+        log_density = log_density_of(accelerator, model, real_images)
+        if log_density:
+            identity["held_out_points"] = HELD_OUT_POINTS
+        for sampler in plan:
+            for repeat in range(settings.repeats):
+                indices = range(repeat * settings.n_samples, (repeat + 1) * settings.n_samples)
+                row = {
+                    **subject,
+                    "ema_width": average.power_average.width if average.power_average else None,
+                    "method": sampler.solver,
+                    "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
+                    "guidance_scale": sampler.guidance_scale if net.null is not None or sampler.guide else None,
+                    **guidance_columns(sampler),
+                    "n": settings.n_samples,
+                    "first": indices.start,
+                }
+                row_identity = {**identity, **guidance_columns(sampler), "times": sampler.times}  # may be optimized again
+                if sampler.method in HAS_TOLERANCES:
+                    row_identity["bspp"] = settings.batch_size
+                ev.evaluate_row(row, row_identity, partial(compute, log_density, sampler, indices, next(numbers)))
     ev.write_report()
 
 

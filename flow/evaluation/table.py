@@ -16,7 +16,7 @@ from flow.runtime import jsonl
 
 GUIDANCE = ("guidance_scale", "guidance_interval", "guide")
 # What a row is about, in the order of the columns.
-KEY_COLUMNS = ("weights", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "n", "reference")
+KEY_COLUMNS = ("weights", "ema_width", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "n", "reference")
 # Rows that agree in these are repeats of one measurement, on ranges of images of their own.
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
@@ -74,7 +74,11 @@ def damage_of(row: dict) -> str | None:
     for key in ("method", "captions", "reference", "guidance_interval", "guide"):
         if not isinstance(row.get(key), str | None):
             return f"its {key!r} is not text"
-    numbers = {key: row[key] for key in ("n", "first", "steps", *COST, "guidance_scale", "seconds") if row.get(key) is not None}
+    numbers = {
+        key: row[key]
+        for key in ("n", "first", "steps", "ema_width", *COST, "guidance_scale", "seconds")
+        if row.get(key) is not None
+    }
     for key, value in [*numbers.items(), *row["metrics"].items(), *errors.items()]:
         if value is not None and not jsonl.is_number(value):
             return f"its {key!r} is not a number"
@@ -104,7 +108,11 @@ def aggregate(rows: list[dict]) -> list[dict]:
         subject = {key: cost[key].mean if key in COST else members[-1].get(key) for key in KEY_COLUMNS}
         spreads = {key: value.std for key, value in cost.items()}
         entries.append({**subject, "ranges": len(members), "spreads": spreads, "metrics": metrics})
-    return sorted(entries, key=lambda e: (str(e["weights"]), e["guidance_scale"] or 0, str(e["method"]), e["NFE"] or 0))
+    numbers = ("NFE", "ema_width")
+    return sorted(
+        entries,
+        key=lambda e: (str(e["weights"]), e["guidance_scale"] or 0, str(e["method"]), *(e[key] or 0 for key in numbers)),
+    )
 
 
 def write(folder: Path, rows: list[dict]) -> str:

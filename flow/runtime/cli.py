@@ -1,6 +1,7 @@
 """The command line of the entry scripts: flags by argparse, configuration keys by `key=value`, nothing unknown accepted."""
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -224,6 +225,11 @@ def add_output_flag(
     parser.add_argument(flag, type=Path, required=required, metavar=metavar, help=use)
 
 
+def add_widths_flag(parser: argparse.ArgumentParser, flag: str, use: str, required: bool = False) -> None:
+    """Widths (sigma_rel) of averages of the weights."""
+    parser.add_argument(flag, nargs="+", type=ema_width, required=required, metavar="SIGMA_REL", help=use)
+
+
 def add_step_flags(parser: argparse.ArgumentParser, default: list[int], several: bool) -> None:
     """How long a solver may work: --sampling_steps or --nfe, one number or `several`."""
     group = parser.add_mutually_exclusive_group()
@@ -322,6 +328,12 @@ def guidance_scale(text: str) -> float:
 def minutes(text: str) -> float:
     """An argparse type: a finite number above 0."""
     return _number(text, sys.float_info.max, "a finite number above 0", low=sys.float_info.min)
+
+
+def ema_width(text: str) -> float:
+    """An argparse type: a number above 0 and below 12^-0.5."""
+    low, high = sys.float_info.min, math.nextafter(schema.MAX_EMA_WIDTH, 0)
+    return _number(text, high, f"a number above 0 and below {schema.MAX_EMA_WIDTH:.4f}", low)
 
 
 def fraction(text: str) -> float:

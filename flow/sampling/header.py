@@ -4,18 +4,26 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from configs.schema import DataConfig
+from configs.schema import MAX_EMA_WIDTH, DataConfig
 from configs.stored import first_line
 
 KEYS = {"config", "image_shape", "step", "images", "half_life_images"}
 MAX_NUMBERS = 2**26  # of an image: 3 x 4,700 x 4,700
 FREE_SIZE = 100_000  # an argument of a network up to this is not compared with the file
+
+
+class PowerAverage(NamedTuple):
+    """Which power-function average the weights of a snapshot are, see flow/power_ema.py."""
+
+    width: float  # sigma_rel
+    updates: int  # optimizer updates of the training, the time of its profile
+    inputs: str = ""  # of one that was reconstructed: a digest of the stored averages that it was made of
 
 
 def read(metadata: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[int, int, int], dict[str, Any] | None, tuple[str, ...]]:
@@ -28,6 +36,19 @@ def read(metadata: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[int, int, 
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise ValueError("class_names: must be a list of names")
     return image_shape, (counts[0], counts[1], counts[2]), codec, tuple(class_names)
+
+
+def power_average(metadata: Mapping[str, str]) -> PowerAverage | None:
+    """The entry of a power-function average, None for other averages. Raises ValueError."""
+    if "power_average" not in metadata:
+        return None
+    entry = _json("power_average", metadata["power_average"])
+    if isinstance(entry, dict) and entry.keys() == set(PowerAverage._fields):
+        average = PowerAverage(**entry)
+        whole = type(average.updates) is int and 0 <= average.updates < 10**18 and isinstance(average.inputs, str)
+        if whole and type(average.width) is float and 0 < average.width < MAX_EMA_WIDTH:
+            return average
+    raise ValueError("power_average: must have a width between 0 and 0.2887, a number of updates and the text inputs")
 
 
 def take_places(data: DataConfig, typed: Mapping[str, Any]) -> dict[str, Any]:

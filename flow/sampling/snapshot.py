@@ -9,7 +9,8 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from flow.model import FlowModel, Network
 from flow.runtime import files
 from flow.runtime.errors import error_context
 from flow.sampling import header
+from flow.sampling.header import PowerAverage
 from flow.sampling.space import Space
 
 CodecSpec = dict[str, Any]
@@ -40,10 +42,11 @@ class Snapshot:
     image_shape: tuple[int, ...]
     step: int
     images: int  # training images seen
-    half_life_images: int  # of the moving average
+    half_life_images: int  # of the moving average; 0 for a power-function average
     weights: dict[str, Tensor]
     codec: CodecSpec | None = None  # of a flow on latents: the autoencoder that decodes them, see models/autoencoder.py
     class_names: tuple[str, ...] = ()  # of the labels that the network was trained with
+    power_average: PowerAverage | None = None  # which one, if the weights are one
     unconfirmed: dict[str, Any] = field(default_factory=dict)  # {key: value} that the header names and nobody has repeated
 
     def title(self, weights: str | Path) -> str:
@@ -158,6 +161,7 @@ def save(
     half_life_images: int,
     codec: CodecSpec | None = None,
     class_names: Sequence[str] = (),
+    power_average: PowerAverage | None = None,
 ) -> None:
     """Write a snapshot, whole or not at all."""
     metadata = {
@@ -168,6 +172,7 @@ def save(
         "half_life_images": str(half_life_images),
         **({"codec": json.dumps(codec)} if codec else {}),
         **({"class_names": json.dumps(list(class_names))} if class_names else {}),
+        **({"power_average": json.dumps(power_average._asdict())} if power_average else {}),
         DIGEST_KEY: BLANK_DIGEST,
     }
     with files.atomic_file(path) as temporary:
@@ -182,26 +187,47 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     snapshot and for a damaged file.
     """
     path = find(Path(weights))
+    metadata = read_header(path)
+    tensors = read_weights(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"--weights {path}: not a whole safetensors file ({error})") from None
+        image_shape, counts, codec, class_names = header.read(metadata)
+        power_average = header.power_average(metadata)
+    except ValueError as error:
+        raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
+    config, unconfirmed = _configuration(path, metadata["config"], config_path, overrides, codec)
+    return Snapshot(path, config, image_shape, *counts, tensors, codec, class_names, power_average, unconfirmed)
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The entries of a snapshot's header, as text. Raises UserError for a file that is no snapshot."""
+    with _whole_file(path) as file:
+        metadata = file.metadata() or {}
     missing = header.KEYS - metadata.keys()
     if missing:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header lacks {', '.join(sorted(missing))}")
+    return metadata
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a snapshot. Raises UserError for a file that is damaged or holds numbers that are not finite."""
+    with _whole_file(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     carried, actual = digests(path)
     if carried not in (None, actual):
         raise UserError(f"--weights {path}: has changed since it was written (its digest does not fit)")
-    try:
-        image_shape, counts, codec, class_names = header.read(metadata)
-    except ValueError as error:
-        raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
     if name := first_nonfinite(tensors):
         raise UserError(f"--weights {path}: {name} holds numbers that are not finite; nothing can be sampled from it")
-    config, unconfirmed = _configuration(path, metadata["config"], config_path, overrides, codec)
-    return Snapshot(path, config, image_shape, *counts, tensors, codec, class_names, unconfirmed)
+    return tensors
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from. Raises UserError where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--weights {path}: not a whole safetensors file ({error})") from None
 
 
 def find(path: Path) -> Path:
@@ -254,6 +280,7 @@ def digests(path: Path) -> tuple[str | None, str]:
     return match.group(2).decode() if match else None, digest.hexdigest()
 
 
+RUN_FOLDERS = {"snapshots": 0, "checkpoints": 1, "power_averages": 1, "posthoc_ema": 0}  # folders of a run, and their depth
 EMA_FILE = "ema.safetensors"  # the first half-life; others are ema_<half-life>.safetensors, all of them snapshots
 
 
@@ -287,10 +314,9 @@ def _configuration(
 
 def _in_run_folder(path: Path) -> bool:
     """Whether the file lies where a run keeps its snapshots and checkpoints: such a folder counts as the user's own."""
-    folder = path.resolve().parent
-    if folder.name != "snapshots":
-        folder = folder.parent
-    return folder.name in ("snapshots", "checkpoints") and (folder.parent / "config.yaml").is_file()
+    parents = path.resolve().parents
+    places = ((name, parents[depth]) for name, depth in RUN_FOLDERS.items() if depth < len(parents))
+    return any(folder.name == name and (folder.parent / "config.yaml").is_file() for name, folder in places)
 
 
 def _kind_of(value: Tensor) -> tuple[int, ...] | str:

@@ -20,6 +20,7 @@ from flow.runtime import distributed, files, subprocesses
 from flow.runtime.errors import error_context
 from flow.sampling import images
 from flow.sampling.generate import shard
+from flow.sampling.header import PowerAverage
 from flow.sampling.images import psnr, to_float, to_uint8
 from flow.sampling.space import Space
 from flow.training.data_loader import TrainingLoader, further_noise
@@ -73,7 +74,10 @@ class AutoencoderTask:
                 micro_batches[i] = replace(batch, y=None, noise=further_noise(self.loss.draws, seed, batch, device))
             yield micro_batches
 
-    def write_snapshot(self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int) -> None:
+    def write_snapshot(
+        self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int,
+        power_average: PowerAverage | None = None,
+    ) -> None:  # fmt: skip
         contiguous = {name: value.contiguous() for name, value in weights.items()}
         save_file(contiguous, path, metadata={"config": schema.dump(self.config)})
 

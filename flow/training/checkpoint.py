@@ -23,6 +23,7 @@ from configs import schema
 from configs.schema import Kind, UserError
 from configs.stored import first_line
 from flow.runtime import distributed, files
+from flow.sampling import posthoc_ema
 from flow.sampling.snapshot import EMA_FILE, by_step
 
 _NAME = re.compile(r"step_(\d{8,})")
@@ -138,6 +139,11 @@ def is_checkpoint(path: Path) -> bool:
 def ema_files(half_lives: list[int]) -> list[str]:
     """Names of the moving averages inside a checkpoint, in the order of the half-lives."""
     return [EMA_FILE if i == 0 else f"ema_{half_life}.safetensors" for i, half_life in enumerate(half_lives)]
+
+
+def power_files(widths: list[float]) -> list[str]:
+    """Names of the power-function averages inside a checkpoint, in the order of the widths."""
+    return [f"power_{posthoc_ema.label(width)}.safetensors" for width in widths]
 
 
 def parse_step(path: Path) -> int:

@@ -1,40 +1,34 @@
-"""Exponential moving averages of the weights, measured in images: several half-lives at once."""
+"""Moving averages of the weights: exponential ones, measured in images, and power functions for post-hoc EMA."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from flow import power_ema
 from flow.runtime.distributed import copy_, full_tensor, is_sharded, local_shard
 
 
-class Ema:
-    """Averages of all floating-point parameters and buffers of a network, in float32.
+class Averages:
+    """Averages of all floating-point parameters and buffers of a network, in float32; how they move is up to the subclass."""
 
-    After a step on B images the average moves by 1 - 0.5^(B / H) towards the weights, where the half-life H is at most
-    `warmup_ratio` of the images seen so far, so that the random start is soon forgotten (Karras et al. 2022,
-    arXiv:2206.00364, table 7, and its training code).
-    """
-
-    def __init__(
-        self, net: nn.Module, half_lives: list[int], warmup_ratio: float, build: Callable[[], nn.Module] | None = None
-    ):
-        """build: makes an unsharded network, needed by `average_parameters` where `net` is sharded."""
-        self.net, self.half_lives, self.warmup_ratio, self.build = net, half_lives, warmup_ratio, build
+    def __init__(self, net: nn.Module, count: int, build: Callable[[], nn.Module] | None = None):
+        """count: of averages. build: makes an unsharded network, needed by `average_parameters` where `net` is sharded."""
+        self.net, self.build = net, build
         self.shadow: list[dict[str, Tensor]] = [
-            {name: value.detach().float().clone() for name, value in _floating(net).items()} for _ in half_lives
+            {name: value.detach().float().clone() for name, value in _floating(net).items()} for _ in range(count)
         ]
 
     @torch.no_grad()
-    def update(self, batch_size: int, images: int) -> None:
-        """Call after an optimizer step on `batch_size` images that brought the total to `images`."""
+    def move(self, shares: Sequence[float]) -> None:
+        """Move each average by its share of the way to the weights of now, from 0 to 1."""
+        if not shares:
+            return
         weights = [local_shard(value.detach()).float() for value in _floating(self.net).values()]
-        max_half_life = images * self.warmup_ratio if self.warmup_ratio > 0 else math.inf
-        for half_life, average in zip(self.half_lives, self.shadow, strict=True):
-            shards = [local_shard(value) for value in average.values()]
-            torch._foreach_lerp_(shards, weights, 1 - 0.5 ** (batch_size / min(half_life, max_half_life)))
+        for share, average in zip(shares, self.shadow, strict=True):
+            torch._foreach_lerp_([local_shard(value) for value in average.values()], weights, share)
 
     @contextmanager
     def average_parameters(self, index: int = 0) -> Iterator[nn.Module]:
@@ -63,6 +57,38 @@ class Ema:
 
     def load_state_dict(self, index: int, state: dict[str, Tensor]) -> None:
         copy_({name: state[name] for name in self.shadow[index]}, self.shadow[index])
+
+
+class Ema(Averages):
+    """Exponential moving averages of several half-lives.
+
+    After a step on B images the average moves by 1 - 0.5^(B / H) towards the weights, where the half-life H is at most
+    `warmup_ratio` of the images seen so far, so that the random start is soon forgotten (Karras et al. 2022,
+    arXiv:2206.00364, table 7, and its training code).
+    """
+
+    def __init__(
+        self, net: nn.Module, half_lives: list[int], warmup_ratio: float, build: Callable[[], nn.Module] | None = None
+    ):
+        super().__init__(net, len(half_lives), build)
+        self.half_lives, self.warmup_ratio = half_lives, warmup_ratio
+
+    def update(self, batch_size: int, images: int) -> None:
+        """Call after an optimizer step on `batch_size` images that brought the total to `images`."""
+        max_half_life = images * self.warmup_ratio if self.warmup_ratio > 0 else math.inf
+        self.move([1 - 0.5 ** (batch_size / min(half_life, max_half_life)) for half_life in self.half_lives])
+
+
+class PowerEma(Averages):
+    """Power-function averages of several widths (sigma_rel), from which those of other widths follow; see flow/power_ema.py."""
+
+    def __init__(self, net: nn.Module, widths: list[float], build: Callable[[], nn.Module] | None = None):
+        super().__init__(net, len(widths), build)
+        self.widths = widths
+
+    def update(self, updates: int) -> None:
+        """Call after optimizer update number `updates`, from 1; skipped steps do not count."""
+        self.move([power_ema.share(width, updates) for width in self.widths])
 
 
 def _floating(net: nn.Module) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from flow.runtime.errors import error_context
 from flow.sampling import snapshot
 from flow.sampling.conditions import condition_names
 from flow.sampling.generate import generate, shard
+from flow.sampling.header import PowerAverage
 from flow.sampling.settings import SamplerSettings, validate
 from flow.sampling.space import Space
 from flow.training.data_loader import TrainingLoader, further_noise
@@ -107,9 +108,12 @@ class FlowTask:
                 )
             yield micro_batches
 
-    def write_snapshot(self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int) -> None:
-        names = self.class_names if self.net.null is not None else ()
-        snapshot.save(path, weights, self.config, self.data.image_shape, step, half_life_images, self.data.codec, names)
+    def write_snapshot(
+        self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int,
+        power_average: PowerAverage | None = None,
+    ) -> None:  # fmt: skip
+        names, shape = self.class_names if self.net.null is not None else (), self.data.image_shape
+        snapshot.save(path, weights, self.config, shape, step, half_life_images, self.data.codec, names, power_average)
 
     def read_snapshot(self, path: Path) -> dict[str, Tensor]:
         average = snapshot.load(path)

@@ -28,7 +28,7 @@ from flow.training.logging import TRACKERS
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
-    "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.coupling",
+    "ema.power_widths", "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.coupling",
     "flow.coupling_args", "loss.name", "loss.args",
     "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks",
 )  # fmt: skip

@@ -16,11 +16,12 @@ from flow.losses import Batch, Loss
 from flow.noise import generator
 from flow.runtime import cli, distributed
 from flow.runtime.shutdown import StopSignal
-from flow.sampling import images, snapshot
+from flow.sampling import images, posthoc_ema, snapshot
+from flow.sampling.header import PowerAverage
 from flow.training import checkpoint, run_dir
 from flow.training.data_loader import prefetch
 from flow.training.eager import EagerNetwork
-from flow.training.ema import Ema
+from flow.training.ema import Averages, Ema, PowerEma
 from flow.training.logging import Logger, LossStatistics, Throughput
 from flow.training.optimizer import GuardedOptimizer, build_optimizer, lr_at, set_options
 
@@ -38,8 +39,11 @@ class Task(Protocol):
     def batches(self, first_step: int) -> Iterator[list[Batch]]:
         """The micro-batches of this process, for each step from `first_step` to the last."""
 
-    def write_snapshot(self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int) -> None:
-        """Write averaged weights with what is needed to use them."""
+    def write_snapshot(
+        self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int,
+        power_average: PowerAverage | None = None,
+    ) -> None:  # fmt: skip
+        """Write averaged weights with what is needed to use them; for a power-function average the half-life is 0."""
 
     def read_snapshot(self, path: Path) -> dict[str, Tensor]:
         """The weights of a snapshot of this task. Raises UserError where they belong to another one."""
@@ -109,12 +113,14 @@ class Trainer:
             raise UserError(f"loss.name={config.loss.name}: {self.eager.jvp_error}; use alpha_flow")
         self.half_lives = schema.half_lives(config)
         self.ema = Ema(task.net, self.half_lives, config.ema.warmup_ratio, task.build_network)
+        self.power_ema = PowerEma(task.net, schema.power_widths(config), task.build_network)
         self.statistics = LossStatistics(device, config.train.nonfinite_grad)
         self.guard = GuardedOptimizer(accelerator, config.train.nonfinite_grad)
         if resume_path:
             self._load_checkpoint(resume_path)
         if accelerator.is_main_process:
             run_dir.write_run_files(folder, config, accelerator)
+            posthoc_ema.rewind(folder, self.step)
         accelerator.wait_for_everyone()
         self.logger = Logger(accelerator, folder, config, first_step=self.step)
         self.throughput = Throughput(config.train.batch_size, self.step)
@@ -154,6 +160,8 @@ class Trainer:
                 interrupted = distributed.any_process(self.accelerator, stop.received is not None)
                 with self.throughput.paused():
                     last = self.finished or interrupted or self.stop_requested
+                    if self._power_averages_are_due():  # before the checkpoint, which says that they are there
+                        self.store_power_averages()
                     if last or self._is_due(config.checkpoint_every_steps):
                         self.save_checkpoint()
                     if self._preview_is_due():
@@ -187,6 +195,7 @@ class Trainer:
             self.num_updates += 1
             with self.timed("ema"):
                 self.ema.update(config.train.batch_size, self.step * config.train.batch_size)
+                self.power_ema.update(self.num_updates)
         for callback in self.callbacks:
             callback.on_step(self)
 
@@ -212,16 +221,14 @@ class Trainer:
         """Write a checkpoint with its snapshots, and delete the oldest ones."""
         self.statistics.check(self.accelerator, self._checkpoint_hint())
         state = {"updates": self.num_updates, "statistics": self.statistics.state(self.accelerator)}
-        averages = [self.ema.state_dict(i) for i in range(len(self.half_lives))]  # gathered by all where they are sharded
-        if name := next(filter(None, map(snapshot.first_nonfinite, averages)), None):
-            raise UserError(
-                f"the average of {name} is not finite after step {self.step}; {self._checkpoint_hint()}. "
-                "A smaller optimizer.lr may help"
-            )
+        averages, power_averages = self._gather(self.ema), self._gather(self.power_ema)
 
         def write_averages(path: Path) -> None:
             for weights, half_life, name in zip(averages, self.half_lives, checkpoint.ema_files(self.half_lives), strict=True):
                 self.task.write_snapshot(path / name, weights, self.step, half_life)
+            widths = self.power_ema.widths
+            for weights, width, name in zip(power_averages, widths, checkpoint.power_files(widths), strict=True):
+                self._write_power_average(path / name, weights, width)
 
         checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = checkpoint.save(self.accelerator, checkpoints, self.step, state, write_averages)
@@ -229,6 +236,12 @@ class Trainer:
         if self.accelerator.is_main_process:
             checkpoint.prune(checkpoints, self.config.train.keep_checkpoints)
         return self.last_checkpoint
+
+    def store_power_averages(self) -> None:
+        """Write power_averages/width_*/step_XXXXXXXX.safetensors, which averages of other widths are made of later."""
+        for weights, width in zip(self._gather(self.power_ema), self.power_ema.widths, strict=True):
+            if self.accelerator.is_main_process:
+                self._write_power_average(posthoc_ema.stored_path(self.folder, width, self.step), weights, width)
 
     def write_preview(self) -> None:
         """Write samples/step_XXXXXXXX.png from the averaged weights, and send it to the trackers."""
@@ -251,6 +264,8 @@ class Trainer:
             self.statistics.load_state(self.accelerator, state["statistics"])
             for i, name in enumerate(checkpoint.ema_files(self.half_lives)):
                 self.ema.load_state_dict(i, self.task.read_snapshot(path / name))
+            for i, name in enumerate(checkpoint.power_files(self.power_ema.widths)):
+                self.power_ema.load_state_dict(i, self.task.read_snapshot(path / name))
         if self.step > self.config.train.steps:
             raise UserError(f"train.steps={self.config.train.steps}: the run is at step {self.step} already")
         set_options(self.optimizer, self.config.optimizer)
@@ -262,6 +277,19 @@ class Trainer:
             checkpoint.link_ema_snapshots(saved, self.folder / "snapshots", self.step, self.half_lives, keep)
         for callback in self.callbacks:
             callback.on_checkpoint(self, saved)
+
+    def _gather(self, averages: Averages) -> list[dict[str, Tensor]]:
+        """State dicts of all averages, gathered by all processes where they are sharded. Raises UserError for NaN in one."""
+        states = [averages.state_dict(i) for i in range(len(averages.shadow))]
+        if name := next(filter(None, map(snapshot.first_nonfinite, states)), None):
+            raise UserError(
+                f"the average of {name} is not finite after step {self.step}; {self._checkpoint_hint()}. "
+                "A smaller optimizer.lr may help"
+            )
+        return states
+
+    def _write_power_average(self, path: Path, weights: dict[str, Tensor], width: float) -> None:
+        self.task.write_snapshot(path, weights, self.step, 0, PowerAverage(width, self.num_updates))
 
     def _seed_dropout(self) -> None:
         key = ("dropout", self.config.seed, self.step, self.accelerator.process_index)
@@ -277,6 +305,11 @@ class Trainer:
         """Whether a run that resumes here has left no preview of this step, though it was due; the same on all processes."""
         missing = self._preview_is_due() and not self._preview_path().exists()
         return distributed.any_process(self.accelerator, self.accelerator.is_main_process and missing)
+
+    def _power_averages_are_due(self) -> bool:
+        if not self.power_ema.widths or not self.num_updates:
+            return False
+        return self.finished or self._is_due(self.config.ema.power_every_steps)
 
     def _is_due(self, every_steps: int) -> bool:
         return bool(every_steps) and self.step % every_steps == 0

@@ -43,7 +43,7 @@ TRAIN = [
 ]  # fmt: skip
 TRAIN_FLOW = [
     "-c", "configs/digits.yaml", *TINY_NETWORK, *TRAIN, "preview.n_samples=4", "preview.sampling_steps=1",
-    "preview.guidance_scale=1",
+    "preview.guidance_scale=1", "ema.power_widths=[0.05, 0.1]", "ema.power_every_steps=4",
 ]  # fmt: skip
 TRAIN_VAE = [
     "data.name=digits", "autoencoder.channels=[8, 8]", "autoencoder.latent_channels=2", "autoencoder.blocks=1", *TRAIN,
@@ -51,7 +51,7 @@ TRAIN_VAE = [
 ]  # fmt: skip
 SAMPLING = ["--bspp", "10", "--sampling_steps", "2", "--guidance_scale", "2"]
 MAX_RESTARTS = 40  # of one run; then it is left to finish
-MAX_CHECKPOINT_FILES = 8  # of a checkpoint of a tiny run
+MAX_CHECKPOINT_FILES = 10  # of a checkpoint of a tiny run
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,11 @@ def keys(config_class: type, prefix: str = "") -> list[tuple[str, str, str]]:
 
 
 def comments_of(config_class: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass, which may span the lines of its call."""
+    """The comment behind each field of a dataclass and its bases, which may span the lines of its call."""
     comments = {}
     name = ""
-    for line in inspect.getsource(config_class).splitlines():
+    sources = [inspect.getsource(base) for base in config_class.__mro__ if dataclasses.is_dataclass(base)]
+    for line in "\n".join(sources).splitlines():
         if match := re.match(r"    (\w+): ", line):
             name = match.group(1)
         elif re.match(r"    \S", line) and not line.startswith("    )"):

@@ -39,6 +39,7 @@ EXAMPLES = """\
 
 
 IMAGES_LOOKED_AT = 500
+MIN_STORED = 10  # averages of a width, for others to be reconstructed (docs/training.md)
 
 
 USUAL_SHAPES = ((4, 32, 32), (3, 64, 64), (1, 28, 28), (1, 8, 8), (2,))  # that stand in for missing latents and images
@@ -224,6 +225,16 @@ def ema(context: Context) -> Lines:
             yield "warn", f"{text}, but it averages over less than 3 steps; set ema.half_life_images={max(1, images // 10)}"
         else:
             yield "pass", text
+    if cfg.ema.power_widths:
+        times = times_stored(cfg)
+        text = f"averages of the widths {', '.join(map(str, cfg.ema.power_widths))} are stored {times} time(s)"
+        few = f"{text}, too few for other widths; set ema.power_every_steps={max(1, cfg.train.steps // 40)}"
+        yield ("warn", few) if times < MIN_STORED else ("pass", text)
+
+
+def times_stored(cfg: schema.Config) -> int:
+    """How often a training stores its power-function averages."""
+    return math.ceil(cfg.train.steps / (cfg.ema.power_every_steps or cfg.train.steps))
 
 
 def start_left(steps: int, batch_size: int, half_life: int, warmup_ratio: float) -> float:
@@ -308,8 +319,11 @@ def disk(context: Context) -> Lines:
     needed = (retained + 1) * result.checkpoint_bytes + max(
         0, snapshots - retained
     ) * result.snapshot_bytes  # one file, two names
+    averages = len(context.cfg.ema.power_widths) * times_stored(context.cfg)
+    needed += averages * result.snapshot_bytes // len(schema.half_lives(context.cfg))
     free = shutil.disk_usage(existing(context.run_dir)).free
-    text = f"{retained} checkpoint(s) and {snapshots} snapshot(s) need {needed / GIB:.2f} GiB, {free / GIB:.1f} GiB are free"
+    files = f"{retained} checkpoint(s) and {snapshots} snapshot(s)" + (f" and {averages} stored averages" if averages else "")
+    text = f"{files} need {needed / GIB:.2f} GiB, {free / GIB:.1f} GiB are free"
     if needed > free:
         yield "fail", f"{text}; keep fewer: train.keep_checkpoints=1, train.keep_snapshots=1, or name another disk with -e"
     elif needed > 0.8 * free:

@@ -23,9 +23,8 @@ HEALTHY = [
 
 def patient(*overrides: str, device: str = "cpu", processes: int = 1, **made) -> SimpleNamespace:
     accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes, mixed_precision="no")
-    return SimpleNamespace(
-        cfg=schema.load(None, list(overrides)), accelerator=accelerator, data=None, trial=None, lines=[], **made
-    )
+    cfg = schema.load(None, list(overrides))
+    return SimpleNamespace(**({"cfg": cfg, "accelerator": accelerator, "data": None, "trial": None, "lines": []} | made))
 
 
 def found(check, *overrides: str, **made) -> list[tuple[str, str]]:
@@ -112,6 +111,16 @@ def test_memory_and_disk(tmp_path):
     assert [level for level, _ in examined(doctor.memory, **trial(1, 10**6))] == ["pass"]
     ((level, text),) = examined(doctor.memory, **trial(1, 10**15))
     assert level == "warn" and "double train.gradient_accumulation_steps" in text
+
+
+@pytest.mark.parametrize(("every", "level"), [(30, "pass"), (300, "warn"), (0, "warn")])
+def test_stored_averages_are_counted(tmp_path, every, level):
+    averages = ["ema.power_widths=[0.05, 0.1]", f"ema.power_every_steps={every}", "train.steps=1200", "train.batch_size=32"]
+    result, text = found(doctor.ema, *averages, "ema.half_life_images=3000")[-1]
+    assert result == level and ("set ema.power_every_steps=30" in text) == (level == "warn")
+    trial = Trial(1.0, 1.0, 1.0, 1.0, 10**6, 10**5, 0)
+    ((_, text),) = found(doctor.disk, *averages, trial=trial, run_dir=tmp_path)
+    assert f"and {2 * (1200 // every if every else 1)} stored averages need" in text
 
 
 def test_files_of_a_folder_are_opened(main_of, capsys, tmp_path):

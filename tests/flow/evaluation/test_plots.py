@@ -129,3 +129,18 @@ def test_time_bar_fills_up():
     dark = [int((animation.with_time_bar(frame, t)[40 + 16, :, 0] == 89).sum()) for t in (0.0, 0.5, 1.0)]
     assert animation.with_time_bar(frame, 0.5).shape == (72, 200, 3)
     assert dark[0] < dark[1] < dark[2]
+
+
+def test_distance_against_width_needs_two_widths(tmp_path):
+    """Of one run with the same settings; widths with one point each are no lines against NFE."""
+    keys = {"captions": None, "method": "heun", "guidance_scale": None, "NFE": 19, "forwards": 19, "n": 50}
+    entries = [
+        {**keys, "weights": weights, "ema_width": width, "metrics": {"FID": table.Statistic(value, 0.1, 0.2)}}
+        for weights, width, value in (("a@8", None, 3.0), ("a@8", 0.05, 2.0), ("b@8", 0.1, 2.5))
+    ]
+    figure = tmp_path / "width.png"
+    plots.distance_against_width(figure, entries)
+    plots.distance_against_nfe(tmp_path / "nfe.png", entries)
+    assert not list(tmp_path.iterdir())
+    plots.distance_against_width(figure, [*entries, {**entries[1], "ema_width": 0.2}])
+    assert figure.stat().st_size > 10_000

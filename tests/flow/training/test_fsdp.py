@@ -16,7 +16,7 @@ DIT = "model.args={width: 16, depth: 2, heads: 2, patch: 2, num_classes: 10}"
 TRAIN = [
     "data.name=digits", "model.name=dit", DIT, "train.steps=4", "train.batch_size=32", "train.gradient_accumulation_steps=2",
     "train.checkpoint_every_steps=2", "train.sample_every_steps=4", "train.log_with=[]", "ema.half_life_images=[200, 50]",
-    "preview.n_samples=20", "preview.sampling_steps=1",
+    "preview.n_samples=20", "preview.sampling_steps=1", "ema.power_widths=[0.1]", "ema.power_every_steps=2",
 ]  # fmt: skip
 
 
@@ -30,7 +30,8 @@ def fsdp_environment() -> dict[str, str]:
 
 
 def snapshots(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {p.name: load_file(p) for p in sorted((run / "snapshots").iterdir())}
+    folders = (run / "snapshots", *sorted((run / "power_averages").glob("*")))
+    return {f"{folder.name}/{p.name}": load_file(p) for folder in folders for p in sorted(folder.iterdir())}
 
 
 def test_the_first_version_of_fsdp_is_refused(error, monkeypatch, tmp_path):
@@ -57,7 +58,7 @@ def test_training_in_shards_is_training(tmp_path):
     succeed("train.py", "-e", cut, "-r", "latest", "train.steps=4", processes=2, **environment)
 
     found, expected, resumed = (snapshots(run) for run in (sharded, whole, cut))
-    assert list(found) == list(expected) and len(found) == 4
+    assert list(found) == list(expected) and len(found) == 6
     for name, weights in expected.items():
         assert found[name].keys() == weights.keys()
         for key, value in weights.items():
