@@ -30,7 +30,7 @@ def rows_of(tmp_path) -> list[dict]:
     return [row for row in table.read_rows(tmp_path / "guidance/evaluation") if row["method"]]
 
 
-def test_table_grows_and_the_best_is_named(optimize, tmp_path):
+def test_table_grows_and_the_best_is_named(optimize, here, tmp_path):
     out = optimize("--guidance_scale", "1", "3", "--n_samples", "80")
     assert len(rows_of(tmp_path)) == 2 and (tmp_path / "guidance/guidance.png").is_file()
     out = optimize("--guidance_scale", "1", "3", "--n_samples", "80", "--intervals", "0:1", "0.4:1")
@@ -40,6 +40,9 @@ def test_table_grows_and_the_best_is_named(optimize, tmp_path):
     last = out.splitlines()[-1]
     assert f"best: guidance {best['guidance_scale']:g}" in last and f"FD-digits {best['metrics']['FD-digits']:.2f} ±" in last
     assert ("--guidance_interval 0.4 1" in last) == bool(best.get("guidance_interval"))
+    command = shlex.split(last.partition("sample with it: ")[2])  # python sample.py ...
+    here("sample", *command[2:], "--n_samples", "2", "--save_dir", tmp_path / "samples")
+    assert (tmp_path / "samples/grid.png").is_file()
 
 
 def test_halving(optimize, tmp_path, tiny_run, monkeypatch):
