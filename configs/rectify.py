@@ -20,7 +20,7 @@ class PairsConfig:
 class StageConfig:
     """A training, or the pairs of the network before it."""
 
-    config: str | None = None  # YAML of a training; it starts from the network before it on the route, if there is one
+    config: str | None = None  # YAML of a training; it starts from the network before it, unless it overrides train.init_from
     overrides: list[str] = field(default_factory=list)  # `key=value` of the training
     pairs: PairsConfig | None = None  # or pairs of the network before it, for the trainings after it
     share: float = limited(0.0, fraction=True)  # of `minutes`

@@ -37,6 +37,16 @@ def u_shaped(u: Tensor, a: float = 4.0) -> Tensor:
     return 0.5 + torch.asinh((2 * u - 1) * math.sinh(a / 2)) / a
 
 
+def exponential(u: Tensor, a: float = 10.0) -> Tensor:
+    """Density proportional to a^(1 - t): a > 1 puts more weight on the noise, where reflow has most to learn.
+
+    Kim et al. 2024 (Simple ReFlow, arXiv:2410.07815), whose time runs the other way, with their a = 10.
+    """
+    if not 0 < a <= 1e6 or a == 1:
+        raise ValueError(f"a={a}: must be greater than 0, at most 1e6, and not 1")
+    return 1 - torch.log1p((1 - u) * (a - 1)) / math.log(a)
+
+
 def edm_skewed(u: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
     """t = 1 / (1 + sigma) with log sigma ~ N(mean, std^2), weighted towards the data.
 
@@ -48,7 +58,8 @@ def edm_skewed(u: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
 
 
 TIME_SAMPLERS: dict[str, Callable[..., Tensor]] = {
-    "uniform": uniform, "logit_normal": logit_normal, "u_shaped": u_shaped, "edm_skewed": edm_skewed,
+    "uniform": uniform, "logit_normal": logit_normal, "u_shaped": u_shaped, "exponential": exponential,
+    "edm_skewed": edm_skewed,
 }  # fmt: skip
 
 

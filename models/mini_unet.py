@@ -33,6 +33,7 @@ class MiniUNet(nn.Module):
         num_classes: int | None = None,
         max_prompt_bytes: int | None = None,
         two_times: bool = False,
+        dropout: float = 0.0,
     ):
         """image_shape: (C, H, W), sides divisible by 2 patch. width: channels at the first resolution, where a pixel is a
         patch of this side; twice as many at the second, half the resolution, which has self-attention.
@@ -40,10 +41,11 @@ class MiniUNet(nn.Module):
         num_classes: for labels; label num_classes is the null label. max_prompt_bytes: for prompts of at most so many bytes,
         read by cross-attention; the empty prompt is the null condition. At most one of the two.
         two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
+        dropout: share of the features that each block sets to 0 in training.
         """
         super().__init__()
         check_time_frequency(time_frequency)
-        _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, max_prompt_bytes)
+        _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, max_prompt_bytes, dropout)
         self.num_classes, self.max_prompt_bytes, self.patch, self.width = num_classes, max_prompt_bytes, patch, width
         self.time_frequency = time_frequency
         self.null = text_encoder.PADDING if max_prompt_bytes else num_classes
@@ -58,13 +60,13 @@ class MiniUNet(nn.Module):
             self.text_attention = CrossAttention(deep, deep, deep // head_channels)
 
         def blocks(c: int, heads: int = 0) -> nn.ModuleList:
-            return nn.ModuleList(Block(c, c, emb, 0.0, heads) for _ in range(blocks_per_level))
+            return nn.ModuleList(Block(c, c, emb, dropout, heads) for _ in range(blocks_per_level))
 
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         self.before = blocks(width)
-        self.down = Block(width, deep, emb, 0.0, resampling="down")
+        self.down = Block(width, deep, emb, dropout, resampling="down")
         self.middle = blocks(deep, deep // head_channels)
-        self.up = Block(deep, width, emb, 0.0, resampling="up")
+        self.up = Block(deep, width, emb, dropout, resampling="up")
         self.after = blocks(width)
         self.norm_out = group_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, channels, 3, padding=1))
@@ -100,11 +102,13 @@ class MiniUNet(nn.Module):
         return text_encoder.encode(prompts, self.max_prompt_bytes)
 
 
-def _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, max_prompt_bytes) -> None:
+def _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, max_prompt_bytes, dropout) -> None:
     check_counts(
         width=width, blocks_per_level=blocks_per_level, head_channels=head_channels, patch=patch, num_classes=num_classes,
         max_prompt_bytes=max_prompt_bytes,
     )  # fmt: skip
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: must be in [0, 1)")
     if width % 4:
         raise ValueError(f"width={width}: must be a multiple of 4, for group norm")
     if 2 * width % head_channels:

@@ -126,7 +126,7 @@ class Rectify:
         stage = self.cfg.stages[name]
         assert stage.config is not None
         overrides = [*stage.overrides]
-        if teacher:
+        if teacher and "train.init_from" not in schema.overridden(overrides):
             overrides.append(f"train.init_from={self.folder / teacher}")
         if schema.load(stage.config, overrides).data.name == "pairs":
             overrides.append(f"data.args.path={self.folder / str(pairs)}")

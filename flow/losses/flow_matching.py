@@ -15,7 +15,8 @@ class FlowMatching(FlowLoss):
 
     Conditional flow matching (Lipman et al. 2023, arXiv:2210.02747, eq. 9) with the velocity of the path as the conditional
     vector field. With prediction "noise" the target is x0, the simple loss of DDPM (Ho et al. 2020, arXiv:2006.11239,
-    eq. 14) in continuous time; with "data" it is x1.
+    eq. 14) in continuous time; with "data" it is x1. With weight_power the distance d of a sample gets the weight
+    1 / (d + c)^p without gradient; p = 1 is the loss normalization of Simple ReFlow (Kim et al. 2024, arXiv:2410.07815).
 
     Example:
         >>> loss = FlowMatching(LinearPath(), "velocity", time_samplers.build("uniform"))
@@ -31,8 +32,14 @@ class FlowMatching(FlowLoss):
         time_sampler: Callable[[Tensor], Tensor],
         distance: str = "mse",
         distance_args: dict[str, Any] | None = None,
+        weight_power: float = 0.0,
+        weight_offset: float = 1e-3,
     ):
-        """distance: a key of `distances.DISTANCES`, with its arguments."""
+        """distance: a key of `distances.DISTANCES`, with its arguments. weight_power: p, 0 is off. weight_offset: c."""
+        for name, value, fits in (("power", weight_power, weight_power >= 0), ("offset", weight_offset, weight_offset > 0)):
+            if not fits:
+                raise ValueError(f"weight_{name}={value}: must be {'0 or more' if name == 'power' else 'more than 0'}")
+        self.weight_power, self.weight_offset = weight_power, weight_offset
         self.path, self.prediction, self.time_sampler = path, prediction, time_sampler
         self.distance = distances.build(distance, distance_args or {})
 
@@ -45,4 +52,7 @@ class FlowMatching(FlowLoss):
         t = self.times(batch.u[:, 0])
         prediction = net(self.path.interpolate(batch.x0, batch.x1, t), t, batch.y)
         target = self.path.target(batch.x0, batch.x1, t, self.prediction)
-        return Losses(self.distance(prediction.float(), target), t)
+        d = self.distance(prediction.float(), target)
+        if not self.weight_power:
+            return Losses(d, t)
+        return Losses(d / (d.detach() + self.weight_offset) ** self.weight_power, t, {"unweighted": d})

@@ -39,6 +39,8 @@ def logit_normal_cdf(mean: float, std: float):
         ("logit_normal", {}, logit_normal_cdf(0, 1)),
         ("logit_normal", {"mean": -1.2, "std": 0.5}, logit_normal_cdf(-1.2, 0.5)),
         ("logit_normal", {"mean": 1, "std": 2}, logit_normal_cdf(1, 2)),
+        ("exponential", {}, lambda t: (10 - 10 ** (1 - t)) / 9),
+        ("exponential", {"a": 0.5}, lambda t: (0.5 - 0.5 ** (1 - t)) / -0.5),
     ],
 )
 def test_laws(name, args, cdf):
@@ -68,6 +70,7 @@ def test_laws(name, args, cdf):
         ("logit_normal", {"std": -1}, r"std=-1: must be greater than 0"),
         ("logit_normal", {"std": math.nan}, r"std=nan"),
         ("logit_normal", {"mean": math.nan}, r"mean=nan"),
+        ("exponential", {"a": 1}, r"a=1: must be greater than 0, at most 1e6, and not 1"),
     ],
 )
 def test_wrong_laws(name, args, message):

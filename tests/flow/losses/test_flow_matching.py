@@ -32,6 +32,27 @@ def test_the_loss_by_hand():
     assert loss.shape == (2,) and loss.tolist() == pytest.approx(expected)
 
 
+def test_weight_of_a_sample():
+    """With p = 1 the gradient of each sample is that of the logarithm of its loss, whatever its size."""
+    loss = FlowMatching(PATH, "velocity", time_samplers.build("uniform"), weight_power=1.0, weight_offset=1e-9)
+    x0, x1, t = torch.zeros(2, 1), torch.tensor([[3.0], [0.01]]), torch.tensor([0.5, 0.25])
+    scale = torch.tensor(0.5, requires_grad=True)
+    weighted = loss_at(loss, lambda x, t, y: scale * x, x0, x1, t)
+    plain = loss_at(LOSS, lambda x, t, y: scale * x, x0, x1, t).per_sample
+    assert torch.equal(weighted.terms["unweighted"], plain)
+    for k in range(2):
+        (a,) = torch.autograd.grad(weighted.per_sample[k], scale, retain_graph=True)
+        (b,) = torch.autograd.grad(plain[k].log(), scale, retain_graph=True)
+        assert a.item() == pytest.approx(b.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("args", [{"weight_power": -1}, {"weight_offset": 0}])
+def test_wrong_weight(args):
+    (name,) = args
+    with pytest.raises(ValueError, match=f"{name}="):
+        FlowMatching(PATH, "velocity", time_samplers.build("uniform"), **args)
+
+
 def test_loss_is_float32():
     """The loss is float32 for any dtype of the network."""
     x0, x1 = torch.zeros(1, 2), torch.full((1, 2), 1 + 2**-12)  # not a bfloat16 number
