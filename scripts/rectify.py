@@ -297,8 +297,9 @@ def check_stage(
 
 
 def same_network(config: Config) -> tuple:
-    """What networks must share for one to start from the other's weights; a flow may become a flow map."""
-    return config.model.name, {key: value for key, value in config.model.args.items() if key != "two_times"}
+    """What networks must share for one to start from the other's weights; a flow may become a flow map, dropout may change."""
+    free = ("two_times", "dropout")
+    return config.model.name, {key: value for key, value in config.model.args.items() if key not in free}
 
 
 def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, Cost]) -> None:

@@ -240,3 +240,8 @@ def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
     for name in manifests:
         del cut["pairs"][name], whole["pairs"][name]
     assert cut == whole
+
+
+@pytest.mark.parametrize("name", ["digits_few_steps", "digits_simple_reflow", "mnist_few_steps", "mnist_rectify"])
+def test_shipped_routes_fit_together(name):
+    rectify.check_routes(schema.load(f"configs/{name}.yaml", kind=RectifyConfig))
