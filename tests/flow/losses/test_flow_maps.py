@@ -122,6 +122,22 @@ def test_a_kernel_without_forward_mode():
         eager.jvp(x, t, None, t, x)
 
 
+def test_an_operation_that_torch_takes_for_a_constant():
+    """torch.func.jvp has no derivative of a custom operation, and does not say so."""
+
+    @torch.library.custom_op("test_flow_maps::sine", mutates_args=())
+    def sine(x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x)
+
+    class Custom(torch.nn.Linear):
+        def forward(self, x, t, y=None, t_next=None):
+            return sine(super().forward(x) + t[:, None])
+
+    eager, x, t = EagerNetwork(Custom(8, 8)), torch.ones(2, 8), torch.zeros(2)
+    with pytest.raises(UserError, match=r"test_flow_maps\.sine\.default has none; use loss\.name=alpha_flow"):
+        eager.jvp(x, t, None, t, x)
+
+
 def test_eager_replays_dropout():
     """Before and after the training pass, whose masks it must not change."""
     net = build("unet", dropout=0.5).train()
