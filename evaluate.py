@@ -2,7 +2,7 @@
 
 One row for each method, number of steps, guidance scale and range of images. Images go from the network straight into
 the feature extractor, on every process. `--samples DIR` scores a folder of images instead. `--out` gets results.jsonl,
-results.csv, results.md and nfe.png; existing rows are not computed again.
+results.csv, results.md and nfe.png; existing rows are not computed again. `--ema_width` evaluates other averages of a run.
 
 The classes of the images are as frequent as in the reference. A row `real (...)` shows the floor: as many real images that are
 not in the reference, from the other split of the data set; where it has none, one random half against the other half.

@@ -94,10 +94,8 @@ def _write(accelerator: Accelerator, sources: list[Source], targets: dict[Path, 
         profiles = [source.profile for source in sources]
         factors[path], error = power_ema.fit(profiles, Profile(target.width, target.updates))
         sums[path] = dict[str, Tensor]()
-        advice = "; closer with a smaller ema.power_every_steps" if error > LARGE_ERROR else ""
-        accelerator.print(
-            f"width {label(target.width)} from {len(sources)} stored averages: the profile is met but for {error:.1%}{advice}"
-        )
+        advice = " (smaller with averages stored more often, ema.power_every_steps)" if error > LARGE_ERROR else ""
+        accelerator.print(f"width {label(target.width)} from {len(sources)} stored averages: profile error {error:.1%}{advice}")
     shapes: dict[str, tuple[int, ...]] = {}
     with distributed.progress(accelerator, len(sources), "stored averages") as bar:
         bar.leave = False
