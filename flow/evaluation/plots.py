@@ -10,8 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
+from torch import Tensor
 
-from flow.evaluation.table import is_control
+from flow.evaluation.table import is_class_column, is_control
+from flow.sampling.images import to_pil
 
 matplotlib.use("Agg")
 
@@ -30,10 +32,11 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     """The first Frechet distance of the table, for points their SW2, against its cost; `path` is a PNG.
 
     The cost is the NFE or, where guidance makes the two differ, the number of network calls. There is a line for each
-    (weights, method, guidance scale), and a dashed one for real images. Writes nothing where fewer than two entries have a
-    distance.
+    (weights, method, guidance scale), with bars of the 95 % interval over samples (else of the standard deviation over ranges),
+    and a dashed one for real images in a band of theirs. Writes nothing where fewer than two entries have a distance.
     """
     names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2"))]
+    names = [name for name in names if not is_class_column(name)]
     points = [e for e in entries if e["NFE"] and names and names[0] in e["metrics"]]
     if len(points) < 2:
         return
@@ -55,9 +58,11 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
         x, means = [e[cost] for e in line], [value.mean for value in values]
         axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=label, **_look(i))
     for i, e in enumerate(e for e in entries if is_control(e) and names[0] in e["metrics"]):
-        floor = e["metrics"][names[0]].mean
+        floor, _, interval = e["metrics"][names[0]]
         if floor > 0:  # the axis is logarithmic
             axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
+            if 0 < interval < floor:
+                axes.axhspan(floor - interval, floor + interval, color="0.4", alpha=0.15, linewidth=0)
     _cost_scale(axes, title, [e[cost] for e in points])
     _value_scale(axes)
     axes.set_ylabel(f"{names[0]}, lower is better")
@@ -213,6 +218,28 @@ def _lines(title: str, letters: int) -> list[str]:
             lines.append("")
         lines[-1] += piece
     return [line.strip() for line in lines]
+
+
+PAIR_COLUMNS = 8
+
+
+def closest_images(path: Path, samples: Tensor, training: Tensor, ratios: list[float], title: str) -> None:
+    """Samples uint8 [N, C, H, W], each above its nearest training image, as a PNG; over each pair the ratio of their
+    distance to the threshold below which a sample counts as a copy."""
+    rows = 2 * -(-len(ratios) // PAIR_COLUMNS)
+    figure = Figure(figsize=(PAIR_COLUMNS, 1.1 * rows + 0.6), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, PAIR_COLUMNS, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for k, ratio in enumerate(ratios):
+        row, column = 2 * (k // PAIR_COLUMNS), k % PAIR_COLUMNS
+        for ax, image in zip(axes[row : row + 2, column], (samples[k], training[k]), strict=True):
+            ax.imshow(np.asarray(to_pil(image)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes[row, column].set_title(f"{ratio:.2f}", fontsize=9, color=COLORS[1] if ratio < 1 else "black")
+    figure.suptitle(
+        f"{title}: samples, below each its nearest training image; distance / threshold (below 1: a copy)", fontsize=9
+    )
+    figure.savefig(path, format="png")
 
 
 def panels(path: Path, pictures: list[list[np.ndarray]], rows: list[str], columns: list[str]) -> None:

@@ -11,15 +11,14 @@ import torch
 import torch_fidelity
 from conftest import run_script, succeed
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 import datasets
 from flow.evaluation import metrics, plots, reference, runner, table
 from flow.evaluation.classifiers import weights_file
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
+from flow.evaluation.frechet import frechet_distance
 from flow.noise import generator
 from flow.runtime import distributed
 from flow.sampling.conditions import conditions_by_frequency, labels_by_frequency
@@ -88,10 +87,10 @@ def test_frechet_distance_of_gaussians():
     """Also for singular covariances, and for more features than images."""
     mu = np.array([1.0, 2.0, 0.0])
     a, b = np.diag([4.0, 1.0, 0.0]), np.diag([1.0, 1.0, 9.0])
-    assert metrics.frechet_distance(mu, a, mu * 0, b) == pytest.approx(5 + 1 + 9)
+    assert frechet_distance(mu, a, mu * 0, b) == pytest.approx(5 + 1 + 9)
     few = np.random.default_rng(0).normal(size=(20, 200))
     sigma = np.cov(few, rowvar=False)
-    assert abs(metrics.frechet_distance(few.mean(0), sigma, few.mean(0), sigma)) < 1e-6
+    assert abs(frechet_distance(few.mean(0), sigma, few.mean(0), sigma)) < 1e-6
 
 
 def test_distance_grows_with_noise_and_accuracy_falls(extractor, real):
@@ -379,7 +378,7 @@ def test_a_perfect_model_of_an_unbalanced_set_is_near(extractor):
         used = [iter(images) for images in held_out]
         samples = torch.stack([next(used[label]) for label in labels])
         stats = [feature_set(images, extractor) for images in (samples, real)]
-        return metrics.frechet_distance(stats[0].mu, stats[0].sigma, stats[1].mu, stats[1].sigma)
+        return frechet_distance(stats[0].mu, stats[0].sigma, stats[1].mu, stats[1].sigma)
 
     assert 4 * distance(labels_by_frequency(counts, 90)) < distance([k % 2 for k in range(90)])
 
@@ -402,38 +401,6 @@ def test_balanced_folder_is_warned_about(here, tmp_path, tiny_run):
 
 
 # ---- metrics in blocks, and what is no number
-
-
-@pytest.mark.parametrize(("n", "m"), [(130, 200), (64, 65), (4, 300)])
-def test_precision_and_recall_equal_torch_fidelity(n, m, monkeypatch):
-    """Precision and recall in blocks equal torch-fidelity's."""
-    monkeypatch.setattr(metrics, "BLOCK", 64)
-    generator = torch.Generator().manual_seed(0)
-    samples, real = (torch.randn(k, 5, generator=generator) + 20 for k in (n, m))
-    theirs = prc_features_to_metric(
-        samples.double(), real.double(), prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
-    )
-    calls = []
-    ours = metrics.precision_recall(samples, real, advance=lambda: calls.append(1))
-    assert ours == pytest.approx((theirs["precision"], theirs["recall"]))
-    assert len(calls) == metrics.num_blocks(n, m)
-
-
-def test_no_tensor_holds_the_distances_of_all_pairs(monkeypatch):
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for value in result if isinstance(result, tuple | list) else [result]:
-                self.size = max(self.size, value.numel() if isinstance(value, torch.Tensor) else 0)
-            return result
-
-    monkeypatch.setattr(metrics, "BLOCK", 32)
-    samples, real = torch.randn(300, 8), torch.randn(400, 8)
-    with Largest() as largest:
-        metrics.precision_recall(samples, real)
-    assert largest.size <= 400 * 8  # the features themselves
 
 
 def inception(n: int) -> tuple[Extractor, FeatureSet]:
@@ -572,7 +539,7 @@ def test_real_row_without_splits(evaluated, extractor):
     order = generator("control").permutation(len(data))
     chosen = runner.choose_by_frequency(order[:898].tolist(), data.labels, data.labels[order[898:]], 60)
     a, b = (feature_set(data.images[part], extractor) for part in (chosen, order[898:]))
-    expected = metrics.frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+    expected = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
     assert control["metrics"]["FD-digits"] == pytest.approx(expected, rel=1e-6)
     assert control["metrics"]["accuracy"] > 0.95
 

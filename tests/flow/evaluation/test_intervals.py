@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flow.evaluation.intervals import NORMAL_95, frechet_standard_error
-from flow.evaluation.metrics import frechet_distance
+from flow.evaluation.frechet import frechet_distance
 
 
 def draws(d: int, n: int, repeats: int, shift: float):
