@@ -69,7 +69,8 @@ class Evaluation:
     real_images: RealImages | None  # of the reference; None for statistics of an npz file
     dimension: int  # of the features
     training: memorization.TrainingSet | None = None  # of the weights, on the main process
-    closest: memorization.Closest | None = None  # of the last row, on the main process
+    closest: memorization.Closest | None = None  # of the last comparison, on the main process
+    draw: Callable[[], None] | None = None  # the figure of the last row of samples
 
     @classmethod
     def build(
@@ -130,12 +131,20 @@ class Evaluation:
             self.training = memorization.training_set(source.data, features, held_out_features)
 
     def draw_closest(self, title: str, images_of: Callable[[list[int]], Tensor]) -> None:
-        """memorization.png: the samples of the last row nearest to a training image, which `images_of` gives by position."""
-        if self.closest and self.training:
-            images = images_of(self.closest.samples)
-            nearest = torch.stack([self.training.data[k][0] for k in self.closest.training])
+        """Have the report draw memorization.png: the samples just compared that are nearest to a training image.
+
+        `images_of` gives samples by their positions.
+        """
+        closest, training = self.closest, self.training
+        if closest is None or training is None:
+            return
+
+        def draw() -> None:
+            nearest = torch.stack([training.data[k][0] for k in closest.training])
             with files.atomic_file(self.out / "memorization.png") as path:
-                plots.closest_images(path, images, nearest, self.closest.ratios, title)
+                plots.closest_images(path, images_of(closest.samples), nearest, closest.ratios, title)
+
+        self.draw = draw
 
     def evaluate_row(self, subject: dict, identity: dict, compute: Callable[[], dict | None]) -> None:
         """Append the row of `subject` to the results, unless it is there with all requested metrics."""
@@ -181,11 +190,13 @@ class Evaluation:
                 return {"metrics": values, "standard_errors": comparison.standard_errors}
 
     def write_report(self) -> None:
-        """Write and print the table, draw the plot."""
+        """Write and print the table, draw the figures."""
         if self.accelerator.is_main_process:
             rows = table.read_rows(self.out)
             print(table.write(self.out, rows))
             plots.distance_against_nfe(self.out / "nfe.png", table.aggregate(rows))
+            if self.draw:
+                self.draw()
         self.accelerator.wait_for_everyone()
 
 

@@ -17,7 +17,7 @@ import datasets
 from flow.evaluation import metrics, plots, reference, runner, table
 from flow.evaluation.classifiers import weights_file
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
+from flow.evaluation.features import INCEPTION, BlockMoments, Extractor, FeatureSet, merge, merge_blocks
 from flow.evaluation.frechet import frechet_distance
 from flow.noise import generator
 from flow.runtime import distributed
@@ -117,11 +117,34 @@ def test_merging_processes_changes_nothing(extractor):
     assert np.allclose(whole.sigma, np.cov(whole.matrix("64").double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
 
 
+def test_moments_of_blocks_equal_the_features(extractor):
+    """Also of two processes, and the standard error is about that of the features."""
+    images = noisy_digits(1797)
+    whole, parts = feature_set(images, extractor), [BlockMoments(), BlockMoments()]
+    for number, first in enumerate(range(0, 1797, 100)):
+        batch = images[first : first + 100]
+        parts[number % 2].add(extractor.layer, range(first, first + len(batch)), extractor(batch))
+    for part in parts:
+        part.flush()
+    merged = merge_blocks(parts)
+    assert merged.n == 1797
+    assert np.allclose(merged.mu, whole.mu, rtol=1e-8) and np.allclose(merged.sigma, whole.sigma, rtol=1e-8, atol=1e-8)
+    real = reference.from_features("digits", "x", feature_set(noisy_digits(1797, 0), extractor), extractor.layer)
+    blocks, rows = (Comparison(extractor, samples, real) for samples in (merged, whole))
+    a, b = (metrics.evaluate(c, ["fid"])["FD-digits"] for c in (blocks, rows))
+    assert a == pytest.approx(b, rel=1e-8)
+    assert blocks.standard_errors["FD-digits"] == pytest.approx(rows.standard_errors["FD-digits"], rel=0.4)
+    merged.bad = [117]
+    with pytest.raises(ValueError, match=r"of 1 of 1797 images of the samples are not finite .* the first is image 117"):
+        metrics.evaluate(blocks, ["fid"])
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, tiny_run):
     out = tmp_path_factory.mktemp("evaluation")
     command = ["evaluate.py", "--weights", tiny_run, "--feature_extractor", "digits", "--n_samples", "60", "--bspp", "16"]
-    command += ["--methods", "euler", "heun", "--sampling_steps", "1", "3", "--repeats", "2", f"data.root={out / 'data'}"]
+    command += ["--metrics", "fid", "accuracy", "prc", "density_coverage", "memorization", "--methods", "euler", "heun"]
+    command += ["--sampling_steps", "1", "3", "--repeats", "2", f"data.root={out / 'data'}"]
     printed = succeed(*command, "--out", out / "one").stdout
     assert "60 images (samples) are too few for a Frechet distance of 64 features" in printed
     return command, out
@@ -136,12 +159,15 @@ def test_two_processes_find_the_same_numbers(evaluated):
     for a, b in zip(one, two, strict=True):
         assert a.get("NFE") == b.get("NFE")
         assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-6)
+        assert b["standard_errors"] == pytest.approx(a["standard_errors"], rel=1e-6)
+        assert set(a["metrics"]) - set(a["standard_errors"]) == {"FD-digits"}  # of fewer images than features
 
 
 def test_table_files_and_finished_rows(evaluated, here):
     command, out = evaluated
     folder = out / "one"
-    assert {p.name for p in folder.iterdir()} == {"results.jsonl", "results.csv", "results.md", "nfe.png"}
+    names = {"results.jsonl", "results.csv", "results.md", "nfe.png", "memorization.png"}
+    assert {p.name for p in folder.iterdir()} == names
     control, *rows = table.read_rows(folder)
     assert table.is_control(control) and control["n"] == 60
     assert [(r["method"], r["steps"], r["NFE"]) for r in rows[::2]] == [
@@ -267,6 +293,31 @@ def test_classifiers_know_their_classes(request, name, least):
     logits = extractor(data.images[:500])["logits"]
     assert (logits.argmax(1) == data.labels[:500]).float().mean() > least
     assert weights_file(name).stat().st_size < 1e6
+
+
+def test_distances_of_classes(extractor, real, tmp_path):
+    """Each against the images of its class; a class with too few images has none, and the table says why."""
+    data = datasets.build("digits", None, {})
+    labels = data.labels.numpy()
+    real = replace(real, labels=labels, class_names=data.class_names)
+    kept = np.sort(np.concatenate([np.flatnonzero(labels != 7), np.flatnonzero(labels == 7)[:60]]))
+    samples = feature_set(noisy_digits(1797), extractor).select("64", kept)
+    c = Comparison(extractor, samples, real, labels[kept])
+    found = metrics.evaluate(c, ["fid", "per_class"])
+    assert set(found) == set(c.standard_errors) == {"FD-digits", *(f"FD-digits[{k}]" for k in range(10) if k != 7)}
+    threes = [features.matrix("64").double().numpy()[chosen == 3] for features, chosen in (
+        (samples, labels[kept]), (real.feature_set, labels))]  # fmt: skip
+    moments = [f(x) for x in threes for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))]
+    assert found["FD-digits[3]"] == pytest.approx(frechet_distance(*moments))
+    row = {"weights": "w", "n": len(kept), "identity": {}, "seconds": 1.0, "asked": ["fid"], "NFE": 1, "forwards": 1}
+    rows = [
+        {**row, "first": i, "identity": {"i": i}, "metrics": {**found, **more}}
+        for i, more in enumerate(({}, {"FD-digits[7]": 1.0}))
+    ]
+    printed = table.write(tmp_path, rows)
+    text = (tmp_path / "per_class.md").read_text()
+    assert text.strip() in printed and table.CLASS_NOTE in text and "FD-digits[3]" in text
+    assert "[3]" not in (tmp_path / "results.md").read_text() and "FD-digits[3]" in (tmp_path / "results.csv").read_text()
 
 
 def test_only_inception_2048_is_called_fid():
