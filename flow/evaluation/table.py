@@ -223,7 +223,7 @@ def _cost_cell(mean: float | None, spread: float) -> str | None:
 
 
 def _cell(name: str, value: Statistic) -> str:
-    digits = 4 if name in FOUR_DIGITS or name.startswith("KD-") else 3 if name in THREE_DIGITS else 2
+    digits = 4 if name in FOUR_DIGITS else 3 if name in THREE_DIGITS else 2
     if name == "seconds":
         return f"{value.mean:.1f}"
     interval = "" if math.isnan(value.interval) else f" ± {value.interval:.{digits}f}"
