@@ -61,7 +61,7 @@ def parse_args():
     )
     parser.add_argument(
         "--metrics", nargs="+", choices=metrics.METRICS, default=list(metrics.DEFAULT),
-        help=f"(default: {' '.join(metrics.DEFAULT)}, which take seconds; kid and prc take minutes for 50,000 images)",
+        help=f"(default: {' '.join(metrics.DEFAULT)}, which take seconds; what each says and costs: docs/evaluation.md)",
     )  # fmt: skip
     parser.add_argument("--no_control", action="store_true", help="leave out the row of real images that shows the floor")
     cli.add_output_flag(parser, use="(default: evaluation/ beside the weights or samples)", required=False)
@@ -94,7 +94,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     model = snap.model()
     net = model.net
     guide_name = guide.attach(model, snap, args.guide_weights)
-    if args.reference is None or net.max_prompt_bytes:
+    if args.reference is None or net.max_prompt_bytes or "memorization" in args.metrics:
         snap.check_data()
     for network in model.networks:
         distributed.prepare_model(network, accelerator, args.compile)
@@ -143,7 +143,7 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
     out = args.out or args.samples / "evaluation"
     with lock.folder(out, accelerator):
         config = schema.load(args.config, args.overrides)
-        runner.evaluate_folder(settings, accelerator, out, args.samples, config, data, stored)
+        runner.evaluate_folder(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))
     show = f"cat {shlex.quote(str(out / 'results.md'))}"
     print_summary(args, accelerator, out, f"see the table again with: {show}")
 
@@ -157,7 +157,7 @@ def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> 
 def evaluation_settings(args, owner: str, n_samples: int) -> runner.EvaluationSettings:
     return runner.EvaluationSettings(
         owner, n_samples, args.repeats, args.bspp, args.feature_extractor, args.feature_layer, args.feature_weights,
-        args.reference, tuple(args.metrics), not args.no_control,
+        args.allow_remote_code, args.reference, tuple(args.metrics), not args.no_control,
     )  # fmt: skip
 
 

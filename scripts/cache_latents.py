@@ -24,7 +24,7 @@ from configs import schema
 from configs.schema import UserError
 from datasets.shards import MANIFEST, read_shard, save_shard, verify_shard
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
-from flow.evaluation.metrics import frechet_distance
+from flow.evaluation.frechet import frechet_distance
 from flow.evaluation.reading import Data, read_images
 from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
@@ -228,7 +228,9 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
         codec = autoencoder.build_codec(latents.codec)
         extractor = distributed.main_process_first(
             accelerator,
-            lambda: Extractor(args.feature_extractor, args.feature_layer, args.feature_weights, accelerator.device),
+            lambda: Extractor(
+                args.feature_extractor, args.feature_layer, args.feature_weights, accelerator.device, args.allow_remote_code
+            ),
         )
         extractor.dimension(data.image_shape)
     count = min(args.check, len(data))

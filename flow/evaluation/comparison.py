@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
-from flow.evaluation.features import Extractor, FeatureSet
+from flow.evaluation.features import BlockMoments, Extractor, FeatureSet
+from flow.evaluation.memorization import Closest, TrainingSet
+from flow.evaluation.neighbors import Neighborhoods
 from flow.evaluation.reference import Reference
 
 
@@ -14,11 +17,25 @@ class Comparison:
     """Features of samples and of a reference, for the functions of `metrics.METRICS`."""
 
     extractor: Extractor
-    samples: FeatureSet
+    samples: FeatureSet | BlockMoments  # moments alone where the Frechet distance is the only metric
     reference: Reference
     labels: np.ndarray | None = None  # int64 [n], the requested classes of the samples
+    training: TrainingSet | None = None  # of the weights
+    requested: tuple[str, ...] = ()  # the metrics
     standard_errors: dict[str, float] = field(default_factory=dict)  # by column, of the metrics that know theirs
+    closest: Closest | None = None  # what `memorization` found
+    neighborhoods: Neighborhoods | None = None  # for all metrics that need them, from the first one
     bar: tqdm = field(default_factory=lambda: tqdm(total=0, disable=True))  # a long metric adds its work to the total
+
+    def matrix(self, layer: str | None = None) -> Tensor:
+        """Features [n, d] of the samples; layer None: that of the distances."""
+        assert isinstance(self.samples, FeatureSet), "moments alone serve the Frechet distance"
+        return self.samples.matrix(layer or self.extractor.layer)
+
+    def set_error(self, column: str, error: float | None) -> None:
+        """The standard error of a column, None where it is not known."""
+        if error is not None:
+            self.standard_errors[column] = error
 
     @property
     def space(self) -> str:

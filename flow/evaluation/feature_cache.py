@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datasets import DataSet
 from flow.evaluation import reference
-from flow.evaluation.features import Extractor, FeatureSet, merge
+from flow.evaluation.features import BlockMoments, Extractor, FeatureSet, merge, merge_blocks
 from flow.evaluation.metrics_2d import PointSpace
 from flow.evaluation.reading import read_images
 from flow.runtime import distributed, files
@@ -47,6 +47,18 @@ def collect(
     if parts is None:
         return None
     return merge(parts)
+
+
+def collect_moments(
+    accelerator: Accelerator, extractor: Extractor, stream: Iterable[tuple[range, Tensor]]
+) -> BlockMoments | None:
+    """The moments of the features of all images of all processes, on the main process; None on the others."""
+    moments = BlockMoments()
+    for indices, images in stream:
+        moments.add(extractor.layer, indices, extractor(images))
+    moments.flush()
+    parts = distributed.gather_to_main(accelerator, moments)
+    return None if parts is None else merge_blocks(parts)
 
 
 def cached(

@@ -15,21 +15,25 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from configs.stored import first_line
 from flow.evaluation import classifiers
+from flow.evaluation.intervals import BLOCKS, block_of
 
 INCEPTION, INCEPTION_LAYER = "inception-v3-compat", "2048"
 STATISTICS_ROWS = 4096  # at a time in float64
+REMOTE_CODE = "dinov2"  # extractors of torch-fidelity whose network is code that torch.hub downloads from GitHub and runs
 INCEPTION_FILE = Path(URL_INCEPTION_V3).name  # as torch.hub stores it
 
 
 class Extractor:
     """images uint8 [B, C, H, W] with 1 or 3 channels -> {layer: features [B, d] float32 on the CPU}."""
 
-    def __init__(self, name: str, layer: str | None, weights: Path | None, device: torch.device):
+    def __init__(
+        self, name: str, layer: str | None, weights: Path | None, device: torch.device, allow_remote_code: bool = False
+    ):
         """layer None: torch-fidelity's own for the Frechet distance. Layers for the Inception Score and for the class
         accuracy come along where the extractor has them.
 
         Raises ValueError for an unknown name or layer and for weights that cannot be read; a pickle that would run code
-        is refused.
+        is refused, and without `allow_remote_code` a network whose code comes from the internet.
         """
         if name not in FEATURE_EXTRACTORS_REGISTRY:
             raise ValueError(f"--feature_extractor {name}: unknown; choose one of {', '.join(FEATURE_EXTRACTORS_REGISTRY)}")
@@ -44,6 +48,14 @@ class Extractor:
         self.isc_layer = "logits_unbiased" if name == INCEPTION and self.layer == INCEPTION_LAYER else None
         extra = ["logits"] if self.classifies else [self.isc_layer] if self.isc_layer else []
         self.layers = list(dict.fromkeys([self.layer, *extra]))
+        if name.startswith(REMOTE_CODE):
+            if weights is not None:
+                raise ValueError(f"--feature_weights {weights}: {name} takes none, torch.hub downloads its network and weights")
+            if not allow_remote_code:
+                raise ValueError(
+                    f"--feature_extractor {name}: torch.hub downloads its code from github.com/facebookresearch/dinov2 and "
+                    "runs it; allow that with --allow_remote_code"
+                )
         if weights is not None:
             validate_weights_file(weights)
         try:
@@ -78,23 +90,49 @@ class Extractor:
 
 
 @dataclass
-class FeatureSet:
-    """Features of a set of images, with what a Frechet distance needs of them: n, sum and outer sum in float64."""
+class Moments:
+    """What a Frechet distance needs of features: their number, sum and outer sum in float64."""
 
     n: int = 0
     total: np.ndarray | None = None  # [d]
     outer: np.ndarray | None = None  # [d, d]
+
+    def add(self, features: Tensor) -> None:
+        """Add features [b, d]."""
+        for x in features.split(STATISTICS_ROWS):
+            x = x.double()
+            self.merge(Moments(len(x), x.sum(0).numpy(), (x.T @ x).numpy()))
+
+    def merge(self, other: "Moments") -> None:
+        """Add those of other images."""
+        self.n += other.n
+        if self.total is None or self.outer is None:
+            self.total, self.outer = other.total, other.outer
+        elif other.total is not None and other.outer is not None:
+            self.total, self.outer = self.total + other.total, self.outer + other.outer
+
+    @property
+    def mu(self) -> np.ndarray:
+        assert self.total is not None, "no features yet"
+        return self.total / self.n
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """Unbiased covariance [d, d]."""
+        return (self.outer - self.n * np.outer(self.mu, self.mu)) / (self.n - 1)
+
+
+@dataclass
+class FeatureSet:
+    """Features of a set of images, with their moments."""
+
+    moments: Moments = field(default_factory=Moments)
     indices: list[range] = field(default_factory=list)
     rows: dict[str, list[np.ndarray]] = field(default_factory=dict)  # layer -> blocks [b, d], in the order of indices
 
     def add(self, layer: str, indices: range, features: dict[str, Tensor]) -> None:
-        """Add a batch of {layer: [b, d]}; the statistics are those of `layer`."""
-        for x in features[layer].split(STATISTICS_ROWS):
-            x = x.double()
-            total, outer = x.sum(0).numpy(), (x.T @ x).numpy()
-            self.n += len(x)
-            self.total = total if self.total is None else self.total + total
-            self.outer = outer if self.outer is None else self.outer + outer
+        """Add a batch of {layer: [b, d]}; the moments are those of `layer`."""
+        self.moments.add(features[layer])
         self.indices.append(indices)
         for name, value in features.items():
             self.rows.setdefault(name, []).append(value.numpy())
@@ -106,7 +144,7 @@ class FeatureSet:
         return torch.from_numpy(np.concatenate(blocks) if len(blocks) > 1 else blocks[0])
 
     def select(self, layer: str, positions: np.ndarray) -> "FeatureSet":
-        """The images at these positions [k] of the order, with statistics of `layer`."""
+        """The images at these positions [k] of the order, with moments of `layer`."""
         selection = FeatureSet()
         selection.add(layer, range(len(positions)), {name: self.matrix(name)[positions] for name in self.rows})
         return selection
@@ -120,20 +158,76 @@ class FeatureSet:
             for k in np.flatnonzero(~np.isfinite(block).all(1))
         ]
         if bad:
-            raise ValueError(
-                f"the features of {len(set(bad))} of {self.n} images of {owner} are not finite (NaN or infinite), "
-                f"the first is image {min(bad)}"
-            )
+            raise ValueError(_not_finite(owner, len(set(bad)), self.n, min(bad)))
+
+    @property
+    def n(self) -> int:
+        return self.moments.n
 
     @property
     def mu(self) -> np.ndarray:
-        assert self.total is not None, "no features yet"
-        return self.total / self.n
+        return self.moments.mu
 
     @property
     def sigma(self) -> np.ndarray:
-        """Unbiased covariance [d, d]."""
-        return (self.outer - self.n * np.outer(self.mu, self.mu)) / (self.n - 1)
+        return self.moments.sigma
+
+
+class BlockMoments:
+    """Moments of features in `intervals.BLOCKS` blocks of images by index, in memory that does not grow with their number.
+
+    For a Frechet distance with its standard error and nothing else. Rows wait until there are enough of them to be worth an
+    update of all blocks.
+    """
+
+    def __init__(self) -> None:
+        self.blocks = [Moments() for _ in range(BLOCKS)]
+        self.waiting: list[tuple[range, Tensor]] = []
+        self.bad: list[int] = []  # images with features that are not finite
+
+    def add(self, layer: str, indices: range, features: dict[str, Tensor]) -> None:
+        """Add a batch of {layer: [b, d]}, of which `layer` counts."""
+        self.waiting.append((indices, features[layer]))
+        if sum(len(batch) for batch, _ in self.waiting) >= STATISTICS_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Add the waiting rows to their blocks."""
+        if not self.waiting:
+            return
+        indices = np.concatenate([np.array(batch) for batch, _ in self.waiting])
+        rows = torch.cat([features for _, features in self.waiting])
+        self.bad += indices[(~rows.isfinite().all(1)).numpy()].tolist()
+        members = block_of(indices, BLOCKS)
+        for k, block in enumerate(self.blocks):
+            if (members == k).any():
+                block.add(rows[torch.from_numpy(members == k)])
+        self.waiting = []
+
+    def check_finite(self, owner: str) -> None:
+        """As that of `FeatureSet`."""
+        if self.bad:
+            raise ValueError(_not_finite(owner, len(self.bad), self.n, min(self.bad)))
+
+    @property
+    def total(self) -> Moments:
+        """Of all blocks."""
+        total = Moments()
+        for block in self.blocks:
+            total.merge(block)
+        return total
+
+    @property
+    def n(self) -> int:
+        return sum(block.n for block in self.blocks)
+
+    @property
+    def mu(self) -> np.ndarray:
+        return self.total.mu
+
+    @property
+    def sigma(self) -> np.ndarray:
+        return self.total.sigma
 
 
 def merge(parts: list[FeatureSet]) -> FeatureSet:
@@ -142,15 +236,27 @@ def merge(parts: list[FeatureSet]) -> FeatureSet:
     for part in parts:
         if not part.n:
             continue
-        merged.n += part.n
-        merged.total = part.total if merged.total is None else merged.total + part.total
-        merged.outer = part.outer if merged.outer is None else merged.outer + part.outer
+        merged.moments.merge(part.moments)
         merged.indices += part.indices
         for name, blocks in part.rows.items():
             merged.rows.setdefault(name, []).extend(blocks)
     merged.rows = {name: [merged.matrix(name).numpy()] for name in merged.rows}
     merged.indices = [range(min(i.start for i in merged.indices), max(i.stop for i in merged.indices))]
     return merged
+
+
+def merge_blocks(parts: list[BlockMoments]) -> BlockMoments:
+    """The moments of what the processes hold; nothing may wait any more."""
+    merged = BlockMoments()
+    for part in parts:
+        merged.bad += part.bad
+        for block, other in zip(merged.blocks, part.blocks, strict=True):
+            block.merge(other)
+    return merged
+
+
+def _not_finite(owner: str, bad: int, n: int, first: int) -> str:
+    return f"the features of {bad} of {n} images of {owner} are not finite (NaN or infinite), the first is image {first}"
 
 
 def validate_weights_file(weights: Path) -> None:

@@ -1,4 +1,4 @@
-"""Distances between two sets of features; torch-fidelity's definitions, in blocks of bounded size."""
+"""Metrics of two sets of features; torch-fidelity's definitions where it has them, each with its standard error."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,142 +8,190 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
+from flow.evaluation import intervals, memorization, neighbors, table
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.intervals import frechet_standard_error, symmetric_root
+from flow.evaluation.features import BlockMoments, FeatureSet
+from flow.evaluation.frechet import extrapolated_distance, frechet_distance
+from flow.evaluation.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Neighborhoods
 
 DEFAULT = ("fid", "isc", "accuracy")  # those that take seconds, whatever the number of images
-BLOCK = 4096  # rows and columns of a block of distances: 64 MiB in float32
-NEIGHBORHOOD = 3
+FROM_MOMENTS = ("fid",)  # those that need no features, only their moments
 ISC_SPLITS = 10
-
-
-def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500, eq. 6).
-
-    tr (sigma1 sigma2)^(1/2) is the sum of the singular values of sigma1^(1/2) sigma2^(1/2): symmetric decompositions
-    only, and exact to rounding for singular covariances, where eigenvalues of the product lose half the digits.
-    """
-    shared = np.linalg.svd(symmetric_root(sigma1) @ symmetric_root(sigma2), compute_uv=False).sum()
-    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * shared
-    return float(distance)
-
-
-def precision_recall(
-    samples: Tensor, real: Tensor, real_radii: Tensor | None = None, advance: Callable[[], object] = lambda: None
-) -> tuple[float, float]:
-    """(precision, recall) of features [n, d] against real ones [m, d] (Kynkaanniemi et al. 2019, arXiv:1904.06991).
-
-    Precision is the share of samples that lie within the ball of a real image, recall the share of real images within the
-    ball of a sample; a ball reaches to the third nearest neighbor of its center in its own set. Distances are computed in
-    float32, a block of BLOCK x BLOCK at a time, with less than 0.5 GB beside the features; `real_radii` are `squared_radii` of
-    the real ones where they are known, `advance` is called after each of the `num_blocks`. Raises ValueError for sets without
-    three neighbors.
-    """
-    if min(len(samples), len(real)) <= NEIGHBORHOOD:
-        raise ValueError(f"precision and recall need more than {NEIGHBORHOOD} images, not {min(len(samples), len(real))}")
-    sample_radii = squared_radii(samples, advance)
-    if real_radii is None:
-        real_radii = squared_radii(real, advance)
-    center = _center(real)
-    inside_real, inside_samples = (torch.zeros(len(x), dtype=torch.bool) for x in (samples, real))
-    for rows in _blocks(len(samples)):
-        a = samples[rows] - center
-        for columns in _blocks(len(real)):
-            squared = _squared_distances(a, real[columns] - center)
-            inside_real[rows] |= (squared <= real_radii[columns]).any(1)
-            inside_samples[columns] |= (squared <= sample_radii[rows, None]).any(0)
-            advance()
-    return inside_real.double().mean().item(), inside_samples.double().mean().item()
-
-
-def squared_radii(features: Tensor, advance: Callable[[], object] = lambda: None) -> Tensor:
-    """Squared distance [n] from each of the features [n, d] to its third nearest neighbor among them."""
-    nearest = torch.full((len(features), NEIGHBORHOOD + 1), torch.inf)  # itself included
-    center = _center(features)
-
-    def update(rows: slice, squared: Tensor) -> None:
-        block = squared.topk(min(NEIGHBORHOOD + 1, squared.shape[1]), largest=False).values
-        nearest[rows] = torch.cat([nearest[rows], block], dim=1).topk(NEIGHBORHOOD + 1, largest=False).values
-
-    blocks = _blocks(len(features))
-    for i, rows in enumerate(blocks):
-        a = features[rows] - center
-        for columns in blocks[i:]:
-            squared = _squared_distances(a, features[columns] - center)
-            if columns == rows:
-                squared.fill_diagonal_(0)
-            else:
-                update(columns, squared.T.contiguous())
-            update(rows, squared)
-            advance()
-    return nearest[:, -1]
-
-
-def num_blocks(n: int, m: int, real_radii: Tensor | None = None) -> int:
-    """Blocks of distances that `precision_recall` of n samples and m real images computes."""
-    rows, columns = len(_blocks(n)), len(_blocks(m))
-    within_real = columns * (columns + 1) // 2 if real_radii is None else 0
-    return rows * (rows + 1) // 2 + within_real + rows * columns
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+KID_ERROR_IMAGES = 4096  # a set, at most, that its standard error is estimated from
 
 
 def fid(c: Comparison) -> dict[str, float]:
-    """Frechet distance in the feature space of the extractor, with its standard error."""
+    """Frechet distance in the feature space of the extractor; its interval is about its mean at this n (delta method)."""
     name, ref = c.extractor.distance_name, c.reference
-    error = frechet_standard_error(c.samples.matrix(c.extractor.layer).numpy(), ref.mu, ref.sigma)
-    if error is not None:
-        c.standard_errors[name] = error
+    if isinstance(c.samples, BlockMoments):
+        blocks = [(b.n, b.total, b.outer) for b in c.samples.blocks if b.total is not None and b.outer is not None]
+        error = intervals.frechet_standard_error_of_blocks(blocks, ref.mu, ref.sigma)
+    else:
+        error = intervals.frechet_standard_error(c.matrix().numpy(), ref.mu, ref.sigma)
+    c.set_error(name, error)
     return {name: frechet_distance(c.samples.mu, c.samples.sigma, ref.mu, ref.sigma)}
 
 
+def fd_inf(c: Comparison) -> dict[str, float]:
+    """Frechet distance of infinitely many samples, extrapolated; its interval is about that limit."""
+    result = extrapolated_distance(c.matrix().numpy(), c.reference.mu, c.reference.sigma)
+    if result is None:
+        return {}
+    name = f"{c.extractor.distance_name}_inf"
+    c.set_error(name, result[1])
+    return {name: result[0]}
+
+
+def per_class(c: Comparison) -> dict[str, float]:
+    """Frechet distance of each class, of those with more images than features among the samples and in the reference."""
+    real, ref = c.reference.features, c.reference
+    if real is None or ref.labels is None or c.labels is None:
+        return {}
+    features, distances = c.matrix(), {}
+    for label, class_name in enumerate(ref.class_names):
+        samples, others = features[c.labels == label].double().numpy(), real[ref.labels == label].double().numpy()
+        if min(len(samples), len(others)) <= real.shape[1]:
+            continue
+        column = table.class_column(c.extractor.distance_name, class_name)
+        mu, sigma = others.mean(0), np.cov(others, rowvar=False)
+        distances[column] = frechet_distance(samples.mean(0), np.cov(samples, rowvar=False), mu, sigma)
+        c.set_error(column, intervals.frechet_standard_error(samples, mu, sigma))
+    return distances
+
+
 def kid(c: Comparison) -> dict[str, float]:
-    """Kernel distance (Binkowski et al. 2018) over 100 subsets of at most 1,000 images."""
+    """Kernel distance (Binkowski et al. 2018, arXiv:1801.01401) over 100 subsets of at most 1,000 images.
+
+    The variance is that of the mean over the subsets, for these samples, and that of the samples (`kernel_variance`).
+    """
     real = c.reference.features
     if real is None:
         return {}
-    features = c.samples.matrix(c.extractor.layer)
-    size = min(1000, len(features), len(real))
+    features = c.matrix()
+    size = min(KID_SUBSET_SIZE, len(features), len(real))
     result = kid_features_to_metric(
-        features, real, kid_subsets=100, kid_subset_size=size, kid_kernel="poly", kid_kernel_poly_degree=3,
+        features, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, kid_kernel="poly", kid_kernel_poly_degree=3,
         kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, rng_seed=2020, verbose=False,
     )  # fmt: skip
-    return {f"KD-{c.space}" if c.space else "KID": result["kernel_inception_distance_mean"]}
+    name = f"KD-{c.space}" if c.space else "KID"
+    if len(features) > 2:
+        variance = kernel_variance(features, real) + result["kernel_inception_distance_std"] ** 2 / KID_SUBSETS
+        c.set_error(name, float(np.sqrt(variance)))
+    return {name: result["kernel_inception_distance_mean"]}
+
+
+def kernel_variance(features: Tensor, real: Tensor) -> float:
+    """Variance of the kernel distance of features [n, d], n > 2, to real ones [m, d], by a jackknife over the samples.
+
+    With the kernel k(x, y) = (x^T y / d + 1)^3 and one sample left out at a time. Of more than KID_ERROR_IMAGES a set that
+    many are used, spread over the set, and the variance is scaled by their share.
+    """
+    n = len(features)
+    x, y = (z[torch.linspace(0, len(z) - 1, min(len(z), KID_ERROR_IMAGES)).long()].double() for z in (features, real))
+    within, across = (((x @ z.T) / x.shape[1] + 1) ** 3 for z in (x, y))
+    others = within.sum(1) - within.diagonal()  # [s], of each sample with all others
+    s, total = len(x), others.sum()
+    left_out = (total - 2 * others) / ((s - 1) * (s - 2)) - 2 * (across.mean() * s - across.mean(1)) / (s - 1)
+    return float((s - 1) * left_out.var(correction=0) * s / n)
 
 
 def prc(c: Comparison) -> dict[str, float]:
-    """Precision and recall, by the third nearest neighbor."""
-    features, real = c.samples.matrix(c.extractor.layer), c.reference.features
-    if real is None or min(len(features), len(real)) <= NEIGHBORHOOD:
+    """Precision and recall by the third nearest neighbor (Kynkaanniemi et al. 2019, arXiv:1904.06991).
+
+    Precision is the share of samples that lie within the ball of a real image, recall the share of real images within the
+    ball of a sample; a ball reaches to the third nearest neighbor of its center in its own set. Intervals: of a share of n
+    samples; of recall by a jackknife over blocks of samples, with new balls for those that remain.
+    """
+    found = neighborhoods(c, PRECISION_NEIGHBORS)
+    if found is None or found.recalled is None or found.recall_left_out is None:
         return {}
-    c.bar.total += num_blocks(len(features), len(real), c.reference.squared_radii)
-    if c.reference.squared_radii is None:
-        c.reference.squared_radii = squared_radii(real, c.bar.update)
-    precision, recall = precision_recall(features, real, c.reference.squared_radii, c.bar.update)
-    return {"precision": precision, "recall": recall}
+    precision = found.precise.double().mean().item()
+    c.set_error("precision", intervals.share_standard_error(precision, len(found.precise)))
+    c.set_error("recall", intervals.jackknife_standard_error(found.recall_left_out))
+    return {"precision": precision, "recall": found.recalled.double().mean().item()}
+
+
+def density_coverage(c: Comparison) -> dict[str, float]:
+    """Density and coverage by the fifth nearest neighbor (Naeem et al. 2020, arXiv:2002.09797).
+
+    Density is the mean over samples of the number of real images whose ball holds them, divided by five, coverage the share
+    of real images whose ball holds a sample. Only real images have balls, so that an outlier among the samples counts for
+    little. Intervals: of a mean over samples; of coverage by a jackknife over blocks of samples.
+    """
+    found = neighborhoods(c, DENSITY_NEIGHBORS)
+    if found is None:
+        return {}
+    density = found.dense.double().numpy() / DENSITY_NEIGHBORS
+    c.set_error("density", intervals.mean_standard_error(density))
+    c.set_error("coverage", intervals.jackknife_standard_error(found.coverage_left_out))
+    return {"density": float(density.mean()), "coverage": found.covered.double().mean().item()}
+
+
+def neighborhoods(c: Comparison, k: int) -> Neighborhoods | None:
+    """Those of samples and reference, computed once for all requested metrics; None for sets without k neighbors."""
+    features, real = c.matrix(), c.reference.features
+    if real is None or min(len(features), len(real)) <= k:
+        return None
+    if c.neighborhoods is None:
+        recall, known = "prc" in c.requested, c.reference.neighbors
+        sets = [features] * recall + [real] * (known is None)  # whose own neighbors are computed
+        c.bar.total += sum(neighbors.num_blocks(len(x)) for x in sets) + neighbors.num_blocks(len(features), len(real))
+        if known is None:
+            known = c.reference.neighbors = neighbors.nearest_neighbors(real, DENSITY_NEIGHBORS, c.bar.update)[0]
+        c.neighborhoods = neighbors.compare(features, real, known, recall, c.bar.update)
+    return c.neighborhoods
+
+
+def copied_share(c: Comparison) -> dict[str, float]:
+    """Share of samples that lie closer to a training image than 1 % of held-out real images do.
+
+    Of a network that does not copy, 0.01 of the samples do. No such number tells memorization from underfitting or a lack of
+    modes (Stein et al. 2023, arXiv:2306.04675): samples that all lie where training images are dense score more, too, so
+    that the nearest pairs are drawn as well. Interval: of a share of n samples, for this threshold.
+    """
+    if c.training is None:
+        return {}
+    features = c.matrix()
+    c.bar.total += neighbors.num_blocks(len(features), len(c.training.features))
+    distances, positions = neighbors.nearest_of(features, c.training.features, c.bar.update)
+    c.closest = memorization.closest(distances, positions, c.training.threshold)
+    share = (distances < c.training.threshold).double().mean().item()
+    c.set_error("memorization", intervals.share_standard_error(share, len(features)))
+    return {"memorization": share}
 
 
 def isc(c: Comparison) -> dict[str, float]:
-    """Inception Score over ten splits, for which it needs ten images."""
+    """Inception Score over ten splits, for which it needs ten images; its standard error is that of their mean."""
     layer = c.extractor.isc_layer
-    if not layer or layer not in c.samples.rows or c.samples.n < ISC_SPLITS:
+    if not layer or not isinstance(c.samples, FeatureSet) or layer not in c.samples.rows or c.samples.n < ISC_SPLITS:
         return {}
-    return {"IS": isc_features_to_metric(c.samples.matrix(layer), ISC_SPLITS)["inception_score_mean"]}
+    result = isc_features_to_metric(c.matrix(layer), ISC_SPLITS)
+    c.set_error("IS", result["inception_score_std"] / (ISC_SPLITS - 1) ** 0.5)
+    return {"IS": result["inception_score_mean"]}
 
 
 def accuracy(c: Comparison) -> dict[str, float]:
-    """Share of samples that the extractor, a classifier, puts into the requested class."""
+    """Share of samples that the extractor, a classifier, puts into the requested class; interval: of a share of n samples."""
     if not c.extractor.classifies or c.labels is None:
         return {}
-    return {"accuracy": float((c.samples.matrix("logits").argmax(1).numpy() == c.labels).mean())}
+    share = float((c.matrix("logits").argmax(1).numpy() == c.labels).mean())
+    c.set_error("accuracy", intervals.share_standard_error(share, len(c.labels)))
+    return {"accuracy": share}
 
 
 Metric = Callable[[Comparison], dict[str, float]]  # columns of the table; empty where the metric does not apply
 
 METRICS: dict[str, Metric] = {
     "fid": fid,
+    "fd_inf": fd_inf,
     "kid": kid,
     "prc": prc,
+    "density_coverage": density_coverage,
+    "memorization": copied_share,
     "isc": isc,
     "accuracy": accuracy,
+    "per_class": per_class,
 }
 
 
@@ -157,6 +205,7 @@ def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, float]:
         raise ValueError(f"a distance needs at least 2 images, not {c.samples.n}")
     c.samples.check_finite("the samples")
     requested = [name for name in METRICS if name in metrics]
+    c.requested = tuple(requested)
     c.bar.reset(len(requested))
     results: dict[str, float] = {}
     for name in requested:
@@ -164,18 +213,3 @@ def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, float]:
         results |= METRICS[name](c)
         c.bar.update()
     return results
-
-
-def _center(features: Tensor) -> Tensor:
-    """A point among the features: distances that are computed from the origin would round more."""
-    return features[:BLOCK].mean(0)
-
-
-def _blocks(n: int) -> list[slice]:
-    return [slice(i, min(i + BLOCK, n)) for i in range(0, n, BLOCK)]
-
-
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b|^2 of features [n, d] and [m, d]: [n, m]."""
-    squared = torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
-    return squared.add_(a.square().sum(1, keepdim=True)).clamp_(min=0)

@@ -10,8 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
+from torch import Tensor
 
-from flow.evaluation.table import GUIDANCE, is_control
+from flow.evaluation.table import GUIDANCE, is_class_column, is_control
+from flow.sampling.images import to_pil
 
 matplotlib.use("Agg")
 
@@ -30,8 +32,9 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     """The first Frechet distance of the table, for points their SW2, against its cost; `path` is a PNG.
 
     The cost is the NFE or, where guidance makes the two differ, the number of network calls. There is a line for each
-    (weights, method, guidance), and a dashed one for real images. Averages of a width with one point are left to
-    `distance_against_width`. Writes nothing where fewer than two entries have a distance.
+    (weights, method, guidance), with bars of the 95 % interval over samples (else of the standard deviation over ranges), and a
+    dashed one for real images in a band of theirs. Averages of a width with one point are left to `distance_against_width`.
+    Writes nothing where fewer than two entries have a distance.
     """
     name = _distance(entries)
     points = [e for e in entries if e["NFE"] and name in e["metrics"]]
@@ -115,7 +118,7 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
 def _distance(entries: list[dict]) -> str:
     """The name of the first distance of a table; empty where there is none."""
     names = (name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2")))
-    return next(names, "")
+    return next((name for name in names if not is_class_column(name)), "")
 
 
 def _guidance(entry: dict, shown: Sequence[str]) -> str:
@@ -134,11 +137,13 @@ def _errorbars(axes: Axes, line: list[dict], key: str, name: str, label: str, i:
 
 
 def _floors(axes: Axes, entries: list[dict], name: str) -> None:
-    """A line for each row of real images."""
+    """A line for each row of real images, in the band of its 95 % interval."""
     for i, e in enumerate(e for e in entries if is_control(e) and name in e["metrics"]):
-        floor = e["metrics"][name].mean
+        floor, _, interval = e["metrics"][name]
         if floor > 0:  # the axis is logarithmic
             axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
+            if 0 < interval < floor:
+                axes.axhspan(floor - interval, floor + interval, color="0.4", alpha=0.15, linewidth=0)
 
 
 def distance_against_minutes(
@@ -289,6 +294,29 @@ def _lines(title: str, letters: int) -> list[str]:
             lines.append("")
         lines[-1] += piece
     return [line.strip() for line in lines]
+
+
+PAIR_COLUMNS = 8
+
+
+def closest_images(path: Path, samples: Tensor, training: Tensor, ratios: list[float], title: str) -> None:
+    """Samples uint8 [N, C, H, W], each above its nearest training image, as a PNG; over each pair the ratio of their
+    distance to the threshold below which a sample counts as a copy."""
+    rows = 2 * -(-len(ratios) // PAIR_COLUMNS)
+    figure = Figure(figsize=(PAIR_COLUMNS, 1.1 * rows + 0.6), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, PAIR_COLUMNS, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for k, ratio in enumerate(ratios):
+        row, column = 2 * (k // PAIR_COLUMNS), k % PAIR_COLUMNS
+        for ax, image in zip(axes[row : row + 2, column], (samples[k], training[k]), strict=True):
+            ax.imshow(np.asarray(to_pil(image)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes[row, column].set_title(f"{ratio:.2f}", fontsize=9, color=COLORS[1] if ratio < 1 else "black")
+    figure.suptitle(
+        f"{title}: samples, below each its nearest training image; distance / threshold (below 1: counted as a copy)",
+        fontsize=9,
+    )
+    figure.savefig(path, format="png")
 
 
 def panels(path: Path, pictures: list[list[np.ndarray]], rows: list[str], columns: list[str]) -> None:

@@ -26,7 +26,9 @@ class Reference:
     sigma: np.ndarray
     features: Tensor | None
     feature_set: FeatureSet | None = None  # the features with those of further layers
-    squared_radii: Tensor | None = None  # [n] for precision and recall, from the first row that asks for them
+    labels: np.ndarray | None = None  # int64 [n], where their classes are those of the samples
+    class_names: tuple[str, ...] = ()
+    neighbors: Tensor | None = None  # `neighbors.nearest_neighbors` of the features, from the first row that asks for them
 
 
 def from_npz(path: Path, extractor: Extractor | PointSpace, dimension: int) -> Reference:

@@ -18,10 +18,12 @@ from torch import Tensor
 import datasets
 from configs.schema import Config, UserError
 from datasets import DataSet, captions
-from flow.evaluation import feature_cache, metrics, metrics_2d, plots, reference, table
+from flow.evaluation import feature_cache, memorization, metrics, metrics_2d, plots, reference, table
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
+from flow.evaluation.features import INCEPTION, BlockMoments, Extractor, FeatureSet
+from flow.evaluation.intervals import BLOCKS
 from flow.evaluation.metrics_2d import PointSpace
+from flow.evaluation.real_images import RealImages, build_if_present, load_features, load_real_images
 from flow.evaluation.reference import Reference
 from flow.model import FlowModel, Network
 from flow.noise import generator
@@ -49,42 +51,10 @@ class EvaluationSettings:
     feature_extractor: str = INCEPTION
     feature_layer: str | None = None  # None: that of the Frechet distance
     feature_weights: Path | None = None
+    allow_remote_code: bool = False  # of feature extractors that torch.hub downloads
     reference: str | None = None  # a folder, an npz file, the name of a data set; None: the training set
     metrics: tuple[str, ...] = metrics.DEFAULT
     control: bool = True  # a row of real images
-
-
-@dataclass
-class RealImages:
-    """The real images of a reference."""
-
-    name: str  # in tables
-    build: dict  # arguments of datasets.build
-    data: DataSet
-    root: Path  # of the cache
-
-
-def load_real_images(
-    choice: str | None, accelerator: Accelerator, image_shape: tuple[int, ...], config: Config
-) -> RealImages | None:
-    """Those that samples of this shape are compared with; None for an npz file, which holds statistics alone."""
-    root = Path(config.data.root) if config.data.root else datasets.default_root()
-    if choice and choice.endswith(".npz"):
-        return None
-    with error_context("--reference"):
-        if choice is None:
-            build = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
-            root = Path(build["root"]) if build["root"] else root
-        elif split := datasets.named_split(choice):
-            build = {"name": split[0], "root": root, "args": split[1]}
-        else:
-            folder = {"path": choice, "size": image_shape[-1], "channels": image_shape[0]}
-            build = {"name": "folder", "root": root, "args": folder}
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(**build))
-        name = choice or (f"toys {build['args']['name']}" if build["name"] == "toys" else build["name"])
-        if data.image_shape[1:] != image_shape[1:]:
-            raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
-    return RealImages(name, build, data, root)
 
 
 @dataclass
@@ -97,6 +67,10 @@ class Evaluation:
     extractor: Extractor | PointSpace
     reference: Reference
     real_images: RealImages | None  # of the reference; None for statistics of an npz file
+    dimension: int  # of the features
+    training: memorization.TrainingSet | None = None  # of the weights, on the main process
+    closest: memorization.Closest | None = None  # of the last comparison, on the main process
+    draw: Callable[[], None] | None = None  # the figure of the last row of samples
 
     @classmethod
     def build(
@@ -108,7 +82,7 @@ class Evaluation:
 
         def load() -> Extractor | PointSpace:
             name, layer, weights = settings.feature_extractor, settings.feature_layer, settings.feature_weights
-            return PointSpace() if points else Extractor(name, layer, weights, accelerator.device)
+            return PointSpace() if points else Extractor(name, layer, weights, accelerator.device, settings.allow_remote_code)
 
         with error_context("evaluate"):
             extractor = distributed.main_process_first(accelerator, load)  # it may download its weights
@@ -116,12 +90,12 @@ class Evaluation:
             if source is None:
                 real = reference.from_npz(Path(settings.reference or ""), extractor, dimension)
             else:
-                layers = [name for name in extractor.layers if name != extractor.isc_layer]
                 what = "features of the reference"
                 identity, features = load_features(
-                    accelerator, extractor, settings.batch_size, source.data, source, what, layers
+                    accelerator, extractor, settings.batch_size, source.data, source, what, real_layers(extractor)
                 )
                 real = reference.from_features(source.name, identity, features, extractor.layer)
+                real.labels, real.class_names = labels_of(source.data), source.data.class_names
         counts = {"samples": settings.n_samples, "reference": dimension + 1 if source is None else len(source.data)}
         for name, n in counts.items():
             if n <= dimension and not points:
@@ -129,7 +103,48 @@ class Evaluation:
                     f"warning: {n} images ({name}) are too few for a Frechet distance of {dimension} features: with n <= "
                     f"{dimension} the covariance is singular and the distance far too large; take more, better 10,000"
                 )
-        return cls(settings, accelerator, out, extractor, real, source)
+        return cls(settings, accelerator, out, extractor, real, source, dimension)
+
+    def load_training(self, config: Config, image_shape: tuple[int, ...]) -> None:
+        """The training set of the weights of this configuration, for `memorization`. Raises UserError where it is not here."""
+        accelerator, extractor = self.accelerator, self.extractor
+        if "memorization" not in self.settings.metrics or isinstance(extractor, PointSpace):
+            return
+        source = load_real_images(None, accelerator, image_shape, config, "--metrics memorization")
+        assert source is not None, "it is no npz file"
+
+        def features_of(data: DataSet, what: str) -> Tensor | None:
+            layers, batch_size = real_layers(extractor), self.settings.batch_size
+            _, features = load_features(accelerator, extractor, batch_size, data, source, what, layers)
+            return None if features is None else features.matrix(extractor.layer)
+
+        other = datasets.held_out(source.build)
+        held_out = build_if_present(accelerator, other[1], "held-out images for memorization") if other else None
+        if held_out is None:
+            accelerator.print(
+                f"note: memorization: {source.name} has no held-out images; its threshold is that of training images, each "
+                "compared with all others"
+            )
+        features = features_of(source.data, "features of the training set")
+        held_out_features = features_of(held_out, "features of held-out images") if held_out is not None else None
+        if features is not None:
+            self.training = memorization.training_set(source.data, features, held_out_features)
+
+    def draw_closest(self, title: str, images_of: Callable[[list[int]], Tensor]) -> None:
+        """Have the report draw memorization.png: the samples just compared that are nearest to a training image.
+
+        `images_of` gives samples by their positions.
+        """
+        closest, training = self.closest, self.training
+        if closest is None or training is None:
+            return
+
+        def draw() -> None:
+            nearest = torch.stack([training.data[k][0] for k in closest.training])
+            with files.atomic_file(self.out / "memorization.png") as path:
+                plots.closest_images(path, images_of(closest.samples), nearest, closest.ratios, title)
+
+        self.draw = draw
 
     def evaluate_row(self, subject: dict, identity: dict, compute: Callable[[], dict | None]) -> None:
         """Append the row of `subject` to the results, unless it is there with all requested metrics."""
@@ -145,33 +160,54 @@ class Evaluation:
     def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> dict | None:
         """Metrics of a stream of images and the seconds it took, on the main process; None on the others."""
         start = time.perf_counter()
-        samples = feature_cache.collect(self.accelerator, self.extractor, stream)
+        samples: FeatureSet | BlockMoments | None
+        # Moments of all blocks on all processes, in float64, take less memory than the features in float32
+        smaller = self.settings.n_samples > 2 * BLOCKS * self.dimension * self.accelerator.num_processes
+        if smaller and set(self.settings.metrics) <= set(metrics.FROM_MOMENTS) and not isinstance(self.extractor, PointSpace):
+            samples = feature_cache.collect_moments(self.accelerator, self.extractor, stream)
+        else:
+            samples = feature_cache.collect(self.accelerator, self.extractor, stream)
         seconds = time.perf_counter() - start
         if samples is None:
             return None
-        return {**self.compute_metrics(samples, self.reference, labels), "seconds": seconds}
+        return {**self.compute_metrics(samples, self.reference, labels, self.training), "seconds": seconds}
 
-    def compute_metrics(self, samples: FeatureSet, ref: Reference, labels: Tensor | None) -> dict[str, dict]:
+    def compute_metrics(
+        self, samples: FeatureSet | BlockMoments, ref: Reference, labels: Tensor | None,
+        training: memorization.TrainingSet | None,
+    ) -> dict[str, dict]:  # fmt: skip
         """{"metrics": those requested, "standard_errors": where they are known}, under a bar of their own."""
         with error_context(self.settings.owner):
             if isinstance(self.extractor, PointSpace):
-                assert ref.features is not None, "points are compared with points"
+                assert ref.features is not None and isinstance(samples, FeatureSet), "points are compared with points"
                 return {"metrics": metrics_2d.evaluate(samples.matrix(self.extractor.layer), ref.features)}
             y = None if labels is None else labels.numpy()
             with distributed.progress(self.accelerator, 0, "metrics") as bar:
                 bar.leave = False
-                comparison = Comparison(self.extractor, samples, ref, y, bar=bar)
+                comparison = Comparison(self.extractor, samples, ref, y, training, bar=bar)
                 values = metrics.evaluate(comparison, self.settings.metrics)
+                self.closest = comparison.closest
                 return {"metrics": values, "standard_errors": comparison.standard_errors}
 
     def write_report(self) -> None:
-        """Write and print the table, draw the plot."""
+        """Write and print the table, draw the figures."""
         if self.accelerator.is_main_process:
             rows = table.read_rows(self.out)
             print(table.write(self.out, rows))
             plots.distance_against_nfe(self.out / "nfe.png", table.aggregate(rows))
             plots.distance_against_width(self.out / "ema_width.png", table.aggregate(rows))
+            if self.draw:
+                self.draw()
         self.accelerator.wait_for_everyone()
+
+
+def real_layers(extractor: Extractor | PointSpace) -> list[str]:
+    """Layers of real images that are stored; nobody asks for their Inception Score."""
+    return [name for name in extractor.layers if name != extractor.isc_layer]
+
+
+def labels_of(data: DataSet) -> np.ndarray | None:
+    return None if data.labels is None else data.labels.numpy()
 
 
 def evaluate_snapshot(
@@ -200,6 +236,9 @@ def evaluate_snapshot(
         plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
         identity |= names
     ev = Evaluation.build(settings, accelerator, out, snap.decoded_shape, real_images)
+    if num_classes != len(ev.reference.class_names):
+        ev.reference.labels = None
+    ev.load_training(snap.config, snap.decoded_shape)
     add_control(ev)
     averages = averages or [lambda: snap]
     total = len(plan) * settings.repeats * len(averages)
@@ -221,7 +260,13 @@ def evaluate_snapshot(
                     yield batch.indices, batch.images
                     bar.update(len(batch.indices))
 
+        def images_of(positions: list[int]) -> Tensor:
+            again = [indices[k : k + 1] for k in positions]
+            return torch.cat([batch.images for batch in generate(accelerator, model, snap.image_shape, again, sampler)])
+
         row = ev.measure(stream(), labels_for(indices, sampler, net.num_classes))
+        steps = "" if sampler.method in ADAPTIVE else f", {sampler.steps} steps"
+        ev.draw_closest(f"{subject['weights']}, {sampler.solver}{steps}", images_of)
         nfe, forwards = counter.mean(accelerator)
         if row and log_density:
             row["metrics"]["held_out_log_p"] = log_density(sampler.guidance_scale)
@@ -319,17 +364,28 @@ def class_counts(accelerator: Accelerator, config: Config, source: RealImages | 
 
 def evaluate_folder(
     settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: DataSet,
-    stored: dict[str, Any] | None,
+    stored: dict[str, Any] | None, trained: bool,
 ) -> None:  # fmt: skip
-    """One row for the images `data` of a folder, then the report. stored: its sampling.json, which tells the labels."""
+    """One row for the images `data` of a folder, then the report.
+
+    Args:
+        stored: its sampling.json, which tells the labels.
+        trained: whether `config` is that of the training.
+    """
     labels = data.labels
     if stored:
         turns = tuple(stored["labels"]) if stored["labels"] else None
         labels = labels_for(range(len(data)), SamplerSettings(labels=turns), stored["num_classes"])
     real_images = load_real_images(settings.reference, accelerator, data.image_shape, config)
     ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images)
+    if trained:
+        ev.load_training(config, data.image_shape)
+    elif "memorization" in settings.metrics:
+        accelerator.print("note: no memorization: the training set of these images is not known; name it with -c")
     matching = real_images and len(real_images.data.class_names) == (stored or {}).get("num_classes")
     real_labels = real_images.data.labels if real_images and matching else None
+    if not matching and data.class_names != ev.reference.class_names:
+        ev.reference.labels = None
     if stored and not stored["labels"] and real_labels is not None and len(set(real_labels.bincount().tolist())) > 1:
         accelerator.print(
             f"warning: the images of {samples} take turns over the classes, which are not equally frequent in the "
@@ -338,7 +394,13 @@ def evaluate_folder(
     add_control(ev)
     subject = {"weights": samples.name, "n": len(data), "first": 0}
     images = partial(feature_cache.read, data, accelerator, settings.batch_size, "samples")
-    ev.evaluate_row(subject, {"images": data.fingerprint()}, lambda: ev.measure(images(), labels))
+
+    def compute() -> dict | None:
+        row = ev.measure(images(), labels)
+        ev.draw_closest(samples.name, lambda positions: torch.stack([data[k][0] for k in positions]))
+        return row
+
+    ev.evaluate_row(subject, {"images": data.fingerprint()}, compute)
     ev.write_report()
 
 
@@ -352,19 +414,6 @@ def read_folder(samples: Path) -> tuple[DataSet, dict[str, Any] | None]:
     with error_context("--samples"):
         args = {"path": str(path), "channels": channels}
         return datasets.build(name="folder", root=None, args=args), stored
-
-
-def load_features(
-    accelerator: Accelerator, extractor: Extractor | PointSpace, batch_size: int, data: DataSet, source: RealImages, what: str,
-    layers: Sequence[str], order: Sequence[int] | None = None,
-) -> tuple[str, FeatureSet | None]:  # fmt: skip
-    """The identity of these features, and on the main process they themselves, from the cache where they are there."""
-    fingerprint = data.fingerprint() + (
-        "" if order is None else f" {hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:16]}"
-    )
-    identity = reference.identity_of(fingerprint, extractor)
-    path = source.root / "features" / f"{source.build['name']}-{extractor.name}-{extractor.layer}-{identity}.npz"
-    return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, layers, order)
 
 
 def add_control(ev: Evaluation) -> None:
@@ -382,17 +431,10 @@ def add_control(ev: Evaluation) -> None:
         return
     other, data = datasets.held_out(source.build), source.data
     if other:
-
-        def load() -> DataSet | None:
-            try:
-                return datasets.build(**other[1])
-            except FileNotFoundError as error:
-                accelerator.print(f"warning: no row of real images: {error}")
-                return None
-
-        data = distributed.main_process_first(accelerator, load)
-        if distributed.any_process(accelerator, data is None):
+        held_out = build_if_present(accelerator, other[1], "row of real images")
+        if held_out is None:
             return
+        data = held_out
     order = generator("control").permutation(len(data))
     pool, rest = (order, None) if other else (order[: len(data) // 2], order[len(data) // 2 :])
     ref_labels = source.data.labels if rest is None or source.data.labels is None else source.data.labels[rest]
@@ -401,7 +443,7 @@ def add_control(ev: Evaluation) -> None:
 
     def compute() -> dict | None:
         start = time.perf_counter()
-        layer, ref = ev.extractor.layer, ev.reference
+        layer, ref, training = ev.extractor.layer, ev.reference, ev.training
         if rest is None:
             _, samples = load_features(
                 accelerator, ev.extractor, ev.settings.batch_size, data, source, "features of real images",
@@ -410,12 +452,16 @@ def add_control(ev: Evaluation) -> None:
         elif ref.feature_set is not None:
             samples = ref.feature_set.select(layer, np.array(positions))
             ref = reference.from_features(ref.name, ref.identity, ref.feature_set.select(layer, rest), layer)
+            ref.class_names, ref.labels = ev.reference.class_names, ev.reference.labels
+            ref.labels = None if ref.labels is None else ref.labels[rest]
+            if training and training.data.fingerprint() == data.fingerprint():  # the other half plays that part, too
+                training = memorization.training_set(data, training.features[torch.from_numpy(rest)], None)
         else:
             return None
         seconds = time.perf_counter() - start
         if samples is None:
             return None
-        results = ev.compute_metrics(samples, ref, None if data.labels is None else data.labels[positions])
+        results = ev.compute_metrics(samples, ref, None if data.labels is None else data.labels[positions], training)
         points: Any = data
         if getattr(points, "log_density", None):
             results["metrics"]["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()

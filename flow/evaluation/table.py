@@ -21,7 +21,10 @@ KEY_COLUMNS = ("weights", "ema_width", "captions", "method", "steps", "NFE", "fo
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
 
-NOTE = "±: 95 % interval over samples, at this n. sd: standard deviation over the ranges."
+NOTE = "±: 95 % interval over samples, at this n (columns _inf: of the limit). sd: standard deviation over the ranges."
+CLASS_NOTE = "Empty cells: no more images of the class than features, among the samples or in the reference."
+FOUR_DIGITS = ("KID", "SW2", "MMD", "energy", "memorization")
+THREE_DIGITS = ("accuracy", "precision", "recall", "density", "coverage")
 CONTROL = "real"  # the prefix of the weights of a row of real images, e.g. "real (test split)"
 
 
@@ -34,6 +37,16 @@ class Statistic(NamedTuple):
 
 
 EMPTY = Statistic(None, math.nan)
+
+
+def class_column(distance: str, class_name: str) -> str:
+    """The column of a Frechet distance of one class."""
+    return f"{distance}[{class_name}]"
+
+
+def is_class_column(name: str) -> bool:
+    """Whether a column is one of `class_column`."""
+    return "[" in name
 
 
 def append_row(folder: Path, row: dict) -> None:
@@ -116,7 +129,10 @@ def aggregate(rows: list[dict]) -> list[dict]:
 
 
 def write(folder: Path, rows: list[dict]) -> str:
-    """Write results.csv and results.md; returns the Markdown. Empty columns are left out of the Markdown."""
+    """Write results.csv, results.md and, where there are distances of classes, per_class.md; returns the Markdown of both.
+
+    Empty columns are left out of the Markdown; distances of classes have a file of their own.
+    """
     entries = aggregate(rows)
     names = [*dict.fromkeys(name for e in entries for name in e["metrics"] if name != "seconds"), "seconds"]
     known = {name for e in entries for name, value in e["metrics"].items() if not math.isnan(value.interval)}
@@ -130,6 +146,21 @@ def write(folder: Path, rows: list[dict]) -> str:
             numbers = [v for name in names for v in e["metrics"].get(name, EMPTY)[: len(columns_of[name])]]
             cells = [*(values[key] for key in subject), e["ranges"], *numbers]
             writer.writerow(["" if v is None or v != v else v for v in cells])
+    text = _table(entries, [name for name in names if not is_class_column(name)])
+    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    classes = [name for name in names if is_class_column(name)]
+    if classes:
+        measured = [e for e in entries if any(name in e["metrics"] for name in classes)]
+        whole = all(name in e["metrics"] for e in measured for name in classes)
+        by_class = _table(measured, classes) + ("" if whole else f"\n\n{CLASS_NOTE}")
+        (folder / "per_class.md").write_text(by_class + "\n", encoding="utf-8")
+        text += f"\n\n{by_class}"
+    return text
+
+
+def _table(entries: list[dict], names: list[str]) -> str:
+    """Markdown of these metrics of the entries, with a note on its intervals."""
+    known = any(not math.isnan(e["metrics"].get(name, EMPTY).interval) for e in entries for name in names)
     subject = [key for key in KEY_COLUMNS if any(e[key] is not None for e in entries)]
     if all(e["NFE"] == e["forwards"] for e in entries):
         subject = [key for key in subject if key != "forwards"]
@@ -138,9 +169,7 @@ def write(folder: Path, rows: list[dict]) -> str:
         about = [_cost_cell(e[key], e["spreads"][key]) if key in COST else e[key] for key in subject]
         cells = [_cell(name, e["metrics"][name]) if name in e["metrics"] else "" for name in names]
         lines.append([*("" if v is None else str(v) for v in about), str(e["ranges"]), *cells])
-    text = markdown(lines) + (f"\n\n{NOTE}" if known else "")
-    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
-    return text
+    return markdown(lines) + (f"\n\n{NOTE}" if known else "")
 
 
 def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra: dict[str, dict[str, str]]) -> str:
@@ -203,7 +232,7 @@ def _cost_cell(mean: float | None, spread: float) -> str | None:
 
 
 def _cell(name: str, value: Statistic) -> str:
-    digits = 4 if name in ("KID", "SW2", "MMD", "energy") else 3 if name in ("accuracy", "precision", "recall") else 2
+    digits = 4 if name in FOUR_DIGITS else 3 if name in THREE_DIGITS else 2
     if name == "seconds":
         return f"{value.mean:.1f}"
     interval = "" if math.isnan(value.interval) else f" ± {value.interval:.{digits}f}"

@@ -168,10 +168,11 @@ def add_extractor_flag(parser: argparse.ArgumentParser, default: str, use: str =
 
 
 def add_feature_flags(parser: argparse.ArgumentParser, default: str) -> None:
-    """--feature_extractor, --feature_layer and --feature_weights."""
+    """--feature_extractor, --feature_layer, --feature_weights and --allow_remote_code."""
     add_extractor_flag(parser, default)
     parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
     parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
+    parser.add_argument("--allow_remote_code", action="store_true", help="run code from GitHub: the dinov2 extractors need it")
 
 
 def add_compile_flag(parser: argparse.ArgumentParser) -> None:

@@ -300,7 +300,8 @@ def plain_sample_job(job: dict) -> dict:
 
 def evaluate_job(job: dict) -> dict:
     """A row of evaluate.py, from noise to distance; "network" and "features" are sections."""
-    from flow.evaluation.runner import Evaluation, EvaluationSettings, load_real_images
+    from flow.evaluation.real_images import load_real_images
+    from flow.evaluation.runner import Evaluation, EvaluationSettings
     from flow.sampling.generate import generate, shard
     from scripts.benchmark.timer import TimedNetwork
 

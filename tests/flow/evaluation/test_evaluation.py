@@ -11,15 +11,14 @@ import torch
 import torch_fidelity
 from conftest import run_script, succeed
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 import datasets
 from flow.evaluation import metrics, plots, reference, runner, table
 from flow.evaluation.classifiers import weights_file
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
+from flow.evaluation.features import INCEPTION, BlockMoments, Extractor, FeatureSet, merge, merge_blocks
+from flow.evaluation.frechet import frechet_distance
 from flow.noise import generator
 from flow.runtime import distributed
 from flow.sampling.conditions import conditions_by_frequency, labels_by_frequency
@@ -88,10 +87,10 @@ def test_frechet_distance_of_gaussians():
     """Also for singular covariances, and for more features than images."""
     mu = np.array([1.0, 2.0, 0.0])
     a, b = np.diag([4.0, 1.0, 0.0]), np.diag([1.0, 1.0, 9.0])
-    assert metrics.frechet_distance(mu, a, mu * 0, b) == pytest.approx(5 + 1 + 9)
+    assert frechet_distance(mu, a, mu * 0, b) == pytest.approx(5 + 1 + 9)
     few = np.random.default_rng(0).normal(size=(20, 200))
     sigma = np.cov(few, rowvar=False)
-    assert abs(metrics.frechet_distance(few.mean(0), sigma, few.mean(0), sigma)) < 1e-6
+    assert abs(frechet_distance(few.mean(0), sigma, few.mean(0), sigma)) < 1e-6
 
 
 def test_distance_grows_with_noise_and_accuracy_falls(extractor, real):
@@ -118,11 +117,34 @@ def test_merging_processes_changes_nothing(extractor):
     assert np.allclose(whole.sigma, np.cov(whole.matrix("64").double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
 
 
+def test_moments_of_blocks_equal_the_features(extractor):
+    """Also of two processes, and the standard error is about that of the features."""
+    images = noisy_digits(1797)
+    whole, parts = feature_set(images, extractor), [BlockMoments(), BlockMoments()]
+    for number, first in enumerate(range(0, 1797, 100)):
+        batch = images[first : first + 100]
+        parts[number % 2].add(extractor.layer, range(first, first + len(batch)), extractor(batch))
+    for part in parts:
+        part.flush()
+    merged = merge_blocks(parts)
+    assert merged.n == 1797
+    assert np.allclose(merged.mu, whole.mu, rtol=1e-8) and np.allclose(merged.sigma, whole.sigma, rtol=1e-8, atol=1e-8)
+    real = reference.from_features("digits", "x", feature_set(noisy_digits(1797, 0), extractor), extractor.layer)
+    blocks, rows = (Comparison(extractor, samples, real) for samples in (merged, whole))
+    a, b = (metrics.evaluate(c, ["fid"])["FD-digits"] for c in (blocks, rows))
+    assert a == pytest.approx(b, rel=1e-8)
+    assert blocks.standard_errors["FD-digits"] == pytest.approx(rows.standard_errors["FD-digits"], rel=0.4)
+    merged.bad = [117]
+    with pytest.raises(ValueError, match=r"of 1 of 1797 images of the samples are not finite .* the first is image 117"):
+        metrics.evaluate(blocks, ["fid"])
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, tiny_run):
     out = tmp_path_factory.mktemp("evaluation")
     command = ["evaluate.py", "--weights", tiny_run, "--feature_extractor", "digits", "--n_samples", "60", "--bspp", "16"]
-    command += ["--methods", "euler", "heun", "--sampling_steps", "1", "3", "--repeats", "2", f"data.root={out / 'data'}"]
+    command += ["--metrics", "fid", "accuracy", "prc", "density_coverage", "memorization", "--methods", "euler", "heun"]
+    command += ["--sampling_steps", "1", "3", "--repeats", "2", f"data.root={out / 'data'}"]
     printed = succeed(*command, "--out", out / "one").stdout
     assert "60 images (samples) are too few for a Frechet distance of 64 features" in printed
     return command, out
@@ -137,12 +159,15 @@ def test_two_processes_find_the_same_numbers(evaluated):
     for a, b in zip(one, two, strict=True):
         assert a.get("NFE") == b.get("NFE")
         assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-6)
+        assert b["standard_errors"] == pytest.approx(a["standard_errors"], rel=1e-6)
+        assert set(a["metrics"]) - set(a["standard_errors"]) == {"FD-digits"}  # of fewer images than features
 
 
 def test_table_files_and_finished_rows(evaluated, here):
     command, out = evaluated
     folder = out / "one"
-    assert {p.name for p in folder.iterdir()} == {"results.jsonl", "results.csv", "results.md", "nfe.png"}
+    names = {"results.jsonl", "results.csv", "results.md", "nfe.png", "memorization.png"}
+    assert {p.name for p in folder.iterdir()} == names
     control, *rows = table.read_rows(folder)
     assert table.is_control(control) and control["n"] == 60
     assert [(r["method"], r["steps"], r["NFE"]) for r in rows[::2]] == [
@@ -270,6 +295,31 @@ def test_classifiers_know_their_classes(request, name, least):
     assert weights_file(name).stat().st_size < 1e6
 
 
+def test_distances_of_classes(extractor, real, tmp_path):
+    """Each against the images of its class; a class with too few images has none, and the table says why."""
+    data = datasets.build("digits", None, {})
+    labels = data.labels.numpy()
+    real = replace(real, labels=labels, class_names=data.class_names)
+    kept = np.sort(np.concatenate([np.flatnonzero(labels != 7), np.flatnonzero(labels == 7)[:60]]))
+    samples = feature_set(noisy_digits(1797), extractor).select("64", kept)
+    c = Comparison(extractor, samples, real, labels[kept])
+    found = metrics.evaluate(c, ["fid", "per_class"])
+    assert set(found) == set(c.standard_errors) == {"FD-digits", *(f"FD-digits[{k}]" for k in range(10) if k != 7)}
+    threes = [features.matrix("64").double().numpy()[chosen == 3] for features, chosen in (
+        (samples, labels[kept]), (real.feature_set, labels))]  # fmt: skip
+    moments = [f(x) for x in threes for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))]
+    assert found["FD-digits[3]"] == pytest.approx(frechet_distance(*moments))
+    row = {"weights": "w", "n": len(kept), "identity": {}, "seconds": 1.0, "asked": ["fid"], "NFE": 1, "forwards": 1}
+    rows = [
+        {**row, "first": i, "identity": {"i": i}, "metrics": {**found, **more}}
+        for i, more in enumerate(({}, {"FD-digits[7]": 1.0}))
+    ]
+    printed = table.write(tmp_path, rows)
+    text = (tmp_path / "per_class.md").read_text()
+    assert text.strip() in printed and table.CLASS_NOTE in text and "FD-digits[3]" in text
+    assert "[3]" not in (tmp_path / "results.md").read_text() and "FD-digits[3]" in (tmp_path / "results.csv").read_text()
+
+
 def test_only_inception_2048_is_called_fid():
     names = {}
     for name, layer in ((INCEPTION, "2048"), (INCEPTION, "768"), ("mnist", "64")):
@@ -379,7 +429,7 @@ def test_a_perfect_model_of_an_unbalanced_set_is_near(extractor):
         used = [iter(images) for images in held_out]
         samples = torch.stack([next(used[label]) for label in labels])
         stats = [feature_set(images, extractor) for images in (samples, real)]
-        return metrics.frechet_distance(stats[0].mu, stats[0].sigma, stats[1].mu, stats[1].sigma)
+        return frechet_distance(stats[0].mu, stats[0].sigma, stats[1].mu, stats[1].sigma)
 
     assert 4 * distance(labels_by_frequency(counts, 90)) < distance([k % 2 for k in range(90)])
 
@@ -402,38 +452,6 @@ def test_balanced_folder_is_warned_about(here, tmp_path, tiny_run):
 
 
 # ---- metrics in blocks, and what is no number
-
-
-@pytest.mark.parametrize(("n", "m"), [(130, 200), (64, 65), (4, 300)])
-def test_precision_and_recall_equal_torch_fidelity(n, m, monkeypatch):
-    """Precision and recall in blocks equal torch-fidelity's."""
-    monkeypatch.setattr(metrics, "BLOCK", 64)
-    generator = torch.Generator().manual_seed(0)
-    samples, real = (torch.randn(k, 5, generator=generator) + 20 for k in (n, m))
-    theirs = prc_features_to_metric(
-        samples.double(), real.double(), prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
-    )
-    calls = []
-    ours = metrics.precision_recall(samples, real, advance=lambda: calls.append(1))
-    assert ours == pytest.approx((theirs["precision"], theirs["recall"]))
-    assert len(calls) == metrics.num_blocks(n, m)
-
-
-def test_no_tensor_holds_the_distances_of_all_pairs(monkeypatch):
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            for value in result if isinstance(result, tuple | list) else [result]:
-                self.size = max(self.size, value.numel() if isinstance(value, torch.Tensor) else 0)
-            return result
-
-    monkeypatch.setattr(metrics, "BLOCK", 32)
-    samples, real = torch.randn(300, 8), torch.randn(400, 8)
-    with Largest() as largest:
-        metrics.precision_recall(samples, real)
-    assert largest.size <= 400 * 8  # the features themselves
 
 
 def inception(n: int) -> tuple[Extractor, FeatureSet]:
@@ -572,7 +590,7 @@ def test_real_row_without_splits(evaluated, extractor):
     order = generator("control").permutation(len(data))
     chosen = runner.choose_by_frequency(order[:898].tolist(), data.labels, data.labels[order[898:]], 60)
     a, b = (feature_set(data.images[part], extractor) for part in (chosen, order[898:]))
-    expected = metrics.frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
+    expected = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
     assert control["metrics"]["FD-digits"] == pytest.approx(expected, rel=1e-6)
     assert control["metrics"]["accuracy"] > 0.95
 

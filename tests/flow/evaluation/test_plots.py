@@ -67,6 +67,32 @@ def test_guidance_is_plotted_by_network_calls(figures, tmp_path):
         assert 20 in ticks(axes, "x") and 20 in axes.lines[-1].get_xdata()
 
 
+def test_intervals_and_the_floor_are_drawn(figures, tmp_path):
+    """Bars of the rows, a band of the real images; distances of classes are no lines."""
+    rows = [entry(nfe, 4 / nfe) for nfe in (1, 2)]
+    for row in rows:
+        row["metrics"] = {"FD-x[3]": table.Statistic(9.0, math.nan), "FID": row["metrics"]["FID"]._replace(interval=0.5)}
+    floor = {**entry(1, 0.5), "weights": "real (test split)", "method": None, "NFE": None, "n": 9}
+    floor["metrics"] = {"FID": table.Statistic(0.5, math.nan, 0.2)}
+    plots.distance_against_nfe(tmp_path / "nfe.png", [*rows, floor])
+    (axes,) = figures[0].axes
+    assert axes.get_ylabel().startswith("FID")
+    (container,) = axes.containers
+    low, high = container.lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((3.5, 4.5))
+    (band,) = axes.patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == pytest.approx((0.3, 0.7))
+
+
+def test_closest_images_are_pairs(figures, tmp_path):
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
+    plots.closest_images(tmp_path / "a.png", images, images + 100, [0.5 + 0.1 * k for k in range(10)], "row")
+    shown = [(ax.get_title(), int(ax.images[0].get_array().flat[0])) for ax in figures[0].axes if ax.images]
+    titles = [title for title, _ in shown if title]
+    assert len(shown) == 20 and sorted(titles) == sorted(f"{0.5 + 0.1 * k:.2f}" for k in range(10))
+    assert shown[0] == ("0.50", 0) and ("", 100) in shown
+
+
 @pytest.mark.parametrize("values", [(0.0, 3.0), (-0.1, 2.0), (math.nan, 1.0), (1e-12, 1e3), (3.0, 3.0)])
 def test_odd_distances_are_drawn(figures, tmp_path, values):
     plots.distance_against_nfe(tmp_path / "a.png", [entry(i + 1, v) for i, v in enumerate(values)])

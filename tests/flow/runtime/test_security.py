@@ -134,6 +134,19 @@ def test_pickle_as_inception_weights(pwned, tmp_path, monkeypatch):
         features.Extractor(features.INCEPTION, None, None, torch.device("cpu"))
 
 
+def test_code_from_the_network_is_refused(error, monkeypatch, tmp_path, tiny_run):
+    """The dinov2 extractors, whose code torch.hub downloads: only where the user allows it, with their own weights."""
+    calls = []
+    monkeypatch.setattr(torch.hub, "load", lambda *args, **kwargs: calls.append(args) or torch.nn.Flatten())
+    command = ["evaluate", "--weights", tiny_run, "--n_samples", 4, "--out", tmp_path / "out", "--feature_extractor"]
+    line = error(*command, "dinov2-vit-s-14")
+    assert "--feature_extractor dinov2-vit-s-14" in line and "--allow_remote_code" in line and not calls
+    (tmp_path / "x.pth").touch()
+    assert "takes none" in error(*command, "dinov2-vit-s-14", "--allow_remote_code", "--feature_weights", tmp_path / "x.pth")
+    features.Extractor("dinov2-vit-s-14", None, None, torch.device("cpu"), allow_remote_code=True)
+    assert calls == [("facebookresearch/dinov2", "dinov2_vits14")]
+
+
 def test_pickle_as_statistics_or_features(pwned, tmp_path):
     """A pickle in place of statistics and cached features."""
     extractor = features.Extractor("digits", None, None, torch.device("cpu"))

@@ -1,0 +1,83 @@
+"""The real images that samples are compared with, and their features."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+import datasets
+from configs.schema import Config
+from datasets import DataSet
+from flow.evaluation import feature_cache, reference
+from flow.evaluation.features import Extractor, FeatureSet
+from flow.evaluation.metrics_2d import PointSpace
+from flow.runtime import distributed
+from flow.runtime.errors import error_context
+
+
+@dataclass
+class RealImages:
+    """The real images of a reference."""
+
+    name: str  # in tables
+    build: dict  # arguments of datasets.build
+    data: DataSet
+    root: Path  # of the cache
+
+
+def load_real_images(
+    choice: str | None, accelerator: Accelerator, image_shape: tuple[int, ...], config: Config, flag: str = "--reference"
+) -> RealImages | None:
+    """Those that samples of this shape are compared with; None for an npz file, which holds statistics alone.
+
+    Args:
+        choice: the value of --reference; None: the training set of the configuration.
+        flag: what an error names.
+    """
+    root = Path(config.data.root) if config.data.root else datasets.default_root()
+    if choice and choice.endswith(".npz"):
+        return None
+    with error_context(flag):
+        if choice is None:
+            build = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
+            root = Path(build["root"]) if build["root"] else root
+        elif split := datasets.named_split(choice):
+            build = {"name": split[0], "root": root, "args": split[1]}
+        else:
+            folder = {"path": choice, "size": image_shape[-1], "channels": image_shape[0]}
+            build = {"name": "folder", "root": root, "args": folder}
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(**build))
+        name = choice or (f"toys {build['args']['name']}" if build["name"] == "toys" else build["name"])
+        if data.image_shape[1:] != image_shape[1:]:
+            raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
+    return RealImages(name, build, data, root)
+
+
+def load_features(
+    accelerator: Accelerator, extractor: Extractor | PointSpace, batch_size: int, data: DataSet, source: RealImages, what: str,
+    layers: Sequence[str], order: Sequence[int] | None = None,
+) -> tuple[str, FeatureSet | None]:  # fmt: skip
+    """The identity of these features, and on the main process they themselves, from the cache where they are there."""
+    fingerprint = data.fingerprint() + (
+        "" if order is None else f" {hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:16]}"
+    )
+    identity = reference.identity_of(fingerprint, extractor)
+    path = source.root / "features" / f"{source.build['name']}-{extractor.name}-{extractor.layer}-{identity}.npz"
+    return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, layers, order)
+
+
+def build_if_present(accelerator: Accelerator, source: dict, purpose: str) -> DataSet | None:
+    """datasets.build of `source`; None on every process where one lacks its files, with a warning: "no `purpose`"."""
+
+    def load() -> DataSet | None:
+        try:
+            return datasets.build(**source)
+        except FileNotFoundError as error:
+            accelerator.print(f"warning: no {purpose}: {error}")
+            return None
+
+    data = distributed.main_process_first(accelerator, load)
+    return None if distributed.any_process(accelerator, data is None) else data

@@ -1,0 +1,100 @@
+"""Copies of training images are found, new images of the same kind are not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import succeed
+from PIL import Image
+
+import datasets
+from flow.evaluation import memorization, metrics, table
+from flow.evaluation.comparison import Comparison
+from flow.evaluation.features import Extractor, FeatureSet
+from flow.evaluation.reference import from_features
+
+
+def draws(n: int, seed: int) -> torch.Tensor:
+    return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def share(samples: torch.Tensor, training: memorization.TrainingSet) -> tuple[float, Comparison]:
+    extractor = Extractor.__new__(Extractor)
+    extractor.name, extractor.layer, extractor.isc_layer, extractor.classifies = "some", "x", None, False
+    features = FeatureSet()
+    features.add("x", range(len(samples)), {"x": samples})
+    c = Comparison(extractor, features, from_features("real", "", features, "x"), training=training)
+    return metrics.evaluate(c, ["memorization"])["memorization"], c
+
+
+@pytest.mark.parametrize("has_held_out", [True, False])
+def test_copies_are_told_from_new_images(has_held_out):
+    """Also where the threshold comes from the training images alone."""
+    images, data = draws(3000, 0), datasets.build("digits", None, {})
+    training = memorization.training_set(data, images, draws(2000, 1) if has_held_out else None)
+    new, _ = share(draws(4000, 2), training)
+    copied, c = share(images[:500] + 0.01 * draws(500, 3), training)
+    assert new == pytest.approx(0.01, abs=0.008) and copied == 1
+    assert c.closest.ratios == sorted(c.closest.ratios) and c.closest.ratios[-1] < 0.2
+    assert c.closest.training == c.closest.samples and len(c.closest.samples) == memorization.PAIRS
+    mixed, c = share(torch.cat([draws(900, 4), images[:100]]), training)
+    assert 0.1 <= mixed <= 0.13 and min(c.closest.samples) >= 900
+    assert 0.009 < c.standard_errors["memorization"] < 0.011
+
+
+def test_command(here, tmp_path, tiny_run):
+    """Rows of a network and of real images, and a figure; digits have no held-out images."""
+    out = tmp_path / "out"
+    printed = here(
+        "evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 300,
+        "--metrics", "memorization", f"data.root={tmp_path}", "--out", out,
+    )  # fmt: skip
+    assert "digits has no held-out images" in printed
+    control, row = table.read_rows(out)
+    assert control["metrics"]["memorization"] < 0.05 and row["metrics"]["memorization"] < 0.05
+    assert "| 0.0" in (out / "results.md").read_text()
+    with Image.open(out / "memorization.png") as figure:
+        assert np.asarray(figure.convert("L")).std() > 10
+
+
+def test_a_folder_of_training_images_is_copied(here, tmp_path):
+    """With -c, which names the training set; without it the column stays empty."""
+    for k, image in enumerate(datasets.build("digits", None, {}).images[:70]):
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(tmp_path / "samples" / f"{k:03d}.png")
+    command = ["evaluate", "--samples", tmp_path / "samples", "--reference", "digits", "--feature_extractor", "digits"]
+    command += ["--metrics", "fid", "memorization", "--no_control", f"data.root={tmp_path}", "--out"]
+    assert "note: no memorization" in here(*command, tmp_path / "a")
+    here(*command, tmp_path / "b", "-c", "configs/digits.yaml")
+    a, b = (json.loads((tmp_path / name / "results.jsonl").read_text())["metrics"] for name in "ab")
+    assert "memorization" not in a and b["memorization"] == 1
+    assert (tmp_path / "b/memorization.png").exists() and not (tmp_path / "a/memorization.png").exists()
+
+
+def test_missing_training_set_is_named(error, tmp_path, tiny_run):
+    command = ["--weights", tiny_run, "--n_samples", 4, "--feature_extractor", "digits", "--metrics", "memorization"]
+    line = error(
+        "evaluate", *command, "--reference", "digits", "--out", tmp_path / "out", "data.name=folder",
+        f"data.args={{path: {tmp_path / 'none'}}}",
+    )  # fmt: skip
+    assert "--metrics memorization: " in line and "no such folder" in line
+
+
+@pytest.mark.slow
+def test_all_metrics_on_two_processes(tmp_path, tiny_run):
+    """The same values and standard errors as on one; of a set so large that only moments are stored, too."""
+    command = ["evaluate.py", "--weights", tiny_run, "--feature_extractor", "digits", "--bspp", 128, "--sampling_steps", 1]
+    command += [f"data.root={tmp_path / 'data'}", "--out"]
+    several, moments = ["--n_samples", 800, "--metrics", *metrics.METRICS], ["--n_samples", 8500, "--metrics", "fid"]
+    for processes in (1, 2):
+        for more in (several, moments):
+            succeed(*command, tmp_path / str(processes), *more, processes=processes)
+    one, two = (table.read_rows(tmp_path / name) for name in "12")
+    for a, b in zip(one, two, strict=True):
+        assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-6)
+        assert b["standard_errors"] == pytest.approx(a["standard_errors"], rel=1e-5)
+        assert set(a["standard_errors"]) == set(a["metrics"])
+    row = one[1]["metrics"]
+    assert {"FD-digits", "FD-digits_inf", "KD-digits", "coverage", "density", "memorization", "FD-digits[3]"} <= set(row)
+    assert (tmp_path / "2/memorization.png").exists() and "FD-digits[3]" in (tmp_path / "2/per_class.md").read_text()
