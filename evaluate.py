@@ -2,7 +2,8 @@
 
 One row for each method, number of steps, guidance scale and range of images. Images go from the network straight into
 the feature extractor, on every process. `--samples DIR` scores a folder of images instead. `--out` gets results.jsonl,
-results.csv, results.md and nfe.png; existing rows are not computed again.
+results.csv, results.md and nfe.png; existing rows are not computed again. `--snapshots` has rows for several snapshots of a
+run, and a figure over its training, snapshots.png.
 
 The classes of the images are as frequent as in the reference. A row `real (...)` shows the floor: as many real images that are
 not in the reference, from the other split of the data set; where it has none, one random half against the other half.
@@ -27,6 +28,7 @@ from flow.solvers import SOLVERS
 EXAMPLES = """\
   accelerate-launch evaluate.py --weights runs/mnist --feature_extractor mnist --methods euler heun --sampling_steps 5 10 50
   accelerate-launch evaluate.py --weights runs/cifar10 --methods heun --sampling_steps 18 --n_samples 50000 --repeats 3
+  accelerate-launch evaluate.py --weights runs/mnist --snapshots all --methods heun --sampling_steps 18 --n_samples 10000
   accelerate-launch evaluate.py --samples samples/mnist --reference mnist --feature_extractor mnist"""
 
 
@@ -34,6 +36,9 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_config_flag(parser)
     cli.add_weights_flag(parser, required=False)
+    parser.add_argument(
+        "--snapshots", nargs="+", metavar="all|STEP", help="rows for these snapshots of the run that --weights names"
+    )
     parser.add_argument("--samples", type=Path, metavar="DIR", help="score this folder of images, no weights needed")
     cli.add_methods_flag(parser, SOLVERS, ["euler"])
     cli.add_step_flags(parser, [100], several=True)
@@ -70,6 +75,9 @@ def main() -> None:
         raise UserError("give either --weights PATH or --samples DIR")
     if args.samples and not args.reference:
         raise UserError("--samples: a --reference is needed: a folder, an npz file or the name of a data set")
+    if args.snapshots and (args.samples or args.time_grid == "optimized"):
+        other = "--samples" if args.samples else "--time_grid optimized, whose times are fitted to one snapshot"
+        raise UserError(f"--snapshots: does not go with {other}")
     accelerator = distributed.build_accelerator(args.mixed_precision)
     if args.samples:
         evaluate_folder(args, accelerator)
@@ -78,8 +86,10 @@ def main() -> None:
 
 
 def evaluate_weights(args, accelerator: Accelerator) -> None:
-    """A row for each method x steps x guidance scale x range of images."""
-    snap = snapshot.load(args.weights, args.config, args.overrides)
+    """A row for each snapshot x method x steps x guidance scale x range of images."""
+    path = Path(args.weights)
+    run, paths = snapshot.of_run(path, args.snapshots) if args.snapshots else (path, [path])
+    snap = snapshot.load(paths[-1], args.config, args.overrides)
     model = snap.model()
     net = model.net
     if args.reference is None or net.max_prompt_bytes:
@@ -100,17 +110,25 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
                 plan.append(sampler)
     for note in dict.fromkeys(filter(None, (guidance_note(sampler, model) for sampler in plan))):
         accelerator.print(f"note: {note}")
-    path = Path(args.weights)
-    out = args.out or (path if path.is_dir() else path.parent) / "evaluation"
-    subject = {
-        "weights": f"{path.name if path.is_dir() else path.stem}@{snap.step}",
-        "captions": (args.captions or "plain") if net.max_prompt_bytes else None,
-    }
+    out = args.out or (run if run.is_dir() else run.parent) / "evaluation"
+    name = run.name if run.is_dir() else run.stem
+    if run != path and path.is_file():
+        name += f".ema_{snap.half_life_images}"
+    captions = (args.captions or "plain") if net.max_prompt_bytes else None
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
     with lock.folder(out, accelerator):
-        runner.evaluate_snapshot(
-            settings, accelerator, out, snap, model, plan, subject, captions_of, accelerator.mixed_precision, not labels
+        evaluator = runner.SnapshotEvaluator.build(
+            settings, accelerator, out, snap.config, snap.space, net, plan, captions_of, not labels
         )
+        runner.add_control(evaluator.evaluation)
+        for file in paths:
+            if len(paths) > 1:
+                snap = snapshot.load(file, args.config, args.overrides)
+                snap.load_into(net)
+            subject = {"weights": f"{name}@{snap.step}", "images": snap.images, "captions": captions}
+            evaluator.evaluate(model, snap.image_shape, files.sha256(snap.path), subject)
+        accelerator.print(evaluator.evaluation.write_report())
+        accelerator.wait_for_everyone()
     row = plan[-1]
     flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
     flags += cli.condition_flags(row.guidance_scale, (row.prompts or ())[:8])

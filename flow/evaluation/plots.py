@@ -1,7 +1,7 @@
 """Figures of tables, losses and samples side by side."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from flow.evaluation.table import is_control
+from flow.evaluation.table import is_control, run_of
 
 matplotlib.use("Agg")
 
@@ -33,8 +33,7 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     (weights, method, guidance scale), and a dashed one for real images. Writes nothing where fewer than two entries have a
     distance.
     """
-    names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2"))]
-    points = [e for e in entries if e["NFE"] and names and names[0] in e["metrics"]]
+    points, name = _with_distance(entries, "NFE")
     if len(points) < 2:
         return
     lines: dict[str, list[dict]] = {}
@@ -48,19 +47,43 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
         lines.setdefault(label, []).append(e)
     figure, axes = _figure(len(lines))
     cost, title = _cost_axis(points)
-    for i, (label, line) in enumerate(lines.items()):
-        line.sort(key=lambda e: e[cost])
-        values = [e["metrics"][names[0]] for e in line]
-        bars = [next((bar for bar in (value.interval, value.std) if bar > 0), 0) for value in values]
-        x, means = [e[cost] for e in line], [value.mean for value in values]
-        axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=label, **_look(i))
-    for i, e in enumerate(e for e in entries if is_control(e) and names[0] in e["metrics"]):
-        floor = e["metrics"][names[0]].mean
-        if floor > 0:  # the axis is logarithmic
-            axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
+    _distance_lines(axes, lines, cost, name)
+    _real_images(axes, entries, name)
     _cost_scale(axes, title, [e[cost] for e in points])
     _value_scale(axes)
-    axes.set_ylabel(f"{names[0]}, lower is better")
+    axes.set_ylabel(f"{name}, lower is better")
+    _legend(figure, axes)
+    figure.savefig(path)
+
+
+def distance_against_images(path: Path, entries: list[dict]) -> None:
+    """The first distance of the table against the training images that the snapshots of a run have seen; `path` is a PNG.
+
+    There is a line for each (run, method, steps, guidance scale) with at least two snapshots, with the intervals of its
+    values, and a dashed one for real images. Writes nothing where there is no such line.
+    """
+    points, name = _with_distance(entries, "images")
+    lines: dict[str, list[dict]] = {}
+    several = {key: len({e[key] for e in points}) > 1 for key in ("captions", "guidance_scale", "n")}
+    runs = {run_of(e) for e in points}
+    for e in points:
+        label = e["method"] if e["steps"] is None else f"{e['method']}, {e['steps']} step{'s' * (e['steps'] > 1)}"
+        if several["guidance_scale"] and e["guidance_scale"] is not None:
+            label += f", guidance {e['guidance_scale']:g}"
+        label += f", {e['captions']} captions" if several["captions"] else ""
+        label += f", n = {e['n']}" if several["n"] else ""
+        label = f"{run_of(e)}: {label}" if len(runs) > 1 else label
+        lines.setdefault(label, []).append(e)
+    lines = {label: line for label, line in lines.items() if len({e["images"] for e in line}) > 1}
+    if not lines:
+        return
+    figure, axes = _figure(len(lines))
+    _distance_lines(axes, lines, "images", name)
+    _real_images(axes, entries, name)
+    _value_scale(axes)
+    axes.set_xlim(left=0)
+    _count_scale(axes, "training images")
+    axes.set_ylabel(f"{name}, lower is better")
     _legend(figure, axes)
     figure.savefig(path)
 
@@ -104,6 +127,37 @@ def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> Non
     axes.set_ylabel(label)
     _legend(figure, axes)
     figure.savefig(path)
+
+
+def _with_distance(entries: list[dict], axis: str) -> tuple[list[dict], str]:
+    """The entries with a number on this axis and the first distance of the table, and its name."""
+    names = [name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2"))]
+    return [e for e in entries if e[axis] and names and names[0] in e["metrics"]], names[0] if names else ""
+
+
+def _distance_lines(axes: Axes, lines: dict[str, list[dict]], axis: str, name: str) -> None:
+    """A line with bars for each label: 95 % intervals, else standard deviations over ranges."""
+    for i, (label, line) in enumerate(lines.items()):
+        line.sort(key=lambda e: e[axis])
+        values = [e["metrics"][name] for e in line]
+        bars = [next((bar for bar in (value.interval, value.std) if bar > 0), 0) for value in values]
+        x, means = [e[axis] for e in line], [value.mean for value in values]
+        axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=label, **_look(i))
+
+
+def _real_images(axes: Axes, entries: list[dict], name: str) -> None:
+    """A dashed line for each row of real images."""
+    for i, e in enumerate(e for e in entries if is_control(e) and name in e["metrics"]):
+        floor = e["metrics"][name].mean
+        if floor > 0:  # the axis is logarithmic
+            axes.axhline(floor, color="0.4", linestyle=("--", ":")[i % 2], linewidth=1, label=f"{e['weights']}, n = {e['n']}")
+
+
+def _count_scale(axes: Axes, title: str) -> None:
+    """A linear horizontal axis of steps or images."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel(title)
 
 
 def _figure(lines: int) -> tuple[Figure, Axes]:
@@ -177,25 +231,29 @@ def _value_scale(axes: Axes) -> None:
 
 
 def loss_curves(
-    path: Path, losses: dict[str, dict[str, tuple[list[float], list[float]]]], against: str, smooth: int = 1
+    path: Path,
+    losses: dict[str, dict[str, tuple[list[float], list[float]]]],
+    against: str,
+    smooth: int = 1,
+    validation: Collection[str] = (),
 ) -> None:
     """Curves {loss: {label: (steps or images, values)}} as a PNG, each value the mean of the last `smooth` ones.
 
-    There is a panel for each loss, as different losses have different units.
+    There is a panel for each loss, as different losses have different units. The labels in `validation` are dashed and not
+    smoothed.
     """
     figure = Figure(figsize=(7, 1 + 3.5 * len(losses)), dpi=150, layout="constrained")
     panels = figure.subplots(len(losses), squeeze=False)[:, 0]
     i = 0
     for axes, (loss, curves) in zip(panels, losses.items(), strict=True):
         for label, (x, values) in curves.items():
-            means = [sum(window := values[max(0, k + 1 - smooth) : k + 1]) / len(window) for k in range(len(values))]
+            width, dashes = (1, "--") if label in validation else (smooth, "-")
+            means = [sum(window := values[max(0, k + 1 - width) : k + 1]) / len(window) for k in range(len(values))]
             color, marker = COLORS[i % len(COLORS)], "o" if len(x) == 1 else None
-            axes.plot(x, means, label=label, color=color, linewidth=1.2, marker=marker)
+            axes.plot(x, means, dashes, label=label, color=color, linewidth=1.2, marker=marker)
             i += 1
         _value_scale(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_xlabel("optimizer steps" if against == "step" else "training images")
+        _count_scale(axes, "optimizer steps" if against == "step" else "training images")
         axes.set_ylabel(loss)
         axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,6 @@ from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_by_frequency, labels_by_frequency, labels_for
 from flow.sampling.generate import NFECounter, build_velocity, generate, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings
-from flow.sampling.snapshot import Snapshot
 from flow.sampling.space import Space
 from flow.solvers import HAS_TOLERANCES
 from flow.solvers.torchdiffeq import ADAPTIVE
@@ -131,16 +130,23 @@ class Evaluation:
                 )
         return cls(settings, accelerator, out, extractor, real, source)
 
-    def evaluate_row(self, subject: dict, identity: dict, compute: Callable[[], dict | None]) -> None:
-        """Append the row of `subject` to the results, unless it is there with all requested metrics."""
+    def evaluate_row(self, subject: dict, identity: dict, compute: Callable[[], dict | None]) -> tuple[dict, bool] | None:
+        """Append the row of `subject` to the results, unless it is there with all requested metrics.
+
+        Returns it and whether it is new, on the main process; None on the others, and where nothing could be computed.
+        """
         extractor = [self.extractor.name, self.extractor.layer, self.extractor.weights_hash]
         identity = {**identity, "extractor": extractor, "reference": self.reference.identity}
         row = {**subject, "reference": self.reference.name, "identity": identity, "asked": list(self.settings.metrics)}
         main = self.accelerator.is_main_process
         if not distributed.any_process(self.accelerator, main and table.contains(self.out, row)):
             result = compute()
-            if result is not None:
-                table.append_row(self.out, {**row, **result})
+            if result is None:
+                return None
+            table.append_row(self.out, {**row, **result})
+            return {**row, **result}, True
+        existing = table.find(self.out, row) if main else None
+        return (existing, False) if existing else None
 
     def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> dict | None:
         """Metrics of a stream of images and the seconds it took, on the main process; None on the others."""
@@ -164,84 +170,103 @@ class Evaluation:
                 values = metrics.evaluate(comparison, self.settings.metrics)
                 return {"metrics": values, "standard_errors": comparison.standard_errors}
 
-    def write_report(self) -> None:
-        """Write and print the table, draw the plot."""
+    def write_report(self) -> str:
+        """Write the table and draw the plots; returns the table, on the main process."""
+        text = ""
         if self.accelerator.is_main_process:
             rows = table.read_rows(self.out)
-            print(table.write(self.out, rows))
-            plots.distance_against_nfe(self.out / "nfe.png", table.aggregate(rows))
-        self.accelerator.wait_for_everyone()
+            text, entries = table.write(self.out, rows), table.aggregate(rows)
+            plots.distance_against_nfe(self.out / "nfe.png", table.without_earlier_snapshots(entries))
+            plots.distance_against_images(self.out / "snapshots.png", entries)
+        return text
 
 
-def evaluate_snapshot(
-    settings: EvaluationSettings, accelerator: Accelerator, out: Path, snap: Snapshot, model: FlowModel,
-    plan: list[SamplerSettings], subject: dict, captions_of: list[list[str]] | None, mixed_precision: str,
-    by_frequency: bool,
-) -> None:  # fmt: skip
-    """A row for each of the sampler settings and each range of images, then the report.
+@dataclass
+class SnapshotEvaluator:
+    """Rows of snapshots by the same samplers; what they have in common is loaded once."""
 
-    Args:
-        subject: "weights" and "captions" of the rows.
+    evaluation: Evaluation
+    plan: list[SamplerSettings]
+    identity: dict[str, Any]  # of every row
+
+    @classmethod
+    def build(
+        cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, config: Config, space: Space, net: Network,
+        plan: list[SamplerSettings], captions_of: list[list[str]] | None, by_frequency: bool,
+    ) -> "SnapshotEvaluator":  # fmt: skip
+        """plan: a row for each, and each range of images.
+
         by_frequency: replace the labels of the plan by the frequency of the classes in the reference.
-    """
-    net = model.net
-    real_images = load_real_images(settings.reference, accelerator, snap.decoded_shape, snap.config)
-    identity: dict[str, Any] = {
-        "weights_sha256": files.sha256(snap.path),
-        "seed": plan[0].seed,
-        "labels": plan[0].labels,
-        "prompts": plan[0].prompts,
-        "mixed_precision": mixed_precision,
-    }
-    num_classes = len(captions_of) if captions_of else net.num_classes
-    if num_classes and by_frequency:
-        counts = class_counts(accelerator, snap.config, real_images, num_classes)
-        plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
-        identity |= names
-    ev = Evaluation.build(settings, accelerator, out, snap.decoded_shape, real_images)
-    add_control(ev)
-    log_density = log_density_of(accelerator, model, real_images)
-    if log_density:
-        identity["held_out_points"] = HELD_OUT_POINTS
+        """
+        real_images = load_real_images(settings.reference, accelerator, space.decoded_shape, config)
+        identity: dict[str, Any] = {
+            "seed": plan[0].seed,
+            "labels": plan[0].labels,
+            "prompts": plan[0].prompts,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+        num_classes = len(captions_of) if captions_of else net.num_classes
+        if num_classes and by_frequency:
+            counts = class_counts(accelerator, config, real_images, num_classes)
+            plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
+            identity |= names
+        return cls(Evaluation.build(settings, accelerator, out, space.decoded_shape, real_images), plan, identity)
 
-    def compute(sampler: SamplerSettings, indices: range, number: int) -> dict | None:
-        counter = NFECounter()
-        batches = shard(accelerator, indices, settings.batch_size)
-        local = sum(map(len, batches))
-        total, name = len(plan) * settings.repeats, "images of this process"
-        bar = distributed.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
-        bar.leave = False  # the next bar takes its place
+    def evaluate(
+        self, model: FlowModel, image_shape: tuple[int, ...], weights_sha256: str, subject: dict
+    ) -> list[tuple[dict, bool]]:
+        """The rows of one network, and whether they are new; on the main process, empty on the others.
 
-        def stream() -> Iterator[tuple[range, Tensor]]:
-            with bar:
-                for batch in generate(accelerator, model, snap.image_shape, batches, sampler):
-                    counter.add(batch)
-                    yield batch.indices, batch.images
-                    bar.update(len(batch.indices))
+        Args:
+            image_shape: of what the network sees.
+            weights_sha256: of the snapshot that it comes from; the main process needs it.
+            subject: "weights", "images" and "captions" of the rows.
+        """
+        ev, net, plan = self.evaluation, model.net, self.plan
+        settings, accelerator = ev.settings, ev.accelerator
+        identity = {"weights_sha256": weights_sha256, **self.identity}
+        log_density = log_density_of(accelerator, model, ev.real_images)
+        if log_density:
+            identity["held_out_points"] = HELD_OUT_POINTS
 
-        row = ev.measure(stream(), labels_for(indices, sampler, net.num_classes))
-        nfe, forwards = counter.mean(accelerator)
-        if row and log_density:
-            row["metrics"]["held_out_log_p"] = log_density(sampler.guidance_scale)
-        return row and {"NFE": nfe, "forwards": forwards, **row}
+        def compute(sampler: SamplerSettings, indices: range, number: int) -> dict | None:
+            counter = NFECounter()
+            batches = shard(accelerator, indices, settings.batch_size)
+            local = sum(map(len, batches))
+            total, name = len(plan) * settings.repeats, "images of this process"
+            bar = distributed.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
+            bar.leave = False  # the next bar takes its place
 
-    numbers = count()
-    for sampler in plan:
-        for repeat in range(settings.repeats):
-            indices = range(repeat * settings.n_samples, (repeat + 1) * settings.n_samples)
-            row = {
-                **subject,
-                "method": sampler.solver,
-                "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
-                "guidance_scale": sampler.guidance_scale if net.null is not None else None,
-                "n": settings.n_samples,
-                "first": indices.start,
-            }
-            row_identity = {**identity, "times": sampler.times}  # a grid may be optimized again
-            if sampler.method in HAS_TOLERANCES:
-                row_identity["bspp"] = settings.batch_size
-            ev.evaluate_row(row, row_identity, partial(compute, sampler, indices, next(numbers)))
-    ev.write_report()
+            def stream() -> Iterator[tuple[range, Tensor]]:
+                with bar:
+                    for batch in generate(accelerator, model, image_shape, batches, sampler):
+                        counter.add(batch)
+                        yield batch.indices, batch.images
+                        bar.update(len(batch.indices))
+
+            row = ev.measure(stream(), labels_for(indices, sampler, net.num_classes))
+            nfe, forwards = counter.mean(accelerator)
+            if row and log_density:
+                row["metrics"]["held_out_log_p"] = log_density(sampler.guidance_scale)
+            return row and {"NFE": nfe, "forwards": forwards, **row}
+
+        numbers, rows = count(), []
+        for sampler in plan:
+            for repeat in range(settings.repeats):
+                indices = range(repeat * settings.n_samples, (repeat + 1) * settings.n_samples)
+                row = {
+                    **subject,
+                    "method": sampler.solver,
+                    "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
+                    "guidance_scale": sampler.guidance_scale if net.null is not None else None,
+                    "n": settings.n_samples,
+                    "first": indices.start,
+                }
+                row_identity = {**identity, "times": sampler.times}  # a grid may be optimized again
+                if sampler.method in HAS_TOLERANCES:
+                    row_identity["bspp"] = settings.batch_size
+                rows.append(ev.evaluate_row(row, row_identity, partial(compute, sampler, indices, next(numbers))))
+        return [row for row in rows if row is not None]
 
 
 def resolve_conditions(
@@ -321,7 +346,8 @@ def evaluate_folder(
     subject = {"weights": samples.name, "n": len(data), "first": 0}
     images = partial(feature_cache.read, data, accelerator, settings.batch_size, "samples")
     ev.evaluate_row(subject, {"images": data.fingerprint()}, lambda: ev.measure(images(), labels))
-    ev.write_report()
+    accelerator.print(ev.write_report())
+    accelerator.wait_for_everyone()
 
 
 def read_folder(samples: Path) -> tuple[DataSet, dict[str, Any] | None]:
@@ -349,8 +375,9 @@ def load_features(
     return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, layers, order)
 
 
-def add_control(ev: Evaluation) -> None:
+def add_control(ev: Evaluation) -> dict | None:
     """The row of a perfect model: as many real images as there are samples, or as there are, that are not in the reference.
+    It is returned on the main process, where there is one.
 
     They come from the other split of the data set, for toys from another seed; where a set has neither, from a random half
     of the reference that is compared with the other half. Their classes are as frequent as in the reference, as those of
@@ -358,10 +385,10 @@ def add_control(ev: Evaluation) -> None:
     """
     accelerator, source = ev.accelerator, ev.real_images
     if not ev.settings.control:
-        return
+        return None
     if source is None:
         accelerator.print("note: no row of real images: an npz file of statistics holds none")
-        return
+        return None
     other, data = datasets.held_out(source.build), source.data
     if other:
 
@@ -374,7 +401,7 @@ def add_control(ev: Evaluation) -> None:
 
         data = distributed.main_process_first(accelerator, load)
         if distributed.any_process(accelerator, data is None):
-            return
+            return None
     order = generator("control").permutation(len(data))
     pool, rest = (order, None) if other else (order[: len(data) // 2], order[len(data) // 2 :])
     ref_labels = source.data.labels if rest is None or source.data.labels is None else source.data.labels[rest]
@@ -406,7 +433,8 @@ def add_control(ev: Evaluation) -> None:
     kind = other[0] if other else "half against half"
     subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
     subject = {"weights": f"{table.CONTROL} ({kind})", **subject, "n": n, "first": 0}
-    ev.evaluate_row(subject, {"control": kind}, compute)
+    result = ev.evaluate_row(subject, {"control": kind}, compute)
+    return result and result[0]
 
 
 def choose_by_frequency(pool: Sequence[int], labels: Tensor | None, reference_labels: Tensor | None, n: int) -> list[int]:
