@@ -21,7 +21,7 @@ EXAMPLES = """\
   python -m scripts.plot_loss --runs runs/mnist_mini_cond --out loss.png
   python -m scripts.plot_loss --runs runs/mnist_rectify/1-rf runs/mnist_rectify/2-rf --against images --out loss.png"""
 
-VALIDATION = ", held-out data"
+VALIDATION = ", held-out data, averaged weights"
 
 
 def parse_args():
