@@ -2,14 +2,14 @@
 
 One row for each method, number of steps, guidance scale and range of images. Images go from the network straight into
 the feature extractor, on every process. `--samples DIR` scores a folder of images instead. `--out` gets results.jsonl,
-results.csv, results.md and nfe.png; existing rows are not computed again. `--ema_width` evaluates other averages of a run.
+results.csv, results.md and nfe.png; existing rows are not computed again. `--snapshots` has rows for several snapshots of a
+run and a figure over its training, snapshots.png; `--ema_width` rows for other averages of its weights, and ema_width.png.
 
 The classes of the images are as frequent as in the reference. A row `real (...)` shows the floor: as many real images that are
 not in the reference, from the other split of the data set; where it has none, one random half against the other half.
 """
 
 import shlex
-from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -28,6 +28,7 @@ from flow.solvers import SOLVERS
 EXAMPLES = """\
   accelerate-launch evaluate.py --weights runs/mnist --feature_extractor mnist --methods euler heun --sampling_steps 5 10 50
   accelerate-launch evaluate.py --weights runs/cifar10 --methods heun --sampling_steps 18 --n_samples 50000 --repeats 3
+  accelerate-launch evaluate.py --weights runs/mnist --snapshots all --methods heun --sampling_steps 18 --n_samples 10000
   accelerate-launch evaluate.py --samples samples/mnist --reference mnist --feature_extractor mnist"""
 
 
@@ -37,6 +38,9 @@ def parse_args():
     cli.add_weights_flag(parser, required=False)
     cli.add_widths_flag(
         parser, "--ema_width", "instead of the weights of the run, averages of these widths (scripts.posthoc_ema)"
+    )
+    parser.add_argument(
+        "--snapshots", nargs="+", metavar="all|STEP", help="rows for these snapshots of the run that --weights names"
     )
     parser.add_argument("--samples", type=Path, metavar="DIR", help="score this folder of images, no weights needed")
     cli.add_methods_flag(parser, SOLVERS, ["euler"])
@@ -74,8 +78,12 @@ def main() -> None:
         raise UserError("give either --weights PATH or --samples DIR")
     if args.samples and not args.reference:
         raise UserError("--samples: a --reference is needed: a folder, an npz file or the name of a data set")
-    if args.samples and args.ema_width:
-        raise UserError("--ema_width: needs --weights RUN, a folder of images has no averages")
+    for flag in filter(vars(args).get, ("snapshots", "ema_width")):
+        if args.samples or args.time_grid == "optimized":
+            other = "--samples" if args.samples else "--time_grid optimized, whose times are fitted to one snapshot"
+            raise UserError(f"--{flag}: does not go with {other}")
+    if args.snapshots and args.ema_width:
+        raise UserError("--ema_width: does not go with --snapshots; one of the two chooses the weights")
     accelerator = distributed.build_accelerator(args.mixed_precision)
     if args.samples:
         evaluate_folder(args, accelerator)
@@ -84,13 +92,13 @@ def main() -> None:
 
 
 def evaluate_weights(args, accelerator: Accelerator) -> None:
-    """A row for each width of the average x method x steps x guidance scale x range of images; a scale of 1 has neither
+    """A row for each snapshot or average x method x steps x guidance scale x range of images; a scale of 1 has neither
     interval nor guide."""
     path = Path(args.weights)
-    widths = posthoc_ema.reconstruct(accelerator, path, args.ema_width) if args.ema_width else []
-    weights = widths or [path]
-    averages = [partial(snapshot.load, width, args.config, args.overrides) for width in widths]
-    snap = snapshot.load(weights[-1], args.config, args.overrides)
+    run, paths = snapshot.of_run(path, args.snapshots) if args.snapshots else (path, [path])
+    if args.ema_width:
+        paths = posthoc_ema.reconstruct(accelerator, path, args.ema_width)
+    snap = snapshot.load(paths[-1], args.config, args.overrides)
     model = snap.model()
     net = model.net
     guide_name = guide.attach(model, snap, args.guide_weights)
@@ -117,22 +125,31 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
                 plan.append(sampler)
     for note in dict.fromkeys(filter(None, (guidance_note(sampler, model) for sampler in plan))):
         accelerator.print(f"note: {note}")
-    out = args.out or (path if path.is_dir() else path.parent) / "evaluation"
-    subject = {
-        "weights": snap.title(path),
-        "captions": (args.captions or "plain") if net.max_prompt_bytes else None,
-    }
+    out = args.out or (run if run.is_dir() else run.parent) / "evaluation"
+    name = run.name if run.is_dir() else run.stem
+    if run != path and path.is_file():
+        name += f".ema_{snap.half_life_images}"
+    captions = (args.captions or "plain") if net.max_prompt_bytes else None
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
     with lock.folder(out, accelerator):
-        runner.evaluate_snapshot(
-            settings, accelerator, out, snap, model, plan, subject, captions_of, accelerator.mixed_precision, not labels,
-            averages,
-        )  # fmt: skip
+        evaluator = runner.SnapshotEvaluator.build(
+            settings, accelerator, out, snap.config, snap.space, net, plan, captions_of, not labels
+        )
+        runner.add_control(evaluator.evaluation)
+        for file in paths:
+            if len(paths) > 1:
+                snap = snapshot.load(file, args.config, args.overrides)
+                snap.load_into(net)
+            width = snap.power_average.width if snap.power_average else None
+            subject = {"weights": f"{name}@{snap.step}", "ema_width": width, "images": snap.images, "captions": captions}
+            evaluator.evaluate(model, snap.image_shape, files.sha256(snap.path), subject)
+        accelerator.print(evaluator.evaluation.write_report())
+        accelerator.wait_for_everyone()
     row = plan[-1]
     flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
     flags += cli.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
     flags += cli.guidance_flags(args) if row.guidance_scale != 1 else []
-    sample = cli.sample_command(weights[-1], f"{weights[-1].stem}_{row.method}_{row.steps}", *flags, *args.overrides)
+    sample = cli.sample_command(paths[-1], f"{paths[-1].stem}_{row.method}_{row.steps}", *flags, *args.overrides)
     print_summary(args, accelerator, out, f"sample as in the last row with: {sample}")
 
 

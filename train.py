@@ -1,11 +1,14 @@
 """Train a flow matching model: `accelerate-launch train.py -c configs/mnist.yaml`."""
 
+from pathlib import Path
+
 from configs.schema import Config
 from flow.runtime import cli
 from flow.runtime.errors import cli_main
 from flow.training.flow_task import FlowTask
 from flow.training.run_dir import checkpoint_to_resume, locked_run
-from flow.training.trainer import Trainer
+from flow.training.trainer import Callback, Trainer
+from flow.training.validation import ValidationLoss
 
 EXAMPLES = """\
   accelerate-launch train.py -c configs/mnist.yaml
@@ -26,8 +29,20 @@ def main() -> None:
         resume_path = checkpoint_to_resume(accelerator, args.resume, folder, config) if args.resume else None
         if resume_path is None:
             task.load_init_weights()
-        Trainer(task, config, folder, accelerator, resume_path).fit()
+        Trainer(task, config, folder, accelerator, resume_path, evaluation_callbacks(task, folder)).fit()
         accelerator.end_training()
+
+
+def evaluation_callbacks(task: FlowTask, folder: Path) -> list[Callback]:
+    """What the section `evaluate` of the configuration asks for."""
+    callbacks: list[Callback] = []
+    if task.config.evaluate.loss_every_steps:
+        callbacks.append(ValidationLoss(task))
+    if task.config.evaluate.every_steps:
+        from flow.training.evaluation import EvaluateSnapshots  # extractors and figures take seconds to import
+
+        callbacks.append(EvaluateSnapshots(task, folder))
+    return callbacks
 
 
 if __name__ == "__main__":

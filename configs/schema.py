@@ -141,6 +141,25 @@ class PreviewConfig:
     seed: int = limited(8888, min=0)  # of its noise
 
 
+@dataclass
+class EvaluateConfig:
+    every_steps: int = limited(0, min=0)  # rows of RUN/evaluation, and one at the end; a checkpoint is written, too; 0: never
+    metrics: list[str] = field(default_factory=lambda: ["fid", "isc", "accuracy"])  # keys of flow.evaluation.metrics.METRICS
+    n_samples: int = limited(10_000, min=2)  # images of a row
+    sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS
+    sampling_steps: int = limited(18, min=1)  # steps of its solver
+    guidance_scale: float = limited(1.0, min=0)  # 1: off
+    seed: int = limited(8888, min=0)  # of its noise
+    batch_size: int = limited(100, min=1)  # images a process takes at once
+    feature_extractor: str = "inception-v3-compat"  # as --feature_extractor of evaluate.py
+    feature_layer: str | None = None  # null: that of the Frechet distance
+    feature_weights: str | None = None  # local file, for machines without network
+    reference: str | None = None  # folder, npz file, NAME:train or NAME:test; null: the training set
+    keep_best: str | None = None  # fid or another column of the table: RUN/best.safetensors is the snapshot with the best value
+    loss_every_steps: int = limited(0, min=0)  # validation loss on held-out data, also at the end; 0: never
+    loss_samples: int = limited(1_000, min=10)  # samples of the validation loss
+
+
 class TrainerConfig:
     """What the configurations of the trainers share."""
 
@@ -165,9 +184,13 @@ class Config(TrainerConfig):
     ema: FlowEmaConfig = field(default_factory=FlowEmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def validate(self) -> None:
         super().validate()
+        check(
+            self, "evaluate.keep_best", lambda v: v is None or self.evaluate.every_steps, "null where evaluate.every_steps is 0"
+        )
         rule = f"a list of distinct numbers above 0 and below {MAX_EMA_WIDTH:.4f}"
         check(self, "ema.power_widths", lambda v: len(set(v)) == len(v) and all(0 < w < MAX_EMA_WIDTH for w in v), rule)
 

@@ -116,6 +116,8 @@ def held_out(source: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """(what they are called, their source) of real data that are not in `source` {"name": ..., "root": ..., "args": ...}: the
     other split, or for toys points of another seed. None where there are none."""
     name, args = source["name"], source["args"]
+    if name == "digits" and (other := {"train": "test", "test": "train"}.get(args.get("split", "all"))):
+        return f"{other} split", {**source, "args": {**args, "split": other}}
     if has_test_split(name):
         train = bool(args.get("train", True))
         return ("test split" if train else "train split"), {**source, "args": {**args, "train": not train}}

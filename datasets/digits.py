@@ -6,14 +6,22 @@ import torch
 
 from datasets.images import Images
 
+SPLITS = ("all", "train", "test")
+TEST_EVERY = 6  # one of so many images is in the test split: 299 of 1,797
 
-def digits(root: Path) -> Images:
+
+def digits(root: Path, split: str = "all") -> Images:
     """scikit-learn's `load_digits` (the test part of UCI's Optical Recognition of Handwritten Digits, 1998).
 
-    Its 17 grey levels are spread over 0..255. `root` is not used: the images are part of the package.
+    Its 17 grey levels are spread over 0..255. `root` is not used: the images are part of the package. split: all of them, or
+    every sixth (test) or the others (train). Raises ValueError for another split.
     """
+    if split not in SPLITS:
+        raise ValueError(f"split={split}: must be one of {', '.join(SPLITS)}")
     from sklearn.datasets import load_digits  # a second of import that other data sets need not pay
 
     bunch = load_digits()
     images = torch.from_numpy((bunch.images * (255 / 16)).round()).to(torch.uint8)
-    return Images(images.unsqueeze(1), torch.from_numpy(bunch.target).long(), tuple("0123456789"))
+    is_test = torch.arange(len(images)) % TEST_EVERY == TEST_EVERY - 1
+    rows = {"all": slice(None), "train": ~is_test, "test": is_test}[split]
+    return Images(images.unsqueeze(1)[rows], torch.from_numpy(bunch.target).long()[rows], tuple("0123456789"))

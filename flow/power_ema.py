@@ -72,7 +72,7 @@ def fit(stored: Sequence[Profile], target: Profile) -> tuple[np.ndarray, float]:
     """(factors float64 [len(stored)], error): the sum of stored profiles that is closest to the target in the L2 norm.
 
     The factors add up to 1, which plain least squares leaves open: weights are large against their changes, so that a sum of
-    0.99 would shrink them by more than averages differ (measured in docs/training.md). error: the norm of what the sum of
+    0.99 would shrink them by more than averages differ (measured in docs/averages.md). error: the norm of what the sum of
     profiles misses, relative to that of the target, from 0 to about 1. Give the profiles up to the time of the target.
     """
     n = len(stored)

@@ -1,6 +1,7 @@
 """Loss curves of one or several runs in one picture: `python -m scripts.plot_loss --runs runs/a runs/b --out loss.png`.
 
-Runs that minimize different losses get a panel for each loss.
+Runs that minimize different losses get a panel for each loss. The validation loss, of runs that have logged it, is a dashed
+line: in the panel of the training loss where both measure the same, else in a panel of its own.
 """
 
 import sys
@@ -19,6 +20,8 @@ from flow.training.logging import read_metrics
 EXAMPLES = """\
   python -m scripts.plot_loss --runs runs/mnist_mini_cond --out loss.png
   python -m scripts.plot_loss --runs runs/mnist_rectify/1-rf runs/mnist_rectify/2-rf --against images --out loss.png"""
+
+VALIDATION = ", held-out data, averaged weights"
 
 
 def parse_args():
@@ -39,37 +42,51 @@ def main() -> None:
     for run in args.runs:
         file = run / "metrics.jsonl"
         rows = read_metrics(file) if file.is_file() else []
-        points = [(row[args.against], row["loss"]) for row in rows if has_numbers(row, args.against, "loss")]
-        if not points:
+        validation = curve(rows, args.against, "validation_loss")
+        rows = [row for row in rows if "loss" in row or "images" not in row]  # without those of evaluations
+        x, values = curve(rows, args.against, "loss")
+        if not x:
             raise UserError(f"--runs {run}: holds no row of metrics.jsonl; give the folder of a run that has logged")
-        if len(points) < len(rows):
-            print(f"{file}: {len(rows) - len(points)} of {len(rows)} rows have no loss or no {args.against}")
+        if len(x) < len(rows):
+            print(f"{file}: {len(rows) - len(x)} of {len(rows)} rows have no loss or no {args.against}")
         label = run.name if run.name not in labels else str(run)
         labels.add(label)
-        x, values = zip(*points, strict=True)
-        losses.setdefault(loss_name(run / "config.yaml"), {})[label] = list(x), list(values)
-    plots.loss_curves(args.out, losses, args.against, args.smooth)
+        training_name, validation_name = loss_names(run / "config.yaml")
+        losses.setdefault(training_name, {})[label] = x, values
+        if validation[0]:
+            losses.setdefault(validation_name, {})[f"{label}{VALIDATION}"] = validation
+    dashed = {f"{label}{VALIDATION}" for label in labels}
+    plots.loss_curves(args.out, losses, args.against, args.smooth, dashed)
     smoother = subprocesses.command("-m", "scripts.plot_loss", *sys.argv[1:], "--smooth", str(10 * args.smooth))
     print(cli.summary(f"{len(args.runs)} curve(s) in {args.out}", args.start, f"smooth them with: {smoother}"))
+
+
+def curve(rows: list[dict], against: str, key: str) -> tuple[list[float], list[float]]:
+    """The two columns of the rows that have both as numbers."""
+    points = [(row[against], row[key]) for row in rows if has_numbers(row, against, key)]
+    return [x for x, _ in points], [value for _, value in points]
 
 
 def has_numbers(row: dict, *keys: str) -> bool:
     return all(jsonl.is_number(row.get(key)) for key in keys)
 
 
-def loss_name(config: Path) -> str:
-    """What a run minimizes, from its config.yaml; just "training loss" where that does not exist or is damaged."""
+def loss_names(config: Path) -> tuple[str, str]:
+    """What a run minimizes and what its validation loss is, from its config.yaml; of one that does not exist or is damaged just
+    "training loss" and "validation loss"."""
     try:
         text = config.read_text(encoding="utf-8")
         if "autoencoder" in OmegaConf.create(text):
             cfg = schema.parse(text, str(config), kind=VaeConfig).autoencoder
             lpips = f" + {cfg.lpips_weight:g} LPIPS" if cfg.lpips_weight else ""
-            return f"autoencoder loss ({cfg.distance} + {cfg.kl_weight:g} KL{lpips})"
+            return f"autoencoder loss ({cfg.distance} + {cfg.kl_weight:g} KL{lpips})", "validation loss"
         parsed = schema.parse(text, str(config))
         distance = parsed.loss.args.get("distance", "mse")
-        return f"{parsed.loss.name.replace('_', ' ')} loss ({distance} of the {parsed.flow.prediction})"
+        name = f"{parsed.loss.name.replace('_', ' ')} loss ({distance} of the {parsed.flow.prediction})"
+        same = (parsed.loss.name, distance, parsed.flow.time_sampler) == ("flow_matching", "mse", "uniform")
+        return name, name if same else f"validation loss (mse of the {parsed.flow.prediction})"
     except Exception:  # OmegaConf and YAML have many; the curve is worth more than its title
-        return "training loss"
+        return "training loss", "validation loss"
 
 
 if __name__ == "__main__":

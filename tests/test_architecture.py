@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "flow/runtime": METHOD | {"configs", "flow.runtime"},
     # level 2
     "flow/sampling": LOW | {"flow.sampling"},
-    "flow/training": LOW | {"flow.sampling", "flow.training"},
+    "flow/training": LOW | {"flow.sampling", "flow.evaluation", "flow.training"},
     "flow/evaluation": LOW | {"flow.sampling", "flow.evaluation"},
 }
 

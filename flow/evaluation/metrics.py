@@ -195,6 +195,10 @@ METRICS: dict[str, Metric] = {
 }
 
 
+# Columns of which a larger value is better; of all others, distances, a smaller one.
+HIGHER_IS_BETTER = ("IS", "accuracy", "precision", "recall", "density", "coverage", "held_out_log_p")
+
+
 def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, float]:
     """The requested METRICS by column name, in the order of the registry.
 

@@ -1,7 +1,7 @@
 """Figures of tables, losses and samples side by side."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from flow.evaluation.table import GUIDANCE, is_class_column, is_control
+from flow.evaluation.table import GUIDANCE, is_class_column, is_control, run_of
 from flow.sampling.images import to_pil
 
 matplotlib.use("Agg")
@@ -54,11 +54,43 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
         return
     figure, axes = _figure(len(lines))
     cost, title = _cost_axis(points)
-    for i, (label, line) in enumerate(lines.items()):
-        _errorbars(axes, line, cost, name, label, i)
+    _distance_lines(axes, lines, cost, name)
     _floors(axes, entries, name)
     _cost_scale(axes, title, [e[cost] for e in points])
     _value_scale(axes)
+    axes.set_ylabel(f"{name}, lower is better")
+    _legend(figure, axes)
+    figure.savefig(path)
+
+
+def distance_against_images(path: Path, entries: list[dict]) -> None:
+    """The first distance of the table against the training images that the snapshots of a run have seen; `path` is a PNG.
+
+    There is a line for each (run, method, steps, guidance, width of the average) with at least two snapshots, with the
+    intervals of its values, and a dashed one for real images. Writes nothing where there is no such line.
+    """
+    name = _distance(entries)
+    points = [e for e in entries if e["images"] and name in e["metrics"]]
+    lines: dict[str, list[dict]] = {}
+    several = {key: len({e.get(key) for e in points}) > 1 for key in ("captions", *GUIDANCE, "ema_width", "n")}
+    runs = {run_of(e) for e in points}
+    for e in points:
+        label = e["method"] if e["steps"] is None else f"{e['method']}, {e['steps']} step{'s' * (e['steps'] > 1)}"
+        label += _guidance(e, [key for key in GUIDANCE if several[key]])
+        label += f", EMA width {e['ema_width']:g}" if several["ema_width"] and e["ema_width"] is not None else ""
+        label += f", {e['captions']} captions" if several["captions"] else ""
+        label += f", n = {e['n']}" if several["n"] else ""
+        label = f"{run_of(e)}: {label}" if len(runs) > 1 else label
+        lines.setdefault(label, []).append(e)
+    lines = {label: line for label, line in lines.items() if len({e["images"] for e in line}) > 1}
+    if not lines:
+        return
+    figure, axes = _figure(len(lines))
+    _distance_lines(axes, lines, "images", name)
+    _floors(axes, entries, name)
+    _value_scale(axes)
+    axes.set_xlim(left=0)
+    _count_scale(axes, "training images")
     axes.set_ylabel(f"{name}, lower is better")
     _legend(figure, axes)
     figure.savefig(path)
@@ -68,8 +100,7 @@ def distance_against_scale(path: Path, lines: dict[str, list[dict]], floors: lis
     """The first Frechet distance of entries against their guidance scale, a line a name, and those of real images; a PNG."""
     name = _distance([entry for line in lines.values() for entry in line])
     figure, axes = _figure(len(lines))
-    for i, (label, line) in enumerate(lines.items()):
-        _errorbars(axes, line, "guidance_scale", name, label, i)
+    _distance_lines(axes, lines, "guidance_scale", name)
     _floors(axes, floors, name)
     _value_scale(axes)
     axes.set_xlabel("guidance scale w")
@@ -100,8 +131,8 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
     if not lines:
         return
     figure, axes = _figure(2 * len(lines))
-    for i, (label, line) in enumerate(lines.items()):
-        _errorbars(axes, line, "ema_width", name, label, i)
+    _distance_lines(axes, lines, "ema_width", name)
+    for i, label in enumerate(lines):
         if label in others:
             half_life = others[label]["metrics"][name].mean
             label = f"{label.partition(',')[0]}, half-life average"
@@ -127,13 +158,14 @@ def _guidance(entry: dict, shown: Sequence[str]) -> str:
     return "".join(form[key].format(entry[key]) for key in shown if entry.get(key) is not None)
 
 
-def _errorbars(axes: Axes, line: list[dict], key: str, name: str, label: str, i: int) -> None:
-    """The metric `name` of the entries of line i against their `key`, with the 95 % interval, or the spread of repeats."""
-    line.sort(key=lambda e: e[key])
-    values = [e["metrics"][name] for e in line]
-    bars = [next((bar for bar in (value.interval, value.std) if bar > 0), 0) for value in values]
-    x, means = [e[key] for e in line], [value.mean for value in values]
-    axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=label, **_look(i))
+def _distance_lines(axes: Axes, lines: dict[str, list[dict]], key: str, name: str) -> None:
+    """The metric `name` of the entries of each line against their `key`, with the 95 % interval, else the spread of ranges."""
+    for i, (label, line) in enumerate(lines.items()):
+        line.sort(key=lambda e: e[key])
+        values = [e["metrics"][name] for e in line]
+        bars = [next((bar for bar in (value.interval, value.std) if bar > 0), 0) for value in values]
+        x, means = [e[key] for e in line], [value.mean for value in values]
+        axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=label, **_look(i))
 
 
 def _floors(axes: Axes, entries: list[dict], name: str) -> None:
@@ -185,6 +217,13 @@ def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> Non
     axes.set_ylabel(label)
     _legend(figure, axes)
     figure.savefig(path)
+
+
+def _count_scale(axes: Axes, title: str) -> None:
+    """A linear horizontal axis of steps or images."""
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel(title)
 
 
 def _figure(lines: int) -> tuple[Figure, Axes]:
@@ -258,25 +297,29 @@ def _value_scale(axes: Axes) -> None:
 
 
 def loss_curves(
-    path: Path, losses: dict[str, dict[str, tuple[list[float], list[float]]]], against: str, smooth: int = 1
+    path: Path,
+    losses: dict[str, dict[str, tuple[list[float], list[float]]]],
+    against: str,
+    smooth: int = 1,
+    validation: Collection[str] = (),
 ) -> None:
     """Curves {loss: {label: (steps or images, values)}} as a PNG, each value the mean of the last `smooth` ones.
 
-    There is a panel for each loss, as different losses have different units.
+    There is a panel for each loss, as different losses have different units. The labels in `validation` are dashed and not
+    smoothed.
     """
     figure = Figure(figsize=(7, 1 + 3.5 * len(losses)), dpi=150, layout="constrained")
     panels = figure.subplots(len(losses), squeeze=False)[:, 0]
     i = 0
     for axes, (loss, curves) in zip(panels, losses.items(), strict=True):
         for label, (x, values) in curves.items():
-            means = [sum(window := values[max(0, k + 1 - smooth) : k + 1]) / len(window) for k in range(len(values))]
+            width, dashes = (1, "--") if label in validation else (smooth, "-")
+            means = [sum(window := values[max(0, k + 1 - width) : k + 1]) / len(window) for k in range(len(values))]
             color, marker = COLORS[i % len(COLORS)], "o" if len(x) == 1 else None
-            axes.plot(x, means, label=label, color=color, linewidth=1.2, marker=marker)
+            axes.plot(x, means, dashes, label=label, color=color, linewidth=1.2, marker=marker)
             i += 1
         _value_scale(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_xlabel("optimizer steps" if against == "step" else "training images")
+        _count_scale(axes, "optimizer steps" if against == "step" else "training images")
         axes.set_ylabel(loss)
         axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

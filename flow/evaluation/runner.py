@@ -32,7 +32,6 @@ from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_by_frequency, labels_by_frequency, labels_for
 from flow.sampling.generate import NFECounter, build_velocity, generate, shard, to_solver_dtype
 from flow.sampling.settings import ALL_TIMES, SamplerSettings
-from flow.sampling.snapshot import Snapshot
 from flow.sampling.space import Space
 from flow.solvers import HAS_TOLERANCES
 from flow.solvers.torchdiffeq import ADAPTIVE
@@ -146,16 +145,23 @@ class Evaluation:
 
         self.draw = draw
 
-    def evaluate_row(self, subject: dict, identity: dict, compute: Callable[[], dict | None]) -> None:
-        """Append the row of `subject` to the results, unless it is there with all requested metrics."""
+    def evaluate_row(self, subject: dict, identity: dict, compute: Callable[[], dict | None]) -> tuple[dict, bool] | None:
+        """Append the row of `subject` to the results, unless it is there with all requested metrics.
+
+        Returns it and whether it is new, on the main process; None on the others, and where nothing could be computed.
+        """
         extractor = [self.extractor.name, self.extractor.layer, self.extractor.weights_hash]
         identity = {**identity, "extractor": extractor, "reference": self.reference.identity}
         row = {**subject, "reference": self.reference.name, "identity": identity, "asked": list(self.settings.metrics)}
         main = self.accelerator.is_main_process
         if not distributed.any_process(self.accelerator, main and table.contains(self.out, row)):
             result = compute()
-            if result is not None:
-                table.append_row(self.out, {**row, **result})
+            if result is None:
+                return None
+            table.append_row(self.out, {**row, **result})
+            return {**row, **result}, True
+        existing = table.find(self.out, row) if main else None
+        return (existing, False) if existing else None
 
     def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> dict | None:
         """Metrics of a stream of images and the seconds it took, on the main process; None on the others."""
@@ -189,16 +195,18 @@ class Evaluation:
                 self.closest = comparison.closest
                 return {"metrics": values, "standard_errors": comparison.standard_errors}
 
-    def write_report(self) -> None:
-        """Write and print the table, draw the figures."""
+    def write_report(self) -> str:
+        """Write the table and draw the figures; returns the table, on the main process."""
+        text = ""
         if self.accelerator.is_main_process:
             rows = table.read_rows(self.out)
-            print(table.write(self.out, rows))
-            plots.distance_against_nfe(self.out / "nfe.png", table.aggregate(rows))
-            plots.distance_against_width(self.out / "ema_width.png", table.aggregate(rows))
+            text, entries = table.write(self.out, rows), table.aggregate(rows)
+            plots.distance_against_nfe(self.out / "nfe.png", table.without_earlier_snapshots(entries))
+            plots.distance_against_images(self.out / "snapshots.png", entries)
+            plots.distance_against_width(self.out / "ema_width.png", entries)
             if self.draw:
                 self.draw()
-        self.accelerator.wait_for_everyone()
+        return text
 
 
 def real_layers(extractor: Extractor | PointSpace) -> list[str]:
@@ -210,82 +218,91 @@ def labels_of(data: DataSet) -> np.ndarray | None:
     return None if data.labels is None else data.labels.numpy()
 
 
-def evaluate_snapshot(
-    settings: EvaluationSettings, accelerator: Accelerator, out: Path, snap: Snapshot, model: FlowModel,
-    plan: list[SamplerSettings], subject: dict, captions_of: list[list[str]] | None, mixed_precision: str,
-    by_frequency: bool, averages: Sequence[Callable[[], Snapshot]] = (),
-) -> None:  # fmt: skip
-    """A row for each of the sampler settings and each range of images, then the report.
+@dataclass
+class SnapshotEvaluator:
+    """Rows of snapshots by the same samplers; what they have in common is loaded once."""
 
-    Args:
-        subject: "weights" and "captions" of the rows.
+    evaluation: Evaluation
+    plan: list[SamplerSettings]
+    identity: dict[str, Any]  # of every row
+
+    @classmethod
+    def build(
+        cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, config: Config, space: Space, net: Network,
+        plan: list[SamplerSettings], captions_of: list[list[str]] | None, by_frequency: bool,
+    ) -> "SnapshotEvaluator":  # fmt: skip
+        """plan: a row for each, and each range of images.
+
         by_frequency: replace the labels of the plan by the frequency of the classes in the reference.
-        averages: load the snapshots of other averages of the network, which are evaluated in the place of `snap`.
-    """
-    net: Any = model.net
-    real_images = load_real_images(settings.reference, accelerator, snap.decoded_shape, snap.config)
-    identity: dict[str, Any] = {
-        "seed": plan[0].seed,
-        "labels": plan[0].labels,
-        "prompts": plan[0].prompts,
-        "mixed_precision": mixed_precision,
-    }
-    num_classes = len(captions_of) if captions_of else net.num_classes
-    if num_classes and by_frequency:
-        counts = class_counts(accelerator, snap.config, real_images, num_classes)
-        plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
-        identity |= names
-    ev = Evaluation.build(settings, accelerator, out, snap.decoded_shape, real_images)
-    if num_classes != len(ev.reference.class_names):
-        ev.reference.labels = None
-    ev.load_training(snap.config, snap.decoded_shape)
-    add_control(ev)
-    averages = averages or [lambda: snap]
-    total = len(plan) * settings.repeats * len(averages)
+        """
+        real_images = load_real_images(settings.reference, accelerator, space.decoded_shape, config)
+        identity: dict[str, Any] = {
+            "seed": plan[0].seed,
+            "labels": plan[0].labels,
+            "prompts": plan[0].prompts,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+        num_classes = len(captions_of) if captions_of else net.num_classes
+        if num_classes and by_frequency:
+            counts = class_counts(accelerator, config, real_images, num_classes)
+            plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
+            identity |= names
+        evaluation = Evaluation.build(settings, accelerator, out, space.decoded_shape, real_images)
+        if num_classes != len(evaluation.reference.class_names):
+            evaluation.reference.labels = None
+        evaluation.load_training(config, space.decoded_shape)
+        return cls(evaluation, plan, identity)
 
-    def compute(
-        log_density: Callable[[float], float] | None, sampler: SamplerSettings, indices: range, number: int
-    ) -> dict | None:
-        counter = NFECounter()
-        batches = shard(accelerator, indices, settings.batch_size)
-        local = sum(map(len, batches))
-        name = f"images of this process, row {number + 1} of {total}"
-        bar = distributed.progress(accelerator, local * total, name, local * number)
-        bar.leave = False  # the next bar takes its place
+    def evaluate(
+        self, model: FlowModel, image_shape: tuple[int, ...], weights_sha256: str, subject: dict
+    ) -> list[tuple[dict, bool]]:
+        """The rows of one network, and whether they are new; on the main process, empty on the others.
 
-        def stream() -> Iterator[tuple[range, Tensor]]:
-            with bar:
-                for batch in generate(accelerator, model, snap.image_shape, batches, sampler):
-                    counter.add(batch)
-                    yield batch.indices, batch.images
-                    bar.update(len(batch.indices))
-
-        def images_of(positions: list[int]) -> Tensor:
-            again = [indices[k : k + 1] for k in positions]
-            return torch.cat([batch.images for batch in generate(accelerator, model, snap.image_shape, again, sampler)])
-
-        row = ev.measure(stream(), labels_for(indices, sampler, net.num_classes))
-        steps = "" if sampler.method in ADAPTIVE else f", {sampler.steps} steps"
-        ev.draw_closest(f"{subject['weights']}, {sampler.solver}{steps}", images_of)
-        nfe, forwards = counter.mean(accelerator)
-        if row and log_density:
-            row["metrics"]["held_out_log_p"] = log_density(sampler.guidance_scale)
-        return row and {"NFE": nfe, "forwards": forwards, **row}
-
-    numbers = count()
-    for load in averages:
-        average = load()
-        average.load_into(net)
-        identity["weights_sha256"] = files.sha256(average.path)
-        log_density = log_density_of(accelerator, model, real_images)
+        Args:
+            image_shape: of what the network sees.
+            weights_sha256: of the snapshot that it comes from; the main process needs it.
+            subject: "weights", "images" and "captions" of the rows.
+        """
+        ev, net, plan = self.evaluation, model.net, self.plan
+        settings, accelerator = ev.settings, ev.accelerator
+        identity = {"weights_sha256": weights_sha256, **self.identity}
+        log_density = log_density_of(accelerator, model, ev.real_images)
         if log_density:
             identity["held_out_points"] = HELD_OUT_POINTS
+
+        def compute(sampler: SamplerSettings, indices: range, number: int) -> dict | None:
+            counter = NFECounter()
+            batches = shard(accelerator, indices, settings.batch_size)
+            local = sum(map(len, batches))
+            total, name = len(plan) * settings.repeats, "images of this process"
+            bar = distributed.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
+            bar.leave = False  # the next bar takes its place
+
+            def stream() -> Iterator[tuple[range, Tensor]]:
+                with bar:
+                    for batch in generate(accelerator, model, image_shape, batches, sampler):
+                        counter.add(batch)
+                        yield batch.indices, batch.images
+                        bar.update(len(batch.indices))
+
+            def images_of(positions: list[int]) -> Tensor:
+                again = [indices[k : k + 1] for k in positions]
+                return torch.cat([batch.images for batch in generate(accelerator, model, image_shape, again, sampler)])
+
+            row = ev.measure(stream(), labels_for(indices, sampler, net.num_classes))
+            steps = "" if sampler.method in ADAPTIVE else f", {sampler.steps} steps"
+            ev.draw_closest(f"{subject['weights']}, {sampler.solver}{steps}", images_of)
+            nfe, forwards = counter.mean(accelerator)
+            if row and log_density:
+                row["metrics"]["held_out_log_p"] = log_density(sampler.guidance_scale)
+            return row and {"NFE": nfe, "forwards": forwards, **row}
+
+        numbers, rows = count(), []
         for sampler in plan:
             for repeat in range(settings.repeats):
                 indices = range(repeat * settings.n_samples, (repeat + 1) * settings.n_samples)
                 row = {
                     **subject,
-                    "ema_width": average.power_average.width if average.power_average else None,
                     "method": sampler.solver,
                     "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
                     "guidance_scale": sampler.guidance_scale if net.null is not None or sampler.guide else None,
@@ -296,8 +313,8 @@ def evaluate_snapshot(
                 row_identity = {**identity, **guidance_columns(sampler), "times": sampler.times}  # may be optimized again
                 if sampler.method in HAS_TOLERANCES:
                     row_identity["bspp"] = settings.batch_size
-                ev.evaluate_row(row, row_identity, partial(compute, log_density, sampler, indices, next(numbers)))
-    ev.write_report()
+                rows.append(ev.evaluate_row(row, row_identity, partial(compute, sampler, indices, next(numbers))))
+        return [row for row in rows if row is not None]
 
 
 def guidance_columns(sampler: SamplerSettings) -> dict[str, str]:
@@ -401,7 +418,8 @@ def evaluate_folder(
         return row
 
     ev.evaluate_row(subject, {"images": data.fingerprint()}, compute)
-    ev.write_report()
+    accelerator.print(ev.write_report())
+    accelerator.wait_for_everyone()
 
 
 def read_folder(samples: Path) -> tuple[DataSet, dict[str, Any] | None]:
@@ -416,8 +434,9 @@ def read_folder(samples: Path) -> tuple[DataSet, dict[str, Any] | None]:
         return datasets.build(name="folder", root=None, args=args), stored
 
 
-def add_control(ev: Evaluation) -> None:
+def add_control(ev: Evaluation) -> dict | None:
     """The row of a perfect model: as many real images as there are samples, or as there are, that are not in the reference.
+    It is returned on the main process, where there is one.
 
     They come from the other split of the data set, for toys from another seed; where a set has neither, from a random half
     of the reference that is compared with the other half. Their classes are as frequent as in the reference, as those of
@@ -425,15 +444,15 @@ def add_control(ev: Evaluation) -> None:
     """
     accelerator, source = ev.accelerator, ev.real_images
     if not ev.settings.control:
-        return
+        return None
     if source is None:
         accelerator.print("note: no row of real images: an npz file of statistics holds none")
-        return
+        return None
     other, data = datasets.held_out(source.build), source.data
     if other:
         held_out = build_if_present(accelerator, other[1], "row of real images")
         if held_out is None:
-            return
+            return None
         data = held_out
     order = generator("control").permutation(len(data))
     pool, rest = (order, None) if other else (order[: len(data) // 2], order[len(data) // 2 :])
@@ -470,7 +489,8 @@ def add_control(ev: Evaluation) -> None:
     kind = other[0] if other else "half against half"
     subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
     subject = {"weights": f"{table.CONTROL} ({kind})", **subject, "n": n, "first": 0}
-    ev.evaluate_row(subject, {"control": kind}, compute)
+    result = ev.evaluate_row(subject, {"control": kind}, compute)
+    return result and result[0]
 
 
 def choose_by_frequency(pool: Sequence[int], labels: Tensor | None, reference_labels: Tensor | None, n: int) -> list[int]:

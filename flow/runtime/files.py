@@ -81,6 +81,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def link(source: Path, path: Path) -> None:
+    """Give a file a second name, in place of what has it; a copy where the file system has no hard links."""
+    with atomic_file(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 def atomic_rename_dir(temporary: Path, path: Path) -> None:
     """Sync a finished temporary folder and give it its name."""
     for file in temporary.rglob("*"):

@@ -242,6 +242,28 @@ def find(path: Path) -> Path:
     raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
 
 
+BEST_FILE = "best.safetensors"  # in a run folder: the snapshot with the best value of evaluate.keep_best
+
+
+def of_run(path: Path, steps: Sequence[str]) -> tuple[Path, list[Path]]:
+    """(run folder, its snapshots with these steps or with "all", oldest first).
+
+    `path` is the run folder, which means the first half-life, or a snapshot in it, which means its half-life. Raises UserError
+    where there are no snapshots, and for a step that has none.
+    """
+    half_life = re.fullmatch(r"step_\d{8,}((?:\.ema_\d+)?\.safetensors)", path.name) if path.is_file() else None
+    folder, tail = (path.parent, half_life.group(1)) if half_life else (path / "snapshots", ".safetensors")
+    found = {int(p.name.removeprefix("step_").partition(".")[0]): p for p in by_step(folder, tail)}
+    if not found:
+        raise UserError(f"--snapshots: --weights {path} is neither a run folder with snapshots nor one of its snapshots")
+    if "all" in steps:
+        return folder.parent, list(found.values())
+    for word in steps:
+        if not word.isdecimal() or int(word) not in found:
+            raise UserError(f"--snapshots {word}: must be all, or steps among {', '.join(map(str, found))}")
+    return folder.parent, [p for step, p in found.items() if step in map(int, steps)]
+
+
 def by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
     """Files or folders step_<number><tail>, oldest first."""
     named = ((re.fullmatch(rf"step_(\d{{8,}}){re.escape(tail)}", p.name), p) for p in folder.glob(f"step_*{tail}"))
@@ -315,6 +337,8 @@ def _configuration(
 def _in_run_folder(path: Path) -> bool:
     """Whether the file lies where a run keeps its snapshots and checkpoints: such a folder counts as the user's own."""
     parents = path.resolve().parents
+    if path.name == BEST_FILE and (parents[0] / "config.yaml").is_file():
+        return True
     places = ((name, parents[depth]) for name, depth in RUN_FOLDERS.items() if depth < len(parents))
     return any(folder.name == name and (folder.parent / "config.yaml").is_file() for name, folder in places)
 

@@ -6,7 +6,6 @@ nothing random is carried in a state. `latest` is found by looking, not stored.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -197,10 +196,6 @@ def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[in
     for name in ema_files(half_lives):
         suffix = name.removeprefix("ema").removesuffix(".safetensors").lstrip("_")
         tail = f".ema_{suffix}.safetensors" if suffix else ".safetensors"
-        with files.atomic_file(folder / f"step_{step:08d}{tail}") as temporary:
-            try:
-                os.link(saved / name, temporary)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(saved / name, temporary)
+        files.link(saved / name, folder / f"step_{step:08d}{tail}")
         for old in by_step(folder, tail)[:-keep] if keep else []:
             old.unlink()

@@ -18,6 +18,7 @@ from flow import couplings, losses, time_samplers
 from flow.couplings import Coupling, PairedCoupling
 from flow.guidance import drop_labels
 from flow.losses import Batch, FlowLoss
+from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import distributed, files, subprocesses
 from flow.runtime.errors import error_context
@@ -120,11 +121,15 @@ class FlowTask:
         snapshot.check_codec(f"data.args={self.config.data.args}", average, self.data.codec)
         return average.weights
 
+    def model_with(self, net: Any) -> FlowModel:
+        """The flow of this task with another network of the same shape, e.g. the averaged one."""
+        return replace(self.model, net=net)
+
     def preview(self, net: Any, step: int) -> tuple[Tensor | None, dict[str, float]]:
         """A grid of samples, or a scatter plot of points; all processes share the sampling."""
         n, settings = self.config.preview.n_samples, self.preview_settings
         batches = shard(self.accelerator, range(n), self.space.preview_batch_size)
-        samples = generate(self.accelerator, replace(self.model, net=net), self.data.image_shape, batches, settings)
+        samples = generate(self.accelerator, self.model_with(net), self.data.image_shape, batches, settings)
         parts = [(batch.indices.start, batch.images) for batch in samples]
         gathered = distributed.gather_in_order(self.accelerator, parts)
         if gathered is None:

@@ -61,6 +61,11 @@ class Task(Protocol):
 class Callback:
     """Hooks of the training loop; a subclass overrides what it needs. Every process calls them."""
 
+    checkpoint_every_steps = 0  # the trainer also writes a checkpoint at multiples of this number
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Before the first step of this process."""
+
     def on_step(self, trainer: "Trainer") -> None:
         """After each optimizer step; `trainer.step` counts it."""
 
@@ -104,6 +109,7 @@ class Trainer:
         self.step, self.num_updates = 0, 0  # updates: the steps that were not skipped
         self.last_checkpoint: Path | None = None
         self.stop_requested = False
+        self.interrupted = False  # by a signal: the step is the last one of this process
         device = accelerator.device
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, accelerator))
@@ -129,6 +135,10 @@ class Trainer:
     def finished(self) -> bool:
         return self.step == self.config.train.steps
 
+    def is_due(self, every_steps: int) -> bool:
+        """Whether the step is a multiple of this number; never of 0."""
+        return bool(every_steps) and self.step % every_steps == 0
+
     def stop(self) -> None:
         """End `fit` after the current step, with a checkpoint; for callbacks, which all processes must agree on."""
         self.stop_requested = True
@@ -141,14 +151,16 @@ class Trainer:
         # A GPU computes one step while the CPU draws the noise of the next; a CPU that computes has no time to spare.
         batches = prefetch(self.task.batches(self.step), depth=0 if self.accelerator.device.type == "cpu" else 1)
         bar = distributed.progress(self.accelerator, config.steps, "training", initial=self.step)
-        interrupted = False
+        checkpoint_steps = [config.checkpoint_every_steps, *(callback.checkpoint_every_steps for callback in self.callbacks)]
         with StopSignal() as stop, bar, closing(batches):
+            for callback in self.callbacks:
+                callback.on_start(self)
             if self.last_checkpoint:  # a kill may have come between it and what follows it
                 self._follow_checkpoint(self.last_checkpoint)
                 if self._preview_is_missing():
                     self.write_preview()
             self.throughput = Throughput(config.batch_size, self.step)
-            while not (self.finished or interrupted or self.stop_requested):
+            while not (self.finished or self.interrupted or self.stop_requested):
                 with self.timed("data"):
                     micro_batches = next(batches)
                 self.training_step(micro_batches)
@@ -157,12 +169,12 @@ class Trainer:
                     metrics = self.log()
                     rate = f"{metrics['images_per_second']:.0f} images/s"
                     bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
-                interrupted = distributed.any_process(self.accelerator, stop.received is not None)
+                self.interrupted = distributed.any_process(self.accelerator, stop.received is not None)
                 with self.throughput.paused():
-                    last = self.finished or interrupted or self.stop_requested
+                    last = self.finished or self.interrupted or self.stop_requested
                     if self._power_averages_are_due():  # before the checkpoint, which says that they are there
                         self.store_power_averages()
-                    if last or self._is_due(config.checkpoint_every_steps):
+                    if last or any(map(self.is_due, checkpoint_steps)):
                         self.save_checkpoint()
                     if self._preview_is_due():
                         self.write_preview()
@@ -299,7 +311,7 @@ class Trainer:
         return self.folder / "samples" / f"step_{self.step:08d}.png"
 
     def _preview_is_due(self) -> bool:
-        return self.finished or self._is_due(self.config.train.sample_every_steps)
+        return self.finished or self.is_due(self.config.train.sample_every_steps)
 
     def _preview_is_missing(self) -> bool:
         """Whether a run that resumes here has left no preview of this step, though it was due; the same on all processes."""
@@ -309,10 +321,7 @@ class Trainer:
     def _power_averages_are_due(self) -> bool:
         if not self.power_ema.widths or not self.num_updates:
             return False
-        return self.finished or self._is_due(self.config.ema.power_every_steps)
-
-    def _is_due(self, every_steps: int) -> bool:
-        return bool(every_steps) and self.step % every_steps == 0
+        return self.finished or self.is_due(self.config.ema.power_every_steps)
 
     def _checkpoint_hint(self) -> str:
         path = self.last_checkpoint

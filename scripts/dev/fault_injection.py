@@ -43,7 +43,9 @@ TRAIN = [
 ]  # fmt: skip
 TRAIN_FLOW = [
     "-c", "configs/digits.yaml", *TINY_NETWORK, *TRAIN, "preview.n_samples=4", "preview.sampling_steps=1",
-    "preview.guidance_scale=1", "ema.power_widths=[0.05, 0.1]", "ema.power_every_steps=4",
+    "preview.guidance_scale=1", "ema.power_widths=[0.05, 0.1]", "ema.power_every_steps=4", "data.args.split=train",
+    "evaluate.every_steps=12", "evaluate.n_samples=20", "evaluate.sampling_steps=1", "evaluate.feature_extractor=digits",
+    "evaluate.keep_best=fid", "evaluate.loss_every_steps=6", "evaluate.loss_samples=20",
 ]  # fmt: skip
 TRAIN_VAE = [
     "data.name=digits", "autoencoder.channels=[8, 8]", "autoencoder.latent_channels=2", "autoencoder.blocks=1", *TRAIN,
@@ -139,7 +141,9 @@ class Experiment:
         os.environ["FLOW_NUM_THREADS"] = "1"
         os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # warns of semaphores of killed processes
         self.context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["sklearn.datasets", *(job.module for job in JOBS.values())])
+        self.context.set_forkserver_preload(
+            ["sklearn.datasets", "flow.training.evaluation", *(job.module for job in JOBS.values())]
+        )
 
     def run(self, kills: int) -> dict:
         """The figures, and how the killed runs differ from the reference run: an empty list where they do not."""
@@ -257,7 +261,8 @@ def _moment(out: Path) -> str:
 def compare(reference: Path, other: Path) -> list[str]:
     """How two folders of the same run differ, in names or contents of files.
 
-    Clocks and paths do not count: environment.json, log.txt, `images_per_second` in metrics.jsonl. The state of an optimizer
+    Clocks and paths do not count: environment.json, log.txt, `images_per_second` in metrics.jsonl, and in the table of an
+    evaluation the seconds and the name of the run. The state of an optimizer
     is compared as tensors, since equal tensors may be pickled differently; so the checksums of a checkpoint's manifest do not
     count either.
     """
@@ -265,7 +270,7 @@ def compare(reference: Path, other: Path) -> list[str]:
     lines = [f"{path} is in one of the two folders only" for path in sorted(expected ^ actual)]
     for path in sorted(expected & actual):
         checksums = path.name == "manifest.json" and (reference / path).with_name("state.json").exists()
-        skipped = checksums or path.name in ("environment.json", "log.txt")
+        skipped = checksums or path.name in ("environment.json", "log.txt", "results.csv", "results.md")
         if not skipped and not _equal(reference / path, other / path):
             lines.append(f"{path} differs")
     return lines
@@ -274,6 +279,8 @@ def compare(reference: Path, other: Path) -> list[str]:
 def _equal(one: Path, other: Path) -> bool:
     if one.name == "metrics.jsonl":
         return losses(one) == losses(other)
+    if one.name == "results.jsonl":
+        return _measurements(one) == _measurements(other)
     if one.name == "optimizer.bin":
         return _tensors_equal(one, other)
     return one.read_bytes() == other.read_bytes()
@@ -284,6 +291,11 @@ def losses(path: Path) -> list[dict]:
     from flow.training.logging import read_metrics
 
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(path)]
+
+
+def _measurements(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "weights")} for row in rows]
 
 
 def _tensors_equal(one: Path, other: Path) -> bool:

@@ -39,7 +39,7 @@ EXAMPLES = """\
 
 
 IMAGES_LOOKED_AT = 500
-MIN_STORED = 10  # averages of a width, for others to be reconstructed (docs/training.md)
+MIN_STORED = 10  # averages of a width, for others to be reconstructed (docs/averages.md)
 
 
 USUAL_SHAPES = ((4, 32, 32), (3, 64, 64), (1, 28, 28), (1, 8, 8), (2,))  # that stand in for missing latents and images

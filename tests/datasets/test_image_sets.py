@@ -42,6 +42,18 @@ def test_digits():
     assert torch.equal(image, data.images[5]) and label == data.labels[5]
 
 
+def test_splits_of_digits_are_apart():
+    """Every image is in one of the two, and each is the held-out part of the other."""
+    whole, train, test = (datasets.build("digits", None, {"split": split}) for split in ("all", "train", "test"))
+    assert (len(whole), len(train), len(test)) == (1797, 1498, 299)
+    assert torch.equal(whole.images[5::6], test.images) and torch.equal(whole.labels[5::6], test.labels)
+    source = {"name": "digits", "root": None, "args": {"split": "train"}}
+    assert datasets.held_out(source) == ("test split", {**source, "args": {"split": "test"}})
+    assert datasets.held_out({**source, "args": {}}) is None
+    with pytest.raises(ValueError, match="split=half: must be one of all, train, test"):
+        datasets.build("digits", None, {"split": "half"})
+
+
 def test_folder_with_classes(tmp_path):
     data = datasets.build("folder", None, {"path": str(write_classes(tmp_path))})
     assert data.class_names == ("cat", "dog") and data.labels.tolist() == [0, 0, 1]
@@ -214,7 +226,7 @@ def test_an_unlabelled_image_has_label_minus_one():
     ("name", "args", "message"),
     [
         ("cifar", {}, r"unknown data set 'cifar'; choose from .*cifar10"),
-        ("digits", {"size": 8}, r"digits has no argument 'size'; it takes none"),
+        ("digits", {"size": 8}, r"digits has no argument 'size'; it takes split"),
         ("mnist", {"trian": True}, r"mnist has no argument 'trian'; it takes train"),
         ("mnist", {"root": "."}, r"mnist has no argument 'root'"),  # the root is data.root, not an argument
         ("folder", {}, r"folder cannot be built from .*path"),

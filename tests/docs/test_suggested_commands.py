@@ -24,6 +24,7 @@ TRAIN = (
     "train.sample_every_steps=0 preview.n_samples=2 preview.sampling_steps=1 optimizer.warmup_steps=0 optimizer.lr=0.03 "
     "ema.half_life_images=1 data.num_workers=0"
 )
+EVALUATE = "evaluate.n_samples=4 evaluate.sampling_steps=1 evaluate.loss_samples=10"
 NETWORKS = {
     "unet": "model.args.width=16 model.args.head_channels=16",
     "mini_unet": "model.args.width=16 model.args.head_channels=16",
@@ -106,7 +107,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         config = arguments[arguments.index("-c") + 1] if "-c" in arguments else None
         overrides = [word for word in arguments if "=" in word]
         network = schema.load(config, overrides).model.name
-        more = [*shlex.split(TRAIN), *shlex.split(NETWORKS[network])]
+        more = [*shlex.split(TRAIN), *shlex.split(EVALUATE), *shlex.split(NETWORKS[network])]
         if config == "configs/cifar10.yaml":
             more += ["data.name=folder", "data.args={path: cifar, size: 32}", "ema.warmup_ratio=0.05"]
         if config == "configs/toy.yaml":

@@ -26,6 +26,7 @@ def entry(nfe: float, fd: float, method: str = "euler", scale: float | None = No
     about = {"weights": "w", "captions": None, "method": method, "guidance_scale": scale, "grid": "uniform", "error": fd}
     return {
         **about,
+        "images": None,
         "NFE": nfe,
         "forwards": nfe * (1 if scale in (None, 1) else 2),
         "metrics": {"FID": table.Statistic(fd, math.nan)},
@@ -93,6 +94,34 @@ def test_closest_images_are_pairs(figures, tmp_path):
     assert shown[0] == ("0.50", 0) and ("", 100) in shown
 
 
+def snapshot_entry(step: int, nfe: int, fd: float, interval: float) -> dict:
+    about = {"weights": f"run@{step}", "images": 100 * step, "steps": nfe, "n": 50}
+    return {**entry(nfe, fd), **about, "metrics": {"FID": table.Statistic(fd, math.nan, interval)}}
+
+
+def test_snapshots_are_plotted_by_images(figures, tmp_path):
+    """A line for each number of steps that two snapshots have, with intervals; nothing for a single snapshot."""
+    real = {**entry(0, 0.5), "weights": "real (test split)", "method": None, "n": 50}
+    rows = [snapshot_entry(step, 10, 300 / step, 3.0) for step in (1000, 200, 600)]
+    plots.distance_against_images(tmp_path / "a.png", [*rows, snapshot_entry(200, 1, 9.0, 1.0), real])
+    plots.distance_against_images(tmp_path / "b.png", rows[:1])
+    (figure,) = figures
+    (axes,) = figure.axes
+    line, floor = axes.lines[0], axes.lines[-1]
+    assert line.get_xdata().tolist() == [20_000, 60_000, 100_000] and floor.get_ydata()[0] == 0.5
+    (bars,) = axes.collections
+    assert [float(bar[1, 1] - bar[0, 1]) for bar in bars.get_segments()] == pytest.approx([6.0] * 3)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["real (test split), n = 50", "euler, 10 steps"]
+    assert len(ticks(axes, "x")) >= 3 and axes.get_xlim()[0] == 0
+
+
+def test_earlier_snapshots_leave_nfe_plot():
+    """Unless they have a curve of their own."""
+    rows = [snapshot_entry(1, 10, 3.0, 0), snapshot_entry(2, 10, 2.0, 0), snapshot_entry(2, 5, 2.0, 0), entry(7, 1.0)]
+    last = snapshot_entry(3, 10, 1.0, 0)
+    assert table.without_earlier_snapshots([*rows, last]) == [*rows[1:], last]
+
+
 @pytest.mark.parametrize("values", [(0.0, 3.0), (-0.1, 2.0), (math.nan, 1.0), (1e-12, 1e3), (3.0, 3.0)])
 def test_odd_distances_are_drawn(figures, tmp_path, values):
     plots.distance_against_nfe(tmp_path / "a.png", [entry(i + 1, v) for i, v in enumerate(values)])
@@ -111,6 +140,22 @@ def test_different_losses_have_panels_of_their_own(figures, tmp_path, tiny_run, 
     assert vae.get_ylabel() == "autoencoder loss (mse + 1e-06 KL)" and len(vae.lines) == 1
     for axes in (flow, vae):
         assert len(ticks(axes, "x")) >= 2 and ticks(axes, "y")
+
+
+def test_validation_loss_is_dashed(figures, tmp_path, here):
+    """In the panel of the training loss where both are the same quantity, else in one of its own."""
+    for name, config in {"same": "seed: 0", "other": "flow: {time_sampler: logit_normal}"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"{config}\n")
+        rows = ['"validation_loss": 2.0', '"loss": 1.0', '"FD-digits": 3.0']
+        lines = [f'{{"step": {step}, "images": {step}, {row}}}' for step in (1, 2) for row in rows]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    out = here("plot_loss", "--runs", tmp_path / "same", tmp_path / "other", "--out", tmp_path / "loss.png")
+    assert "rows have no loss" not in out
+    training, validation = figures[0].axes
+    dashes = [[line.get_linestyle() for line in axes.lines] for axes in (training, validation)]
+    assert dashes == [["-", "--", "-"], ["--"]]
+    assert validation.get_ylabel() == "validation loss (mse of the velocity)"
 
 
 def text_in(pixels: torch.Tensor) -> bool:

@@ -97,6 +97,23 @@ def test_published_snapshots_outlive_their_checkpoints(tmp_path):
     assert snapshot.load(run / "snapshots" / "step_00000010.ema_9000.safetensors").half_life_images == 9000
 
 
+def test_snapshots_of_a_run(tmp_path):
+    """A run folder means its first half-life, a snapshot in it the own one; other files are left out."""
+    folder = tmp_path / "run/snapshots"
+    folder.mkdir(parents=True)
+    for step in (200, 1000, 30):
+        for name in (f"step_{step:08d}.safetensors", f"step_{step:08d}.ema_9000.safetensors", f"step_{step:08d}.grids.json"):
+            (folder / name).touch()
+    run, found = snapshot.of_run(tmp_path / "run", ["all"])
+    assert run == tmp_path / "run" and [p.name for p in found] == [f"step_{k:08d}.safetensors" for k in (30, 200, 1000)]
+    run, found = snapshot.of_run(folder / "step_00000030.ema_9000.safetensors", ["1000", "200"])
+    assert run == tmp_path / "run" and [p.name for p in found] == [f"step_{k:08d}.ema_9000.safetensors" for k in (200, 1000)]
+    with pytest.raises(UserError, match="--snapshots 31: must be all, or steps among 30, 200, 1000"):
+        snapshot.of_run(tmp_path / "run", ["30", "31"])
+    with pytest.raises(UserError, match="neither a run folder with snapshots nor one of its snapshots"):
+        snapshot.of_run(folder, ["all"])
+
+
 def test_publishing_without_hard_links_copies(tmp_path, monkeypatch):
     def no_links(*args):
         raise OSError("not supported")

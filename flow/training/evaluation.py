@@ -1,0 +1,145 @@
+"""Evaluation during training: rows of evaluate.py for the averaged weights, and the snapshot with the best value."""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from configs.schema import UserError
+from flow.evaluation import metrics, runner, table
+from flow.runtime import cli, files, lock
+from flow.runtime.errors import error_context
+from flow.sampling.conditions import conditions_in_turn
+from flow.sampling.settings import SamplerSettings, validate
+from flow.sampling.snapshot import BEST_FILE, EMA_FILE
+from flow.training.flow_task import FlowTask
+from flow.training.logging import read_metrics
+from flow.training.trainer import Callback, Trainer
+
+
+class EvaluateSnapshots(Callback):
+    """A row of RUN/evaluation for the snapshot of every evaluate.every_steps and of the last step.
+
+    What is evaluated has just been saved: a run that is killed before the row is complete computes it when it is resumed. The
+    row is that of evaluate.py with the same settings, and neither of the two computes it again.
+    """
+
+    def __init__(self, task: FlowTask, folder: Path):
+        """folder: of the run.
+
+        Raises:
+            UserError: that names the key, for settings that do not fit the network, the data or each other.
+        """
+        self.task, config, accelerator = task, task.config, task.accelerator
+        self.settings = evaluate = config.evaluate
+        self.checkpoint_every_steps = evaluate.every_steps
+        if unknown := [name for name in evaluate.metrics if name not in metrics.METRICS]:
+            raise UserError(
+                f"evaluate.metrics={evaluate.metrics}: unknown metric {unknown[0]!r}; choose from {', '.join(metrics.METRICS)}"
+            )
+        captions_of = runner.captions_by_class(None, None, accelerator, config, task.net)
+        labels, prompts = conditions_in_turn(None, captions_of)
+        sampler = SamplerSettings(
+            evaluate.sampling_method, evaluate.sampling_steps, evaluate.guidance_scale, evaluate.seed, labels, prompts
+        )
+        with error_context("evaluate"):
+            validate(sampler, task.net)
+        settings = runner.EvaluationSettings(
+            str(folder), evaluate.n_samples, 1, evaluate.batch_size, evaluate.feature_extractor, evaluate.feature_layer,
+            Path(evaluate.feature_weights) if evaluate.feature_weights else None, reference=evaluate.reference,
+            metrics=tuple(evaluate.metrics),
+        )  # fmt: skip
+        with _keys_for_flags():
+            self.evaluator = runner.SnapshotEvaluator.build(
+                settings, accelerator, folder / "evaluation", config, task.space, task.net, [sampler], captions_of, True
+            )
+        name = evaluate.keep_best
+        self.best_column = self.evaluator.evaluation.extractor.distance_name if name == "fid" else name
+        self.captions = "plain" if captions_of else None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """The row of real images, whose columns show whether evaluate.keep_best is one."""
+        row = runner.add_control(self.evaluator.evaluation)
+        self._check_best_column(row)
+
+    def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
+        if trainer.interrupted or not (trainer.finished or trainer.is_due(self.settings.every_steps)):
+            return
+        start, main = time.perf_counter(), trainer.accelerator.is_main_process
+        images = trainer.step * trainer.config.train.batch_size
+        subject = {"weights": f"{trainer.folder.name}@{trainer.step}", "images": images, "captions": self.captions}
+        digest = files.sha256(path / EMA_FILE) if main else ""
+        with trainer.ema.average_parameters() as averaged:
+            model = self.task.model_with(averaged)
+            rows = self.evaluator.evaluate(model, self.task.data.image_shape, digest, subject)
+        trainer.model.train()
+        row, is_new = rows[0] if rows else (None, False)
+        self._check_best_column(row)
+        if row is None:
+            return
+        if is_new:
+            seconds = cli.duration(time.perf_counter() - start)
+            trainer.logger.info(f"step {trainer.step}: {table.summary(row)}; evaluated in {seconds}")
+        values = {name: value for name, value in row["metrics"].items() if value is not None}
+        if is_new or not _is_logged(trainer, values):  # a kill may have come in between
+            trainer.logger.log(trainer.step, {**values, "images": images})
+        self._write_report(trainer)
+        if self.best_column:
+            self._keep_best(trainer, path / EMA_FILE, row, self.best_column)
+
+    def _write_report(self, trainer: Trainer) -> None:
+        """Table and figures; left to an evaluate.py that is writing there, as its own report will have the row."""
+        try:
+            with lock.folder(self.evaluator.evaluation.out):
+                self.evaluator.evaluation.write_report()
+        except UserError as error:
+            trainer.logger.info(f"note: the row is in results.jsonl, not yet in the table: {error}")
+
+    def _keep_best(self, trainer: Trainer, snapshot: Path, row: dict, column: str) -> None:
+        """Make the snapshot best.safetensors where its value is better than that of the snapshot there."""
+        best = trainer.folder / BEST_FILE
+        before = self._row_of(best, row) if best.exists() else None
+        value = row["metrics"][column]
+        if before and before["images"] <= row["images"]:  # later ones are of a training that was resumed from before them
+            previous = before["metrics"][column]
+            if not (value > previous if column in metrics.HIGHER_IS_BETTER else value < previous):
+                return
+        files.link(snapshot, best)
+        was = f" (before: {before['weights']})" if before else ""
+        trainer.logger.info(f"step {trainer.step}: best {column} so far{was}, the snapshot is kept as {best}")
+
+    def _row_of(self, snapshot: Path, like: dict) -> dict | None:
+        """The row of a snapshot that was evaluated as another one was."""
+        identity = {**like["identity"], "weights_sha256": files.sha256(snapshot)}
+        return table.find(self.evaluator.evaluation.out, {**like, "identity": identity})
+
+    def _check_best_column(self, row: dict | None) -> None:
+        """Raises UserError on every process where the row, on the main process, lacks the column of evaluate.keep_best."""
+        columns, settings = list(row["metrics"]) if row else [], self.settings
+        error = None
+        if self.best_column and columns and self.best_column not in columns:
+            error = (
+                f"evaluate.keep_best={settings.keep_best}: evaluate.metrics={settings.metrics} gives no such column here; "
+                f"choose from {', '.join(columns)}"
+            )
+        [error] = broadcast_object_list([error])
+        if error:
+            raise UserError(error)
+
+
+def _is_logged(trainer: Trainer, values: dict[str, float]) -> bool:
+    """Whether metrics.jsonl has these columns at this step."""
+    rows = read_metrics(trainer.logger.metrics_file) if trainer.logger.metrics_file.exists() else []
+    return any(row["step"] == trainer.step and values.keys() <= row.keys() for row in rows)
+
+
+@contextmanager
+def _keys_for_flags() -> Iterator[None]:
+    """Errors that name a flag of evaluate.py name the key instead."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"(evaluate: )?--(feature_\w+|reference)", r"evaluate.\2", str(error))) from error

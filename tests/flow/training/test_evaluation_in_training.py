@@ -1,0 +1,201 @@
+"""Evaluation during training: the rows of evaluate.py, the best snapshot, the validation loss; the weights stay the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import TINY_TRAIN, run_here, succeed
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import datasets
+from flow.evaluation import table
+from flow.model import FlowModel
+from flow.path import LinearPath
+from flow.sampling import snapshot
+from flow.training import checkpoint
+from flow.training.logging import read_metrics
+from flow.training.validation import by_time, validation_losses
+from scripts.dev import fault_injection
+
+DROPOUT = (
+    "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
+    "num_classes: 10, dropout: 0.1}"
+)
+TRAIN = [*TINY_TRAIN, DROPOUT, "data.args.split=train", "train.keep_checkpoints=0"]
+EVALUATE = [
+    "evaluate.every_steps=3", "evaluate.n_samples=80", "evaluate.sampling_steps=1", "evaluate.feature_extractor=digits",
+    "evaluate.keep_best=fid", "evaluate.loss_every_steps=2", "evaluate.loss_samples=120",
+]  # fmt: skip
+SAME = ["--methods", "heun", "--sampling_steps", "1", "--n_samples", "80", "--feature_extractor", "digits"]
+FD = "FD-digits"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """Checkpoints after steps 2, 3 and 4; rows for 3 and 4; validation losses at 2 and 4."""
+    folder = tmp_path_factory.mktemp("evaluation") / "run"
+    run_here("train", *TRAIN, *EVALUATE, "-e", folder, f"data.root={folder.parent}")
+    return folder
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def results(folder: Path) -> list[dict]:
+    """The rows of snapshots, without the time they took."""
+    rows = [json.loads(line) for line in (folder / "evaluation/results.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if not table.is_control(row)]
+
+
+def drop_last_row(file: Path) -> None:
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+
+
+def test_rows_losses_and_best_snapshot(run):
+    assert [p.name for p in checkpoint.list_checkpoints(run / "checkpoints")] == [f"step_{k:08d}" for k in (2, 3, 4)]
+    assert {p.name for p in (run / "evaluation").iterdir()} == {"results.jsonl", "results.csv", "results.md", "snapshots.png"}
+    rows, logged = results(run), read_metrics(run / "metrics.jsonl")
+    assert [(row["weights"], row["images"], row["n"]) for row in rows] == [("run@3", 96, 80), ("run@4", 128, 80)]
+    columns = {row["step"]: row for row in logged if FD in row}
+    assert {step: row[FD] for step, row in columns.items()} == {3: rows[0]["metrics"][FD], 4: rows[1]["metrics"][FD]}
+    assert [row["step"] for row in logged if "validation_loss" in row] == [2, 4]
+    assert len([key for key in logged[0] if key.startswith("validation_loss_t_0.")]) == 10
+    assert [row["step"] for row in logged if "loss" in row] == [2, 4]
+    best = min(rows, key=lambda row: row["metrics"][FD])
+    assert snapshot.load(run / "best.safetensors").images == best["images"]
+    log = (run / "log.txt").read_text()
+    assert f"step 3: {FD} " in log and f"step 3: best {FD} so far, the snapshot is kept as {run}/best.safetensors" in log
+
+
+def test_evaluate_adds_what_is_missing(here, copy, run):
+    """Of the three snapshots the row of step 3 is there; that of step 4 comes out as in the training."""
+    drop_last_row(copy / "evaluation/results.jsonl")
+    printed = here("evaluate", "--weights", copy, "--snapshots", "all", *SAME, f"data.root={run.parent}")
+    (third, fourth), rows = results(run), results(copy)
+    assert rows[0] == third and [row["weights"] for row in rows[1:]] == ["run@2", "run@4"]
+    assert rows[2]["identity"] == fourth["identity"] and rows[2]["metrics"] == pytest.approx(fourth["metrics"], rel=1e-6)
+    names = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| run@")]
+    assert names == ["run@2", "run@3", "run@4"]
+    here("evaluate", "--weights", copy / "best.safetensors", *SAME)
+    assert results(copy) == rows
+
+
+def test_kill_before_row_computes_it(here, copy, run):
+    """Killed after the last checkpoint and before its row: the row comes after the resume, the one before it does not again."""
+    drop_last_row(copy / "evaluation/results.jsonl")
+    drop_last_row(copy / "metrics.jsonl")
+    shutil.copy(run / "snapshots/step_00000003.safetensors", copy / "best.safetensors")
+    here("train", "-e", copy, "-r", "latest")
+    assert results(copy) == results(run)
+    assert fault_injection.losses(copy / "metrics.jsonl") == fault_injection.losses(run / "metrics.jsonl")
+    assert (copy / "best.safetensors").read_bytes() == (run / "best.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_kill_before_log_logs_the_row(here, copy, run):
+    drop_last_row(copy / "metrics.jsonl")
+    here("train", "-e", copy, "-r", "latest")
+    assert results(copy) == results(run)
+    assert fault_injection.losses(copy / "metrics.jsonl") == fault_injection.losses(run / "metrics.jsonl")
+
+
+def test_resume_and_evaluation_leave_the_weights(here, copy, run, tmp_path):
+    """The last step after a resume, and the whole training without evaluation, to the bit; the network has dropout."""
+    shutil.rmtree(copy / "checkpoints/step_00000004")
+    here("train", "-e", copy, "-r", "latest")
+    assert fault_injection.compare(copy / "checkpoints", run / "checkpoints") == []
+    assert results(copy) == results(run)
+    here("train", *TRAIN, "-e", tmp_path / "plain")
+    for name in ("model.safetensors", "ema.safetensors"):
+        a, b = (load_file(folder / "checkpoints/step_00000004" / name) for folder in (run, tmp_path / "plain"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_best_snapshot_outlives_worse_ones(here, copy):
+    """Step 3 has a distance that step 4 does not reach; its snapshot is pruned, the best file stays."""
+    shutil.rmtree(copy / "checkpoints/step_00000004")
+    shutil.copy(copy / "snapshots/step_00000003.safetensors", copy / "best.safetensors")
+    file = copy / "evaluation/results.jsonl"
+    drop_last_row(file)
+    lines = file.read_text().splitlines()
+    row = json.loads(lines[-1])
+    row["metrics"][FD] = 0.5
+    file.write_text("\n".join([*lines[:-1], json.dumps(row)]) + "\n")
+    here("train", "-e", copy, "-r", "latest", "train.keep_snapshots=1")
+    assert [p.name for p in (copy / "snapshots").iterdir()] == ["step_00000004.safetensors"]
+    assert snapshot.load(copy / "best.safetensors").step == 3
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_numbers(tmp_path, run):
+    """With weights that do not move."""
+    still = [*TRAIN, *EVALUATE, "optimizer.lr=1e-30", f"data.root={run.parent}"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_here("train", *still, "-e", one)
+    succeed("train.py", *still, "-e", two, processes=2)
+    losses = [[row for row in fault_injection.losses(r / "metrics.jsonl") if "validation_loss" in row] for r in (one, two)]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+    for a, b in zip(results(one), results(two), strict=True):
+        assert a["metrics"] == pytest.approx(b["metrics"], rel=1e-6)
+
+
+class ZeroFlowMap(nn.Module):
+    """A flow map that predicts 0, and remembers the times."""
+
+    two_times = True
+
+    def __init__(self):
+        super().__init__()
+        self.times: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
+        assert t_next is None or torch.equal(t, t_next)
+        self.times.append(t)
+        return torch.zeros_like(x)
+
+
+def test_validation_loss_of_zero():
+    """The velocity of a predictor of 0 has the error |x1 - x0|^2, whose mean is that of 1 + |x1|^2, at all times."""
+    data = datasets.build("digits", None, {"split": "test"})
+    net = ZeroFlowMap()
+    losses = validation_losses(Accelerator(cpu=True), FlowModel(net, LinearPath()), data, 2990, 0, 100)
+    x1 = data.images.double() / 127.5 - 1
+    assert losses.mean().item() == pytest.approx(1 + x1.square().mean().item(), rel=0.01)
+    times = torch.cat(net.times)
+    assert torch.equal((times * 2990).floor().int(), torch.arange(2990).int())
+    assert [len(part) for part in by_time(losses)] == [299] * 10
+    bins = list(by_time(torch.arange(15)))
+    assert torch.cat(bins).tolist() == list(range(15)) and all(len(part) for part in bins)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["evaluate.keep_best=fid"], "keep_best=fid: must be null where evaluate.every_steps is 0"),
+        (["evaluate.every_steps=2", "evaluate.metrics=[fd]"], "evaluate.metrics=['fd']: unknown metric 'fd'; choose from"),
+        (["evaluate.every_steps=2", "evaluate.feature_extractor=x"], "evaluate.feature_extractor x: unknown; choose one of"),
+        ([*EVALUATE, "evaluate.keep_best=recall"], "keep_best=recall: evaluate.metrics=['fid', 'isc', 'accuracy'] gives no"),
+        (["evaluate.loss_every_steps=2", "data.args.split=all"], "evaluate.loss_every_steps=2: data.name=digits with data."),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_configuration(error, tmp_path, run, settings, message):
+    assert message in error("train", *TRAIN, "-e", tmp_path / "run", f"data.root={run.parent}", *settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--snapshots", "5"], "--snapshots 5: must be all, or steps among 2, 3, 4"),
+        (["--snapshots", "last"], "--snapshots last: must be all, or steps among 2, 3, 4"),
+        (["--snapshots", "all", "--time_grid", "optimized"], "--snapshots: does not go with --time_grid optimized"),
+    ],
+)
+def test_mistakes_with_snapshots(error, run, flags, message):
+    assert message in error("evaluate", "--weights", run, *flags)
+    assert "is neither a run folder" in error("evaluate", "--weights", run / "best.safetensors", "--snapshots", "all")
