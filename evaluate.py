@@ -126,9 +126,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     for note in dict.fromkeys(filter(None, (guidance_note(sampler, model) for sampler in plan))):
         accelerator.print(f"note: {note}")
     out = args.out or (run if run.is_dir() else run.parent) / "evaluation"
-    name = run.name if run.is_dir() else run.stem
-    if run != path and path.is_file():
-        name += f".ema_{snap.half_life_images}"
+    name = snapshot.name_of(path)
     captions = (args.captions or "plain") if net.max_prompt_bytes else None
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
     with lock.folder(out, accelerator):

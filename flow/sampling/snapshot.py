@@ -51,8 +51,7 @@ class Snapshot:
 
     def title(self, weights: str | Path) -> str:
         """What a table calls the snapshot behind `weights`: digits@2000, after the run folder or the file."""
-        path = Path(weights)
-        return f"{path.name if path.is_dir() else path.stem}@{self.step}"
+        return f"{name_of(Path(weights))}@{self.step}"
 
     @property
     def decoded_shape(self) -> tuple[int, ...]:
@@ -262,6 +261,15 @@ def of_run(path: Path, steps: Sequence[str]) -> tuple[Path, list[Path]]:
         if not word.isdecimal() or int(word) not in found:
             raise UserError(f"--snapshots {word}: must be all, or steps among {', '.join(map(str, found))}")
     return folder.parent, [p for step, p in found.items() if step in map(int, steps)]
+
+
+def name_of(path: Path) -> str:
+    """What tables call the weights behind a path: its run, with the half-life of averages after the first, else the name of
+    the folder or file."""
+    run = path.resolve().parent
+    if path.is_file() and run.name == "snapshots" and (run.parent / "config.yaml").is_file():
+        return run.parent.name + path.stem.removeprefix(path.stem.partition(".")[0])
+    return path.name if path.is_dir() else path.stem
 
 
 def by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
