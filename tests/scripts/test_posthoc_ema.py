@@ -119,7 +119,8 @@ def test_mistakes(error, tiny_run, copy, tmp_path):
     assert "'0.3': must be a number above 0 and below 0.2887" in error(*posthoc, "0.3")
     assert "holds no stored averages; give the folder of a run" in error("posthoc_ema", "--weights", tiny_run, "--width", "0.1")
     assert "holds no stored averages" in error("evaluate", "--weights", tiny_run, "--ema_width", "0.1")
-    assert "--ema_width: does not go with --samples" in error("evaluate", "--samples", copy, "--reference", "x", "--ema_width", "0.1")
+    line = error("evaluate", "--samples", copy, "--reference", "x", "--ema_width", "0.1")
+    assert "--ema_width: does not go with --samples" in line
     for value in ("[0.1, 0.1]", "[0.3]", "[0]", "[.nan]"):
         line = error("train", *MLP, f"ema.power_widths={value}", "-e", tmp_path / "new")
         assert "ema.power_widths=" in line and "must be a list of distinct numbers above 0 and below 0.2887" in line
