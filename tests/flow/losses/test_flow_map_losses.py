@@ -264,8 +264,9 @@ def test_trains_to_the_true_map(name):
     torch.manual_seed(0)
     loss = build_loss(name, **args)
     net = models.build("mlp", (1,), {"width": 64, "num_frequencies": 0, "time_frequency": 6.0, "two_times": True})
-    eager, average = EagerNetwork(net), torch.optim.swa_utils.AveragedModel(
-        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)
+    eager, average = (
+        EagerNetwork(net),
+        torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995)),
     )
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
