@@ -5,6 +5,7 @@
   const one = (selector, root = document) => root.querySelector(selector);
   const all = (selector, root = document) => [...root.querySelectorAll(selector)];
   const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3]];
+  const MAX_BANDS = 4;
   const MARKERS = ["circle", "square", "triangle", "diamond"];
 
   function element(tag, properties = {}, ...children) {
@@ -55,7 +56,7 @@
 
   function linearTicks(low, high, count) {
     const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
-    const step = [1, 2, 5, 10].map((k) => k * power).find((s) => s >= rough);
+    const step = [1, 2, 2.5, 5, 10].map((k) => k * power).reduce((best, s) => (Math.abs(Math.log(s / rough)) < Math.abs(Math.log(best / rough)) ? s : best));
     const ticks = [];
     for (let k = Math.ceil(low / step); k * step <= high + 1e-9 * step; k++) ticks.push(+(k * step).toPrecision(12));
     return ticks;
@@ -115,10 +116,10 @@
     };
     const text = color("var(--muted)"), rule = color("var(--line)"), font = "12px system-ui, sans-serif";
     const axis = (log, given) => ({
-      stroke: text, font, labelFont: font, labelSize: 20, grid: { stroke: rule, width: 1 }, ticks: { stroke: rule, width: 1, size: 4 }, gap: 4,
+      stroke: text, font, labelFont: font, labelSize: 18, grid: { stroke: rule, width: 1 }, ticks: { stroke: rule, width: 1, size: 4 }, gap: 4,
       splits: (chart, index, low, high) => {
         const across = chart.axes[index].side % 2 === 0, size = across ? chart.bbox.width : chart.bbox.height;
-        const candidates = given ? given.filter((tick) => tick >= low && tick <= high) : log ? logTicks(low, high) : linearTicks(low, high, Math.max(2, size / devicePixelRatio / (across ? 80 : 45)));
+        const candidates = given ? given.filter((tick) => tick >= low && tick <= high) : log ? logTicks(low, high) : linearTicks(low, high, Math.max(3, size / devicePixelRatio / (across ? 75 : 40)));
         const gap = across ? 34 : 14, places = [];
         return candidates.filter((tick) => {
           const place = chart.valToPos(tick, across ? "x" : "y");
@@ -138,7 +139,7 @@
         const at = (value) => chart.valToPos(value, "y", true);
         if (logY && floor.value <= 0) return;
         if (floor.bar && (!logY || floor.bar < floor.value)) {
-          ctx.fillStyle = color("color-mix(in srgb, var(--muted) 14%, transparent)");
+          ctx.fillStyle = color("color-mix(in srgb, var(--muted) 11%, transparent)");
           ctx.fillRect(left, at(floor.value + floor.bar), width, at(floor.value - floor.bar) - at(floor.value + floor.bar));
         }
         ctx.strokeStyle = text;
@@ -206,7 +207,7 @@
       ...size(), series, bands, legend: { show: false }, hooks: { draw: [marks], setCursor: [point] },
       cursor: { points: { show: false }, y: false, drag: { x: true, y: false, setScale: true } },
       scales: { x: { time: false, distr: logX ? 3 : 1, range: range(logX, [], logX ? 1.15 : 1.02) }, y: { distr: logY ? 3 : 1, range: range(logY, extra, logY ? 1.12 : 1.06) } },
-      axes: [{ ...axis(logX, ticks), label: xLabel }, { ...axis(logY), size: 58 }],
+      axes: [{ ...axis(logX, ticks), label: xLabel, size: 28 }, { ...axis(logY), size: 56 }],
     }, tables.length ? uPlot.join(tables) : [[]], box);
     box.append(tip);
     box.chart = chart;
@@ -285,6 +286,7 @@
   const axisNames = { step: "step", images: "training images", hours: "hours" };
   const columns = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves.columns)))];
   const bins = (prefix) => columns.filter((name) => name.startsWith(prefix)).sort();
+  const binName = (key) => `${key.slice(-3)}–${(+key.slice(-3) + 0.1).toFixed(1)}`;
   const ofEvaluation = columns.filter((name) => data.metrics.includes(name));
   const panels = [
     { title: "Loss", keys: ["loss"] },
@@ -331,7 +333,7 @@
       choice = element("select", { id });
       choice.setAttribute("aria-label", `${panel.title}: what is shown`);
       const option = (value, text) => element("option", { value, textContent: text });
-      const names = panel.keys.map((key) => option(key, panel.names?.[key] ?? (panel.bins ? `t from ${key.slice(-3)}, all runs` : key)));
+      const names = panel.keys.map((key) => option(key, panel.names?.[key] ?? (panel.bins ? `t ${binName(key)}, all runs` : key)));
       if (panel.bins) choice.append(...data.runs.map((run, i) => ({ run, i })).filter(({ run }) => panel.keys.some((key) => key in run.curves.columns)).map(({ run }) => option(`run ${run.name}`, `all t, ${run.name}`)));
       choice.append(...names);
       head.append(choice);
@@ -346,9 +348,13 @@
       let lines, parts = [];
       if (value.startsWith("run ")) {
         const run = data.runs.findIndex((candidate) => candidate.name === value.slice(4));
-        parts = panel.keys.map((key, i) => ({ name: key.slice(-3), color: `color-mix(in oklab, var(--c1) ${Math.round((100 * i) / Math.max(1, panel.keys.length - 1))}%, var(--c5))`, key }));
+        parts = panel.keys.map((key, i) => ({ name: binName(key), color: `color-mix(in oklab, var(--c1) ${Math.round((100 * i) / Math.max(1, panel.keys.length - 1))}%, var(--c5))`, key }));
         lines = parts.flatMap(({ key, ...look }) => curveLines(run, key, { ...look, width: 1.25 }, weight).map(({ low, high, ...line }) => line));
-      } else lines = visible().flatMap((run) => curveLines(run, value, { name: data.runs[run].name, color: runColor(run), dash: runDash(run) }, weight));
+      } else {
+        const runs = visible();
+        lines = runs.flatMap((run) => curveLines(run, value, { name: data.runs[run].name, color: runColor(run), dash: runDash(run) }, weight));
+        if (runs.length > MAX_BANDS) lines = lines.map(({ low, high, ...line }) => line); // more of them hide each other
+      }
       draw(box, lines, { logX: one("#log-x").checked, logY: log.checked, xLabel: axisNames[one("#axis").value], label: panel.title });
       legend.replaceChildren(...parts.map((part) => lineItem(part.name, part.color, [], null)));
     };
@@ -400,7 +406,9 @@
         x: points.map((point) => point[cost.value]), y: points.map((point) => point.values[name][0]), bars: points.map((point) => point.values[name][1]),
       };
     }).filter((line) => line.x.length);
-    const floors = data.floors.filter((floor) => name in floor.values && floor.runs.some((run) => runs.includes(run))).map((floor) => ({ name: floor.name, value: floor.values[name][0], bar: floor.values[name][1] }));
+    const floors = data.floors.filter((floor) => name in floor.values && runs.includes(floor.run))
+      .map((floor) => ({ name: floor.name, value: floor.values[name][0], bar: floor.values[name][1] }))
+      .filter((floor, i, list) => list.findIndex((other) => other.name === floor.name && other.value === floor.value) === i);
     const ticks = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
     draw(one("#quality-chart"), lines, {
       logX: one("#quality-log-x").checked, logY: one("#quality-log-y").checked, ticks: ticks.length < 15 ? ticks : undefined, floors, label: `${name} against ${cost.value}`,

@@ -23,7 +23,7 @@ PICTURE_BYTES = 6_000_000  # of all pictures in a page
 MIN_RUN_BYTES = 150_000  # of the pictures of a run, where there are many
 PREVIEW_SHARE = 0.6  # of a run's bytes that its previews may take
 MAX_PREVIEWS = 40  # of a run
-DASHES = ("", "5 3", "2 2", "6 2 2 2")  # as many colors with each as there are in plots.COLORS
+DASHES = ("", "5 3", "2 2", "6 2 2 2", "9 2")  # as many colors with each as there are in plots.COLORS
 
 
 def check_output(out: Path) -> None:
@@ -65,24 +65,26 @@ def _pictures(runs: list[Run], folder: Path | None) -> tuple[list[list[dict]], l
 
     A line on each damaged picture is added to the problems of its run.
     """
-    previews, figures, left_out, written = [], [], {}, set()
+    previews, figures = [], []
+    left_out: dict[str, int] = {}
+    written: set[str] = set()
     budget = max(MIN_RUN_BYTES, PICTURE_BYTES // max(1, len(runs)))
     for run in runs:
-        for_previews = Pictures(folder, round(PREVIEW_SHARE * budget))
-        shown = []
-        for step in list(spread(sorted(run.previews)))[:MAX_PREVIEWS]:
-            if source := for_previews.source(run.previews[step]):
+        pictures = Pictures(folder, budget)
+        shown: list[dict[str, Any]] = []
+        for step in list(spread(sorted(run.previews)))[: None if folder else MAX_PREVIEWS]:
+            if pictures.left < (1 - PREVIEW_SHARE) * budget:
+                break
+            if source := pictures.source(run.previews[step]):
                 shown.append({"step": step, "src": source})
         previews.append(sorted(shown, key=lambda preview: preview["step"]))
-        for_figures = Pictures(
-            folder, budget - round(PREVIEW_SHARE * budget) + for_previews.left * (folder is None and not for_previews.left_out)
-        )
-        named = [(_name(path, run.folder), for_figures.source(path)) for path in run.figures]
+        pictures.left_out = 0
+        named = [(_name(path, run.folder), pictures.source(path)) for path in run.figures]
         figures.append([{"name": name, "src": source} for name, source in named if source])
-        run.problems += for_previews.problems + for_figures.problems
-        if for_figures.left_out:
-            left_out[run.name] = for_figures.left_out
-        written |= for_previews.written | for_figures.written
+        run.problems += pictures.problems
+        if pictures.left_out:
+            left_out[run.name] = pictures.left_out
+        written |= pictures.written
     return previews, figures, left_out, written
 
 
@@ -95,7 +97,7 @@ def _context(
 ) -> dict[str, Any]:
     """What the template shows."""
     differing = differing_keys(runs)
-    usual = {key: Counter(run.config.get(key) for run in runs if run.config).most_common(1)[0][0] for key in differing}
+    unusual = {key: _unusual([run.config.get(key) for run in runs if run.config]) for key in differing}
     rows = [_row(i, run, figures[i]) for i, run in enumerate(runs)]
     lines, floors, metrics = _quality(runs)
     names = [run.name for run in runs]
@@ -121,7 +123,7 @@ def _context(
         "runs": rows,
         "problems": problems,
         "differing": differing,
-        "usual": usual,
+        "unusual": unusual,
         "quality": _table(runs, metrics),
         "note": table.NOTE,
         "has_quality": bool(metrics),
@@ -134,6 +136,12 @@ def _context(
         "script": _asset("page.js"),
         "data": data,
     }
+
+
+def _unusual(values: list[str | None]) -> set[str | None]:
+    """The values that are not the most common one; none where all of more than two are different."""
+    [(usual, count)] = Counter(values).most_common(1)
+    return set() if count == 1 and len(values) > 2 else set(values) - {usual}
 
 
 def _asset(name: str) -> Markup:
@@ -179,7 +187,9 @@ def _row(index: int, run: Run, figures: list[dict]) -> dict[str, Any]:
 
 def _quality(runs: list[Run]) -> tuple[list[dict], list[dict], list[str]]:
     """Lines of metrics over NFE, rows of real images, and the names of the metrics, distances first."""
-    lines, floors, names = [], {}, {}
+    lines: list[dict] = []
+    floors: list[dict] = []
+    names: dict[str, None] = {}
     for i, run in enumerate(runs):
         entries = [e for e in run.entries if e["NFE"] is not None]
         names |= dict.fromkeys(n for e in run.entries for n in e["metrics"] if n != "seconds" and not table.is_class_column(n))
@@ -190,12 +200,10 @@ def _quality(runs: list[Run]) -> tuple[list[dict], list[dict], list[str]]:
             point = {"NFE": e["NFE"], "forwards": e["forwards"] or e["NFE"], "values": _values(e)}
             of_run.setdefault(plots.line_name(e, several), []).append(point)
         lines += [{"run": i, "name": name, "points": members} for name, members in of_run.items()]
-        for e in filter(table.is_control, run.entries):
-            name, values = f"{e['weights']}, n = {e['n']}", _values(e)
-            floor = floors.setdefault((name, str(values)), {"name": name, "values": values, "runs": []})
-            floor["runs"].append(i)
+        controls = filter(table.is_control, run.entries)
+        floors += [{"run": i, "name": f"{e['weights']}, n = {e['n']}", "values": _values(e)} for e in controls]
     distances = [name for name in names if table.distance_name([{"metrics": {name: None}}])]
-    return lines, list(floors.values()), [*distances, *(name for name in names if name not in distances)]
+    return lines, floors, [*distances, *(name for name in names if name not in distances)]
 
 
 def _values(entry: dict) -> dict[str, tuple[float, float | None]]:
@@ -213,5 +221,6 @@ def _table(runs: list[Run], metrics: list[str]) -> list[Any]:
     entries = [(i, e) for i, run in enumerate(runs) for e in run.entries]
     if not entries:
         return []
-    header, *lines = table.cells([e for _, e in entries], metrics)
+    columns = list(zip(*table.cells([e for _, e in entries], metrics), strict=True))
+    header, *lines = zip(*(c for c in columns if c[0] != "ranges" or set(c[1:]) != {"1"}), strict=True)
     return [["run", *header], *((i, [runs[i].name, *line]) for (i, _), line in zip(entries, lines, strict=True))]

@@ -14,7 +14,8 @@ from flow.runtime import files
 from scripts.report.runs import version
 
 MAX_SIDE = 1600  # pixels of a side; larger pictures are scaled down
-MAX_FRAMES_PIXELS = 2**28  # of all frames of an animation
+MAX_PIXELS = 2**27  # of all frames of a picture
+SMALL = 30_000  # bytes up to which a lossless picture is not tried to be made smaller
 QUALITY = 85  # of lossy WebP
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)  # what Pillow raises
 
@@ -54,13 +55,18 @@ class Pictures:
 @lru_cache(maxsize=2048)  # a page that is built again and again encodes what is new
 def encoded(path: Path, modified: int, size: int) -> tuple[str, bytes]:
     """(webp or gif, content) of a PNG or GIF: the smaller of lossless and lossy WebP. Raises UNREADABLE."""
-    with Image.open(path, formats=("PNG", "GIF")) as image:
-        if getattr(image, "n_frames", 1) > 1:
-            return _animation(path, image)
-        image.load()
-        image = image.convert("RGBA" if "transparency" in image.info or image.mode in ("RGBA", "LA") else "RGB")
-        image.thumbnail((MAX_SIDE, MAX_SIDE))
-        return "webp", min((_webp(image, lossless=True), _webp(image, quality=QUALITY)), key=len)
+    with Image.open(path, formats=("PNG", "GIF")) as file:
+        frames = getattr(file, "n_frames", 1)
+        if file.width * file.height * frames > MAX_PIXELS:
+            raise ValueError("it has too many pixels")
+        if frames > 1:
+            return _animation(path, file)
+        image = file.convert("RGBA" if file.has_transparency_data else "RGB")
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    lossless = _webp(image, lossless=True)
+    if len(lossless) < SMALL:
+        return "webp", lossless
+    return "webp", min(lossless, _webp(image, quality=QUALITY), key=len)
 
 
 def spread(items: Sequence[T]) -> Iterator[T]:
@@ -80,8 +86,6 @@ def spread(items: Sequence[T]) -> Iterator[T]:
 
 def _animation(path: Path, image: Image.Image) -> tuple[str, bytes]:
     """The smaller of the GIF as it is and of lossless WebP."""
-    if image.width * image.height * image.n_frames > MAX_FRAMES_PIXELS:
-        raise ValueError("it has too many pixels")
     frames, durations = [], []
     for frame in ImageSequence.Iterator(image):
         frames.append(frame.convert("RGB"))

@@ -125,19 +125,22 @@ def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
     run = Run(folder, name)
     if not any((folder / mark).exists() for mark in MARKS):
         run.problems.append(f"{folder}: holds no file of a run")
-    values, interpolations = _read(run, "config.yaml", _read_config, ({}, {}))
+    nothing: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    values, interpolations = _read(run, "config.yaml", _read_config, nothing)
     run.config = {key: subprocesses.override("", value)[1:] for key, value in values.items()}
     run.steps = values.get("train.steps")
     run.starts = _read(run, "environment.json", _read_starts, [])
     run.log = _read(run, "log.txt", _read_log, [])
     run.status = _status(run)
-    fields, damage = _read(run, "metrics.jsonl", lambda path: _metrics(path, *version(path), points), ({}, []))
+    no_rows: tuple[dict[str, Any], list[str]] = {}, []
+    fields, damage = _read(run, "metrics.jsonl", lambda path: _metrics(path, *version(path), points), no_rows)
     for name_of_field, value in fields.items():
         setattr(run, name_of_field, value)
     _add_damage(run, "metrics.jsonl", damage)
     for path in sorted(folder.glob("evaluation*/results.jsonl")):
         name_of_file = str(path.relative_to(folder))
-        rows, damage = _read(run, name_of_file, _read_rows, ([], []))
+        no_entries: tuple[list[dict], list[str]] = [], []
+        rows, damage = _read(run, name_of_file, _read_rows, no_entries)
         run.entries += table.aggregate(rows)
         _add_damage(run, name_of_file, damage)
     run.previews = {int(p.stem[5:]): p for p in sorted(folder.glob("samples/step_*.png")) if p.stem[5:].isdigit()}
@@ -263,22 +266,20 @@ def _metrics(path: Path, modified: int, size: int, points: int) -> tuple[dict[st
     if not by_step:
         return {}, damage
     rows = [by_step[step] for step in sorted(by_step)]
-    seconds, seen, rates = [0.0], 0, []
-    for row in rows:
-        rate, images = _number(row, "images_per_second"), _number(row, "images")
-        seconds.append(seconds[-1])
-        if rate and images and rate > 0:
-            rates.append(rate)
-            seconds[-1] += max(0.0, images - seen) / rate
-            seen = images
+    rate, images = _column(rows, "images_per_second"), _column(rows, "images")
+    rate[~(rate > 0)] = np.nan
+    timed = np.flatnonzero(np.isfinite(rate) & np.isfinite(images))
+    spent = np.zeros(len(rows))
+    spent[timed] = np.maximum(np.diff(images[timed], prepend=0), 0) / rate[timed]
+    seconds = np.cumsum(spent)
     losses = [row["loss"] for row in rows if jsonl.is_number(row.get("loss"))]
-    seen_images = [int(value) for row in rows if (value := _number(row, "images")) is not None]
+    seen = images[np.isfinite(images)]
     fields = {
-        "curves": _thin(rows, seconds[1:], points),
+        "curves": _thin(rows, seconds.tolist(), points),
         "step": rows[-1]["step"],
-        "images": seen_images[-1] if seen_images else None,
-        "seconds": seconds[-1],
-        "images_per_second": float(np.median(rates)) if rates else None,
+        "images": int(seen[-1]) if len(seen) else None,
+        "seconds": float(seconds[-1]) if len(timed) else None,
+        "images_per_second": float(np.median(rate[timed])) if len(timed) else None,
         "loss": losses[-1] if losses else None,
     }
     return fields, damage
@@ -287,7 +288,7 @@ def _metrics(path: Path, modified: int, size: int, points: int) -> tuple[dict[st
 def _number(row: dict, key: str) -> float | None:
     """A finite number of a row."""
     value = row.get(key)
-    return float(value) if jsonl.is_number(value) and math.isfinite(value) else None
+    return float(value) if value is not None and jsonl.is_number(value) and math.isfinite(value) else None
 
 
 def _thin(rows: list[dict], seconds: list[float], points: int) -> Curves:
@@ -307,7 +308,7 @@ def _thin(rows: list[dict], seconds: list[float], points: int) -> Curves:
         hours=[_short(seconds[i] / 3600) for i in last],
     )
     for name in dict.fromkeys(key for row in rows for key in row if key not in ("step", "images")):
-        values = np.array([np.nan if (value := _number(row, name)) is None else value for row in rows])
+        values = _column(rows, name)
         counts = np.add.reduceat(np.isfinite(values).astype(int), starts)
         if not counts.any():
             continue
@@ -318,6 +319,16 @@ def _thin(rows: list[dict], seconds: list[float], points: int) -> Curves:
             column |= {"high": _listed(np.fmax.reduceat(values, starts), counts)}
         curves.columns[name] = column
     return curves
+
+
+def _column(rows: list[dict], name: str) -> np.ndarray:
+    """The finite numbers of a column, nan elsewhere."""
+    values = [row.get(name) for row in rows]
+    if not {type(value) for value in values} <= {float, type(None)}:
+        values = [float(value) if value is not None and jsonl.is_number(value) else None for value in values]
+    column = np.array(values, dtype=float)  # None becomes nan
+    column[~np.isfinite(column)] = np.nan
+    return column
 
 
 def _listed(values: np.ndarray, counts: np.ndarray) -> list[float | None]:
@@ -346,7 +357,13 @@ def _commands(run: Run, values: dict[str, Any], interpolations: dict[str, Any]) 
     processes = run.environment.get("processes")
     launcher = subprocesses.torchrun(processes) if isinstance(processes, int) and processes > 1 else subprocesses.interpreter()
     typed = [shlex.quote(f"{key}={value}") for key, value in interpolations.items()]  # a stored configuration resolves nothing
-    again = [*program, "-c", folder / "config.yaml", "-e", files.free_folder(folder.with_name(f"{folder.name}_again"))]
+    again: list[str | Path] = [
+        *program,
+        "-c",
+        folder / "config.yaml",
+        "-e",
+        files.free_folder(folder.with_name(f"{folder.name}_again")),
+    ]
     commands = {
         "train again": subprocesses.command(*again, launcher=launcher),
         "resume": " ".join([run_dir.resume_command(folder, " ".join(program), launcher=launcher), *typed]),
