@@ -288,17 +288,18 @@
   const bins = (prefix) => columns.filter((name) => name.startsWith(prefix)).sort();
   const binName = (key) => `${key.slice(-3)}–${(+key.slice(-3) + 0.1).toFixed(1)}`;
   const ofEvaluation = columns.filter((name) => data.metrics.includes(name));
+  // exact: never smoothed, as it is logged rarely or without noise
   const panels = [
     { title: "Loss", keys: ["loss"] },
     { title: "Loss by time t", keys: bins("loss_t_"), bins: true },
-    { title: "Validation loss", keys: ["validation_loss"] },
-    { title: "Validation loss by time t", keys: bins("validation_loss_t_"), bins: true },
-    { title: "Evaluation during training", keys: ofEvaluation },
+    { title: "Validation loss", keys: ["validation_loss"], exact: true },
+    { title: "Validation loss by time t", keys: bins("validation_loss_t_"), bins: true, exact: true },
+    { title: "Evaluation during training", keys: ofEvaluation, exact: true },
     { title: "Gradient norm", keys: ["grad_norm", "grad_norm_median", "grad_norm_max"], names: { grad_norm: "mean", grad_norm_median: "median", grad_norm_max: "largest" } },
-    { title: "Learning rate", keys: ["learning_rate"] },
+    { title: "Learning rate", keys: ["learning_rate"], exact: true },
     { title: "Images per second", keys: ["images_per_second"] },
-    { title: "Loss scale", keys: ["loss_scale"] },
-    { title: "Skipped steps", keys: ["skipped_steps"], dull: 0 },
+    { title: "Loss scale", keys: ["loss_scale"], exact: true },
+    { title: "Skipped steps", keys: ["skipped_steps"], exact: true, dull: 0 },
   ];
   const known = new Set(panels.flatMap((panel) => panel.keys));
   panels.push(...columns.filter((name) => !known.has(name)).map((name) => ({ title: name, keys: [name] })));
@@ -344,7 +345,7 @@
     const box = chartBox(), legend = element("ul", { className: "lines" });
     host.append(element("div", { className: "panel" }, head, box, legend));
     panel.draw = () => {
-      const weight = +one("#smooth").value, value = choice?.value ?? panel.keys[0];
+      const weight = panel.exact ? 0 : +one("#smooth").value, value = choice?.value ?? panel.keys[0];
       let lines, parts = [];
       if (value.startsWith("run ")) {
         const run = data.runs.findIndex((candidate) => candidate.name === value.slice(4));

@@ -25,8 +25,10 @@ from flow.runtime import cli, files, jsonl, lock, subprocesses
 from flow.sampling import header, snapshot
 from flow.training import logging, run_dir
 
-MARKS = ("metrics.jsonl", "environment.json", "log.txt", "config.yaml")  # files that make a folder a run
-OTHERS = ("checkpoints", "power_averages", "samples", "snapshots", "tensorboard")  # folders in a run that hold no figures
+MARKS = ("metrics.jsonl", "environment.json", "log.txt")  # files that make a folder a run
+DEPTH = 4  # of run folders below a folder
+# Folders in a run that hold neither runs nor figures.
+OTHERS = ("checkpoints", "power_averages", "reconstructed", "samples", "snapshots", "tensorboard", "wandb")
 QUIET_SECONDS = 15 * 60  # a run on another host that has written nothing for so long counts as stopped
 LOG_LINES = 30  # of log.txt that are shown
 DAMAGED_LINES = 3  # of a file that are named
@@ -123,7 +125,7 @@ def names_of(folders: list[Path]) -> list[str]:
 def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
     """Everything about a run. points: of a curve, at most. pictures: further folders with figures of it."""
     run = Run(folder, name)
-    if not any((folder / mark).exists() for mark in MARKS):
+    if not any((folder / mark).exists() for mark in (*MARKS, "config.yaml")):
         run.problems.append(f"{folder}: holds no file of a run")
     nothing: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     values, interpolations = _read(run, "config.yaml", _read_config, nothing)
@@ -157,14 +159,14 @@ def differing_keys(runs: list[Run]) -> list[str]:
     return [key for key in keys if len({config.get(key) for config in configs}) > 1]
 
 
-def _runs_in(path: Path) -> list[Path]:
+def _runs_in(path: Path, depth: int = DEPTH) -> list[Path]:
     """The run folders at or below a path. A run may hold others, as those of scripts.rectify do."""
     own = [path] if any((path / mark).is_file() for mark in MARKS) else []
     try:
         below = sorted(p for p in path.iterdir() if p.is_dir() and p.name not in OTHERS and not p.name.startswith("."))
     except OSError:
         return own
-    return own + [run for folder in below for run in _runs_in(folder)]
+    return own + [run for folder in below if depth for run in _runs_in(folder, depth - 1)]
 
 
 def _read(run: Run, name: str, read: Callable[[Path], T], missing: T) -> T:
@@ -244,8 +246,11 @@ def _is_running(folder: Path, holder: lock.Holder) -> bool:
     alive = holder.is_alive()
     if alive is not None:
         return alive
-    written = [path.stat().st_mtime for path in map(folder.joinpath, (*MARKS, files.LOCK)) if path.is_file()]
-    return time.time() - max(written, default=0) < QUIET_SECONDS
+    written = 0.0
+    for name in (*MARKS, files.LOCK):
+        with suppress(OSError):  # it may be gone by now
+            written = max(written, (folder / name).stat().st_mtime)
+    return time.time() - written < QUIET_SECONDS
 
 
 def version(path: Path) -> tuple[int, int]:
