@@ -97,8 +97,10 @@ class Run:
     @property
     def best(self) -> dict | None:
         """The entry with the smallest distance."""
-        measured = [e for e in self.entries if not table.is_control(e) and self.distance in e["metrics"]]
-        return min(measured, key=lambda e: e["metrics"][self.distance].mean, default=None)
+        name = self.distance
+        measured = [e for e in self.entries if not table.is_control(e) and name in e["metrics"]]
+        finite = [e for e in measured if math.isfinite(e["metrics"][name].mean)]
+        return min(finite, key=lambda e: e["metrics"][name].mean, default=None)
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
@@ -129,7 +131,7 @@ def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
         run.problems.append(f"{folder}: holds no file of a run")
     nothing: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     values, interpolations = _read(run, "config.yaml", _read_config, nothing)
-    run.config = {key: subprocesses.override("", value)[1:] for key, value in values.items()}
+    run.config = {key: subprocesses.override(key, value).removeprefix(f"{key}=") for key, value in values.items()}
     run.steps = values.get("train.steps")
     run.starts = _read(run, "environment.json", _read_starts, [])
     run.log = _read(run, "log.txt", _read_log, [])
@@ -196,10 +198,6 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The values by dotted key; and those of them that are interpolations."""
     tree, interpolations = stored.read(path.read_text(encoding="utf-8"))
     return {stored.dotted(place): value for place, value in stored.leaves(tree)} | interpolations, interpolations
-
-
-def _as_yaml(value: Any) -> str:
-    return subprocesses.override("", value)[1:]
 
 
 def _read_rows(path: Path) -> tuple[list[dict], list[str]]:
@@ -362,13 +360,8 @@ def _commands(run: Run, values: dict[str, Any], interpolations: dict[str, Any]) 
     processes = run.environment.get("processes")
     launcher = subprocesses.torchrun(processes) if isinstance(processes, int) and processes > 1 else subprocesses.interpreter()
     typed = [shlex.quote(f"{key}={value}") for key, value in interpolations.items()]  # a stored configuration resolves nothing
-    again: list[str | Path] = [
-        *program,
-        "-c",
-        folder / "config.yaml",
-        "-e",
-        files.free_folder(folder.with_name(f"{folder.name}_again")),
-    ]
+    copy = files.free_folder(folder.with_name(f"{folder.name}_again"))
+    again: list[str | Path] = [*program, "-c", folder / "config.yaml", "-e", copy]
     commands = {
         "train again": subprocesses.command(*again, launcher=launcher),
         "resume": " ".join([run_dir.resume_command(folder, " ".join(program), launcher=launcher), *typed]),
