@@ -1,9 +1,10 @@
 # make quickstart: environment, training, samples and a table on the embedded digits. make gallery: the pictures of
-# docs/gallery.md. make fault-injection: five scripts killed a hundred times each. make test: the CPU test suite.
+# docs/gallery.md. make report: a page about the quickstart's run. make fault-injection: five scripts killed a hundred times
+# each. make test: the CPU test suite.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: quickstart gallery test test-slow fault-injection lint
+.PHONY: quickstart gallery report test test-slow fault-injection lint
 .DELETE_ON_ERROR:
 
 quickstart: .venv/installed
@@ -11,6 +12,9 @@ quickstart: .venv/installed
 
 gallery: .venv/installed
 	$(BIN)/python -m scripts.dev.gallery
+
+report: .venv/installed
+	$(BIN)/python -m scripts.report runs/digits --out report
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest

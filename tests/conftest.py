@@ -24,7 +24,7 @@ torch.set_num_threads(1)  # the networks of the tests are too small for more
 ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 MAINS = {  # scripts whose main is not that of the module scripts.NAME
     **{name: name for name in ENTRY_SCRIPTS},
-    **{name: f"scripts.{name}.__main__" for name in ("benchmark", "doctor")},
+    **{name: f"scripts.{name}.__main__" for name in ("benchmark", "doctor", "report")},
     **{name: f"scripts.dev.{name}" for name in ("fault_injection", "gallery", "train_classifier")},
 }
 REPOSITORY = Path(__file__).parent.parent

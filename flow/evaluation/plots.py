@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-from flow.evaluation.table import GUIDANCE, is_class_column, is_control, run_of
+from flow.evaluation.table import GUIDANCE, distance_name, is_control, run_of
 from flow.sampling.images import to_pil
 
 matplotlib.use("Agg")
@@ -36,18 +36,12 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     dashed one for real images in a band of theirs. Averages of a width with one point are left to `distance_against_width`.
     Writes nothing where fewer than two entries have a distance.
     """
-    name = _distance(entries)
+    name = distance_name(entries)
     points = [e for e in entries if e["NFE"] and name in e["metrics"]]
     lines: dict[str, list[dict]] = {}
-    several = {key: len({e.get(key) for e in points}) > 1 for key in ("weights", "captions", *GUIDANCE)}
+    several = several_of(points)
     for e in points:
-        label = e["method"]
-        if e.get("ema_width") is not None:
-            label += f", EMA width {e['ema_width']:g}"
-        label += _guidance(e, [key for key in GUIDANCE if several[key]])
-        label += f", {e['captions']} captions" if several["captions"] else ""
-        label = f"{e['weights']}: {label}" if several["weights"] else label
-        lines.setdefault(label, []).append(e)
+        lines.setdefault(line_name(e, several), []).append(e)
     lines = {label: line for label, line in lines.items() if len(line) > 1 or line[0].get("ema_width") is None}
     points = [e for line in lines.values() for e in line]
     if len(points) < 2:
@@ -69,7 +63,7 @@ def distance_against_images(path: Path, entries: list[dict]) -> None:
     There is a line for each (run, method, steps, guidance, width of the average) with at least two snapshots, with the
     intervals of its values, and a dashed one for real images. Writes nothing where there is no such line.
     """
-    name = _distance(entries)
+    name = distance_name(entries)
     points = [e for e in entries if e["images"] and name in e["metrics"]]
     lines: dict[str, list[dict]] = {}
     several = {key: len({e.get(key) for e in points}) > 1 for key in ("captions", *GUIDANCE, "ema_width", "n")}
@@ -98,7 +92,7 @@ def distance_against_images(path: Path, entries: list[dict]) -> None:
 
 def distance_against_scale(path: Path, lines: dict[str, list[dict]], floors: list[dict]) -> None:
     """The first Frechet distance of entries against their guidance scale, a line a name, and those of real images; a PNG."""
-    name = _distance([entry for line in lines.values() for entry in line])
+    name = distance_name([entry for line in lines.values() for entry in line])
     figure, axes = _figure(len(lines))
     _distance_lines(axes, lines, "guidance_scale", name)
     _floors(axes, floors, name)
@@ -115,7 +109,7 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
     There is a line for each run and sampler settings with at least two widths, a dashed one for the run's other average with
     the same settings, where the table has it, and one for real images. Writes nothing where no run has two widths.
     """
-    name = _distance(entries)
+    name = distance_name(entries)
     lines: dict[str, list[dict]] = {}
     others: dict[str, dict] = {}
     for e in entries:
@@ -146,10 +140,19 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
     figure.savefig(path)
 
 
-def _distance(entries: list[dict]) -> str:
-    """The name of the first distance of a table; empty where there is none."""
-    names = (name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2")))
-    return next((name for name in names if not is_class_column(name)), "")
+def several_of(entries: list[dict]) -> dict[str, bool]:
+    """The columns that `line_name` may name, and whether the entries have several values of them."""
+    return {key: len({e.get(key) for e in entries}) > 1 for key in ("weights", "captions", *GUIDANCE)}
+
+
+def line_name(entry: dict, several: dict[str, bool]) -> str:
+    """What a line over NFE is called: the method, and what distinguishes the entry from others."""
+    name = entry["method"]
+    if entry.get("ema_width") is not None:
+        name += f", EMA width {entry['ema_width']:g}"
+    name += _guidance(entry, [key for key in GUIDANCE if several[key]])
+    name += f", {entry['captions']} captions" if several["captions"] else ""
+    return f"{entry['weights']}: {name}" if several["weights"] else name
 
 
 def _guidance(entry: dict, shown: Sequence[str]) -> str:

@@ -147,7 +147,7 @@ def run_of(entry: dict) -> str:
 def summary(row: dict) -> str:
     """The metrics of a row on one line: FD-digits 0.63 ± 0.22, accuracy 0.984."""
     (entry,) = aggregate([row])
-    return ", ".join(f"{name} {_cell(name, value)}" for name, value in entry["metrics"].items() if name != "seconds")
+    return ", ".join(f"{name} {cell(name, value)}" for name, value in entry["metrics"].items() if name != "seconds")
 
 
 def write(folder: Path, rows: list[dict]) -> str:
@@ -183,15 +183,21 @@ def write(folder: Path, rows: list[dict]) -> str:
 def _table(entries: list[dict], names: list[str]) -> str:
     """Markdown of these metrics of the entries, with a note on its intervals."""
     known = any(not math.isnan(e["metrics"].get(name, EMPTY).interval) for e in entries for name in names)
+    return markdown(cells(entries, names)) + (f"\n\n{NOTE}" if known else "")
+
+
+def cells(entries: list[dict], names: list[str]) -> list[list[str]]:
+    """The table of these metrics of the entries as text: the names of the columns, then a line an entry; columns of subject
+    that are empty are left out."""
     subject = [key for key in KEY_COLUMNS if any(e[key] is not None for e in entries)]
     if all(e["NFE"] == e["forwards"] for e in entries):
         subject = [key for key in subject if key != "forwards"]
     lines = [[*subject, "ranges", *names]]
     for e in entries:
         about = [_cost_cell(e[key], e["spreads"][key]) if key in COST else e[key] for key in subject]
-        cells = [_cell(name, e["metrics"][name]) if name in e["metrics"] else "" for name in names]
-        lines.append([*("" if v is None else str(v) for v in about), str(e["ranges"]), *cells])
-    return markdown(lines) + (f"\n\n{NOTE}" if known else "")
+        values = [cell(name, e["metrics"][name]) if name in e["metrics"] else "" for name in names]
+        lines.append([*("" if v is None else str(v) for v in about), str(e["ranges"]), *values])
+    return lines
 
 
 def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra: dict[str, dict[str, str]]) -> str:
@@ -207,9 +213,15 @@ def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra
     nfe = sorted({key[1] for key in results})
     lines = [["model", *(f"NFE {n}" for n in nfe), *extra]]
     for key, name in names.items():
-        cells = [" / ".join(_cell(m, results[key, n][m]) for m in metrics) if (key, n) in results else "" for n in nfe]
+        cells = [" / ".join(cell(m, results[key, n][m]) for m in metrics) if (key, n) in results else "" for n in nfe]
         lines.append([name, *cells, *(column.get(name, "") for column in extra.values())])
     return markdown(lines)
+
+
+def distance_name(entries: list[dict]) -> str:
+    """The name of the first distance of a table; empty where there is none."""
+    names = (name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2")))
+    return next((name for name in names if not is_class_column(name)), "")
 
 
 def is_control(entry: dict) -> bool:
@@ -260,7 +272,10 @@ def _cost_cell(mean: float | None, spread: float) -> str | None:
     return f"{number} (sd {spread:.1f})" if spread > 0 else number
 
 
-def _cell(name: str, value: Statistic) -> str:
+def cell(name: str, value: Statistic) -> str:
+    """A metric as tables have it: mean, 95 % interval and spread where they are known; empty where there is no mean."""
+    if value.mean is None:
+        return ""
     digits = 4 if name in FOUR_DIGITS else 3 if name in THREE_DIGITS else 2
     if name == "seconds":
         return f"{value.mean:.1f}"

@@ -6,8 +6,11 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
+import psutil
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -16,6 +19,36 @@ from configs.schema import UserError
 from flow.runtime.files import LOCK
 
 PATIENCE_SECONDS = 3.0  # children of a killed process may hold its lock for a moment
+SINCE_FORMAT = "%Y-%m-%d %H:%M:%S %z"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that has signed a lock file."""
+
+    host: str
+    pid: int
+    since: str  # local time with its offset, SINCE_FORMAT
+
+    def is_alive(self) -> bool | None:
+        """Whether the process is still there; None for one on another host."""
+        if self.host != socket.gethostname():
+            return None
+        with suppress(psutil.Error, ValueError):
+            process = psutil.Process(self.pid)
+            # A process that has started later has only inherited the number; seconds of a clock may differ by one.
+            started_before = process.create_time() <= datetime.strptime(self.since, SINCE_FORMAT).timestamp() + 1
+            return started_before and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+
+def holder(path: Path) -> Holder | None:
+    """Who has signed the lock file of a folder, read without taking the lock; a killed process leaves its signature behind."""
+    try:
+        signature = json.loads((path / LOCK).read_text(encoding="utf-8"))
+        return Holder(str(signature["host"]), int(signature["pid"]), str(signature["since"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
 
 
 @contextmanager
@@ -90,14 +123,13 @@ class _FolderLock:
         self.identity = os.fstat(descriptor)
         if not os.path.samestat(self.identity, self.file.stat()):
             raise FileNotFoundError(f"{self.file}: was removed while this process waited for it")
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        signature = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime(SINCE_FORMAT)}
         with suppress(OSError):  # a full disk: the lock holds without a note
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+            os.pwrite(descriptor, json.dumps(signature).encode(), 0)
 
     def _holder(self) -> str:
-        try:
-            holder = json.loads(self.file.read_text(encoding="utf-8"))
-            return f"process {holder['pid']} on {holder['host']} has been writing here since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
+        signed = holder(self.path)
+        if signed is None:
             return "another process is writing here"
+        return f"process {signed.pid} on {signed.host} has been writing here since {signed.since}"

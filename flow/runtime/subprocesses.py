@@ -36,6 +36,11 @@ def interpreter(name: str = "python") -> str:
     return shlex.quote(os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here))
 
 
+def torchrun(processes: int | str) -> str:
+    """The launcher of so many processes on this machine."""
+    return f"{interpreter('torchrun')} --standalone --nproc_per_node {processes}"
+
+
 def shipped(name: str) -> Path:
     """The path of a file in configs/ from here."""
     path = Path("configs") / name

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from configs import schema
 from configs.schema import UserError
+from configs.stored import first_line
 from flow.losses import Losses
 from flow.runtime import files, jsonl
 
 TIME_BINS = 10
+ERROR_PREFIX = "error: "  # of the line of log.txt about what ended a run
 PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
 # Trackers beside those that Accelerate knows; they are called with the run folder.
 TRACKERS: dict[str, type[GeneralTracker]] = {}
@@ -53,6 +55,19 @@ class Logger:
         if self.accelerator.is_main_process:
             tqdm.write(line)
             files.append_line(self.folder / "log.txt", line)
+
+    @contextmanager
+    def recording_errors(self) -> Iterator[None]:
+        """An error that leaves the block on the main process is a line of log.txt too: a run that fails is told from a killed
+        one. The terminal gets it from whoever handles it."""
+        try:
+            yield
+        except Exception as error:
+            if self.accelerator.is_main_process:
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                with suppress(OSError):  # a full disk: the error itself matters more
+                    files.append_line(self.folder / "log.txt", f"{ERROR_PREFIX}{kind}{first_line(error)}")
+            raise
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A row of metrics.jsonl, and the same to the trackers."""

@@ -160,18 +160,20 @@ def environment(accelerator: Accelerator) -> dict:
     }
 
 
-def resume_command(run_dir: Path, script: str = "train.py", config: Any = None) -> str:
+def resume_command(run_dir: Path, script: str = "train.py", config: Any = None, launcher: str | None = None) -> str:
     """The command that resumes a run; it repeats the values that config.yaml stores as they were typed. Of several
-    machines or sharded weights only the launcher's own command knows all."""
+    machines or sharded weights only the launcher's own command knows all.
+
+    launcher: what starts the script, where this process is none of the run.
+    """
     arguments = [*script.split(), "-e", str(run_dir), "-r", "latest", *stored.typed_overrides(config)]
     processes = os.environ.get("WORLD_SIZE")
-    if processes is None:
-        return subprocesses.command(*arguments)
+    if launcher or processes is None:
+        return subprocesses.command(*arguments, launcher=launcher)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if sharded or os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
         return f"the launcher of this run and {shlex.join(arguments)}"
-    launcher = f"{subprocesses.interpreter('torchrun')} --standalone --nproc_per_node {processes}"
-    return subprocesses.command(*arguments, launcher=launcher)
+    return subprocesses.command(*arguments, launcher=subprocesses.torchrun(processes))
 
 
 def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Path:

@@ -152,7 +152,7 @@ class Trainer:
         batches = prefetch(self.task.batches(self.step), depth=0 if self.accelerator.device.type == "cpu" else 1)
         bar = distributed.progress(self.accelerator, config.steps, "training", initial=self.step)
         checkpoint_steps = [config.checkpoint_every_steps, *(callback.checkpoint_every_steps for callback in self.callbacks)]
-        with StopSignal() as stop, bar, closing(batches):
+        with self.logger.recording_errors(), StopSignal() as stop, bar, closing(batches):
             for callback in self.callbacks:
                 callback.on_start(self)
             if self.last_checkpoint:  # a kill may have come between it and what follows it

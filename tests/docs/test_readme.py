@@ -34,6 +34,7 @@ from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark import baseline, quality
 from scripts.dev import fault_injection, gallery, write_configuration
 from scripts.doctor import __main__ as doctor
+from scripts.report import __main__ as report
 
 SCRIPTS = {
     "train.py": train, "sample.py": sample, "evaluate.py": evaluate, "-m scripts.make_pairs": make_pairs,
@@ -45,6 +46,7 @@ SCRIPTS = {
     "-m scripts.benchmark quality": quality, "-m scripts.benchmark": benchmark,
     "-m scripts.export": export, "-m scripts.benchmark.baseline": baseline, "-m scripts.export_images": export_images,
     "-m scripts.train_vae": train_vae, "-m scripts.cache_latents": cache_latents, "-m scripts.posthoc_ema": posthoc_ema,
+    "-m scripts.report": report,
 }  # fmt: skip
 KINDS = {rectify: RectifyConfig, train_vae: VaeConfig}  # of configuration, where it is not that of train.py
 COMMAND = rf"(?<![\w/])({'|'.join(map(re.escape, SCRIPTS))}) (.*)$"

@@ -1,0 +1,226 @@
+"""The report as one HTML page, rendered from what `runs` has read."""
+
+import math
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from configs.schema import UserError
+from flow.evaluation import plots, table
+from flow.runtime import cli, files
+from scripts.report.pictures import Pictures, spread
+from scripts.report.runs import Run, differing_keys
+
+HERE = Path(__file__).parent
+PAGE, PICTURES = "index.html", "pictures"  # in the output folder
+GENERATOR = "flow-matching-runner scripts.report"  # in the page: only a page with it is overwritten
+PICTURE_BYTES = 6_000_000  # of all pictures in a page
+MIN_RUN_BYTES = 150_000  # of the pictures of a run, where there are many
+PREVIEW_SHARE = 0.6  # of a run's bytes that its previews may take
+MAX_PREVIEWS = 40  # of a run
+DASHES = ("", "5 3", "2 2", "6 2 2 2", "9 2")  # as many colors with each as there are in plots.COLORS
+
+
+def check_output(out: Path) -> None:
+    """Raises UserError where the page would overwrite a file that is none of this script."""
+    page = out / PAGE
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    if page.exists() and GENERATOR.encode() not in page.read_bytes()[:2000]:
+        raise UserError(f"--out {out}: holds an {PAGE} that this script did not write; name another folder")
+
+
+def write(runs: list[Run], out: Path, linked: bool, reload_seconds: int | None) -> Path:
+    """Write the page and, with `linked`, its pictures beside it; the path of the page."""
+    folder = out / PICTURES if linked else None
+    previews, figures, left_out, written = _pictures(runs, folder)
+    text = (
+        _environment()
+        .get_template("template.html")
+        .render(_context(runs, previews, figures, left_out) | {"reload": reload_seconds})
+    )
+    files.write_bytes(out / PAGE, text.encode("utf-8", errors="replace"))
+    if folder:
+        for path in folder.glob("*"):
+            if re.fullmatch(r"[0-9a-f]{20}\.(webp|gif)", path.name) and path.name not in written:
+                path.unlink()
+    return out / PAGE
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, trim_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment
+
+
+def _pictures(runs: list[Run], folder: Path | None) -> tuple[list[list[dict]], list[list[dict]], dict[str, int], set[str]]:
+    """Previews and figures of each run, how many pictures of a run were left out, and the names of the files written.
+
+    A line on each damaged picture is added to the problems of its run.
+    """
+    previews, figures = [], []
+    left_out: dict[str, int] = {}
+    written: set[str] = set()
+    budget = max(MIN_RUN_BYTES, PICTURE_BYTES // max(1, len(runs)))
+    for run in runs:
+        pictures = Pictures(folder, budget)
+        shown: list[dict[str, Any]] = []
+        for step in list(spread(sorted(run.previews)))[: None if folder else MAX_PREVIEWS]:
+            if pictures.left < (1 - PREVIEW_SHARE) * budget:
+                break
+            if source := pictures.source(run.previews[step]):
+                shown.append({"step": step, "src": source})
+        previews.append(sorted(shown, key=lambda preview: preview["step"]))
+        pictures.left_out = 0
+        named = [(_name(path, run.folder), pictures.source(path)) for path in run.figures]
+        figures.append([{"name": name, "src": source} for name, source in named if source])
+        run.problems += pictures.problems
+        if pictures.left_out:
+            left_out[run.name] = pictures.left_out
+        written |= pictures.written
+    return previews, figures, left_out, written
+
+
+def _name(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+def _context(
+    runs: list[Run], previews: list[list[dict]], figures: list[list[dict]], left_out: dict[str, int]
+) -> dict[str, Any]:
+    """What the template shows."""
+    differing = differing_keys(runs)
+    unusual = {key: _unusual([run.config.get(key) for run in runs if run.config]) for key in differing}
+    rows = [_row(i, run, figures[i]) for i, run in enumerate(runs)]
+    lines, floors, metrics = _quality(runs)
+    names = [run.name for run in runs]
+    data = {
+        "runs": [
+            {
+                "name": run.name, "color": row["color"], "dash": [int(n) for n in row["dash"].split()],
+                "curves": {"step": run.curves.step, "images": run.curves.images, "hours": run.curves.hours,
+                           "columns": run.curves.columns},
+                "previews": shown,
+            }
+            for run, row, shown in zip(runs, rows, previews, strict=True)
+        ],
+        "lines": lines, "floors": floors, "metrics": metrics,
+    }  # fmt: skip
+    problems = [(run.name, problem) for run in runs for problem in run.problems]
+    problems += [(name, f"{n} figures left out to keep the page small; --linked shows all") for name, n in left_out.items()]
+    return {
+        "title": names[0] if len(names) == 1 else f"{len(names)} runs",
+        "generator": GENERATOR,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "place": str(Path.cwd()),
+        "runs": rows,
+        "problems": problems,
+        "differing": differing,
+        "unusual": unusual,
+        "quality": _table(runs, metrics),
+        "note": table.NOTE,
+        "has_quality": bool(metrics),
+        "has_curves": any(run.curves.columns for run in runs),
+        "has_previews": any(previews),
+        "has_figures": any(figures),
+        "thinned": any("low" in column for run in runs for column in run.curves.columns.values()),
+        "styles": _asset("uplot/uPlot.min.css") + _asset("page.css"),
+        "library": _asset("uplot/uPlot.iife.min.js"),
+        "script": _asset("page.js"),
+        "data": data,
+    }
+
+
+def _unusual(values: list[str | None]) -> set[str | None]:
+    """The values that are not the most common one; none where all of more than two are different."""
+    [(usual, count)] = Counter(values).most_common(1)
+    return set() if count == 1 and len(values) > 2 else set(values) - {usual}
+
+
+def _asset(name: str) -> Markup:
+    """A file of this package, which goes into the page as it is."""
+    return Markup((HERE / name).read_text(encoding="utf-8"))
+
+
+def _row(index: int, run: Run, figures: list[dict]) -> dict[str, Any]:
+    """A run in the tables of the page."""
+    best, environment = run.best, run.environment
+    statistic = best["metrics"][run.distance] if best else None
+    commit, device, processes = (environment.get(key) or "" for key in ("commit", "device", "processes"))
+    return {
+        "index": index,
+        "name": run.name,
+        "color": index % len(plots.COLORS),
+        "dash": DASHES[index // len(plots.COLORS) % len(DASHES)],
+        "status": run.status,
+        "step": run.step,
+        "step_text": "" if run.step is None else f"{run.step:,}" + (f" of {run.steps:,}" if isinstance(run.steps, int) else ""),
+        "images": run.images,
+        "images_text": "" if run.images is None else f"{run.images:,}",
+        "seconds": run.seconds,
+        "time_text": "" if run.seconds is None else cli.duration(run.seconds),
+        "rate": run.images_per_second,
+        "rate_text": "" if run.images_per_second is None else f"{run.images_per_second:,.0f}",
+        "best": statistic.mean if statistic else None,
+        "best_text": f"{run.distance} {table.cell(run.distance, statistic)}" if statistic else "",
+        "loss": run.loss,
+        "loss_text": "" if run.loss is None else f"{run.loss:.4g}",
+        "device": f"{device}" + (f" × {processes}" if processes not in ("", 1) else ""),
+        "commit": str(commit),
+        "started": str(run.starts[0].get("time", "")) if run.starts else "",
+        "command": str(run.starts[0].get("command", "")) if run.starts else "",
+        "commands": run.commands,
+        "config": run.config,
+        "environment": environment,
+        "log": run.log,
+        "figures": figures,
+        "words": " ".join([run.name, run.status.kind, str(device), *(f"{key}={value}" for key, value in run.config.items())]),
+    }
+
+
+def _quality(runs: list[Run]) -> tuple[list[dict], list[dict], list[str]]:
+    """Lines of metrics over NFE, rows of real images, and the names of the metrics, distances first."""
+    lines: list[dict] = []
+    floors: list[dict] = []
+    names: dict[str, None] = {}
+    for i, run in enumerate(runs):
+        entries = [e for e in run.entries if e["NFE"] is not None]
+        names |= dict.fromkeys(n for e in run.entries for n in e["metrics"] if n != "seconds" and not table.is_class_column(n))
+        points = table.without_earlier_snapshots(entries)
+        several = plots.several_of(points)
+        of_run: dict[str, list[dict]] = {}
+        for e in points:
+            point = {"NFE": e["NFE"], "forwards": e["forwards"] or e["NFE"], "values": _values(e)}
+            of_run.setdefault(plots.line_name(e, several), []).append(point)
+        lines += [{"run": i, "name": name, "points": members} for name, members in of_run.items()]
+        controls = filter(table.is_control, run.entries)
+        floors += [{"run": i, "name": f"{e['weights']}, n = {e['n']}", "values": _values(e)} for e in controls]
+    distances = [name for name in names if table.distance_name([{"metrics": {name: None}}])]
+    return lines, floors, [*distances, *(name for name in names if name not in distances)]
+
+
+def _values(entry: dict) -> dict[str, tuple[float, float | None]]:
+    """{metric: (mean, half of its 95 % interval, else its standard deviation over ranges)}, where it is finite."""
+    values = {}
+    for name, value in entry["metrics"].items():
+        if value.mean is not None and math.isfinite(value.mean):
+            bar = next((bar for bar in (value.interval, value.std) if math.isfinite(bar) and bar > 0), None)
+            values[name] = value.mean, bar
+    return values
+
+
+def _table(runs: list[Run], metrics: list[str]) -> list[Any]:
+    """The header of the table of metrics, then (index of the run, cells) for each entry."""
+    entries = [(i, e) for i, run in enumerate(runs) for e in run.entries]
+    if not entries:
+        return []
+    columns = list(zip(*table.cells([e for _, e in entries], metrics), strict=True))
+    header, *lines = zip(*(c for c in columns if c[0] != "ranges" or set(c[1:]) != {"1"}), strict=True)
+    return [["run", *header], *((i, [runs[i].name, *line]) for (i, _), line in zip(entries, lines, strict=True))]

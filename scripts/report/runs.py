@@ -1,0 +1,399 @@
+"""A run folder as a plain dataclass: what its files say, without locks, whatever state they are in.
+
+A file that is damaged or missing costs what it holds, and leaves a line in `Run.problems`.
+"""
+
+import math
+import re
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from configs import stored
+from configs.schema import UserError
+from datasets import captions
+from flow.evaluation import classifiers, table
+from flow.runtime import cli, files, jsonl, lock, subprocesses
+from flow.sampling import header, snapshot
+from flow.training import logging, run_dir
+
+MARKS = ("metrics.jsonl", "environment.json", "log.txt")  # files that make a folder a run
+DEPTH = 4  # of run folders below a folder
+# Folders in a run that hold neither runs nor figures.
+OTHERS = ("checkpoints", "power_averages", "reconstructed", "samples", "snapshots", "tensorboard", "wandb")
+QUIET_SECONDS = 15 * 60  # a run on another host that has written nothing for so long counts as stopped
+LOG_LINES = 30  # of log.txt that are shown
+DAMAGED_LINES = 3  # of a file that are named
+# Lines of log.txt: a start, an end, a stop by a signal.
+STARTED, ENDED, STOPPED = "device: ", re.compile(r": (finished step|stopped at step) \d+, in "), "stopped by SIG"
+
+T = TypeVar("T")
+
+
+@dataclass
+class Status:
+    """What became of a run."""
+
+    kind: str  # running | finished | stopped | failed | unknown
+    detail: str = ""  # its error line, the process that runs it, or how it stopped
+    resumed: int = 0  # how often
+
+
+@dataclass
+class Curves:
+    """The numbers of metrics.jsonl by step, thinned.
+
+    Of a long file each point is the mean over neighboring rows, and `low` and `high` are their extremes; columns that no row
+    was thinned in have neither.
+    """
+
+    step: list[int] = field(default_factory=list)
+    images: list[int | None] = field(default_factory=list)
+    hours: list[float] = field(default_factory=list)  # of training, without pauses
+    columns: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # {name: {"y", "low", "high"}}
+
+
+@dataclass
+class Run:
+    """What a report shows of a run."""
+
+    folder: Path
+    name: str
+    status: Status = field(default_factory=lambda: Status("unknown"))
+    problems: list[str] = field(default_factory=list)
+    config: dict[str, str] = field(default_factory=dict)  # the values by dotted key, as YAML
+    starts: list[dict] = field(default_factory=list)  # environment.json
+    steps: int | None = None  # that the configuration asks for
+    step: int | None = None  # the last one that was logged
+    images: int | None = None  # training images seen by then
+    seconds: float | None = None  # of training by then, without pauses
+    images_per_second: float | None = None  # the median over the rows
+    loss: float | None = None  # the last one
+    curves: Curves = field(default_factory=Curves)
+    entries: list[dict] = field(default_factory=list)  # of its tables, see `table.aggregate`
+    previews: dict[int, Path] = field(default_factory=dict)  # by step
+    figures: list[Path] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)  # its last lines
+    commands: dict[str, str] = field(default_factory=dict)  # {what it does: the command}
+
+    @property
+    def environment(self) -> dict:
+        """Of the last start."""
+        return self.starts[-1] if self.starts else {}
+
+    @property
+    def distance(self) -> str:
+        """The name of the first distance of its tables."""
+        return table.distance_name(self.entries)
+
+    @property
+    def best(self) -> dict | None:
+        """The entry with the smallest distance."""
+        name = self.distance
+        measured = [e for e in self.entries if not table.is_control(e) and name in e["metrics"]]
+        finite = [e for e in measured if math.isfinite(e["metrics"][name].mean)]
+        return min(finite, key=lambda e: e["metrics"][name].mean, default=None)
+
+
+def find_runs(paths: list[Path]) -> list[Path]:
+    """The run folders that these folders are or hold, in their order, each once.
+
+    Raises:
+        UserError: for a path that is no folder.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: there is no such folder; give run folders, or a folder of runs")
+        for folder in _runs_in(path) or [path]:
+            found.setdefault(folder.resolve(), folder)
+    return list(found.values())
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """The names of the runs: those of their folders, as far as these are different."""
+    names = [folder.resolve().name for folder in folders]
+    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+
+
+def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
+    """Everything about a run. points: of a curve, at most. pictures: further folders with figures of it."""
+    run = Run(folder, name)
+    if not any((folder / mark).exists() for mark in (*MARKS, "config.yaml")):
+        run.problems.append(f"{folder}: holds no file of a run")
+    nothing: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    values, interpolations = _read(run, "config.yaml", _read_config, nothing)
+    run.config = {key: subprocesses.override(key, value).removeprefix(f"{key}=") for key, value in values.items()}
+    run.steps = values.get("train.steps")
+    run.starts = _read(run, "environment.json", _read_starts, [])
+    run.log = _read(run, "log.txt", _read_log, [])
+    run.status = _status(run)
+    no_rows: tuple[dict[str, Any], list[str]] = {}, []
+    fields, damage = _read(run, "metrics.jsonl", lambda path: _metrics(path, *version(path), points), no_rows)
+    for name_of_field, value in fields.items():
+        setattr(run, name_of_field, value)
+    _add_damage(run, "metrics.jsonl", damage)
+    for path in sorted(folder.glob("evaluation*/results.jsonl")):
+        name_of_file = str(path.relative_to(folder))
+        no_entries: tuple[list[dict], list[str]] = [], []
+        rows, damage = _read(run, name_of_file, _read_rows, no_entries)
+        run.entries += table.aggregate(rows)
+        _add_damage(run, name_of_file, damage)
+    run.previews = {int(p.stem[5:]): p for p in sorted(folder.glob("samples/step_*.png")) if p.stem[5:].isdigit()}
+    run.figures = _figures(folder, pictures)
+    run.commands = _commands(run, values, interpolations)
+    run.log = run.log[-LOG_LINES:]
+    return run
+
+
+def differing_keys(runs: list[Run]) -> list[str]:
+    """The configuration keys in which the runs that have one differ, in their order."""
+    configs = [run.config for run in runs if run.config]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if len({config.get(key) for config in configs}) > 1]
+
+
+def _runs_in(path: Path, depth: int = DEPTH) -> list[Path]:
+    """The run folders at or below a path. A run may hold others, as those of scripts.rectify do."""
+    own = [path] if any((path / mark).is_file() for mark in MARKS) else []
+    try:
+        below = sorted(p for p in path.iterdir() if p.is_dir() and p.name not in OTHERS and not p.name.startswith("."))
+    except OSError:
+        return own
+    return own + [run for folder in below if depth for run in _runs_in(folder, depth - 1)]
+
+
+def _read(run: Run, name: str, read: Callable[[Path], T], missing: T) -> T:
+    """`read` of a file of the run; where it is absent or that fails `missing`, and a line in the run's problems."""
+    path = run.folder / name
+    if not path.is_file():
+        return missing
+    try:
+        return read(path)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        run.problems.append(f"{name}: {stored.first_line(error)}")
+        return missing
+
+
+def _read_starts(path: Path) -> list[dict]:
+    starts = files.read_json(path, list)
+    if not all(isinstance(start, dict) for start in starts):
+        raise ValueError("it is not a list of objects")
+    return starts
+
+
+def _read_log(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values by dotted key; and those of them that are interpolations."""
+    tree, interpolations = stored.read(path.read_text(encoding="utf-8"))
+    return {stored.dotted(place): value for place, value in stored.leaves(tree)} | interpolations, interpolations
+
+
+def _read_rows(path: Path) -> tuple[list[dict], list[str]]:
+    """The rows of a results.jsonl, and its damaged lines."""
+    return table.read_rows(path.parent), _damage(path, jsonl.read_lines(path, table.damage_of))
+
+
+def _damage(path: Path, lines: list[jsonl.Line]) -> list[str]:
+    return [jsonl.describe(path, line) for line in lines if line.row is None]
+
+
+def _add_damage(run: Run, name: str, damage: list[str]) -> None:
+    """Lines about damaged lines of a file: of the first few, and how many there are."""
+    run.problems += damage[:DAMAGED_LINES]
+    if len(damage) > DAMAGED_LINES:
+        run.problems.append(f"{name}: {len(damage) - DAMAGED_LINES:,} further damaged lines")
+
+
+def _status(run: Run) -> Status:
+    """From the last event in log.txt, and from the process that has signed the lock file."""
+    resumed = max(0, len(run.starts) - 1)
+    event = ""
+    for line in run.log:
+        if line.startswith(STARTED):
+            event = ""
+        elif line.startswith((logging.ERROR_PREFIX, STOPPED)) or ENDED.search(line):
+            event = line
+    holder = lock.holder(run.folder)
+    if holder and not event and _is_running(run.folder, holder):
+        return Status("running", f"process {holder.pid} on {holder.host} since {holder.since}", resumed)
+    if event.startswith(logging.ERROR_PREFIX):
+        return Status("failed", event.removeprefix(logging.ERROR_PREFIX), resumed)
+    if ended := ENDED.search(event):
+        return Status("finished" if ended[1] == "finished step" else "stopped", resumed=resumed)
+    if event:
+        return Status("stopped", event.partition(";")[0], resumed)
+    if run.log:
+        return Status("stopped", "no last line in log.txt: the process was killed, or the machine went down", resumed)
+    return Status("unknown", "there is no log.txt", resumed)
+
+
+def _is_running(folder: Path, holder: lock.Holder) -> bool:
+    """Whether the holder of the lock is alive; on another host, whether the run has written something lately."""
+    alive = holder.is_alive()
+    if alive is not None:
+        return alive
+    written = 0.0
+    for name in (*MARKS, files.LOCK):
+        with suppress(OSError):  # it may be gone by now
+            written = max(written, (folder / name).stat().st_mtime)
+    return time.time() - written < QUIET_SECONDS
+
+
+def version(path: Path) -> tuple[int, int]:
+    """What changes when a file is written: what was read from it is kept as long as this stays the same."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+@lru_cache(maxsize=256)  # a page that is built again and again reads what has changed
+def _metrics(path: Path, modified: int, size: int, points: int) -> tuple[dict[str, Any], list[str]]:
+    """What metrics.jsonl says, fields of `Run`, and its damaged lines."""
+    lines = jsonl.read_lines(path, logging.damage_of)
+    by_step: dict[int, dict] = {}
+    for line in lines:
+        if line.row is not None:  # rows of evaluations are beside those of the training
+            by_step.setdefault(line.row["step"], {}).update(line.row)
+    damage = _damage(path, lines)
+    if not by_step:
+        return {}, damage
+    rows = [by_step[step] for step in sorted(by_step)]
+    rate, images = _column(rows, "images_per_second"), _column(rows, "images")
+    rate[~(rate > 0)] = np.nan
+    timed = np.flatnonzero(np.isfinite(rate) & np.isfinite(images))
+    spent = np.zeros(len(rows))
+    spent[timed] = np.maximum(np.diff(images[timed], prepend=0), 0) / rate[timed]
+    seconds = np.cumsum(spent)
+    losses = [row["loss"] for row in rows if jsonl.is_number(row.get("loss"))]
+    seen = images[np.isfinite(images)]
+    fields = {
+        "curves": _thin(rows, seconds.tolist(), points),
+        "step": rows[-1]["step"],
+        "images": int(seen[-1]) if len(seen) else None,
+        "seconds": float(seconds[-1]) if len(timed) else None,
+        "images_per_second": float(np.median(rate[timed])) if len(timed) else None,
+        "loss": losses[-1] if losses else None,
+    }
+    return fields, damage
+
+
+def _number(row: dict, key: str) -> float | None:
+    """A finite number of a row."""
+    value = row.get(key)
+    return float(value) if value is not None and jsonl.is_number(value) and math.isfinite(value) else None
+
+
+def _thin(rows: list[dict], seconds: list[float], points: int) -> Curves:
+    """The columns of the rows with at most so many points, each of a few neighboring rows.
+
+    The neighborhoods are as long in steps as in factors of steps, so that a logarithmic axis has a beginning.
+    """
+    n = len(rows)
+    starts = np.arange(n)
+    if n > points:
+        linear, factors = np.linspace(0, n - 1, points * 3 // 4), np.geomspace(1, n, points // 4) - 1
+        starts = np.unique(np.concatenate([linear, factors]).astype(int))
+    last = np.append(starts[1:], n) - 1  # row of each neighborhood, which gives its place on the axes
+    curves = Curves(
+        step=[rows[i]["step"] for i in last],
+        images=[None if (value := _number(rows[i], "images")) is None else int(value) for i in last],
+        hours=[_short(seconds[i] / 3600) for i in last],
+    )
+    for name in dict.fromkeys(key for row in rows for key in row if key not in ("step", "images")):
+        values = _column(rows, name)
+        counts = np.add.reduceat(np.isfinite(values).astype(int), starts)
+        if not counts.any():
+            continue
+        means = np.add.reduceat(np.nan_to_num(values), starts) / np.maximum(counts, 1)
+        column = {"y": _listed(means, counts)}
+        if counts.max() > 1:
+            column |= {"low": _listed(np.fmin.reduceat(values, starts), counts)}
+            column |= {"high": _listed(np.fmax.reduceat(values, starts), counts)}
+        curves.columns[name] = column
+    return curves
+
+
+def _column(rows: list[dict], name: str) -> np.ndarray:
+    """The finite numbers of a column, nan elsewhere."""
+    values = [row.get(name) for row in rows]
+    if not {type(value) for value in values} <= {float, type(None)}:
+        values = [float(value) if value is not None and jsonl.is_number(value) else None for value in values]
+    column = np.array(values, dtype=float)  # None becomes nan
+    column[~np.isfinite(column)] = np.nan
+    return column
+
+
+def _listed(values: np.ndarray, counts: np.ndarray) -> list[float | None]:
+    return [_short(value) if count else None for value, count in zip(values.tolist(), counts, strict=True)]
+
+
+def _short(value: float) -> float:
+    """Five digits, which no curve shows more of."""
+    return float(f"{value:.5g}")
+
+
+def _figures(folder: Path, pictures: list[Path]) -> list[Path]:
+    """PNG and GIF files of a run: of its tables first, then of other folders in it, e.g. of scripts.animate --out."""
+    with suppress(OSError):
+        inside = sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in OTHERS and not (p / MARKS[0]).exists())
+        inside.sort(key=lambda p: not p.name.startswith("evaluation"))
+        return [p for place in [*inside, folder, *pictures] for kind in ("*.gif", "*.png") for p in sorted(place.glob(kind))]
+    return []
+
+
+def _commands(run: Run, values: dict[str, Any], interpolations: dict[str, Any]) -> dict[str, str]:
+    """Commands that work as printed in this folder and shell, by what they are for."""
+    if not values:
+        return {}
+    folder, program = run.folder, _program(run)
+    processes = run.environment.get("processes")
+    launcher = subprocesses.torchrun(processes) if isinstance(processes, int) and processes > 1 else subprocesses.interpreter()
+    typed = [shlex.quote(f"{key}={value}") for key, value in interpolations.items()]  # a stored configuration resolves nothing
+    copy = files.free_folder(folder.with_name(f"{folder.name}_again"))
+    again: list[str | Path] = [*program, "-c", folder / "config.yaml", "-e", copy]
+    commands = {
+        "train again": subprocesses.command(*again, launcher=launcher),
+        "resume": " ".join([run_dir.resume_command(folder, " ".join(program), launcher=launcher), *typed]),
+    }
+    with suppress(UserError, OSError, ValueError, SafetensorError):
+        weights = snapshot.find(folder)
+        if program == ["train.py"]:
+            commands |= {key: " ".join([command, *typed]) for key, command in _uses(folder, values, weights).items()}
+    return commands
+
+
+def _uses(folder: Path, values: dict[str, Any], weights: Path) -> dict[str, str]:
+    """What can be done with the weights of a flow. Raises ValueError where their header is damaged."""
+    prompts = []
+    if values.get("model.args.max_prompt_bytes"):
+        with safe_open(weights, framework="pt") as file:
+            *_, class_names = header.read(file.metadata())
+        prompts = ["--prompts", captions.plain(class_names[0])] if class_names else []
+    data, extractor = values.get("data.name"), values.get("evaluate.feature_extractor")
+    extractor = data if data in classifiers.SIDES else extractor
+    flags = ["--feature_extractor", str(extractor)] if extractor and data != "toys" else []
+    flags += ["--n_samples", str(values.get("evaluate.n_samples", 10_000))]
+    solvers = ["--methods", "euler", "heun", "--sampling_steps", "5", "10", "20"]
+    animation = files.free_folder(folder / "animation")
+    return {
+        "sample": cli.sample_command(folder, folder.name, *prompts),
+        "evaluate": subprocesses.command("evaluate.py", "--weights", folder, *solvers, *flags),
+        "animate": subprocesses.command("-m", "scripts.animate", "--weights", folder, "--out", animation, *prompts),
+    }
+
+
+def _program(run: Run) -> list[str]:
+    """What trains the run, from the command that is recorded."""
+    words = str(run.environment.get("command", "")).split()
+    return ["-m", "scripts.train_vae"] if words and Path(words[0]).stem == "train_vae" else ["train.py"]
