@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class HubServer(ThreadingHTTPServer):
-    """repositories: {owner/name: {file: content}}; requests: "METHOD /path" of each; created: the bodies of new repositories."""
+    """repositories: {owner/name: {file: content}}; requests: "METHOD /path" of each; created: what new ones were asked for."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -107,7 +107,7 @@ def test_places_of_a_stranger(server, tiny_run, tmp_path):
     """The data.root of its configuration is used only where the command line repeats it, or names another one."""
     path = stranger(tiny_run, tmp_path / "s.safetensors", {"root: null": "root: /srv/secret"})
     server.repositories["me/places"] = {hub.WEIGHTS_FILE: path.read_bytes(), "config.yaml": b"{}"}
-    with pytest.raises(UserError, match="the place data.root=/srv/secret in it is used only where"):
+    with pytest.raises(UserError, match=r"the place data\.root=/srv/secret in it is used only where"):
         snapshot.load("hf:me/places").check_data()
     snap = snapshot.load("hf:me/places", overrides=["data.root=/mine"])
     snap.check_data()
