@@ -20,7 +20,7 @@ from flow.evaluation import metrics, runner
 from flow.evaluation.features import INCEPTION
 from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, guide, posthoc_ema, snapshot
+from flow.sampling import grid_store, guide, hub, posthoc_ema, snapshot
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
@@ -68,7 +68,9 @@ def parse_args():
         help=f"(default: {' '.join(metrics.DEFAULT)}, which take seconds; what each says and costs: docs/evaluation.md)",
     )  # fmt: skip
     parser.add_argument("--no_control", action="store_true", help="leave out the row of real images that shows the floor")
-    cli.add_output_flag(parser, use="(default: evaluation/ beside the weights or samples)", required=False)
+    cli.add_output_flag(
+        parser, use="(default: evaluation/ beside the weights or samples; of hf:owner/NAME: NAME/evaluation)", required=False
+    )
     return parser.parse()
 
 
@@ -94,7 +96,7 @@ def main() -> None:
 def evaluate_weights(args, accelerator: Accelerator) -> None:
     """A row for each snapshot or average x method x steps x guidance scale x range of images; a scale of 1 has neither
     interval nor guide."""
-    path = Path(args.weights)
+    path = Path(args.weights)  # one of the hub too
     run, paths = snapshot.of_run(path, args.snapshots) if args.snapshots else (path, [path])
     if args.ema_width:
         paths = posthoc_ema.reconstruct(accelerator, path, args.ema_width)
@@ -125,8 +127,9 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
                 plan.append(sampler)
     for note in dict.fromkeys(filter(None, (guidance_note(sampler, model) for sampler in plan))):
         accelerator.print(f"note: {note}")
-    out = args.out or (run if run.is_dir() else run.parent) / "evaluation"
     name = snapshot.name_of(path)
+    beside = Path(name) if hub.is_reference(run) else run if run.is_dir() else run.parent
+    out = args.out or beside / "evaluation"
     captions = (args.captions or "plain") if net.max_prompt_bytes else None
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
     with lock.folder(out, accelerator):

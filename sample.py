@@ -45,6 +45,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
+    accelerator = distributed.build_accelerator(args.mixed_precision)  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model()
     net = model.net
@@ -63,7 +64,6 @@ def main() -> None:
         validate(settings, net)
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
-    accelerator = distributed.build_accelerator(args.mixed_precision)
     if note := guidance_note(settings, model):
         accelerator.print(f"note: {note}")
     with lock.folder(args.save_dir, accelerator):

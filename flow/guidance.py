@@ -39,12 +39,12 @@ class GuidedVelocity:
     """
 
     def __init__(
-        self, model: FlowModel | Callable[..., Tensor], y: Tensor | None = None, null: int | None = None, scale: float = 1.0,
-        interval: tuple[float, float] = (0.0, 1.0), guide: "GuidedVelocity | None" = None,
+        self, model: FlowModel | Callable[..., Tensor], y: Tensor | None = None, null: int | None = None,
+        scale: float | Tensor = 1.0, interval: tuple[float, float] = (0.0, 1.0), guide: "GuidedVelocity | None" = None,
     ):  # fmt: skip
         """model: with a bare network the path is linear and the prediction the velocity. y: labels [B], tokens [B, L] or None
-        for an unconditional network; `null` is needed where y is given. interval: of the solver's t, both ends included.
-        guide: with its own labels and scale 1."""
+        for an unconditional network; `null` is needed where y is given. scale: a number, or a scalar tensor. interval: of the
+        solver's t, both ends included. guide: with its own labels and scale 1."""
         self.net: Callable[..., Tensor] = model.net if isinstance(model, FlowModel) else model
         self.path = model.path if isinstance(model, FlowModel) else LinearPath()
         self.prediction = model.prediction if isinstance(model, FlowModel) else "velocity"
@@ -67,35 +67,36 @@ class GuidedVelocity:
         self.forwards += self.guide.forwards - before
         return v_g + scale * (self._velocity(x, t, t_next, 1.0) - v_g)
 
-    def _velocity(self, x: Tensor, t: float, t_next: float, scale: float) -> Tensor:
+    def _velocity(self, x: Tensor, t: float, t_next: float, scale: float | Tensor) -> Tensor:
         """The network's own velocity, with classifier-free guidance of this scale."""
         if isinstance(self.path, LinearPath) and self.prediction == "velocity":
             return self._cfg(x.to(self.dtype), t, t_next, scale).to(x.dtype)
         # where alpha is 0 the noise says nothing about the data: a network that predicts noise is evaluated a little later
         t_net = max(self.path.t_from_linear(t), MIN_NOISE_PREDICTION_TIME if self.prediction == "noise" else 0.0)
         t_net = min(t_net, self.path.t_max)  # the last time of its training
-        times = torch.full((len(x),), t_net, device=x.device, dtype=x.dtype)
+        times = torch.full((x.shape[0],), t_net, device=x.device, dtype=x.dtype)
         alpha, sigma, *_ = self.path.coefficients(times[:1])
         x_net = x * (alpha + sigma).view(-1, *[1] * (x.dim() - 1))
         prediction = self._cfg(x_net.to(self.dtype), t_net, t_net, scale).to(x.dtype)
         x0, x1 = self.path.predict_x0_x1(x_net, times, prediction, self.prediction)
         return x1 - x0
 
-    def _cfg(self, x: Tensor, t: float, t_next: float, scale: float) -> Tensor:
+    def _cfg(self, x: Tensor, t: float, t_next: float, scale: float | Tensor) -> Tensor:
         """The network's prediction at x and its own time t, guided."""
         self.forwards += 1
-        if self.y is None or scale == 1:
+        fixed = not isinstance(scale, Tensor)  # a tensor is an input of an exported graph: no branch depends on its value
+        if self.y is None or (fixed and scale == 1):
             return self._forward(x, t, t_next, self.y)
         assert self.null is not None
         y_null = torch.full_like(self.y, self.null)
-        if scale == 0:
+        if fixed and scale == 0:
             return self._forward(x, t, t_next, y_null)
         self.forwards += 1
-        v_c, v_u = self._forward(torch.cat([x, x]), t, t_next, torch.cat([self.y, y_null])).chunk(2)
+        v_c, v_u = self._forward(torch.cat([x, x]), t, t_next, torch.cat([self.y, y_null])).unflatten(0, (2, x.shape[0]))
         return v_u + scale * (v_c - v_u)
 
     def _forward(self, x: Tensor, t: float, t_next: float, y: Tensor | None) -> Tensor:
-        times = torch.full((2, len(x)), t, device=x.device, dtype=self.dtype)
+        times = torch.full((2, x.shape[0]), t, device=x.device, dtype=self.dtype)
         if not getattr(self.net, "two_times", False):
             return self.net(x, times[0], y).to(self.dtype)
         times[1] = t_next

@@ -1,42 +1,108 @@
-"""A snapshot in half the size, its weights rounded to fp16: `python -m scripts.export --weights runs/mnist --out FILE`.
+"""Weights that travel: a smaller file, a folder for the Hugging Face hub, a graph for other runtimes.
 
-Samples of it differ by rounding alone; every script takes it as any other snapshot.
+--out writes a snapshot in half the size, its weights rounded to fp16: samples of it differ by rounding alone. --to writes a
+folder in the form of the hub (weights, configuration, model card, a picture of samples), --push uploads it. Every script takes
+the file, the folder and hf:owner/name as --weights. --onnx and --torch_export write the whole sampler, --sampling_steps steps
+of a solver with classifier-free guidance, as one graph, and compare its images with those of the sampler here.
 """
 
-import torch
+import tempfile
+from pathlib import Path
 
 from configs.schema import UserError
-from flow.runtime import cli
-from flow.runtime.errors import cli_main
-from flow.sampling import snapshot
+from flow.runtime import cli, subprocesses
+from flow.runtime.errors import cli_main, error_context
+from flow.sampling import exported, graph, grid_store, hub, snapshot
+from flow.sampling.settings import SamplerSettings
+from flow.sampling.snapshot import Snapshot
+from flow.solvers import FIXED_GRID, time_grids
 
-EXAMPLES = "  python -m scripts.export --weights runs/mnist --out mnist.safetensors"
+EXAMPLES = """\
+  python -m scripts.export --weights runs/mnist --out mnist.safetensors
+  python -m scripts.export --weights runs/mnist --to exports/mnist --license cc-by-4.0
+  python -m scripts.export --weights runs/mnist --push hf:owner/mnist-flow --private
+  python -m scripts.export --weights runs/mnist --onnx mnist.onnx --torch_export mnist.pt2 --sampling_steps 4"""
 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
-    cli.add_output_flag(parser, use="the new .safetensors file", metavar="FILE")
+    cli.add_output_flag(parser, use="a new .safetensors file", metavar="FILE", required=False)
+    cli.add_output_flag(parser, "--to", use="a new folder in the form of the Hugging Face hub", required=False)
+    parser.add_argument("--push", metavar="hf:OWNER/NAME", help="upload that folder; needs `hf auth login` or HF_TOKEN")
+    parser.add_argument("--private", action="store_true", help="--push: a new repository is private")
+    parser.add_argument("--license", default="unknown", metavar="ID", help="--to, --push: of the weights (default: unknown)")
+    parser.add_argument(
+        "--dtype", choices=exported.DTYPES, default="fp16", help="--out, --to, --push: precision (default: fp16)"
+    )
+    use = "a new .onnx file of the sampler; needs requirements-onnx.txt"
+    cli.add_output_flag(parser, "--onnx", use, "FILE", required=False)
+    cli.add_output_flag(parser, "--torch_export", use="a new .pt2 file of the sampler", metavar="FILE", required=False)
+    cli.add_count_flag(parser, "--sampling_steps", "steps of the graph")
+    cli.add_method_flag(parser, FIXED_GRID, "euler")
+    parser.add_argument(
+        "--time_grid", choices=[*time_grids.GRIDS, "optimized"], default="uniform", help="times of the graph (default: uniform)"
+    )
     return parser.parse()
 
 
 def main() -> None:
     args = parse_args()
-    if args.out.exists():
-        raise UserError(f"--out {args.out}: exists already; name another file")
+    targets = {flag: getattr(args, flag) for flag in ("out", "to", "push", "onnx", "torch_export")}
+    if not any(targets.values()):
+        raise UserError(f"give at least one of {', '.join(f'--{flag}' for flag in targets)}")
+    for flag in ("out", "onnx", "torch_export"):
+        if targets[flag] and targets[flag].exists():
+            raise UserError(f"--{flag} {targets[flag]}: exists already; name another file")
+    graphs = args.onnx or args.torch_export
+    if bool(graphs) != bool(args.sampling_steps):
+        raise UserError("--sampling_steps: goes with --onnx and --torch_export, which need it")
+    if args.push:
+        hub.parse("--push", args.push)
+    if args.onnx:
+        graph.check_packages()
     snap = snapshot.load(args.weights, None, args.overrides)
-    for name, value in snap.weights.items():
-        half = value.half() if value.is_floating_point() else value
-        if value.is_floating_point() and not torch.isfinite(half).all():
-            raise UserError(f"--weights {snap.path}: {name} has values beyond the range of fp16")
-        snap.weights[name] = half
-    snapshot.save(
-        args.out, snap.weights, snap.config, snap.image_shape, snap.step, snap.half_life_images, snap.codec, snap.class_names,
-        snap.power_average,
-    )  # fmt: skip
-    sizes = [path.stat().st_size / 2**20 for path in (args.out, snap.path)]
-    result = f"{args.out}: {sizes[0]:.1f} MiB instead of {sizes[1]:.1f} MiB"
-    print(cli.summary(result, args.start, f"sample from it with: {cli.sample_command(args.out, args.out.stem)}"))
+    results, weights = [], args.weights
+    if args.out:
+        exported.write_weights(args.out, snap, args.dtype)
+        sizes = [path.stat().st_size / 2**20 for path in (args.out, snap.path)]
+        results.append(f"{args.out}: {sizes[0]:.1f} MiB instead of {sizes[1]:.1f} MiB")
+        weights = args.out
+    if args.to or args.push:
+        results.append(write_folder(args, snap))
+        weights = args.push or args.to
+    if graphs:
+        results += write_graphs(args, snap)
+    sample = cli.sample_command(weights, snapshot.name_of(weights))
+    print(cli.summary(", ".join(results), args.start, f"sample from it with: {sample}"))
+
+
+def write_folder(args, snap: Snapshot) -> str:
+    """Write the folder and upload it; what became of it."""
+    for key, place in exported.places(snap).items():
+        print(f"note: whoever gets the export can read {subprocesses.override(key, place)} in its configuration")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder: Path = args.to or Path(temporary) / "export"
+        is_new = exported.write_folder(folder, snap, args.dtype, args.license, args.push or "PATH_OF_THIS_FOLDER")
+        if args.push:
+            return f"uploaded to {hub.push(folder, args.push, args.private)}"
+    return f"{folder}" if is_new else f"{folder} (there already)"
+
+
+def write_graphs(args, snap: Snapshot) -> list[str]:
+    """Write the graph in each form; what became of them."""
+    method, steps = args.sampling_method, args.sampling_steps
+    times = grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None
+    settings = SamplerSettings(method, steps, time_grid=args.time_grid, times=times)
+    with error_context("export"):
+        model, program = graph.build(snap, settings)
+    results = []
+    for path, write in ((args.torch_export, graph.write_torch), (args.onnx, graph.write_onnx)):
+        if path:
+            difference = write(path, snap, settings, model, program)
+            size = path.stat().st_size / 2**20
+            results.append(f"{path}: {size:.1f} MiB, at most {difference:.2g} grey levels from the sampler")
+    return results
 
 
 if __name__ == "__main__":

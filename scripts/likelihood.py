@@ -38,6 +38,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
+    accelerator = distributed.build_accelerator()  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model(decode=False)
     if model.net.max_prompt_bytes:
@@ -51,7 +52,6 @@ def main() -> None:
         data = datasets.build(real["name"], real["root"], real["args"] | ({"train": False} if args.test else {}))
     if args.n_images > len(data):
         raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}")
-    accelerator = distributed.build_accelerator()
     distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)
     batches = index_batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]

@@ -63,6 +63,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
+    accelerator = distributed.build_accelerator(args.mixed_precision)  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model()
     net = model.net
@@ -74,7 +75,6 @@ def main() -> None:
             source.name, source.root, source.args, derived=["pairs"]
         )  # in a second reflow that of the first
     labels = cli.labels_of(args.labels, snap.class_names)
-    accelerator = distributed.build_accelerator(args.mixed_precision)
     with error_context("data"):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
     classes, prompts = labels, None

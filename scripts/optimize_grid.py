@@ -6,7 +6,6 @@ grid by formula on images that were not used. They are saved beside the snapshot
 
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +17,7 @@ from flow.model import FlowModel
 from flow.noise import gaussian_noise
 from flow.runtime import cli, distributed, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, snapshot
+from flow.sampling import grid_store, hub, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
 from flow.solvers import FIXED_GRID, grid_optimization, time_grids
@@ -46,6 +45,9 @@ def main() -> None:
     args = parse_args()
     if max(args.steps) > args.reference_steps:
         raise UserError(f"--steps {max(args.steps)}: must be at most --reference_steps {args.reference_steps}")
+    if hub.is_reference(args.weights):
+        copy = subprocesses.command("-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights))
+        raise UserError(f"--weights {args.weights}: grids are stored beside the weights; copy them to a folder with: {copy}")
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model(decode=False)
     prompts = tuple(args.prompts) if args.prompts else None
@@ -120,7 +122,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         print(cli.summary(result, args.start, f"search longer with: {longer}"))
         return
     flags = cli.condition_flags(args.guidance_scale, args.prompts)
-    sample = cli.sample_command(args.weights, f"{Path(args.weights).stem}_optimized", *example, *flags, *args.overrides)
+    sample = cli.sample_command(args.weights, f"{snapshot.name_of(args.weights)}_optimized", *example, *flags, *args.overrides)
     print(cli.summary(result, args.start, f"use one with: {sample}"))
 
 

@@ -15,6 +15,7 @@ from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_o
 from flow.solvers.torchdiffeq import ADAPTIVE
 
 NAMED_CLASSES = 20  # in an error
+WEIGHTS = "run folder, checkpoint folder, .safetensors file or hf:owner/name[@revision]"  # what --weights takes
 
 
 _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
@@ -123,7 +124,7 @@ def add_resume_flag(parser: Parser) -> Parser:
 
 def add_weights_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--weights of one model."""
-    parser.add_argument("--weights", required=required, metavar="PATH", help="run folder, checkpoint folder or .safetensors")
+    parser.add_argument("--weights", required=required, metavar="PATH", help=WEIGHTS)
 
 
 def add_config_flag(

@@ -2,7 +2,7 @@
 
 A snapshot may come from a stranger. Its header is checked before anything is built of it, sizes against the tensors of the
 file; it resolves no interpolation; and the places that it names (data.root, paths among data.args, the autoencoder) are used
-only where the file lies in a run folder or the command line repeats them.
+only where the file lies in a run folder or the command line repeats them. A snapshot of the Hugging Face hub is a stranger's.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from flow import path as paths
 from flow.model import FlowModel, Network
 from flow.runtime import files
 from flow.runtime.errors import error_context
-from flow.sampling import header
+from flow.sampling import header, hub
 from flow.sampling.header import PowerAverage
 from flow.sampling.space import Space
 
@@ -50,8 +50,8 @@ class Snapshot:
     unconfirmed: dict[str, Any] = field(default_factory=dict)  # {key: value} that the header names and nobody has repeated
 
     def title(self, weights: str | Path) -> str:
-        """What a table calls the snapshot behind `weights`: digits@2000, after the run folder or the file."""
-        return f"{name_of(Path(weights))}@{self.step}"
+        """What a table calls the snapshot behind `weights`: digits@2000, after the run folder, the file or the repository."""
+        return f"{name_of(weights)}@{self.step}"
 
     @property
     def decoded_shape(self) -> tuple[int, ...]:
@@ -180,12 +180,13 @@ def save(
 
 
 def load(weights: str | Path, config_path: str | None = None, overrides: list[str] | None = None) -> Snapshot:
-    """The snapshot behind `--weights`: a run folder, a checkpoint folder or a .safetensors file.
+    """The snapshot behind `--weights`: a run folder, a checkpoint folder, an exported folder, a .safetensors file or
+    hf:owner/name[@revision] on the Hugging Face hub.
 
     `config_path` (-c) replaces the stored configuration, overrides change it. Raises UserError for a path that holds no
-    snapshot and for a damaged file.
+    snapshot, for a damaged file, and for what `hub.download` refuses.
     """
-    path = find(Path(weights))
+    path = find(weights)
     metadata = read_header(path)
     tensors = read_weights(path)
     try:
@@ -193,7 +194,8 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
         power_average = header.power_average(metadata)
     except ValueError as error:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
-    config, unconfirmed = _configuration(path, metadata["config"], config_path, overrides, codec)
+    own = not hub.is_reference(weights) and _in_run_folder(path)
+    config, unconfirmed = _configuration(path, own, metadata["config"], config_path, overrides, codec)
     return Snapshot(path, config, image_shape, *counts, tensors, codec, class_names, power_average, unconfirmed)
 
 
@@ -229,15 +231,22 @@ def _whole_file(path: Path) -> Iterator[Any]:
         raise UserError(f"--weights {path}: not a whole safetensors file ({error})") from None
 
 
-def find(path: Path) -> Path:
-    """The snapshot file that a run folder (its latest), a checkpoint folder or a file stands for."""
+def find(weights: str | Path) -> Path:
+    """The snapshot file that a run folder (its latest), a checkpoint folder, an exported folder, a file or a reference to the
+    Hugging Face hub stands for."""
+    if hub.is_reference(weights):
+        return hub.download(weights)
+    path = Path(weights)
     if path.is_file():
         return path
     if not path.exists():
         raise UserError(f"--weights {path}: there is no such file or folder")
-    snapshots = by_step(path / "snapshots") or by_step(path) or sorted(path.glob(EMA_FILE))
+    snapshots = by_step(path / "snapshots") or by_step(path)
     if snapshots:
         return snapshots[-1]
+    for name in (EMA_FILE, hub.WEIGHTS_FILE):
+        if (path / name).is_file():
+            return path / name
     raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
 
 
@@ -263,9 +272,12 @@ def of_run(path: Path, steps: Sequence[str]) -> tuple[Path, list[Path]]:
     return folder.parent, [p for step, p in found.items() if step in map(int, steps)]
 
 
-def name_of(path: Path) -> str:
-    """What tables call the weights behind a path: its run, with the half-life of averages after the first, else the name of
-    the folder or file."""
+def name_of(weights: str | Path) -> str:
+    """What tables call weights: their run, with the half-life of averages after the first, else the repository, folder or
+    file."""
+    if hub.is_reference(weights):
+        return hub.name_of(weights)
+    path = Path(weights)
     run = path.resolve().parent
     if path.is_file() and run.name == "snapshots" and (run.parent / "config.yaml").is_file():
         return run.parent.name + path.stem.removeprefix(path.stem.partition(".")[0])
@@ -320,9 +332,10 @@ def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _configuration(
-    path: Path, text: str, config_path: str | None, overrides: list[str] | None, codec: CodecSpec | None
+    path: Path, own: bool, text: str, config_path: str | None, overrides: list[str] | None, codec: CodecSpec | None
 ) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a snapshot, and the places that its header names and the command line does not."""
+    """The configuration of a snapshot, and the places that its header names and neither the command line nor, as the file is
+    the user's `own`, the run folder confirms."""
     source, typed = f"--weights {path}", schema.overridden(overrides)
     unconfirmed: dict[str, Any] = {}
     base, places = schema.parse_parts(text, source, Config, typed)
@@ -330,14 +343,14 @@ def _configuration(
         config = schema.load(config_path, overrides)
     else:
         unconfirmed = places
-        if not _in_run_folder(path):
+        if not own:
             unconfirmed |= header.take_places(base.data, typed)
         config = schema.load(None, overrides, base=base)
         if config.data.name != base.data.name:  # its arguments are those of the command line
             unconfirmed = {key: value for key, value in unconfirmed.items() if not key.startswith("data.args")}
         config.typed |= {tuple(key.split(".")): value for key, value in unconfirmed.items()}  # a copy keeps them
     schema.keep_auto_classes(config, base)
-    if codec and not config.data.autoencoder and not _in_run_folder(path):
+    if codec and not config.data.autoencoder and not own:
         unconfirmed.setdefault("data.autoencoder", codec["source"])
     return config, unconfirmed
 

@@ -51,7 +51,7 @@ SHORTER = {
     "--n_samples 1020": "--n_samples 4",
     "--bspp 5000": "",
 }
-SHORTER |= {"--keep_states 8": "--keep_states 1"}
+SHORTER |= {"--keep_states 8": "--keep_states 1", "mnist.pt2 --sampling_steps 4": "mnist.pt2 --sampling_steps 1"}
 SHORTER |= {"--sampling_steps 5 50 ": "", "--float64 --t_end 0.9": "--t_end 0.9"}
 ELSEWHERE = ("make ", "source ")  # the environment
 # Chains of processes, run by tests of their own, with what needs their runs; and Inception's features of CIFAR-10.

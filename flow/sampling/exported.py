@@ -1,0 +1,165 @@
+"""A snapshot as a folder in the form of the Hugging Face hub: weights, configuration, model card, a picture of samples."""
+
+import copy
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs import schema
+from configs.schema import UserError
+from datasets import captions
+from flow.runtime import files, lock, subprocesses
+from flow.sampling import header, hub, images, snapshot
+from flow.sampling.conditions import condition_names
+from flow.sampling.sampler import Sampler
+from flow.sampling.settings import SamplerSettings
+from flow.sampling.snapshot import Snapshot
+
+LIBRARY = "flow-matching-runner"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+WIDEST = 20  # columns of the picture, for classes
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+def write_weights(path: Path, snap: Snapshot, dtype: str) -> None:
+    """Write the snapshot with its floating-point weights in this precision, a key of DTYPES, and the same header.
+
+    Raises:
+        UserError: for weights beyond the range of fp16.
+    """
+    weights = {}
+    for name, value in snap.weights.items():
+        weights[name] = value.to(DTYPES[dtype]) if value.is_floating_point() else value
+        if not torch.isfinite(weights[name]).all():
+            raise UserError(f"--weights {snap.path}: {name} has values beyond the range of {dtype}; use --dtype bf16")
+    snapshot.save(
+        path, weights, snap.config, snap.image_shape, snap.step, snap.half_life_images, snap.codec, snap.class_names,
+        snap.power_average,
+    )  # fmt: skip
+
+
+def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, shown: str) -> bool:
+    """Write the folder, whole or not at all; False where it is there already, with the same content.
+
+    Args:
+        dtype: a key of DTYPES.
+        license_name: of the weights, an identifier of the hub.
+        shown: what the command in the card names as weights.
+
+    Raises:
+        UserError: for a folder with something else, and an identifier that is none.
+    """
+    if not _LICENSE.fullmatch(license_name):
+        raise UserError(f"--license {license_name}: must be an identifier of the Hugging Face hub, e.g. mit, cc-by-4.0, other")
+    if folder.is_file():
+        raise UserError(f"--to {folder}: is a file; name a folder")
+    work = folder.absolute().with_name(f"{files.TEMPORARY}{folder.absolute().name}")
+    with lock.folder(work):
+        new = work / "new"  # what a killed command left is replaced
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            new.mkdir()
+            write_weights(new / hub.WEIGHTS_FILE, snap, dtype)
+            files.write_text(new / "config.yaml", schema.dump(snap.config))
+            _write_picture(new / "samples.png", snap)
+            files.write_text(new / "README.md", card(snap, dtype, license_name, shown))
+            if not folder.exists() or files.is_empty_dir(folder):
+                files.atomic_rename_dir(new, folder)
+                return True
+            existing = {path.name: path for path in folder.iterdir()}
+            same = existing.keys() == set(hub.FILES) and all(
+                files.sha256(path) == files.sha256(new / name) for name, path in existing.items()
+            )
+            if not same:
+                raise UserError(f"--to {folder}: exists and holds something else than this export; name another folder")
+            return False
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def places(snap: Snapshot) -> dict[str, Any]:
+    """{key: place on this machine} that whoever gets the snapshot can read in it."""
+    found = header.take_places(copy.deepcopy(snap.config.data), {})
+    return found | ({"the autoencoder": snap.codec["source"]} if snap.codec else {})
+
+
+def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
+    """The model card: YAML metadata, then Markdown."""
+    from huggingface_hub import ModelCardData
+
+    config, prompts, run = snap.config, bool(snap.config.model.args.get("max_prompt_bytes")), _run_of(snap)
+    results = run / "evaluation" / "results.md" if run else None
+    metrics = results.read_text(encoding="utf-8").strip() if results and results.is_file() else None
+    tags = ["flow-matching", "pytorch", config.model.name, config.data.name]
+    task = None if snap.space.is_points else "text-to-image" if prompts else "unconditional-image-generation"
+    data = ModelCardData(license=license_name, library_name=LIBRARY, tags=tags, pipeline_tag=task)
+    sample = ["sample.py", "--weights", shown, "--n_samples", "64", "--save_dir", "samples"]
+    sample += ["--prompts", captions.plain(snap.class_names[0])] if prompts and snap.class_names else []
+    if snap.codec:
+        sample.append(subprocesses.override("data.autoencoder", "PATH_OR_HUB_ID"))
+    size = sum(value.numel() for value in snap.weights.values())
+    facts = {
+        "samples": f"{snap.space.kind} {'x'.join(map(str, snap.decoded_shape))}",
+        "training data": config.data.name,
+        "classes": ", ".join(snap.class_names[:WIDEST]) + (", ..." if len(snap.class_names) > WIDEST else "") or "none",
+        "training images seen": f"{snap.images:,} ({snap.step:,} steps)",
+        "network": f"{config.model.name}, {size / 1e6:.2f} M numbers in {dtype}",
+        "loss": config.loss.name,
+        "path, prediction": f"{config.flow.path}, {config.flow.prediction}",
+        "average of the weights": _average(snap),
+    }
+    parts = [
+        f"---\n{data.to_yaml().strip()}\n---",
+        f"# {run.resolve().name if run else config.model.name}@{snap.step}",
+        "![samples](samples.png)",
+        _table(facts),
+        "## Sample",
+        f"In a clone of {LIBRARY}:",
+        f"```bash\npython {shlex.join(sample)}\n```",
+        *(["## Measured", metrics] if metrics else []),
+        "`config.yaml` is the configuration of the training; `model.safetensors` carries it too, with a digest of itself.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _average(snap: Snapshot) -> str:
+    if snap.power_average:
+        return f"EMA of width {snap.power_average.width:g}"
+    return f"EMA with a half-life of {snap.half_life_images:,} images"
+
+
+def _table(facts: Mapping[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value.replace('|', '/')} |" for key, value in facts.items())])
+
+
+def _run_of(snap: Snapshot) -> Path | None:
+    """The run folder that the snapshot lies in."""
+    runs = (p for p in snap.path.absolute().parents[:3] if (p / "config.yaml").is_file() and (p / "snapshots").is_dir())
+    return next(runs, None)
+
+
+def _write_picture(path: Path, snap: Snapshot) -> None:
+    """The preview of the run at this step, else a new one, by the settings of the previews."""
+    run = _run_of(snap)
+    preview = run / "samples" / f"step_{snap.step:08d}.png" if run else None
+    if preview is not None and preview.is_file():
+        shutil.copyfile(preview, path)
+        return
+    p, model = snap.config.preview, snap.model()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    sampler = Sampler(model, snap.image_shape, device or torch.device("cpu"))
+    for net in model.networks:
+        net.to(sampler.device)
+    prompts = tuple(map(captions.plain, snap.class_names)) if model.net.max_prompt_bytes else None
+    samples = sampler.sample(
+        p.n_samples, prompts=prompts, method=p.sampling_method, steps=p.sampling_steps, guidance_scale=p.guidance_scale,
+        seed=p.seed, batch_size=snap.space.preview_batch_size,
+    )  # fmt: skip
+    names = condition_names(SamplerSettings(prompts=prompts), snap.class_names, model.net.num_classes)
+    names = names if 2 <= len(names) <= WIDEST else []
+    images.write_png(path, snap.space.picture(samples, len(names) or max(1, round(p.n_samples**0.5)), names))

@@ -1,0 +1,133 @@
+"""Snapshots on the Hugging Face hub: `hf:owner/name` and `hf:owner/name@revision` wherever weights are named.
+
+Only FETCHED is ever fetched, files that cannot run code, into the cache of huggingface_hub, with its token and its
+environment variables (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE). `huggingface_hub` is imported where it is used, for
+the sake of the start of every script.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
+
+from configs.schema import UserError
+from configs.stored import first_line
+
+Result = TypeVar("Result")
+
+PREFIX = "hf:"
+WEIGHTS_FILE = "model.safetensors"
+FETCHED = (WEIGHTS_FILE, "config.yaml", "README.md")
+FILES = (*FETCHED, "samples.png")  # of an exported folder
+_REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_FORM = "must be hf:owner/name or hf:owner/name@revision"
+
+
+def is_reference(weights: str | Path) -> bool:
+    return str(weights).startswith(PREFIX)
+
+
+def parse(key: str, reference: str | Path) -> tuple[str, str | None]:
+    """(owner/name, revision) of a reference. Raises UserError that names the key for another form."""
+    match = _REFERENCE.fullmatch(str(reference))
+    if match is None:
+        raise UserError(f"{key} {reference}: {_FORM}")
+    return match.group(1), match.group(2)
+
+
+def name_of(reference: str | Path) -> str:
+    """`name` of hf:owner/name@revision, for tables and folders."""
+    return parse("--weights", reference)[0].split("/")[1]
+
+
+def download(reference: str | Path) -> Path:
+    """The weights of a reference, in the cache of huggingface_hub.
+
+    Where processes are connected, the main one decides which commit the revision is and fetches it; the others then take that
+    commit, from the cache where it is on their disk. Every process has to call it.
+
+    Raises:
+        UserError: for a repository, revision or file that there is not, without access, and without a connection where the
+            cache does not have the files.
+    """
+    repo, revision = parse("--weights", reference)
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return _fetch(reference, repo, revision)
+    path, commit, message = None, None, None
+    if dist.get_rank() == 0:
+        try:
+            path = _fetch(reference, repo, revision)
+            commit = path.parent.name
+        except UserError as error:
+            message = str(error)
+    commit, message = broadcast_object_list([commit, message])
+    if message:
+        raise UserError(message)
+    return path or _fetch(reference, repo, commit)
+
+
+def push(folder: Path, reference: str, private: bool) -> str:
+    """Upload an exported folder as one commit, to a repository that is new or holds an earlier export; its address.
+
+    private: of a new repository; an existing one stays as it is.
+
+    Raises:
+        UserError: for a repository of other files, without a token or a connection, and for what the hub refuses.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    key = f"--push {reference}"
+    repo, revision = parse("--push", reference)
+    if revision:
+        raise UserError(f"{key}: uploads go to the main branch; leave out @{revision}")
+    api = HfApi()
+    if get_token() is None:
+        raise UserError(f"{key}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
+    _call(key, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
+    others = set(_call(key, lambda: api.list_repo_files(repo))) - {".gitattributes", *FILES}
+    if others:
+        raise UserError(f"{key}: the repository holds other files ({', '.join(sorted(others)[:3])}); name another one")
+    _call(key, lambda: api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message="Export"))
+    return f"{api.endpoint}/{repo}"
+
+
+def _fetch(reference: str | Path, repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetch() -> str:
+        return snapshot_download(repo, revision=revision, allow_patterns=list(FETCHED), max_workers=1)
+
+    path = Path(_call(f"--weights {reference}", fetch)) / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"--weights {reference}: the repository has no {WEIGHTS_FILE}; scripts.export --push writes one")
+    return path
+
+
+def _call(key: str, function: Callable[[], Result]) -> Result:
+    """What the client returns. Raises UserError for whatever it raises about the hub, the connection or the disk."""
+    from huggingface_hub import constants, errors
+
+    access = "log in with `hf auth login`, or set HF_TOKEN"
+    try:
+        return function()
+    except errors.GatedRepoError:
+        reason = f"access has to be asked for on its page; then {access}"
+    except errors.RepositoryNotFoundError:
+        reason = f"there is no such repository, or it is private and the token is not one for it; {access}"
+    except errors.RevisionNotFoundError:
+        reason = "the repository has no such revision"
+    except errors.LocalEntryNotFoundError:
+        reason = f"the hub ({constants.ENDPOINT}) cannot be reached, and the cache does not have the files"
+    except errors.HfHubHTTPError as error:
+        reason = f"the hub refuses: {first_line(error)}" + (f"; {access}" if error.response.status_code in (401, 403) else "")
+    except Exception as error:
+        if type(error).__module__.startswith(("httpx", "httpcore")):  # whose errors are of no common kind with others
+            reason = f"the hub ({constants.ENDPOINT}) cannot be reached ({first_line(error)})"
+        elif isinstance(error, OSError | ValueError):
+            reason = first_line(error)
+        else:
+            raise
+    raise UserError(f"{key}: {reason}")
