@@ -1,5 +1,5 @@
 """Data sets: `build(name, root, args)` gives images and labels: uint8 in memory (`Images`), decoded from files (`Folder`) or
-mapped from the disk (`Packed`), or float16 with the noise that they were made from (`Pairs`), the posteriors of an autoencoder
+read from the disk (`Packed`), or float16 with the noise that they were made from (`Pairs`), the posteriors of an autoencoder
 (`Latents`), or points in place of images (`PointSet`). `data.codec` describes the autoencoder that decodes them; None: they
 are what they are.
 
@@ -38,7 +38,7 @@ class DataSet(Protocol):
     """What training and evaluation need of a data set.
 
     access: how training reads samples. "memory": one tensor `images` [N, ...]. "files": one by one, `data[k]`, in worker
-    processes. "mapped": a batch at a time, `read(indices)`, from files that need no decoding. "posterior": mean and std of
+    processes. "disk": a batch at a time, `read(indices)`, from files that need no decoding. "posterior": mean and std of
     `moments(indices, mirrored)`, of which a latent is drawn, scaled by `normalised`; `has_flipped` says whether there are
     mirror images.
     """

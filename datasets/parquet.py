@@ -164,7 +164,7 @@ def select_files(names: Sequence[str], split: str | None, pattern: str | None) -
         sets.setdefault(part, {}).setdefault(folder, []).append(name)
     selected = split or ("train" if "train" in sets else next(iter(sets)) if len(sets) == 1 else None)
     if selected not in sets:
-        raise ValueError(f"--split {split or ''}: choose from {', '.join(sets)}")
+        raise ValueError(f"--split {split or ''}: choose from {', '.join(sorted(sets))}")
     if len(sets[selected]) > 1:
         raise ValueError(
             f"holds several data sets ({', '.join(sets[selected])}); choose with --files '{next(iter(sets[selected]))}/*'"

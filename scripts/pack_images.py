@@ -8,7 +8,7 @@ ones are made again. The result does not depend on the number of processes.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,8 @@ EXAMPLES = """\
   accelerate-launch --multi_gpu --num_processes 8 -m scripts.pack_images --source hf:owner/name --size 64 --save_dir data/x"""
 HUB = "hf:"
 BUILT_IN = ("digits", "mnist", "fashion_mnist", "cifar10")
-SHARD_BYTES = 2**26  # of pixels, about
+SHARD_BYTES = (2**24, 2**29)  # of pixels, at least and at most; between the two a set has
+NUM_SHARDS = 256  # files, which can all be open
 THREADS = 4  # that decode, a process
 NAMED_IMAGES = 5  # of those that are left out, in a note
 
@@ -65,7 +66,7 @@ def parse_args():
     parser.add_argument("--image_column", metavar="NAME", help="of Parquet files (default: the only one with images)")
     parser.add_argument("--label_column", metavar="NAME", help=f"of Parquet files (default: found); {NO_LABELS}: no labels")
     parser.add_argument("--skip_damaged", action="store_true", help="leave out images that cannot be decoded, and count them")
-    cli.add_count_flag(parser, "--shard_images", f"images per file (default: {SHARD_BYTES >> 20} MiB of pixels)")
+    cli.add_count_flag(parser, "--shard_images", "images per file (default: 16 to 512 MiB of pixels)")
     return parser.parse()
 
 
@@ -157,8 +158,8 @@ def listing(data: EncodedImages) -> str:
 
 def pack(args, accelerator: Accelerator, source: Source) -> None:
     """Write the shards that are missing or damaged, then the manifest."""
-    data, per_shard = source.data, args.shard_images
-    per_shard = per_shard or max(1, SHARD_BYTES // torch.Size(data.image_shape).numel())
+    data = source.data
+    per_shard = args.shard_images or default_shard_images(len(data), data.image_shape)
     settings = [json.loads(json.dumps(settings_of(args, source, per_shard)))]
     broadcast_object_list(settings)
     if accelerator.is_main_process:
@@ -180,6 +181,12 @@ def pack(args, accelerator: Accelerator, source: Source) -> None:
         manifest = write_manifest(args.save_dir, source, settings[0], list(plan))
         report(args, source, manifest, num_written)
     accelerator.wait_for_everyone()
+
+
+def default_shard_images(count: int, image_shape: Sequence[int]) -> int:
+    """Images per file: few files for large sets, several for small ones, as processes take whole files."""
+    size, (low, high) = torch.Size(image_shape).numel(), SHARD_BYTES
+    return max(1, low // size, min(-(-count // NUM_SHARDS), high // size))
 
 
 def settings_of(args, source: Source, per_shard: int) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class TrainingLoader:
             raise UserError("data.horizontal_flip=true: points have no mirror image; set it to false")
         if self.latent and self.horizontal_flip and not data.has_flipped:
             raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
-        self.mapped = data.access == "mapped"
+        self.on_disk = data.access == "disk"
         self.in_memory = data.access == "memory"
         if self.in_memory:
             fits = device.type != "cuda" or data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
@@ -108,7 +108,7 @@ class TrainingLoader:
     def _select(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
         if self.latent:  # drawn when the step is known
             return None, self.data.labels[indices] if self.data.labels is not None else None
-        if self.mapped:
+        if self.on_disk:
             images = distributed.to_device(self.data.read(indices), self.device)
             return images, self.data.labels[indices] if self.data.labels is not None else None
         index = torch.tensor(indices, device=self.images.device)

@@ -203,7 +203,7 @@ def test_columns_and_splits(error, tmp_path, photos):
     pack = ["--save_dir", tmp_path / "out", "--source"]
     ask = partial(error, "pack_images", *pack)
     assert "several data sets (a/train, b/train); choose with --files 'a/train/*'" in ask(tmp_path, "--split", "train")
-    assert "--split dev: choose from two, none, test, train" in ask(tmp_path, "--split", "dev")
+    assert "--split dev: choose from none, test, train, two" in ask(tmp_path, "--split", "dev")
     assert "--files c/*: matches no Parquet file" in ask(tmp_path, "--files", "c/*")
     assert "2 columns (front, back); choose with --image_column" in ask(tmp_path / "two.parquet")
     assert "no column of images (x)" in ask(tmp_path / "none.parquet")
