@@ -1,6 +1,7 @@
 """Packed images against the folder that they were made from: pixels, order, training to the bit, damage, held-out images."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -113,6 +114,15 @@ def test_damaged_shards_are_named(tmp_path, path, damage):
         shard.unlink()
     with pytest.raises(ValueError, match=r"images_00001\.safetensors is .*run pack_images with the same arguments"):
         datasets.build("packed", None, {"path": str(copy)})
+
+
+def test_shard_that_is_cut_off_in_use(tmp_path, path):
+    shutil.copytree(path, tmp_path / "copy")
+    data = datasets.build("packed", None, {"path": str(tmp_path / "copy")})
+    os.truncate(tmp_path / "copy/images_00003.safetensors", 500)
+    assert data.read([0, 29]).shape == (2, 3, 8, 8)
+    with pytest.raises(OSError, match=r"images_00003\.safetensors: was cut off"):
+        data.read([33])
 
 
 def test_folders_of_another_kind(error, tmp_path, photos, path):
