@@ -101,7 +101,7 @@ def atomic_rename_dir(temporary: Path, path: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether an unfinished file or folder has this name: ours, or that under which safetensors 0.8 writes before it renames."""
+    """Whether an unfinished file or folder has this name: ours, or that under which safetensors 0.8 writes at first."""
     return name.startswith(TEMPORARY) or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", name) is not None
 
 
