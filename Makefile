@@ -1,5 +1,5 @@
 # make quickstart: environment, training, samples and a table on the embedded digits. make gallery: the pictures of
-# docs/gallery.md. make report: a page about the quickstart's run. make fault-injection: five scripts killed a hundred times
+# docs/gallery.md. make report: a page about the quickstart's run. make fault-injection: six scripts killed a hundred times
 # each. make test: the CPU test suite.
 PYTHON ?= python3
 BIN = .venv/bin
@@ -23,7 +23,7 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 fault-injection: .venv/installed
-	for script in train sample make_pairs train_vae cache_latents; do $(BIN)/python -m scripts.dev.fault_injection --kills 100 --script $$script || exit 1; done
+	for script in train sample make_pairs train_vae cache_latents pack_images; do $(BIN)/python -m scripts.dev.fault_injection --kills 100 --script $$script || exit 1; done
 
 lint: .venv/installed
 	$(BIN)/ruff check .

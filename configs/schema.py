@@ -63,7 +63,7 @@ class ModelConfig:
     name: str = "unet"  # a key of models.MODELS
     args: dict[str, Any] = field(
         default_factory=dict
-    )  # of the network; num_classes (N, null, auto for data.name=folder): labels; max_prompt_bytes: prompts; data_std: scaling
+    )  # of the network; num_classes (N, null, auto for folder and packed): labels; max_prompt_bytes: prompts; data_std: scaling
 
 
 @dataclass
@@ -273,9 +273,9 @@ def get(config: Any, key: str) -> Any:
 
 
 def wants_auto_classes(config: Config) -> bool:
-    """Whether the data set decides the number of classes: num_classes=auto, or unset for a folder without prompts."""
+    """Whether the data set decides the number of classes: num_classes=auto, or unset for images of your own without prompts."""
     args = config.model.args
-    default = AUTO if config.data.name == "folder" and not args.get("max_prompt_bytes") else None
+    default = AUTO if config.data.name in ("folder", "packed") and not args.get("max_prompt_bytes") else None
     return args.get("num_classes", default) == AUTO
 
 

@@ -1,6 +1,7 @@
-"""Data sets: `build(name, root, args)` gives images and labels: uint8 in memory (`Images`) or read from disk (`Folder`), or
-float16 with the noise that they were made from (`Pairs`), the posteriors of an autoencoder (`Latents`), or points in place of
-images (`PointSet`). `data.codec` describes the autoencoder that decodes them; None: they are what they are.
+"""Data sets: `build(name, root, args)` gives images and labels: uint8 in memory (`Images`), decoded from files (`Folder`) or
+read from the disk (`Packed`), or float16 with the noise that they were made from (`Pairs`), the posteriors of an autoencoder
+(`Latents`), or points in place of images (`PointSet`). `data.codec` describes the autoencoder that decodes them; None: they
+are what they are.
 
 `Dataset` and `IterableDataset` below are never instantiated: where the Hugging Face package `datasets` is installed,
 accelerate imports these two names from whatever package is called `datasets`, and finds this one.
@@ -18,13 +19,14 @@ from datasets.digits import digits
 from datasets.images import cifar10, fashion_mnist, folder, mnist
 from datasets.latents import latents
 from datasets.latents import source as latents_source
+from datasets.packed import packed
 from datasets.pairs import pairs
 from datasets.pairs import source as pairs_source
 from datasets.toys import toys
 
 DATASETS: dict[str, Callable[..., "DataSet"]] = {
-    "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "pairs": pairs,
-    "latents": latents, "toys": toys,
+    "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "packed": packed,
+    "pairs": pairs, "latents": latents, "toys": toys,
 }  # fmt: skip
 SHAPES: dict[str, tuple[int, ...]] = {
     "digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion_mnist": (1, 28, 28), "cifar10": (3, 32, 32), "toys": (2,),
@@ -36,8 +38,9 @@ class DataSet(Protocol):
     """What training and evaluation need of a data set.
 
     access: how training reads samples. "memory": one tensor `images` [N, ...]. "files": one by one, `data[k]`, in worker
-    processes. "posterior": mean and std of `moments(indices, mirrored)`, of which a latent is drawn, scaled by `normalised`;
-    `has_flipped` says whether there are mirror images.
+    processes. "disk": a batch at a time, `read(indices)`, from files that need no decoding. "posterior": mean and std of
+    `moments(indices, mirrored)`, of which a latent is drawn, scaled by `normalised`; `has_flipped` says whether there are
+    mirror images.
     """
 
     labels: Tensor | None  # int64 [N], on the CPU
@@ -114,13 +117,15 @@ def named_split(text: str) -> tuple[str, dict[str, Any]] | None:
 
 def held_out(source: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """(what they are called, their source) of real data that are not in `source` {"name": ..., "root": ..., "args": ...}: the
-    other split, or for toys points of another seed. None where there are none."""
+    other split, the folder `held_out` of packed images, or for toys points of another seed. None where there are none."""
     name, args = source["name"], source["args"]
     if name == "digits" and (other := {"train": "test", "test": "train"}.get(args.get("split", "all"))):
         return f"{other} split", {**source, "args": {**args, "split": other}}
     if has_test_split(name):
         train = bool(args.get("train", True))
         return ("test split" if train else "train split"), {**source, "args": {**args, "train": not train}}
+    if name == "packed" and args.get("held_out"):
+        return "held-out images", {**source, "args": {"path": args["held_out"]}}
     if name == "toys":
         return "new points", {**source, "args": {**args, "seed": args.get("seed", 0) + 1}}
     return None

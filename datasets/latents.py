@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from datasets.shards import read_manifest, read_shard, resolve_path
+from datasets.shards import open_shards, read_manifest, resolve_path
 
 
 @dataclass
@@ -71,20 +70,11 @@ def latents(root: Path, path: str) -> Latents:
     """The latents in the folder `path` (as it is, or below `root`).
 
     Raises FileNotFoundError for a folder without a manifest and ValueError that names the first shard that is not what the
-    manifest says. Only sizes and digests are compared here: reading everything would take minutes for a large set.
+    manifest says (see `open_shards`).
     """
     folder = resolve_path(root, path)
     manifest = read_manifest(folder, "latents", {"codec", "shards", "shard_images", "digest"})
-    shards = []
-    for entry in manifest["shards"]:
-        again = "run cache_latents with the same arguments: it regenerates this shard"
-        try:
-            tensors, header = read_shard(folder / entry["name"])
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"path={path}: {entry['name']} is missing or damaged ({error}); {again}") from None
-        if header.get("digest") != entry["digest"] or len(tensors["mean"]) != entry["images"]:
-            raise ValueError(f"path={path}: {entry['name']} is not the shard of this manifest; {again}")
-        shards.append(tensors)
+    shards = open_shards(folder, manifest, path, "latents")
     labels = torch.cat([shard["labels"] for shard in shards]) if "labels" in shards[0] else None
     names = tuple(manifest["class_names"])
     return Latents(shards, manifest["shard_images"], labels, names, manifest["codec"], manifest["digest"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from datasets import shards
 from datasets.images import Images
-from datasets.shards import read_shard, resolve_path
+from datasets.shards import read_shard, resolve_path, verify_shard
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def pairs(root: Path, path: str) -> Pairs:
     manifest = read_manifest(folder)
     parts: dict[str, list[Tensor]] = {"images": [], "labels": [], "noise": [], "states": []}
     for shard in shards_of(manifest):
-        damage = verify_shard(folder, shard)
+        damage = verify_shard(folder / shard.name, len(shard.indices))
         if damage:
             raise ValueError(f"path={path}: {damage}; run make_pairs with the same arguments: it regenerates this shard")
         for name, tensor in read_shard(folder / shard.name)[0].items():
@@ -82,8 +82,3 @@ def shards_of(manifest: dict[str, Any]) -> list[Shard]:
         cuts = [indices[i : i + size] for i in range(0, len(indices), size)]
         result += [Shard(f"{kind}_{i:05d}.safetensors", kind == "inverted", cut) for i, cut in enumerate(cuts)]
     return result
-
-
-def verify_shard(folder: Path, shard: Shard) -> str | None:
-    """What is wrong with the shard, None if it is whole."""
-    return shards.verify_shard(folder / shard.name, len(shard.indices))

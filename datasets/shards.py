@@ -1,10 +1,13 @@
 """Folders of shards: safetensors files with a digest of their content, and manifest.json, which says what they hold.
 
-What generated data sets (`pairs`, `latents`) lie in: a writer that was killed resumes with the shards that are not whole.
+What data sets that a script writes (`pairs`, `latents`, `packed`) lie in: a writer that was killed resumes with the shards
+that are not whole.
 """
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+SCRIPTS = {"pairs": "make_pairs", "latents": "cache_latents", "packed images": "pack_images"}  # that write a folder of a kind
 
 
 def resolve_path(root: Path, path: str) -> Path:
@@ -22,15 +26,16 @@ def resolve_path(root: Path, path: str) -> Path:
 
 
 def read_manifest(folder: Path, kind: str, keys: set[str]) -> dict[str, Any]:
-    """The manifest of a folder of `kind` ("pairs", "latents"), whose script is scripts.make_pairs or scripts.cache_latents.
+    """The manifest of a folder of `kind`, a key of SCRIPTS.
 
     Raises FileNotFoundError where there is none, ValueError where it lacks one of the `keys` or does not say which data
     set is behind it: {"name", "root", "args"} under "data".
     """
     file = folder / MANIFEST
     if not file.is_file():
-        script = {"pairs": "make_pairs", "latents": "cache_latents"}[kind]
-        raise FileNotFoundError(f"path={folder}: holds no {kind} ({MANIFEST} is not there); make some with scripts.{script}")
+        raise FileNotFoundError(
+            f"path={folder}: holds no {kind} ({MANIFEST} is not there); make some with scripts.{SCRIPTS[kind]}"
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         missing = (keys | {"data", "class_names"}) - manifest.keys()
@@ -58,16 +63,58 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def verify_shard(path: Path, rows: int) -> str | None:
-    """What is wrong with a shard of tensors [rows, ...], by its digest, or None."""
+    """What is wrong with a shard of tensors [rows, ...], by its digest, or None. Rows that its header lists as `skipped` are
+    not there."""
     if not path.is_file():
         return f"{path.name} is missing"
     try:
         tensors, header = read_shard(path)
     except (SafetensorError, OSError) as error:
         return f"{path.name} is damaged ({error})"
+    rows -= len(header.get("skipped", ()))
     if header.get("digest") != content_hash(tensors) or any(len(tensor) != rows for tensor in tensors.values()):
         return f"{path.name} is damaged (its content is not what was written)"
     return None
+
+
+def stored_settings(folder: Path, pattern: str) -> list[dict[str, Any]] | None:
+    """The settings in the headers of the shards that can be read; None where there are no shards."""
+    shards, settings = sorted(folder.glob(pattern)) if folder.is_dir() else [], []
+    for path in shards:
+        with contextlib.suppress(SafetensorError, OSError):  # an unreadable shard is written again
+            settings.append(read_shard(path)[1].get("settings", {}))
+    return settings if shards else None
+
+
+def list_shards(folder: Path, names: Iterable[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a manifest says about whole shards: {"shards": [name, images, bytes and digest of each], "digest": of all}; and
+    their headers."""
+    entries, headers = [], []
+    for name in names:
+        tensors, header = read_shard(folder / name)
+        size = (folder / name).stat().st_size
+        entries.append({"name": name, "images": len(next(iter(tensors.values()))), "bytes": size, "digest": header["digest"]})
+        headers.append(header)
+    digest = hashlib.blake2b("".join(entry["digest"] for entry in entries).encode(), digest_size=16).hexdigest()
+    return {"shards": entries, "digest": digest}, headers
+
+
+def open_shards(folder: Path, manifest: dict[str, Any], path: str, kind: str) -> list[dict[str, Tensor]]:
+    """The tensors of the shards that a manifest lists, mapped from their files.
+
+    Raises ValueError that names the first shard that is not what the manifest says. Only sizes and digests in the headers are
+    compared: reading everything would take minutes for a large set.
+    """
+    again, shards = f"run {SCRIPTS[kind]} with the same arguments: it makes this shard again", []
+    for entry in manifest["shards"]:
+        try:
+            tensors, header = read_shard(folder / entry["name"])
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"path={path}: {entry['name']} is missing or damaged ({error}); {again}") from None
+        if header.get("digest") != entry["digest"] or any(len(tensor) != entry["images"] for tensor in tensors.values()):
+            raise ValueError(f"path={path}: {entry['name']} is not the shard of this manifest; {again}")
+        shards.append(tensors)
+    return shards
 
 
 def content_hash(tensors: dict[str, Tensor]) -> str:

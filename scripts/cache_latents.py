@@ -6,8 +6,6 @@ again after a kill: whole shards stay, missing or damaged ones are encoded again
 writes originals beside reconstructions, PSNR and the Frechet distance between the two (rFID).
 """
 
-import contextlib
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -16,20 +14,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from torch import Tensor
 
 import datasets
 from configs import schema
 from configs.schema import UserError
-from datasets.shards import MANIFEST, read_shard, save_shard, verify_shard
+from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.frechet import frechet_distance
 from flow.evaluation.reading import Data, read_images
 from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.runtime.output_dir import check_same_settings
+from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import images
 from flow.sampling.generate import index_batches, shard
 from flow.sampling.images import psnr, to_float, to_uint8
@@ -85,25 +82,16 @@ def cache(
     if accelerator.is_main_process:
         settings = [settings_of(args, data, vae, latent_shape)]
     broadcast_object_list(settings)
-    plan = {f"latents_{i:05d}.safetensors": cut for i, cut in enumerate(index_batches(range(len(data)), args.shard_images))}
+    cuts = index_batches(range(len(data)), args.shard_images)
+    plan = {args.save_dir / f"latents_{i:05d}.safetensors": cut for i, cut in enumerate(cuts)}
     if accelerator.is_main_process:
         check_output_dir(args.save_dir, settings[0])
     accelerator.wait_for_everyone()
 
-    local_shards, num_encoded = list(plan.items())[accelerator.process_index :: accelerator.num_processes], 0
-    with distributed.progress(
-        accelerator, sum(len(cut) for _, cut in local_shards), "encoding (images of this process)"
-    ) as bar:
-        for name, cut in local_shards:
-            damage = verify_shard(args.save_dir / name, len(cut))
-            if damage:
-                if (args.save_dir / name).exists():
-                    bar.write(f"{damage}; encoding its images again")
-                write_shard(accelerator, args, vae, data, name, cut, settings[0], bar)
-                num_encoded += len(cut)
-            else:
-                bar.update(len(cut))
-    num_encoded = sum(distributed.gather_to_main(accelerator, num_encoded) or [0])
+    def write(path: Path, cut: range, bar) -> None:
+        write_shard(accelerator, args, vae, data, path, cut, settings[0], bar)
+
+    num_encoded = write_missing(accelerator, plan, verify_shard, write, "encoding (images of this process)")
     if accelerator.is_main_process:
         write_manifest(args, source, data, vae, settings[0], plan)
     accelerator.wait_for_everyone()
@@ -150,16 +138,13 @@ def check_output_dir(save_dir: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: for a folder of another run.
     """
-    shards, existing = sorted(save_dir.glob("latents_*.safetensors")) if save_dir.is_dir() else [], []
-    for path in shards:
-        with contextlib.suppress(SafetensorError, OSError):  # an unreadable shard is written again
-            existing.append(read_shard(path)[1].get("settings", {}))
-    check_same_settings(save_dir, existing if shards else None, settings, "latents", "cache_latents")
+    existing = stored_settings(save_dir, "latents_*.safetensors")
+    check_same_settings(save_dir, existing, settings, "latents", "cache_latents")
     save_dir.mkdir(parents=True, exist_ok=True)
 
 
 def write_shard(
-    accelerator: Accelerator, args, vae: VAE, data: Data, name: str, cut: range, settings: dict[str, Any], bar
+    accelerator: Accelerator, args, vae: VAE, data: Data, path: Path, cut: range, settings: dict[str, Any], bar
 ) -> None:
     """Encode the images `cut` and write them as one file."""
     parts: dict[str, list[Tensor]] = {}
@@ -177,7 +162,7 @@ def write_shard(
     header = {"settings": settings, "sums": sums_of(tensors)}
     if data.labels is not None:
         tensors["labels"] = data.labels[cut.start : cut.stop].clone()
-    with files.atomic_file(args.save_dir / name) as temporary:
+    with files.atomic_file(path) as temporary:
         save_shard(temporary, tensors, header)
 
 
@@ -192,21 +177,20 @@ def sums_of(tensors: dict[str, Tensor]) -> list[list[float]]:
 
 
 def write_manifest(
-    args, source: schema.DataConfig, data: Data, vae: VAE, settings: dict[str, Any], plan: dict[str, range]
+    args, source: schema.DataConfig, data: Data, vae: VAE, settings: dict[str, Any], plan: dict[Path, range]
 ) -> None:
     """manifest.json, last of all, with mean (shift) and standard deviation (scale) of each channel over the data set.
 
     The sums of the shards are added by math.fsum, whose result does not depend on their order.
     """
-    headers = {name: read_shard(args.save_dir / name)[1] for name in plan}
-    sums = [header["sums"] for header in headers.values()]
+    listed, headers = list_shards(args.save_dir, (path.name for path in plan))
+    sums = [header["sums"] for header in headers]
     _, height, width = settings["latent_shape"]
     n = len(data) * height * width * (2 if args.flipped == "yes" else 1)
     first, second = ([math.fsum(column) / n for column in zip(*(s[i] for s in sums), strict=True)] for i in (0, 1))
     scale = [math.sqrt(max(b - a * a, 0.0)) for a, b in zip(first, second, strict=True)]
     if not all(scale):
         raise UserError(f"--vae {args.vae}: channel {scale.index(0.0)} of its latents is the same number everywhere")
-    digests = {name: header["digest"] for name, header in headers.items()}
     manifest = {
         **settings,
         "codec": {
@@ -215,8 +199,7 @@ def write_manifest(
         },
         "class_names": data.class_names,
         "data": {"name": source.name, "root": source.root, "args": source.args},
-        "shards": [{"name": name, "images": len(cut), "digest": digests[name]} for name, cut in plan.items()],
-        "digest": hashlib.blake2b("".join(digests.values()).encode(), digest_size=16).hexdigest(),
+        **listed,
     }  # fmt: skip
     files.write_text(args.save_dir / MANIFEST, json.dumps(manifest, indent=1))
 

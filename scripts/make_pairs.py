@@ -22,14 +22,14 @@ import datasets
 from configs import schema
 from configs.schema import UserError
 from datasets import captions
-from datasets.pairs import Shard, read_manifest, shards_of, verify_shard
-from datasets.shards import MANIFEST, save_shard
+from datasets.pairs import Shard, read_manifest, shards_of
+from datasets.shards import MANIFEST, save_shard, verify_shard
 from flow.likelihood import invert
 from flow.model import FlowModel
 from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.runtime.output_dir import check_same_settings
+from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, snapshot
 from flow.sampling.generate import build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.images import to_float
@@ -144,21 +144,14 @@ def write_shards(
     if accelerator.is_main_process:
         check_output_dir(args.save_dir, manifest)
     accelerator.wait_for_everyone()
-    local_shards = shards_of(manifest)[accelerator.process_index :: accelerator.num_processes]
-    num_written = 0
-    with distributed.progress(accelerator, sum(len(s.indices) for s in local_shards), "pairs (of this process)") as bar:
-        for shard in local_shards:
-            damage = verify_shard(args.save_dir, shard)
-            if damage and (args.save_dir / shard.name).exists():
-                bar.write(f"{damage}; regenerating")
-            if damage:
-                tensors = make(shard, bar)
-                with files.atomic_file(args.save_dir / shard.name) as temporary:
-                    save_shard(temporary, tensors)
-                num_written += len(shard.indices)
-            else:
-                bar.update(len(shard.indices))
-    return sum(distributed.gather_to_main(accelerator, num_written) or [0])
+    shards = {args.save_dir / shard.name: shard for shard in shards_of(manifest)}
+
+    def write(path: Path, indices: range, bar: tqdm) -> None:
+        with files.atomic_file(path) as temporary:
+            save_shard(temporary, make(shards[path], bar))
+
+    plan = {path: shard.indices for path, shard in shards.items()}
+    return write_missing(accelerator, plan, verify_shard, write, "pairs (of this process)")
 
 
 def train_command(weights: str, save_dir: Path, config: schema.Config, has_states: bool) -> str:

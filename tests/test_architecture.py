@@ -37,7 +37,7 @@ MAY_IMPORT = {
 # Folder or files -> other packages it may import; the second set only inside a function, as not everybody needs it.
 OUTSIDE = {
     "models": ({"torch"}, {"diffusers"}),
-    "datasets": ({"torch", "torchvision", "numpy", "PIL", "safetensors"}, {"sklearn"}),
+    "datasets": ({"torch", "torchvision", "numpy", "PIL", "safetensors"}, {"sklearn", "pyarrow", "huggingface_hub"}),
     "configs": ({"omegaconf", "yaml"}, set()),
     "flow/*.py": ({"torch", "numpy"}, {"scipy"}),
     "flow/losses": ({"torch"}, set()),

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 import datasets
 from configs.schema import Config
 from datasets import DataSet
+from datasets.packed import is_packed
 from flow.evaluation import feature_cache, reference
 from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointSpace
@@ -46,6 +47,8 @@ def load_real_images(
             root = Path(build["root"]) if build["root"] else root
         elif split := datasets.named_split(choice):
             build = {"name": split[0], "root": root, "args": split[1]}
+        elif is_packed(Path(choice)):
+            build = {"name": "packed", "root": root, "args": {"path": choice}}
         else:
             folder = {"path": choice, "size": image_shape[-1], "channels": image_shape[0]}
             build = {"name": "folder", "root": root, "args": folder}

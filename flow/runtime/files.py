@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -99,15 +100,20 @@ def atomic_rename_dir(temporary: Path, path: Path) -> None:
     fsync(path.parent)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether an unfinished file or folder has this name: ours, or that under which safetensors 0.8 writes at first."""
+    return name.startswith(TEMPORARY) or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", name) is not None
+
+
 def clean_temporaries(folder: Path) -> None:
     """Delete what interrupted writers left behind."""
-    for path in folder.glob(f"{TEMPORARY}*"):
+    for path in [p for p in folder.glob(".tmp*") if is_temporary(p.name)]:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def is_empty_dir(folder: Path) -> bool:
     """Whether a folder is empty but for its lock and what an interrupted writer left behind; False for a file."""
-    return folder.is_dir() and all(p.name == LOCK or p.name.startswith(TEMPORARY) for p in folder.iterdir())
+    return folder.is_dir() and all(p.name == LOCK or is_temporary(p.name) for p in folder.iterdir())
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

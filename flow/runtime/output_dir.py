@@ -1,11 +1,14 @@
-"""An output folder holds the work of one run: the same settings, or a refusal."""
+"""An output folder holds the work of one run: the same settings, or a refusal; and only what is missing is made."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+from tqdm import tqdm
+
 from configs.schema import UserError
-from flow.runtime import files
+from flow.runtime import distributed, files
 
 
 def check_same_settings(
@@ -33,3 +36,31 @@ def check_same_settings(
                     "name another folder"
                 )
     files.clean_temporaries(folder)
+
+
+def write_missing(
+    accelerator: Accelerator, plan: Mapping[Path, range], verify: Callable[[Path, int], str | None],
+    write: Callable[[Path, range, tqdm], None], desc: str,
+) -> int:  # fmt: skip
+    """Write the files that are missing or damaged, each process its share of them. Damage is named.
+
+    Args:
+        plan: the indices of the items of each file.
+        verify: what is wrong with a file of so many items, None where it is whole.
+        write: makes one file, and counts its items on the bar.
+
+    Returns:
+        How many items all processes wrote, on the main process; on the others 0.
+    """
+    local_files, num_written = list(plan.items())[accelerator.process_index :: accelerator.num_processes], 0
+    with distributed.progress(accelerator, sum(len(indices) for _, indices in local_files), desc) as bar:
+        for path, indices in local_files:
+            damage = verify(path, len(indices))
+            if not damage:
+                bar.update(len(indices))
+                continue
+            if path.exists():
+                bar.write(f"{damage}; making it again")
+            write(path, indices, bar)
+            num_written += len(indices)
+    return sum(distributed.gather_to_main(accelerator, num_written) or [0])

@@ -23,7 +23,7 @@ from flow.sampling.generate import shard
 from flow.sampling.header import PowerAverage
 from flow.sampling.images import psnr, to_float, to_uint8
 from flow.sampling.space import Space
-from flow.training.data_loader import TrainingLoader, further_noise
+from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 from flow.training.trainer import Callback, Trainer
 from models import autoencoder
 from models.autoencoder import VAE
@@ -105,7 +105,7 @@ class AutoencoderTask:
         shapes = ("x".join(map(str, shape)) for shape in (self.data.image_shape, self.latent_shape))
         return [
             "autoencoder: {:.2f} M parameters, images of {} to latents of {}".format(size, *shapes),
-            *(f"note: {note}" for note in self.data.notes),
+            *(f"note: {note}" for note in [*self.data.notes, *packing_notes(self.data)]),
             f"data: {self.config.data.name}, {len(self.data):,} images",
         ]
 

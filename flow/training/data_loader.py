@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import tee
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import Config, UserError
 from configs.vae import VaeConfig
+from datasets.images import Folder
 from flow.losses import Batch
 from flow.noise import gaussian_noise, generator
-from flow.runtime import distributed
+from flow.runtime import distributed, subprocesses
 from flow.runtime.shutdown import SIGNALS
 from flow.sampling.images import to_float
 from flow.sampling.space import Space
@@ -56,6 +58,7 @@ class TrainingLoader:
             raise UserError("data.horizontal_flip=true: points have no mirror image; set it to false")
         if self.latent and self.horizontal_flip and not data.has_flipped:
             raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
+        self.on_disk = data.access == "disk"
         self.in_memory = data.access == "memory"
         if self.in_memory:
             fits = device.type != "cuda" or data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
@@ -75,7 +78,7 @@ class TrainingLoader:
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of steps first .. last - 1."""
         index_batches, lookahead = tee(self._index_batches(first, last))  # workers read ahead of what is handed out
-        fetched = map(self._select, lookahead) if self.in_memory or self.latent else self._read(lookahead)
+        fetched = self._read(lookahead) if self.data.access == "files" else map(self._select, lookahead)
         for step in range(first, last):
             micro_batches = range(self.gradient_accumulation_steps)
             yield [self._micro_batch(step, m, next(index_batches), *next(fetched)) for m in micro_batches]
@@ -105,6 +108,9 @@ class TrainingLoader:
     def _select(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
         if self.latent:  # drawn when the step is known
             return None, self.data.labels[indices] if self.data.labels is not None else None
+        if self.on_disk:
+            images = distributed.to_device(self.data.read(indices), self.device)
+            return images, self.data.labels[indices] if self.data.labels is not None else None
         index = torch.tensor(indices, device=self.images.device)
         return self.images[index], self.labels[index] if self.labels is not None else None
 
@@ -157,6 +163,16 @@ def further_noise(draws: dict[str, tuple[int, ...]], seed: int, batch: Batch, de
     """The noise of `Loss.draws` [b, *shape], on the device: functions of (key, seed, sample id)."""
     noise = {key: gaussian_noise(key, seed, batch.sample_ids, shape) for key, shape in draws.items()}
     return {key: distributed.to_device(value, device) for key, value in noise.items()}
+
+
+def packing_notes(data: Any) -> list[str]:
+    """For a folder of images: how to decode them once and not in each epoch."""
+    if not isinstance(data, Folder):
+        return []
+    flags = ["--size", str(data.size)] if data.size is not None else []
+    flags += ["--channels", str(data.channels)] if data.channels != 3 else []
+    pack: list[str | Path] = ["-m", "scripts.pack_images", "--source", data.path, *flags, "--save_dir", f"{data.path}_packed"]
+    return [f"images are decoded in each epoch; pack them once for data.name=packed with: {subprocesses.command(*pack)}"]
 
 
 def micro_batch_size(batch_size: int, world_size: int, gradient_accumulation_steps: int) -> int:

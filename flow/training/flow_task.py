@@ -28,7 +28,7 @@ from flow.sampling.generate import generate, shard
 from flow.sampling.header import PowerAverage
 from flow.sampling.settings import SamplerSettings, validate
 from flow.sampling.space import Space
-from flow.training.data_loader import TrainingLoader, further_noise
+from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 
 MAX_COLUMNS = 20  # of one class or prompt each, in a preview
 NAMED_CLASSES = 10  # in the log
@@ -150,7 +150,7 @@ class FlowTask:
         condition = f"prompts of at most {net.max_prompt_bytes} bytes" if net.max_prompt_bytes else condition
         size = sum(p.numel() for p in net.parameters()) / 1e6
         return [
-            *(f"note: {note}" for note in [*data.notes, *self.notes]),
+            *(f"note: {note}" for note in [*data.notes, *packing_notes(data), *self.notes]),
             f"data: {self.config.data.name}, {len(data):,} {self.space}; "
             f"model: {self.config.model.name}, {size:.2f} M parameters, {condition}",
         ]

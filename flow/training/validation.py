@@ -61,6 +61,7 @@ def load_held_out(config: Config, accelerator: Accelerator) -> DataSet:
         raise UserError(
             f"{KEY}={config.evaluate.loss_every_steps}: data.name={data.name}{args} has no held-out part; set it to 0"
             + ", or train on data.args.split=train" * (data.name == "digits")
+            + ", or name a folder of such images as data.args.held_out" * (data.name == "packed")
         )
     with error_context(KEY):
         return distributed.main_process_first(accelerator, lambda: datasets.build(**held_out[1]))

@@ -89,12 +89,17 @@ def _cache_latents(weights: Path, out: Path) -> list[str]:
     return ["--vae", str(weights / "autoencoder"), "--save_dir", str(out), "data.name=digits", *shards, *check]
 
 
+def _pack_images(weights: Path, out: Path) -> list[str]:
+    return ["--source", "digits", "--shard_images", "50", "--save_dir", str(out)]
+
+
 JOBS = {
     "train": Job("train", _training(TRAIN_FLOW), has_checkpoints=True),
     "sample": Job("sample", _sample, "train"),
     "make_pairs": Job("scripts.make_pairs", _make_pairs, "train"),
     "train_vae": Job("scripts.train_vae", _training(TRAIN_VAE), has_checkpoints=True),
     "cache_latents": Job("scripts.cache_latents", _cache_latents, "train_vae"),
+    "pack_images": Job("scripts.pack_images", _pack_images),
 }
 
 

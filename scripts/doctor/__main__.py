@@ -155,7 +155,7 @@ def data(context: Context) -> Lines:
         except ValueError as error:
             yield "fail", f"{error}; remove or replace the file"
             return
-    yield "pass", f"{text}; {len(looked_at):,} of the files were opened and are whole"
+    yield "pass", f"{text}; {len(looked_at):,} images were read and are whole"
 
 
 def network(context: Context) -> Lines:

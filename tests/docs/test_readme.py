@@ -24,6 +24,7 @@ from scripts import (  # fmt: skip
     make_pairs,
     optimize_grid,
     optimize_guidance,
+    pack_images,
     plot_loss,
     posthoc_ema,
     rectify,
@@ -46,7 +47,7 @@ SCRIPTS = {
     "-m scripts.benchmark quality": quality, "-m scripts.benchmark": benchmark,
     "-m scripts.export": export, "-m scripts.benchmark.baseline": baseline, "-m scripts.export_images": export_images,
     "-m scripts.train_vae": train_vae, "-m scripts.cache_latents": cache_latents, "-m scripts.posthoc_ema": posthoc_ema,
-    "-m scripts.report": report,
+    "-m scripts.report": report, "-m scripts.pack_images": pack_images,
 }  # fmt: skip
 KINDS = {rectify: RectifyConfig, train_vae: VaeConfig}  # of configuration, where it is not that of train.py
 COMMAND = rf"(?<![\w/])({'|'.join(map(re.escape, SCRIPTS))}) (.*)$"
