@@ -26,6 +26,7 @@ MARKERS = "osD^vPX"
 NFE = "velocity evaluations per image (NFE), each one network call"
 CALLS = "network calls per image (forwards), with guidance two for each NFE"
 WIDTH = 7.0  # of a figure, in inches
+MAX_LINES = 14  # whose names a legend has room for
 
 
 def distance_against_nfe(path: Path, entries: list[dict]) -> None:
@@ -33,8 +34,9 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
 
     The cost is the NFE or, where guidance makes the two differ, the number of network calls. There is a line for each
     (weights, method, guidance), with bars of the 95 % interval over samples (else of the standard deviation over ranges), and a
-    dashed one for real images in a band of theirs. Averages of a width with one point are left to `distance_against_width`.
-    Writes nothing where fewer than two entries have a distance.
+    dashed one for real images in a band of theirs. Averages of a width with one point are left to `distance_against_width`, and
+    more than MAX_LINES lines to those of two points.
+    There is no figure where fewer than two entries are left.
     """
     name = distance_name(entries)
     points = [e for e in entries if e["NFE"] and name in e["metrics"]]
@@ -42,9 +44,11 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     several = several_of(points)
     for e in points:
         lines.setdefault(line_name(e, several), []).append(e)
-    lines = {label: line for label, line in lines.items() if len(line) > 1 or line[0].get("ema_width") is None}
+    crowded = len(lines) > MAX_LINES  # of single points, as in a table of many kinds of guidance
+    lines = {label: line for label, line in lines.items() if len(line) > 1 or not (crowded or line[0].get("ema_width"))}
     points = [e for line in lines.values() for e in line]
     if len(points) < 2:
+        path.unlink(missing_ok=True)  # of a smaller table
         return
     figure, axes = _figure(len(lines))
     cost, title = _cost_axis(points)
@@ -158,7 +162,7 @@ def line_name(entry: dict, several: dict[str, bool]) -> str:
 def _guidance(entry: dict, shown: Sequence[str]) -> str:
     """The guidance of an entry in a label, as far as these columns tell it."""
     form = {"guidance_scale": ", guidance {:g}", "guidance_interval": ", t from {}", "guide": " by {}"}
-    return "".join(form[key].format(entry[key]) for key in shown if entry.get(key) is not None)
+    return "".join(form[key].format(entry[key]).partition(" (")[0] for key in shown if entry.get(key) is not None)
 
 
 def _distance_lines(axes: Axes, lines: dict[str, list[dict]], key: str, name: str) -> None:

@@ -215,3 +215,14 @@ def test_distance_against_width_needs_two_widths(tmp_path):
     assert not list(tmp_path.iterdir())
     plots.distance_against_width(figure, [*entries, {**entries[1], "ema_width": 0.2}])
     assert figure.stat().st_size > 10_000
+
+
+def test_many_kinds_of_guidance_leave_nfe_plot(figures, tmp_path):
+    """Names of more lines than a legend has room for; what has several NFEs stays."""
+    rows = [{**entry(10, 2.0), "guidance_scale": 1 + k / 10} for k in range(20)]
+    (tmp_path / "nfe.png").write_text("of a smaller table")
+    plots.distance_against_nfe(tmp_path / "nfe.png", rows)
+    assert figures == [] and not (tmp_path / "nfe.png").exists()
+    plots.distance_against_nfe(tmp_path / "nfe.png", [*rows, {**entry(20, 1.0), "guidance_scale": 1.5}])
+    (axes,) = figures[0].axes
+    assert [line.get_xdata().tolist() for line in axes.lines if len(line.get_xdata()) == 2] == [[10, 20]]
