@@ -175,7 +175,7 @@ def main_process_first(accelerator: Accelerator, make: Callable[[], Any]) -> Any
     return result
 
 
-def progress(accelerator: Accelerator, total: int, desc: str, initial: int = 0) -> tqdm:
+def progress(accelerator: Accelerator, total: int, desc: str, initial: int = 0, shown: bool = True) -> tqdm:
     """The bar of a long job, with the time left, on the main process; a line every ten seconds where it goes to a file."""
     mininterval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(
@@ -184,7 +184,7 @@ def progress(accelerator: Accelerator, total: int, desc: str, initial: int = 0) 
         desc=desc,
         mininterval=mininterval,
         dynamic_ncols=True,
-        disable=not accelerator.is_main_process,
+        disable=not (shown and accelerator.is_main_process),
     )
 
 

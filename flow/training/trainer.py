@@ -1,5 +1,7 @@
 """The training loop: one for flows, reflow, distillation and autoencoders. What differs between them is the `Task`."""
 
+import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -150,7 +152,8 @@ class Trainer:
         self.model.train()
         # A GPU computes one step while the CPU draws the noise of the next; a CPU that computes has no time to spare.
         batches = prefetch(self.task.batches(self.step), depth=0 if self.accelerator.device.type == "cpu" else 1)
-        bar = distributed.progress(self.accelerator, config.steps, "training", initial=self.step)
+        terminal = sys.stderr.isatty()
+        bar = distributed.progress(self.accelerator, config.steps, "training", self.step, shown=terminal)
         checkpoint_steps = [config.checkpoint_every_steps, *(callback.checkpoint_every_steps for callback in self.callbacks)]
         with self.logger.recording_errors(), StopSignal() as stop, bar, closing(batches):
             for callback in self.callbacks:
@@ -167,8 +170,11 @@ class Trainer:
                 bar.update()
                 if self.finished or self.step % config.log_every_steps == 0:
                     metrics = self.log()
-                    rate = f"{metrics['images_per_second']:.0f} images/s"
-                    bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
+                    if terminal:
+                        rate = f"{metrics['images_per_second']:.0f} images/s"
+                        bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
+                    else:
+                        self._print_row(metrics)
                 self.interrupted = distributed.any_process(self.accelerator, stop.received is not None)
                 with self.throughput.paused():
                     last = self.finished or self.interrupted or self.stop_requested
@@ -322,6 +328,17 @@ class Trainer:
         if not self.power_ema.widths or not self.num_updates:
             return False
         return self.finished or self.is_due(self.config.ema.power_every_steps)
+
+    def _print_row(self, metrics: dict[str, float]) -> None:
+        """Metrics on a line of a file or pipe, where a bar would be a heap of carriage returns."""
+        config, rate = self.config.train, metrics["images_per_second"]
+        left = (config.steps - self.step) * config.batch_size / rate if rate > 0 else math.nan
+        self.accelerator.print(
+            f"step {self.step:{len(str(config.steps))}} of {config.steps}  loss {metrics['loss']:.4f}  "
+            f"gradient norm {metrics['grad_norm']:.3g}  lr {metrics['learning_rate']:.2e}  {rate:.0f} images/s  "
+            f"{cli.duration(left)} left",
+            flush=True,
+        )
 
     def _checkpoint_hint(self) -> str:
         path = self.last_checkpoint

@@ -83,6 +83,13 @@ def uninterrupted(tmp_path_factory) -> Path:
     return run
 
 
+def test_rows_where_there_is_no_terminal(here, tmp_path):
+    printed = here("train", *TINY_TRAIN, "-e", tmp_path / "run")
+    rows = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert [row.partition("  ")[0] for row in rows] == ["step 2 of 4", "step 4 of 4"] and "images/s" in rows[0]
+    assert "\r" not in printed
+
+
 def test_sigterm_saves_and_suggests_resume(tmp_path, monkeypatch, uninterrupted):
     """A run stopped by SIGTERM saves and prints the command that resumes it."""
     monkeypatch.setenv("FLOW_NUM_THREADS", "1")
