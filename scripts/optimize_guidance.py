@@ -37,7 +37,7 @@ class Guidance(NamedTuple):
     @property
     def curve(self) -> str:
         """Of the figure."""
-        by = f"autoguidance by {self.guide}" if self.guide else "classifier-free guidance"
+        by = f"autoguidance by {snapshot.name_of(self.guide)}" if self.guide else "classifier-free guidance"
         low, high = self.interval
         return by + (f", t from {low:g} to {high:g}" if self.interval != ALL_TIMES else "")
 
