@@ -363,7 +363,7 @@ def closest_images(path: Path, samples: Tensor, training: Tensor, ratios: list[f
             ax.imshow(np.asarray(to_pil(image)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes[row, column].set_title(f"{ratio:.2f}", fontsize=9, color=COLORS[1] if ratio < 1 else "black")
     figure.suptitle(
-        f"{title}: samples, below each its nearest training image; distance / threshold (below 1: counted as a copy)",
+        f"{title}: samples, below each its nearest training image;\ndistance / threshold (below 1: counted as a copy)",
         fontsize=9,
     )
     figure.savefig(path, format="png")
