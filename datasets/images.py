@@ -1,6 +1,7 @@
 """Image data sets: small ones as tensors in memory, folders of image files that are decoded one by one."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -49,7 +50,7 @@ class UnreadableImage(ValueError):
     """An image that cannot be decoded: what a set that is packed may leave out."""
 
 
-class EncodedImages:
+class EncodedImages(ABC):
     """Image files (PNG, JPEG, ...), decoded on access: center crop to a square, resize to `size`.
 
     Alpha is laid over white, rotation flags of cameras are applied, of an animation the first frame counts. A subclass says
@@ -73,16 +74,16 @@ class EncodedImages:
         """
         self.path, self.files, self.size, self.channels = path, files, size, channels
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def name_of(self, index: int) -> str:
         """Where an image lies, relative to `path`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoded(self, index: int) -> Path | BinaryIO:
         """What Pillow reads the image from."""
-        raise NotImplementedError
 
     def decode(self, index: int) -> Tensor:
         """Image uint8 [C, H, W] of any size. Raises UnreadableImage that names it."""

@@ -123,8 +123,10 @@ def find_columns(schema: Any, image_column: str | None, label_column: str | None
     if image_column is not None and image_column not in images:
         raise ValueError(f"--image_column {image_column}: no column of images; those are {', '.join(images) or 'none'}")
     if image_column is None and len(images) != 1:
-        found = f"{len(images)} columns ({', '.join(images)})" if images else f"no column of images ({', '.join(schema.names)})"
-        raise ValueError(f"holds {found}; choose with --image_column")
+        columns = (
+            f"{len(images)} columns ({', '.join(images)})" if images else f"no column of images ({', '.join(schema.names)})"
+        )
+        raise ValueError(f"holds {columns}; choose with --image_column")
     image = image_column or images[0]
     labels = [f.name for f in schema if features.get(f.name, {}).get("_type") == "ClassLabel"]
     labels = labels or [f.name for f in schema if f.name.lower() in LABEL_NAMES and _is_label(f.type)]

@@ -111,11 +111,11 @@ def candidates(args, has_labels: bool) -> list[Guidance]:
     guides = [*([None] if has_labels else []), *args.guide_weights]
     scales = dict.fromkeys(args.guidance_scale)
     guided = [Guidance(w, t, g) for g in guides for t in dict.fromkeys(args.intervals) for w in scales if w != 1]
-    found = [*([Guidance(1.0)] if 1 in scales else []), *guided]
-    if len(found) < 2:
+    compared = [*([Guidance(1.0)] if 1 in scales else []), *guided]
+    if len(compared) < 2:
         need = "" if guides else ", and a network without labels needs --guide_weights"
         raise UserError(f"--guidance_scale {' '.join(f'{w:g}' for w in scales)}: needs two kinds of guidance at least{need}")
-    return found
+    return compared
 
 
 def number_of_rounds(count: int, n_samples: int) -> int:
@@ -123,10 +123,10 @@ def number_of_rounds(count: int, n_samples: int) -> int:
     return max(0, min(math.ceil(math.log2(count)), math.floor(math.log2(n_samples / FEWEST))))
 
 
-def evaluate(args, snap: snapshot.Snapshot, wanted: list[Guidance], n: int) -> tuple[dict[Guidance, dict], list[dict]]:
+def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) -> tuple[dict[Guidance, dict], list[dict]]:
     """The entry of the table of each candidate on n images, and those of real images."""
     groups: dict[tuple, list[str]] = {}
-    for scale, times, weights in wanted:
+    for scale, times, weights in candidates:
         groups.setdefault((times, weights), []).append(f"{scale:g}")
     for (times, weights), scales in groups.items():
         flags = ["--guidance_interval", *(f"{t:g}" for t in times)] if times != ALL_TIMES else []
@@ -138,8 +138,8 @@ def evaluate(args, snap: snapshot.Snapshot, wanted: list[Guidance], n: int) -> t
             *args.overrides,
         ]  # fmt: skip
         subprocesses.run_command(command, args.launcher)
-    names = {c.guide: guide.name_of(snapshot.load(c.guide), c.guide) for c in wanted if c.guide}
-    by_columns = {columns(c, names): c for c in wanted}
+    names = {c.guide: guide.name_of(snapshot.load(c.guide), c.guide) for c in candidates if c.guide}
+    by_columns = {columns(c, names): c for c in candidates}
     own = {"weights_sha256": files.sha256(snap.path), "seed": args.seed}
     own["mixed_precision"] = distributed.resolve_precision(args.mixed_precision)
     solver = args.sampling_method, args.sampling_steps

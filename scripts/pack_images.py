@@ -121,11 +121,11 @@ def from_parquet(args, folder: Path, names: list[str], arguments: dict[str, Any]
 
 def from_hub(args, accelerator: Accelerator) -> Source:
     """A split of a data set on the hub, at the commit that the main process found."""
-    repository, found = args.source.removeprefix(HUB), [None, None]
+    repository, listing = args.source.removeprefix(HUB), [None, None]
     if accelerator.is_main_process:
-        found = list(hub.list_files(repository, args.revision))
-    broadcast_object_list(found)
-    commit, names = found
+        listing = list(hub.list_files(repository, args.revision))
+    broadcast_object_list(listing)
+    commit, names = listing
     try:
         _, selected = select_files(names, args.split, args.files)
     except ValueError as error:
@@ -219,17 +219,17 @@ def read_shard_images(
                 raise ValueError(f"{error}; remove it, or leave out such images with --skip_damaged") from None
             return None
 
-    images, kept, skipped = torch.empty((len(cut), *data.image_shape), dtype=torch.uint8), [], []
+    images, readable, skipped = torch.empty((len(cut), *data.image_shape), dtype=torch.uint8), [], []
     for k, image in zip(cut, pool.map(read, cut), strict=True):
         if image is None:
             assert isinstance(data, EncodedImages)
             skipped.append(data.name_of(k))
         else:
-            images[len(kept)] = image
-            kept.append(k)
+            images[len(readable)] = image
+            readable.append(k)
         bar.update()
-    tensors = {"images": images[: len(kept)]}
-    return tensors if data.labels is None else tensors | {"labels": data.labels[kept]}, skipped
+    tensors = {"images": images[: len(readable)]}
+    return tensors if data.labels is None else tensors | {"labels": data.labels[readable]}, skipped
 
 
 def write_manifest(save_dir: Path, source: Source, settings: dict[str, Any], shards: list[Path]) -> dict[str, Any]:

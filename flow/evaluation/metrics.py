@@ -103,13 +103,13 @@ def prc(c: Comparison) -> dict[str, float]:
     ball of a sample; a ball reaches to the third nearest neighbor of its center in its own set. Intervals: of a share of n
     samples; of recall by a jackknife over blocks of samples, with new balls for those that remain.
     """
-    found = neighborhoods(c, PRECISION_NEIGHBORS)
-    if found is None or found.recalled is None or found.recall_left_out is None:
+    balls = neighborhoods(c, PRECISION_NEIGHBORS)
+    if balls is None or balls.recalled is None or balls.recall_left_out is None:
         return {}
-    precision = found.precise.double().mean().item()
-    c.set_error("precision", intervals.share_standard_error(precision, len(found.precise)))
-    c.set_error("recall", intervals.jackknife_standard_error(found.recall_left_out))
-    return {"precision": precision, "recall": found.recalled.double().mean().item()}
+    precision = balls.precise.double().mean().item()
+    c.set_error("precision", intervals.share_standard_error(precision, len(balls.precise)))
+    c.set_error("recall", intervals.jackknife_standard_error(balls.recall_left_out))
+    return {"precision": precision, "recall": balls.recalled.double().mean().item()}
 
 
 def density_coverage(c: Comparison) -> dict[str, float]:
@@ -119,13 +119,13 @@ def density_coverage(c: Comparison) -> dict[str, float]:
     of real images whose ball holds a sample. Only real images have balls, so that an outlier among the samples counts for
     little. Intervals: of a mean over samples; of coverage by a jackknife over blocks of samples.
     """
-    found = neighborhoods(c, DENSITY_NEIGHBORS)
-    if found is None:
+    balls = neighborhoods(c, DENSITY_NEIGHBORS)
+    if balls is None:
         return {}
-    density = found.dense.double().numpy() / DENSITY_NEIGHBORS
+    density = balls.dense.double().numpy() / DENSITY_NEIGHBORS
     c.set_error("density", intervals.mean_standard_error(density))
-    c.set_error("coverage", intervals.jackknife_standard_error(found.coverage_left_out))
-    return {"density": float(density.mean()), "coverage": found.covered.double().mean().item()}
+    c.set_error("coverage", intervals.jackknife_standard_error(balls.coverage_left_out))
+    return {"density": float(density.mean()), "coverage": balls.covered.double().mean().item()}
 
 
 def neighborhoods(c: Comparison, k: int) -> Neighborhoods | None:

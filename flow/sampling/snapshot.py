@@ -261,15 +261,15 @@ def of_run(path: Path, steps: Sequence[str]) -> tuple[Path, list[Path]]:
     """
     half_life = re.fullmatch(r"step_\d{8,}((?:\.ema_\d+)?\.safetensors)", path.name) if path.is_file() else None
     folder, tail = (path.parent, half_life.group(1)) if half_life else (path / "snapshots", ".safetensors")
-    found = {int(p.name.removeprefix("step_").partition(".")[0]): p for p in by_step(folder, tail)}
-    if not found:
+    by_number = {int(p.name.removeprefix("step_").partition(".")[0]): p for p in by_step(folder, tail)}
+    if not by_number:
         raise UserError(f"--snapshots: --weights {path} is neither a run folder with snapshots nor one of its snapshots")
     if "all" in steps:
-        return folder.parent, list(found.values())
+        return folder.parent, list(by_number.values())
     for word in steps:
-        if not word.isdecimal() or int(word) not in found:
-            raise UserError(f"--snapshots {word}: must be all, or steps among {', '.join(map(str, found))}")
-    return folder.parent, [p for step, p in found.items() if step in map(int, steps)]
+        if not word.isdecimal() or int(word) not in by_number:
+            raise UserError(f"--snapshots {word}: must be all, or steps among {', '.join(map(str, by_number))}")
+    return folder.parent, [p for step, p in by_number.items() if step in map(int, steps)]
 
 
 def name_of(weights: str | Path) -> str:

@@ -109,13 +109,13 @@ def find_runs(paths: list[Path]) -> list[Path]:
     Raises:
         UserError: for a path that is no folder.
     """
-    found: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: there is no such folder; give run folders, or a folder of runs")
         for folder in _runs_in(path) or [path]:
-            found.setdefault(folder.resolve(), folder)
-    return list(found.values())
+            folders.setdefault(folder.resolve(), folder)
+    return list(folders.values())
 
 
 def names_of(folders: list[Path]) -> list[str]:
