@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 
 from configs.schema import UserError
-from configs.stored import first_line
+from datasets.hub import ask
 
 Result = TypeVar("Result")
 
@@ -107,27 +107,8 @@ def _fetch(reference: str | Path, repo: str, revision: str | None) -> Path:
 
 
 def _call(key: str, function: Callable[[], Result]) -> Result:
-    """What the client returns. Raises UserError for whatever it raises about the hub, the connection or the disk."""
-    from huggingface_hub import constants, errors
-
-    access = "log in with `hf auth login`, or set HF_TOKEN"
+    """What the client returns. Raises UserError that begins with the key."""
     try:
-        return function()
-    except errors.GatedRepoError:
-        reason = f"access has to be asked for on its page; then {access}"
-    except errors.RepositoryNotFoundError:
-        reason = f"there is no such repository, or it is private and the token is not one for it; {access}"
-    except errors.RevisionNotFoundError:
-        reason = "the repository has no such revision"
-    except errors.LocalEntryNotFoundError:
-        reason = f"the hub ({constants.ENDPOINT}) cannot be reached, and the cache does not have the files"
-    except errors.HfHubHTTPError as error:
-        reason = f"the hub refuses: {first_line(error)}" + (f"; {access}" if error.response.status_code in (401, 403) else "")
-    except Exception as error:
-        if type(error).__module__.startswith(("httpx", "httpcore")):  # whose errors are of no common kind with others
-            reason = f"the hub ({constants.ENDPOINT}) cannot be reached ({first_line(error)})"
-        elif isinstance(error, OSError | ValueError):
-            reason = first_line(error)
-        else:
-            raise
-    raise UserError(f"{key}: {reason}")
+        return ask(function)
+    except ValueError as error:
+        raise UserError(f"{key}: {error}") from None

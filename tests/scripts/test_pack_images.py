@@ -287,12 +287,12 @@ def test_hub(here, error, tmp_path, photos, folder, hub):
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["revision"] == "a" * 40 and manifest["data"]["args"]["repository"] == "owner/photos"
     assert len(list((tmp_path / "cache").rglob("*.parquet"))) == 3  # not that of the test split
-    for name in ("owner/gated", "owner/nothing"):
-        assert f"hf:{name}: is not there, or private or gated" in ask(f"hf:{name}")
-    assert "hf:a/b/c: cannot be read from the hub" in ask("hf:a/b/c")
+    for name, reason in {"owner/gated": "access has to be asked for", "owner/nothing": "there is no such repository"}.items():
+        assert f"hf:{name}: {reason}" in ask(f"hf:{name}")
+    assert "hf:a/b/c: Repo id must be" in ask("hf:a/b/c")
 
 
 def test_unreachable_hub(error, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     line = error("pack_images", "--source", "hf:owner/name", "--save_dir", tmp_path / "out")
-    assert "hf:owner/name: cannot be read from the hub" in line
+    assert "hf:owner/name: " in line and "cannot be reached" in line
