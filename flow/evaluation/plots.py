@@ -185,11 +185,11 @@ def _floors(axes: Axes, entries: list[dict], name: str) -> None:
                 axes.axhspan(floor - interval, floor + interval, color="0.4", alpha=0.15, linewidth=0)
 
 
-def distance_against_minutes(
-    path: Path, curves: dict[str, list[tuple[float, list[float]]]], distance: str, floors: list[float]
+def distance_in_training(
+    path: Path, curves: dict[str, list[tuple[float, list[float]]]], cost: str, distance: str, floors: list[float]
 ) -> None:
-    """Curves {recipe: [(minutes of training, distance of each seed), ...]} as a PNG: means, bars from the smallest to the
-    largest seed, and a dashed line for real images."""
+    """Curves {recipe: [(cost so far, distance of each seed), ...]} as a PNG: means, bars from the smallest to the largest seed,
+    and a dashed line for real images. `cost` names the unit, e.g. "minutes of training steps"."""
     figure, axes = _figure(len(curves))
     for i, (name, points) in enumerate(curves.items()):
         means = [sum(values) / len(values) for _, values in points]
@@ -197,12 +197,12 @@ def distance_against_minutes(
             [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)],
             [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)],
         ]
-        axes.errorbar([minutes for minutes, _ in points], means, yerr=bars, capsize=3, label=name, **_look(i))
+        axes.errorbar([spent for spent, _ in points], means, yerr=bars, capsize=3, label=name, **_look(i))
     for floor in floors:
         axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="real images")
     _value_scale(axes)
     axes.set_xlim(left=0)
-    axes.set_xlabel("minutes of training steps")
+    axes.set_xlabel(cost)
     axes.set_ylabel(f"{distance}, lower is better")
     _legend(figure, axes)
     figure.savefig(path)

@@ -8,8 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 from configs.schema import DataConfig
 from flow.runtime.shutdown import StopSignal
@@ -90,6 +95,74 @@ def run_command(arguments: list[str], launcher: str | None = None) -> None:
         sys.exit(128 + stop.received)
     if status:
         sys.exit(status if status > 0 else 128 - status)  # a negative one is the signal that ended it
+
+
+def run_chains(chains: dict[Path, Iterator[list[str]]], jobs: int, unit: str) -> None:
+    """Run chains of `python ARGUMENTS...`, `jobs` of them at the same time; the next command of a chain is asked for when the
+    one before it has ended.
+
+    What the commands of a chain print goes to a file, its key. Leaves with the status of a command that fails, after the last
+    lines of its file, once the commands beside it have been stopped. Signals reach the commands as in `run_command`.
+    """
+    waiting, running = list(chains.items()), list[_Running]()
+    with StopSignal() as stop, tqdm(total=len(chains), unit=unit, desc=unit) as bar:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                log, commands = waiting.pop(0)
+                log.parent.mkdir(parents=True, exist_ok=True)
+                running.append(_Running(log, commands))
+            for chain in list(running):
+                if not chain.advance():
+                    running.remove(chain)
+                    bar.update()
+            failed = next((chain for chain in running if chain.status), None)
+            if failed or stop.received:
+                number = stop.received or signal.SIGTERM
+                for chain in running:
+                    chain.stop(number)
+                if failed:
+                    failed.leave()
+                sys.exit(128 + number)
+            time.sleep(0.1)
+
+
+@dataclass
+class _Running:
+    """A chain of commands that has begun."""
+
+    log: Path
+    commands: Iterator[list[str]]
+    process: subprocess.Popen | None = None
+
+    @property
+    def status(self) -> int | None:
+        """Exit status of the present command, None while it runs."""
+        return self.process.poll() if self.process else None
+
+    def advance(self) -> bool:
+        """Start the next command once the last one has ended well; false at the end of the chain."""
+        if self.process and self.status != 0:
+            return True
+        arguments = next(self.commands, None)
+        if arguments is None:
+            return False
+        with self.log.open("a", encoding="utf-8") as out:
+            print(f"\n$ {command(*arguments)}", file=out, flush=True)
+            self.process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT)
+        return True
+
+    def stop(self, number: int) -> None:
+        """Ask the present command to end, and wait until it has."""
+        if self.process and self.status is None:
+            self.process.send_signal(number)
+            self.process.wait()
+
+    def leave(self) -> NoReturn:
+        """End this process as the present command ended, with the last lines that it printed."""
+        print("\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]), file=sys.stderr)
+        print(f"see {self.log}", file=sys.stderr)
+        assert self.status is not None
+        sys.exit(self.status if self.status > 0 else 128 - self.status)
 
 
 def train_arguments(config: str, run_dir: Path, overrides: list[str]) -> list[str]:

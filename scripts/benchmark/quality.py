@@ -5,6 +5,9 @@ do not count. The seconds of a step come from a trial in which the recipes take 
 stored in race.json, so that a run stays a function of its seed. Schedules end with the last step. Then the
 recipes are trained and evaluated in turn, one seed after the other. `--out` gets race.md, race.png (distance against
 minutes), and a folder for each recipe with its runs and their rows. Run it again after a kill: finished work stays.
+
+With `--images N` instead of `--minutes`, every recipe sees so many images, whatever a step costs. There is no trial, so
+`--jobs K` may train K of the runs at the same time on one GPU that a small network does not fill.
 """
 
 import json
@@ -22,14 +25,16 @@ from flow.evaluation import intervals, plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.runtime import cli, files, lock
-from flow.runtime.subprocesses import run_command, train_arguments
+from flow.runtime.subprocesses import run_chains, run_command, train_arguments
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
 from scripts.benchmark.jobs import seconds_per_step, training_laps
 
 EXAMPLES = """\
   python -m scripts.benchmark quality --configs configs/mnist.yaml "configs/mnist.yaml optimizer.lr=2e-3" \\
-      --minutes 3 --seeds 3 --feature_extractor mnist --n_samples 2000 --out runs/race"""
+      --minutes 3 --seeds 3 --feature_extractor mnist --n_samples 2000 --out runs/race
+  python -m scripts.benchmark quality --configs configs/mnist.yaml "configs/mnist.yaml optimizer.lr=2e-3" \\
+      --images 100_000 --jobs 4 --feature_extractor mnist --out runs/race_images"""
 
 
 @dataclass
@@ -46,7 +51,10 @@ class Recipe:
 def parse_args(argv: list[str] | None = None):
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--configs", nargs="+", required=True, metavar="RECIPE", help='a YAML, or "YAML key=value ..."')
-    parser.add_argument("--minutes", type=cli.minutes, required=True, help="of training steps, for each run")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--minutes", type=cli.minutes, help="of training steps, for each run")
+    budget.add_argument("--images", type=cli.at_least(1), help="that each run sees")
+    parser.add_argument("--jobs", type=cli.at_least(1), default=1, help="runs at the same time, with --images (default: 1)")
     parser.add_argument("--seeds", type=cli.at_least(1), default=3, help="runs of each recipe, seeds 0, 1, ... (default: 3)")
     parser.add_argument("--curve", type=cli.at_least(1), default=4, help="points of the distance in training (default: 4)")
     parser.add_argument("--trial_rounds", type=cli.at_least(1), default=3, help="turns of the trial (default: 3)")
@@ -60,7 +68,10 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--reference", metavar="DIR|NPZ|NAME", help="real images (default: the training set)")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["fid", "prc", "accuracy"])
     cli.add_output_flag(parser)
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if args.jobs > 1 and args.minutes:
+        raise UserError(f"--jobs {args.jobs}: runs beside each other take longer, so only with --images")
+    return args
 
 
 def main(argv: list[str]) -> None:
@@ -68,11 +79,17 @@ def main(argv: list[str]) -> None:
     recipes = read_recipes(args.configs, args.overrides)
     with lock.folder(args.out):
         recipes = fitted(args, recipes)
-        for seed in range(args.seeds):
-            for recipe in recipes:
-                train(args, recipe, seed)
-                evaluate(args, recipe, seed)
-            report(args, recipes, seed + 1)
+        if args.jobs > 1:
+            runs = [(recipe, seed) for seed in range(args.seeds) for recipe in recipes]
+            chains = {run_dir(args, *run).with_suffix(".log"): commands(args, *run) for run in runs}
+            run_chains(chains, args.jobs, "runs")
+            report(args, recipes, args.seeds)
+        else:
+            for seed in range(args.seeds):
+                for recipe in recipes:
+                    for arguments in commands(args, recipe, seed):
+                        run_command(arguments)
+                report(args, recipes, seed + 1)
         best = min(recipes, key=lambda recipe: final_distance(args, recipe)).name
     print(
         cli.summary(
@@ -93,7 +110,7 @@ def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
         config, *own = shlex.split(word)
         schema.load(config, [*overrides, *own])
         if key := next((key for key in ("seed", "train.steps") if key in schema.overridden([*overrides, *own])), None):
-            raise UserError(f"--configs {word!r}: {key} is set by the race (--seeds, --minutes)")
+            raise UserError(f"--configs {word!r}: {key} is set by the race (--seeds, --minutes, --images)")
         name = "_".join([Path(config).stem, *(re.sub(r"[^\w.=-]+", "_", o).strip("_") for o in own)])
         if name in [recipe.name for recipe in recipes]:
             raise UserError(f"--configs {word!r}: comes twice")
@@ -102,25 +119,38 @@ def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
 
 
 def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
-    """The recipes with their steps: those of race.json, or of a trial now, which writes it."""
+    """The recipes with their steps: those of race.json, else of a trial now or of --images, which are written there."""
     path = args.out / "race.json"
     stored: dict[str, Recipe] = {}
     if path.is_file():
         record = files.read_json(path)
         stored = {entry["name"]: Recipe(**entry) for entry in record["recipes"]}
-        if record["minutes"] != args.minutes:
-            raise UserError(f"--minutes {args.minutes:g}: {path} is of a race of {record['minutes']:g}; name another folder")
+        if record["budget"] != budget(args):
+            raise UserError(f"--out {args.out}: holds a race of {record['budget']}, not {budget(args)}; name another folder")
     for recipe in recipes:
         known = stored.get(recipe.name)
         if known and (known.config, known.overrides) != (recipe.config, recipe.overrides):
             raise UserError(f"--out {args.out}: holds a recipe {recipe.name} with other keys; name another folder")
     new = [recipe for recipe in recipes if recipe.name not in stored]
-    for recipe, seconds in zip(new, trial(args, new), strict=True):
-        recipe.seconds_per_step = seconds
-        recipe.steps = max(1, round(60 * args.minutes / seconds))
-        stored[recipe.name] = recipe
-    files.write_text(path, json.dumps({"minutes": args.minutes, "recipes": [asdict(r) for r in stored.values()]}, indent=1))
+    if args.minutes:
+        for recipe, seconds in zip(new, trial(args, new), strict=True):
+            recipe.seconds_per_step = seconds
+            recipe.steps = max(1, round(60 * args.minutes / seconds))
+    else:
+        for recipe in new:
+            recipe.steps = max(1, round(args.images / batch_size(recipe)))
+    stored |= {recipe.name: recipe for recipe in new}
+    files.write_text(path, json.dumps({"budget": budget(args), "recipes": [asdict(r) for r in stored.values()]}, indent=1))
     return [stored[recipe.name] for recipe in recipes]
+
+
+def budget(args) -> str:
+    """What a run may use, in words."""
+    return f"{args.minutes:g} minutes of steps" if args.minutes else f"{args.images:,} images"
+
+
+def batch_size(recipe: Recipe) -> int:
+    return schema.load(recipe.config, recipe.overrides).train.batch_size
 
 
 def trial(args, recipes: list[Recipe]) -> list[float]:
@@ -143,17 +173,15 @@ def snapshot_steps(args, recipe: Recipe) -> list[int]:
     return sorted({max(1, recipe.steps * k // args.curve) for k in range(1, args.curve + 1)})
 
 
-def train(args, recipe: Recipe, seed: int) -> None:
+def commands(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
+    """The commands of a run, each known when those before it have ended: its training, the rows of its last weights, and a row
+    of each snapshot on the way, at the first of the settings."""
+    run = run_dir(args, recipe, seed)
     overrides = [
         *recipe.overrides, f"seed={seed}", f"train.steps={recipe.steps}", "train.sample_every_steps=0", "train.log_with=[]",
         f"train.checkpoint_every_steps={max(1, recipe.steps // args.curve)}", "train.keep_snapshots=0",
     ]  # fmt: skip
-    run_command(train_arguments(recipe.config, run_dir(args, recipe, seed), overrides))
-
-
-def evaluate(args, recipe: Recipe, seed: int) -> None:
-    """Rows of the finished run, and of its snapshots on the way at the first of the settings."""
-    run = run_dir(args, recipe, seed)
+    yield train_arguments(recipe.config, run, overrides)
     shared = [
         "--feature_extractor", args.feature_extractor, "--n_samples", str(args.n_samples), "--bspp", "250",
         "-mp", schema.load(recipe.config, recipe.overrides).train.mixed_precision,
@@ -163,12 +191,12 @@ def evaluate(args, recipe: Recipe, seed: int) -> None:
     scales = [f"{w:g}" for w in args.guidance_scale]
     settings = ["--methods", *args.methods, "--sampling_steps", *map(str, args.sampling_steps), "--guidance_scale", *scales]
     out = ["--out", str(run / "evaluation")]
-    run_command(["evaluate.py", "--weights", str(run), *settings, "--metrics", *args.metrics, *shared, *out])
+    yield ["evaluate.py", "--weights", str(run), *settings, "--metrics", *args.metrics, *shared, *out]
     first = ["--methods", args.methods[0], "--sampling_steps", str(args.sampling_steps[0]), "--guidance_scale", scales[0]]
     for step in snapshot_steps(args, recipe)[:-1]:
         snapshots = sorted((run / "snapshots").glob(f"step_{step:08d}*.safetensors"))
         out = ["--no_control", "--out", str(run / "curve")]
-        run_command(["evaluate.py", "--weights", str(snapshots[0]), *first, "--metrics", "fid", *shared, *out])
+        yield ["evaluate.py", "--weights", str(snapshots[0]), *first, "--metrics", "fid", *shared, *out]
 
 
 def rows_of(args, recipe: Recipe, seed: int, folder: str = "evaluation") -> list[dict]:
@@ -195,23 +223,24 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
             rows = cells[recipe.name]
             values = [row["metrics"][distance] for row in rows]
             others = [mean_of([row["metrics"][name] for row in rows], 3) for name in names if name != distance]
-            batch = schema.load(recipe.config, recipe.overrides).train.batch_size
+            rate = f"{batch_size(recipe) / recipe.seconds_per_step:.0f}" if args.minutes else ""
             change = "" if recipe is recipes[0] else difference(values, base)
             lines.append([
-                recipe.name, str(recipe.steps), f"{batch / recipe.seconds_per_step:.0f}", method, f"{rows[0]['NFE']:g}",
+                recipe.name, str(recipe.steps), rate, method, f"{rows[0]['NFE']:g}",
                 f"{scale:g}", spread(values, [row.get("standard_errors", {}).get(distance) for row in rows]), change, *others,
             ])  # fmt: skip
     control = [row for row in rows_of(args, recipes[0], 0) if table.is_control(row)]
     text = table.markdown(lines)
     note = [
-        f"{args.minutes:g} minutes of steps a run, {seeds} seed(s), {args.n_samples:,} images a row. {distance}: mean over the "
+        f"{budget(args)} a run, {seeds} seed(s), {args.n_samples:,} images a row. {distance}: mean over the "
         "seeds ± its 95 % interval over samples, then the smallest and the largest seed. Change: to the first recipe, the mean "
         "over seeds ± its standard error."
     ]
     note += [f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.2f}, the floor." for row in control]
     files.write_text(args.out / "race.md", f"{text}\n\n{' '.join(note)}\n")
     curves = {recipe.name: curve(args, recipe, seeds, distance) for recipe in recipes}
-    plots.distance_against_minutes(args.out / "race.png", curves, distance, [row["metrics"][distance] for row in control])
+    axis = "minutes of training steps" if args.minutes else "thousand training images"
+    plots.distance_in_training(args.out / "race.png", curves, axis, distance, [row["metrics"][distance] for row in control])
     print(f"\n{text}\n\n{' '.join(note)}", flush=True)
 
 
@@ -243,7 +272,7 @@ def is_distance(column: str) -> bool:
 
 
 def curve(args, recipe: Recipe, seeds: int, distance: str) -> list[tuple[float, list[float]]]:
-    """(minutes, distance of each seed) for the snapshots of the runs."""
+    """(minutes or thousand images, distance of each seed) for the snapshots of the runs."""
     method, steps, scale = next(settings_of(args))
     points: dict[int, list[float]] = {}
     for seed in range(seeds):
@@ -252,7 +281,8 @@ def curve(args, recipe: Recipe, seeds: int, distance: str) -> list[tuple[float, 
             points.setdefault(step, []).append(row["metrics"][distance])
         final = pick(rows_of(args, recipe, seed), method, steps, scale)
         points.setdefault(recipe.steps, []).append(final["metrics"][distance])
-    return [(step * recipe.seconds_per_step / 60, values) for step, values in sorted(points.items())]
+    cost = recipe.seconds_per_step / 60 if args.minutes else batch_size(recipe) / 1_000
+    return [(step * cost, values) for step, values in sorted(points.items())]
 
 
 def spread(values: list[float], errors: list[float | None]) -> str:

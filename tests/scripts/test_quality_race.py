@@ -62,6 +62,22 @@ def test_two_recipes(race, tmp_path):
     assert Image.open(out / "race.png").width > 400
 
 
+def test_equal_images_side_by_side(here, tmp_path):
+    """Two runs at the same time, of as many steps as the batches ask for; a second call trains nothing again."""
+    larger = shlex.join([*RECIPE, "train.batch_size=64"])
+    flags = ["--images", "128", "--jobs", "2", "--seeds", "1", "--curve", "1", *FLAGS[6:], "--out", tmp_path / "race"]
+    command = ["benchmark", "quality", "--configs", shlex.join(RECIPE), larger, *flags]
+    here(*command)
+    recipes = json.loads((tmp_path / "race" / "race.json").read_text())["recipes"]
+    assert [recipe["steps"] for recipe in recipes] == [4, 2]
+    text = (tmp_path / "race" / "race.md").read_text()
+    assert "128 images a run, 1 seed(s)" in text
+    logs = {path: path.read_text().count("$ ") for path in tmp_path.glob("race/*/seed_0.log")}
+    assert list(logs.values()) == [2, 2]
+    here(*command)
+    assert (tmp_path / "race" / "race.md").read_text() == text
+
+
 def test_mistakes(error, tmp_path):
     def refused(*words):
         return error("benchmark", "quality", *FLAGS, "--out", tmp_path / "race", "--configs", *words)
@@ -69,8 +85,9 @@ def test_mistakes(error, tmp_path):
     assert "comes twice" in refused("configs/digits.yaml", "configs/digits.yaml")
     assert "train.steps is set by the race" in refused("configs/digits.yaml train.steps=3")
     assert "unknown key 'optimizer.rl'" in refused("configs/digits.yaml optimizer.rl=3")
+    assert "so only with --images" in refused("configs/digits.yaml", "--jobs", "2")
     assert "'0': must be a finite number above 0" in refused("configs/digits.yaml", "--minutes", "0")
     assert not (tmp_path / "race").exists()
     (tmp_path / "race").mkdir()
-    (tmp_path / "race" / "race.json").write_text('{"minutes": 3, "recipes": []}')
-    assert "is of a race of 3" in refused("configs/digits.yaml")
+    (tmp_path / "race" / "race.json").write_text('{"budget": "3 minutes of steps", "recipes": []}')
+    assert "holds a race of 3 minutes of steps, not 0.005 minutes of steps" in refused("configs/digits.yaml")
