@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class EagerNetwork:
             return self._forward(x, t, y, t_next)
 
         bf16 = precision == "bf16"
-        with self._plain(bf16), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with self._plain(bf16), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), contiguous_norms(self.net):
             try:
                 with nullcontext() if self._foreign is not None else ForeignOperations() as foreign:
                     u, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
@@ -101,6 +101,29 @@ class EagerNetwork:
             else:
                 torch.set_rng_state(self._state)
             yield
+
+
+@contextmanager
+def contiguous_norms(net: nn.Module) -> Iterator[None]:
+    """Group norms get contiguous features inside, in a torch whose group norm has no derivative for channels_last."""
+    norms = [] if norm_has_jvp() else [module for module in net.modules() if isinstance(module, nn.GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@cache
+def norm_has_jvp() -> bool:
+    """Whether torch's group norm has a forward-mode derivative for features in channels_last: 2.11 has none, 2.14 does."""
+    x = torch.ones(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    try:
+        torch.func.jvp(lambda x: torch.nn.functional.group_norm(x, 2), (x,), (x,))
+    except RuntimeError:
+        return False
+    return True
 
 
 class ForeignOperations(TorchDispatchMode):
