@@ -39,7 +39,7 @@ class Losses:
 
 
 class Eager(Protocol):
-    """The network without DDP, compile and autocast, and without a gradient, for targets.
+    """The network without DDP and without a gradient, for targets, in float32 and not compiled except in `as_trained`.
 
     It replays the dropout masks of the forward pass beside it.
     """
@@ -48,6 +48,9 @@ class Eager(Protocol):
     null: int | None  # the y that stands for no condition
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor: ...
+
+    def as_trained(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
+        """The output with the rounding errors of the training pass, float32."""
 
     def jvp(
         self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no"

@@ -1,4 +1,4 @@
-"""The network without DDP, compile, autocast and gradient: what losses take targets and derivatives from."""
+"""The network without DDP and gradient: what losses take targets and derivatives from."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,9 +18,9 @@ OWN_NAMESPACES = {"aten", "prim", "prims", "profiler"}  # of torch's operations
 class EagerNetwork:
     """Implements `flow.losses.Eager` for a network on one device.
 
-    Accelerate patches `forward` on the network itself under mixed precision, so this calls the forward of its class. All
-    calls between two `start_micro_batch` draw the same dropout masks as the training pass, which must be the first to draw
-    random numbers after it.
+    Accelerate patches `forward` on the network itself under mixed precision, and `compile` its call, so the float32 of
+    `__call__` and `jvp` comes from the forward of its class. All calls between two `start_micro_batch` draw the same dropout
+    masks as the training pass, which must be the first to draw random numbers after it.
     """
 
     def __init__(self, net: nn.Module, jvp_error: str | None = None, sharded: nn.Module | None = None):
@@ -28,6 +28,7 @@ class EagerNetwork:
         it, whose hooks gather the parameters; it is called as a whole then, in the precision of training."""
         self.net, self.jvp_error = net, jvp_error
         self._forward: Callable[..., Tensor] = sharded or partial(type(net).forward, net)
+        self._as_trained: Callable[..., Tensor] = sharded or net
         self.null: int | None = getattr(net, "null", None)
         self._device = next(net.parameters()).device
         self._foreign: set[str] | None = None  # operations of others in it, as long as its derivative is not checked
@@ -42,6 +43,12 @@ class EagerNetwork:
         """The output [b, ...], float32, without gradient."""
         with self._plain(), torch.no_grad():
             return self._forward(x, t, y, t_next)
+
+    def as_trained(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
+        """The output [b, ...], float32, without gradient, rounded as in the training pass (its autocast, its compilation):
+        for a target of which only the small difference to the prediction counts."""
+        with self._plain(), torch.no_grad():
+            return self._as_trained(x, t, y, t_next).float()
 
     def jvp(
         self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no"
