@@ -10,12 +10,14 @@ not in the reference, from the other split of the data set; where it has none, o
 """
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from configs import schema
 from configs.schema import UserError
+from flow import source as sources
 from flow.evaluation import metrics, runner
 from flow.evaluation.features import INCEPTION
 from flow.runtime import cli, distributed, files, lock
@@ -47,6 +49,7 @@ def parse_args():
     cli.add_step_flags(parser, [100], several=True)
     cli.add_solver_flags(parser)
     cli.add_guidance_flags(parser, several=True)
+    cli.add_source_flag(parser)
     cli.add_labels_flag(parser, "each as often as in the reference or training set")
     parser.add_argument(
         "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
@@ -108,6 +111,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         snap.check_data()
     for network in model.networks:
         distributed.prepare_model(network, accelerator, args.compile)
+    sources.replace_by(model, args.source, snap.config.data.root, snap.image_shape)
     labels = cli.labels_of(args.labels, snap.class_names)
     captions_of = runner.captions_by_class(args.captions, labels, accelerator, snap.config, net)
     turns, prompts = conditions_in_turn(labels, captions_of)
@@ -122,8 +126,9 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
                 sampler = SamplerSettings(
                     method, steps, scale, args.seed, turns, prompts, args.time_grid, times, options, *guidance
                 )
+                sampler = replace(sampler, source=args.source)
                 with error_context("evaluate"):
-                    validate(sampler, net)
+                    validate(sampler, model)
                 plan.append(sampler)
     for note in dict.fromkeys(filter(None, (guidance_note(sampler, model) for sampler in plan))):
         accelerator.print(f"note: {note}")

@@ -5,6 +5,7 @@ little on its batch, so --bspp must stay the same). An interrupted run resumes. 
 (PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 
+from flow import source as sources
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, guide, images, output, snapshot
@@ -33,6 +34,7 @@ def parse_args():
     cli.add_solver_flags(parser)
     cli.add_batch_size_flag(parser)
     cli.add_seed_flag(parser)
+    cli.add_source_flag(parser)
     cli.add_labels_flag(parser)
     cli.add_prompts_flag(parser)
     cli.add_guidance_flags(parser)
@@ -50,6 +52,7 @@ def main() -> None:
     model = snap.model()
     net = model.net
     guide_name = guide.attach(model, snap, args.guide_weights)
+    sources.replace_by(model, args.source, snap.config.data.root, snap.image_shape)
     labels = cli.labels_of(args.labels, snap.class_names)
     prompts = tuple(args.prompts) if args.prompts else None
     method = args.sampling_method
@@ -58,10 +61,10 @@ def main() -> None:
         method, steps, args.guidance_scale, args.seed, labels, prompts, args.time_grid,
         grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None,
         cli.solver_options(args, method, [method]), tuple(args.guidance_interval),
-        guide_name,
+        guide_name, args.source,
     )  # fmt: skip
     with error_context("sample"):
-        validate(settings, net)
+        validate(settings, model)
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
     if note := guidance_note(settings, model):

@@ -32,6 +32,7 @@ INT64_LIMIT = 2**63  # for the whole numbers of torch
 MAX_EMA_WIDTH = 12**-0.5  # 0.2887, the sigma_rel of an average with equal weights
 _ARGS_OF = {  # a name and its arguments; those of another name mean nothing to it
     "data.name": "data.args", "model.name": "model.args", "flow.coupling": "flow.coupling_args",
+    "flow.source.name": "flow.source.args",
     "flow.time_sampler": "flow.time_sampler_args", "loss.name": "loss.args",
 }  # fmt: skip
 
@@ -67,9 +68,16 @@ class ModelConfig:
 
 
 @dataclass
+class SourceConfig:
+    name: str = "gaussian"  # gaussian, or a key of datasets.DATASETS whose samples the flow transfers; data.root holds it
+    args: dict[str, Any] = field(default_factory=dict)  # arguments of that data set
+
+
+@dataclass
 class FlowConfig:
     path: str = "linear"  # a key of flow.path.PATHS
     prediction: str = limited("velocity", choices=PREDICTIONS)  # the network's prediction: velocity | data | noise
+    source: SourceConfig = field(default_factory=SourceConfig)
     coupling: str = limited("independent", choices=COUPLINGS)  # independent | ot | paired (needs data.name=pairs)
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
     time_sampler: str = "uniform"  # a key of flow.time_samplers.TIME_SAMPLERS: distribution of t in training

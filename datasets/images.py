@@ -2,7 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, ClassVar
@@ -44,6 +45,11 @@ class Images:
     def fingerprint(self) -> str:
         """Hash of the content: images in order."""
         return hashlib.blake2b(self.images.contiguous().numpy(), digest_size=16).hexdigest()
+
+
+def to_float(x: Tensor) -> Tensor:
+    """What a data set holds as networks see it, float32: uint8 images go to [-1, 1]; pairs, latents and points are there."""
+    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
 
 
 class UnreadableImage(ValueError):
@@ -204,25 +210,38 @@ def folder(root: Path, path: str, size: int | None = None, channels: int = 3) ->
     return Folder(resolve_path(root, path), size, channels)
 
 
-def mnist(root: Path, train: bool = True) -> Images:
-    """MNIST (LeCun, Cortes & Burges): 60,000 training or 10,000 test digits of 28x28 pixels."""
-    return _idx(_download("MNIST", root, train))
+def mnist(root: Path, train: bool = True, classes: Sequence[int] | None = None) -> Images:
+    """MNIST (LeCun, Cortes & Burges): 60,000 training or 10,000 test digits of 28x28 pixels; of these classes, or all."""
+    return _of_classes(_idx(_download("MNIST", root, train)), classes)
 
 
-def fashion_mnist(root: Path, train: bool = True) -> Images:
+def fashion_mnist(root: Path, train: bool = True, classes: Sequence[int] | None = None) -> Images:
     """Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): as MNIST, with clothes."""
-    return _idx(_download("FashionMNIST", root, train))
+    return _of_classes(_idx(_download("FashionMNIST", root, train)), classes)
 
 
-def cifar10(root: Path, train: bool = True) -> Images:
-    """CIFAR-10 (Krizhevsky 2009): 50,000 training or 10,000 test images of 32x32 RGB pixels in ten classes."""
+def cifar10(root: Path, train: bool = True, classes: Sequence[int] | None = None) -> Images:
+    """CIFAR-10 (Krizhevsky 2009): 50,000 training or 10,000 test images of 32x32 RGB pixels in ten classes, or those of these
+    classes."""
     data = _download("CIFAR10", root, train)
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return Images(images, torch.tensor(data.targets), tuple(data.classes))
+    return _of_classes(Images(images, torch.tensor(data.targets), tuple(data.classes)), classes)
 
 
 def _idx(data: Any) -> Images:
     return Images(data.data.unsqueeze(1), data.targets.long(), tuple(data.classes))
+
+
+def _of_classes(data: Images, classes: Sequence[int] | None) -> Images:
+    """The images of these classes, whose labels stay; all of them where there are none. Raises ValueError for other numbers."""
+    if classes is None:
+        return data
+    known = range(len(data.class_names))
+    if not isinstance(classes, list | tuple) or not classes or not all(type(k) is int and k in known for k in classes):
+        raise ValueError(f"classes={classes}: must be a list of numbers from 0 to {known[-1]}")
+    assert data.labels is not None
+    rows = torch.isin(data.labels, torch.tensor(classes))
+    return replace(data, images=data.images[rows], labels=data.labels[rows])
 
 
 def _download(name: str, root: Path, train: bool):

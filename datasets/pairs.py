@@ -30,6 +30,7 @@ class Pairs(Images):
     """All pairs in memory, images float16, about [-1, 1]: first those that were generated, then those whose image is real."""
 
     seed: int  # of the noise of the generated ones
+    source: dict[str, Any]  # {"name": ..., "args": ...} of what the paths start from, as flow.source
     generated: int
     noise: Tensor | None  # float16 [N - generated, C, H, W]
     states: Tensor | None = None  # float16 [N, K, C, H, W], of each path from noise to image, between the two
@@ -57,6 +58,7 @@ def pairs(root: Path, path: str) -> Pairs:
         class_names=tuple(manifest["class_names"]),
         seed=manifest["seed"],
         generated=manifest["generated"],
+        source=manifest.get("source", {"name": "gaussian", "args": {}}),
         noise=joined["noise"],
         states=joined["states"],
         state_times=tuple(manifest.get("state_times", ())),

@@ -9,6 +9,13 @@ from torch import Tensor
 from flow import solvers
 from flow.solvers import Velocity
 from flow.solvers.time_grids import END_EPS
+from flow.source import GAUSSIAN, Source
+
+
+def check_source(source: Source) -> None:
+    """Raises ValueError for a source whose density is not known."""
+    if source.name != GAUSSIAN:
+        raise ValueError(f"flow.source.name={source.name}: its density is not known, so the flow gives no likelihood")
 
 
 def log_likelihood(
@@ -82,11 +89,13 @@ def bits_per_dimension(log_p: Tensor, dimensions: int) -> Tensor:
 T_MAX = 0.98  # the marginal there still shows the noise, which is mixed into the image
 
 
-def invert(velocity: Velocity, x1: Tensor, noise: Tensor, steps: int, method: str) -> Tensor:
+def invert(velocity: Velocity, x1: Tensor, noise: Tensor | None, steps: int, method: str) -> Tensor:
     """x0 [B, ...] of the images x1 [B, ...]: the flow solved from t = 0.98 back to 0 in `steps` steps.
 
     It starts at x_t = t x1 + (1 - t) noise with standard normal noise [B, ...], a sample of the flow's own marginal at
-    that time: a clean image has no place there, and would come out as noise of too small a variance.
+    that time: a clean image has no place there, and would come out as noise of too small a variance. Without noise, for a flow
+    between two data sets, it starts at x1 and t = 1 - END_EPS.
     """
-    times = [T_MAX * (1 - i / steps) for i in range(steps + 1)]
-    return solvers.solve(velocity, T_MAX * x1 + (1 - T_MAX) * noise, times, method).x
+    start, x = (1 - END_EPS, x1) if noise is None else (T_MAX, T_MAX * x1 + (1 - T_MAX) * noise)
+    times = [start * (1 - i / steps) for i in range(steps + 1)]
+    return solvers.solve(velocity, x, times, method).x

@@ -1,12 +1,13 @@
 """A network with what has to be known to make velocities of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from flow.path import LinearPath, Path
+from flow.source import GAUSSIAN, GaussianSource, Source
 
 
 class Network(Protocol):
@@ -37,6 +38,8 @@ class FlowModel:
     trained_guidance: float = 1.0  # the scale inside the velocity that a flow map learned (loss.args.guidance_scale)
     decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
     guide: "FlowModel | None" = None  # a weaker model of the same data, for autoguidance (arXiv:2406.02507)
+    source: Source = field(default_factory=GaussianSource)  # of x0
+    coupling: str = "independent"  # of its training: flow.coupling
 
     def __post_init__(self):
         """Attributes that the network lacks get their defaults: no labels, no prompts, one time.
@@ -53,6 +56,13 @@ class FlowModel:
             raise ValueError("two_times=true: a flow map needs flow.path=linear and flow.prediction=velocity")
         if (data_std := getattr(self.net, "data_std", None)) is not None:
             raise ValueError(f"data_std={data_std}: preconditioning needs flow.path=linear and flow.prediction=velocity")
+
+    @property
+    def no_score(self) -> str | None:
+        """Why the score does not follow from the velocity, as from Gaussian noise independent of the data; None: it does."""
+        if self.source.name != GAUSSIAN:
+            return f"flow.source.name={self.source.name}: the flow does not start at Gaussian noise"
+        return f"flow.coupling={self.coupling}: the noise depends on the data" if self.coupling != "independent" else None
 
     @property
     def networks(self) -> list[Any]:

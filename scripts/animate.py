@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
+from flow import source as sources
 from flow.evaluation import animation, plots_2d
 from flow.guidance import GuidedVelocity
 from flow.likelihood import log_likelihood
@@ -25,6 +26,7 @@ from flow.sampling.generate import build_velocity, decode, to_solver_dtype, traj
 from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
 from flow.solvers.time_grids import uniform
+from flow.source import GAUSSIAN
 
 EXAMPLES = """\
   python -m scripts.animate --weights runs/toy --out pictures
@@ -50,6 +52,7 @@ def parse_args():
     cli.add_count_flag(parser, "--hutchinson_samples", "random directions per point", 4)
     cli.add_guidance_flags(parser)
     cli.add_prompts_flag(parser)
+    cli.add_source_flag(parser)
     cli.add_seed_flag(parser)
     return parser.parse()
 
@@ -59,16 +62,20 @@ def main() -> None:
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
+    sources.replace_by(model, args.source, snap.config.data.root, snap.image_shape)
     settings = SamplerSettings(
         args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed,
         prompts=tuple(args.prompts) if args.prompts else None, guidance_interval=tuple(args.guidance_interval),
-        guide=guide_name,
+        guide=guide_name, source=args.source,
     )  # fmt: skip
     plane = snap.space.is_points
     with error_context("animate"):
-        validate(settings, model.net)
+        validate(settings, model)
         if plane and model.net.num_classes is not None:
             raise ValueError("--weights: a flow of points with labels has a field for each of them; train one without")
+    if plane and "likelihood" in args.pictures and model.source.name != GAUSSIAN:
+        args.pictures = [name for name in args.pictures if name != "likelihood"]
+        print(f"note: no likelihood.png: the density of flow.source.name={model.source.name} is not known")
     accelerator = distributed.build_single_process_accelerator("animate")
     for network in model.networks:
         distributed.prepare_model(network, accelerator)

@@ -19,6 +19,7 @@ from torch import Tensor
 import datasets
 from configs import schema
 from configs.schema import UserError
+from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.frechet import frechet_distance
@@ -29,7 +30,7 @@ from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import images
 from flow.sampling.generate import index_batches, shard
-from flow.sampling.images import psnr, to_float, to_uint8
+from flow.sampling.images import psnr, to_uint8
 from flow.sampling.space import Space
 from models import autoencoder
 from models.autoencoder import VAE

@@ -127,7 +127,7 @@ def solve_flow(args, accelerator: Accelerator, name: str, model: FlowModel, real
     for n in steps:
         settings = SamplerSettings(args.sampling_method, n, seed=args.seed)
         with error_context("compare"):
-            validate(settings, model.net)
+            validate(settings, model)
         adaptive = args.sampling_method in ADAPTIVE
         times = uniform(args.frames - 1 if adaptive else n)
         states, end = trajectory(accelerator, model, shape, indices, settings, times, SHOWN)

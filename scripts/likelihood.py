@@ -12,7 +12,7 @@ import torch
 
 import datasets
 from configs.schema import UserError
-from flow.likelihood import bits_per_dimension, dequantize, log_likelihood
+from flow.likelihood import bits_per_dimension, check_source, dequantize, log_likelihood
 from flow.noise import generator
 from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
@@ -43,6 +43,8 @@ def main() -> None:
     model = snap.model(decode=False)
     if model.net.max_prompt_bytes:
         raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
+    with error_context("--weights"):
+        check_source(model.source)
     if snap.codec:
         raise UserError("--weights: a flow on latents gives no likelihood of images")
     snap.check_data()
@@ -69,7 +71,7 @@ def main() -> None:
             real = torch.stack(images)
             x1 = to_solver_dtype(real if points else dequantize(real, u), accelerator.device)
             settings = SamplerSettings(labels=tuple(labels) if model.net.num_classes else None)
-            validate(settings, model.net)
+            validate(settings, model)
             velocity = build_velocity(model, range(len(batch)), settings, accelerator.device)
             probes = to_solver_dtype(torch.from_numpy(signs), accelerator.device)
             with error_context("likelihood"):

@@ -8,6 +8,7 @@ Run it again after a kill: whole shards stay, missing or damaged ones are genera
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -22,6 +23,7 @@ import datasets
 from configs import schema
 from configs.schema import UserError
 from datasets import captions
+from datasets.images import to_float
 from datasets.pairs import Shard, read_manifest, shards_of
 from datasets.shards import MANIFEST, save_shard, verify_shard
 from flow.likelihood import invert
@@ -32,9 +34,9 @@ from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, snapshot
 from flow.sampling.generate import build_velocity, index_batches, sample_batch, to_solver_dtype
-from flow.sampling.images import to_float
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
 from flow.solvers import DETERMINISTIC
+from flow.source import GAUSSIAN
 
 EXAMPLES = """\
   python -m scripts.make_pairs --weights runs/mnist_mini_cond --n_pairs 20000 --save_dir runs/pairs --guidance_scale 1.5
@@ -88,7 +90,7 @@ def main() -> None:
         guidance_interval=tuple(args.guidance_interval), guide=guide_name,
     )  # fmt: skip
     with error_context("make_pairs"):
-        validate(settings, net)
+        validate(settings, model)
         if data.image_shape != snap.image_shape:
             raise ValueError(f"the data set has images of {data.image_shape}, the network makes {snap.image_shape}")
         inverted = round(args.real_fraction * args.n_pairs)
@@ -122,6 +124,7 @@ def main() -> None:
         "image_shape": snap.image_shape,
         "class_names": data.class_names,
         "data": real,
+        **({"source": asdict(snap.config.flow.source)} if model.source.name != GAUSSIAN else {}),
         **({"codec": snap.codec} if snap.codec else {}),
         **({"state_times": [times[k] for k in kept_steps]} if kept_steps else {}),
     }
@@ -156,7 +159,7 @@ def write_shards(
 
 def train_command(weights: str, save_dir: Path, config: schema.Config, has_states: bool) -> str:
     """The command that trains the network of these weights on the pairs, from the weights: reflow, or a flow map on paths."""
-    same = ["model.name", "model.args", "flow.path", "flow.prediction"]
+    same = ["model.name", "model.args", "flow.path", "flow.prediction", "flow.source.name", "flow.source.args"]
     overrides = {key: schema.get(config, key) for key in same} | {
         "data.name": "pairs", "data.args.path": str(save_dir), "flow.coupling": "paired", "flow.label_dropout": 0.0,
         "train.init_from": weights,
@@ -262,15 +265,11 @@ def invert_batch(
     prompts = tuple(captions.plain(data.class_names[label]) for label in labels) if model.net.max_prompt_bytes else None
     unguided = SamplerSettings(labels=tuple(labels), prompts=prompts)
     velocity = build_velocity(model, range(len(y)), unguided, accelerator.device)
-    noise = gaussian_noise("inversion", settings.seed, batch, data.image_shape)
+    noise = None
+    if model.source.name == GAUSSIAN:
+        noise = to_solver_dtype(gaussian_noise("inversion", settings.seed, batch, data.image_shape), accelerator.device)
     with accelerator.autocast():
-        x0 = invert(
-            velocity,
-            to_solver_dtype(x1, accelerator.device),
-            to_solver_dtype(noise, accelerator.device),
-            settings.steps,
-            settings.method,
-        )
+        x0 = invert(velocity, to_solver_dtype(x1, accelerator.device), noise, settings.steps, settings.method)
     tensors = {"images": x1.half(), "noise": x0.half().cpu()}
     return tensors | {"labels": y} if model.net.null is not None else tensors
 

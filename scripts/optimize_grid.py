@@ -14,7 +14,6 @@ from torch import Tensor
 from configs.schema import UserError
 from flow import solvers
 from flow.model import FlowModel
-from flow.noise import gaussian_noise
 from flow.runtime import cli, distributed, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, hub, snapshot
@@ -53,7 +52,7 @@ def main() -> None:
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
     with error_context("optimize_grid"):
-        validate(settings, model.net)
+        validate(settings, model)
     accelerator = distributed.build_single_process_accelerator("optimize_grid")
     distributed.prepare_model(model.net, accelerator)
     model.net.eval()
@@ -65,7 +64,7 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     """Fit, decide, save and print a line for each method and number of steps."""
     parts = [range(args.n_images), range(args.n_images, 2 * args.n_images)]  # to fit on, to decide on
     noises = [
-        to_solver_dtype(gaussian_noise("tuning", args.seed, part, snap.image_shape), accelerator.device) for part in parts
+        to_solver_dtype(model.source.draw("tuning", args.seed, part, snap.image_shape), accelerator.device) for part in parts
     ]
     velocities = [build_velocity(model, part, settings, accelerator.device) for part in parts]
     by_formula = {

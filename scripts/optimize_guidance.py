@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from configs.schema import UserError
 from flow.evaluation import plots, table
-from flow.evaluation.runner import guidance_columns
+from flow.evaluation.runner import columns_of
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, snapshot
@@ -78,12 +78,12 @@ def interval(text: str) -> tuple[float, float]:
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
-    net = snap.model(decode=False).net
-    left = candidates(args, net.null is not None)
+    model = snap.model(decode=False)
+    left = candidates(args, model.net.null is not None)
     with error_context("optimize_guidance"):
         for scale, times, weights in left:
             base = SamplerSettings(args.sampling_method, args.sampling_steps, scale)
-            validate(replace(base, guidance_interval=times, guide=weights), net)
+            validate(replace(base, guidance_interval=times, guide=weights), model)
     accelerator = distributed.build_single_process_accelerator("optimize_guidance")
     with lock.folder(args.out, accelerator):
         rounds = number_of_rounds(len(left), args.n_samples) if args.halving else 0
@@ -159,7 +159,7 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
 def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str | None]:
     """What evaluate.py writes of it in a row."""
     settings = SamplerSettings(guidance_scale=c.scale, guidance_interval=c.interval, guide=c.guide and names[c.guide])
-    written = guidance_columns(settings)
+    written = columns_of(settings)
     return c.scale, written.get("guidance_interval"), written.get("guide")
 
 

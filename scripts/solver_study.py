@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from configs.schema import UserError
 from flow import solvers
 from flow.evaluation import plots, table
-from flow.noise import gaussian_noise
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, snapshot
@@ -65,7 +64,7 @@ def main() -> None:
         guidance_scale=args.guidance_scale, seed=args.seed, prompts=tuple(args.prompts) if args.prompts else None
     )
     with error_context("solver_study"):
-        validate(base, snap.model(decode=False).net)
+        validate(base, snap.model(decode=False))
     plan = [
         SamplerSettings(
             method, n, time_grid=name, times=grid_store.load(snap.path, method, n) if name == "optimized" else None
@@ -116,7 +115,7 @@ def distances(
     model.net.to(accelerator.device, torch.float64 if args.float64 else None).eval()
     tolerance = 1e-12 if args.float64 else 1e-6
     images = range(args.n_images)
-    x0 = to_solver_dtype(gaussian_noise("study", args.seed, images, snap.image_shape), accelerator.device)
+    x0 = to_solver_dtype(model.source.draw("study", args.seed, images, snap.image_shape), accelerator.device)
     velocity = build_velocity(model, images, base, accelerator.device)
     rows = []
     with distributed.progress(accelerator, len(plan) + 1, "solutions") as bar:

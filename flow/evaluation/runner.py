@@ -306,22 +306,22 @@ class SnapshotEvaluator:
                     "method": sampler.solver,
                     "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
                     "guidance_scale": sampler.guidance_scale if net.null is not None or sampler.guide else None,
-                    **guidance_columns(sampler),
+                    **columns_of(sampler),
                     "n": settings.n_samples,
                     "first": indices.start,
                 }
-                row_identity = {**identity, **guidance_columns(sampler), "times": sampler.times}  # may be optimized again
+                row_identity = {**identity, **columns_of(sampler), "times": sampler.times}  # may be optimized again
                 if sampler.method in HAS_TOLERANCES:
                     row_identity["bspp"] = settings.batch_size
                 rows.append(ev.evaluate_row(row, row_identity, partial(compute, sampler, indices, next(numbers))))
         return [row for row in rows if row is not None]
 
 
-def guidance_columns(sampler: SamplerSettings) -> dict[str, str]:
-    """The interval and the guide of a row, where it has them."""
+def columns_of(sampler: SamplerSettings) -> dict[str, str]:
+    """The interval, the guide and the source of a row, where it has them."""
     low, high = sampler.guidance_interval
     columns = {"guidance_interval": f"{low:g} to {high:g}"} if (low, high) != ALL_TIMES else {}
-    return columns | ({"guide": sampler.guide} if sampler.guide else {})
+    return columns | {name: value for name in ("guide", "source") if (value := getattr(sampler, name))}
 
 
 def resolve_conditions(

@@ -16,7 +16,7 @@ from flow.runtime import jsonl
 
 GUIDANCE = ("guidance_scale", "guidance_interval", "guide")
 # What a row is about, in the order of the columns.
-KEY_COLUMNS = ("weights", "ema_width", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "n", "reference")
+KEY_COLUMNS = ("weights", "ema_width", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "source", "n", "reference")
 # Rows that agree in these are repeats of one measurement, on ranges of images of their own.
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
@@ -85,7 +85,7 @@ def damage_of(row: dict) -> str | None:
     errors = row.get("standard_errors", {})
     if not isinstance(errors, dict):
         return "its 'standard_errors' has the wrong type"
-    for key in ("method", "captions", "reference", "guidance_interval", "guide"):
+    for key in ("method", "captions", "reference", "guidance_interval", "guide", "source"):
         if not isinstance(row.get(key), str | None):
             return f"its {key!r} is not text"
     numbers = {key: row[key] for key in NUMBERS if row.get(key) is not None}

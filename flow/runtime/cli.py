@@ -205,6 +205,12 @@ def add_guidance_flags(parser: argparse.ArgumentParser, several: bool = False) -
     parser.add_argument("--guide_weights", metavar="PATH", help=use)
 
 
+def add_source_flag(parser: argparse.ArgumentParser) -> None:
+    """--source, of flows between two data sets."""
+    use = "start from these samples in their order: a folder of images, or NAME, NAME:train or NAME:test of a data set"
+    parser.add_argument("--source", metavar="DIR|NAME", help=f"{use} (default: held-out samples of flow.source, or noise)")
+
+
 def add_labels_flag(parser: argparse.ArgumentParser, default: str = "all") -> None:
     """--labels, taken in turn; `default` describes those without the flag."""
     use = f"classes by name or number, in turn (default: {default})"

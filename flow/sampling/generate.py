@@ -81,7 +81,7 @@ def generate(
     meet them over a batch: their images also depend on those beside them, by about the error that the tolerances leave.
     The state of the solver is float64 where the device has it. Raises ValueError for settings that `validate` refuses.
     """
-    validate(settings, model.net)
+    validate(settings, model)
     model.eval()
     for batch in batches:
         yield sample_batch(model, batch, image_shape, settings, accelerator.device, accelerator.autocast, noise_key)
@@ -101,7 +101,7 @@ def sample_batch(
 
     autocast: surrounds the calls of network and decoder. callback: gets the state at each time of the grid but the first.
     """
-    x0 = to_solver_dtype(gaussian_noise(noise_key, settings.seed, indices, image_shape), device)
+    x0 = to_solver_dtype(model.source.draw(noise_key, settings.seed, indices, image_shape), device)
     velocity = build_velocity(model, indices, settings, device)
     options: dict[str, Any] = dict(settings.options)
     if settings.method in solvers.STOCHASTIC:
@@ -131,7 +131,7 @@ def trajectory(
     They are solved as one batch, by a deterministic method; `callback` is called at each time.
     """
     model.eval()
-    x0 = to_solver_dtype(gaussian_noise("sample", settings.seed, indices, image_shape), accelerator.device)
+    x0 = to_solver_dtype(model.source.draw("sample", settings.seed, indices, image_shape), accelerator.device)
     states = [x0[:num_keep]]
 
     def record(x: Tensor) -> None:
@@ -149,7 +149,7 @@ def mean_straightness_deviation(
 ) -> tuple[float, float]:  # fmt: skip
     """Mean and standard error of the deviation from straightness over these images, by so many Euler steps."""
     model.eval()
-    x0 = to_solver_dtype(gaussian_noise("sample", settings.seed, indices, image_shape), accelerator.device)
+    x0 = to_solver_dtype(model.source.draw("sample", settings.seed, indices, image_shape), accelerator.device)
     with accelerator.autocast():
         deviation = straightness_deviation(build_velocity(model, indices, settings, accelerator.device), x0, steps).cpu()
     return deviation.mean().item(), deviation.std().item() / len(deviation) ** 0.5

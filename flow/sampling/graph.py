@@ -22,7 +22,6 @@ from configs.stored import first_line
 from flow import solvers
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
-from flow.noise import gaussian_noise
 from flow.runtime import files
 from flow.sampling import snapshot
 from flow.sampling.generate import sample_batch
@@ -155,7 +154,7 @@ def metadata(snap: Snapshot, settings: SamplerSettings) -> dict[str, Any]:
 
 def _inputs(model: FlowModel, snap: Snapshot, indices: Sequence[int], scale: float) -> tuple[Tensor, ...]:
     """Noise, and with labels those of the classes in turn and the scale."""
-    noise, classes = gaussian_noise("sample", SamplerSettings.seed, indices, snap.image_shape), model.net.num_classes
+    noise, classes = model.source.draw("sample", SamplerSettings.seed, indices, snap.image_shape), model.net.num_classes
     if classes is None:
         return (noise,)
     return noise, torch.tensor([k % classes for k in indices]), torch.tensor(scale)

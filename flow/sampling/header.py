@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from configs.schema import MAX_EMA_WIDTH, DataConfig
+from configs.schema import MAX_EMA_WIDTH, Config
 from configs.stored import first_line
 
 KEYS = {"config", "image_shape", "step", "images", "half_life_images"}
@@ -51,20 +51,22 @@ def power_average(metadata: Mapping[str, str]) -> PowerAverage | None:
     raise ValueError("power_average: must have a width between 0 and 0.2887, a number of updates and the text inputs")
 
 
-def take_places(data: DataConfig, typed: Mapping[str, Any]) -> dict[str, Any]:
+def take_places(config: Config, typed: Mapping[str, Any]) -> dict[str, Any]:
     """Remove from a stored configuration the places that are not `typed` on the command line: {key: place}.
 
-    A place is data.root, data.autoencoder, and of data.args what is called a path or has a slash in it.
+    A place is data.root, data.autoencoder, and of data.args and flow.source.args what is called a path or has a slash in it.
     """
+    data = config.data
     places: dict[str, Any] = {}
     for name in ("root", "autoencoder"):
         value = getattr(data, name)
         if value is not None:
             setattr(data, name, None)
             places[f"data.{name}"] = value
-    for name, value in list(data.args.items()):
-        if name == "path" or any(slash in str(value) for slash in "/\\"):
-            places[f"data.args.{name}"] = data.args.pop(name)
+    for key, args in (("data.args", data.args), ("flow.source.args", config.flow.source.args)):
+        for name, value in list(args.items()):
+            if name == "path" or any(slash in str(value) for slash in "/\\"):
+                places[f"{key}.{name}"] = args.pop(name)
     return {key: value for key, value in places.items() if key not in typed}
 
 

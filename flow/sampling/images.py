@@ -28,11 +28,6 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def to_float(x: Tensor) -> Tensor:
-    """What a data set holds as networks see it, float32: uint8 images go to [-1, 1]; pairs, latents and points are there."""
-    return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
-
-
 def write_png(path: Path, image: Tensor) -> None:
     """Write a uint8 image [C, H, W] under its name once it is whole."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")

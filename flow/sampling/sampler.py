@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasets.images import Images, to_float
 from flow import likelihood
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
 from flow.sampling import grid_store, guide, snapshot
 from flow.sampling.generate import SampleBatch, build_velocity, index_batches, sample_batch, to_solver_dtype
-from flow.sampling.images import to_float
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, build_time_grid, guidance_note, validate
+from flow.source import GAUSSIAN, OrderedSource
 
 
 class Sampler:
@@ -136,7 +137,7 @@ class Sampler:
             labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, seed=seed, time_grid=time_grid,
         )  # fmt: skip
-        x0 = to_solver_dtype(gaussian_noise("sample", seed, range(n), self.shape), self.device)
+        x0 = to_solver_dtype(self.model.source.draw("sample", seed, range(n), self.shape), self.device)
         states = [x0]
         with nullcontext() if requires_grad else torch.inference_mode():
             self._batch(range(n), settings, states.append)
@@ -156,8 +157,9 @@ class Sampler:
         """log p(x1) in nats [b], float64, of data x1 [b, ...] as the network sees them: images in [-1, 1], latents, points.
 
         hutchinson_samples: random directions of the divergence estimate; None is exact, at the price of a backward pass for
-        each element of x1.
+        each element of x1. Raises ValueError where the source is not Gaussian noise, whose density is known.
         """
+        likelihood.check_source(self.model.source)
         x = to_solver_dtype(x1, self.device)
         eps = None
         if hutchinson_samples is not None:
@@ -177,14 +179,48 @@ class Sampler:
         steps: int = 50,
         seed: int = 8888,
     ) -> Tensor:
-        """The noise x0 [b, ...], float64, that the flow would turn into x1: the ODE solved backwards, without guidance.
+        """The x0 [b, ...], float64, that the flow would turn into x1: the ODE solved backwards, without guidance.
 
         x1: uint8 images or floats as the network sees them, [b, ...].
         """
         x = to_solver_dtype(to_float(x1.clone()), self.device)
-        noise = to_solver_dtype(gaussian_noise("inversion", seed, range(len(x)), self.shape), self.device)
+        noise = None
+        if self.model.source.name == GAUSSIAN:
+            noise = to_solver_dtype(gaussian_noise("inversion", seed, range(len(x)), self.shape), self.device)
         with torch.inference_mode(), self._autocast():
             return likelihood.invert(self._velocity(len(x), labels, prompts, 1.0), x, noise, steps, method)
+
+    def transfer(
+        self,
+        x0: Tensor,
+        *,
+        labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        method: str = "heun",
+        steps: int = 20,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = ALL_TIMES,
+        time_grid: str = "uniform",
+        batch_size: int = 100,
+        **options: Any,
+    ) -> Tensor:
+        """Where the flow leads from x0: uint8 images [n, C, H, W] on the CPU, or points float32 [n, 2], a row for each of x0.
+
+        x0: samples of the source [n, ...]: uint8 images, or floats as the network sees them; what `encode` returns, too.
+
+        Raises:
+            ValueError: for settings that the method or the network does not take, and for samples of another shape.
+        """
+        settings = self._settings(
+            labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval, time_grid=time_grid,
+        )  # fmt: skip
+        model = replace(self.model, source=OrderedSource(Images(x0.cpu(), None, ()), "x0"))
+        with torch.inference_mode():
+            return torch.cat([
+                sample_batch(model, batch, self.shape, settings, self.device, self._autocast).images
+                for batch in index_batches(range(len(x0)), batch_size)
+            ])  # fmt: skip
 
     def _settings(self, labels, prompts, options: dict | None = None, **settings: Any) -> SamplerSettings:
         labels, prompts = (None if values is None else tuple(values) for values in (labels, prompts))
@@ -194,7 +230,7 @@ class Sampler:
             if self.path is None:
                 raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")
             sampler = replace(sampler, times=grid_store.load(self.path, sampler.method, sampler.steps))
-        validate(sampler, self.model.net)
+        validate(sampler, self.model)
         if note := guidance_note(sampler, self.model):
             warnings.warn(note, stacklevel=3)
         return sampler

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from flow import solvers
-from flow.model import FlowModel, Network
+from flow.model import FlowModel
 from flow.path import Path
 from flow.solvers import time_grids
 from flow.solvers.torchdiffeq import ADAPTIVE, IGNORES_GRID
@@ -26,6 +26,7 @@ class SamplerSettings:
     options: tuple[tuple[str, float | str], ...] = ()  # of the method: rtol and atol, or noise_scale and diffusion
     guidance_interval: tuple[float, float] = ALL_TIMES  # of t: there is guidance from the first to the second
     guide: str | None = None  # of autoguidance: its name, as guide.attach returns it
+    source: str | None = None  # what --source names; None: held-out samples of the source of the training
 
     @property
     def solver(self) -> str:
@@ -59,8 +60,14 @@ def guidance_note(settings: SamplerSettings, model: FlowModel) -> str | None:
     return None
 
 
-def validate(settings: SamplerSettings, net: Network) -> None:
-    """Raises ValueError for settings that the network cannot serve."""
+def validate(settings: SamplerSettings, model: FlowModel) -> None:
+    """Raises ValueError for settings that the model cannot serve."""
+    net = model.net
+    if settings.method in solvers.STOCHASTIC and model.no_score:
+        raise ValueError(
+            f"sampling_method={settings.method}: adds noise by the score, which this velocity does not give "
+            f"({model.no_score}); use an ODE solver such as heun"
+        )
     solvers.validate_options(settings.method, **dict(settings.options))
     low, high = settings.guidance_interval
     if not 0 <= low < high <= 1:

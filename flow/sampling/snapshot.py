@@ -25,6 +25,7 @@ import models
 from configs import schema, stored
 from configs.schema import Config, UserError
 from flow import path as paths
+from flow import source as sources
 from flow.model import FlowModel, Network
 from flow.runtime import files
 from flow.runtime.errors import error_context
@@ -131,12 +132,15 @@ def flow_model(net: Network, config: Config, codec: CodecSpec | None = None) -> 
     """
     with error_context("flow.path"):
         path = paths.build(config.flow.path)
+    with error_context("flow.source"):
+        source = sources.build(config.flow.source.name, config.data.root, config.flow.source.args)
     guidance = config.loss.args.get("guidance_scale", 1.0)
+    model = FlowModel(net, path, config.flow.prediction, guidance, source=source, coupling=config.flow.coupling)
     if codec is None:
-        return FlowModel(net, path, config.flow.prediction, guidance)
+        return model
     override = {"source": config.data.autoencoder} if config.data.autoencoder else {}
     with error_context("data.autoencoder" if override else "the autoencoder (data.autoencoder can name another place)"):
-        return FlowModel(net, path, config.flow.prediction, guidance, models.build_codec({**codec, **override}).decode)
+        return replace(model, decode=models.build_codec({**codec, **override}).decode)
 
 
 def check_codec(key: str, weights: Snapshot, codec: CodecSpec | None) -> None:
@@ -344,7 +348,7 @@ def _configuration(
     else:
         unconfirmed = places
         if not own:
-            unconfirmed |= header.take_places(base.data, typed)
+            unconfirmed |= header.take_places(base, typed)
         config = schema.load(None, overrides, base=base)
         if config.data.name != base.data.name:  # its arguments are those of the command line
             unconfirmed = {key: value for key, value in unconfirmed.items() if not key.startswith("data.args")}

@@ -14,6 +14,7 @@ import datasets
 from configs import schema
 from configs.schema import UserError
 from configs.vae import VaeConfig
+from datasets.images import to_float
 from flow.losses import Batch
 from flow.losses.autoencoder import AutoencoderLoss
 from flow.runtime import distributed, files, subprocesses
@@ -21,7 +22,7 @@ from flow.runtime.errors import error_context
 from flow.sampling import images
 from flow.sampling.generate import shard
 from flow.sampling.header import PowerAverage
-from flow.sampling.images import psnr, to_float, to_uint8
+from flow.sampling.images import psnr, to_uint8
 from flow.sampling.space import Space
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 from flow.training.trainer import Callback, Trainer

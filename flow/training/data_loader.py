@@ -23,12 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import Config, UserError
 from configs.vae import VaeConfig
-from datasets.images import Folder
+from datasets.images import Folder, to_float
 from flow.losses import Batch
 from flow.noise import gaussian_noise, generator
 from flow.runtime import distributed, subprocesses
 from flow.runtime.shutdown import SIGNALS
-from flow.sampling.images import to_float
 from flow.sampling.space import Space
 
 

@@ -46,7 +46,7 @@ class EvaluateSnapshots(Callback):
             evaluate.sampling_method, evaluate.sampling_steps, evaluate.guidance_scale, evaluate.seed, labels, prompts
         )
         with error_context("evaluate"):
-            validate(sampler, task.net)
+            validate(sampler, task.model)
         settings = runner.EvaluationSettings(
             str(folder), evaluate.n_samples, 1, evaluate.batch_size, evaluate.feature_extractor, evaluate.feature_layer,
             Path(evaluate.feature_weights) if evaluate.feature_weights else None, reference=evaluate.reference,

@@ -1,7 +1,7 @@
 """Training of a flow: the network, its loss, and batches as a function of (seed, step)."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from flow.sampling.generate import generate, shard
 from flow.sampling.header import PowerAverage
 from flow.sampling.settings import SamplerSettings, validate
 from flow.sampling.space import Space
+from flow.source import GAUSSIAN, Source
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 
 MAX_COLUMNS = 20  # of one class or prompt each, in a preview
@@ -67,9 +68,10 @@ class FlowTask:
         check_loss(config, self.loss, self.net, self.data)
         with error_context("preview"):
             self.preview_settings = self._preview_settings()
-            validate(self.preview_settings, self.net)
+            validate(self.preview_settings, self.model)
+        check_source(config, self.model, self.data.image_shape)
         self.loader = TrainingLoader.of(accelerator, config, self.data)
-        self.coupling = build_coupling(config, self.data, self.loader.micro_batch_size)
+        self.coupling = build_coupling(config, self.data, self.model.source, self.loader.micro_batch_size)
 
     def load_init_weights(self) -> None:
         """Start from the weights of train.init_from, if any. Raises UserError where they do not fit."""
@@ -192,19 +194,32 @@ class FlowTask:
         return batch.y if self.net.num_classes is not None else None
 
 
-def build_coupling(config: Config, data, micro_batch_size: int) -> Coupling:
-    """The coupling of noise and data that flow.coupling names. Raises UserError where the data do not fit it."""
+def build_coupling(config: Config, data, source: Source, micro_batch_size: int) -> Coupling:
+    """The coupling of source and data that flow.coupling names. Raises UserError where the data do not fit it."""
     flow = config.flow
     if (flow.coupling == "paired") != (config.data.name == "pairs"):
         raise UserError(f"flow.coupling={flow.coupling}: paired and data.name=pairs need each other")
     with error_context("flow.coupling_args"):
         if flow.coupling != "paired":
-            return couplings.build(flow.coupling, config.seed, data.image_shape, micro_batch_size, flow.coupling_args)
+            return couplings.build(flow.coupling, config.seed, data.image_shape, micro_batch_size, flow.coupling_args, source)
         if config.data.horizontal_flip:
             raise UserError(
                 "data.horizontal_flip=true: a mirrored image is not what its noise was turned into; set it to false"
             )
-        return PairedCoupling(data.seed, data.generated, data.noise, data.image_shape, **flow.coupling_args)
+        if (own := asdict(flow.source)) != data.source:
+            raise UserError(f"flow.source={own}: must be that of the pairs, {data.source}")
+        return PairedCoupling(source, data.seed, data.generated, data.noise, data.image_shape, **flow.coupling_args)
+
+
+def check_source(config: Config, model: FlowModel, image_shape: tuple[int, ...]) -> None:
+    """Raises UserError for a source that is a data set where the flow needs noise, and for one of another space."""
+    if model.source.name == GAUSSIAN:
+        return
+    key = f"flow.source.name={model.source.name}"
+    if (config.flow.path, config.flow.prediction) != ("linear", "velocity"):
+        raise UserError(f"{key}: needs flow.path=linear and flow.prediction=velocity; DDPM starts at Gaussian noise")
+    with error_context("flow.source"):
+        model.source.draw("train", config.seed, [0], image_shape)
 
 
 def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:

@@ -9,14 +9,14 @@ from torch import Tensor
 import datasets
 from configs.schema import Config, UserError
 from datasets import DataSet, captions
+from datasets.images import to_float
 from flow.evaluation.reading import read_images
 from flow.losses.distances import mse
 from flow.model import FlowModel, Network
-from flow.noise import gaussian_noise, generator
+from flow.noise import generator
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.sampling.generate import shard
-from flow.sampling.images import to_float
 from flow.training.flow_task import FlowTask
 from flow.training.logging import TIME_BINS
 from flow.training.trainer import Callback, Trainer
@@ -86,7 +86,7 @@ def validation_losses(
     parts = []
     for batch, (indices, pixels) in zip(batches, images, strict=True):
         x1 = to_float(pixels.to(accelerator.device))
-        x0 = gaussian_noise("validation", seed, batch, tuple(x1.shape[1:])).to(accelerator.device)
+        x0 = model.source.draw("validation", seed, batch, tuple(x1.shape[1:])).to(accelerator.device)
         t = model.path.clip(times[batch.start : batch.stop].float().to(accelerator.device))
         y = _condition(model.net, data, list(indices), batch, seed)
         with accelerator.autocast():

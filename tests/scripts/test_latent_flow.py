@@ -16,11 +16,12 @@ from PIL import Image
 
 import datasets
 import models
+from datasets.images import to_float
 from datasets.shards import read_shard
 from flow.noise import gaussian_noise, generator
 from flow.sampling import snapshot
 from flow.sampling.generate import generate
-from flow.sampling.images import read_png, to_float, to_uint8
+from flow.sampling.images import read_png, to_uint8
 from flow.sampling.settings import SamplerSettings
 from flow.training.data_loader import TrainingLoader
 from models import autoencoder

@@ -21,6 +21,7 @@ from flow.noise import gaussian_noise
 from flow.sampling import snapshot
 from flow.sampling.generate import generate, index_batches
 from flow.sampling.settings import SamplerSettings
+from flow.source import GaussianSource
 
 ARGUMENTS = [
     "--n_pairs", "50", "--shard_pairs", "15", "--bspp", "5", "--sampling_steps", "3", "--guidance_scale", "2", "--seed", "4",
@@ -63,7 +64,7 @@ def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
     for made in generate(Accelerator(cpu=True), model, (1, 8, 8), index_batches(range(40), 5), settings, noise_key="pairs"):
         k = slice(made.indices.start, made.indices.stop)
         assert torch.equal(made.x.half(), data.images[k]) and torch.equal(made.labels, data.labels[k])
-    given = PairedCoupling(data.seed, data.generated, data.noise, data.image_shape)
+    given = PairedCoupling(GaussianSource(), data.seed, data.generated, data.noise, data.image_shape)
     assert torch.equal(given.sample_x0(range(3), [7, 39, 41], data.images, None), torch.cat([
         gaussian_noise("pairs", 4, [7, 39], (1, 8, 8)), data.noise[1:2].float()
     ]))  # fmt: skip

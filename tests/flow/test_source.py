@@ -1,0 +1,139 @@
+"""Flows between two data sets: source samples by position, transfer and back, reflow, and what such a flow does not give."""
+
+import json
+
+import pytest
+import torch
+from conftest import TINY, TINY_RUN, run_here, stranger
+from PIL import Image
+
+import datasets
+from flow import source
+from flow.couplings import PairedCoupling
+from flow.model import FlowModel
+from flow.path import LinearPath
+from flow.sampling import Sampler
+
+MODEL = ["model.name=mlp", "model.args={width: 16, depth: 2, time_frequency: 6.0}"]
+MOONS = ["data.name=toys", "data.args={name: moons, n: 500}", *MODEL]
+RING = ["flow.source.name=toys", "flow.source.args={name: eight_gaussians, n: 300}"]
+TRAIN = [*TINY_RUN, "train.steps=40", "optimizer.lr=1e-2"]
+
+
+@pytest.fixture(scope="module")
+def transfer_run(tmp_path_factory):
+    """Eight Gaussians to moons."""
+    run = tmp_path_factory.mktemp("transfer") / "run"
+    run_here("train", "-e", run, *MOONS, *RING, *TRAIN)
+    return run
+
+
+def ring(**args) -> torch.Tensor:
+    return datasets.build("toys", None, {"name": "eight_gaussians", "n": 300, **args}).images
+
+
+def test_a_sample_is_a_function_of_its_position():
+    ours = source.build("toys", None, {"name": "eight_gaussians", "n": 300})
+    both, last = ours.draw("train", 7, [5, 3], (2,)), ours.draw("train", 7, [3], (2,))
+    assert torch.equal(both[1], last[0]) and not torch.equal(both, ours.draw("train", 8, [5, 3], (2,)))
+    points = ring().tolist()
+    assert all(x in points for x in ours.draw("train", 7, range(50), (2,)).tolist())
+    new = ring(seed=1)  # held-out points, in their order, again after the last
+    assert torch.equal(ours.draw("sample", 7, [0, 1, 299, 300], (2,)), new[[0, 1, 299, 0]])
+
+
+def test_gaussian_noise_takes_no_arguments():
+    with pytest.raises(ValueError, match=r"args=\{'n': 3\}: gaussian takes none"):
+        source.build("gaussian", None, {"n": 3})
+
+
+def test_transfer_and_back(transfer_run):
+    """Sampling starts at the held-out points; the ODE solved backwards returns there."""
+    sampler = Sampler.load(transfer_run, device="cpu")
+    x0 = ring(seed=1)[:20]
+    moved = sampler.transfer(x0, method="heun", steps=100)
+    assert torch.equal(moved, sampler.sample(20, method="heun", steps=100)) and (moved - x0).norm(dim=1).min() > 0.01
+    assert torch.allclose(sampler.encode(moved, steps=100).float(), x0, atol=5e-3)
+
+
+def test_pairs_start_where_reflow_expects_it(transfer_run, tmp_path):
+    command = [
+        "make_pairs",
+        "--weights",
+        transfer_run,
+        "--n_pairs",
+        40,
+        "--sampling_steps",
+        3,
+        "--save_dir",
+        tmp_path / "pairs",
+    ]
+    run_here(*command)
+    pairs = datasets.build("pairs", None, {"path": str(tmp_path / "pairs")})
+    sampler = Sampler.load(transfer_run, device="cpu")
+    coupling = PairedCoupling(sampler.model.source, pairs.seed, pairs.generated, pairs.noise, (2,))
+    x0 = coupling.sample_x0(range(40), range(40), pairs.images, None)
+    assert torch.allclose(sampler.transfer(x0, method="heun", steps=3), pairs.images.float(), atol=2e-3)
+    assert all(x in ring().tolist() for x in x0.tolist())
+
+
+def test_reflow_starts_at_the_same_source(transfer_run, tmp_path, error):
+    run_here("make_pairs", "--weights", transfer_run, "--n_pairs", 64, "--sampling_steps", 2, "--save_dir", tmp_path / "pairs")
+    reflow = [*MODEL, "data.name=pairs", f"data.args.path={tmp_path / 'pairs'}", "flow.coupling=paired", *TINY_RUN]
+    run_here("train", "-e", tmp_path / "reflow", *reflow, *RING)
+    assert "flow.source={'name': 'gaussian', 'args': {}}: must be that of the pairs" in error(
+        "train", "-e", tmp_path / "other", *reflow
+    )
+
+
+def test_what_such_a_flow_does_not_give(transfer_run, tmp_path, error):
+    sample = ["sample", "--weights", transfer_run, "--n_samples", 4, "--save_dir", tmp_path / "samples"]
+    assert "does not start at Gaussian noise); use an ODE solver" in error(*sample, "--sampling_method", "euler_maruyama")
+    with pytest.raises(ValueError, match=r"flow\.source\.name=toys: its density is not known"):
+        Sampler.load(transfer_run, device="cpu").log_likelihood(torch.zeros(2, 2))
+    assert "its density is not known" in error("likelihood", "--weights", transfer_run)
+    vp = ["train", "-e", tmp_path / "run", *MOONS, *RING, *TINY_RUN, "flow.path=vp", "flow.prediction=noise"]
+    assert "flow.source.name=toys: needs flow.path=linear and flow.prediction=velocity" in error(*vp)
+    shape = ["train", "-e", tmp_path / "run", *MOONS, *TINY_RUN, "flow.source.name=digits"]
+    assert "the source: has samples of (1, 8, 8), the flow works on (2,)" in error(*shape)
+
+
+@pytest.mark.parametrize("coupling", ["ot", "paired"])
+def test_a_coupling_leaves_no_score(tiny_run, coupling):
+    sampler = Sampler.load(tiny_run, device="cpu")
+    sampler.model.coupling = coupling
+    with pytest.raises(ValueError, match=f"flow.coupling={coupling}: the noise depends on the data"):
+        sampler.sample(2, method="euler_maruyama", steps=2)
+    assert FlowModel(sampler.model.net, LinearPath()).no_score is None
+
+
+def test_images_from_a_folder_keep_their_order(tmp_path, here, error):
+    """--source takes the place of the held-out samples; what it was belongs to the settings of the folder."""
+    split = ["-c", "configs/digits.yaml", *TINY, *TINY_RUN, "model.args.num_classes=null", "data.args.split=train"]
+    here("train", "-e", tmp_path / "run", *split, "flow.source.name=digits", "flow.source.args.split=train")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pixels = datasets.build("digits", None, {"split": "test"}).images[[9, 4, 7]]
+    for k, image in enumerate(pixels):
+        Image.fromarray(image[0].numpy()).save(folder / f"{k}.png")
+    command = ["sample", "--weights", tmp_path / "run", "--n_samples", 3, "--sampling_method", "heun", "--sampling_steps", 2]
+    here(*command, "--save_dir", tmp_path / "a", "--source", folder)
+    expected = Sampler.load(tmp_path / "run", device="cpu").transfer(pixels, method="heun", steps=2)
+    for k in range(3):
+        image = torch.frombuffer(bytearray(Image.open(tmp_path / "a" / "images" / f"{k:06d}.png").tobytes()), dtype=torch.uint8)
+        assert torch.equal(image, expected[k].flatten())
+    assert json.loads((tmp_path / "a" / "sampling.json").read_text())["source"] == str(folder)
+    assert "source" in error(*command, "--save_dir", tmp_path / "a")
+    assert "must be a folder of images or one of digits" in error(*command, "--save_dir", tmp_path / "b", "--source", "nowhere")
+
+
+def test_a_flow_from_noise_takes_no_source(tiny_run, tmp_path, error):
+    command = ["sample", "--weights", tiny_run, "--n_samples", 3, "--save_dir", tmp_path / "a", "--source", "digits"]
+    assert "--source: digits: this flow starts at Gaussian noise" in error(*command)
+
+
+def test_the_place_of_a_source_in_a_strangers_file(transfer_run, tmp_path, error):
+    config = (transfer_run / "config.yaml").read_text().replace("'n': 300", "'n': 300\n      path: /etc/source.png")
+    weights = stranger(transfer_run, tmp_path / "file.safetensors", config=config)
+    command = ["sample", "--weights", weights, "--n_samples", 4, "--save_dir", tmp_path / "samples"]
+    assert "add flow.source.args.path=/etc/source.png" in error(*command)
