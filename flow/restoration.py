@@ -160,8 +160,8 @@ class RestorationSettings:
     """The parameters of `restore`."""
 
     steps: int = 100  # of t, from 0 to 1
-    draws: int = 4  # of noise in each step, in pairs of opposite signs
-    step_size: float = 1.0  # of the gradient steps, in units of 1 / |A|^2
+    draws: int = 2  # of noise in each step, in pairs of opposite signs
+    step_size: float = 1.9  # of the gradient steps, in units of 1 / |A|^2
     step_power: float = 0.0  # they shrink as (1 - t)^power
     data_steps: int = 1  # gradient steps at each time
 
@@ -177,9 +177,9 @@ class RestorationSettings:
 
 
 TASKS = {  # with the gradient steps that gave the best PSNR on MNIST, see docs/restoration.md
-    "inpaint": RestorationSettings(step_size=1.5),
+    "inpaint": RestorationSettings(),
     "super_resolution": RestorationSettings(),
-    "deblur": RestorationSettings(step_size=1.9, data_steps=16),
+    "deblur": RestorationSettings(data_steps=16),
     "colorize": RestorationSettings(),
 }
 
