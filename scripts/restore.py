@@ -209,10 +209,11 @@ def load_images(args, snap: snapshot.Snapshot, accelerator: Accelerator) -> tupl
             accelerator.print(
                 "note: this data set has no held-out part: these are images of the training (--images takes others)"
             )
-    with error_context("--images" if args.images else "data"):
+    flag = "--images" if args.images else "data"
+    with error_context(flag):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(**source))
     if tuple(data.image_shape) != snap.image_shape:
-        raise UserError(f"--images: {name} has images of {list(data.image_shape)}, the flow {list(snap.image_shape)}")
+        raise UserError(f"{flag}: {name} has images of {list(data.image_shape)}, the flow {list(snap.image_shape)}")
     if args.n_images > len(data):
         if not args.images:
             raise UserError(f"--n_images {args.n_images}: {name} has {len(data)}")
