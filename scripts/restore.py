@@ -75,7 +75,9 @@ def parse_args():
     cli.add_count_flag(parser, "--steps", "of t, from 0 to 1", 100)
     cli.add_count_flag(parser, "--draws", "of noise in each step, in pairs of opposite signs", 2)
     parser.add_argument("--step_size", type=cli.positive, metavar="X", help="of gradient steps, below 2 (default: 1.9)")
-    parser.add_argument("--step_power", type=cli.nonnegative, metavar="P", help="they shrink as (1 - t)^P (default: 0)")
+    parser.add_argument(
+        "--step_power", type=cli.nonnegative, metavar="P", help="they shrink as (1 - t)^P (default: 0; strong noise: 1)"
+    )
     cli.add_count_flag(parser, "--data_steps", "gradient steps at each time (default: 16 for deblur, else 1)")
     cli.add_batch_size_flag(parser)
     cli.add_seed_flag(parser, use="noise and random masks")
