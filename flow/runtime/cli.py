@@ -338,6 +338,16 @@ def minutes(text: str) -> float:
     return _number(text, sys.float_info.max, "a finite number above 0", low=sys.float_info.min)
 
 
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    return minutes(text)
+
+
+def nonnegative(text: str) -> float:
+    """An argparse type: a finite number of 0 or more."""
+    return guidance_scale(text)
+
+
 def ema_width(text: str) -> float:
     """An argparse type: a number above 0 and below 12^-0.5."""
     low, high = sys.float_info.min, math.nextafter(schema.MAX_EMA_WIDTH, 0)

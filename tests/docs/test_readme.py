@@ -28,6 +28,7 @@ from scripts import (  # fmt: skip
     plot_loss,
     posthoc_ema,
     rectify,
+    restore,
     solver_study,
     train_vae,
 )
@@ -41,7 +42,7 @@ SCRIPTS = {
     "train.py": train, "sample.py": sample, "evaluate.py": evaluate, "-m scripts.make_pairs": make_pairs,
     "-m scripts.rectify": rectify, "-m scripts.plot_loss": plot_loss, "-m scripts.optimize_grid": optimize_grid,
     "-m scripts.optimize_guidance": optimize_guidance, "-m scripts.solver_study": solver_study,
-    "-m scripts.likelihood": likelihood,
+    "-m scripts.likelihood": likelihood, "-m scripts.restore": restore,
     "-m scripts.animate": animate, "-m scripts.compare": compare, "-m scripts.dev.gallery": gallery,
     "-m scripts.doctor": doctor, "-m scripts.dev.fault_injection": fault_injection,
     "-m scripts.benchmark quality": quality, "-m scripts.benchmark": benchmark,

@@ -39,6 +39,7 @@ TINY = {
     "scripts.solver_study": "--n_images 2 --sampling_steps 6 --methods ab2 --t_end 0.5 -mp no",
     "scripts.animate": "--n 4 --frames 2 --steps_a_frame 1 --sampling_method euler",
     "scripts.compare": "--n_samples 4 --frames 2",
+    "scripts.restore": "--n_images 2 --steps 2 --draws 1",
     "scripts.likelihood": "--n_images 2 --rtol 0.5 --atol 0.5",
     "scripts.export_images": "--n_images 12",
     "scripts.train_vae": TRAIN.replace("preview.n_samples=2 preview.sampling_steps=1 ", "")
@@ -161,6 +162,6 @@ def test_readme_in_order_with_every_suggested_command(here, home, left_out):
         "train.py", "sample.py", "evaluate.py",
         *(f"scripts.{name}" for name in (
             "animate", "cache_latents", "compare", "doctor", "export", "export_images", "likelihood", "make_pairs",
-            "optimize_grid", "pack_images", "plot_loss", "posthoc_ema", "solver_study", "train_vae",
+            "optimize_grid", "pack_images", "plot_loss", "posthoc_ema", "restore", "solver_study", "train_vae",
         )),
     }  # fmt: skip

@@ -1,0 +1,334 @@
+"""Restore images with a trained flow: `python -m scripts.restore --weights runs/mnist --task inpaint --save_dir restored`.
+
+Images that were held out of the training, or those of --images, are degraded and restored by PnP-Flow, which needs no training
+(flow/restoration.py). Their PSNR and SSIM are compared with those of simple methods. `--save_dir` gets images/ (PNG),
+restore.json, restore.md and restore.png: originals, degraded images, the best simple method, the flow.
+"""
+
+import dataclasses
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import datasets
+from configs.schema import UserError
+from datasets.images import read_image
+from flow.evaluation import restoration as scoring
+from flow.evaluation.reading import read_images
+from flow.guidance import GuidedVelocity
+from flow.model import FlowModel
+from flow.noise import gaussian_noise
+from flow.restoration import (
+    TASKS,
+    Degradation,
+    Downsampling,
+    GaussianBlur,
+    Grayscale,
+    Inpainting,
+    RestorationSettings,
+    box_mask,
+    measure,
+    random_masks,
+    restore,
+)  # fmt: skip
+from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime.errors import cli_main, error_context
+from flow.runtime.output_dir import check_same_settings
+from flow.sampling import images, snapshot
+from flow.sampling.generate import build_velocity, index_batches, shard, to_solver_dtype
+from flow.sampling.settings import SamplerSettings, validate
+
+EXAMPLES = """\
+  python -m scripts.restore --weights runs/mnist --task inpaint --mask_box 12 --save_dir restored/box
+  python -m scripts.restore --weights runs/mnist --task super_resolution --factor 4 --save_dir restored/large
+  python -m scripts.restore --weights runs/cifar10 --task colorize --images photos --save_dir restored/colors"""
+TASK_FLAGS = {
+    "mask": "inpaint", "mask_box": "inpaint", "mask_fraction": "inpaint", "factor": "super_resolution", "blur": "deblur",
+}  # fmt: skip
+DEFAULTS = {"mask_fraction": 0.7, "factor": 4, "blur": 2.0}
+SHOWN = 10  # images of restore.png
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, EXAMPLES)
+    cli.add_weights_flag(parser)
+    parser.add_argument("--task", choices=TASKS, required=True, help="what was done to the images")
+    cli.add_output_flag(parser, "--save_dir")
+    cli.add_count_flag(parser, "--n_images", "the first of the data set or folder", 100)
+    parser.add_argument("--images", type=Path, metavar="DIR", help="images to degrade (default: held out of the training)")
+    parser.add_argument("--noise", type=cli.nonnegative, default=0.05, metavar="STD", help="of the degraded images, whose "
+                        "pixels are in [-1, 1] (default: 0.05)")  # fmt: skip
+    missing = parser.add_mutually_exclusive_group()
+    missing.add_argument("--mask", type=Path, metavar="PNG", help="inpaint: white pixels are missing")
+    missing.add_argument("--mask_box", type=cli.at_least(1), metavar="SIZE", help="inpaint: side of a centered square")
+    missing.add_argument(
+        "--mask_fraction", type=cli.fraction, metavar="X", help="inpaint: share of random pixels (default: 0.7)"
+    )
+    parser.add_argument("--factor", type=cli.at_least(2), metavar="N", help="super_resolution (default: 4)")
+    parser.add_argument("--blur", type=cli.positive, metavar="SIGMA", help="deblur: of the Gaussian, in pixels (default: 2)")
+    cli.add_count_flag(parser, "--steps", "of t, from 0 to 1", 100)
+    cli.add_count_flag(parser, "--draws", "of noise in each step, in pairs of opposite signs", 2)
+    parser.add_argument("--step_size", type=cli.positive, metavar="X", help="of gradient steps, below 2 (default: 1.9)")
+    parser.add_argument(
+        "--step_power", type=cli.nonnegative, metavar="P", help="they shrink as (1 - t)^P (default: 0; strong noise: 1)"
+    )
+    cli.add_count_flag(parser, "--data_steps", "gradient steps at each time (default: 16 for deblur, else 1)")
+    cli.add_batch_size_flag(parser)
+    cli.add_seed_flag(parser, use="noise and random masks")
+    cli.add_labels_flag(parser, "none, the velocity without labels")
+    cli.add_prompts_flag(parser)
+    cli.add_guidance_flag(parser)
+    cli.add_precision_flag(parser)
+    return parser.parse()
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = distributed.build_accelerator(args.mixed_precision)  # first: processes agree on a revision of the hub
+    snap = snapshot.load(args.weights, None, args.overrides)
+    if not snap.space.is_pixels:
+        raise UserError(f"--weights: a flow of {snap.space.kind}; only flows of pixels restore images")
+    build_degradation = degradation_of(args, snap.image_shape)
+    model = snap.model()
+    labels = cli.labels_of(args.labels, snap.class_names)
+    conditions = SamplerSettings("euler", 1, args.guidance_scale, args.seed, labels, tuple(args.prompts or ()) or None)
+    with error_context("restore"):
+        validate(conditions, model.net)
+        check_conditions(conditions, model, snap)
+        settings = settings_of(args)
+    name, originals = load_images(args, snap, accelerator)
+    record = {
+        "weights_sha256": files.sha256(snap.path), "task": args.task, "degradation": parameters(args), "noise": args.noise,
+        "images": name, "images_sha256": hashlib.sha256(originals.numpy().tobytes()).hexdigest(),
+        **dataclasses.asdict(settings), "labels": labels, "prompts": args.prompts, "guidance_scale": args.guidance_scale,
+        "seed": args.seed, "mixed_precision": accelerator.mixed_precision,
+    }  # fmt: skip
+    record = json.loads(json.dumps(record))
+    with lock.folder(args.save_dir, accelerator):
+        if not distributed.any_process(accelerator, accelerator.is_main_process and is_done(args.save_dir, record)):
+            distributed.prepare_model(model.net, accelerator)
+            model.eval()
+            parts = restore_images(args, accelerator, model, originals, build_degradation, conditions, settings)
+            if parts is not None:
+                write_results(args.save_dir, record, originals, parts, build_degradation(range(len(originals))))
+        if accelerator.is_main_process:
+            print_summary(args, accelerator)
+
+
+def degradation_of(args, shape: tuple[int, ...]):
+    """What gives the degradation of the images with the given indices. Raises UserError for flags that do not fit."""
+    channels, height, width = shape
+    for flag, task in TASK_FLAGS.items():
+        if getattr(args, flag) is not None and task != args.task:
+            raise UserError(f"--{flag}: is for --task {task}, not for {args.task}")
+    if args.task == "colorize":
+        if channels != 3:
+            raise UserError(f"--task colorize: needs a flow of images with 3 channels, this one has {channels}")
+        return lambda indices: Grayscale()
+    if args.task == "deblur":
+        blur = GaussianBlur(args.blur or DEFAULTS["blur"])
+        if blur.sigma > min(height, width):
+            raise UserError(f"--blur {blur.sigma:g}: must be at most the side of the images, {min(height, width)} pixels")
+        return lambda indices: blur
+    if args.task == "super_resolution":
+        factor = args.factor or DEFAULTS["factor"]
+        if height % factor or width % factor:
+            raise UserError(f"--factor {factor}: {height}x{width} pixels must be divisible by it")
+        return lambda indices: Downsampling(factor)
+    if args.mask:
+        known = read_mask(args.mask, height, width)
+        return lambda indices: Inpainting(known)
+    if args.mask_box:
+        with error_context("--mask_box"):
+            known = box_mask(height, width, args.mask_box)
+        return lambda indices: Inpainting(known)
+    share = DEFAULTS["mask_fraction"] if args.mask_fraction is None else args.mask_fraction
+    with error_context("--mask_fraction"):
+        random_masks(height, width, share, args.seed, range(1))
+    return lambda indices: Inpainting(random_masks(height, width, share, args.seed, indices))
+
+
+def read_mask(path: Path, height: int, width: int) -> Tensor:
+    """[1, 1, H, W], 1 for known pixels, the black ones. Raises UserError for a mask that does not fit."""
+    try:
+        white = read_image(path, None, 1) >= 128
+    except Exception as error:  # Pillow raises a dozen kinds for a broken file
+        raise UserError(f"--mask {path}: not a readable image ({error})") from None
+    if white.shape[1:] != (height, width):
+        raise UserError(f"--mask {path}: has {white.shape[1]}x{white.shape[2]} pixels, the images have {height}x{width}")
+    if white.all() or not white.any():
+        raise UserError(f"--mask {path}: must have white pixels, which are missing, and black ones, which are known")
+    return (~white)[None].float()
+
+
+def parameters(args) -> dict[str, Any]:
+    """Of the degradation, for the record."""
+    if args.task != "inpaint":
+        return {flag: getattr(args, flag) or DEFAULTS[flag] for flag, task in TASK_FLAGS.items() if task == args.task}
+    if args.mask:
+        return {"mask_sha256": files.sha256(args.mask)}
+    share = DEFAULTS["mask_fraction"] if args.mask_fraction is None else args.mask_fraction
+    return {"mask_box": args.mask_box} if args.mask_box else {"mask_fraction": share}
+
+
+def check_conditions(conditions: SamplerSettings, model: FlowModel, snap: snapshot.Snapshot) -> None:
+    """Raises ValueError where labels are needed, for guidance or as the network knows no images without them."""
+    if model.net.num_classes is None or conditions.labels or model.net.max_prompt_bytes:
+        return
+    if conditions.guidance_scale != 1:
+        raise ValueError(f"guidance_scale={conditions.guidance_scale:g}: needs --labels")
+    if not snap.config.flow.label_dropout:
+        raise ValueError("labels: this network was trained with labels alone (flow.label_dropout=0): give some with --labels")
+
+
+def settings_of(args) -> RestorationSettings:
+    """Those of the task, but for what the command line says. Raises ValueError for numbers out of range."""
+    typed = {name: getattr(args, name) for name in ("step_size", "step_power", "data_steps") if getattr(args, name) is not None}
+    return dataclasses.replace(TASKS[args.task], steps=args.steps, draws=args.draws, **typed)
+
+
+def load_images(args, snap: snapshot.Snapshot, accelerator: Accelerator) -> tuple[str, Tensor]:
+    """(what they are called, the first images uint8 [N, C, H, W]) of --images, else held out of the training."""
+    channels, height, width = snap.image_shape
+    if args.images:
+        name, size = str(args.images), height if height == width else None
+        source = {"name": "folder", "root": None, "args": {"path": str(args.images), "size": size, "channels": channels}}
+    else:
+        snap.check_data()
+        data = snap.config.data
+        with error_context("data"):
+            source = datasets.source_dataset(data.name, data.root, data.args)
+            held_out = datasets.held_out(source)
+        name = f"{source['name']}, {held_out[0] if held_out else 'training images'}"
+        source = held_out[1] if held_out else source
+        if not held_out:
+            accelerator.print(
+                "note: this data set has no held-out part: these are images of the training (--images takes others)"
+            )
+    flag = "--images" if args.images else "data"
+    with error_context(flag):
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(**source))
+    if tuple(data.image_shape) != snap.image_shape:
+        raise UserError(f"{flag}: {name} has images of {list(data.image_shape)}, the flow {list(snap.image_shape)}")
+    if args.n_images > len(data):
+        if not args.images:
+            raise UserError(f"--n_images {args.n_images}: {name} has {len(data)}")
+        accelerator.print(f"note: {name} has {len(data)} images")
+    batches = index_batches(range(min(args.n_images, len(data))), 100)
+    return name, torch.cat([batch for _, batch in read_images(data, batches)])
+
+
+def is_done(folder: Path, record: dict) -> bool:
+    """Whether the folder holds the results of this record. Raises UserError where they are of another run."""
+    path, existing = folder / "restore.json", None
+    if path.is_file():
+        with error_context(f"{path}: is damaged; name another folder with --save_dir"):
+            existing = files.read_json(path)
+    recorded = None if existing is None else [existing.get("settings") or {}]
+    check_same_settings(folder, recorded, record, "images", "scripts.restore")
+    if existing is None:
+        files.write_text(path, json.dumps({"settings": record}, indent=1))
+    return bool(existing and existing.get("scores"))
+
+
+def restore_images(
+    args, accelerator: Accelerator, model: FlowModel, originals: Tensor, build_degradation, conditions: SamplerSettings,
+    settings: RestorationSettings,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """(measurements, restored images uint8 [N, C, H, W]) of all processes on the main one, None on the others."""
+    parts, shape = [], tuple(originals.shape[1:])
+    batches = shard(accelerator, range(len(originals)), args.bspp)
+    total = sum(map(len, batches)) * settings.steps
+    with (
+        distributed.progress(accelerator, total, "restoration (images x steps of this process)") as bar,
+        torch.inference_mode(),
+    ):
+        for indices in batches:
+            degradation = to_device(build_degradation(indices), accelerator.device)
+            x1 = to_solver_dtype(images.to_float(originals[indices.start : indices.stop]), accelerator.device)
+            y = measure(x1, degradation, args.noise, args.seed, indices)
+            velocity = velocity_of(model, indices, conditions, accelerator.device)
+            noise = partial(noise_of, args.seed, indices, shape)
+            with accelerator.autocast():
+                x = restore(velocity, y, degradation, noise, settings, args.noise == 0, partial(bar.update, len(indices)))
+            parts.append((indices.start, (y.cpu(), images.to_uint8(x).cpu())))
+    gathered = distributed.gather_in_order(accelerator, parts)
+    if gathered is None:
+        return None
+    measured, restored = zip(*gathered, strict=True)
+    return torch.cat(measured), torch.cat(restored)
+
+
+def velocity_of(model: FlowModel, indices: range, conditions: SamplerSettings, device: torch.device) -> GuidedVelocity:
+    """The velocity of these images: with the labels or prompts of the command line, else that without a label."""
+    if model.net.num_classes is None or conditions.labels or conditions.prompts:
+        return build_velocity(model, indices, conditions, device)
+    assert model.net.null is not None
+    return GuidedVelocity(model, torch.full((len(indices),), model.net.null, device=device), model.net.null)
+
+
+def noise_of(seed: int, indices: range, shape: tuple[int, ...], step: int, draw: int) -> Tensor:
+    """Standard normal noise [b, *shape] of a step; a function of (seed, image, step, draw)."""
+    return gaussian_noise(f"restoration step {step} draw {draw}", seed, indices, shape)
+
+
+def to_device(degradation: Degradation, device: torch.device) -> Degradation:
+    """The degradation with its mask, if any, on the device."""
+    return Inpainting(degradation.known.to(device)) if isinstance(degradation, Inpainting) else degradation
+
+
+def write_results(
+    folder: Path, record: dict, originals: Tensor, parts: tuple[Tensor, Tensor], degradation: Degradation
+) -> None:
+    """Write the restored images, the picture, the table, and restore.json last."""
+    y, restored = parts
+    degraded = images.to_uint8(degradation.to_image(y))
+    others = scoring.baselines(degradation, y, originals)
+    with error_context("restore"):
+        scores = [
+            scoring.score(name, originals, candidate)
+            for name, candidate in {scoring.DEGRADED: degraded, **others, scoring.FLOW: restored}.items()
+        ]
+    (folder / "images").mkdir(exist_ok=True)
+    with images.ImageWriter(folder / "images") as writer:
+        writer.write(range(len(restored)), restored)
+    best = scoring.best_baseline([entry for entry in scores if entry.method in others])
+    rows = {"original": originals, scoring.DEGRADED: degraded, best.method: others[best.method], scoring.FLOW: restored}
+    shown = torch.stack([batch[:SHOWN] for batch in rows.values()], dim=1).flatten(0, 1)
+    picture = images.labelled_grid(shown, len(rows), list(rows), transposed=True)
+    images.write_png(folder / "restore.png", picture)
+    files.write_text(folder / "restore.md", scoring.markdown(scores) + "\n")
+    rows_of = [dataclasses.asdict(entry) for entry in scores]
+    files.write_text(folder / "restore.json", json.dumps({"settings": record, "scores": rows_of}, indent=1))
+
+
+def print_summary(args, accelerator: Accelerator) -> None:
+    """The table and the last line."""
+    scores = [scoring.Scores(**entry) for entry in files.read_json(args.save_dir / "restore.json")["scores"]]
+    print((args.save_dir / "restore.md").read_text(encoding="utf-8").rstrip())
+    [flow] = [entry for entry in scores if entry.method == scoring.FLOW]
+    best = scoring.best_baseline(scores)
+    gain = [a - b for a, b in zip(flow.psnr, best.psnr, strict=True)]
+    mean, interval = scoring.mean_and_interval(gain)
+    spread = "" if interval is None else f" ± {interval:.2f}"
+    result = (
+        f"{len(flow.psnr)} images in {args.save_dir / 'images'} and {args.save_dir / 'restore.png'}, PSNR of {scoring.FLOW} "
+        f"{mean:+.2f}{spread} dB against {best.method}"
+    )
+    next_task = "deblur" if args.task != "deblur" else "inpaint"
+    folder = files.free_folder(args.save_dir.parent / next_task)
+    command = ["-m", "scripts.restore", "--weights", args.weights, "--task", next_task, "--save_dir", folder]
+    command += ["--n_images", str(len(flow.psnr)), *(["--images", args.images] if args.images else [])]
+    conditions = [*(["--labels", *args.labels] if args.labels else []), *cli.condition_flags(args.guidance_scale, args.prompts)]
+    line = subprocesses.command(*command, *conditions, *args.overrides)
+    print(cli.summary(result, args.start, f"try another degradation with: {line}"))
+
+
+if __name__ == "__main__":
+    cli_main(main)
