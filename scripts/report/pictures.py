@@ -2,21 +2,19 @@
 
 import base64
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from PIL import Image, ImageSequence
 
 from flow.runtime import files
+from flow.sampling.images import encode_webp, to_webp
 from scripts.report.runs import version
 
 MAX_SIDE = 1600  # pixels of a side; larger pictures are scaled down
 MAX_PIXELS = 2**27  # of all frames of a picture
-SMALL = 30_000  # bytes up to which a lossless picture is not tried to be made smaller
-QUALITY = 85  # of lossy WebP
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)  # what Pillow raises
 
 T = TypeVar("T")
@@ -54,19 +52,18 @@ class Pictures:
 
 @lru_cache(maxsize=2048)  # a page that is built again and again encodes what is new
 def encoded(path: Path, modified: int, size: int) -> tuple[str, bytes]:
-    """(webp or gif, content) of a PNG or GIF: the smaller of lossless and lossy WebP. Raises UNREADABLE."""
-    with Image.open(path, formats=("PNG", "GIF")) as file:
+    """(webp or gif, content) of a PNG, WebP or GIF: `images.to_webp`, and WebP of a usual size as it is. Raises UNREADABLE."""
+    with Image.open(path, formats=("PNG", "WEBP", "GIF")) as file:
         frames = getattr(file, "n_frames", 1)
         if file.width * file.height * frames > MAX_PIXELS:
             raise ValueError("it has too many pixels")
         if frames > 1:
             return _animation(path, file)
-        image = file.convert("RGBA" if file.has_transparency_data else "RGB")
+        image = file.convert("RGBA" if file.has_transparency_data else "RGB")  # decodes it, which finds damage
+        if file.format == "WEBP" and max(file.size) <= MAX_SIDE:
+            return "webp", path.read_bytes()
     image.thumbnail((MAX_SIDE, MAX_SIDE))
-    lossless = _webp(image, lossless=True)
-    if len(lossless) < SMALL:
-        return "webp", lossless
-    return "webp", min(lossless, _webp(image, quality=QUALITY), key=len)
+    return "webp", to_webp(image)
 
 
 def spread(items: Sequence[T]) -> Iterator[T]:
@@ -91,12 +88,6 @@ def _animation(path: Path, image: Image.Image) -> tuple[str, bytes]:
         frames.append(frame.convert("RGB"))
         durations.append(frame.info.get("duration", 100))
     first, *rest = frames
-    webp = _webp(first, lossless=True, save_all=True, append_images=rest, duration=durations, loop=0)
+    webp = encode_webp(first, lossless=True, save_all=True, append_images=rest, duration=durations, loop=0)
     original = path.read_bytes()
     return ("webp", webp) if len(webp) < len(original) else ("gif", original)
-
-
-def _webp(image: Image.Image, **options: Any) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "WEBP", method=2, **options)
-    return content.getvalue()
