@@ -160,7 +160,7 @@ def draw_grids(
     result = f"{len(pictures)} grids in {out}, of {steps} solver steps, guidance scales: {scales}"
     run = out.parent.parent if out.parts[-2:] == trajectory_grids.FOLDER.parts else args.weights
     report = subprocesses.command("-m", "scripts.report", run, "--out", "report")
-    print(cli.summary(result, args.start, f"show them with sliders with: {report}"))
+    print(cli.summary(result, args.start, f"show them with: {report}"))
 
 
 def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:

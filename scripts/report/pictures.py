@@ -24,17 +24,26 @@ class Pictures:
     """Gives each picture its address in a page; `folder` None: inside the page, as long as `budget` bytes allow it."""
 
     def __init__(self, folder: Path | None, budget: int):
-        self.folder, self.left = folder, budget
-        self.problems: list[str] = []
+        self.folder, self.budget, self.left = folder, budget, budget
+        self._problems: list[str] = []
         self.left_out = 0
         self.written: set[str] = set()  # names of files in the folder
+
+    def has_room(self, reserved: float) -> bool:
+        """Whether more than this share of the budget is left."""
+        return self.folder is not None or self.left > reserved * self.budget
+
+    def take_problems(self) -> list[str]:
+        """Lines on the damaged pictures since the last call."""
+        problems, self._problems = self._problems, []
+        return problems
 
     def source(self, path: Path) -> str | None:
         """The address of a picture; None for one that is damaged, or that there is no room for."""
         try:
             kind, content = encoded(path, *version(path))
         except UNREADABLE as error:
-            self.problems.append(f"{path}: is no picture ({type(error).__name__})")
+            self._problems.append(f"{path}: is no picture ({type(error).__name__})")
             return None
         if self.folder is not None:
             name = f"{hashlib.sha256(content).hexdigest()[:20]}.{kind}"
