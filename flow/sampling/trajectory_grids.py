@@ -78,7 +78,9 @@ def _grid(row: Any, i: int, steps: int) -> Grid:
     try:
         if not isinstance(row, dict):
             raise ValueError("must be an object")
-        name, step, t, scale = _entry(row, "file", str), _count(row, "step"), row.get("t"), row.get("guidance_scale")
+        name, step = _entry(row, "file", str), _count(row, "step")
+        t: Any = row.get("t")
+        scale: Any = row.get("guidance_scale")
         if not name or name != Path(name).name or "\0" in name:
             raise ValueError(f"file={name!r}: must be the name of a file beside the manifest")
         if step > steps:
@@ -92,10 +94,10 @@ def _grid(row: Any, i: int, steps: int) -> Grid:
     return Grid(name, step, float(t), None if scale is None else float(scale))
 
 
-def _entry(values: dict, key: str, kind: type) -> Any:
+def _entry(values: dict, key: str, kind: type[str] | type[list]) -> Any:
     value = values.get(key)
     if not isinstance(value, kind):
-        expected = {str: "text", list: "a list"}[kind]
+        expected = "text" if kind is str else "a list"
         raise ValueError(f"{key}={str(value)[:40]!r}: must be {expected}" if key in values else f"has no {key!r}")
     return value
 

@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ PAGE, PICTURES = "index.html", "pictures"  # in the output folder
 GENERATOR = "flow-matching-runner scripts.report"  # in the page: only a page with it is overwritten
 PICTURE_BYTES = 6_000_000  # of all pictures in a page
 MIN_RUN_BYTES = 150_000  # of the pictures of a run, where there are many
-PREVIEW_SHARE, GRID_SHARE = 0.4, 0.3  # of a run's bytes that its previews and its grids of trajectories may take
+SAMPLE_SHARE = 0.6  # of a run's bytes that its previews and its grids of trajectories may take, each half where there are both
 MAX_PREVIEWS = 40  # of a run
 MAX_COMMANDS = 3  # that make grids of trajectories, in the panel that has none
 DASHES = ("", "5 3", "2 2", "6 2 2 2", "9 2")  # as many colors with each as there are in plots.COLORS
@@ -54,6 +55,7 @@ def write(runs: list[Run], out: Path, linked: bool, reload_seconds: int | None) 
     return out / PAGE
 
 
+@cache  # with the compiled template
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, trim_blocks=True
@@ -76,16 +78,17 @@ class Shown:
 
 def _pictures(run: Run, pictures: Pictures) -> Shown:
     """The pictures of a run, as many as there is room for. Lines on damaged ones are added to the problems of the run."""
+    share = SAMPLE_SHARE if run.trajectory is None else SAMPLE_SHARE / 2
     previews: list[dict[str, Any]] = []
     for step in list(spread(sorted(run.previews)))[: None if pictures.folder else MAX_PREVIEWS]:
-        if not pictures.has_room(1 - PREVIEW_SHARE):
+        if not pictures.has_room(1 - share):
             break
         if source := pictures.source(run.previews[step]):
             previews.append({"step": step, "src": source})
     run.add_problems("samples", "samples", pictures.take_problems())
     grids: list[dict[str, Any]] = []
     waiting = _by_importance(run.trajectory)
-    while waiting and pictures.has_room(1 - PREVIEW_SHARE - GRID_SHARE):
+    while waiting and pictures.has_room(1 - SAMPLE_SHARE):
         grid = waiting.pop(0)
         if source := pictures.source(run.folder / trajectory_grids.FOLDER / grid.file):
             grids.append({"step": grid.step, "t": grid.t, "scale": grid.guidance_scale, "src": source})

@@ -17,6 +17,8 @@ MAX_SIDE = 1600  # pixels of a side; larger pictures are scaled down
 MAX_PIXELS = 2**27  # of all frames of a picture
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)  # what Pillow raises
 
+GIF_END = b";"
+
 T = TypeVar("T")
 
 
@@ -66,6 +68,8 @@ def encoded(path: Path, modified: int, size: int) -> tuple[str, bytes]:
         frames = getattr(file, "n_frames", 1)
         if file.width * file.height * frames > MAX_PIXELS:
             raise ValueError("it has too many pixels")
+        if file.format == "GIF" and not path.read_bytes().rstrip(b"\0").endswith(GIF_END):
+            raise EOFError  # Pillow takes the frames that are there for all of them
         if frames > 1:
             return _animation(path, file)
         image = file.convert("RGBA" if file.has_transparency_data else "RGB")  # decodes it, which finds damage
