@@ -228,19 +228,24 @@ def _quality(runs: list[Run]) -> tuple[list[dict], list[dict], list[str]]:
     floors: list[dict] = []
     names: dict[str, None] = {}
     for i, run in enumerate(runs):
-        entries = [e for e in run.entries if e["NFE"] is not None]
+        entries = [e for e in run.entries if e["method"] is not None and _is_finite(e["NFE"])]
         names |= dict.fromkeys(n for e in run.entries for n in e["metrics"] if n != "seconds" and not table.is_class_column(n))
         points = table.without_earlier_snapshots(entries)
         several = plots.several_of(points)
         of_run: dict[str, list[dict]] = {}
         for e in points:
-            point = {"NFE": e["NFE"], "forwards": e["forwards"] or e["NFE"], "values": _values(e)}
+            forwards = e["forwards"] if _is_finite(e["forwards"]) and e["forwards"] else e["NFE"]
+            point = {"NFE": e["NFE"], "forwards": forwards, "values": _values(e)}
             of_run.setdefault(plots.line_name(e, several), []).append(point)
         lines += [{"run": i, "name": name, "points": members} for name, members in of_run.items()]
         controls = filter(table.is_control, run.entries)
         floors += [{"run": i, "name": f"{e['weights']}, n = {e['n']}", "values": _values(e)} for e in controls]
     distances = [name for name in names if table.distance_name([{"metrics": {name: None}}])]
     return lines, floors, [*distances, *(name for name in names if name not in distances)]
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _values(entry: dict) -> dict[str, tuple[float, float | None]]:

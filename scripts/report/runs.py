@@ -156,6 +156,10 @@ def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
         for file, panel in EXPECTED.items():
             if not os.path.exists(folder / file):
                 run.add_problems(panel, file, [f"{file}: is missing"])
+    for name_of_folder, panel in {"samples": "samples", "snapshots": "runs"}.items():
+        place = folder / name_of_folder
+        if os.path.exists(place) and not (place.is_dir() and os.access(place, os.R_OK | os.X_OK)):
+            run.add_problems(panel, name_of_folder, [f"{name_of_folder}: is no folder that can be read"])
     nothing: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     values, interpolations = _read(run, "overview", "config.yaml", _read_config, nothing)
     run.config = {key: subprocesses.override(key, value).removeprefix(f"{key}=") for key, value in values.items()}

@@ -293,6 +293,30 @@ def test_unreadable_lines_keep_the_others(report, tmp_path):
     assert "environment.json" in shown.sections["overview"]
 
 
+def test_odd_numbers_and_types_keep_the_page(report, tmp_path):
+    """Rows that no command writes, but that are rows; a lock file of anything; a file in the place of a folder."""
+    run = make_run(tmp_path / "run", ended="")
+    odd = [{"NFE": float("inf")}, {"forwards": float("nan")}, {"method": None, "guidance_interval": "0.2 0.8"}, {"n": 10**18}]
+    with open(run / "evaluation/results.jsonl", "a") as file:
+        file.writelines(json.dumps({**ROW, "seed": k, "weights": f"odd@{k}", **row}) + "\n" for k, row in enumerate(odd))
+    shutil.rmtree(run / "samples")
+    (run / "samples").write_text("x")
+    (run / "environment.json").write_text(
+        json.dumps([{"command": [], "commit": {}, "device": 3, "processes": "x", "time": []}])
+    )
+    for signature in (
+        "",
+        "[]",
+        '{"host": "x", "pid": [], "since": 3}',
+        json.dumps({"host": socket.gethostname(), "pid": 10**30, "since": ""}),
+    ):
+        (run / files.LOCK).write_text(signature)
+        shown = report(run)
+        assert "odd@3" in shown.sections["quality"] and "stopped" in shown.sections["overview"]
+        assert "samples: is no folder" in shown.sections["samples"]
+    assert all(point["NFE"] == 9 for line in shown.data["lines"] for point in line["points"])
+
+
 def test_manifest_names_only_files_beside_it(report, tmp_path):
     """And says which entry is wrong."""
     run = make_run(tmp_path / "run")
