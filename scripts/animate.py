@@ -3,6 +3,9 @@
 2-D flows get flow.gif (particles in the velocity field, and their density), density.png (the density at six
 times), likelihood.png (log-density of the flow by the exact divergence and by Hutchinson's estimate, beside the exact one
 where there is a formula). Image models get trajectory.gif. With ffmpeg installed each GIF has an MP4 beside it.
+
+`--trajectory_grids` writes RUN/samples/trajectory in place of these: grids at solver steps and guidance scales, which
+scripts.report shows with sliders.
 """
 
 from pathlib import Path
@@ -13,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
+from configs.schema import UserError
 from flow import source as sources
 from flow.evaluation import animation, plots_2d
 from flow.guidance import GuidedVelocity
@@ -21,9 +25,9 @@ from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import guide, images, snapshot
+from flow.sampling import guide, images, snapshot, trajectory_grids
 from flow.sampling.generate import build_velocity, decode, to_solver_dtype, trajectory
-from flow.sampling.settings import SamplerSettings, validate
+from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
 from flow.solvers.time_grids import uniform
 from flow.source import GAUSSIAN
@@ -31,8 +35,13 @@ from flow.source import GAUSSIAN
 EXAMPLES = """\
   python -m scripts.animate --weights runs/toy --out pictures
   python -m scripts.animate --weights runs/toy_mixture --out pictures --pictures likelihood --hutchinson_samples 16
-  python -m scripts.animate --weights runs/mnist --out pictures --guidance_scale 1.5 --n 50"""
+  python -m scripts.animate --weights runs/mnist --out pictures --guidance_scale 1.5 --n 50
+  python -m scripts.animate --weights runs/mnist --trajectory_grids
+  python -m scripts.animate --weights runs/mnist --trajectory_grids --guidance_scale 1 2 4 --frames 21"""
 PICTURES = ("flow", "density", "likelihood")  # of 2-D flows
+FRAMES, GRIDS = 32, 11  # frames of a GIF; states of --trajectory_grids, from noise to data
+GRID_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)  # of guidance, of --trajectory_grids
+GRID_IMAGES = 30  # of --trajectory_grids
 SHOWN = 1500  # particles of flow.gif at most: more would hide each other
 STRIP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAP_CELLS = 80  # of a side of the likelihood map
@@ -43,18 +52,34 @@ MASS = 0.01  # densities above this share of the highest count as inside the mas
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_weights_flag(parser)
-    cli.add_output_flag(parser)
-    cli.add_count_flag(parser, "--n", "particles, or images of the grid (default: 20000, or 50)")
-    cli.add_count_flag(parser, "--frames", "frames of a GIF", 32, least=2)
+    cli.add_output_flag(parser, use="output folder; --trajectory_grids has its own in the run folder", required=False)
+    cli.add_count_flag(
+        parser, "--n", f"particles, or images of the grid (default: 20000, 50, or {GRID_IMAGES} of --trajectory_grids)"
+    )
+    frames = f"frames of a GIF (default: {FRAMES}), or states of --trajectory_grids (default: {GRIDS})"
+    cli.add_count_flag(parser, "--frames", frames, least=2)
     cli.add_method_flag(parser, DETERMINISTIC, "heun")
     cli.add_count_flag(parser, "--steps_a_frame", "steps of the solver between frames", 2)
     parser.add_argument("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="of points (default: all)")
     cli.add_count_flag(parser, "--hutchinson_samples", "random directions per point", 4)
-    cli.add_guidance_flags(parser)
+    cli.add_guidance_flags(parser, several=True)
+    parser.set_defaults(guidance_scale=None)
     cli.add_prompts_flag(parser)
     cli.add_source_flag(parser)
     cli.add_seed_flag(parser)
-    return parser.parse()
+    shown = " ".join(f"{scale:g}" for scale in GRID_SCALES)
+    parser.add_argument(
+        "--trajectory_grids", action="store_true",
+        help="instead: RUN/samples/trajectory, grids for the sliders of scripts.report over solver steps and, with labels or "
+        f"prompts, guidance scales (--guidance_scale, default: {shown})",
+    )  # fmt: skip
+    args = parser.parse()
+    if args.out is None and not args.trajectory_grids:
+        raise UserError("--out is missing: name a folder; only --trajectory_grids has one of its own")
+    if len(args.guidance_scale or ()) > 1 and not args.trajectory_grids:
+        scales = " ".join(f"{scale:g}" for scale in args.guidance_scale)
+        raise UserError(f"--guidance_scale {scales}: must be one number; --trajectory_grids takes several")
+    return args
 
 
 def main() -> None:
@@ -63,25 +88,87 @@ def main() -> None:
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
     sources.replace_by(model, args.source, snap.config.data.root, snap.image_shape)
-    settings = SamplerSettings(
-        args.sampling_method, guidance_scale=args.guidance_scale, seed=args.seed,
-        prompts=tuple(args.prompts) if args.prompts else None, guidance_interval=tuple(args.guidance_interval),
-        guide=guide_name, source=args.source,
-    )  # fmt: skip
     plane = snap.space.is_points
+    scales = guidance_scales(args, model)
+    settings = [
+        SamplerSettings(
+            args.sampling_method, guidance_scale=scale, seed=args.seed,
+            prompts=tuple(args.prompts) if args.prompts else None,
+            guidance_interval=ALL_TIMES if scale == 1 and len(scales) > 1 else tuple(args.guidance_interval),
+            guide=None if scale == 1 and len(scales) > 1 else guide_name,
+            source=args.source,
+        )
+        for scale in scales
+    ]  # fmt: skip
     with error_context("animate"):
-        validate(settings, model)
+        for each in settings:
+            validate(each, model)
         if plane and model.net.num_classes is not None:
             raise ValueError("--weights: a flow of points with labels has a field for each of them; train one without")
     if plane and "likelihood" in args.pictures and model.source.name != GAUSSIAN:
         args.pictures = [name for name in args.pictures if name != "likelihood"]
         print(f"note: no likelihood.png: the density of flow.source.name={model.source.name} is not known")
+    out = args.out or folder_of_grids(args.weights)
     accelerator = distributed.build_single_process_accelerator("animate")
     for network in model.networks:
         distributed.prepare_model(network, accelerator)
         network.eval().requires_grad_(False)
-    with lock.folder(args.out, accelerator):
-        draw(args, accelerator, snap, model, settings)
+    with lock.folder(out, accelerator):
+        if args.trajectory_grids:
+            draw_grids(args, out, accelerator, snap, model, settings)
+        else:
+            draw(args, accelerator, snap, model, settings[0])
+
+
+def guidance_scales(args, model: FlowModel) -> list[float]:
+    """Those of the command line, else 1, or for grids of a network that guidance is for several."""
+    if args.guidance_scale:
+        return sorted(set(args.guidance_scale))
+    return list(GRID_SCALES) if args.trajectory_grids and can_guide(model) and model.trained_guidance == 1 else [1.0]
+
+
+def can_guide(model: FlowModel) -> bool:
+    """Whether the velocity depends on a guidance scale."""
+    return bool(model.net.num_classes is not None or model.net.max_prompt_bytes or model.guide)
+
+
+def folder_of_grids(weights: str) -> Path:
+    """samples/trajectory of a run. Raises UserError where the weights are no run folder."""
+    if not (Path(weights) / "config.yaml").is_file():
+        place = Path("RUN") / trajectory_grids.FOLDER
+        raise UserError(f"--weights {weights}: is no run folder, in which the grids would be; give --out {place}")
+    return Path(weights) / trajectory_grids.FOLDER
+
+
+def draw_grids(
+    args, out: Path, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: list[SamplerSettings]
+) -> None:
+    """Write the grids of --trajectory_grids: one for each state and each of the `settings`, which differ in guidance."""
+    n = args.n or (20_000 if snap.space.is_points else GRID_IMAGES)
+    every = args.steps_a_frame
+    times = uniform(((args.frames or GRIDS) - 1) * every)
+    names = margin_of(settings[0], snap, model.net.num_classes)
+    grids: list[trajectory_grids.Grid] = []
+    pictures: dict[str, Tensor] = {}
+    with distributed.progress(accelerator, (len(times) - 1) * len(settings), "trajectories (steps)") as bar:
+        for each in settings:
+            states, _ = trajectory(accelerator, model, snap.image_shape, range(n), each, times, callback=bar.update)
+            for step in range(0, len(times), every):
+                scale = None if step == 0 or not can_guide(model) else each.guidance_scale  # noise is the same at every scale
+                file = f"step_{step:04d}{'' if scale is None else f'_scale_{scale}'}.webp"
+                if file in pictures:
+                    continue
+                visible = snap.space.to_visible(decode(model, accelerator.autocast, states[step]))
+                pictures[file] = snap.space.picture(visible, len(names) or 10, names)
+                grids.append(trajectory_grids.Grid(file, step, times[step], scale))
+    title, steps = snap.title(args.weights), len(times) - 1
+    content = trajectory_grids.TrajectoryGrids(title, args.sampling_method, steps, args.seed, n, tuple(names), tuple(grids))
+    trajectory_grids.write(out, content, pictures)
+    scales = " ".join(f"{each.guidance_scale:g}" for each in settings) if can_guide(model) else "none"
+    result = f"{len(pictures)} grids in {out}, of {steps} solver steps, guidance scales: {scales}"
+    run = out.parent.parent if out.parts[-2:] == trajectory_grids.FOLDER.parts else args.weights
+    report = subprocesses.command("-m", "scripts.report", run, "--out", "report")
+    print(cli.summary(result, args.start, f"show them with: {report}"))
 
 
 def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
@@ -90,7 +177,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     pictures = []
     if not plane or {"flow", "density"} & set(args.pictures):
         indices = range(args.n or (20_000 if plane else 50))
-        times = uniform((args.frames - 1) * args.steps_a_frame)
+        times = uniform(((args.frames or FRAMES) - 1) * args.steps_a_frame)
         with distributed.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar:
             states, _ = trajectory(accelerator, model, snap.image_shape, indices, settings, times, callback=bar.update)
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
@@ -104,7 +191,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     if plane and "likelihood" in args.pictures:
         pictures.append(likelihood_map(args.out, accelerator, model, snap, args.hutchinson_samples, args.seed))
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
-    flags = cli.condition_flags(args.guidance_scale, args.prompts)
+    flags = cli.condition_flags(settings.guidance_scale, args.prompts)
     command = subprocesses.command(*study, *flags, *args.overrides)
     print(cli.summary(f"{' '.join(pictures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 

@@ -43,6 +43,7 @@ from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images, snapshot
 from flow.sampling.generate import build_velocity, index_batches, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, validate
+from flow.source import GAUSSIAN
 
 EXAMPLES = """\
   python -m scripts.restore --weights runs/mnist --task inpaint --mask_box 12 --save_dir restored/box
@@ -96,10 +97,14 @@ def main() -> None:
         raise UserError(f"--weights: a flow of {snap.space.kind}; only flows of pixels restore images")
     build_degradation = degradation_of(args, snap.image_shape)
     model = snap.model()
+    if model.source.name != GAUSSIAN:
+        raise UserError(
+            f"--weights: flow.source.name={model.source.name}: only flows that start at Gaussian noise restore images"
+        )
     labels = cli.labels_of(args.labels, snap.class_names)
     conditions = SamplerSettings("euler", 1, args.guidance_scale, args.seed, labels, tuple(args.prompts or ()) or None)
     with error_context("restore"):
-        validate(conditions, model.net)
+        validate(conditions, model)
         check_conditions(conditions, model, snap)
         settings = settings_of(args)
     name, originals = load_images(args, snap, accelerator)

@@ -1,5 +1,6 @@
-"""Images as people see them: uint8 conversion, PNG files, grids."""
+"""Images as people see them: uint8 conversion, PNG and WebP files, grids."""
 
+import io
 import math
 import os
 from collections import deque
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ LINE_HEIGHT = 16
 MIN_CELL = 48  # pixels of an image in a grid with names
 MAX_CELL = 100  # to which it is enlarged for the sake of a long word above it
 NAME_WIDTH = 180  # pixels, at most, of names on the left
+SMALL_WEBP = 30_000  # bytes up to which a lossless WebP is not tried to be made smaller
+WEBP_QUALITY = 85  # of lossy WebP
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -83,6 +87,21 @@ def read_png(path: Path) -> np.ndarray:
 def to_pil(image: Tensor) -> Image.Image:
     """uint8 [C, H, W] with 1 or 3 channels."""
     return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
+
+
+def to_webp(image: Image.Image) -> bytes:
+    """A WebP file of a grey or RGB(A) image: lossless, or lossy where that is smaller and lossless is large."""
+    lossless = encode_webp(image, lossless=True)
+    if len(lossless) < SMALL_WEBP:
+        return lossless
+    return min(lossless, encode_webp(image, quality=WEBP_QUALITY), key=len)
+
+
+def encode_webp(image: Image.Image, **options: Any) -> bytes:
+    """The content of a WebP file with these options of Pillow."""
+    content = io.BytesIO()
+    image.save(content, "WEBP", method=2, **options)
+    return content.getvalue()
 
 
 def from_pil(image: Image.Image) -> Tensor:

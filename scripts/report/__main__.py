@@ -12,7 +12,7 @@ from configs.schema import UserError
 from flow.runtime import cli, lock
 from flow.runtime.errors import cli_main
 from scripts.report import page
-from scripts.report.runs import MARKS, Run, find_runs, names_of, read_run
+from scripts.report.runs import MARKS, TRAJECTORY, Run, find_runs, names_of, read_run
 
 EXAMPLES = """\
   python -m scripts.report runs/digits
@@ -56,17 +56,25 @@ def main() -> None:
         with suppress(KeyboardInterrupt):  # which ends the watching
             while args.watch:
                 start = time.monotonic()
-                path = build(args, args.watch)
+                path, _ = build(args, args.watch)
                 print(f"{path} built in {time.monotonic() - start:.1f} s; Ctrl-C ends", flush=True)
                 time.sleep(args.watch)
-        path = build(args, None)
+        path, runs = build(args, None)
     size = path.stat().st_size / 1e6
-    print(cli.summary(f"{path}, {size:.1f} MB", args.start, "open it in a browser"))
+    print(cli.summary(f"{path}, {size:.1f} MB", args.start, next_step(runs)))
 
 
-def build(args, reload_seconds: int | None) -> Path:
-    """Read the runs and write the page, whose path is returned."""
-    return page.write(read_runs(args.runs, args.pictures), args.out, args.linked, reload_seconds)
+def next_step(runs: list[Run]) -> str:
+    """What to do with the page, and the command of the grids that the first run without them lacks."""
+    commands = [run.commands[TRAJECTORY] for run in runs if TRAJECTORY in run.commands and run.trajectory is None]
+    more = f"; grids for its sliders over solver steps and guidance are made with: {commands[0]}" if commands else ""
+    return f"open it in a browser{more}"
+
+
+def build(args, reload_seconds: int | None) -> tuple[Path, list[Run]]:
+    """Read the runs and write the page; its path and the runs."""
+    runs = read_runs(args.runs, args.pictures)
+    return page.write(runs, args.out, args.linked, reload_seconds), runs
 
 
 def read_runs(paths: list[Path], pictures: list[Path]) -> list[Run]:

@@ -271,6 +271,7 @@
     drawCurves();
     drawQuality();
     showPreviews();
+    showGrids();
   }
 
   for (const box of all("#run-table .shown")) box.addEventListener("input", () => {
@@ -419,39 +420,91 @@
       ...floors.map((floor, i) => lineItem(floor.name, "var(--muted)", i % 2 ? [2, 3] : [6, 4], null)));
   }
 
-  // ---- previews
+  // ---- previews, and grids along the trajectory
 
-  const slider = one("#preview-step");
-  const steps = [...new Set(data.runs.flatMap((run) => run.previews.map((preview) => preview.step)))].sort((a, b) => a - b);
-  const previews = one("#previews");
-  if (slider) {
-    slider.max = steps.length - 1;
-    slider.value = steps.length - 1;
-    const kept = steps.indexOf(state.previewStep);
-    if (kept >= 0) slider.value = kept;
-    slider.addEventListener("input", () => { state.previewStep = +slider.value === steps.length - 1 ? null : steps[slider.value]; save(); showPreviews(); });
+  // The items of a list for which the distance is smallest.
+  const nearest = (list, distance) => {
+    const least = Math.min(...list.map(distance));
+    return list.filter((item) => distance(item) === least);
+  };
+  const sorted = (values) => [...new Set(values)].sort((a, b) => a - b);
+
+  // A slider over values, which starts at the index `start`; its value, not its place, is kept under the name `key`.
+  function valueSlider(control, values, start, key, changed) {
+    control.max = values.length - 1;
+    const kept = values.indexOf(state[key]);
+    control.value = kept >= 0 ? kept : start;
+    control.addEventListener("input", () => { state[key] = +control.value === start ? null : values[control.value]; save(); changed(); });
+  }
+
+  // What a slider says beside it and to screen readers.
+  function tell(control, text) {
+    one(`output[for="${control.id}"]`).textContent = text;
+    control.setAttribute("aria-valuetext", text);
+  }
+
+  function addFigures(host, has) {
     data.runs.forEach((run, i) => {
-      if (!run.previews.length) return;
+      if (!has(run)) return;
       const image = element("img"), caption = element("figcaption");
       image.addEventListener("load", () => image.classList.toggle("pixels", image.naturalWidth < image.clientWidth));
-      previews.append(element("figure", {}, image, caption));
-      previews.lastChild.dataset.run = i;
+      host.append(element("figure", {}, image, caption));
+      host.lastChild.dataset.run = i;
     });
+  }
+
+  function show(figure, src, alt, text) {
+    const image = one("img", figure);
+    figure.hidden = !isShown(+figure.dataset.run);
+    if (image.getAttribute("src") !== src) image.src = src;
+    image.alt = alt;
+    one("figcaption", figure).textContent = text;
+  }
+
+  const slider = one("#preview-step"), previews = one("#previews");
+  const steps = sorted(data.runs.flatMap((run) => run.previews.map((preview) => preview.step)));
+  if (slider) {
+    valueSlider(slider, steps, steps.length - 1, "previewStep", showPreviews);
+    addFigures(previews, (run) => run.previews.length);
   }
 
   function showPreviews() {
     if (!slider) return;
     const step = steps[+slider.value];
-    one('output[for="preview-step"]').textContent = step;
-    slider.setAttribute("aria-valuetext", `step ${step}`);
+    tell(slider, `${step}`);
     for (const figure of previews.children) {
       const run = data.runs[+figure.dataset.run];
-      figure.hidden = !isShown(+figure.dataset.run);
-      const nearest = run.previews.reduce((best, preview) => (Math.abs(preview.step - step) < Math.abs(best.step - step) ? preview : best));
-      const image = one("img", figure);
-      if (image.getAttribute("src") !== nearest.src) image.src = nearest.src;
-      image.alt = `Preview of ${run.name} at step ${nearest.step}`;
-      one("figcaption", figure).textContent = `${run.name}, step ${nearest.step}`;
+      const [preview] = nearest(run.previews, (candidate) => Math.abs(candidate.step - step));
+      show(figure, preview.src, `Preview of ${run.name} at step ${preview.step}`, `${run.name}, step ${preview.step}`);
+    }
+  }
+
+  const timeSlider = one("#solver-step"), scaleSlider = one("#guidance-scale"), grids = one("#grids");
+  const allGrids = data.runs.flatMap((run) => run.grids);
+  const times = sorted(allGrids.map((grid) => grid.t));
+  const scales = sorted(allGrids.map((grid) => grid.scale).filter((scale) => scale !== null));
+  if (timeSlider) {
+    valueSlider(timeSlider, times, times.length - 1, "solverTime", showGrids);
+    valueSlider(scaleSlider, scales, Math.max(0, scales.indexOf(1)), "guidanceScale", showGrids);
+    scaleSlider.closest("label").hidden = scales.length < 2;
+    addFigures(grids, (run) => run.grids.length);
+  }
+
+  function showGrids() {
+    if (!timeSlider) return;
+    const t = times[+timeSlider.value], scale = scales[+scaleSlider.value], at = `t = ${+t.toFixed(3)}`;
+    const totals = sorted(data.runs.filter((run) => run.grids.length).map((run) => run.trajectory.steps));
+    tell(timeSlider, totals.length === 1 ? `${Math.round(t * totals[0])} of ${totals[0]}, ${at}` : at); // other numbers of steps meet at the same t
+    tell(scaleSlider, `${scale}`);
+    for (const figure of grids.children) {
+      const { name, trajectory, grids: own } = data.runs[+figure.dataset.run];
+      const guided = own.filter((grid) => grid.scale !== null);
+      const [match] = guided.length ? nearest(guided, (grid) => Math.abs(grid.scale - scale)) : [{ scale: null }];
+      const [grid] = nearest(own.filter((candidate) => candidate.scale === null || candidate.scale === match.scale), (candidate) => Math.abs(candidate.t - t));
+      const guidance = match.scale === null ? "" : `, guidance scale ${match.scale}`;
+      const text = `${name}, step ${grid.step} of ${trajectory.steps}, t = ${+grid.t.toFixed(3)}${guidance}`;
+      const columns = trajectory.columns.length ? `; columns: ${trajectory.columns.join(", ")}` : "";
+      show(figure, grid.src, `Grid of ${text}${columns}`, `${text} (${trajectory.weights}, ${trajectory.solver}, seed ${trajectory.seed})`);
     }
   }
 

@@ -4,6 +4,8 @@ import math
 import re
 import time
 from collections import Counter
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,19 @@ from markupsafe import Markup
 from configs.schema import UserError
 from flow.evaluation import plots, table
 from flow.runtime import cli, files
+from flow.sampling import trajectory_grids
+from flow.sampling.trajectory_grids import Grid, TrajectoryGrids
 from scripts.report.pictures import Pictures, spread
-from scripts.report.runs import Run, differing_keys
+from scripts.report.runs import PANELS, TRAJECTORY, Run, differing_keys
 
 HERE = Path(__file__).parent
 PAGE, PICTURES = "index.html", "pictures"  # in the output folder
 GENERATOR = "flow-matching-runner scripts.report"  # in the page: only a page with it is overwritten
 PICTURE_BYTES = 6_000_000  # of all pictures in a page
 MIN_RUN_BYTES = 150_000  # of the pictures of a run, where there are many
-PREVIEW_SHARE = 0.6  # of a run's bytes that its previews may take
+SAMPLE_SHARE = 0.6  # of a run's bytes that its previews and its grids of trajectories may take, each half where there are both
 MAX_PREVIEWS = 40  # of a run
+MAX_COMMANDS = 3  # that make grids of trajectories, in the panel that has none
 DASHES = ("", "5 3", "2 2", "6 2 2 2", "9 2")  # as many colors with each as there are in plots.COLORS
 
 
@@ -38,20 +43,19 @@ def check_output(out: Path) -> None:
 def write(runs: list[Run], out: Path, linked: bool, reload_seconds: int | None) -> Path:
     """Write the page and, with `linked`, its pictures beside it; the path of the page."""
     folder = out / PICTURES if linked else None
-    previews, figures, left_out, written = _pictures(runs, folder)
-    text = (
-        _environment()
-        .get_template("template.html")
-        .render(_context(runs, previews, figures, left_out) | {"reload": reload_seconds})
-    )
+    budget = max(MIN_RUN_BYTES, PICTURE_BYTES // max(1, len(runs)))
+    shown = [_pictures(run, Pictures(folder, budget)) for run in runs]
+    text = _environment().get_template("template.html").render(_context(runs, shown) | {"reload": reload_seconds})
     files.write_bytes(out / PAGE, text.encode("utf-8", errors="replace"))
     if folder:
+        written = {name for of_run in shown for name in of_run.written}
         for path in folder.glob("*"):
             if re.fullmatch(r"[0-9a-f]{20}\.(webp|gif)", path.name) and path.name not in written:
                 path.unlink()
     return out / PAGE
 
 
+@cache  # with the compiled template
 def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, trim_blocks=True
@@ -60,45 +64,59 @@ def _environment() -> Environment:
     return environment
 
 
-def _pictures(runs: list[Run], folder: Path | None) -> tuple[list[list[dict]], list[list[dict]], dict[str, int], set[str]]:
-    """Previews and figures of each run, how many pictures of a run were left out, and the names of the files written.
+@dataclass
+class Shown:
+    """The pictures of a run that are in the page: their addresses, with what they show."""
 
-    A line on each damaged picture is added to the problems of its run.
-    """
-    previews, figures = [], []
-    left_out: dict[str, int] = {}
-    written: set[str] = set()
-    budget = max(MIN_RUN_BYTES, PICTURE_BYTES // max(1, len(runs)))
-    for run in runs:
-        pictures = Pictures(folder, budget)
-        shown: list[dict[str, Any]] = []
-        for step in list(spread(sorted(run.previews)))[: None if folder else MAX_PREVIEWS]:
-            if pictures.left < (1 - PREVIEW_SHARE) * budget:
-                break
-            if source := pictures.source(run.previews[step]):
-                shown.append({"step": step, "src": source})
-        previews.append(sorted(shown, key=lambda preview: preview["step"]))
-        pictures.left_out = 0
-        named = [(_name(path, run.folder), pictures.source(path)) for path in run.figures]
-        figures.append([{"name": name, "src": source} for name, source in named if source])
-        run.problems += pictures.problems
-        if pictures.left_out:
-            left_out[run.name] = pictures.left_out
-        written |= pictures.written
-    return previews, figures, left_out, written
+    previews: list[dict[str, Any]]  # step, src
+    grids: list[dict[str, Any]]  # step of the solver, t, scale, src
+    figures: list[dict[str, Any]]  # name, src
+    left_out: int  # figures for which there was no room
+    grids_left_out: int
+    written: set[str]  # names of files beside the page
+
+
+def _pictures(run: Run, pictures: Pictures) -> Shown:
+    """The pictures of a run, as many as there is room for. Lines on damaged ones are added to the problems of the run."""
+    share = SAMPLE_SHARE if run.trajectory is None else SAMPLE_SHARE / 2
+    previews: list[dict[str, Any]] = []
+    for step in list(spread(sorted(run.previews)))[: None if pictures.folder else MAX_PREVIEWS]:
+        if not pictures.has_room(1 - share):
+            break
+        if source := pictures.source(run.previews[step]):
+            previews.append({"step": step, "src": source})
+    run.add_problems("samples", "samples", pictures.take_problems())
+    grids: list[dict[str, Any]] = []
+    waiting = _by_importance(run.trajectory)
+    while waiting and pictures.has_room(1 - SAMPLE_SHARE):
+        grid = waiting.pop(0)
+        if source := pictures.source(run.folder / trajectory_grids.FOLDER / grid.file):
+            grids.append({"step": grid.step, "t": grid.t, "scale": grid.guidance_scale, "src": source})
+    run.add_problems("samples", str(trajectory_grids.FOLDER), pictures.take_problems())
+    pictures.left_out = 0  # what was the first preview not to fit is no figure
+    named = [(_name(path, run.folder), pictures.source(path)) for path in run.figures]
+    figures = [{"name": name, "src": source} for name, source in named if source]
+    run.add_problems("figures", "figures", pictures.take_problems())
+    previews.sort(key=lambda preview: preview["step"])
+    return Shown(previews, grids, figures, pictures.left_out, len(waiting), pictures.written)
+
+
+def _by_importance(trajectory: TrajectoryGrids | None) -> list[Grid]:
+    """The grids, so that each beginning of the list is spread over the steps of the solver and has all guidance scales."""
+    grids = trajectory.grids if trajectory else ()
+    order = {step: k for k, step in enumerate(spread(sorted({grid.step for grid in grids})))}
+    return sorted(grids, key=lambda grid: order[grid.step])
 
 
 def _name(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
-def _context(
-    runs: list[Run], previews: list[list[dict]], figures: list[list[dict]], left_out: dict[str, int]
-) -> dict[str, Any]:
+def _context(runs: list[Run], shown: list[Shown]) -> dict[str, Any]:
     """What the template shows."""
     differing = differing_keys(runs)
     unusual = {key: _unusual([run.config.get(key) for run in runs if run.config]) for key in differing}
-    rows = [_row(i, run, figures[i]) for i, run in enumerate(runs)]
+    rows = [_row(i, run, shown[i].figures) for i, run in enumerate(runs)]
     lines, floors, metrics = _quality(runs)
     names = [run.name for run in runs]
     data = {
@@ -107,14 +125,20 @@ def _context(
                 "name": run.name, "color": row["color"], "dash": [int(n) for n in row["dash"].split()],
                 "curves": {"step": run.curves.step, "images": run.curves.images, "hours": run.curves.hours,
                            "columns": run.curves.columns},
-                "previews": shown,
+                "previews": pictures.previews, "grids": pictures.grids, **_trajectory(run),
             }
-            for run, row, shown in zip(runs, rows, previews, strict=True)
+            for run, row, pictures in zip(runs, rows, shown, strict=True)
         ],
         "lines": lines, "floors": floors, "metrics": metrics,
     }  # fmt: skip
-    problems = [(run.name, problem) for run in runs for problem in run.problems]
-    problems += [(name, f"{n} figures left out to keep the page small; --linked shows all") for name, n in left_out.items()]
+    problems: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
+    for run, pictures in zip(runs, shown, strict=True):
+        for problem in run.problems:
+            problems[problem.panel].append((run.name, problem.text))
+        if pictures.left_out:
+            text = f"{pictures.left_out} figures left out to keep the page small; --linked shows all"
+            problems["figures"].append((run.name, text))
+    without = [row for row, pictures in zip(rows, shown, strict=True) if TRAJECTORY in row["commands"] and not pictures.grids]
     return {
         "title": names[0] if len(names) == 1 else f"{len(names)} runs",
         "generator": GENERATOR,
@@ -122,20 +146,33 @@ def _context(
         "place": str(Path.cwd()),
         "runs": rows,
         "problems": problems,
+        "elsewhere": [(panel, len(lines)) for panel, lines in problems.items() if lines and panel != "overview"],
         "differing": differing,
         "unusual": unusual,
         "quality": _table(runs, metrics),
         "note": table.NOTE,
-        "has_quality": bool(metrics),
+        "has_quality": bool(metrics) or bool(problems["quality"]),
         "has_curves": any(run.curves.columns for run in runs),
-        "has_previews": any(previews),
-        "has_figures": any(figures),
+        "has_previews": any(pictures.previews for pictures in shown),
+        "has_grids": any(pictures.grids for pictures in shown),
+        "grids_left_out": sum(pictures.grids_left_out for pictures in shown),
+        "has_figures": any(pictures.figures for pictures in shown) or bool(problems["figures"]),
+        "trajectory_commands": [(row["name"], row["commands"][TRAJECTORY]) for row in without[:MAX_COMMANDS]],
+        "further_trajectories": [row["name"] for row in without[MAX_COMMANDS:]],
         "thinned": any("low" in column for run in runs for column in run.curves.columns.values()),
         "styles": _asset("uplot/uPlot.min.css") + _asset("page.css"),
         "library": _asset("uplot/uPlot.iife.min.js"),
         "script": _asset("page.js"),
         "data": data,
     }
+
+
+def _trajectory(run: Run) -> dict[str, Any]:
+    """What the captions of a run's grids say."""
+    if run.trajectory is None:
+        return {}
+    names = ("weights", "solver", "steps", "seed", "columns")
+    return {"trajectory": {name: getattr(run.trajectory, name) for name in names}}
 
 
 def _unusual(values: list[str | None]) -> set[str | None]:
@@ -191,19 +228,24 @@ def _quality(runs: list[Run]) -> tuple[list[dict], list[dict], list[str]]:
     floors: list[dict] = []
     names: dict[str, None] = {}
     for i, run in enumerate(runs):
-        entries = [e for e in run.entries if e["NFE"] is not None]
+        entries = [e for e in run.entries if e["method"] is not None and _is_finite(e["NFE"])]
         names |= dict.fromkeys(n for e in run.entries for n in e["metrics"] if n != "seconds" and not table.is_class_column(n))
         points = table.without_earlier_snapshots(entries)
         several = plots.several_of(points)
         of_run: dict[str, list[dict]] = {}
         for e in points:
-            point = {"NFE": e["NFE"], "forwards": e["forwards"] or e["NFE"], "values": _values(e)}
+            forwards = e["forwards"] if _is_finite(e["forwards"]) and e["forwards"] else e["NFE"]
+            point = {"NFE": e["NFE"], "forwards": forwards, "values": _values(e)}
             of_run.setdefault(plots.line_name(e, several), []).append(point)
         lines += [{"run": i, "name": name, "points": members} for name, members in of_run.items()]
         controls = filter(table.is_control, run.entries)
         floors += [{"run": i, "name": f"{e['weights']}, n = {e['n']}", "values": _values(e)} for e in controls]
     distances = [name for name in names if table.distance_name([{"metrics": {name: None}}])]
     return lines, floors, [*distances, *(name for name in names if name not in distances)]
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _values(entry: dict) -> dict[str, tuple[float, float | None]]:

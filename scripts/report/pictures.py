@@ -2,22 +2,22 @@
 
 import base64
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from PIL import Image, ImageSequence
 
 from flow.runtime import files
+from flow.sampling.images import encode_webp, to_webp
 from scripts.report.runs import version
 
 MAX_SIDE = 1600  # pixels of a side; larger pictures are scaled down
 MAX_PIXELS = 2**27  # of all frames of a picture
-SMALL = 30_000  # bytes up to which a lossless picture is not tried to be made smaller
-QUALITY = 85  # of lossy WebP
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)  # what Pillow raises
+
+GIF_END = b";"
 
 T = TypeVar("T")
 
@@ -26,17 +26,26 @@ class Pictures:
     """Gives each picture its address in a page; `folder` None: inside the page, as long as `budget` bytes allow it."""
 
     def __init__(self, folder: Path | None, budget: int):
-        self.folder, self.left = folder, budget
-        self.problems: list[str] = []
+        self.folder, self.budget, self.left = folder, budget, budget
+        self._problems: list[str] = []
         self.left_out = 0
         self.written: set[str] = set()  # names of files in the folder
+
+    def has_room(self, reserved: float) -> bool:
+        """Whether more than this share of the budget is left."""
+        return self.folder is not None or self.left > reserved * self.budget
+
+    def take_problems(self) -> list[str]:
+        """Lines on the damaged pictures since the last call."""
+        problems, self._problems = self._problems, []
+        return problems
 
     def source(self, path: Path) -> str | None:
         """The address of a picture; None for one that is damaged, or that there is no room for."""
         try:
             kind, content = encoded(path, *version(path))
         except UNREADABLE as error:
-            self.problems.append(f"{path}: is no picture ({type(error).__name__})")
+            self._problems.append(f"{path}: is no picture ({type(error).__name__})")
             return None
         if self.folder is not None:
             name = f"{hashlib.sha256(content).hexdigest()[:20]}.{kind}"
@@ -54,19 +63,20 @@ class Pictures:
 
 @lru_cache(maxsize=2048)  # a page that is built again and again encodes what is new
 def encoded(path: Path, modified: int, size: int) -> tuple[str, bytes]:
-    """(webp or gif, content) of a PNG or GIF: the smaller of lossless and lossy WebP. Raises UNREADABLE."""
-    with Image.open(path, formats=("PNG", "GIF")) as file:
+    """(webp or gif, content) of a PNG, WebP or GIF: `images.to_webp`, and WebP of a usual size as it is. Raises UNREADABLE."""
+    with Image.open(path, formats=("PNG", "WEBP", "GIF")) as file:
         frames = getattr(file, "n_frames", 1)
         if file.width * file.height * frames > MAX_PIXELS:
             raise ValueError("it has too many pixels")
+        if file.format == "GIF" and not path.read_bytes().rstrip(b"\0").endswith(GIF_END):
+            raise EOFError  # Pillow takes the frames that are there for all of them
         if frames > 1:
             return _animation(path, file)
-        image = file.convert("RGBA" if file.has_transparency_data else "RGB")
+        image = file.convert("RGBA" if file.has_transparency_data else "RGB")  # decodes it, which finds damage
+        if file.format == "WEBP" and max(file.size) <= MAX_SIDE:
+            return "webp", path.read_bytes()
     image.thumbnail((MAX_SIDE, MAX_SIDE))
-    lossless = _webp(image, lossless=True)
-    if len(lossless) < SMALL:
-        return "webp", lossless
-    return "webp", min(lossless, _webp(image, quality=QUALITY), key=len)
+    return "webp", to_webp(image)
 
 
 def spread(items: Sequence[T]) -> Iterator[T]:
@@ -91,12 +101,6 @@ def _animation(path: Path, image: Image.Image) -> tuple[str, bytes]:
         frames.append(frame.convert("RGB"))
         durations.append(frame.info.get("duration", 100))
     first, *rest = frames
-    webp = _webp(first, lossless=True, save_all=True, append_images=rest, duration=durations, loop=0)
+    webp = encode_webp(first, lossless=True, save_all=True, append_images=rest, duration=durations, loop=0)
     original = path.read_bytes()
     return ("webp", webp) if len(webp) < len(original) else ("gif", original)
-
-
-def _webp(image: Image.Image, **options: Any) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "WEBP", method=2, **options)
-    return content.getvalue()

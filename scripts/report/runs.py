@@ -1,13 +1,14 @@
 """A run folder as a plain dataclass: what its files say, without locks, whatever state they are in.
 
-A file that is damaged or missing costs what it holds, and leaves a line in `Run.problems`.
+A file that is damaged or missing costs what it holds, and leaves a line in `Run.problems` for the panel that lacks it.
 """
 
 import math
+import os
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,14 +23,19 @@ from configs.schema import UserError
 from datasets import captions
 from flow.evaluation import classifiers, table
 from flow.runtime import cli, files, jsonl, lock, subprocesses
-from flow.sampling import header, snapshot
+from flow.sampling import header, snapshot, trajectory_grids
+from flow.sampling.trajectory_grids import TrajectoryGrids
 from flow.training import logging, run_dir
 
+PANELS = ("overview", "curves", "quality", "samples", "figures", "runs")  # sections of the page
 MARKS = ("metrics.jsonl", "environment.json", "log.txt")  # files that make a folder a run
 DEPTH = 4  # of run folders below a folder
 # Folders in a run that hold neither runs nor figures.
 OTHERS = ("checkpoints", "power_averages", "reconstructed", "samples", "snapshots", "tensorboard", "wandb")
+# Files that every run has, and where they are missed.
+EXPECTED = {"config.yaml": "overview", "environment.json": "overview", "log.txt": "overview", "metrics.jsonl": "curves"}
 QUIET_SECONDS = 15 * 60  # a run on another host that has written nothing for so long counts as stopped
+TRAJECTORY = "trajectory"  # what the command of the grids in samples/trajectory is called
 LOG_LINES = 30  # of log.txt that are shown
 DAMAGED_LINES = 3  # of a file that are named
 # Lines of log.txt: a start, an end, a stop by a signal.
@@ -45,6 +51,14 @@ class Status:
     kind: str  # running | finished | stopped | failed | unknown
     detail: str = ""  # its error line, the process that runs it, or how it stopped
     resumed: int = 0  # how often
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file that could not be read."""
+
+    panel: str  # one of PANELS: where it is missing
+    text: str  # the file and the reason
 
 
 @dataclass
@@ -68,7 +82,7 @@ class Run:
     folder: Path
     name: str
     status: Status = field(default_factory=lambda: Status("unknown"))
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     config: dict[str, str] = field(default_factory=dict)  # the values by dotted key, as YAML
     starts: list[dict] = field(default_factory=list)  # environment.json
     steps: int | None = None  # that the configuration asks for
@@ -80,9 +94,16 @@ class Run:
     curves: Curves = field(default_factory=Curves)
     entries: list[dict] = field(default_factory=list)  # of its tables, see `table.aggregate`
     previews: dict[int, Path] = field(default_factory=dict)  # by step
+    trajectory: TrajectoryGrids | None = None  # what samples/trajectory holds
     figures: list[Path] = field(default_factory=list)
     log: list[str] = field(default_factory=list)  # its last lines
     commands: dict[str, str] = field(default_factory=dict)  # {what it does: the command}
+
+    def add_problems(self, panel: str, name: str, lines: Sequence[str]) -> None:
+        """Lines about a file or several of a kind, `name`: the first few, and how many there are."""
+        self.problems += [Problem(panel, line) for line in lines[:DAMAGED_LINES]]
+        if len(lines) > DAMAGED_LINES:
+            self.problems.append(Problem(panel, f"{name}: {len(lines) - DAMAGED_LINES:,} further problems"))
 
     @property
     def environment(self) -> dict:
@@ -127,27 +148,41 @@ def names_of(folders: list[Path]) -> list[str]:
 def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
     """Everything about a run. points: of a curve, at most. pictures: further folders with figures of it."""
     run = Run(folder, name)
-    if not any((folder / mark).exists() for mark in (*MARKS, "config.yaml")):
-        run.problems.append(f"{folder}: holds no file of a run")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        run.add_problems("overview", str(folder), [f"{folder}: may not be read"])
+    elif not any(os.path.exists(folder / name) for name in EXPECTED):
+        run.add_problems("overview", str(folder), [f"{folder}: holds no file of a run"])
+    else:
+        for file, panel in EXPECTED.items():
+            if not os.path.exists(folder / file):
+                run.add_problems(panel, file, [f"{file}: is missing"])
+    for name_of_folder, panel in {"samples": "samples", "snapshots": "runs"}.items():
+        place = folder / name_of_folder
+        if os.path.exists(place) and not (place.is_dir() and os.access(place, os.R_OK | os.X_OK)):
+            run.add_problems(panel, name_of_folder, [f"{name_of_folder}: is no folder that can be read"])
     nothing: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-    values, interpolations = _read(run, "config.yaml", _read_config, nothing)
+    values, interpolations = _read(run, "overview", "config.yaml", _read_config, nothing)
     run.config = {key: subprocesses.override(key, value).removeprefix(f"{key}=") for key, value in values.items()}
     run.steps = values.get("train.steps")
-    run.starts = _read(run, "environment.json", _read_starts, [])
-    run.log = _read(run, "log.txt", _read_log, [])
+    run.starts = _read(run, "overview", "environment.json", _read_starts, [])
+    run.log = _read(run, "overview", "log.txt", _read_log, [])
     run.status = _status(run)
     no_rows: tuple[dict[str, Any], list[str]] = {}, []
-    fields, damage = _read(run, "metrics.jsonl", lambda path: _metrics(path, *version(path), points), no_rows)
+    fields, damage = _read(run, "curves", "metrics.jsonl", lambda path: _metrics(path, *version(path), points), no_rows)
     for name_of_field, value in fields.items():
         setattr(run, name_of_field, value)
-    _add_damage(run, "metrics.jsonl", damage)
+    run.add_problems("curves", "metrics.jsonl", damage)
     for path in sorted(folder.glob("evaluation*/results.jsonl")):
         name_of_file = str(path.relative_to(folder))
         no_entries: tuple[list[dict], list[str]] = [], []
-        rows, damage = _read(run, name_of_file, _read_rows, no_entries)
-        run.entries += table.aggregate(rows)
-        _add_damage(run, name_of_file, damage)
-    run.previews = {int(p.stem[5:]): p for p in sorted(folder.glob("samples/step_*.png")) if p.stem[5:].isdigit()}
+        entries, damage = _read(run, "quality", name_of_file, _read_entries, no_entries)
+        run.entries += entries
+        run.add_problems("quality", name_of_file, damage)
+    run.previews = {
+        int(p.stem[5:]): p for p in sorted(folder.glob("samples/step_*.png")) if re.fullmatch(r"[0-9]{1,18}", p.stem[5:])
+    }
+    manifest = str(trajectory_grids.FOLDER / trajectory_grids.MANIFEST)
+    run.trajectory = _read(run, "samples", manifest, trajectory_grids.read, None)
     run.figures = _figures(folder, pictures)
     run.commands = _commands(run, values, interpolations)
     run.log = run.log[-LOG_LINES:]
@@ -163,7 +198,7 @@ def differing_keys(runs: list[Run]) -> list[str]:
 
 def _runs_in(path: Path, depth: int = DEPTH) -> list[Path]:
     """The run folders at or below a path. A run may hold others, as those of scripts.rectify do."""
-    own = [path] if any((path / mark).is_file() for mark in MARKS) else []
+    own = [path] if any(os.path.isfile(path / mark) for mark in MARKS) else []
     try:
         below = sorted(p for p in path.iterdir() if p.is_dir() and p.name not in OTHERS and not p.name.startswith("."))
     except OSError:
@@ -171,16 +206,19 @@ def _runs_in(path: Path, depth: int = DEPTH) -> list[Path]:
     return own + [run for folder in below if depth for run in _runs_in(folder, depth - 1)]
 
 
-def _read(run: Run, name: str, read: Callable[[Path], T], missing: T) -> T:
-    """`read` of a file of the run; where it is absent or that fails `missing`, and a line in the run's problems."""
+def _read(run: Run, panel: str, name: str, read: Callable[[Path], T], missing: T) -> T:
+    """`read` of a file of the run; where that fails `missing`, and a line for the panel. Where there is no file: `missing`."""
     path = run.folder / name
-    if not path.is_file():
-        return missing
     try:
-        return read(path)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-        run.problems.append(f"{name}: {stored.first_line(error)}")
-        return missing
+        return read(path) if os.path.exists(path) else missing
+    except IsADirectoryError:
+        reason = "is a folder"
+    except OSError as error:
+        reason = error.strerror or stored.first_line(error)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
+        reason = stored.first_line(error)
+    run.add_problems(panel, name, [f"{name}: {reason}"])
+    return missing
 
 
 def _read_starts(path: Path) -> list[dict]:
@@ -200,20 +238,14 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {stored.dotted(place): value for place, value in stored.leaves(tree)} | interpolations, interpolations
 
 
-def _read_rows(path: Path) -> tuple[list[dict], list[str]]:
-    """The rows of a results.jsonl, and its damaged lines."""
-    return table.read_rows(path.parent), _damage(path, jsonl.read_lines(path, table.damage_of))
+def _read_entries(path: Path) -> tuple[list[dict], list[str]]:
+    """The entries of a results.jsonl, and its damaged lines."""
+    damage = _damage(path, jsonl.read_lines(path, table.damage_of))
+    return table.aggregate(table.read_rows(path.parent)), damage
 
 
 def _damage(path: Path, lines: list[jsonl.Line]) -> list[str]:
     return [jsonl.describe(path, line) for line in lines if line.row is None]
-
-
-def _add_damage(run: Run, name: str, damage: list[str]) -> None:
-    """Lines about damaged lines of a file: of the first few, and how many there are."""
-    run.problems += damage[:DAMAGED_LINES]
-    if len(damage) > DAMAGED_LINES:
-        run.problems.append(f"{name}: {len(damage) - DAMAGED_LINES:,} further damaged lines")
 
 
 def _status(run: Run) -> Status:
@@ -366,30 +398,46 @@ def _commands(run: Run, values: dict[str, Any], interpolations: dict[str, Any]) 
         "train again": subprocesses.command(*again, launcher=launcher),
         "resume": " ".join([run_dir.resume_command(folder, " ".join(program), launcher=launcher), *typed]),
     }
-    with suppress(UserError, OSError, ValueError, SafetensorError):
+    if program != ["train.py"]:
+        return commands
+    with suppress(UserError):  # no snapshot yet
         weights = snapshot.find(folder)
-        if program == ["train.py"]:
-            commands |= {key: " ".join([command, *typed]) for key, command in _uses(folder, values, weights).items()}
+        class_names = _read(run, "runs", str(weights.relative_to(folder)), _read_class_names, None)
+        if class_names is not None:
+            uses = _uses(folder, values, class_names)
+            commands |= {key: " ".join([command, *typed]) for key, command in uses.items()}
     return commands
 
 
-def _uses(folder: Path, values: dict[str, Any], weights: Path) -> dict[str, str]:
-    """What can be done with the weights of a flow. Raises ValueError where their header is damaged."""
+def _read_class_names(weights: Path) -> tuple[str, ...]:
+    """From the header of a snapshot, which is checked. Raises ValueError where it is damaged."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            entries = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"not a whole safetensors file ({error})") from None
+    if missing := header.KEYS - entries.keys():
+        raise ValueError(f"its header lacks {', '.join(sorted(missing))}")
+    *_, class_names = header.read(entries)
+    return class_names
+
+
+def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str]) -> dict[str, str]:
+    """What can be done with the weights of a flow."""
     prompts = []
     if values.get("model.args.max_prompt_bytes"):
-        with safe_open(weights, framework="pt") as file:
-            *_, class_names = header.read(file.metadata())
         prompts = ["--prompts", captions.plain(class_names[0])] if class_names else []
     data, extractor = values.get("data.name"), values.get("evaluate.feature_extractor")
-    extractor = data if data in classifiers.SIDES else extractor
+    extractor = data if data in list(classifiers.SIDES) else extractor
     flags = ["--feature_extractor", str(extractor)] if extractor and data != "toys" else []
     flags += ["--n_samples", str(values.get("evaluate.n_samples", 10_000))]
     solvers = ["--methods", "euler", "heun", "--sampling_steps", "5", "10", "20"]
-    animation = files.free_folder(folder / "animation")
+    animate: list[str | Path] = ["-m", "scripts.animate", "--weights", folder]
     return {
         "sample": cli.sample_command(folder, folder.name, *prompts),
         "evaluate": subprocesses.command("evaluate.py", "--weights", folder, *solvers, *flags),
-        "animate": subprocesses.command("-m", "scripts.animate", "--weights", folder, "--out", animation, *prompts),
+        "animate": subprocesses.command(*animate, "--out", files.free_folder(folder / "animation"), *prompts),
+        TRAJECTORY: subprocesses.command(*animate, "--trajectory_grids", *prompts),
     }
 
 

@@ -162,6 +162,6 @@ def test_readme_in_order_with_every_suggested_command(here, home, left_out):
         "train.py", "sample.py", "evaluate.py",
         *(f"scripts.{name}" for name in (
             "animate", "cache_latents", "compare", "doctor", "export", "export_images", "likelihood", "make_pairs",
-            "optimize_grid", "pack_images", "plot_loss", "posthoc_ema", "restore", "solver_study", "train_vae",
+            "optimize_grid", "pack_images", "plot_loss", "posthoc_ema", "report", "restore", "solver_study", "train_vae",
         )),
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -11,14 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_TRAIN
+import torch
+from conftest import TINY_RUN, TINY_TRAIN
 from PIL import Image
+from safetensors.torch import save_file
 
 import evaluate
 import sample
 import train
 from configs.schema import UserError
 from flow.runtime import files, lock
+from flow.sampling import trajectory_grids
+from scripts import animate
 from scripts.report import page, runs
 
 HOSTILE = '<script>alert("x")</script>'
@@ -32,21 +37,24 @@ CONTROL = {**ROW, "weights": "real (test split)", "method": None, "NFE": None, "
 
 
 class Page(HTMLParser):
-    """Data, addresses and text of a page."""
+    """Data, addresses and text of a page, the text also by section."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.addresses: list[str] = []
         self.text = self.style = self._data = ""
         self.tags: list[str] = []
-        self._inside = ""
+        self.sections: dict[str, str] = {}
+        self._inside = self._section = ""
         self.feed(path.read_text(encoding="utf-8"))
         self.data = json.loads(self._data)
         self.text = " ".join(self.text.split())
+        self.sections = {name: " ".join(text.split()) for name, text in self.sections.items()}
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
         self.tags.append(tag)
+        self._section = values["id"] if tag == "section" else self._section
         self._inside = "data" if values.get("id") == "data" else tag
         self.addresses += [values[key] for key in ("src", "href", "srcset", "action") if values.get(key)]
 
@@ -60,6 +68,7 @@ class Page(HTMLParser):
             self.style += data
         elif self._inside != "script":
             self.text += data
+            self.sections[self._section] = self.sections.get(self._section, "") + data
 
 
 def make_run(folder: Path, rows: int = 10, lr: str = "0.001", ended: str = "finished step") -> Path:
@@ -84,6 +93,27 @@ def make_run(folder: Path, rows: int = 10, lr: str = "0.001", ended: str = "fini
         Image.fromarray(np.full((8, 8), 20 * step, np.uint8)).save(folder / f"samples/step_{step:08d}.png")
     Image.fromarray(np.zeros((6, 9, 3), np.uint8)).save(folder / "evaluation/nfe.png")
     return folder
+
+
+def add_weights(run: Path) -> None:
+    """A snapshot, of which a report reads the header."""
+    counts = {"step": "10", "images": "80", "half_life_images": "1"}
+    entries = {"config": "data: {}", "image_shape": "[1, 8, 8]", "class_names": '["zero", "one"]', **counts}
+    save_file({"weight": torch.zeros(2)}, run / "snapshots/step_00000010.safetensors", metadata=entries)
+
+
+def add_grids(run: Path, steps: int = 4, scales: tuple[float, ...] = (1.0, 2.0)) -> None:
+    """Grids of a trajectory; without scales those of an unconditional network."""
+    grids, pictures = [], {}
+    for step in range(steps + 1):
+        for scale in scales if step and scales else (None,):
+            file = f"step_{step}_{scale}.webp"
+            grids.append(trajectory_grids.Grid(file, step, step / steps, scale))
+            pictures[file] = torch.full((1, 8, 8), int(40 * step + 5 * (scale or 0)) % 256, dtype=torch.uint8)
+    content = trajectory_grids.TrajectoryGrids("run@10", "heun", steps, 8888, 30, ("zero", HOSTILE), tuple(grids))
+    folder = run / trajectory_grids.FOLDER
+    folder.mkdir(parents=True)
+    trajectory_grids.write(folder, content, pictures)
 
 
 @pytest.fixture
@@ -170,30 +200,210 @@ def test_failed_training_says_why(main_of, tmp_path, tiny_run):
     assert runs.read_run(tiny_run, "tiny", 100, []).status.kind == "finished"
 
 
-DAMAGE = {
-    "metrics.jsonl": ("metrics.jsonl", lambda data: data[:-20], "not JSON"),
-    "no rows": ("metrics.jsonl", lambda data: b"\xff\n[]\n3\n", "not UTF-8"),
-    "config.yaml": ("config.yaml", lambda data: b"a: [", "config.yaml: not YAML"),
-    "environment.json": ("environment.json", lambda data: b"[1]", "environment.json"),
-    "deep": ("environment.json", lambda data: b"[" * 100_000, "environment.json"),
-    "results.jsonl": ("evaluation/results.jsonl", lambda data: data.replace(b'"n": 100', b'"n": "x"', 1), "wrong type"),
-    "preview": ("samples/step_00000005.png", lambda data: data[:30], "step_00000005.png: is no picture"),
-    "figure": ("evaluation/nfe.png", lambda data: b"", "nfe.png: is no picture"),
+MANIFEST = "samples/trajectory/trajectory.json"
+FIRST_GRID = "samples/trajectory/step_0_None.webp"
+PANELS = {  # every file that a report reads, and the panel that lacks it
+    "config.yaml": "overview",
+    "environment.json": "overview",
+    "log.txt": "overview",
+    "metrics.jsonl": "curves",
+    "evaluation/results.jsonl": "quality",
+    "samples/step_00000005.png": "samples",
+    MANIFEST: "samples",
+    FIRST_GRID: "samples",
+    "evaluation/nfe.png": "figures",
+    "animation/flow.gif": "figures",
+    "snapshots/step_00000010.safetensors": "runs",
 }
+NOISE = np.random.default_rng(0).bytes(3000)
+WRONG_TYPES = {  # content that parses, of other types
+    "config.yaml": b"data:\n  name: [3]\n  args: 7\ntrain:\n  steps: {a: 1}\nevaluate: 5\n",
+    "environment.json": b'{"time": 3}',
+    "metrics.jsonl": b'{"step": "x", "loss": 1.0}\n',
+    "evaluation/results.jsonl": b'{"weights": 3, "n": []}\n',
+    MANIFEST: b'{"weights": "a", "solver": "heun", "steps": 4, "seed": 1, "n": 3, "columns": [], "grids": [[]]}',
+}
+DAMAGE = {
+    "truncated": lambda path, content: path.write_bytes(content[: len(content) * 2 // 3]),
+    "empty": lambda path, content: path.write_bytes(b""),
+    "noise": lambda path, content: path.write_bytes(NOISE),
+    "wrong types": lambda path, content: path.write_bytes(next(v for k, v in WRONG_TYPES.items() if path.match(k))),
+    "missing": lambda path, content: path.unlink(),
+    "a folder": lambda path, content: (path.unlink(), path.mkdir()),
+}
+# Files that stay readable: any bytes are lines of a log; an empty file of lines has none; two thirds of some are whole entries.
+HARMLESS = {
+    ("log.txt", "truncated"), ("log.txt", "empty"), ("log.txt", "noise"), ("metrics.jsonl", "empty"),
+    ("evaluation/results.jsonl", "empty"), ("config.yaml", "truncated"), ("config.yaml", "wrong types"),
+}  # fmt: skip
+# Files that a run may be without.
+OPTIONAL = set(PANELS) - {"config.yaml", "environment.json", "log.txt", "metrics.jsonl", FIRST_GRID}
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_file_costs_its_panel(report, tmp_path, name):
-    """The other panels stay, and a line says what is damaged."""
-    file, change, said = DAMAGE[name]
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory) -> Path:
+    """A run folder with every file that a report reads."""
+    run = make_run(tmp_path_factory.mktemp("whole") / "run", rows=40)
+    add_weights(run)
+    add_grids(run)
+    (run / "animation").mkdir()
+    frames = [Image.fromarray(np.full((9, 9, 3), shade, np.uint8)) for shade in (0, 99, 200)]
+    frames[0].save(run / "animation/flow.gif", save_all=True, append_images=frames[1:])
+    return run
+
+
+CASES = [(file, damage) for file in PANELS for damage in DAMAGE if damage != "wrong types" or file in WRONG_TYPES]
+
+
+@pytest.mark.parametrize(("file", "damage"), CASES)
+def test_damaged_file_costs_its_panel(report, tmp_path, whole_run, file, damage):
+    """The panel names the file; the others show what they have, and the overview where something is missing."""
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    DAMAGE[damage](run / file, (run / file).read_bytes())
+    shown, panel = report(run), PANELS[file]
+    (data,) = shown.data["runs"]
+    if (file, damage) not in HARMLESS and not (damage == "missing" and file in OPTIONAL):
+        assert file in shown.sections[panel]
+        assert panel == "overview" or f"could not be read are named in {panel.capitalize()}" in shown.sections["overview"]
+    has = {
+        "curves": "loss" in data["curves"]["columns"],
+        "quality": "FD-digits" in shown.data["metrics"],
+        "samples": len(data["previews"]) == 2 and len(data["grids"]) == 9,
+        "figures": all(name in shown.sections["figures"] for name in ("nfe.png", "flow.gif")),
+        "runs": file == "config.yaml" or "--trajectory_grids" in shown.sections["runs"],
+        "overview": "finished" in shown.sections["overview"] or file == "log.txt",
+    }
+    assert all(there for name, there in has.items() if name != panel), has
+    if file == "samples/step_00000005.png":
+        assert len(data["grids"]) == 9 and len(data["previews"]) == 1
+    if panel == "samples" and file != "samples/step_00000005.png":
+        assert len(data["previews"]) == 2
+
+
+def test_unreadable_lines_keep_the_others(report, tmp_path):
+    """Of a file of lines, and of deeply nested JSON."""
     run = make_run(tmp_path / "run")
-    (run / file).write_bytes(change((run / file).read_bytes()))
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\n[]\n3\n" + b"[" * 100_000 + b'\n{"step": 11, "loss": "x", "grad_norm": [1]}\n')
+    (run / "environment.json").write_bytes(b"[" * 100_000)
     shown = report(run)
-    assert said in shown.text
-    (run_data,) = shown.data["runs"]
-    assert ("loss" in run_data["curves"]["columns"]) == (name != "no rows")
-    assert ("optimizer.lr" in shown.text) == (name != "config.yaml")
-    assert len(run_data["previews"]) == (1 if name == "preview" else 2)
+    assert "loss" in shown.data["runs"][0]["curves"]["columns"]
+    assert "not UTF-8" in shown.sections["curves"] and "metrics.jsonl: 1 further problems" in shown.sections["curves"]
+    assert "environment.json" in shown.sections["overview"]
+
+
+def test_odd_numbers_and_types_keep_the_page(report, tmp_path):
+    """Rows that no command writes, but that are rows; a lock file of anything; a file in the place of a folder."""
+    run = make_run(tmp_path / "run", ended="")
+    odd = [{"NFE": float("inf")}, {"forwards": float("nan")}, {"method": None, "guidance_interval": "0.2 0.8"}, {"n": 10**18}]
+    with open(run / "evaluation/results.jsonl", "a") as file:
+        file.writelines(json.dumps({**ROW, "seed": k, "weights": f"odd@{k}", **row}) + "\n" for k, row in enumerate(odd))
+    shutil.rmtree(run / "samples")
+    (run / "samples").write_text("x")
+    (run / "environment.json").write_text(
+        json.dumps([{"command": [], "commit": {}, "device": 3, "processes": "x", "time": []}])
+    )
+    for signature in (
+        "",
+        "[]",
+        '{"host": "x", "pid": [], "since": 3}',
+        json.dumps({"host": socket.gethostname(), "pid": 10**30, "since": ""}),
+    ):
+        (run / files.LOCK).write_text(signature)
+        shown = report(run)
+        assert "odd@3" in shown.sections["quality"] and "stopped" in shown.sections["overview"]
+        assert "samples: is no folder" in shown.sections["samples"]
+    assert all(point["NFE"] == 9 for line in shown.data["lines"] for point in line["points"])
+
+
+def test_manifest_names_only_files_beside_it(report, tmp_path):
+    """And says which entry is wrong."""
+    run = make_run(tmp_path / "run")
+    add_grids(run)
+    path = run / MANIFEST
+    content = json.loads(path.read_text())
+    for key, value in {"file": "../step_00000005.png", "step": 5, "t": 1.5, "guidance_scale": -1}.items():
+        grids = [dict(grid) for grid in content["grids"]]
+        grids[2][key] = value
+        path.write_text(json.dumps({**content, "grids": grids}))
+        shown = report(run)
+        assert f"{MANIFEST}: grids[2]: {key}={value!r}" in shown.sections["samples"]
+        assert shown.data["runs"][0]["grids"] == []
+
+
+def test_grids_of_two_runs(report, tmp_path):
+    """Side by side in the page; noise is in it once; unconditional ones have no scale."""
+    a, b = make_run(tmp_path / "runs/a"), make_run(tmp_path / "runs/b")
+    add_grids(a)
+    add_grids(b, steps=2, scales=())
+    shown = report(tmp_path / "runs")
+    first, second = shown.data["runs"]
+    assert sorted((grid["step"], grid["scale"]) for grid in first["grids"] if grid["step"]) == [
+        (step, scale) for step in range(1, 5) for scale in (1.0, 2.0)
+    ]
+    assert [grid["scale"] for grid in first["grids"] if grid["t"] == 0] == [None]
+    assert {grid["scale"] for grid in second["grids"]} == {None} and len(second["grids"]) == 3
+    assert first["trajectory"] == {
+        "weights": "run@10",
+        "solver": "heun",
+        "steps": 4,
+        "seed": 8888,
+        "columns": ["zero", HOSTILE],
+    }
+    assert all(grid["src"].startswith("data:image/webp;base64,") for run in (first, second) for grid in run["grids"])
+    assert shown.tags.count("script") == 3
+    linked = report(tmp_path / "runs", "--linked").data["runs"][0]["grids"]
+    assert all((tmp_path / "out" / grid["src"]).is_file() for grid in linked)
+
+
+def test_animate_writes_grids_of_the_report(here, report, tmp_path, tiny_run):
+    """The command that the summary and the empty panel of a report name makes them; the one it names shows them."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    said = here("report", run, "--out", tmp_path / "out")
+    (command,) = re.findall(r"are made with: (.+)$", said, re.M)
+    assert command in Page(tmp_path / "out/index.html").sections["samples"]
+    _, dash_m, script, *arguments = shlex.split(command)
+    assert (dash_m, script) == ("-m", "scripts.animate")
+    small = ["--frames", "3", "--steps_a_frame", "2", "--n", "10"]
+    said = here("animate", *arguments, *small)
+    folder = run / trajectory_grids.FOLDER
+    assert f"11 grids in {folder}, of 4 solver steps" in said
+    (command,) = re.findall(r"with: (.+)$", said, re.M)
+    assert shlex.split(command)[2:4] == ["scripts.report", str(run)]
+    shown = report(run)
+    (data,) = shown.data["runs"]
+    assert {grid["scale"] for grid in data["grids"]} == {None, *animate.GRID_SCALES}
+    assert {(grid["step"], grid["t"]) for grid in data["grids"]} == {(0, 0.0), (2, 0.5), (4, 1.0)}
+    assert data["trajectory"]["columns"] == [str(k) for k in range(10)] and data["trajectory"]["weights"] == "run@4"
+    assert "are made" not in here("report", run, "--out", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.webp")}
+    here("animate", *arguments, *small, "--guidance_scale", "2", "2")  # others are deleted, the same ones are the same
+    after = {path.name: path.read_bytes() for path in folder.glob("*.webp")}
+    assert len(after) == 3 and after.items() <= before.items()
+
+
+def test_grids_of_an_unconditional_network(here, report, tmp_path):
+    """They have steps of the solver alone; points are drawn as in previews."""
+    run = tmp_path / "run"
+    here(
+        "train", "-c", "configs/toy.yaml", "-e", run, *TINY_RUN, "model.args={width: 16}", "data.args.n=50",
+        "train.mixed_precision=no",
+    )  # fmt: skip
+    said = here("animate", "--weights", run, "--trajectory_grids", "--frames", "3", "--n", "10")
+    assert "3 grids in" in said and "guidance scales: none" in said
+    (data,) = report(run).data["runs"]
+    assert [grid["scale"] for grid in data["grids"]] == [None] * 3 and data["trajectory"]["columns"] == []
+
+
+def test_grids_need_a_run_folder(error, tmp_path, tiny_run):
+    weights = next((tiny_run / "snapshots").glob("*.safetensors"))
+    assert f"--weights {weights}: is no run folder" in error("animate", "--weights", weights, "--trajectory_grids")
+    assert "--guidance_scale 1 2: must be one number" in error(
+        "animate", "--weights", tiny_run, "--out", tmp_path / "x", "--guidance_scale", "1", "2"
+    )
+    assert "--out is missing" in error("animate", "--weights", tiny_run)
 
 
 def test_folders_with_little_in_them(report, error, tmp_path):
@@ -243,24 +453,33 @@ def test_linked_pictures(report, tmp_path):
 
 
 def test_pictures_keep_the_page_small(tmp_path):
-    """What does not fit is left out: previews between others first."""
+    """What does not fit is left out: previews and grids between others first."""
     run = make_run(tmp_path / "run")
     noise = np.random.default_rng(0)
     for step in range(20):
-        Image.fromarray(noise.integers(0, 256, (700, 700, 3), dtype=np.uint8)).save(
+        Image.fromarray(noise.integers(0, 256, (500, 500, 3), dtype=np.uint8)).save(
             run / f"samples/step_{step:08d}.png", compress_level=0
         )
     read = runs.read_run(run, "run", 100, [])
     path = page.write([read], tmp_path / "out", linked=False, reload_seconds=None)
     steps = [preview["step"] for preview in Page(path).data["runs"][0]["previews"]]
     assert path.stat().st_size < 8_000_000 and steps[0] == 0 and steps[-1] == 19 and 4 < len(steps) < 20
+    add_grids(run, steps=20, scales=())
+    for grid in (run / trajectory_grids.FOLDER).glob("*.webp"):
+        Image.fromarray(noise.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(grid, "WEBP", quality=95, method=0)
+    path = page.write([runs.read_run(run, "run", 100, [])], tmp_path / "out", linked=False, reload_seconds=None)
+    data = Page(path).data["runs"][0]
+    steps = sorted(grid["step"] for grid in data["grids"])
+    assert path.stat().st_size < 8_000_000 and len(data["previews"]) > 2
+    assert steps[0] == 0 and steps[-1] == 20 and 4 < len(steps) < 20
+    assert f"{21 - len(steps)} grids between others are left out" in Page(path).sections["samples"]
 
 
 def test_commands_work_as_printed(tiny_run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     commands = runs.read_run(tiny_run, "tiny", 100, []).commands
-    assert set(commands) == {"train again", "resume", "sample", "evaluate", "animate"}
-    scripts = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate}
+    assert set(commands) == {"train again", "resume", "sample", "evaluate", "animate", "trajectory"}
+    scripts = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "scripts.animate": animate}
     for command in commands.values():
         _, script, *arguments = shlex.split(command)
         if script in scripts or Path(script).name in scripts:

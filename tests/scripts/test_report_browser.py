@@ -6,7 +6,7 @@ Needs `pip install playwright` and a Chromium (`apt-get install chromium`); skip
 import shutil
 
 import pytest
-from test_report import make_run
+from test_report import HOSTILE, add_grids, make_run
 
 from scripts.report import page, runs
 
@@ -30,6 +30,8 @@ def address(tmp_path_factory) -> str:
     folders = [make_run(folder / "a", rows=40), make_run(folder / "b", rows=40, lr="0.002", ended="")]
     (folders[1] / "log.txt").write_text("device: cpu\nerror: the loss of step 3 is not finite\n")
     shutil.copy(folders[0] / "samples/step_00000005.png", folders[1] / "samples/step_00000007.png")
+    add_grids(folders[0])
+    add_grids(folders[1], steps=2, scales=())
     read = [runs.read_run(path, path.name, 1000, []) for path in folders]
     return page.write(read, folder / "out", linked=False, reload_seconds=None).as_uri()
 
@@ -140,6 +142,50 @@ def test_preview_slider(opened):
     assert captions.all_inner_texts() == ["a, step 5", "b, step 5"]
 
 
+def test_trajectory_sliders(opened):
+    """By the keyboard; runs of other numbers of steps meet at the same t, and one without guidance stays as it is."""
+    tab = opened()
+    captions, images = tab.locator("#grids figcaption"), tab.locator("#grids img")
+    end = "(run@10, heun, seed 8888)"
+    assert captions.all_inner_texts() == [f"a, step 4 of 4, t = 1, guidance scale 1 {end}", f"b, step 2 of 2, t = 1 {end}"]
+    sources = [image.get_attribute("src") for image in images.all()]
+    tab.locator("#guidance-scale").focus()
+    tab.keyboard.press("ArrowRight")
+    assert captions.all_inner_texts() == [f"a, step 4 of 4, t = 1, guidance scale 2 {end}", f"b, step 2 of 2, t = 1 {end}"]
+    guided = [image.get_attribute("src") for image in images.all()]
+    assert guided[0] != sources[0] and guided[1] == sources[1]
+    tab.locator("#solver-step").focus()
+    tab.keyboard.press("ArrowLeft")
+    tab.keyboard.press("ArrowLeft")
+    assert tab.locator("#solver-step").get_attribute("aria-valuetext") == "t = 0.5"
+    assert captions.all_inner_texts() == [f"a, step 2 of 4, t = 0.5, guidance scale 2 {end}", f"b, step 1 of 2, t = 0.5 {end}"]
+    tab.reload()  # what is set outlives it
+    assert captions.first.inner_text() == f"a, step 2 of 4, t = 0.5, guidance scale 2 {end}"
+    assert HOSTILE in images.first.get_attribute("alt")  # the names of the columns
+    tab.locator("#solver-step").focus()
+    tab.keyboard.press("Home")  # noise, which is the same at every scale
+    noise = images.first.get_attribute("src")
+    tab.locator("#guidance-scale").focus()
+    tab.keyboard.press("Home")
+    assert images.first.get_attribute("src") == noise
+    tab.locator("#samples .legend button", has_text="b").click()
+    assert tab.locator("#grids figure:visible").count() == 1
+    tab.locator("#solver-step").focus()
+    tab.keyboard.press("End")
+    assert tab.locator("#grids figcaption:visible").all_inner_texts() == [f"b, step 2 of 2, t = 1 {end}"]
+
+
+def test_unconditional_runs_have_no_guidance_slider(opened, tmp_path):
+    run = make_run(tmp_path / "run")
+    add_grids(run, scales=())
+    out = page.write([runs.read_run(run, "run", 1000, [])], tmp_path / "out", linked=True, reload_seconds=None)
+    tab = opened()
+    tab.goto(out.as_uri())
+    assert tab.locator("#guidance-scale").is_hidden() and tab.locator("#solver-step").is_visible()
+    assert tab.locator("output[for='solver-step']").inner_text() == "4 of 4, t = 1"
+    assert tab.locator("#grids img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 8
+
+
 def test_theme(opened):
     tab = opened(scheme="dark")
     color = "getComputedStyle(document.body).backgroundColor"
@@ -165,7 +211,19 @@ def test_keyboard(opened):
         reached.add(
             tab.evaluate("document.activeElement.id || document.activeElement.className || document.activeElement.tagName")
         )
-    assert {"theme", "filter", "smooth", "axis", "metric", "preview-step", "chart", "sort", "shown"} <= reached
+    assert {
+        "theme",
+        "filter",
+        "smooth",
+        "axis",
+        "metric",
+        "preview-step",
+        "solver-step",
+        "guidance-scale",
+        "chart",
+        "sort",
+        "shown",
+    } <= reached
     tab.locator("#panels .chart").first.focus()
     tab.keyboard.press("ArrowRight")
     tip = tab.locator("#panels .tip").first
