@@ -17,12 +17,11 @@ from accelerate import Accelerator
 
 from configs import schema
 from configs.schema import UserError
-from flow import source as sources
 from flow.evaluation import metrics, runner
 from flow.evaluation.features import INCEPTION
 from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, guide, hub, posthoc_ema, snapshot
+from flow.sampling import grid_store, guide, hub, posthoc_ema, snapshot, sources
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import datasets
 from configs.schema import UserError
-from flow import source as sources
 from flow.evaluation import animation, plots_2d
 from flow.guidance import GuidedVelocity
 from flow.likelihood import log_likelihood
@@ -25,7 +24,7 @@ from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import guide, images, snapshot, trajectory_grids
+from flow.sampling import guide, images, snapshot, sources, trajectory_grids
 from flow.sampling.generate import build_velocity, decode, to_solver_dtype, trajectory
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
 from flow.solvers import DETERMINISTIC

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import datasets
 from configs.schema import UserError
-from datasets.images import read_image
+from datasets.images import read_image, to_float
 from flow.evaluation import restoration as scoring
 from flow.evaluation.reading import read_images
 from flow.guidance import GuidedVelocity
@@ -256,7 +256,7 @@ def restore_images(
     ):
         for indices in batches:
             degradation = to_device(build_degradation(indices), accelerator.device)
-            x1 = to_solver_dtype(images.to_float(originals[indices.start : indices.stop]), accelerator.device)
+            x1 = to_solver_dtype(to_float(originals[indices.start : indices.stop]), accelerator.device)
             y = measure(x1, degradation, args.noise, args.seed, indices)
             velocity = velocity_of(model, indices, conditions, accelerator.device)
             noise = partial(noise_of, args.seed, indices, shape)

@@ -13,7 +13,7 @@ ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 
 METHOD = {
     "flow.path", "flow.couplings", "flow.time_samplers", "flow.losses", "flow.guidance", "flow.model", "flow.noise",
-    "flow.likelihood", "flow.power_ema", "flow.restoration", "flow.solvers", "flow.registry",
+    "flow.likelihood", "flow.power_ema", "flow.restoration", "flow.solvers", "flow.source", "flow.registry",
 }  # fmt: skip
 LOW = METHOD | {"configs", "models", "datasets", "flow.runtime"}
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasets.images import Images, to_float
+from datasets.images import to_float
 from flow import likelihood
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
-from flow.sampling import grid_store, guide, snapshot
+from flow.sampling import grid_store, guide, snapshot, sources
 from flow.sampling.generate import SampleBatch, build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, build_time_grid, guidance_note, validate
-from flow.source import GAUSSIAN, OrderedSource
+from flow.source import GAUSSIAN
 
 
 class Sampler:
@@ -215,7 +215,7 @@ class Sampler:
             labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, time_grid=time_grid,
         )  # fmt: skip
-        model = replace(self.model, source=OrderedSource(Images(x0.cpu(), None, ()), "x0"))
+        model = replace(self.model, source=sources.given(x0))
         with torch.inference_mode():
             return torch.cat([
                 sample_batch(model, batch, self.shape, settings, self.device, self._autocast).images

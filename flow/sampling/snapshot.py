@@ -25,11 +25,10 @@ import models
 from configs import schema, stored
 from configs.schema import Config, UserError
 from flow import path as paths
-from flow import source as sources
 from flow.model import FlowModel, Network
 from flow.runtime import files
 from flow.runtime.errors import error_context
-from flow.sampling import header, hub
+from flow.sampling import header, hub, sources
 from flow.sampling.header import PowerAverage
 from flow.sampling.space import Space
 

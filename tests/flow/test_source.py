@@ -8,11 +8,10 @@ from conftest import TINY, TINY_RUN, run_here, stranger
 from PIL import Image
 
 import datasets
-from flow import source
 from flow.couplings import PairedCoupling
 from flow.model import FlowModel
 from flow.path import LinearPath
-from flow.sampling import Sampler
+from flow.sampling import Sampler, sources
 
 MODEL = ["model.name=mlp", "model.args={width: 16, depth: 2, time_frequency: 6.0}"]
 MOONS = ["data.name=toys", "data.args={name: moons, n: 500}", *MODEL]
@@ -33,7 +32,7 @@ def ring(**args) -> torch.Tensor:
 
 
 def test_a_sample_is_a_function_of_its_position():
-    ours = source.build("toys", None, {"name": "eight_gaussians", "n": 300})
+    ours = sources.build("toys", None, {"name": "eight_gaussians", "n": 300})
     both, last = ours.draw("train", 7, [5, 3], (2,)), ours.draw("train", 7, [3], (2,))
     assert torch.equal(both[1], last[0]) and not torch.equal(both, ours.draw("train", 8, [5, 3], (2,)))
     points = ring().tolist()
@@ -44,7 +43,7 @@ def test_a_sample_is_a_function_of_its_position():
 
 def test_gaussian_noise_takes_no_arguments():
     with pytest.raises(ValueError, match=r"args=\{'n': 3\}: gaussian takes none"):
-        source.build("gaussian", None, {"n": 3})
+        sources.build("gaussian", None, {"n": 3})
 
 
 def test_transfer_and_back(transfer_run):
@@ -95,7 +94,7 @@ def test_what_such_a_flow_does_not_give(transfer_run, tmp_path, error):
     vp = ["train", "-e", tmp_path / "run", *MOONS, *RING, *TINY_RUN, "flow.path=vp", "flow.prediction=noise"]
     assert "flow.source.name=toys: needs flow.path=linear and flow.prediction=velocity" in error(*vp)
     shape = ["train", "-e", tmp_path / "run", *MOONS, *TINY_RUN, "flow.source.name=digits"]
-    assert "the source: has samples of (1, 8, 8), the flow works on (2,)" in error(*shape)
+    assert "digits: has samples of (1, 8, 8), the flow works on (2,)" in error(*shape)
 
 
 @pytest.mark.parametrize("coupling", ["ot", "paired"])
