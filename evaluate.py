@@ -110,7 +110,9 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         snap.check_data()
     for network in model.networks:
         distributed.prepare_model(network, accelerator, args.compile)
-    sources.replace_by(model, args.source, snap.config.data.root, snap.image_shape)
+    n = args.n_samples * args.repeats
+    if note := sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, n):
+        accelerator.print(f"note: {note}")
     labels = cli.labels_of(args.labels, snap.class_names)
     captions_of = runner.captions_by_class(args.captions, labels, accelerator, snap.config, net)
     turns, prompts = conditions_in_turn(labels, captions_of)

@@ -51,7 +51,7 @@ def main() -> None:
     model = snap.model()
     net = model.net
     guide_name = guide.attach(model, snap, args.guide_weights)
-    sources.replace_by(model, args.source, snap.config.data.root, snap.image_shape)
+    source_note = sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, args.n_samples)
     labels = cli.labels_of(args.labels, snap.class_names)
     prompts = tuple(args.prompts) if args.prompts else None
     method = args.sampling_method
@@ -66,7 +66,7 @@ def main() -> None:
         validate(settings, model)
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
-    if note := guidance_note(settings, model):
+    for note in filter(None, (guidance_note(settings, model), source_note)):
         accelerator.print(f"note: {note}")
     with lock.folder(args.save_dir, accelerator):
         folder = args.save_dir / "images"

@@ -86,7 +86,8 @@ def main() -> None:
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
-    sources.replace_by(model, args.source, snap.config.data.root, snap.image_shape)
+    accelerator = distributed.build_single_process_accelerator("animate")
+    sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, 0)
     plane = snap.space.is_points
     scales = guidance_scales(args, model)
     settings = [
@@ -108,7 +109,6 @@ def main() -> None:
         args.pictures = [name for name in args.pictures if name != "likelihood"]
         print(f"note: no likelihood.png: the density of flow.source.name={model.source.name} is not known")
     out = args.out or folder_of_grids(args.weights)
-    accelerator = distributed.build_single_process_accelerator("animate")
     for network in model.networks:
         distributed.prepare_model(network, accelerator)
         network.eval().requires_grad_(False)

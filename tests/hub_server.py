@@ -76,9 +76,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != "Bearer secret":
             return self.answer({"error": "Invalid username or password."}, status=401)
         if path == "/api/repos/create":
-            wanted = json.loads(body)
-            repo = f"{wanted['organization']}/{wanted['name']}"
-            self.server.created.append(wanted)
+            request = json.loads(body)
+            repo = f"{request['organization']}/{request['name']}"
+            self.server.created.append(request)
             self.server.repositories.setdefault(repo, {})
             return self.answer({"url": f"{self.server.url}/{repo}", "name": repo})
         if path == "/api/validate-yaml":

@@ -118,8 +118,12 @@ def run_chains(chains: dict[Path, Iterator[list[str]]], jobs: int, unit: str) ->
             failed = next((chain for chain in running if chain.status), None)
             if failed or stop.received:
                 number = stop.received or signal.SIGTERM
-                for chain in running:
-                    chain.stop(number)
+                processes = [chain.process for chain in running if chain.process and chain.status is None]
+                for process in processes:
+                    if number != signal.SIGINT:  # Ctrl-C has reached them by itself, and a second one would stop them at once
+                        process.send_signal(number)
+                for process in processes:
+                    process.wait()
                 if failed:
                     failed.leave()
                 sys.exit(128 + number)
@@ -150,12 +154,6 @@ class _Running:
             print(f"\n$ {command(*arguments)}", file=out, flush=True)
             self.process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT)
         return True
-
-    def stop(self, number: int) -> None:
-        """Ask the present command to end, and wait until it has."""
-        if self.process and self.status is None:
-            self.process.send_signal(number)
-            self.process.wait()
 
     def leave(self) -> NoReturn:
         """End this process as the present command ended, with the last lines that it printed."""

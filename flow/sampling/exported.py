@@ -84,8 +84,8 @@ def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, sh
 
 def places(snap: Snapshot) -> dict[str, Any]:
     """{key: place on this machine} that whoever gets the snapshot can read in it."""
-    found = header.take_places(copy.deepcopy(snap.config), {})
-    return found | ({"the autoencoder": snap.codec["source"]} if snap.codec else {})
+    taken = header.take_places(copy.deepcopy(snap.config), {})
+    return taken | ({"the autoencoder": snap.codec["source"]} if snap.codec else {})
 
 
 def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
 from datasets import DataSet
 from datasets.images import Images, to_float
 from flow.model import FlowModel
+from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.source import GAUSSIAN, DataSource, GaussianSource, OrderedSource, Source
 
@@ -49,15 +51,35 @@ def given(x0: Tensor, name: str = "x0") -> OrderedSource:
     return OrderedSource(DataSamples(Images(x0.cpu(), None, ())), name)
 
 
-def replace_by(model: FlowModel, text: str | None, root: str | None, shape: tuple[int, ...]) -> None:
-    """Give the model, which works on this shape, the samples that --source names, in their order: a data set (NAME, NAME:train,
-    NAME:test) or a folder of images, which are resized. Without --source nothing changes.
+def attach(
+    accelerator: Accelerator, model: FlowModel, text: str | None, root: str | None, shape: tuple[int, ...], n: int
+) -> str | None:
+    """Read what n images of the model, which works on this shape, start from; returns a note where samples come again.
+
+    text: what --source names, in its order: a data set (NAME, NAME:train, NAME:test) or a folder of images, which are resized.
+    None: the held-out samples of the training, or noise.
 
     Raises:
-        UserError: for what is neither, and where the flow starts at noise.
+        UserError: for what is neither, for samples of another shape, and for a --source where the flow starts at noise.
     """
-    if text is None:
-        return
+    if text is not None:
+        replace_by(model, text, root, shape)
+    own = model.source
+    if isinstance(own, DataSource):
+        with error_context("flow.source"):
+            source = distributed.main_process_first(accelerator, lambda: own.held_out)
+    elif isinstance(own, OrderedSource):
+        source = own
+    else:
+        return None
+    with error_context("--source" if text else "flow.source"):
+        source.draw("sample", 0, [0], shape)
+    count = len(source.samples)
+    return f"{source.name} has {count:,} samples, so after the first {count:,} images they come again" if n > count else None
+
+
+def replace_by(model: FlowModel, text: str, root: str | None, shape: tuple[int, ...]) -> None:
+    """Give the model the samples of --source in place of its own. Raises UserError as `attach` does."""
     with error_context("--source"):
         if model.source.name == GAUSSIAN:
             raise ValueError(f"{text}: this flow starts at Gaussian noise; flow.source of its training makes it start at data")
@@ -69,7 +91,6 @@ def replace_by(model: FlowModel, text: str | None, root: str | None, shape: tupl
         else:
             raise ValueError(f"{text}: must be a folder of images or one of {', '.join(datasets.DATASETS)}")
         model.source = OrderedSource(samples, text)
-        model.source.draw("sample", 0, [0], shape)
 
 
 def _read(own: dict[str, Any]) -> DataSamples:

@@ -69,7 +69,7 @@ class FlowTask:
         with error_context("preview"):
             self.preview_settings = self._preview_settings()
             validate(self.preview_settings, self.model)
-        check_source(config, self.model, self.data.image_shape)
+        distributed.main_process_first(accelerator, lambda: check_source(config, self.model, self.data.image_shape))
         self.loader = TrainingLoader.of(accelerator, config, self.data)
         self.coupling = build_coupling(config, self.data, self.model.source, self.loader.micro_batch_size)
 

@@ -116,7 +116,9 @@ def test_images_from_a_folder_keep_their_order(tmp_path, here, error):
     for k, image in enumerate(pixels):
         Image.fromarray(image[0].numpy()).save(folder / f"{k}.png")
     command = ["sample", "--weights", tmp_path / "run", "--n_samples", 3, "--sampling_method", "heun", "--sampling_steps", 2]
-    here(*command, "--save_dir", tmp_path / "a", "--source", folder)
+    assert "after the first" not in here(*command, "--save_dir", tmp_path / "a", "--source", folder)
+    four = here(*command, "--n_samples", 4, "--save_dir", tmp_path / "four", "--source", folder)
+    assert "has 3 samples, so after the first 3 images they come again" in four
     expected = Sampler.load(tmp_path / "run", device="cpu").transfer(pixels, method="heun", steps=2)
     for k in range(3):
         image = torch.frombuffer(bytearray(Image.open(tmp_path / "a" / "images" / f"{k:06d}.png").tobytes()), dtype=torch.uint8)
