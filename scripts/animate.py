@@ -199,9 +199,10 @@ def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[T
     """flow.gif: particles in the velocity field, and their density."""
     points = [x.float().cpu().numpy() for x in states]
     field = plain_velocity(model)
+    start = "noise" if model.source.name == GAUSSIAN else "source"
     frames = []
     for t, x in zip(times, points, strict=True):
-        figure, (left, right) = plots_2d.panels(["particles and velocity", "density"], time=t)
+        figure, (left, right) = plots_2d.panels(["particles and velocity", "density"], time=t, start=start)
         plots_2d.arrows(left, field(plots_2d.grid_centers(plots_2d.ARROWS), min(t, 0.99)))
         plots_2d.particles(left, x[:SHOWN], points[0][:SHOWN])
         plots_2d.density(right, x)

@@ -26,6 +26,7 @@ from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
 from flow.solvers.time_grids import uniform
 from flow.solvers.torchdiffeq import ADAPTIVE
+from flow.source import GAUSSIAN
 
 EXAMPLES = """\
   python -m scripts.compare --weights runs/toy runs/toy_reflow --names flow reflow --sampling_steps 1 2 100 --out pictures
@@ -96,9 +97,10 @@ def compare(
                 row.append(panel)
                 bar.update()
     panels = [panel for row in rows for panel in row]
+    start = "noise" if all(model.source.name == GAUSSIAN for model in flows) else "source"
     names_written = animation.write(
         args.out / "compare.gif",
-        [animation.figure_to_array(figure_at(panels, len(steps), t)) for t in uniform(args.frames - 1)],
+        [animation.figure_to_array(figure_at(panels, len(steps), t, start)) for t in uniform(args.frames - 1)],
     )
     plots_2d.save(args.out / "compare.png", figure_at(panels, len(steps), None))
     text = markdown_table(panels, args.sampling_method)
@@ -139,11 +141,11 @@ def solve_flow(args, accelerator: Accelerator, name: str, model: FlowModel, real
     return panels
 
 
-def figure_at(panels: list[Panel], rows: int, t: float | None) -> Figure:
-    """The panels at time t (None: at the end, without a line of time), a row for each number of steps."""
+def figure_at(panels: list[Panel], rows: int, t: float | None, start: str = "noise") -> Figure:
+    """The panels at time t (None: at the end, without a line of time), a row for each number of steps. start: at t = 0."""
     titles = [panel.name for panel in panels[: len(panels) // rows]] + [""] * (len(panels) - len(panels) // rows)
     captions = [f"NFE {p.nfe},  SW2 {p.distance:.3f}\nstraightness deviation {p.straightness_deviation:.2g}" for p in panels]
-    figure, axes = plots_2d.panels(titles, captions, rows, t)
+    figure, axes = plots_2d.panels(titles, captions, rows, t, start)
     for ax, panel in zip(axes, panels, strict=True):
         trajectories = panel.at(1.0 if t is None else t)
         plots_2d.particles(ax, trajectories[-1], trajectories[0])

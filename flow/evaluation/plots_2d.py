@@ -31,11 +31,11 @@ GRAY = "0.35"
 
 
 def panels(
-    titles: Sequence[str], captions: Sequence[str] = (), rows: int = 1, time: float | None = None
+    titles: Sequence[str], captions: Sequence[str] = (), rows: int = 1, time: float | None = None, start: str = "noise"
 ) -> tuple[Figure, list[Axes]]:
     """A figure of square panels, left to right and top to bottom, with a title over and a caption under each.
 
-    With a `time` from 0 to 1 a line below all panels shows where between noise and data it is.
+    With a `time` from 0 to 1 a line below all panels shows where it is between `start`, noise or source, and data.
     """
     columns = math.ceil(len(titles) / rows)
     lines = max((c.count("\n") + 1 for c in captions if c), default=0)
@@ -54,12 +54,12 @@ def panels(
     for ax in axes[len(titles) :]:
         ax.set_visible(False)
     if time is not None:
-        progress(figure, time, foot / size[1])
+        progress(figure, time, foot / size[1], start)
     return figure, axes
 
 
-def progress(figure: Figure, time: float, height: float) -> None:
-    """The line of time in the lowest fraction `height` of a figure."""
+def progress(figure: Figure, time: float, height: float, start: str) -> None:
+    """The line of time from `start` to data in the lowest fraction `height` of a figure."""
     ax = figure.add_axes((0, 0, 1, height))
     ax.set_in_layout(False)
     ax.set(xlim=(0, 1), ylim=(0, 1))
@@ -69,7 +69,7 @@ def progress(figure: Figure, time: float, height: float) -> None:
     ax.plot([left, right], [0.55, 0.55], color="0.8", linewidth=2, solid_capstyle="round")
     ax.plot([left, here], [0.55, 0.55], color=GRAY, linewidth=2, solid_capstyle="round")
     ax.plot([here], [0.55], "o", color=GRAY, markersize=6)
-    ax.text(left - 0.02, 0.5, "noise", ha="right", va="center", fontsize=10)
+    ax.text(left - 0.02, 0.5, start, ha="right", va="center", fontsize=10)
     ax.text(right + 0.02, 0.5, "data", ha="left", va="center", fontsize=10)
     ax.text(0.98, 0.5, f"t = {time:.2f}", ha="right", va="center", fontsize=10)
 
