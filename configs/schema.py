@@ -214,13 +214,18 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None, bas
     config: Any = OmegaConf.structured(base or kind)
     if path is not None:
         config = _merge(config, _read_yaml(Path(path), kind), source=str(path))
-    nodes = [(override, _read_override(override, kind)) for override in overrides or []]
+    nodes = [_read_override(override, kind) for override in overrides or []]
+    typed = [_leaves(node) for node in nodes]
     for name, args in _ARGS_OF.items():
-        names = [value for override, node in nodes if (value := overridden([override], kind).get(name))]
+        names = [leaves[name] for leaves in typed if leaves.get(name)]
         if names and names[-1] != OmegaConf.select(config, name):
             OmegaConf.update(config, args, {}, merge=False)
-    for override, node in nodes:
-        config = _merge(config, node, source=override)
+    if nodes:
+        try:
+            config = _merge(config, *nodes, source="")
+        except UserError:  # again one by one, for the error to name the override
+            for override, node in zip(overrides or [], nodes, strict=True):
+                config = _merge(config, node, source=override)
     return _finished(config)
 
 
@@ -242,7 +247,7 @@ def parse_parts(text: str, source: str, kind: Any, confirmed: dict[str, Any] | N
         tree, interpolations = stored.read(text)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
-    config: Any = _merge(OmegaConf.structured(kind), OmegaConf.create(tree), source)
+    config: Any = _merge(OmegaConf.structured(kind), OmegaConf.create(tree), source=source)
     for key in interpolations.keys() & (confirmed or {}).keys():
         OmegaConf.update(node := OmegaConf.create({}), key, (confirmed or {})[key])
         config = _merge(config, node, source=key)
@@ -252,8 +257,7 @@ def parse_parts(text: str, source: str, kind: Any, confirmed: dict[str, Any] | N
 
 def overridden(overrides: list[str] | None, kind: type = Config) -> dict[str, Any]:
     """{dotted key: value as typed} of what the overrides set."""
-    trees = [OmegaConf.to_container(_read_override(override, kind)) for override in overrides or []]
-    return {stored.dotted(place): value for tree in trees for place, value in stored.leaves(tree)}
+    return {key: value for override in overrides or [] for key, value in _leaves(_read_override(override, kind)).items()}
 
 
 def dump(config: Any) -> str:
@@ -364,8 +368,8 @@ def _read_yaml(path: Path, kind: type) -> DictConfig:
         raise UserError(f"-c {path}: not a YAML file ({stored.yaml_problem(error)})") from None
     if not isinstance(node, DictConfig):
         raise UserError(f"-c {path}: holds a list, expected `key: value` lines")
-    for place, _ in stored.leaves(OmegaConf.to_container(node)):
-        _check_key(stored.dotted(place), str(path), kind)
+    for key in _leaves(node):
+        _check_key(key, str(path), kind)
     return node
 
 
@@ -376,6 +380,11 @@ def _read_override(override: str, kind: type) -> DictConfig:
         return OmegaConf.from_dotlist([override])
     except Exception as error:  # OmegaConf lets the errors of the YAML scanner through
         raise UserError(f"{override}: the value {value!r} is not YAML ({stored.yaml_problem(error)})") from None
+
+
+def _leaves(node: DictConfig) -> dict[str, Any]:
+    """{dotted key: value as typed}."""
+    return {stored.dotted(place): value for place, value in stored.leaves(OmegaConf.to_container(node))}
 
 
 def _finished(node: DictConfig) -> Any:
@@ -402,12 +411,13 @@ def _check_key(key: str, source: str, kind: type) -> None:
     raise UserError(f"{source}: unknown key {key!r}.{did_you_mean(key, keys)}")
 
 
-def _merge(config: DictConfig, node: Any, source: str) -> DictConfig:
+def _merge(config: DictConfig, *nodes: Any, source: str) -> DictConfig:
     try:
-        for key in ("train.mixed_precision", "train.ddp_comm_hook"):
-            if OmegaConf.select(node, key) is False:  # what YAML makes of the word no
-                OmegaConf.update(node, key, "no")
-        merged: Any = OmegaConf.merge(config, node)
+        for node in nodes:
+            for key in ("train.mixed_precision", "train.ddp_comm_hook"):
+                if OmegaConf.select(node, key) is False:  # what YAML makes of the word no
+                    OmegaConf.update(node, key, "no")
+        merged: Any = OmegaConf.merge(config, *nodes)
         OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged
     except (OverflowError, TypeError) as error:  # a number of hundreds of digits; a list in place of a section

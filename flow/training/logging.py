@@ -9,21 +9,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, TensorBoardTracker
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import schema
 from configs.schema import UserError
 from configs.stored import first_line
 from flow.losses import Losses
 from flow.runtime import files, jsonl
+from flow.training import trackers
 
 TIME_BINS = 10
 ERROR_PREFIX = "error: "  # of the line of log.txt about what ended a run
-PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
-# Trackers beside those that Accelerate knows; they are called with the run folder.
-TRACKERS: dict[str, type[GeneralTracker]] = {}
 
 
 class Logger:
@@ -38,17 +34,7 @@ class Logger:
         self.metrics_file = folder / "metrics.jsonl"
         if accelerator.is_main_process:
             self._rewind(first_step)
-        if config.train.log_with:
-            flat = {key: _to_scalar(schema.get(config, key)) for key in schema.all_keys(type(config))}
-            # TensorBoard takes the name of its folder where others take the name of the project.
-            tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
-            trackers = [tensorboard if str(tracker) == "tensorboard" else tracker for tracker in accelerator.log_with]
-            own = [TRACKERS[name](folder) for name in config.train.log_with if name in TRACKERS]
-            accelerator.log_with = [*trackers, *own]
-            with files.naming(folder / "tensorboard"):
-                accelerator.init_trackers(
-                    PROJECT, config=flat, init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}}
-                )
+        trackers.start(accelerator, folder, config, first_step)
 
     def info(self, line: str) -> None:
         """A line on the terminal and in log.txt."""
@@ -75,15 +61,6 @@ class Logger:
             jsonl.append(self.metrics_file, {"step": step, **metrics})
         with files.naming(self.folder / "tensorboard"):
             self.accelerator.log(metrics, step=step)
-
-    def log_image(self, name: str, step: int, picture: Tensor) -> None:
-        """A picture uint8 [C, H, W] to the trackers that show images; on the main process."""
-        pixels = picture.permute(1, 2, 0).numpy()
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image(name, pixels, global_step=step, dataformats="HWC")
-            elif hasattr(tracker, "log_images"):
-                tracker.log_images({name: [pixels]}, step=step)
 
     def _rewind(self, step: int) -> None:
         """Leave the rows up to a step in metrics.jsonl, in their order and to the byte."""
@@ -226,7 +203,3 @@ class Throughput:
         start = time.perf_counter()
         yield
         self.start += time.perf_counter() - start
-
-
-def _to_scalar(value: object) -> int | float | str | bool:
-    return value if isinstance(value, int | float | str | bool) else str(value)

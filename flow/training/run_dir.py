@@ -23,7 +23,7 @@ from configs.schema import Kind, UserError
 from flow.runtime import distributed, files, lock, subprocesses
 from flow.runtime.errors import error_context
 from flow.training import checkpoint
-from flow.training.logging import TRACKERS
+from flow.training.trackers import TRACKERS
 
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (

@@ -20,7 +20,7 @@ from flow.runtime import cli, distributed
 from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, posthoc_ema, snapshot
 from flow.sampling.header import PowerAverage
-from flow.training import checkpoint, run_dir
+from flow.training import checkpoint, run_dir, trackers
 from flow.training.data_loader import prefetch
 from flow.training.eager import EagerNetwork
 from flow.training.ema import Averages, Ema, PowerEma
@@ -269,7 +269,7 @@ class Trainer:
         if picture is not None:
             self._preview_path().parent.mkdir(exist_ok=True)
             images.write_png(self._preview_path(), picture)
-            self.logger.log_image("samples", self.step, picture)
+            trackers.log_image(self.accelerator, "samples", self.step, picture)
         for name, value in metrics.items():
             self.logger.info(f"step {self.step}: {name} {value:.2f}")
         for callback in self.callbacks:

@@ -1,0 +1,80 @@
+"""Trackers: those of Accelerate by name and those of the project; the configuration, pictures and tables in each of them.
+
+Each tracker shows pictures and tables by an API of its own. Rows of numbers need none: Accelerate sends those.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker
+from torch import Tensor
+
+from configs import schema
+from flow.runtime import files
+
+PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
+# Trackers beside those that Accelerate knows; they are called with the run folder.
+TRACKERS: dict[str, type[GeneralTracker]] = {}
+ONE_IMAGE = ("aim", "clearml")  # whose log_images takes an array for a name where others take a list
+
+
+def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) -> None:
+    """Start the trackers of train.log_with for the run in `folder`, which goes on after `first_step`, with its configuration.
+
+    All processes must call it.
+    """
+    if not config.train.log_with:
+        return
+    flat = {key: _to_scalar(schema.get(config, key)) for key in schema.all_keys(type(config))}
+    # TensorBoard takes the name of its folder where others take the name of the project.
+    tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
+    known = [tensorboard if str(tracker) == "tensorboard" else tracker for tracker in accelerator.log_with]
+    accelerator.log_with = [*known, *(TRACKERS[name](folder) for name in config.train.log_with if name in TRACKERS)]
+    settings = {
+        "wandb": {"name": folder.name, "dir": str(folder)},
+        "trackio": {"name": folder.name, "resume": "allow" if first_step else "never", "embed": False},
+        "aim": {"experiment": PROJECT},
+        "mlflow": {"run_name": folder.name},
+    }
+    with files.naming(folder / "tensorboard"):
+        accelerator.init_trackers(PROJECT, config=flat, init_kwargs=settings)
+    for tracker in accelerator.trackers:
+        if tracker.name == "aim" and accelerator.is_main_process:
+            tracker.writer.name = folder.name
+
+
+def log_image(accelerator: Accelerator, name: str, step: int, picture: Tensor) -> None:
+    """A picture uint8 [C, H, W] to the trackers that show images; on the main process."""
+    pixels = picture.permute(1, 2, 0).numpy()
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image(name, pixels, global_step=step, dataformats="HWC")
+        elif tracker.name == "trackio":
+            tracker.log({name: importlib.import_module("trackio").Image(pixels)}, step=step)
+        elif hasattr(tracker, "log_images"):
+            tracker.log_images({name: pixels if tracker.name in ONE_IMAGE else [pixels]}, step=step)
+
+
+def log_table(accelerator: Accelerator, name: str, step: int, lines: list[list[str]], text: str) -> None:
+    """A table to the trackers that show tables or text; on the main process.
+
+    Args:
+        lines: the names of the columns, then the rows.
+        text: the same as Markdown.
+    """
+    columns, *rows = lines
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_text(name, text, global_step=step)
+        elif tracker.name == "trackio":
+            tracker.log({name: importlib.import_module("trackio").Table(columns=columns, data=rows)}, step=step)
+        elif tracker.name == "aim":
+            tracker.writer.track(importlib.import_module("aim").Text(text), name=name, step=step)
+        elif hasattr(tracker, "log_table"):
+            tracker.log_table(name, columns=columns, data=rows, step=step)
+
+
+def _to_scalar(value: object) -> int | float | str | bool:
+    return value if isinstance(value, int | float | str | bool) else str(value)
