@@ -1,10 +1,14 @@
 """What tests share: the entry scripts run in child processes, tiny runs trained once a session, the real data sets."""
 
 import importlib
+import itertools
+import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flow.losses import Batch, FlowLoss, Losses
+from flow.runtime import files
 from flow.runtime.errors import cli_main
 from flow.sampling import snapshot
 from models import autoencoder
@@ -163,6 +168,49 @@ def error(main_of, capsys):
         return lines[0]
 
     return call
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
+    """group("sample", *arguments): the script run by two processes, which live on for the next call; it must end well."""
+    processes: list[subprocess.Popen] = []
+    folder, count = tmp_path_factory.mktemp("group"), itertools.count()
+
+    def start(k: int) -> None:
+        env = {**os.environ, "FLOW_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
+        command = [sys.executable, str(REPOSITORY / "tests" / "group.py"), str(folder), str(k)]
+        processes.extend(
+            subprocess.Popen([*command, str(rank)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for rank in range(2)
+        )
+
+    def stop() -> None:
+        for process in processes:
+            process.kill()
+            process.wait()
+        processes.clear()
+
+    def call(script: str, *arguments: str | Path) -> None:
+        k = next(count)
+        if not processes:
+            start(k)
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        files.write_text(folder / f"{k}.json", json.dumps([port, script, *map(str, arguments)]))
+        answers = [folder / f"{k}.{rank}.json" for rank in range(2)]
+        problems: list[str] = []
+        while not problems and not all(answer.exists() for answer in answers):
+            if any(process.poll() is not None for process in processes):
+                problems = ["one of the processes has ended"]
+            problems += [text for answer in answers if answer.exists() and (text := json.loads(answer.read_text()))]
+            time.sleep(0.01)
+        problems = problems or [text for answer in answers if (text := json.loads(answer.read_text()))]
+        if problems:
+            stop()  # one of them may wait for the other
+        assert not problems, problems[0]
+
+    yield call
+    stop()
 
 
 @pytest.fixture(scope="session")

@@ -156,7 +156,7 @@ def write(folder: Path, rows: list[dict]) -> str:
     Empty columns are left out of the Markdown; distances of classes have a file of their own.
     """
     entries = aggregate(rows)
-    names = [*dict.fromkeys(name for e in entries for name in e["metrics"] if name != "seconds"), "seconds"]
+    names = metric_names(entries)
     known = {name for e in entries for name, value in e["metrics"].items() if not math.isnan(value.interval)}
     columns_of = {name: [name, f"{name}_std", *([f"{name}_interval"] if name in known else [])] for name in names}
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
@@ -178,6 +178,16 @@ def write(folder: Path, rows: list[dict]) -> str:
         (folder / "per_class.md").write_text(by_class + "\n", encoding="utf-8")
         text += f"\n\n{by_class}"
     return text
+
+
+def metric_names(entries: list[dict]) -> list[str]:
+    """The columns that are metrics, "seconds" last."""
+    return [*dict.fromkeys(name for e in entries for name in e["metrics"] if name != "seconds"), "seconds"]
+
+
+def metric_cells(entries: list[dict]) -> list[list[str]]:
+    """`cells` of all metrics but the distances of classes."""
+    return cells(entries, [name for name in metric_names(entries) if not is_class_column(name)])
 
 
 def _table(entries: list[dict], names: list[str]) -> str:

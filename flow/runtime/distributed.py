@@ -193,7 +193,7 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     value = torch.tensor([int(flag)])
-    dist.all_reduce(value, group=_control_group(accelerator.init_handler.timeout))
+    dist.all_reduce(value, group=_control_group(dist.group.WORLD, accelerator.init_handler.timeout))
     return bool(value.item())
 
 
@@ -202,7 +202,7 @@ def gather_to_main(accelerator: Accelerator, local: Any) -> list | None:
     if accelerator.num_processes == 1:
         return [local]
     gathered = [None] * accelerator.num_processes if accelerator.is_main_process else None
-    dist.gather_object(local, gathered, group=_control_group(accelerator.init_handler.timeout))
+    dist.gather_object(local, gathered, group=_control_group(dist.group.WORLD, accelerator.init_handler.timeout))
     return gathered
 
 
@@ -215,8 +215,8 @@ def gather_in_order(accelerator: Accelerator, parts: list[tuple[int, Any]]) -> l
 
 
 @functools.cache
-def _control_group(timeout: timedelta):
-    """Flags and objects travel over the CPU, whatever carries the gradients."""
+def _control_group(world: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
+    """Flags and objects travel over the CPU, whatever carries the gradients. A process may be in one world after another."""
     return dist.new_group(backend="gloo", timeout=timeout)
 
 

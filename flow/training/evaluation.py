@@ -15,6 +15,7 @@ from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, validate
 from flow.sampling.snapshot import BEST_FILE, EMA_FILE
+from flow.training import trackers
 from flow.training.flow_task import FlowTask
 from flow.training.logging import read_metrics
 from flow.training.trainer import Callback, Trainer
@@ -86,6 +87,8 @@ class EvaluateSnapshots(Callback):
         values = {name: value for name, value in row["metrics"].items() if value is not None}
         if is_new or not _is_logged(trainer, values):  # a kill may have come in between
             trainer.logger.log(trainer.step, {**values, "images": images})
+            lines = table.metric_cells(table.aggregate(table.read_rows(self.evaluator.evaluation.out)))
+            trackers.log_table(trainer.accelerator, "evaluation", trainer.step, lines, table.markdown(lines))
         self._write_report(trainer)
         if self.best_column:
             self._keep_best(trainer, path / EMA_FILE, row, self.best_column)

@@ -46,8 +46,8 @@ def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) 
 
 
 def log_image(accelerator: Accelerator, name: str, step: int, picture: Tensor) -> None:
-    """A picture uint8 [C, H, W] to the trackers that show images; on the main process."""
-    pixels = picture.permute(1, 2, 0).numpy()
+    """A picture uint8 [1 or 3, H, W] to the trackers that show images, as RGB; on the main process."""
+    pixels = picture.expand(3, -1, -1).permute(1, 2, 0).numpy()
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image(name, pixels, global_step=step, dataformats="HWC")

@@ -27,8 +27,8 @@ from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.training import data_loader
 from flow.training.flow_task import validate_conditioning
-from flow.training.trackers import TRACKERS
 from flow.training.run_dir import open_run
+from flow.training.trackers import TRACKERS
 from scripts.doctor.machine import feature_weights, versions
 from scripts.doctor.trial import STEPS, Trial, try_training
 

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import succeed
 from PIL import Image
 
 import datasets
@@ -107,14 +106,14 @@ def test_the_picture_of_points():
     assert cloud.shape == (1, 50, 50) and cloud[0, 5, 25] == 0 and cloud[0, 40].min() == 255
 
 
-def test_train_sample_and_evaluate(tmp_path, here):
+def test_train_sample_and_evaluate(group, tmp_path, here):
     run = tmp_path / "run"
     small = ["train.steps=20", "train.batch_size=64", "model.args={width: 16}", "preview.n_samples=100", "train.log_with=[]"]
     here("train", "-c", "configs/toy.yaml", "-e", run, *small)
     assert "100,000 points" in (run / "log.txt").read_text() and (run / "samples" / "step_00000020.png").is_file()
     sample = ["--weights", run, "--n_samples", "70", "--sampling_steps", "3", "--bspp", "20"]
     here("sample", *sample, "--save_dir", tmp_path / "one")
-    succeed("sample.py", *sample, "--save_dir", tmp_path / "two", processes=2)
+    group("sample", *sample, "--save_dir", tmp_path / "two")
     one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
     assert one.shape == (70, 2) and np.array_equal(one, two)
     told = here("evaluate", "--weights", run, "--sampling_steps", "3", "--n_samples", "100", "--methods", "euler", "dopri5")

@@ -115,9 +115,8 @@ def test_interrupted_cache_ends_with_same_files(here, vae_folder, cache, tmp_pat
     assert "0 of them new" in here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
 
 
-@pytest.mark.slow
-def test_two_processes_write_the_same_files(vae_folder, cache, tmp_path):
-    succeed("-m", "scripts.cache_latents", "--vae", vae_folder, "--save_dir", tmp_path / "two", *CACHE, processes=2)
+def test_two_processes_write_the_same_files(group, vae_folder, cache, tmp_path):
+    group("cache_latents", "--vae", vae_folder, "--save_dir", tmp_path / "two", *CACHE)
     assert contents(tmp_path / "two") == contents(cache)
 
 

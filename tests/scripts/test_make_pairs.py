@@ -107,9 +107,9 @@ def test_a_manifest_of_something_else(tmp_path, text):
         datasets.build("pairs", None, {"path": str(tmp_path)})
 
 
-def test_two_processes_write_the_same_bytes(tmp_path, folder, tiny_run):
+def test_two_processes_write_the_same_bytes(group, tmp_path, folder, tiny_run):
     out = tmp_path / "two"
-    succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", out, *ARGUMENTS, processes=2)
+    group("make_pairs", "--weights", tiny_run, "--save_dir", out, *ARGUMENTS)
     assert contents(out) == contents(folder)
 
 

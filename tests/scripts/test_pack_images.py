@@ -96,9 +96,9 @@ def test_built_in_set(here, tmp_path):
     assert torch.equal(data.read(range(299)), digits.images) and torch.equal(data.labels, digits.labels)
 
 
-def test_two_processes_write_the_same_bytes(tmp_path, photos, folder):
+def test_two_processes_write_the_same_bytes(group, tmp_path, photos, folder):
     out = tmp_path / "two"
-    succeed("-m", "scripts.pack_images", "--source", photos, *PACK, "--save_dir", out, processes=2)
+    group("pack_images", "--source", photos, *PACK, "--save_dir", out)
     assert contents(out) == contents(folder)
 
 

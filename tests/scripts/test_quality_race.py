@@ -62,6 +62,7 @@ def test_two_recipes(race, tmp_path):
     assert Image.open(out / "race.png").width > 400
 
 
+@pytest.mark.slow
 def test_equal_images_side_by_side(here, tmp_path):
     """Two runs at the same time, of as many steps as the batches ask for; a second call trains nothing again."""
     larger = shlex.join([*RECIPE, "train.batch_size=64"])

@@ -195,6 +195,7 @@ def test_a_budget_of_minutes(tmp_path, config):
     assert all(again[name]["count"] == plan[name]["count"] for name in plan)
 
 
+@pytest.mark.slow
 def test_sigterm_lets_the_step_save_and_ends(tmp_path, config):
     """The training that is under way writes its checkpoint; nothing is left running."""
     folder = tmp_path / "stopped"

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, run_here, stranger, succeed
+from conftest import TINY_RUN, run_here, stranger
 from PIL import Image
 
 import datasets
@@ -114,11 +114,10 @@ def test_colors_of_a_folder(here, color_run, tmp_path):
     assert images.read_png(tmp_path / "out" / "restore.png").shape[-1] == 3
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(here, tiny_run, tmp_path):
+def test_two_processes_equal_one(group, here, tiny_run, tmp_path):
     arguments = ["--weights", tiny_run, "--task", "inpaint", "--bspp", "2", *QUICK]
     here("restore", *arguments, "--save_dir", tmp_path / "one")
-    succeed("-m", "scripts.restore", *arguments, "--save_dir", tmp_path / "two", processes=2)
+    group("restore", *arguments, "--save_dir", tmp_path / "two")
     one, two = ((tmp_path / name / "images" / "000003.png").read_bytes() for name in ("one", "two"))
     assert one == two and scores(tmp_path / "one") == scores(tmp_path / "two")
 

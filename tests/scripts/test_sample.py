@@ -56,8 +56,8 @@ def test_folder_is_whole(sampled):
     assert Image.open(sampled / "grid.png").size[0] >= 90
 
 
-def test_two_processes_write_the_same_bytes(tmp_path, tiny_run, sampled):
-    succeed("sample.py", "--weights", tiny_run, "--save_dir", tmp_path / "two", "--npz", *ARGUMENTS, processes=2)
+def test_two_processes_write_the_same_bytes(group, tmp_path, tiny_run, sampled):
+    group("sample", "--weights", tiny_run, "--save_dir", tmp_path / "two", "--npz", *ARGUMENTS)
     assert contents(tmp_path / "two") == contents(sampled)
 
 

@@ -123,7 +123,7 @@ def start_on_a_terminal(command: list[str]) -> tuple[int, int]:
     return pid, terminal
 
 
-@pytest.mark.parametrize("nohup", [False, True])
+@pytest.mark.parametrize("nohup", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_closed_terminal_stops_run(tmp_path, monkeypatch, nohup):
     """A closed terminal stops a run, unless SIGHUP is ignored."""
     monkeypatch.setenv("FLOW_NUM_THREADS", "1")
@@ -151,22 +151,12 @@ def test_closed_terminal_stops_run(tmp_path, monkeypatch, nohup):
         assert f"train.py -e {run} -r latest" in said
 
 
-def test_two_processes_resume_and_equal_one(tmp_path, monkeypatch):
-    """Without dropout, whose masks belong to a process, two processes compute what one does."""
-    monkeypatch.setenv("FLOW_NUM_THREADS", "1")
+def test_two_processes_equal_one(group, tmp_path):
+    """Without dropout, whose masks belong to a process, two processes compute what one does; one process goes on from the half
+    of a run of two with the same batches, noise and times."""
     plain = [argument for argument in LONGER if argument is not DROPOUT]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    torchrun += ["--rdzv_endpoint", "localhost:0"]
-    one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
-    succeed("train.py", *LONGER, "-e", two, processes=2)
-    kill_after_first_checkpoint(resumed, torchrun)
-    succeed("train.py", "-e", resumed, "-r", "latest", processes=2)
-    assert_same_state(resumed, two)
-    assert losses(resumed) == losses(two)
-
-    # One process goes on from the half of a run of two: the same batches, noise and times, so the same losses.
-    both, elastic = tmp_path / "both", tmp_path / "elastic"
-    succeed("train.py", *plain, "-e", both, "train.keep_checkpoints=0", processes=2)
+    both, elastic, one = (tmp_path / name for name in ("both", "elastic", "one"))
+    group("train", *plain, "-e", both, "train.keep_checkpoints=0")
     shutil.copytree(both, elastic, ignore=shutil.ignore_patterns("step_00000024*"))
     run_here("train", "-e", elastic, "-r", "latest")
     run_here("train", *plain, "train.gradient_accumulation_steps=2", "-e", one)
@@ -175,6 +165,19 @@ def test_two_processes_resume_and_equal_one(tmp_path, monkeypatch):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         ema_a, ema_b = (load_file(snapshot.find(run)) for run in (both, other))
         assert max((ema_a[k] - ema_b[k]).abs().max().item() for k in ema_a) < 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLOW_NUM_THREADS", "1")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    torchrun += ["--rdzv_endpoint", "localhost:0"]
+    two, resumed = tmp_path / "two", tmp_path / "resumed"
+    succeed("train.py", *LONGER, "-e", two, processes=2)
+    kill_after_first_checkpoint(resumed, torchrun)
+    succeed("train.py", "-e", resumed, "-r", "latest", processes=2)
+    assert_same_state(resumed, two)
+    assert losses(resumed) == losses(two)
 
 
 def test_muon_resumes_to_the_same_bits(tmp_path):
@@ -186,7 +189,7 @@ def test_muon_resumes_to_the_same_bits(tmp_path):
     assert_same_state(resumed, straight)
 
 
-def test_damaged_newest_checkpoint_is_skipped(tmp_path, uninterrupted):
+def test_damaged_newest_checkpoint_is_skipped(here, tmp_path, uninterrupted):
     """A damaged newest checkpoint is named and skipped."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
@@ -194,9 +197,9 @@ def test_damaged_newest_checkpoint_is_skipped(tmp_path, uninterrupted):
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
-    result = succeed("train.py", "-e", run, "-r", "latest")
-    assert "step_00000024 is damaged and skipped: optimizer.bin has changed" in result.stdout
-    assert "resuming from step 12" in result.stdout + result.stderr
+    printed = here("train", "-e", run, "-r", "latest")
+    assert "step_00000024 is damaged and skipped: optimizer.bin has changed" in printed
+    assert "resuming from step 12" in printed
     assert_same_state(run, uninterrupted)
 
 

@@ -201,7 +201,7 @@ def test_evaluation(error, tiny_run, tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("script", ENTRY_SCRIPTS)
+@pytest.mark.parametrize("script", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTRY_SCRIPTS[1:])])
 def test_exit_code_of_the_process(script):
     assert "unknown flag '--foo'" in fail(f"{script}.py", "--foo", "3")
 
@@ -224,11 +224,11 @@ def small_disk(tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_full_disk_leaves_last_checkpoint(here, small_disk, tmp_path):
+def test_full_disk_leaves_last_checkpoint(here, error, small_disk, tmp_path):
     """On a file system with room for two checkpoints and a half."""
     disk = small_disk(6500)
     many = [*TINY_TRAIN, "train.steps=8", "train.keep_checkpoints=0", "train.checkpoint_every_steps=1"]
-    line = fail("train.py", *many, "-e", disk / "run")
+    line = error("train", *many, "-e", disk / "run")
     assert "was not written" in line and "the latest checkpoint is" in line
     whole = checkpoint.list_checkpoints(disk / "run" / "checkpoints")
     assert whole and checkpoint.verify(whole[-1]) is None and str(whole[-1]) in line

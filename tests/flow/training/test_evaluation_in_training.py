@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY_TRAIN, run_here, succeed
+from conftest import TINY_TRAIN, run_here
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -132,13 +132,12 @@ def test_best_snapshot_outlives_worse_ones(here, copy):
     assert snapshot.load(copy / "best.safetensors").step == 3
 
 
-@pytest.mark.slow
-def test_two_processes_find_the_same_numbers(tmp_path, run):
+def test_two_processes_find_the_same_numbers(group, tmp_path, run):
     """With weights that do not move."""
     still = [*TRAIN, *EVALUATE, "optimizer.lr=1e-30", f"data.root={run.parent}"]
     one, two = tmp_path / "one", tmp_path / "two"
     run_here("train", *still, "-e", one)
-    succeed("train.py", *still, "-e", two, processes=2)
+    group("train", *still, "-e", two)
     losses = [[row for row in fault_injection.losses(r / "metrics.jsonl") if "validation_loss" in row] for r in (one, two)]
     assert losses[0] == losses[1] and len(losses[0]) == 2
     for a, b in zip(results(one), results(two), strict=True):

@@ -1,6 +1,8 @@
 """Trackers: those of Accelerate by name, those of the project by its registry; sample grids; a run stopped by a callback."""
 
+import importlib
 import json
+import sqlite3
 
 import pytest
 from accelerate.tracking import GeneralTracker, on_main_process
@@ -8,7 +10,7 @@ from conftest import TINY_TRAIN
 
 from configs import schema
 from flow.runtime import distributed
-from flow.training import checkpoint, logging
+from flow.training import checkpoint, trackers
 from flow.training.flow_task import FlowTask
 from flow.training.logging import read_metrics
 from flow.training.trainer import Callback, Trainer
@@ -37,13 +39,21 @@ class JSONTracker(GeneralTracker):
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
+    @on_main_process
+    def log_table(self, table_name, columns=None, data=None, step=None, **kwargs):
+        self.path.with_name(f"{table_name}_{step}.json").write_text(json.dumps([columns, *data]))
 
+
+EVALUATED = [
+    "evaluate.every_steps=2", "evaluate.n_samples=80", "evaluate.feature_extractor=digits", "evaluate.sampling_steps=1",
+    "evaluate.sampling_method=euler",
+]  # fmt: skip
 WITH_PREVIEW = [word for word in TINY_TRAIN if not word.startswith(("train.sample_every", "train.log_with"))]
 
 
 def test_registered_tracker(here, monkeypatch, tmp_path):
     """One line of TRACKERS; it gets the configuration and the rows of metrics.jsonl."""
-    monkeypatch.setitem(logging.TRACKERS, "json", JSONTracker)
+    monkeypatch.setitem(trackers.TRACKERS, "json", JSONTracker)
     here("train", *TINY_TRAIN[:-4], "preview.n_samples=4", "preview.sampling_steps=1", "preview.guidance_scale=1",
          "-e", tmp_path / "run", "train.log_with=[json]")  # fmt: skip
     first, *rows = map(json.loads, (tmp_path / "run" / "trackers.jsonl").read_text().splitlines())
@@ -52,31 +62,74 @@ def test_registered_tracker(here, monkeypatch, tmp_path):
 
 def test_unknown_tracker_is_one_line(error, monkeypatch, tmp_path):
     """It lists the valid names, those of the registry too."""
-    monkeypatch.setitem(logging.TRACKERS, "json", JSONTracker)
+    monkeypatch.setitem(trackers.TRACKERS, "json", JSONTracker)
     line = error("train", *TINY_TRAIN, "-e", tmp_path / "run", "train.log_with=[json, foo]")
     assert "train.log_with=['json', 'foo']: unknown tracker 'foo'; choose from " in line and not (tmp_path / "run").exists()
     assert {"tensorboard", "wandb", "json"} <= set(line.partition("choose from ")[2].split(", "))
 
 
-def test_sample_grid_reaches_tensorboard(here, tmp_path):
+def test_table_of_the_evaluation(here, monkeypatch, tmp_path):
+    """Each row adds a line to the table that a tracker with `log_table` gets."""
+    monkeypatch.setitem(trackers.TRACKERS, "json", JSONTracker)
+    here("train", *TINY_TRAIN, *EVALUATED, "-e", tmp_path / "run", "train.log_with=[json]")
+    for step, names in ((2, ["run@2"]), (4, ["run@2", "run@4"])):
+        columns, *rows = json.loads((tmp_path / "run" / f"evaluation_{step}.json").read_text())
+        weights = [row[columns.index("weights")] for row in rows]
+        assert [name for name in weights if not name.startswith("real")] == names
+        assert all(row[columns.index("FD-digits")] for row in rows)
+
+
+def test_tensorboard_has_everything(here, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    here("train", *WITH_PREVIEW, "-e", tmp_path / "run", "train.log_with=[tensorboard]", "train.sample_every_steps=2")
+    here(
+        "train", *WITH_PREVIEW, *EVALUATED, "-e", tmp_path / "run", "train.log_with=[tensorboard]", "train.sample_every_steps=2"
+    )
     events = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert "samples" in events.Tags()["images"] and "loss" in events.Tags()["scalars"]
+    assert {"loss", "FD-digits"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Images("samples")] == [2, 4]
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("evaluation/text_summary")]
+    assert len(texts) == 2 and "run@4" not in texts[0] and "| run@4" in texts[1]
 
 
-def test_sample_grid_reaches_wandb(here, monkeypatch, tmp_path):
+def test_wandb_has_everything(here, monkeypatch, tmp_path):
+    """Offline."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    here("train", *WITH_PREVIEW, "-e", tmp_path / "run", "train.log_with=[wandb]", "train.sample_every_steps=2")
+    here("train", *WITH_PREVIEW, *EVALUATED, "-e", tmp_path / "run", "train.log_with=[wandb]", "train.sample_every_steps=2")
     wandb.finish()
     folder = tmp_path / "run" / "wandb"
     assert list(folder.glob("offline-run-*/files/media/images/samples_*.png"))
+    tables = sorted(folder.glob("offline-run-*/files/media/table/evaluation_*.json"))
+    assert len(tables) == 2 and all("FD-digits" in json.loads(path.read_text())["columns"] for path in tables)
     (file,) = folder.glob("offline-run-*/run-*.wandb")
     data = file.read_bytes()
     assert b"flow-matching" in data and b"run" in data
+
+
+def test_trackio_has_everything(here, monkeypatch, tmp_path):
+    """In a folder of its own; a resumed run goes on under its name."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    run, flags = tmp_path / "run", ["train.log_with=[trackio]", "train.sample_every_steps=2"]
+    here("train", *WITH_PREVIEW, *EVALUATED, "-e", run, *flags)
+    here("train", "-e", run, "-r", "latest", "train.steps=6")
+    (stored,) = trackio.Api().runs("flow-matching")
+    assert stored.name == "run" and stored.config["train.batch_size"] == 32
+    rows = importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("flow-matching", "run")
+    assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6]
+    tables = [row["evaluation"] for row in rows if "evaluation" in row]
+    assert [table["_type"] for table in tables] == ["trackio.table"] * 3 and "FD-digits" in tables[0]["_value"][0]
+    assert len(list(tmp_path.glob("trackio/media/flow-matching/run/*/*.png"))) == 3
+
+
+def test_aim_names_the_run(here, tmp_path):
+    """Its files are read by `aim up` alone, but for those of the names."""
+    pytest.importorskip("aim")
+    here("train", *WITH_PREVIEW, *EVALUATED, "-e", tmp_path / "run", "train.log_with=[aim]", "train.sample_every_steps=2")
+    with sqlite3.connect(tmp_path / "run/.aim/run_metadata.sqlite") as base:
+        names = base.execute("select run.name, experiment.name from run join experiment on experiment.id = experiment_id")
+        assert names.fetchall() == [("run", "flow-matching")]
 
 
 class StopAt(Callback):
