@@ -22,7 +22,7 @@ from datasets.latents import source as latents_source
 from datasets.packed import packed
 from datasets.pairs import pairs
 from datasets.pairs import source as pairs_source
-from datasets.toys import toys
+from datasets.toys import TOYS, toys
 
 DATASETS: dict[str, Callable[..., "DataSet"]] = {
     "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "packed": packed,
@@ -100,13 +100,18 @@ def has_test_split(name: str) -> bool:
 
 
 def named_split(text: str) -> tuple[str, dict[str, Any]] | None:
-    """(name, arguments) of the data set that NAME, NAME:train or NAME:test stands for; None where NAME is no data set.
+    """(name, arguments) of the data set that NAME, NAME:train, NAME:test or toys:SHAPE stands for; None where NAME is no data
+    set.
 
-    Raises ValueError for another split and for a data set without splits.
+    Raises ValueError for another split or shape and for a data set without splits.
     """
     name, colon, split = text.partition(":")
     if name not in DATASETS:
         return None
+    if name == "toys":
+        if split not in TOYS:
+            raise ValueError(f"{text}: must be toys:SHAPE, SHAPE one of {', '.join(TOYS)}")
+        return name, {"name": split}
     if not colon:
         return name, {}
     if not has_test_split(name) or split not in ("train", "test"):

@@ -20,7 +20,7 @@ from flow.evaluation.metrics_2d import sliced_wasserstein
 from flow.model import FlowModel
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import snapshot
+from flow.sampling import snapshot, sources
 from flow.sampling.generate import mean_straightness_deviation, trajectory
 from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
@@ -66,6 +66,7 @@ def parse_args():
     cli.add_step_flags(parser, [2, 100], several=True)
     cli.add_count_flag(parser, "--n_samples", "points of the distance", 10_000, least=2)
     cli.add_count_flag(parser, "--frames", "frames of the GIF", 32, least=2)
+    cli.add_source_flag(parser)
     cli.add_seed_flag(parser)
     return parser.parse()
 
@@ -80,6 +81,9 @@ def main() -> None:
     steps = cli.num_steps(args, args.sampling_method)
     reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]
     accelerator = distributed.build_single_process_accelerator("compare")
+    for model, snap in zip(flows, snaps, strict=True):
+        if note := sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, args.n_samples):
+            print(f"note: {note}")
     with lock.folder(args.out, accelerator):
         compare(args, accelerator, names, flows, reals, steps)
 

@@ -207,7 +207,7 @@ def add_guidance_flags(parser: argparse.ArgumentParser, several: bool = False) -
 
 def add_source_flag(parser: argparse.ArgumentParser) -> None:
     """--source, of flows between two data sets."""
-    use = "start from these samples in their order: a folder of images, or NAME, NAME:train or NAME:test of a data set"
+    use = "start from these samples in their order: a folder of images, or a data set: NAME, NAME:train, NAME:test, toys:SHAPE"
     parser.add_argument("--source", metavar="DIR|NAME", help=f"{use} (default: held-out samples of flow.source, or noise)")
 
 

@@ -1,6 +1,7 @@
 """Flows between two data sets: source samples by position, transfer and back, reflow, and what such a flow does not give."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 
 import datasets
 from flow.couplings import PairedCoupling
+from flow.evaluation.metrics_2d import sliced_wasserstein
 from flow.model import FlowModel
 from flow.path import LinearPath
 from flow.sampling import Sampler, sources
@@ -53,6 +55,20 @@ def test_transfer_and_back(transfer_run):
     moved = sampler.transfer(x0, method="heun", steps=100)
     assert torch.equal(moved, sampler.sample(20, method="heun", steps=100)) and (moved - x0).norm(dim=1).min() > 0.01
     assert torch.allclose(sampler.encode(moved, steps=100).float(), x0, atol=5e-3)
+
+
+def test_flows_side_by_side_from_another_source(here, error, transfer_run, tmp_path):
+    """compare starts where sample.py does, with --source and without."""
+    command = ["compare", "--weights", transfer_run, "--sampling_steps", 4, "--n_samples", 300, "--frames", 2]
+    own, other = (here(*command, *flags, "--out", tmp_path / "out") for flags in ([], ["--source", "toys:rings"]))
+    assert "after the first 300 images" not in own and own.count("SW2") == other.count("SW2") == 1
+    distances = [float(re.search(r"euler +\| +4 \| +4 \| +([\d.]+)", text).group(1)) for text in (own, other)]
+    sampler, real = Sampler.load(transfer_run, device="cpu"), datasets.build("toys", None, {"name": "moons", "n": 500}).images
+    starts = (ring(seed=1), datasets.build("toys", None, {"name": "rings", "n": 300}).images)
+    expected = [sliced_wasserstein(sampler.transfer(x0, method="euler", steps=4), real) for x0 in starts]
+    assert distances == pytest.approx(expected, abs=1e-4) and distances[0] != distances[1]
+    line = error(*command, "--source", "toys", "--out", tmp_path / "b")
+    assert "--source: toys: must be toys:SHAPE, SHAPE one of checkerboard, " in line
 
 
 def test_pairs_start_where_reflow_expects_it(transfer_run, tmp_path):
