@@ -77,15 +77,9 @@ class Evaluation:
         source: RealImages | None,
     ) -> "Evaluation":  # fmt: skip
         """The feature extractor, checked on a blank image of the shape to come, and the reference, cached or computed."""
-        points = Space(image_shape).is_points
-
-        def load() -> Extractor | PointSpace:
-            name, layer, weights = settings.feature_extractor, settings.feature_layer, settings.feature_weights
-            return PointSpace() if points else Extractor(name, layer, weights, accelerator.device, settings.allow_remote_code)
-
+        extractor, dimension = load_extractor(settings, accelerator, image_shape)
+        points = isinstance(extractor, PointSpace)
         with error_context("evaluate"):
-            extractor = distributed.main_process_first(accelerator, load)  # it may download its weights
-            dimension = extractor.dimension(image_shape)
             if source is None:
                 real = reference.from_npz(Path(settings.reference or ""), extractor, dimension)
             else:
@@ -207,6 +201,22 @@ class Evaluation:
             if self.draw:
                 self.draw()
         return text
+
+
+def load_extractor(
+    settings: EvaluationSettings, accelerator: Accelerator, image_shape: tuple[int, ...]
+) -> tuple[Extractor | PointSpace, int]:
+    """The feature extractor and its dimension for images of this shape. Raises UserError where it is not to be had."""
+
+    def load() -> Extractor | PointSpace:
+        if Space(image_shape).is_points:
+            return PointSpace()
+        name, layer, weights = settings.feature_extractor, settings.feature_layer, settings.feature_weights
+        return Extractor(name, layer, weights, accelerator.device, settings.allow_remote_code)
+
+    with error_context("evaluate"):
+        extractor = distributed.main_process_first(accelerator, load)  # it may download its weights
+        return extractor, extractor.dimension(image_shape)
 
 
 def real_layers(extractor: Extractor | PointSpace) -> list[str]:

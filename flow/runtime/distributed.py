@@ -215,7 +215,7 @@ def gather_in_order(accelerator: Accelerator, parts: list[tuple[int, Any]]) -> l
 
 
 @functools.cache
-def _control_group(world: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
+def _control_group(world: dist.ProcessGroup, timeout: timedelta):
     """Flags and objects travel over the CPU, whatever carries the gradients. A process may be in one world after another."""
     return dist.new_group(backend="gloo", timeout=timeout)
 

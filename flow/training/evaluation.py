@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from configs.schema import UserError
 from flow.evaluation import metrics, runner, table
+from flow.evaluation.real_images import load_real_images
 from flow.runtime import cli, files, lock
 from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_in_turn
@@ -34,30 +35,15 @@ class EvaluateSnapshots(Callback):
         Raises:
             UserError: that names the key, for settings that do not fit the network, the data or each other.
         """
-        self.task, config, accelerator = task, task.config, task.accelerator
-        self.settings = evaluate = config.evaluate
-        self.checkpoint_every_steps = evaluate.every_steps
-        if unknown := [name for name in evaluate.metrics if name not in metrics.METRICS]:
-            raise UserError(
-                f"evaluate.metrics={evaluate.metrics}: unknown metric {unknown[0]!r}; choose from {', '.join(metrics.METRICS)}"
-            )
-        captions_of = runner.captions_by_class(None, None, accelerator, config, task.net)
-        labels, prompts = conditions_in_turn(None, captions_of)
-        sampler = SamplerSettings(
-            evaluate.sampling_method, evaluate.sampling_steps, evaluate.guidance_scale, evaluate.seed, labels, prompts
-        )
-        with error_context("evaluate"):
-            validate(sampler, task.model)
-        settings = runner.EvaluationSettings(
-            str(folder), evaluate.n_samples, 1, evaluate.batch_size, evaluate.feature_extractor, evaluate.feature_layer,
-            Path(evaluate.feature_weights) if evaluate.feature_weights else None, reference=evaluate.reference,
-            metrics=tuple(evaluate.metrics),
-        )  # fmt: skip
+        self.task, self.settings = task, task.config.evaluate
+        self.checkpoint_every_steps = self.settings.every_steps
+        settings, sampler, captions_of = settings_of(task, folder)
         with _keys_for_flags():
             self.evaluator = runner.SnapshotEvaluator.build(
-                settings, accelerator, folder / "evaluation", config, task.space, task.net, [sampler], captions_of, True
-            )
-        name = evaluate.keep_best
+                settings, task.accelerator, folder / "evaluation", task.config, task.space, task.net, [sampler], captions_of,
+                by_frequency=True,
+            )  # fmt: skip
+        name = self.settings.keep_best
         self.best_column = self.evaluator.evaluation.extractor.distance_name if name == "fid" else name
         self.captions = "plain" if captions_of else None
 
@@ -131,6 +117,45 @@ class EvaluateSnapshots(Callback):
         [error] = broadcast_object_list([error])
         if error:
             raise UserError(error)
+
+
+def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings, SamplerSettings, list[list[str]] | None]:
+    """(what is measured, how images are made, captions by class) by the section evaluate of the configuration; `folder` is that
+    of the run.
+
+    Raises:
+        UserError: that names the key, for what does not fit the network, the data or each other.
+    """
+    evaluate = task.config.evaluate
+    if unknown := [name for name in evaluate.metrics if name not in metrics.METRICS]:
+        raise UserError(
+            f"evaluate.metrics={evaluate.metrics}: unknown metric {unknown[0]!r}; choose from {', '.join(metrics.METRICS)}"
+        )
+    captions_of = runner.captions_by_class(None, None, task.accelerator, task.config, task.net)
+    labels, prompts = conditions_in_turn(None, captions_of)
+    sampler = SamplerSettings(
+        evaluate.sampling_method, evaluate.sampling_steps, evaluate.guidance_scale, evaluate.seed, labels, prompts
+    )
+    with error_context("evaluate"):
+        validate(sampler, task.model)
+    settings = runner.EvaluationSettings(
+        str(folder), evaluate.n_samples, 1, evaluate.batch_size, evaluate.feature_extractor, evaluate.feature_layer,
+        Path(evaluate.feature_weights) if evaluate.feature_weights else None, reference=evaluate.reference,
+        metrics=tuple(evaluate.metrics),
+    )  # fmt: skip
+    return settings, sampler, captions_of
+
+
+def check(task: FlowTask, folder: Path) -> None:
+    """Whether an evaluation during training can start: everything but the features of the reference, which take long.
+
+    Raises:
+        UserError: as `EvaluateSnapshots` does.
+    """
+    settings, _, _ = settings_of(task, folder)
+    with _keys_for_flags():
+        load_real_images(settings.reference, task.accelerator, task.space.decoded_shape, task.config)
+        runner.load_extractor(settings, task.accelerator, task.space.decoded_shape)
 
 
 def _is_logged(trainer: Trainer, values: dict[str, float]) -> bool:

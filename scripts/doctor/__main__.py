@@ -26,9 +26,11 @@ from configs.schema import Config, UserError
 from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.training import data_loader
-from flow.training.flow_task import validate_conditioning
+from flow.training.evaluation import check as check_evaluation
+from flow.training.flow_task import FlowTask, validate_conditioning
 from flow.training.run_dir import open_run
 from flow.training.trackers import TRACKERS
+from flow.training.validation import ValidationLoss
 from scripts.doctor.machine import feature_weights, versions
 from scripts.doctor.trial import STEPS, Trial, try_training
 
@@ -338,12 +340,29 @@ def features(context: Context) -> Lines:
         yield feature_weights(context.data.image_shape)
 
 
+def evaluation(context: Context) -> Lines:
+    """The section evaluate against network and data; features of the reference are left to the training."""
+    cfg = context.cfg.evaluate
+    if context.net is None or not (cfg.every_steps or cfg.loss_every_steps):
+        return
+    task = FlowTask(context.cfg, context.accelerator)
+    if cfg.loss_every_steps:
+        ValidationLoss(task)
+        yield "pass", f"validation loss of {cfg.loss_samples:,} samples every {cfg.loss_every_steps:,} steps"
+    if cfg.every_steps:
+        check_evaluation(task, context.run_dir)
+        images = f"{cfg.n_samples:,} images, {cfg.sampling_method}, {cfg.sampling_steps} steps"
+        yield "pass", f"{', '.join(cfg.metrics)} of {images}, every {cfg.every_steps:,} steps"
+
+
 def packages(context: Context) -> Lines:
     """Installed versions against requirements.txt."""
     yield versions(Path(__file__).parents[2] / "requirements.txt")
 
 
-CHECKS = [packages, devices, folder, data, network, batch, learning_rate, ema, pauses, features, trial, memory, disk]
+CHECKS = [
+    packages, devices, folder, data, network, batch, learning_rate, ema, pauses, features, evaluation, trial, memory, disk,
+]  # fmt: skip
 
 
 if __name__ == "__main__":

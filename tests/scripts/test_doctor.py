@@ -1,5 +1,6 @@
 """The doctor: a healthy run passes, each sickness is named with its fix, nothing is left behind."""
 
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,32 @@ def test_a_healthy_run_passes_and_leaves_nothing(here, tmp_path):
     assert lines[-1].startswith("0 failed, 0 warned") and "; start the training with: " in lines[-1], said
     assert any("images/s; the first took" in line for line in lines) and any("until 20" in line for line in lines)
     assert any("disk: 2 checkpoint(s) and 3 snapshot(s) need 0.0" in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
+EVALUATED = ["evaluate.every_steps=400", "evaluate.feature_extractor=digits", "evaluate.n_samples=80"]
+EVALUATED += ["evaluate.sampling_method=euler", "evaluate.sampling_steps=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], "of 80 images, euler, 2 steps, every 400 steps"),
+        (["evaluate.metrics=[fis]"], "fail  evaluation: evaluate.metrics=['fis']: unknown metric 'fis'; choose from fid, "),
+        (["evaluate.sampling_steps=0"], "evaluate.sampling_steps=0: must be at least 1"),
+        (["evaluate.feature_extractor=cats"], "fail  evaluation: evaluate.feature_extractor cats: unknown; choose one of"),
+        (["evaluate.reference=nowhere"], "fail  evaluation: evaluate.reference: path=data/nowhere: there is no such folder"),
+        (
+            ["evaluate.loss_every_steps=400"],
+            "evaluate.loss_every_steps=400: data.name=digits has no held-out part",
+        ),
+    ],
+)
+def test_section_evaluate(main_of, capsys, tmp_path, overrides, told):
+    with suppress(SystemExit):
+        cli_main(main_of("doctor", *HEALTHY, *EVALUATED, "-e", tmp_path / "run", *overrides))
+    captured = capsys.readouterr()
+    assert told in captured.out + captured.err, captured.out + captured.err
     assert not list(tmp_path.iterdir())
 
 
