@@ -161,8 +161,7 @@ class RestorationSettings:
 
     steps: int = 100  # of t, from 0 to 1
     draws: int = 2  # of noise in each step, in pairs of opposite signs
-    step_size: float = 1.9  # of the gradient steps, in units of 1 / |A|^2
-    step_power: float = 0.0  # they shrink as (1 - t)^power
+    step_size: float = 1.9  # of the gradient steps at most, in units of 1 / |A|^2
     data_steps: int = 1  # gradient steps at each time
 
     def __post_init__(self):
@@ -172,8 +171,6 @@ class RestorationSettings:
                 raise ValueError(f"{name}={value}: must be at least 1")
         if not 0 < self.step_size < 2:
             raise ValueError(f"step_size={self.step_size:g}: must be above 0 and below 2, where gradient steps diverge")
-        if not 0 <= self.step_power < math.inf:
-            raise ValueError(f"step_power={self.step_power:g}: must be a finite number of 0 or more")
 
 
 TASKS = {  # with the gradient steps that gave the best PSNR on MNIST, see docs/restoration.md
@@ -190,7 +187,7 @@ def restore(
     degradation: Degradation,
     noise: Callable[[int, int], Tensor],
     settings: RestorationSettings,
-    exact: bool = False,
+    noise_std: float = 0.0,
     callback: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Images [B, C, H, W], about [-1, 1], that fit the measurement y under the flow.
@@ -198,9 +195,13 @@ def restore(
     PnP-Flow (Martin et al. 2024, arXiv:2410.02423). With D_t(x) = x + (1 - t) v(x, t), the mean of x1 given x_t = x, each time
     t = n / steps has three parts:
 
-        z = x - gamma_t A^T (A x - y),    gamma_t = step_size (1 - t)^step_power / |A|^2    (fit to y)
-        z_t = t z + (1 - t) eps,          eps ~ N(0, I)                                     (onto the path of the flow)
-        x = mean over draws of D_t(z_t)                                                     (denoise)
+        z = x - gamma_t A^T (A x - y)                               (fit to y, data_steps times)
+        z_t = t z + (1 - t) eps,          eps ~ N(0, I)             (onto the path of the flow)
+        x = mean over draws of D_t(z_t)                             (denoise)
+
+    with gamma_t = min(step_size / |A|^2, ((1 - t) / t)^2 / (data_steps noise_std^2)): the second term weighs the error of the
+    denoiser, whose input has noise of (1 - t) / t, against the noise of y. With it the result goes to the posterior mean where
+    the data are Gaussian, as the steps grow.
 
     At t = 0 nothing of the first x is left, so it is A^T y / |A|^2. Draws 2k and 2k + 1 of a step are eps and -eps: the
     error of the mean that is linear in eps cancels.
@@ -209,16 +210,20 @@ def restore(
         velocity: v(x, t) on the linear path, for images of the batch.
         y: in the dtype in which the images are computed.
         noise: noise(step, k) is standard normal, [B, C, H, W], and belongs to draws 2k and 2k + 1.
-        exact: y has no noise; the result ends with a whole gradient step, after which A x = y for all degradations but the
-            blur, where it comes closer.
+        noise_std: the standard deviation of the noise of y. Without noise the result ends with a whole gradient step, after
+            which A x = y for all degradations but the blur, where it comes closer.
         callback: is called after each step.
     """
     x = degradation.adjoint(y) / degradation.squared_norm
     for n in range(settings.steps):
         t = n / settings.steps
         z = x
+        step_size = settings.step_size
+        if t * noise_std > 0:
+            trust = ((1 - t) / (t * noise_std)) ** 2
+            step_size = min(step_size, trust * degradation.squared_norm / settings.data_steps)
         for _ in range(settings.data_steps):
-            z = _data_step(z, y, degradation, settings.step_size * (1 - t) ** settings.step_power)
+            z = _data_step(z, y, degradation, step_size)
         denoised = torch.zeros_like(z)
         for k in range(settings.draws):
             if k % 2 == 0:
@@ -227,7 +232,7 @@ def restore(
             denoised += z_t + (1 - t) * velocity(z_t, t)
         x = denoised / settings.draws
         callback()
-    return _data_step(x, y, degradation, 1.0) if exact else x
+    return x if noise_std else _data_step(x, y, degradation, 1.0)
 
 
 def _data_step(x: Tensor, y: Tensor, degradation: Degradation, step_size: float) -> Tensor:

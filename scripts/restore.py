@@ -75,10 +75,7 @@ def parse_args():
     parser.add_argument("--blur", type=cli.positive, metavar="SIGMA", help="deblur: of the Gaussian, in pixels (default: 2)")
     cli.add_count_flag(parser, "--steps", "of t, from 0 to 1", 100)
     cli.add_count_flag(parser, "--draws", "of noise in each step, in pairs of opposite signs", 2)
-    parser.add_argument("--step_size", type=cli.positive, metavar="X", help="of gradient steps, below 2 (default: 1.9)")
-    parser.add_argument(
-        "--step_power", type=cli.nonnegative, metavar="P", help="they shrink as (1 - t)^P (default: 0; strong noise: 1)"
-    )
+    parser.add_argument("--step_size", type=cli.positive, metavar="X", help="of gradient steps at most, below 2 (default: 1.9)")
     cli.add_count_flag(parser, "--data_steps", "gradient steps at each time (default: 16 for deblur, else 1)")
     cli.add_batch_size_flag(parser)
     cli.add_seed_flag(parser, use="noise and random masks")
@@ -194,7 +191,7 @@ def check_conditions(conditions: SamplerSettings, model: FlowModel, snap: snapsh
 
 def settings_of(args) -> RestorationSettings:
     """Those of the task, but for what the command line says. Raises ValueError for numbers out of range."""
-    typed = {name: getattr(args, name) for name in ("step_size", "step_power", "data_steps") if getattr(args, name) is not None}
+    typed = {name: getattr(args, name) for name in ("step_size", "data_steps") if getattr(args, name) is not None}
     return dataclasses.replace(TASKS[args.task], steps=args.steps, draws=args.draws, **typed)
 
 
@@ -261,7 +258,7 @@ def restore_images(
             velocity = velocity_of(model, indices, conditions, accelerator.device)
             noise = partial(noise_of, args.seed, indices, shape)
             with accelerator.autocast():
-                x = restore(velocity, y, degradation, noise, settings, args.noise == 0, partial(bar.update, len(indices)))
+                x = restore(velocity, y, degradation, noise, settings, args.noise, partial(bar.update, len(indices)))
             parts.append((indices.start, (y.cpu(), images.to_uint8(x).cpu())))
     gathered = distributed.gather_in_order(accelerator, parts)
     if gathered is None:

@@ -62,18 +62,18 @@ def test_adjoint(name):
     assert degradation.to_image(y).shape == x.shape
 
 
-def test_posterior_mean_of_noisy_measurement():
-    """With gamma_t = (1 - t)^2 / noise_std^2 the result goes to the posterior mean of a Gaussian, the error as steps^(-1/3)."""
+@pytest.mark.parametrize("data_steps, bound", [(1, 1e-7), (4, 5e-3)])
+def test_posterior_mean_of_noisy_measurement(data_steps, bound):
+    """The result goes to the posterior mean of a Gaussian as the steps grow."""
     a, degradation, std = torch.full((1, 4), 0.25, dtype=torch.float64), Downsampling(2), 0.4
     y = torch.tensor([1.3, -0.8], dtype=torch.float64).view(2, 1, 1, 1)
     target = posterior_mean(y.flatten(1), a, std)
     errors = []
-    for steps in (250, 2000):
-        settings = RestorationSettings(steps, 2, step_size=degradation.squared_norm / std**2, step_power=2)
-        x = restoration.restore(gaussian_velocity, y, degradation, lambda step, draw: EPS, settings)
+    for steps in (50, 2000):
+        settings = RestorationSettings(steps, data_steps=data_steps)
+        x = restoration.restore(gaussian_velocity, y, degradation, lambda step, draw: EPS, settings, std)
         errors.append((x.flatten(1) - target).abs().max().item())
-    assert errors[1] < 0.1 * (target - PRIOR_MEAN).abs().max()
-    assert 0.45 < errors[1] / errors[0] < 0.55
+    assert errors[1] < bound and errors[1] < 0.1 * errors[0]
 
 
 @pytest.mark.parametrize("step_size", [1.0, 1.9])
@@ -83,7 +83,7 @@ def test_posterior_mean_of_missing_pixels(step_size):
     original = gaussian_noise("test original", 0, range(2), (1, 2, 2)).double()
     y = original * known
     settings = RestorationSettings(1000, 2, step_size)
-    x = restoration.restore(gaussian_velocity, y, Inpainting(known), lambda step, draw: EPS, settings, exact=True)
+    x = restoration.restore(gaussian_velocity, y, Inpainting(known), lambda step, draw: EPS, settings)
     torch.testing.assert_close(x * known, y)
     a = torch.eye(4, dtype=torch.float64)[known.flatten() > 0]
     torch.testing.assert_close(x.flatten(1), posterior_mean(original.flatten(1) @ a.T, a, 0.0), atol=0.03, rtol=0)
@@ -91,7 +91,7 @@ def test_posterior_mean_of_missing_pixels(step_size):
 
 def test_result_fits_exact_measurement():
     y = torch.tensor([0.5, -0.5], dtype=torch.float64).view(2, 1, 1, 1)
-    x = restoration.restore(gaussian_velocity, y, Downsampling(2), noise, RestorationSettings(3, 1), exact=True)
+    x = restoration.restore(gaussian_velocity, y, Downsampling(2), noise, RestorationSettings(3, 1))
     torch.testing.assert_close(Downsampling(2)(x), y)
 
 
@@ -118,9 +118,7 @@ def test_masks_and_noise_are_functions_of_the_image():
     assert 0.05 < y.std() < 0.15
 
 
-@pytest.mark.parametrize(
-    "values", [{"steps": 0}, {"draws": 0}, {"data_steps": 0}, {"step_size": 2.0}, {"step_power": -1.0}, {"step_power": np.inf}]
-)
+@pytest.mark.parametrize("values", [{"steps": 0}, {"draws": 0}, {"data_steps": 0}, {"step_size": 2.0}, {"step_size": 0.0}])
 def test_settings_out_of_range(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         replace(RestorationSettings(), **values)
