@@ -211,9 +211,8 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None, bas
 
     Raises UserError that names the key, the value and what would be right.
     """
-    config: Any = OmegaConf.structured(base or kind)
-    if path is not None:
-        config = _merge(config, _read_yaml(Path(path), kind), source=str(path))
+    defaults = OmegaConf.structured(base) if base else _defaults(kind)
+    config = _merge(defaults, _read_yaml(Path(path), kind) if path is not None else OmegaConf.create(), source=str(path))
     nodes = [_read_override(override, kind) for override in overrides or []]
     typed = [_leaves(node) for node in nodes]
     for name, args in _ARGS_OF.items():
@@ -247,12 +246,18 @@ def parse_parts(text: str, source: str, kind: Any, confirmed: dict[str, Any] | N
         tree, interpolations = stored.read(text)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
-    config: Any = _merge(OmegaConf.structured(kind), OmegaConf.create(tree), source=source)
+    config: Any = _merge(_defaults(kind), OmegaConf.create(tree), source=source)
     for key in interpolations.keys() & (confirmed or {}).keys():
         OmegaConf.update(node := OmegaConf.create({}), key, (confirmed or {})[key])
         config = _merge(config, node, source=key)
         del interpolations[key]
     return _finished(config), interpolations
+
+
+@functools.cache
+def _defaults(kind: type) -> DictConfig:
+    """The defaults of a configuration class, to merge with; merging copies them."""
+    return OmegaConf.structured(kind)
 
 
 def overridden(overrides: list[str] | None, kind: type = Config) -> dict[str, Any]:
