@@ -324,6 +324,12 @@
     return [...raw, { ...look, x, ...column, y: smoothed(column.y, weight) }];
   }
 
+  // Whether the largest of the values, all above 0, is so far from their median that a linear axis would show it alone.
+  function spans(key) {
+    const values = data.runs.flatMap((run) => run.curves.columns[key]?.y ?? []).filter((value) => value !== null).sort((a, b) => a - b);
+    return values.length > 2 && values[0] > 0 && values.at(-1) > 20 * values[values.length >> 1];
+  }
+
   const host = one("#panels"), built = [];
   if (host) for (const panel of panels) {
     panel.keys = panel.keys.filter((key) => columns.includes(key));
@@ -341,6 +347,7 @@
       head.append(choice);
       keep(choice, () => panel.draw());
     }
+    log.checked = spans(panel.keys[0]);
     head.append(element("label", {}, log, " log"));
     keep(log, () => panel.draw());
     const box = chartBox(), legend = element("ul", { className: "lines" });

@@ -18,7 +18,7 @@ from flow.runtime import cli, files
 from flow.sampling import trajectory_grids
 from flow.sampling.trajectory_grids import Grid, TrajectoryGrids
 from scripts.report.pictures import Pictures, spread
-from scripts.report.runs import PANELS, TRAJECTORY, Run, differing_keys
+from scripts.report.runs import PANELS, SAMPLE, TRAJECTORY, Run, differing_keys
 
 HERE = Path(__file__).parent
 PAGE, PICTURES = "index.html", "pictures"  # in the output folder
@@ -27,7 +27,7 @@ PICTURE_BYTES = 6_000_000  # of all pictures in a page
 MIN_RUN_BYTES = 150_000  # of the pictures of a run, where there are many
 SAMPLE_SHARE = 0.6  # of a run's bytes that its previews and its grids of trajectories may take, each half where there are both
 MAX_PREVIEWS = 40  # of a run
-MAX_COMMANDS = 3  # that make grids of trajectories, in the panel that has none
+MAX_COMMANDS = 3  # of a kind, in the panel of samples
 DASHES = ("", "5 3", "2 2", "6 2 2 2", "9 2")  # as many colors with each as there are in plots.COLORS
 
 
@@ -149,6 +149,7 @@ def _context(runs: list[Run], shown: list[Shown]) -> dict[str, Any]:
         "elsewhere": [(panel, len(lines)) for panel, lines in problems.items() if lines and panel != "overview"],
         "differing": differing,
         "unusual": unusual,
+        "comparison": _comparison(runs, metrics),
         "quality": _table(runs, metrics),
         "note": table.NOTE,
         "has_quality": bool(metrics) or bool(problems["quality"]),
@@ -157,6 +158,7 @@ def _context(runs: list[Run], shown: list[Shown]) -> dict[str, Any]:
         "has_grids": any(pictures.grids for pictures in shown),
         "grids_left_out": sum(pictures.grids_left_out for pictures in shown),
         "has_figures": any(pictures.figures for pictures in shown) or bool(problems["figures"]),
+        "sample_commands": [(row["name"], row["commands"][SAMPLE]) for row in rows if SAMPLE in row["commands"]][:MAX_COMMANDS],
         "trajectory_commands": [(row["name"], row["commands"][TRAJECTORY]) for row in without[:MAX_COMMANDS]],
         "further_trajectories": [row["name"] for row in without[MAX_COMMANDS:]],
         "thinned": any("low" in column for run in runs for column in run.curves.columns.values()),
@@ -176,9 +178,9 @@ def _trajectory(run: Run) -> dict[str, Any]:
 
 
 def _unusual(values: list[str | None]) -> set[str | None]:
-    """The values that are not the most common one; none where all of more than two are different."""
+    """The values that are not the most common one; all of them where there are more than two, all different."""
     [(usual, count)] = Counter(values).most_common(1)
-    return set() if count == 1 and len(values) > 2 else set(values) - {usual}
+    return set(values) if count == 1 and len(values) > 2 else set(values) - {usual}
 
 
 def _asset(name: str) -> Markup:
@@ -206,8 +208,10 @@ def _row(index: int, run: Run, figures: list[dict]) -> dict[str, Any]:
         "rate": run.images_per_second,
         "rate_text": "" if run.images_per_second is None else f"{run.images_per_second:,.0f}",
         "best": statistic.mean if statistic else None,
-        "best_text": f"{run.distance} {table.cell(run.distance, statistic)}" if statistic else "",
+        "best_text": f"{run.distance} {table.cell(run.distance, statistic)}" if statistic else "not evaluated",
+        "best_cost": "" if not best or best["NFE"] is None else f"at NFE {best['NFE']:g}",
         "loss": run.loss,
+        "jump": run.jump,
         "loss_text": "" if run.loss is None else f"{run.loss:.4g}",
         "device": f"{device}" + (f" × {processes}" if processes not in ("", 1) else ""),
         "commit": str(commit),
@@ -258,9 +262,53 @@ def _values(entry: dict) -> dict[str, tuple[float, float | None]]:
     return values
 
 
+def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
+    """For each setting that several runs were evaluated with: the best of them by the first metric, the next one, and their
+    difference with its 95 % interval, as if the errors of both were independent. The header comes first; empty where no
+    setting has two runs.
+    """
+    settings: dict[tuple, dict[str, dict]] = {}
+    for run in runs:
+        for e in run.entries:
+            if e["method"] is not None and metrics and metrics[0] in e["metrics"]:
+                key = tuple(e[name] for name in table.KEY_COLUMNS if name not in ("weights", *table.COST))
+                of_runs = settings.setdefault(key, {})
+                if run.name not in of_runs or (e["images"] or 0) >= (of_runs[run.name]["images"] or 0):
+                    of_runs[run.name] = e
+    lines = []
+    for of_runs in settings.values():
+        measured = {name: e["metrics"][metrics[0]] for name, e in of_runs.items() if _is_finite(e["metrics"][metrics[0]].mean)}
+        if len(measured) < 2:
+            continue
+        (best, a), (following, b) = sorted(measured.items(), key=lambda item: item[1].mean)[:2]
+        interval, verdict = math.hypot(a.interval, b.interval), ""
+        difference = table.cell(metrics[0], table.Statistic(b.mean - a.mean, math.nan, interval))
+        if math.isfinite(interval):
+            verdict = "clear" if b.mean - a.mean > interval else "not clear: within the interval"
+        e = of_runs[best]
+        scale = f", w = {e['guidance_scale']:g}" if e["guidance_scale"] not in (None, 1) else ""
+        steps = f", {e['steps']} steps" if e["steps"] else ""
+        cost = "" if e["NFE"] is None else f"{e['NFE']:g}"
+        values = [table.cell(metrics[0], value) for value in (a, b)]
+        lines.append(
+            [cost, f"{e['method']}{steps}{scale}", str(e["n"]), best, values[0], following, values[1], difference, verdict]
+        )
+    lines.sort(key=lambda line: (float(line[0] or "inf"), line[1]))
+    names = ("NFE", "solver", "n", "best run", "its distance", "next run", "its distance", "difference", "verdict")
+    return [list(names), *lines] if lines else []
+
+
 def _table(runs: list[Run], metrics: list[str]) -> list[Any]:
-    """The header of the table of metrics, then (index of the run, cells) for each entry."""
-    entries = [(i, e) for i, run in enumerate(runs) for e in run.entries]
+    """The header of the table of metrics, then (index of the run, cells) for each entry; equal rows of real images once."""
+    entries, controls = [], set()
+    for i, run in enumerate(runs):
+        for e in run.entries:
+            if table.is_control(e):
+                row = (e["weights"], e["n"], e["reference"], *(e["metrics"].get(name) for name in metrics))
+                if row in controls:
+                    continue
+                controls.add(row)
+            entries.append((i, e))
     if not entries:
         return []
     columns = list(zip(*table.cells([e for _, e in entries], metrics), strict=True))

@@ -25,6 +25,7 @@ from flow.evaluation import classifiers, table
 from flow.runtime import cli, files, jsonl, lock, subprocesses
 from flow.sampling import header, snapshot, trajectory_grids
 from flow.sampling.trajectory_grids import TrajectoryGrids
+from flow.solvers import SOLVERS
 from flow.training import logging, run_dir
 
 PANELS = ("overview", "curves", "quality", "samples", "figures", "runs")  # sections of the page
@@ -35,9 +36,11 @@ OTHERS = ("checkpoints", "power_averages", "reconstructed", "samples", "snapshot
 # Files that every run has, and where they are missed.
 EXPECTED = {"config.yaml": "overview", "environment.json": "overview", "log.txt": "overview", "metrics.jsonl": "curves"}
 QUIET_SECONDS = 15 * 60  # a run on another host that has written nothing for so long counts as stopped
+SAMPLE = "sample"  # what the command of further images is called
 TRAJECTORY = "trajectory"  # what the command of the grids in samples/trajectory is called
 LOG_LINES = 30  # of log.txt that are shown
 DAMAGED_LINES = 3  # of a file that are named
+JUMP, RETURN = 5.0, 1.5  # times the lowest loss so far: above the one it has jumped, below the other it has come back
 # Lines of log.txt: a start, an end, a stop by a signal.
 STARTED, ENDED, STOPPED = "device: ", re.compile(r": (finished step|stopped at step) \d+, in "), "stopped by SIG"
 
@@ -91,6 +94,7 @@ class Run:
     seconds: float | None = None  # of training by then, without pauses
     images_per_second: float | None = None  # the median over the rows
     loss: float | None = None  # the last one
+    jump: str = ""  # of the loss, if it had one
     curves: Curves = field(default_factory=Curves)
     entries: list[dict] = field(default_factory=list)  # of its tables, see `table.aggregate`
     previews: dict[int, Path] = field(default_factory=dict)  # by step
@@ -307,7 +311,7 @@ def _metrics(path: Path, modified: int, size: int, points: int) -> tuple[dict[st
     spent = np.zeros(len(rows))
     spent[timed] = np.maximum(np.diff(images[timed], prepend=0), 0) / rate[timed]
     seconds = np.cumsum(spent)
-    losses = [row["loss"] for row in rows if jsonl.is_number(row.get("loss"))]
+    losses = [(row["step"], row["loss"]) for row in rows if jsonl.is_number(row.get("loss")) and math.isfinite(row["loss"])]
     seen = images[np.isfinite(images)]
     fields = {
         "curves": _thin(rows, seconds.tolist(), points),
@@ -315,9 +319,21 @@ def _metrics(path: Path, modified: int, size: int, points: int) -> tuple[dict[st
         "images": int(seen[-1]) if len(seen) else None,
         "seconds": float(seconds[-1]) if len(timed) else None,
         "images_per_second": float(np.median(rate[timed])) if len(timed) else None,
-        "loss": losses[-1] if losses else None,
+        "loss": losses[-1][1] if losses else None,
+        "jump": _jump(losses),
     }
     return fields, damage
+
+
+def _jump(losses: list[tuple[int, float]]) -> str:
+    """Where the loss of (step, loss) first rose far above its lowest value so far, and whether it came back; or nothing."""
+    lowest = math.inf
+    for step, loss in losses:
+        if 0 < JUMP * lowest < loss:
+            back = "recovered" if losses[-1][1] <= RETURN * lowest else "not recovered"
+            return f"loss {lowest:.3g} to {loss:.3g} at step {step:,}, {back}"
+        lowest = min(lowest, loss)
+    return ""
 
 
 def _number(row: dict, key: str) -> float | None:
@@ -404,7 +420,7 @@ def _commands(run: Run, values: dict[str, Any], interpolations: dict[str, Any]) 
         weights = snapshot.find(folder)
         class_names = _read(run, "runs", str(weights.relative_to(folder)), _read_class_names, None)
         if class_names is not None:
-            uses = _uses(folder, values, class_names)
+            uses = _uses(folder, values, class_names, run.best)
             commands |= {key: " ".join([command, *typed]) for key, command in uses.items()}
     return commands
 
@@ -422,9 +438,12 @@ def _read_class_names(weights: Path) -> tuple[str, ...]:
     return class_names
 
 
-def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str]) -> dict[str, str]:
-    """What can be done with the weights of a flow."""
-    prompts = []
+def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str], best: dict | None) -> dict[str, str]:
+    """What can be done with the weights of a flow. Images are sampled as those of the `best` entry of its tables were."""
+    prompts, solver = [], []
+    if best and best["method"] in SOLVERS and best["steps"]:
+        solver = ["--sampling_method", best["method"], "--sampling_steps", str(best["steps"])]
+        solver += cli.condition_flags(best["guidance_scale"] or 1)
     if values.get("model.args.max_prompt_bytes"):
         prompts = ["--prompts", captions.plain(class_names[0])] if class_names else []
     data, extractor = values.get("data.name"), values.get("evaluate.feature_extractor")
@@ -434,7 +453,7 @@ def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str]) -> d
     solvers = ["--methods", "euler", "heun", "--sampling_steps", "5", "10", "20"]
     animate: list[str | Path] = ["-m", "scripts.animate", "--weights", folder]
     return {
-        "sample": cli.sample_command(folder, folder.name, *prompts),
+        SAMPLE: cli.sample_command(folder, folder.name, *solver, *prompts),
         "evaluate": subprocesses.command("evaluate.py", "--weights", folder, *solvers, *flags),
         "animate": subprocesses.command(*animate, "--out", files.free_folder(folder / "animation"), *prompts),
         TRAJECTORY: subprocesses.command(*animate, "--trajectory_grids", *prompts),

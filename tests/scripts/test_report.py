@@ -147,6 +147,44 @@ def test_page_of_two_runs(report, tmp_path):
     assert (tmp_path / "out/index.html").stat().st_size < 300_000
 
 
+def test_runs_are_compared_at_equal_settings(report, tmp_path):
+    """The best run of a setting, and whether it is better than the next one by more than the interval of the difference."""
+    rows = {
+        "a": [ROW, {**ROW, "steps": 10, "NFE": 19, "forwards": 19, "metrics": {"FD-digits": 2.0}}, CONTROL],
+        "b": [{**ROW, "weights": "b@10", "metrics": {"FD-digits": 4.75}}, CONTROL],
+        "c": [{**ROW, "weights": "c@10", "metrics": {"FD-digits": 9.0}}],
+    }
+    for name, of_run in rows.items():
+        make_run(tmp_path / name)
+        (tmp_path / name / "evaluation/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_run))
+    quality = report(tmp_path / "a", tmp_path / "b", tmp_path / "c").sections["quality"]
+    table = quality.partition("Best run at each setting")[2].partition("Difference: ")[0]
+    (line,) = re.findall(r"9heun, .*", table)
+    assert line.strip() == "9heun, 5 steps100a4.25 ± 0.98b4.75 ± 0.980.50 ± 1.39not clear: within the interval"
+    assert quality.count("real (test split)") == 1  # equal rows of real images come once
+    assert "a4.25 ± 0.98c9.00 ± 0.984.75 ± 1.39clear" in report(tmp_path / "a", tmp_path / "c").sections["quality"]
+    assert "Best run at each setting" not in report(tmp_path / "a").sections["quality"]
+
+
+def test_jump_of_the_loss_is_named(report, tmp_path):
+    a = make_run(tmp_path / "a")
+    for last, told in ((9.0, "loss 0.25 to 30 at step 9, not recovered"), (0.3, "loss 0.25 to 30 at step 9, recovered")):
+        rows = [{"step": k, "loss": loss} for k, loss in enumerate([2.0, 0.5, 0.6, 0.25, 0.3, 0.9, 1.2, 0.5, 30.0, last], 1)]
+        (a / "metrics.jsonl").write_text("".join(json.dumps({**row, "step": row["step"]}) + "\n" for row in rows))
+        assert told in report(a).sections["overview"]
+    assert "recovered" not in report(make_run(tmp_path / "b")).sections["overview"]
+
+
+def test_more_images_by_the_best_solver(report, tmp_path):
+    a = make_run(tmp_path / "a")
+    add_weights(a)
+    samples = report(a).sections["samples"]
+    assert re.search(
+        r"sample\.py --weights \S+/a --n_samples 64 --save_dir samples/a --sampling_method heun --sampling_steps 5", samples
+    )
+    assert "FD-digits 4.25 ± 0.98at NFE 9" in report(a).sections["overview"]
+
+
 def test_nothing_is_requested(report, tmp_path):
     """Not by an address, a style or the scripts; the policy of the page forbids it as well."""
     shown = report(make_run(tmp_path / "run"))
