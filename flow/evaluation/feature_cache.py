@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -84,5 +83,4 @@ def cached(
                 reference.save_cached(temporary, features, fingerprint)
         except OSError as error:
             accelerator.print(f"warning: the {what} are not cached: {error}")
-        features = features.select(layers[0], np.arange(n))  # sums in the order in which those from the file are added
     return features

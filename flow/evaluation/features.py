@@ -4,6 +4,7 @@ import hashlib
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from unittest import mock
 
@@ -126,16 +127,24 @@ class Moments:
 class FeatureSet:
     """Features of a set of images, with their moments."""
 
-    moments: Moments = field(default_factory=Moments)
+    layer: str = ""  # that the moments are of
     indices: list[range] = field(default_factory=list)
     rows: dict[str, list[np.ndarray]] = field(default_factory=dict)  # layer -> blocks [b, d], in the order of indices
 
     def add(self, layer: str, indices: range, features: dict[str, Tensor]) -> None:
         """Add a batch of {layer: [b, d]}; the moments are those of `layer`."""
-        self.moments.add(features[layer])
+        self.layer = layer
         self.indices.append(indices)
         for name, value in features.items():
             self.rows.setdefault(name, []).append(value.numpy())
+        self.__dict__.pop("moments", None)
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Summed in the order of the image indices: to the bit the same for any number of processes."""
+        moments = Moments()
+        moments.add(self.matrix(self.layer))
+        return moments
 
     def matrix(self, layer: str) -> Tensor:
         """All features [n, d], float32, in the order of the image indices."""
@@ -162,7 +171,7 @@ class FeatureSet:
 
     @property
     def n(self) -> int:
-        return self.moments.n
+        return sum(map(len, self.indices))
 
     @property
     def mu(self) -> np.ndarray:
@@ -236,7 +245,7 @@ def merge(parts: list[FeatureSet]) -> FeatureSet:
     for part in parts:
         if not part.n:
             continue
-        merged.moments.merge(part.moments)
+        merged.layer = part.layer
         merged.indices += part.indices
         for name, blocks in part.rows.items():
             merged.rows.setdefault(name, []).extend(blocks)

@@ -113,7 +113,7 @@ def test_merging_processes_changes_nothing(extractor):
         parts[number % 2].add(extractor.layer, range(first, first + 100), extractor(images[first : first + 100]))
     merged = merge(parts)
     assert torch.equal(merged.matrix("64"), whole.matrix("64"))  # in the order of the images
-    assert np.allclose(merged.sigma, whole.sigma, rtol=1e-12)
+    assert np.array_equal(merged.sigma, whole.sigma) and np.array_equal(merged.mu, whole.mu)
     assert np.allclose(whole.sigma, np.cov(whole.matrix("64").double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
 
 
@@ -161,6 +161,33 @@ def test_two_processes_find_the_same_numbers(group, evaluated):
         assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-6)
         assert b["standard_errors"] == pytest.approx(a["standard_errors"], rel=1e-6)
         assert set(a["metrics"]) - set(a["standard_errors"]) == {"FD-digits"}  # of fewer images than features
+
+
+@pytest.mark.parametrize(
+    ("n", "names", "rel"),
+    [(300, ["fid", "kid", "prc", "density_coverage"], 0), pytest.param(8300, ["fid"], 1e-8, marks=pytest.mark.slow)],
+    ids=["features", "moments"],
+)
+def test_two_processes_measure_a_folder(group, here, tmp_path, n, names, rel):
+    """The images being the same, so is every number, to the bit; moments in the place of many features are summed in another
+    order."""
+    samples = write_folder(tmp_path / "samples", noisy_digits(1797).repeat(5, 1, 1, 1)[:n])
+    command = [
+        "--samples",
+        samples,
+        "--reference",
+        "digits",
+        "--feature_extractor",
+        "digits",
+        "--metrics",
+        *names,
+        "--no_control",
+    ]
+    here("evaluate", *command, "--out", tmp_path / "one")
+    group("evaluate", *command, "--out", tmp_path / "two")
+    ([one], [two]) = (table.read_rows(tmp_path / name) for name in ("one", "two"))
+    for key in ("metrics", "standard_errors"):
+        assert one[key] and two[key] == pytest.approx(one[key], rel=rel, abs=0)
 
 
 def test_table_files_and_finished_rows(evaluated, here):
