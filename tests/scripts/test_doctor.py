@@ -52,7 +52,7 @@ EVALUATED += ["evaluate.sampling_method=euler", "evaluate.sampling_steps=2"]
         (["evaluate.metrics=[fis]"], "fail  evaluation: evaluate.metrics=['fis']: unknown metric 'fis'; choose from fid, "),
         (["evaluate.sampling_steps=0"], "evaluate.sampling_steps=0: must be at least 1"),
         (["evaluate.feature_extractor=cats"], "fail  evaluation: evaluate.feature_extractor cats: unknown; choose one of"),
-        (["evaluate.reference=nowhere"], "fail  evaluation: evaluate.reference: path=data/nowhere: there is no such folder"),
+        (["evaluate.reference=nowhere"], "nowhere: there is no such folder"),
         (
             ["evaluate.loss_every_steps=400"],
             "evaluate.loss_every_steps=400: data.name=digits has no held-out part",

@@ -12,7 +12,7 @@ from scripts.report import page, runs
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
 
 
 @pytest.fixture(scope="module")
