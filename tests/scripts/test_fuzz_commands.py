@@ -182,7 +182,7 @@ def fuzz(cases: int, seed: int, main_of, capsys, tiny_run) -> Outcomes:
 
 
 def test_some_mutated_command_lines(main_of, capsys, tiny_run):
-    outcomes = fuzz(20, 1, main_of, capsys, tiny_run)
+    outcomes = fuzz(12, 3, main_of, capsys, tiny_run)
     assert outcomes.failures == []
     assert len(outcomes) == 4, str(outcomes)
 
