@@ -286,7 +286,7 @@ def cell(name: str, value: Statistic) -> str:
     """A metric as tables have it: mean, 95 % interval and spread where they are known; empty where there is no mean."""
     if value.mean is None:
         return ""
-    digits = 4 if name in FOUR_DIGITS else 3 if name in THREE_DIGITS else 2
+    digits = 4 if name in FOUR_DIGITS or name.startswith("KD-") else 3 if name in THREE_DIGITS else 2
     if name == "seconds":
         return f"{value.mean:.1f}"
     interval = "" if math.isnan(value.interval) else f" ± {value.interval:.{digits}f}"
