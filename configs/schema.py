@@ -312,9 +312,8 @@ def keep_auto_classes(config: Config, stored: Config) -> None:
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:
     """' Did you mean X?' or '' — the tail of an error about an unknown name."""
-    matches = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if not matches:  # `steps` for `train.steps`
-        matches = [c for c in choices if c.split(".")[-1] == word.split(".")[-1]][:1]
+    matches = [c for c in choices if "." in c and c.split(".")[-1] == word.split(".")[-1]][:1]  # `steps` for `train.steps`
+    matches = matches or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -429,6 +428,8 @@ def _merge(config: DictConfig, *nodes: Any, source: str) -> DictConfig:
         raise UserError(f"{source[:60]}: {first_line(error)}") from None
     except OmegaConfBaseException as error:
         hint = ""
+        if "is not a ListConfig" in str(error):
+            raise UserError(f"{source or error.full_key}: must be a list; write [{error.value}]") from None
         if "Integer" in str(error) and isinstance(error.value, (float, str)):
             with contextlib.suppress(ValueError):
                 hint = f"; write {int(float(error.value)):_}" if float(error.value).is_integer() else ""

@@ -327,6 +327,7 @@ def print_summary(args, accelerator: Accelerator) -> None:
     folder = files.free_folder(args.save_dir.parent / next_task)
     command = ["-m", "scripts.restore", "--weights", args.weights, "--task", next_task, "--save_dir", folder]
     command += ["--n_images", str(len(flow.psnr)), *(["--images", args.images] if args.images else [])]
+    command += ["--noise", f"{args.noise:g}", "--steps", str(args.steps), "--draws", str(args.draws)]
     conditions = [*(["--labels", *args.labels] if args.labels else []), *cli.condition_flags(args.guidance_scale, args.prompts)]
     line = subprocesses.command(*command, *conditions, *args.overrides)
     print(cli.summary(result, args.start, f"try another degradation with: {line}"))

@@ -95,6 +95,8 @@ class Sampler:
             labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, seed=seed, time_grid=time_grid,
         )  # fmt: skip
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"n={n}: must be a whole number of at least 1")
         with torch.inference_mode():
             return torch.cat([self._batch(batch, settings).images for batch in index_batches(range(n), batch_size)])
 
@@ -181,8 +183,10 @@ class Sampler:
     ) -> Tensor:
         """The x0 [b, ...], float64, that the flow would turn into x1: the ODE solved backwards, without guidance.
 
-        x1: uint8 images or floats as the network sees them, [b, ...].
+        x1: uint8 images or floats as the network sees them, [b, ...]. Raises ValueError for those of another shape.
         """
+        if tuple(x1.shape[1:]) != self.shape:
+            raise ValueError(f"x1 of shape {tuple(x1.shape)}: the flow works on {self.shape}")
         x = to_solver_dtype(to_float(x1.clone()), self.device)
         noise = None
         if self.model.source.name == GAUSSIAN:
@@ -209,8 +213,13 @@ class Sampler:
         x0: samples of the source [n, ...]: uint8 images, or floats as the network sees them; what `encode` returns, too.
 
         Raises:
-            ValueError: for settings that the method or the network does not take, and for samples of another shape.
+            ValueError: for settings that the method or the network does not take, for samples of another shape or that are not
+                finite, and for a flow that starts at Gaussian noise.
         """
+        if self.model.source.name == GAUSSIAN:
+            raise ValueError("transfer: this flow starts at Gaussian noise; flow.source of its training makes it start at data")
+        if not len(x0) or not torch.isfinite(x0).all():
+            raise ValueError(f"x0 of shape {tuple(x0.shape)}: must have samples, all of them finite")
         settings = self._settings(
             labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, time_grid=time_grid,

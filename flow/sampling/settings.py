@@ -1,5 +1,6 @@
 """What, besides the weights and the index, decides an image; checked against the network."""
 
+import math
 from dataclasses import dataclass
 
 from flow import solvers
@@ -69,6 +70,8 @@ def validate(settings: SamplerSettings, model: FlowModel) -> None:
             f"({model.no_score}); use an ODE solver such as heun"
         )
     solvers.validate_options(settings.method, **dict(settings.options))
+    if not 0 <= settings.guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale={settings.guidance_scale}: must be a finite number of 0 or more")
     low, high = settings.guidance_interval
     if not 0 <= low < high <= 1:
         raise ValueError(f"guidance_interval={low:g} {high:g}: must be two times from 0 to 1, the smaller first")
@@ -100,4 +103,4 @@ def validate(settings: SamplerSettings, model: FlowModel) -> None:
         return
     for label in settings.labels or ():
         if not 0 <= label < net.num_classes:
-            raise ValueError(f"labels: {label} is out of range; this network has 0 to {net.num_classes - 1}")
+            raise ValueError(f"labels={label}: is out of range; this network has 0 to {net.num_classes - 1}")

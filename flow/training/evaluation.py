@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from configs.schema import UserError
+from configs.schema import UserError, did_you_mean
 from flow.evaluation import metrics, runner, table
 from flow.evaluation.real_images import load_real_images
 from flow.runtime import cli, files, lock
@@ -16,10 +16,13 @@ from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, validate
 from flow.sampling.snapshot import BEST_FILE, EMA_FILE
+from flow.solvers import SOLVERS
 from flow.training import trackers
 from flow.training.flow_task import FlowTask
 from flow.training.logging import read_metrics
 from flow.training.trainer import Callback, Trainer
+
+DISTANCES = ("FID", "FD-", "KID", "KD-", "SW2", "MMD", "energy")  # beginnings of their columns
 
 
 class EvaluateSnapshots(Callback):
@@ -112,7 +115,7 @@ class EvaluateSnapshots(Callback):
         if self.best_column and columns and self.best_column not in columns:
             error = (
                 f"evaluate.keep_best={settings.keep_best}: evaluate.metrics={settings.metrics} gives no such column here; "
-                f"choose from {', '.join(columns)}"
+                f"choose from fid, {', '.join(columns)}"
             )
         [error] = broadcast_object_list([error])
         if error:
@@ -131,6 +134,12 @@ def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings
         raise UserError(
             f"evaluate.metrics={evaluate.metrics}: unknown metric {unknown[0]!r}; choose from {', '.join(metrics.METRICS)}"
         )
+    best, columns = evaluate.keep_best, ("fid", *metrics.HIGHER_IS_BETTER, "memorization")
+    if best and best not in columns and not best.startswith(DISTANCES):
+        raise UserError(f"evaluate.keep_best={best}: must be a distance or one of {', '.join(columns)}")
+    if evaluate.sampling_method not in SOLVERS:
+        hint = did_you_mean(evaluate.sampling_method, list(SOLVERS))
+        raise UserError(f"evaluate.sampling_method={evaluate.sampling_method}: there is no such solver.{hint}")
     captions_of = runner.captions_by_class(None, None, task.accelerator, task.config, task.net)
     labels, prompts = conditions_in_turn(None, captions_of)
     sampler = SamplerSettings(
@@ -170,4 +179,4 @@ def _keys_for_flags() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"(evaluate: )?--(feature_\w+|reference)", r"evaluate.\2", str(error))) from error
+        raise UserError(re.sub(r"(evaluate: )?--(feature_\w+|reference)[ =]?(?=\S)", r"evaluate.\2=", str(error))) from error

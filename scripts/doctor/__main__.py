@@ -272,7 +272,7 @@ def pauses(context: Context) -> Lines:
 def trial(context: Context) -> Lines:
     """A few steps of train.py itself: speed, end, memory."""
     if any(level == "fail" for level, _, _ in context.lines):
-        yield "warn", "skipped, as training would not start; fix what failed above"
+        yield "warn", "skipped; fix what failed above"
         return
     cfg = context.cfg
     context.trial = result = try_training(context.args.config, context.args.overrides, context.accelerator)

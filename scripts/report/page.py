@@ -285,9 +285,11 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
         difference = table.cell(metrics[0], table.Statistic(b.mean - a.mean, math.nan, interval))
         if math.isfinite(interval):
             verdict = "clear" if b.mean - a.mean > interval else "not clear: within the interval"
+        if b.mean == a.mean:
+            verdict = "equal"
         e = of_runs[best]
         scale = f", w = {e['guidance_scale']:g}" if e["guidance_scale"] not in (None, 1) else ""
-        steps = f", {e['steps']} steps" if e["steps"] else ""
+        steps = f", {e['steps']} step{'s' * (e['steps'] != 1)}" if e["steps"] else ""
         cost = "" if e["NFE"] is None else f"{e['NFE']:g}"
         values = [table.cell(metrics[0], value) for value in (a, b)]
         lines.append(

@@ -140,7 +140,7 @@ def test_two_processes_equal_one(group, here, tiny_run, tmp_path):
         ("--task inpaint --step_size 2", "step_size=2: must be above 0 and below 2"),
         ("--task inpaint --noise -1", "must be a finite number of 0 or more"),
         ("--task inpaint --guidance_scale 2", "guidance_scale=2: needs --labels"),
-        ("--task inpaint --labels 10", "10 is out of range"),
+        ("--task inpaint --labels 10", "labels=10: is out of range"),
         ("--task inpaint --n_images 1798", "--n_images 1798: digits, training images has 1797"),
         ("--task inpaint --images nowhere", "there is no such folder"),
     ],

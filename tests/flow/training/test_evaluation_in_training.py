@@ -178,7 +178,7 @@ def test_validation_loss_of_zero():
     [
         (["evaluate.keep_best=fid"], "keep_best=fid: must be null where evaluate.every_steps is 0"),
         (["evaluate.every_steps=2", "evaluate.metrics=[fd]"], "evaluate.metrics=['fd']: unknown metric 'fd'; choose from"),
-        (["evaluate.every_steps=2", "evaluate.feature_extractor=x"], "evaluate.feature_extractor x: unknown; choose one of"),
+        (["evaluate.every_steps=2", "evaluate.feature_extractor=x"], "evaluate.feature_extractor=x: unknown; choose one of"),
         ([*EVALUATE, "evaluate.keep_best=recall"], "keep_best=recall: evaluate.metrics=['fid', 'isc', 'accuracy'] gives no"),
         (["evaluate.loss_every_steps=2", "data.args.split=all"], "evaluate.loss_every_steps=2: data.name=digits with data."),
     ],
