@@ -77,6 +77,8 @@ def open_run(
     stored_file = run_dir / "config.yaml"
     if not resume:
         cfg = schema.load(config, overrides, kind=kind)
+        if run_dir.is_file():
+            raise UserError(f"-e {run_dir}: is a file; name a folder")
         if run_dir.exists() and not files.is_empty_dir(run_dir):
             raise UserError(f"-e {run_dir}: exists already; resume with -r latest, or name another folder with -e")
         return run_dir, cfg

@@ -51,8 +51,8 @@ def main() -> None:
     find_runs(args.runs)
     if any((args.out / mark).exists() for mark in MARKS):
         raise UserError(f"--out {args.out}: is the folder of a run; name another folder")
+    page.check_output(args.out)
     with lock.folder(args.out):
-        page.check_output(args.out)
         with suppress(KeyboardInterrupt):  # which ends the watching
             while args.watch:
                 start = time.monotonic()

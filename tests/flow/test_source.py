@@ -57,6 +57,26 @@ def test_transfer_and_back(transfer_run):
     assert torch.allclose(sampler.encode(moved, steps=100).float(), x0, atol=5e-3)
 
 
+def test_what_a_sampler_refuses(transfer_run, tiny_run):
+    """In one sentence that names the argument."""
+    transfer, noise = (Sampler.load(run, device="cpu") for run in (transfer_run, tiny_run))
+    for call, message in (
+        (
+            lambda: transfer.transfer(torch.full((3, 2), torch.nan)),
+            r"x0 of shape \(3, 2\): must have samples, all of them finite",
+        ),
+        (lambda: transfer.transfer(torch.zeros(0, 2)), r"x0 of shape \(0, 2\): must have samples"),
+        (lambda: transfer.transfer(torch.zeros(3, 3)), r"has samples of \(3,\), the flow works on \(2,\)"),
+        (lambda: noise.transfer(torch.zeros(2, 1, 8, 8)), "transfer: this flow starts at Gaussian noise"),
+        (lambda: noise.encode(torch.zeros(2, 1, 8, 7)), r"x1 of shape \(2, 1, 8, 7\): the flow works on \(1, 8, 8\)"),
+        (lambda: noise.sample(0), "n=0: must be a whole number of at least 1"),
+        (lambda: noise.sample(2.5), "n=2.5: must be a whole number"),
+        (lambda: noise.sample(2, guidance_scale=float("nan")), "guidance_scale=nan: must be a finite number of 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_flows_side_by_side_from_another_source(here, error, transfer_run, tmp_path):
     """compare starts where sample.py does, with --source and without."""
     command = ["compare", "--weights", transfer_run, "--sampling_steps", 4, "--n_samples", 300, "--frames", 2]

@@ -63,6 +63,9 @@ def contents(folder):
         (["-c", "configs/digts.yaml"], "-c configs/digts.yaml: there is no such file. Did you mean 'configs/digits.yaml'?"),
         (["-r", "latest"], "there is no run in"),
         (["-r", "nowhere"], "-r nowhere: there is no such folder"),
+        (["train.log_with=wandb"], "train.log_with=wandb: must be a list; write [wandb]"),
+        (["train.lr=0.3"], "unknown key 'train.lr'. Did you mean 'optimizer.lr'?"),
+        (["-e", "README.md"], "-e README.md: is a file; name a folder"),
     ],
 )
 def test_training_that_cannot_start(arguments, message, error, tmp_path):
