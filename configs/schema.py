@@ -313,7 +313,7 @@ def keep_auto_classes(config: Config, stored: Config) -> None:
 def did_you_mean(word: str, choices: Sequence[str]) -> str:
     """' Did you mean X?' or '' — the tail of an error about an unknown name."""
     last = word.split(".")[-1]  # `steps` for `train.steps`
-    matches = [c for c in choices if "/" not in c and c.rpartition(".")[0] and c.split(".")[-1] == last][:1]
+    matches = [c for c in choices if c.endswith(f".{last}") and "/" not in c][:1]
     matches = matches or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f" Did you mean {matches[0]!r}?" if matches else ""
 

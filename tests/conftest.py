@@ -197,11 +197,13 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., No
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
         files.write_text(folder / f"{k}.json", json.dumps([port, script, *map(str, arguments)]))
-        answers = [folder / f"{k}.{rank}.json" for rank in range(2)]
+        answers, deadline = [folder / f"{k}.{rank}.json" for rank in range(2)], time.monotonic() + 240
         problems: list[str] = []
         while not problems and not all(answer.exists() for answer in answers):
             if any(process.poll() is not None for process in processes):
                 problems = ["one of the processes has ended"]
+            if time.monotonic() > deadline:  # as that of run_script: they hang
+                problems = ["no answer within 240 s"]
             problems += [text for answer in answers if answer.exists() and (text := json.loads(answer.read_text()))]
             time.sleep(0.01)
         problems = problems or [text for answer in answers if (text := json.loads(answer.read_text()))]

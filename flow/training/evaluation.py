@@ -155,7 +155,7 @@ def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings
     return settings, sampler, captions_of
 
 
-def check(task: FlowTask, folder: Path) -> None:
+def check_evaluation(task: FlowTask, folder: Path) -> None:
     """Whether an evaluation during training can start: everything but the features of the reference, which take long.
 
     Raises:
@@ -179,4 +179,5 @@ def _keys_for_flags() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"(evaluate: )?--(feature_\w+|reference)[ =]?(?=\S)", r"evaluate.\2=", str(error))) from error
+        message = re.sub(r"^(evaluate: )?--(feature_\w+|reference) ", r"evaluate.\2=", str(error))
+        raise UserError(re.sub(r"--(feature_\w+|reference)", r"evaluate.\1", message)) from error

@@ -26,7 +26,7 @@ from configs.schema import Config, UserError
 from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.training import data_loader
-from flow.training.evaluation import check as check_evaluation
+from flow.training.evaluation import check_evaluation
 from flow.training.flow_task import FlowTask, validate_conditioning
 from flow.training.run_dir import open_run
 from flow.training.trackers import TRACKERS

@@ -268,9 +268,10 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
     setting has two runs.
     """
     settings: dict[tuple, dict[str, dict]] = {}
+    distinct = {**plots.several_of([e for run in runs for e in run.entries if not table.is_control(e)]), "weights": False}
     for run in runs:
         for e in run.entries:
-            if e["method"] is not None and metrics and metrics[0] in e["metrics"]:
+            if not table.is_control(e) and metrics and metrics[0] in e["metrics"]:
                 key = tuple(e[name] for name in table.KEY_COLUMNS if name not in ("weights", *table.COST))
                 of_runs = settings.setdefault(key, {})
                 if run.name not in of_runs or (e["images"] or 0) >= (of_runs[run.name]["images"] or 0):
@@ -288,13 +289,11 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
         if b.mean == a.mean:
             verdict = "equal"
         e = of_runs[best]
-        scale = f", w = {e['guidance_scale']:g}" if e["guidance_scale"] not in (None, 1) else ""
         steps = f", {e['steps']} step{'s' * (e['steps'] != 1)}" if e["steps"] else ""
         cost = "" if e["NFE"] is None else f"{e['NFE']:g}"
         values = [table.cell(metrics[0], value) for value in (a, b)]
-        lines.append(
-            [cost, f"{e['method']}{steps}{scale}", str(e["n"]), best, values[0], following, values[1], difference, verdict]
-        )
+        solver = f"{plots.line_name(e, distinct)}{steps}"
+        lines.append([cost, solver, str(e["n"]), best, values[0], following, values[1], difference, verdict])
     lines.sort(key=lambda line: (float(line[0] or "inf"), line[1]))
     names = ("NFE", "solver", "n", "best run", "its distance", "next run", "its distance", "difference", "verdict")
     return [list(names), *lines] if lines else []

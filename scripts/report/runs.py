@@ -439,9 +439,11 @@ def _read_class_names(weights: Path) -> tuple[str, ...]:
 
 
 def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str], best: dict | None) -> dict[str, str]:
-    """What can be done with the weights of a flow. Images are sampled as those of the `best` entry of its tables were."""
+    """What can be done with the weights of a flow. Images are sampled as those of the `best` entry of its tables were, where
+    solver, steps and guidance scale say all of it."""
     prompts, solver = [], []
-    if best and best["method"] in SOLVERS and best["steps"]:
+    further = ("guidance_interval", "guide", "source", "ema_width")
+    if best and best["method"] in SOLVERS and best["steps"] and not any(best[name] for name in further):
         solver = ["--sampling_method", best["method"], "--sampling_steps", str(best["steps"])]
         solver += cli.condition_flags(best["guidance_scale"] or 1)
     if values.get("model.args.max_prompt_bytes"):

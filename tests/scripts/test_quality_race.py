@@ -38,12 +38,12 @@ def race(monkeypatch, here, tmp_path):
 @pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_call_adds_a_seed(race, tmp_path, number):
     """And trains nothing again."""
-    wanted = [shlex.join(RECIPE), shlex.join([*RECIPE, "optimizer.lr=2e-3"])][:number]
-    race(*wanted, flags=["--seeds", "1"])
+    configs = [shlex.join(RECIPE), shlex.join([*RECIPE, "optimizer.lr=2e-3"])][:number]
+    race(*configs, flags=["--seeds", "1"])
     out = tmp_path / "race"
     recipes = json.loads((out / "race.json").read_text())["recipes"]
     weights = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    printed, commands = race(*wanted, flags=["--seeds", "2"])
+    printed, commands = race(*configs, flags=["--seeds", "2"])
     assert json.loads((out / "race.json").read_text())["recipes"] == recipes
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
     assert commands.count("train.py") == 2 * number

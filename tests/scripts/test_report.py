@@ -183,6 +183,9 @@ def test_more_images_by_the_best_solver(report, tmp_path):
         r"sample\.py --weights \S+/a --n_samples 64 --save_dir samples/a --sampling_method heun --sampling_steps 5", samples
     )
     assert "FD-digits 4.25 ± 0.98at NFE 9" in report(a).sections["overview"]
+    row = {**ROW, "guidance_interval": "0.3 to 1", "guidance_scale": 2.0}  # which a scale alone does not say
+    (a / "evaluation/results.jsonl").write_text(json.dumps(row) + "\n")
+    assert "--save_dir samples/aCopy" in report(a).sections["samples"]
 
 
 def test_nothing_is_requested(report, tmp_path):
