@@ -128,6 +128,7 @@ class TrainConfig:
         "no", choices=PRECISION_CHOICES
     )  # no | fp16 | bf16 | auto: bf16 where the device has instructions for it, else no
     compile: bool = False  # torch.compile the network
+    cuda_graph: bool = False  # on one GPU: start the kernels of a step all at once, which makes steps of small networks faster
     ddp_comm_hook: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16: precision of gradients between processes
     init_from: str | None = None  # snapshot whose weights a new run starts from
     log_every_steps: int = limited(50, min=1)  # rows of metrics.jsonl, means over the steps between

@@ -18,6 +18,7 @@ class AutoencoderLoss:
     """
 
     num_uniforms = 0
+    is_static = True
 
     def __init__(
         self,

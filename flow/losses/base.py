@@ -63,6 +63,7 @@ class Loss(Protocol):
 
     num_uniforms: int  # stratified uniforms that a sample needs
     draws: dict[str, tuple[int, ...]]  # further standard normal noise by key, with the shape for a sample
+    is_static: bool  # it takes the same operations in each step, on x1, x0, y, u and noise alone, and does not call eager
 
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses: ...
 
@@ -81,6 +82,7 @@ class FlowLoss(ABC):
     needs_two_times: ClassVar[bool] = False  # of the network: it is a flow map
     needs_jvp: ClassVar[bool] = False  # calls eager.jvp
     needs_states: ClassVar[bool] = False  # reads batch.states
+    is_static: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -24,6 +24,7 @@ class FlowMatching(FlowLoss):
     """
 
     name = "flow_matching"
+    is_static = True
 
     def __init__(
         self,

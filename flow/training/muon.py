@@ -77,17 +77,21 @@ class Muon(torch.optim.Optimizer):
             present = [p for p in group["params"] if p.grad is not None]
             for shape, members in groupby(sorted(present, key=lambda p: p.shape), key=lambda p: p.shape):
                 matrices = list(members)
-                directions = torch.stack([self._momentum(p, group["momentum"]) for p in matrices])
-                steps = orthogonalize(directions.to(self.dtype)).to(directions.dtype).unbind()
+                directions = torch.stack(self._momentum(matrices, group["momentum"]))
+                steps = orthogonalize(directions.to(self.dtype)).to(directions.dtype)
                 torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, steps, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
+                steps *= -0.2 * math.sqrt(max(shape)) * group["lr"]
+                torch._foreach_add_(matrices, steps.unbind())
 
-    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
-        """Nesterov's, of the gradient of a matrix."""
-        assert p.grad is not None
-        average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-        average.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(average, momentum)
+    def _momentum(self, matrices: list[Tensor], momentum: float) -> list[Tensor]:
+        """Nesterov's, of the gradients of matrices."""
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        gradients = [p.grad for p in matrices if p.grad is not None]
+        averages = [self.state[p]["momentum_buffer"] for p in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, averages, momentum))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from configs.schema import OptimizerConfig, UserError
 from flow.runtime.distributed import full_tensor
 from flow.runtime.errors import error_context
-from flow.training.logging import LossStatistics
 from flow.training.muon import MuonWithAdamW
 
 MAX_SKIPPED_IN_A_ROW = 50  # so many skipped steps mean that there is nothing more to learn
@@ -31,11 +30,11 @@ def lr_at(config: OptimizerConfig, update: int, total: int) -> float:
     return config.lr * warmup * decay[config.schedule]
 
 
-def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig) -> None:
+def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig, accelerator: Accelerator) -> None:
     """Give an optimizer whose state was loaded the betas, eps and weight_decay of the configuration: its own are those of
     the checkpoint."""
     for group in optimizer.param_groups:
-        group.update(_options(config))
+        group.update(_options(config, accelerator))
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig, accelerator: Accelerator) -> torch.optim.Optimizer:
@@ -49,12 +48,17 @@ def build_optimizer(net: nn.Module, config: OptimizerConfig, accelerator: Accele
         if accelerator.is_fsdp2:
             raise UserError("optimizer.name=muon: needs whole matrices, FSDP2 shards them; use adamw")
         with error_context("optimizer"):
-            return MuonWithAdamW(net, config.lr, fused, **_options(config))
-    return torch.optim.AdamW(net.parameters(), lr=config.lr, fused=fused, **_options(config))
+            return MuonWithAdamW(net, config.lr, fused, **_options(config, accelerator))
+    return torch.optim.AdamW(net.parameters(), lr=config.lr, fused=fused, **_options(config, accelerator))
 
 
-def _options(config: OptimizerConfig) -> dict[str, Any]:
-    return {"betas": tuple(config.betas), "eps": config.eps, "weight_decay": config.weight_decay}
+def _options(config: OptimizerConfig, accelerator: Accelerator) -> dict[str, Any]:
+    return {
+        "betas": tuple(config.betas),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "capturable": accelerator.device.type == "cuda",  # by a CUDA graph
+    }
 
 
 class GuardedOptimizer:
@@ -68,11 +72,9 @@ class GuardedOptimizer:
         self.scale: float | None = None  # of fp16, after the last step
         self.in_a_row = 0
 
-    def update(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, statistics: LossStatistics, step: int
-    ) -> bool:
-        """Clip the gradient to max_norm (0: not at all), take step number `step` unless it has to be left out, and forget the
-        gradient; whether the weights changed.
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, bool]:
+        """Clip the gradient to max_norm (0: not at all), take a step unless it has to be left out, and forget the gradient.
+        Returns the norm before clipping, and whether the weights changed.
 
         The device is waited for only with fp16 and with train.nonfinite_grad=skip. Whether fp16 skipped shows in its scale,
         which falls then: accelerate looks whether the optimizer's step was called, and that of a fused one always is.
@@ -88,9 +90,8 @@ class GuardedOptimizer:
             if updated:
                 optimizer.step()
         self.in_a_row = 0 if updated else self.in_a_row + 1
-        statistics.add_grad_norm(step, norm, updated)
         optimizer.zero_grad()
-        return updated
+        return norm, updated
 
     def metrics(self) -> dict[str, float]:
         """The loss scale of fp16; nothing without one."""

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from configs import schema
 from configs.schema import UserError
-from flow.losses import Batch, Loss
+from flow.losses import Batch, Loss, Losses
 from flow.noise import generator
 from flow.runtime import cli, distributed
 from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, posthoc_ema, snapshot
 from flow.sampling.header import PowerAverage
-from flow.training import checkpoint, run_dir, trackers
+from flow.training import checkpoint, cuda_graph, run_dir, trackers
+from flow.training.cuda_graph import GraphedUpdate, Update
 from flow.training.data_loader import prefetch
 from flow.training.eager import EagerNetwork
 from flow.training.ema import Averages, Ema, PowerEma
@@ -124,6 +125,9 @@ class Trainer:
         self.power_ema = PowerEma(task.net, schema.power_widths(config), task.build_network)
         self.statistics = LossStatistics(device, config.train.nonfinite_grad)
         self.guard = GuardedOptimizer(accelerator, config.train.nonfinite_grad)
+        self.learning_rate = 0.0
+        self.graphed = cuda_graph.is_possible(accelerator, config.train, task.loss)
+        self.update: Update = GraphedUpdate(self._update) if self.graphed else self._update
         if resume_path:
             self._load_checkpoint(resume_path)
         if accelerator.is_main_process:
@@ -195,20 +199,13 @@ class Trainer:
         """Forward and backward of the micro-batches, one optimizer step, the moving averages."""
         config = self.config
         self._seed_dropout()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(config.optimizer, self.num_updates, config.train.steps)
-        for batch in micro_batches:
-            last = batch is micro_batches[-1]
-            self.eager.start_micro_batch()
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.timed("forward"):
-                    losses = self.task.loss(self.model, self.eager, batch)
-                with self.timed("backward"):
-                    self.accelerator.backward(losses.per_sample.mean() / len(micro_batches))
-            self.statistics.update(self.step + 1, losses)
+        self.learning_rate = lr_at(config.optimizer, self.num_updates, config.train.steps)
+        with self.timed("graph") if self.graphed else nullcontext():
+            losses, grad_norm, updated = self.update(micro_batches, self.learning_rate)
         self.step += 1
-        with self.timed("optimizer"):
-            updated = self.guard.update(self.model, self.optimizer, config.optimizer.clip_grad_norm, self.statistics, self.step)
+        for part in losses:
+            self.statistics.update(self.step, part)
+        self.statistics.add_grad_norm(self.step, grad_norm, updated)
         if updated:
             self.num_updates += 1
             with self.timed("ema"):
@@ -216,6 +213,24 @@ class Trainer:
                 self.power_ema.update(self.num_updates)
         for callback in self.callbacks:
             callback.on_step(self)
+
+    def _update(self, micro_batches: list[Batch], lr: float | Tensor) -> tuple[list[Losses], Tensor, bool]:
+        """Forward and backward of the micro-batches and one optimizer step: the losses, the norm of the gradient, and whether
+        the weights changed."""
+        losses, timed = [], nullcontext if self.graphed else self.timed
+        for batch in micro_batches:
+            if not self.task.loss.is_static:  # the others do not call it
+                self.eager.start_micro_batch()
+            last = batch is micro_batches[-1]
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with timed("forward"):
+                    losses.append(self.task.loss(self.model, self.eager, batch))
+                with timed("backward"):
+                    self.accelerator.backward(losses[-1].per_sample.mean() / len(micro_batches))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with timed("optimizer"):
+            return losses, *self.guard.update(self.model, self.optimizer, self.config.optimizer.clip_grad_norm)
 
     def log(self) -> dict[str, float]:
         """Write the means since the last call to metrics.jsonl and the trackers.
@@ -227,7 +242,7 @@ class Trainer:
         self.guard.check(self.step, self._checkpoint_hint())
         metrics = self.statistics.compute(self.accelerator)
         metrics |= {"skipped_steps": self.step - self.num_updates} | self.guard.metrics()
-        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        metrics["learning_rate"] = self.learning_rate
         metrics["images"] = self.step * self.config.train.batch_size
         metrics["images_per_second"] = self.throughput.read(self.step)
         self.logger.log(self.step, metrics)
@@ -286,7 +301,7 @@ class Trainer:
                 self.power_ema.load_state_dict(i, self.task.read_snapshot(path / name))
         if self.step > self.config.train.steps:
             raise UserError(f"train.steps={self.config.train.steps}: the run is at step {self.step} already")
-        set_options(self.optimizer, self.config.optimizer)
+        set_options(self.optimizer, self.config.optimizer, self.accelerator)
 
     def _follow_checkpoint(self, saved: Path) -> None:
         """What a checkpoint is followed by: its snapshots, and the work of the callbacks."""
@@ -357,5 +372,6 @@ class Trainer:
         self.logger.info(
             f"device: {accelerator.device.type}, precision {accelerator.mixed_precision}, "
             f"{torch.get_num_threads()} thread(s); run directory: {self.folder}"
+            + ("; a step is one CUDA graph" if self.graphed else "")
             + (f"; resuming from step {self.step}" if self.step else "")
         )

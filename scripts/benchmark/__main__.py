@@ -37,7 +37,7 @@ EXAMPLES = """\
 PARTS = ("train", "sample", "evaluate", "scaling")
 
 
-COMPUTE = ("forward", "backward", "network", "decoder", "features")  # sections that are networks
+COMPUTE = ("forward", "backward", "graph", "network", "decoder", "features")  # sections that are networks
 
 
 def parse_args():

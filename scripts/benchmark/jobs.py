@@ -23,7 +23,7 @@ from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from scripts.benchmark import baseline
 
-WARMUP_STEPS = 3  # of a trial of training steps, which do not count
+WARMUP_STEPS = 5  # of a trial of training steps, which do not count
 TRIAL_STEPS = 10  # that count
 
 
@@ -188,7 +188,7 @@ def condition(net, n: int):
 
 def train_job(job: dict) -> dict:
     """The Trainer itself; data (with noise and labels), forward (network and loss), backward, optimizer (with clipping) and ema
-    are sections, "other" is the rest of the loop."""
+    are sections, "other" is the rest of the loop. In a CUDA graph forward, backward and optimizer are one section."""
     import torch
 
     from flow.training.flow_task import FlowTask

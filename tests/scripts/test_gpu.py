@@ -18,6 +18,27 @@ def test_training(tmp_path, options):
     assert all(torch.isfinite(w).all() for w in snapshot.load(tmp_path / "run").weights.values())
 
 
+@pytest.mark.parametrize("options", [["-mp", "no"], ["-mp", "bf16"], ["-mp", "bf16", "optimizer.name=muon"]])
+def test_a_graph_trains_what_single_kernels_train(tmp_path, options):
+    for name, graph in (("single", "false"), ("graph", "true")):
+        command = [*TINY_TRAIN, "-e", tmp_path / name, *options, "train.steps=12", f"train.cuda_graph={graph}"]
+        out = succeed("train.py", *command).stdout
+        assert ("a step is one CUDA graph" in out) == (name == "graph")
+    single, graph = (snapshot.load(tmp_path / name).weights for name in ("single", "graph"))
+    for key, value in single.items():
+        torch.testing.assert_close(graph[key], value, rtol=1e-2, atol=1e-3)
+
+
+def test_a_graph_goes_on_where_it_stopped(tmp_path):
+    graph = "train.cuda_graph=true"
+    succeed("train.py", *TINY_TRAIN, "-e", tmp_path / "whole", graph, "train.steps=12")
+    succeed("train.py", *TINY_TRAIN, "-e", tmp_path / "parts", graph, "train.steps=6")
+    succeed("train.py", "-e", tmp_path / "parts", "-r", "latest", "train.steps=12")
+    whole, parts = (snapshot.load(tmp_path / name).weights for name in ("whole", "parts"))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-2, atol=1e-3)
+
+
 def test_a_run_goes_on_where_it_stopped(tmp_path):
     """Convolutions on a GPU need not add in the same order, so close, not equal."""
     succeed("train.py", *TINY_TRAIN, "-e", tmp_path / "whole")

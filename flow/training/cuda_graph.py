@@ -1,0 +1,77 @@
+"""A training step as one CUDA graph: the GPU starts all its kernels by itself, where the processor would take longer to start
+each of a small network than the GPU to run it (docs/performance.md)."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from configs.schema import TrainConfig, UserError, first_line
+from flow.losses import Batch, Loss, Losses
+
+# The micro-batches and the learning rate; the losses, the norm of the gradient, and whether the weights changed
+Update = Callable[[list[Batch], float | Tensor], tuple[list[Losses], Tensor, bool]]
+
+EAGER_STEPS = 3  # before the capture: they create the state of the optimizer, and let cuDNN choose its kernels
+
+
+def is_possible(accelerator: Accelerator, config: TrainConfig, loss: Loss) -> bool:
+    """Whether train.cuda_graph applies: one GPU, a loss whose steps are all alike, and nothing that waits for the GPU."""
+    return (
+        config.cuda_graph
+        and accelerator.device.type == "cuda"
+        and accelerator.num_processes == 1
+        and accelerator.scaler is None
+        and config.nonfinite_grad == "raise"
+        and loss.is_static
+    )
+
+
+class GraphedUpdate:
+    """An `Update` that runs as it is three times, is captured in the fourth, and replayed from then on.
+
+    The kernels are the same, so are the bits. The tensors that come back are overwritten by the next call.
+    """
+
+    def __init__(self, update: Update):
+        self.update, self.calls = update, 0
+        self.lr = torch.zeros((), device="cuda")
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, micro_batches: list[Batch], lr: float | Tensor) -> tuple[list[Losses], Tensor, bool]:
+        """Raises UserError where the network or the loss waits for the GPU, which a graph cannot hold."""
+        self.lr.fill_(lr)
+        self.calls += 1
+        if self.calls <= EAGER_STEPS:
+            return self.update(micro_batches, self.lr)
+        if self.graph is None:
+            self.graph = self._capture(micro_batches)
+        for static, batch in zip(self.inputs, micro_batches, strict=True):
+            for target, value in zip(_tensors(static), _tensors(batch), strict=True):
+                target.copy_(value)
+        self.graph.replay()
+        return self.outputs
+
+    def _capture(self, micro_batches: list[Batch]) -> torch.cuda.CUDAGraph:
+        self.inputs = [_cloned(batch) for batch in micro_batches]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the thread that makes the next batch may go on with its copies
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.outputs = self.update(self.inputs, self.lr)
+        except RuntimeError as error:
+            raise UserError(f"train.cuda_graph=true: this step cannot be captured ({first_line(error)}); use false") from error
+        return graph
+
+
+def _cloned(batch: Batch) -> Batch:
+    noise = {key: value.clone() for key, value in batch.noise.items()}
+    x0, y, u = (None if value is None else value.clone() for value in (batch.x0, batch.y, batch.u))
+    return replace(batch, x1=batch.x1.clone(), x0=x0, y=y, u=u, noise=noise)
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    """What a static loss reads."""
+    return [value for value in (batch.x1, batch.x0, batch.y, batch.u, *batch.noise.values()) if value is not None]
