@@ -94,7 +94,7 @@ def main() -> None:
             cost = f"NFE {nfe} ({forwards} network evaluations) per image" if nfe else "none of them new"
             result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
             animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
-            flags = cli.condition_flags(args.guidance_scale, args.prompts) + cli.guidance_flags(args)
+            flags = cli.condition_flags(args.guidance_scale, args.prompts) + cli.guidance_flags(args) + cli.source_flags(args)
             command = subprocesses.command(*animate, *flags, *args.overrides)
             print(cli.summary(result, args.start, f"watch images form with: {command}"))
 

@@ -112,7 +112,7 @@ def compare(
     print(text)
     result = f"{' '.join([*names_written, 'compare.png', 'compare.md'])} in {args.out}"
     animate = ["-m", "scripts.animate", "--weights", args.weights[0], "--out", files.free_folder(args.out / names[0])]
-    animate += ["--source", args.source] if args.source else []
+    animate += cli.source_flags(args)
     print(cli.summary(result, args.start, f"see one of them alone with: {subprocesses.command(*animate, *args.overrides)}"))
 
 

@@ -98,6 +98,11 @@ def guidance_flags(args: argparse.Namespace) -> list[str]:
     return [*flags, "--guide_weights", args.guide_weights] if args.guide_weights else flags
 
 
+def source_flags(args: argparse.Namespace) -> list[str]:
+    """--source as it was typed."""
+    return ["--source", args.source] if args.source else []
+
+
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours, with one decimal."""
     if seconds < 90:

@@ -35,6 +35,7 @@ PREVIEW_BATCH = 16
 class AutoencoderTask:
     """Trains or fine-tunes an AutoencoderKL; implements `flow.training.trainer.Task`."""
 
+    unit = "images"
     script = "-m scripts.train_vae"
 
     def __init__(self, config: VaeConfig, accelerator: Accelerator):

@@ -53,6 +53,7 @@ class FlowTask:
                 accelerator, lambda: datasets.build(config.data.name, config.data.root, config.data.args)
             )
         self.space = Space(self.data.image_shape, self.data.codec)
+        self.unit = "points" if self.space.is_points else "images"
         self.class_names = tuple(self.data.class_names) if self.data.labels is not None else ()
         if not resuming:
             schema.set_auto_classes(config, self.class_names)

@@ -35,6 +35,7 @@ class Task(Protocol):
     net: nn.Module
     loss: Loss
     script: str  # that trains it, for the command that resumes
+    unit: str  # what a batch holds, as in "128 images"
 
     def build_network(self) -> nn.Module:
         """An untrained network of the same shape, for averages of sharded weights."""
@@ -175,7 +176,7 @@ class Trainer:
                 if self.finished or self.step % config.log_every_steps == 0:
                     metrics = self.log()
                     if terminal:
-                        rate = f"{metrics['images_per_second']:.0f} images/s"
+                        rate = f"{metrics['images_per_second']:.0f} {self.task.unit}/s"
                         bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
                     else:
                         self._print_row(metrics)
@@ -350,7 +351,7 @@ class Trainer:
         left = (config.steps - self.step) * config.batch_size / rate if rate > 0 else math.nan
         self.accelerator.print(
             f"step {self.step:{len(str(config.steps))}} of {config.steps}  loss {metrics['loss']:.4f}  "
-            f"gradient norm {metrics['grad_norm']:.3g}  lr {metrics['learning_rate']:.2e}  {rate:.0f} images/s  "
+            f"gradient norm {metrics['grad_norm']:.3g}  lr {metrics['learning_rate']:.2e}  {rate:.0f} {self.task.unit}/s  "
             f"{cli.duration(left)} left",
             flush=True,
         )
@@ -364,10 +365,10 @@ class Trainer:
         for line in self.task.summary():
             self.logger.info(line)
         micro = config.gradient_accumulation_steps
-        rows = config.batch_size // (accelerator.num_processes * micro)
+        rows, unit = config.batch_size // (accelerator.num_processes * micro), self.task.unit
         self.logger.info(
-            f"batch: {config.batch_size} images = {accelerator.num_processes} process(es) x {micro} micro-batch(es) x {rows}; "
-            f"{config.steps:,} steps = {config.steps * config.batch_size:,} images"
+            f"batch: {config.batch_size} {unit} = {accelerator.num_processes} process(es) x {micro} micro-batch(es) x {rows}; "
+            f"{config.steps:,} steps = {config.steps * config.batch_size:,} {unit}"
         )
         self.logger.info(
             f"device: {accelerator.device.type}, precision {accelerator.mixed_precision}, "

@@ -252,7 +252,7 @@ def learning_rate(context: Context) -> Lines:
     warmup, steps = context.cfg.optimizer.warmup_steps, context.cfg.train.steps
     text = f"optimizer.warmup_steps={warmup} of train.steps={steps}"
     if warmup >= steps:
-        yield "fail", f"{text}: the learning rate never reaches optimizer.lr; set it to {steps // 20} or less"
+        yield "warn", f"{text}: the learning rate never reaches optimizer.lr; set it to {steps // 20} or less"
     elif warmup > 0.2 * steps:
         yield "warn", f"{text}: more than a fifth of the run; {steps // 20} is usual"
     else:
