@@ -99,7 +99,7 @@ class OptimizerConfig:
     lr: float = limited(2e-4, above=0)  # peak learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # of AdamW
     eps: float = limited(1e-8, above=0)  # of AdamW
-    weight_decay: float = limited(0.0, min=0)  # of AdamW
+    weight_decay: float = limited(0.0, min=0)  # of AdamW and Muon
     warmup_steps: int = limited(0, min=0)  # linear from 0
     schedule: str = limited("constant", choices=SCHEDULES)  # constant | linear | cosine | wsd; all but the first end at 0
     clip_grad_norm: float = limited(1.0, min=0)  # 0: off

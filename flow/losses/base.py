@@ -86,6 +86,7 @@ class FlowLoss(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls.is_static = cls.__dict__.get("is_static", False)  # not inherited: a subclass may read more of the batch
         if "name" in cls.__dict__:  # others are bases of losses
             LOSSES[cls.name] = cls
 

@@ -19,6 +19,7 @@ class Distillation(FlowMatching):
     """
 
     name = "distillation"
+    is_static = True
 
     def __init__(
         self,

@@ -1,5 +1,8 @@
-"""A training step as one CUDA graph: the GPU starts all its kernels by itself, where the processor would take longer to start
-each of a small network than the GPU to run it (docs/performance.md)."""
+"""A training step as one CUDA graph.
+
+In a small network the processor takes longer to start a kernel than the GPU to run it. A graph starts all of them with one call
+(docs/performance.md).
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +35,7 @@ def is_possible(accelerator: Accelerator, config: TrainConfig, loss: Loss) -> bo
 class GraphedUpdate:
     """An `Update` that runs as it is three times, is captured in the fourth, and replayed from then on.
 
-    The kernels are the same, so are the bits. The tensors that come back are overwritten by the next call.
+    The kernels are the same, and so is every bit. The tensors that come back are overwritten by the next call.
     """
 
     def __init__(self, update: Update):
@@ -61,6 +64,8 @@ class GraphedUpdate:
             # thread_local: the thread that makes the next batch may go on with its copies
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.outputs = self.update(self.inputs, self.lr)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise UserError(f"train.cuda_graph=true: this step cannot be captured ({first_line(error)}); use false") from error
         return graph

@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(matrices, steps.unbind())
 
     def _momentum(self, matrices: list[Tensor], momentum: float) -> list[Tensor]:
-        """Nesterov's, of the gradients of matrices."""
+        """Nesterov momentum: moves the averages, and returns the directions."""
         for p in matrices:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -31,8 +31,8 @@ def lr_at(config: OptimizerConfig, update: int, total: int) -> float:
 
 
 def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig, accelerator: Accelerator) -> None:
-    """Give an optimizer whose state was loaded the betas, eps and weight_decay of the configuration: its own are those of
-    the checkpoint."""
+    """Give an optimizer whose state was loaded the options of this configuration and device: its own are those of the
+    checkpoint."""
     for group in optimizer.param_groups:
         group.update(_options(config, accelerator))
 
