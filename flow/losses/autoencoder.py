@@ -18,7 +18,7 @@ class AutoencoderLoss:
     """
 
     num_uniforms = 0
-    is_static = True
+    capturable = True
 
     def __init__(
         self,

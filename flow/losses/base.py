@@ -63,7 +63,7 @@ class Loss(Protocol):
 
     num_uniforms: int  # stratified uniforms that a sample needs
     draws: dict[str, tuple[int, ...]]  # further standard normal noise by key, with the shape for a sample
-    is_static: bool  # it takes the same operations in each step, on x1, x0, y, u and noise alone, and does not call eager
+    capturable: bool  # by a CUDA graph: the same operations in each step, on x1, x0, y, u and noise alone, without eager
 
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses: ...
 
@@ -82,11 +82,11 @@ class FlowLoss(ABC):
     needs_two_times: ClassVar[bool] = False  # of the network: it is a flow map
     needs_jvp: ClassVar[bool] = False  # calls eager.jvp
     needs_states: ClassVar[bool] = False  # reads batch.states
-    is_static: ClassVar[bool] = False
+    capturable: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.is_static = cls.__dict__.get("is_static", False)  # not inherited: a subclass may read more of the batch
+        cls.capturable = cls.__dict__.get("capturable", False)  # not inherited: a subclass may read more of the batch
         if "name" in cls.__dict__:  # others are bases of losses
             LOSSES[cls.name] = cls
 

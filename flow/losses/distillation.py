@@ -19,7 +19,7 @@ class Distillation(FlowMatching):
     """
 
     name = "distillation"
-    is_static = True
+    capturable = True
 
     def __init__(
         self,

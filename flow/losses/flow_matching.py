@@ -24,7 +24,7 @@ class FlowMatching(FlowLoss):
     """
 
     name = "flow_matching"
-    is_static = True
+    capturable = True
 
     def __init__(
         self,

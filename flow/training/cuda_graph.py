@@ -1,7 +1,8 @@
 """A training step as one CUDA graph.
 
 In a small network the processor takes longer to start a kernel than the GPU to run it. A graph starts all of them with one call
-(docs/performance.md).
+(docs/performance.md). `torch.cuda.make_graphed_callables` would leave out the optimizer, which starts almost as many kernels as
+the network.
 """
 
 from collections.abc import Callable
@@ -21,14 +22,14 @@ EAGER_STEPS = 3  # before the capture: they create the state of the optimizer, a
 
 
 def is_possible(accelerator: Accelerator, config: TrainConfig, loss: Loss) -> bool:
-    """Whether train.cuda_graph applies: one GPU, a loss whose steps are all alike, and nothing that waits for the GPU."""
+    """Whether train.cuda_graph applies: one GPU, a capturable loss, and no step that waits for the GPU to be skipped or not."""
     return (
         config.cuda_graph
         and accelerator.device.type == "cuda"
         and accelerator.num_processes == 1
         and accelerator.scaler is None
         and config.nonfinite_grad == "raise"
-        and loss.is_static
+        and loss.capturable
     )
 
 
@@ -78,5 +79,5 @@ def _cloned(batch: Batch) -> Batch:
 
 
 def _tensors(batch: Batch) -> list[Tensor]:
-    """What a static loss reads."""
+    """What a capturable loss reads."""
     return [value for value in (batch.x1, batch.x0, batch.y, batch.u, *batch.noise.values()) if value is not None]

@@ -220,7 +220,7 @@ class Trainer:
         the weights changed."""
         losses, timed = [], nullcontext if self.graphed else self.timed
         for batch in micro_batches:
-            if not self.task.loss.is_static:  # a static loss does not call eager
+            if not self.task.loss.capturable:  # the others do not call eager
                 self.eager.start_micro_batch()
             last = batch is micro_batches[-1]
             with nullcontext() if last else self.accelerator.no_sync(self.model):

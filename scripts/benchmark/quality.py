@@ -7,7 +7,7 @@ recipes are trained and evaluated in turn, one seed after the other. `--out` get
 minutes), and a folder for each recipe with its runs and their rows. Run it again after a kill: finished work stays.
 
 With `--images N` instead of `--minutes`, every recipe sees so many images, whatever a step costs. There is no trial, so
-`--jobs K` may train K of the runs at the same time on one GPU that a small network does not fill.
+`--jobs K` may train K of the runs at the same time on one GPU; with train.cuda_graph two fill it.
 """
 
 import json
@@ -34,7 +34,7 @@ EXAMPLES = """\
   python -m scripts.benchmark quality --configs configs/mnist.yaml "configs/mnist.yaml optimizer.lr=2e-3" \\
       --minutes 3 --seeds 3 --feature_extractor mnist --n_samples 2000 --out runs/race
   python -m scripts.benchmark quality --configs configs/mnist.yaml "configs/mnist.yaml optimizer.lr=2e-3" \\
-      --images 100_000 --jobs 4 --feature_extractor mnist --out runs/race_images"""
+      --images 100_000 --jobs 2 --feature_extractor mnist --out runs/race_images"""
 
 
 @dataclass

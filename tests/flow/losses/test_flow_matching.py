@@ -1,6 +1,7 @@
 """The loss of flow matching against its formula, and its minimizer."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from conftest import loss_at
 from torch import Tensor
 
-from flow import time_samplers
+from flow import losses, time_samplers
+from flow.losses import Batch
 from flow.losses.flow_matching import FlowMatching
 from flow.path import LinearPath
 
@@ -82,3 +84,22 @@ def test_the_minimiser_is_the_closed_form_velocity(t):
     assert gradient.abs().max() < 1e-4
     for shift in ((0.1, 0.0), (-0.1, 0.0), (0.0, 0.1), (0.0, -0.1)):
         assert expected_loss(*(best.detach() + torch.tensor(shift))) > expected_loss(*best) + 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name, loss in losses.LOSSES.items() if loss.capturable])
+def test_a_capturable_loss_sees_tensors_alone(name):
+    """A CUDA graph would repeat the step and the progress at which it was captured."""
+    g = torch.Generator().manual_seed(0)
+    x1, x0, u = torch.randn(8, 2, generator=g), torch.randn(8, 2, generator=g), torch.rand(8, 1, generator=g)
+    loss = losses.build(name, PATH, "velocity", time_samplers.build("uniform"), {})
+    first = Batch(x1, x0, None, u, 0, slice(0, 8), range(8), list(range(8)))
+    later = replace(first, step=9, sample_ids=range(72, 80), indices=[0] * 8, progress=0.9)
+    values = [loss(lambda x, t, y: x * t[:, None], None, batch).per_sample for batch in (first, later)]
+    assert torch.equal(*values)
+
+
+def test_capturable_is_not_inherited():
+    class Other(FlowMatching):
+        pass
+
+    assert FlowMatching.capturable and not Other.capturable
