@@ -19,7 +19,8 @@ class FlowMapLoss(FlowLoss):
     A `map_share` of the samples has t < t_next, both from the time sampler, sorted; the others have t_next = t and learn the
     velocity (Geng et al. 2025, arXiv:2505.13447, section 4.3; its time runs the other way: their t and r are 1 - t and
     1 - t_next here). The squared error e of a sample, the mean over its elements, gets the weight 1 / (e + c)^p without
-    gradient (there e is the sum, so that its c is ours times the number of elements).
+    gradient (there e is the sum over the elements and c = 1e-3, which is 1e-6 of the mean over a thousand elements). As alpha-Flow
+    has errors of the order of alpha^2, a larger c takes its samples with two times out of the training.
     """
 
     num_uniforms: ClassVar[int] = 3  # two times, and which samples have two
@@ -30,7 +31,7 @@ class FlowMapLoss(FlowLoss):
     time_sampler: Callable[[Tensor], Tensor]
     map_share: float = 0.5  # in [0, 1]
     weight_power: float = 1.0  # p; 0 is the plain squared error
-    weight_offset: float = 1e-3  # c
+    weight_offset: float = 1e-6  # c
     guidance_scale: float = 1.0  # w of the guided velocity that is learned; 1 is off
     guidance_mix: float = 0.0  # kappa in [0, 1), see `guided`
 

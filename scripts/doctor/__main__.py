@@ -23,6 +23,7 @@ import datasets
 import models
 from configs import schema
 from configs.schema import Config, UserError
+from flow import losses, time_samplers
 from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.training import data_loader
@@ -41,6 +42,7 @@ EXAMPLES = """\
 
 
 IMAGES_LOOKED_AT = 500
+MIN_LONG_STEPS = 0.002  # of a flow map
 MIN_STORED = 10  # averages of a width, for others to be reconstructed (docs/averages.md)
 
 
@@ -247,6 +249,23 @@ def start_left(steps: int, batch_size: int, half_life: int, warmup_ratio: float)
     return 0.5**halvings
 
 
+def times(context: Context) -> Lines:
+    """Whether a flow map learned from data sees the long steps that one or two evaluations take."""
+    cfg = context.cfg
+    loss = losses.LOSSES.get(cfg.loss.name)
+    if loss is None or not loss.needs_two_times or loss.needs_states:  # stored paths have times of their own
+        return
+    with error_context("flow.time_sampler"):
+        inverse = time_samplers.build(cfg.flow.time_sampler, **cfg.flow.time_sampler_args)
+    t = inverse((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000)
+    share = 2 * float((t < 0.1).double().mean() * (t > 0.9).double().mean())
+    text = f"{share:.2%} of the steps that {cfg.loss.name} trains go from t below 0.1 to t above 0.9"
+    if share < MIN_LONG_STEPS:
+        yield "warn", f"{text}: too few for images in one step; flow.time_sampler=uniform has 2% (docs/few_steps.md)"
+    else:
+        yield "pass", text
+
+
 def learning_rate(context: Context) -> Lines:
     """The warm-up against the length of the run."""
     warmup, steps = context.cfg.optimizer.warmup_steps, context.cfg.train.steps
@@ -361,7 +380,8 @@ def packages(context: Context) -> Lines:
 
 
 CHECKS = [
-    packages, devices, folder, data, network, batch, learning_rate, ema, pauses, features, evaluation, trial, memory, disk,
+    packages, devices, folder, data, network, times, batch, learning_rate, ema, pauses, features, evaluation, trial, memory,
+    disk,
 ]  # fmt: skip
 
 

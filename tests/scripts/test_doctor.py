@@ -152,6 +152,20 @@ def test_stored_averages_are_counted(tmp_path, every, level):
     assert f"and {2 * (1200 // every if every else 1)} stored averages need" in text
 
 
+@pytest.mark.parametrize(
+    ("overrides", "level", "told"),
+    [
+        (["flow.time_sampler=uniform"], "pass", "2.00% of the steps"),
+        (["flow.time_sampler=logit_normal", "flow.time_sampler_args.mean=-0.4"], "warn", "0.03% of the steps"),
+        (["flow.time_sampler=logit_normal", "flow.time_sampler_args={mean: 2.0, std: 2.0}"], "pass", "1.65% of the steps"),
+    ],
+)
+def test_long_steps_of_a_flow_map(overrides, level, told):
+    (line,) = found(doctor.times, "loss.name=mean_flow", *overrides)
+    assert line[0] == level and line[1].startswith(told), line
+    assert not found(doctor.times, *overrides)
+
+
 def test_files_of_a_folder_are_opened(main_of, capsys, tmp_path):
     for k in range(3):
         Image.new("L", (8, 8), k).save(tmp_path / f"{k}.png")
