@@ -447,13 +447,16 @@ def test_grids_need_a_run_folder(error, tmp_path, tiny_run):
     assert "--out is missing" in error("animate", "--weights", tiny_run)
 
 
-def test_folders_with_little_in_them(report, error, tmp_path):
+def test_folders_with_little_in_them(report, here, error, tmp_path):
     empty, bare = tmp_path / "empty", tmp_path / "bare"
     empty.mkdir()
     bare.mkdir()
     (bare / "log.txt").write_bytes(b"\xff\n")
     run = make_run(tmp_path / "run")
     shutil.rmtree(run / "samples")
+    assert f"it is empty: no run in {empty}; give run folders, or a folder of runs" in here(
+        "report", empty, "--out", tmp_path / "none"
+    )
     shown = report(empty, bare, run)
     assert "holds no file of a run" in shown.text
     assert [len(run["previews"]) for run in shown.data["runs"]] == [0, 0, 0]

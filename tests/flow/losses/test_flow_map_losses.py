@@ -207,6 +207,57 @@ def test_true_map_is_stationary_for_trajectory():
     assert velocities.mean() ** 0.5 < 0.05  # of a velocity of about 1.6: the polynomial through five states
 
 
+def fresh_batch(step: int, steps: int) -> Batch:
+    batch = batch_of(4096, seed=step, progress=step / steps)
+    return replace(batch, x1=batch.x1.float(), x0=batch.x0.float())
+
+
+def batches_of_paths(n: int = 20_000) -> Callable[[int, int], Batch]:
+    stored = path_batch(n)
+
+    def batch(step: int, steps: int) -> Batch:
+        rows = torch.randint(n, (4096,), generator=torch.Generator().manual_seed(step))
+        u = time_samplers.stratified(0, step, 4096, 2)
+        return replace(stored, x1=stored.x1[rows], x0=stored.x0[rows], states=stored.states[rows], u=u)
+
+    return batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "args", "batch_at", "steps"),
+    [
+        ("mean_flow", {"map_share": 0.5, "tangent": "network"}, lambda: fresh_batch, 4_000),
+        ("alpha_flow", {"map_share": 0.5, "anneal_end": 0.5, "alpha_min": 0.002}, lambda: fresh_batch, 5_000),
+        ("trajectory", {}, batches_of_paths, 2_000),
+    ],
+    ids=["mean_flow", "alpha_flow", "trajectory"],
+)
+def test_training_reaches_the_true_map(name, args, batch_at, steps):
+    """One step ends within 2 % of the standard deviation of the data. Smooth time features and large batches are needed."""
+    torch.manual_seed(0)
+    loss, batch = build_loss(name, weight_power=0, **args), batch_at()
+    net = models.build("mlp", (1,), {"width": 64, "depth": 3, "two_times": True, "time_frequency": 4.0})
+    eager, optimizer = EagerNetwork(net), torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.9, 0.99))
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 100)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(net, eager, batch(step, steps)).per_sample.mean().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        warm_up.step()
+        decay.step()
+    x = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(7))
+    t = torch.zeros(len(x))
+    with torch.no_grad():
+        reached = (x + net(x, t, None, t + 1)).double()
+    start = t[:, None].double()
+    error = (reached - true_map(x.double(), start, start + 1)).square().mean().sqrt()
+    data_std = (STD**2 + ((MEANS[1] - MEANS[0]) / 2) ** 2) ** 0.5
+    assert error < 0.02 * data_std, f"{error / data_std:.2%}"
+
+
 def test_derivative_weights():
     times = torch.tensor([0.0, 0.1, 0.25, 0.5, 0.6, 0.8, 1.0], dtype=torch.float64)
     weights = derivative_weights(times)
