@@ -116,11 +116,16 @@ class Rectify:
         print(f"\nstage {self.done} of {self.count}: {title} ({elapsed(self.start)} so far)", flush=True)
 
     def run_stage(self, name: str, teacher: str | None, pairs: str | None) -> None:
-        """The command of a stage; its seconds add up in plan.json over several calls."""
-        stage, start = self.cfg.stages[name], time.perf_counter()
+        """The command of a stage. The seconds of pairs add up in plan.json over the calls that make some of them."""
+        stage = self.cfg.stages[name]
         arguments = self.training(name, teacher, pairs) if stage.config else self.pairs(name, teacher)
+        before, start = self.shards(name), time.perf_counter()
         run_command(arguments, self.launcher)
-        self.record(name, elapsed=self.plan(name).get("elapsed", 0.0) + time.perf_counter() - start)
+        if stage.pairs and self.shards(name) > before:
+            self.record(name, elapsed=self.plan(name).get("elapsed", 0.0) + time.perf_counter() - start)
+
+    def shards(self, name: str) -> int:
+        return len(list((self.folder / name).glob("*.safetensors")))
 
     def training(self, name: str, teacher: str | None, pairs: str | None) -> list[str]:
         stage = self.cfg.stages[name]
@@ -145,7 +150,9 @@ class Rectify:
         settings, source = stage.pairs, self.cfg.stages[teacher]
 
         def seconds(scratch: Path) -> float:
-            return sampling_seconds(str(source.config), source.overrides, scratch) * forwards(stage)
+            share = settings.real_fraction
+            passes = (1 - share) * forwards(stage) + share * forwards(stage, guided=False)
+            return sampling_seconds(str(source.config), source.overrides, scratch) * passes
 
         n_pairs = self.fitted(name, seconds) or settings.n_pairs
         states = ["--keep_states", str(settings.keep_states)] if settings.keep_states else []
@@ -199,9 +206,10 @@ class Rectify:
         stage = self.cfg.stages[name]
         if stage.config is None:
             manifest = read_manifest(self.folder / name)
-            count = manifest["generated"] + manifest["inverted"]
-            return Cost(count, self.plan(name).get("elapsed", 0.0) / 60, count * forwards(stage))
-        rows = read_metrics(self.folder / name / "metrics.jsonl")
+            generated, inverted = manifest["generated"], manifest["inverted"]
+            passes = generated * forwards(stage) + inverted * forwards(stage, guided=False)
+            return Cost(generated + inverted, self.plan(name).get("elapsed", 0.0) / 60, passes)
+        rows = [row for row in read_metrics(self.folder / name / "metrics.jsonl") if "images_per_second" in row]
         seen = [0, *(row["images"] for row in rows)]
         seconds = sum((now - last) / row["images_per_second"] for last, now, row in zip(seen, seen[1:], rows, strict=False))
         config = schema.load(stage.config, stage.overrides)
@@ -233,12 +241,11 @@ def precision_flag(config: Config) -> list[str]:
     return ["-mp", config.train.mixed_precision]
 
 
-def forwards(stage: StageConfig) -> int:
-    """Network passes of a pair."""
+def forwards(stage: StageConfig, guided: bool = True) -> int:
+    """Network passes of a generated pair, or of one of a real image, whose noise comes without guidance."""
     assert stage.pairs is not None
-    return solvers.nfe(stage.pairs.sampling_method, stage.pairs.sampling_steps) * (
-        2 if stage.pairs.guidance_scale not in (0, 1) else 1
-    )
+    doubled = guided and stage.pairs.guidance_scale not in (0, 1)
+    return solvers.nfe(stage.pairs.sampling_method, stage.pairs.sampling_steps) * (2 if doubled else 1)
 
 
 def build_loss(config: Config) -> FlowLoss:

@@ -47,14 +47,11 @@ class Distillation(FlowMatching):
         self.steps, self.flow_share = steps, flow_share
 
     def times(self, u: Tensor) -> Tensor:
-        return discretize_times(super().times(u), self.steps, self.flow_share)
-
-
-def discretize_times(t: Tensor, steps: int, flow_share: float = 0.0) -> Tensor:
-    """t [B] in [0, 1] rounded down to the times 0, 1/N, ..., (N - 1)/N that N Euler steps evaluate.
-
-    Of uniform t, those below `flow_share` are spread over all times instead.
-    """
-    u = (t - flow_share) / (1 - flow_share)
-    rounded = (u * steps).floor().clamp(0, steps - 1) / steps
-    return torch.where(t < flow_share, t / flow_share, rounded) if flow_share else rounded
+        """Uniforms u [b] below `flow_share` become times of flow.time_sampler, the others those of N Euler steps, in equal
+        numbers: 0, 1/N, ..., (N - 1)/N."""
+        spread = (u - self.flow_share) / (1 - self.flow_share)
+        t = (spread * self.steps).floor().clamp(0, self.steps - 1) / self.steps
+        if self.flow_share:
+            is_flow = u < self.flow_share
+            t = torch.where(is_flow, self.time_sampler(torch.where(is_flow, u / self.flow_share, 0.5)), t)
+        return self.path.clip(t.float())

@@ -34,7 +34,7 @@ class FlowMatching(FlowLoss):
         distance: str = "mse",
         distance_args: dict[str, Any] | None = None,
         weight_power: float = 0.0,
-        weight_offset: float = 1e-3,
+        weight_offset: float = 1e-6,
     ):
         """distance: a key of `distances.DISTANCES`, with its arguments. weight_power: p, 0 is off. weight_offset: c."""
         for name, value, fits in (("power", weight_power, weight_power >= 0), ("offset", weight_offset, weight_offset > 0)):

@@ -169,8 +169,13 @@ def run_dir(args, recipe: Recipe, seed: int) -> Path:
 
 
 def snapshot_steps(args, recipe: Recipe) -> list[int]:
-    """The steps whose snapshots the curve shows; the last one is that of the end."""
-    return sorted({max(1, recipe.steps * k // args.curve) for k in range(1, args.curve + 1)})
+    """The steps whose snapshots the curve shows: those of its checkpoints, and the last one."""
+    every = checkpoint_every(args, recipe)
+    return [*(every * k for k in range(1, args.curve) if every * k < recipe.steps), recipe.steps]
+
+
+def checkpoint_every(args, recipe: Recipe) -> int:
+    return max(1, recipe.steps // args.curve)
 
 
 def commands(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
@@ -179,7 +184,7 @@ def commands(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
     run = run_dir(args, recipe, seed)
     overrides = [
         *recipe.overrides, f"seed={seed}", f"train.steps={recipe.steps}", "train.sample_every_steps=0", "train.log_with=[]",
-        f"train.checkpoint_every_steps={max(1, recipe.steps // args.curve)}", "train.keep_snapshots=0",
+        f"train.checkpoint_every_steps={checkpoint_every(args, recipe)}", "train.keep_snapshots=0",
     ]  # fmt: skip
     yield train_arguments(recipe.config, run, overrides)
     shared = [

@@ -222,7 +222,9 @@ def ema(context: Context) -> Lines:
     images = cfg.train.steps * per_step
     for half_life in schema.half_lives(cfg):
         remaining = start_left(cfg.train.steps, per_step, half_life, cfg.ema.warmup_ratio)
-        text = f"half-life {half_life:,} of {images:,} images, {remaining:.1%} of the random start left at the end"
+        longest = round(min(half_life, cfg.ema.warmup_ratio * images)) if cfg.ema.warmup_ratio else half_life
+        less = f" (ema.warmup_ratio allows no more; ema.half_life_images={half_life} is not reached)" * (longest < half_life)
+        text = f"half-life {longest:,} of {images:,} images{less}, {remaining:.1%} of the random start left at the end"
         if remaining > 0.01:
             yield "warn", f"{text}; set ema.half_life_images={max(1, images // 10)} or ema.warmup_ratio=0.05"
         elif half_life < 2 * per_step:

@@ -67,15 +67,17 @@ def test_a_second_call_adds_a_seed(race, tmp_path, number):
 def test_equal_images_side_by_side(here, tmp_path):
     """Two runs at the same time, of as many steps as the batches ask for; a second call trains nothing again."""
     larger = shlex.join([*RECIPE, "train.batch_size=64"])
-    flags = ["--images", "128", "--jobs", "2", "--seeds", "1", "--curve", "1", *FLAGS[6:], "--out", tmp_path / "race"]
+    flags = ["--images", "256", "--jobs", "2", "--seeds", "1", "--curve", "3", *FLAGS[6:], "--out", tmp_path / "race"]
     command = ["benchmark", "quality", "--configs", shlex.join(RECIPE), larger, *flags]
     here(*command)
     recipes = json.loads((tmp_path / "race" / "race.json").read_text())["recipes"]
-    assert [recipe["steps"] for recipe in recipes] == [4, 2]
+    assert [recipe["steps"] for recipe in recipes] == [8, 4]
     text = (tmp_path / "race" / "race.md").read_text()
-    assert "128 images a run, 1 seed(s)" in text
+    assert "256 images a run, 1 seed(s)" in text
     logs = {path: path.read_text().count("$ ") for path in tmp_path.glob("race/*/seed_0.log")}
-    assert list(logs.values()) == [2, 2]
+    assert list(logs.values()) == [4, 4]
+    curves = [{row["images"] for row in table.read_rows(path)} for path in sorted(tmp_path.glob("race/*/seed_0/curve"))]
+    assert curves == [{64, 128}, {64, 128}]  # of 8 and 4 steps: the checkpoints before the last one
     here(*command)
     assert (tmp_path / "race" / "race.md").read_text() == text
 

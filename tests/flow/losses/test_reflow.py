@@ -10,7 +10,6 @@ from flow import losses, path, solvers, time_samplers
 from flow.guidance import GuidedVelocity
 from flow.likelihood import T_MAX, invert
 from flow.losses import distances
-from flow.losses.distillation import discretize_times
 from flow.model import FlowModel
 from flow.path import LinearPath
 from flow.sampling.generate import straightness_deviation
@@ -90,10 +89,13 @@ def test_distillation_times_are_euler_steps(steps, expected):
     assert torch.allclose(result.per_sample, (x1 - x0).square().mean(1))
 
 
-def test_a_share_of_distillation_stays_flow_matching():
-    t = discretize_times((torch.arange(1000) + 0.5) / 1000, 2, 0.4)
+@pytest.mark.parametrize("time_sampler", ["uniform", "u_shaped"])
+def test_a_share_of_distillation_stays_flow_matching(time_sampler):
+    sampler = time_samplers.build(time_sampler)
+    loss = losses.build("distillation", LinearPath(), "velocity", sampler, {"steps": 2, "flow_share": 0.4})
+    t = loss.times((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
     between = t[:400]
-    assert torch.allclose(between, (torch.arange(400) + 0.5) / 400)
+    assert torch.allclose(between, sampler((torch.arange(400, dtype=torch.float64) + 0.5) / 400).float())
     assert t[400:700].unique().tolist() == [0.0] and t[700:].unique().tolist() == [0.5]
 
 
