@@ -133,7 +133,7 @@ def test_alpha_flow_goes_to_mean_flow():
     assert errors[0] / errors[1] == pytest.approx(2, abs=0.3) and errors[1] / errors[2] == pytest.approx(2, abs=0.3)
 
 
-def test_weighted_maps_keep_their_gradient_at_the_smallest_alpha():
+def test_weight_keeps_maps_at_the_smallest_alpha():
     """Their error shrinks with alpha; an offset above it would take the maps out of the training."""
     net, batch = NearTruth(lambda x, t, t_next: true_velocity(x, t)), batch_of(4_000)
     wanted, reached = (
