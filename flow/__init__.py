@@ -1,1 +1,1 @@
-"""Flow matching: the method (path, prior, time law, loss, guidance, solvers), its engine and its evaluation."""
+"""Flow matching: paths, sources, time samplers, losses, guidance and solvers; their training, sampling and evaluation."""

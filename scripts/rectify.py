@@ -19,13 +19,14 @@ import torch
 from accelerate import Accelerator
 
 from configs import schema
-from configs.rectify import RectifyConfig, RouteConfig, StageConfig
+from configs.rectify import PairsConfig, RectifyConfig, RouteConfig
 from configs.schema import Config, UserError
 from datasets.pairs import read_manifest
 from flow import losses, solvers, time_samplers
 from flow import path as paths
 from flow.evaluation import plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
+from flow.likelihood import T_MAX
 from flow.losses import FlowLoss
 from flow.model import FlowModel
 from flow.runtime import cli, distributed, files, lock
@@ -121,10 +122,11 @@ class Rectify:
         arguments = self.training(name, teacher, pairs) if stage.config else self.pairs(name, teacher)
         before, start = self.shards(name), time.perf_counter()
         run_command(arguments, self.launcher)
-        if stage.pairs and self.shards(name) > before:
+        if stage.pairs is not None and self.shards(name) > before:
             self.record(name, elapsed=self.plan(name).get("elapsed", 0.0) + time.perf_counter() - start)
 
     def shards(self, name: str) -> int:
+        """Files of pairs that a stage has written."""
         return len(list((self.folder / name).glob("*.safetensors")))
 
     def training(self, name: str, teacher: str | None, pairs: str | None) -> list[str]:
@@ -150,8 +152,7 @@ class Rectify:
         settings, source = stage.pairs, self.cfg.stages[teacher]
 
         def seconds(scratch: Path) -> float:
-            share = settings.real_fraction
-            passes = (1 - share) * forwards(stage) + share * forwards(stage, guided=False)
+            passes = pair_passes(settings, 1 - settings.real_fraction, settings.real_fraction)
             return sampling_seconds(str(source.config), source.overrides, scratch) * passes
 
         n_pairs = self.fitted(name, seconds) or settings.n_pairs
@@ -204,11 +205,12 @@ class Rectify:
     def stage_cost(self, name: str) -> Cost:
         """Of a finished stage: the minutes of its steps without checkpoints and previews, or of making its pairs."""
         stage = self.cfg.stages[name]
-        if stage.config is None:
+        if stage.pairs is not None:
             manifest = read_manifest(self.folder / name)
             generated, inverted = manifest["generated"], manifest["inverted"]
-            passes = generated * forwards(stage) + inverted * forwards(stage, guided=False)
+            passes = pair_passes(stage.pairs, generated, inverted)
             return Cost(generated + inverted, self.plan(name).get("elapsed", 0.0) / 60, passes)
+        assert stage.config is not None
         rows = [row for row in read_metrics(self.folder / name / "metrics.jsonl") if "images_per_second" in row]
         seen = [0, *(row["images"] for row in rows)]
         seconds = sum((now - last) / row["images_per_second"] for last, now, row in zip(seen, seen[1:], rows, strict=False))
@@ -241,11 +243,12 @@ def precision_flag(config: Config) -> list[str]:
     return ["-mp", config.train.mixed_precision]
 
 
-def forwards(stage: StageConfig, guided: bool = True) -> int:
-    """Network passes of a generated pair, or of one of a real image, whose noise comes without guidance."""
-    assert stage.pairs is not None
-    doubled = guided and stage.pairs.guidance_scale not in (0, 1)
-    return solvers.nfe(stage.pairs.sampling_method, stage.pairs.sampling_steps) * (2 if doubled else 1)
+def pair_passes(settings: PairsConfig, generated: float, inverted: float = 0) -> float:
+    """Network passes of so many generated pairs, and of pairs of real images, whose noise comes from the flow solved backwards
+    without guidance."""
+    method, steps = settings.sampling_method, settings.sampling_steps
+    guided = 2 if settings.guidance_scale not in (0, 1) else 1
+    return generated * guided * solvers.nfe(method, steps) + inverted * solvers.nfe(method, steps, T_MAX)
 
 
 def build_loss(config: Config) -> FlowLoss:

@@ -47,11 +47,12 @@ class Distillation(FlowMatching):
         self.steps, self.flow_share = steps, flow_share
 
     def times(self, u: Tensor) -> Tensor:
-        """Uniforms u [b] below `flow_share` become times of flow.time_sampler, the others those of N Euler steps, in equal
-        numbers: 0, 1/N, ..., (N - 1)/N."""
+        """The times [b], float32, of uniforms u [b]: below `flow_share` those of flow.time_sampler, above it the times 0, 1/N,
+        ..., (N - 1)/N of N Euler steps, in equal numbers."""
         spread = (u - self.flow_share) / (1 - self.flow_share)
         t = (spread * self.steps).floor().clamp(0, self.steps - 1) / self.steps
         if self.flow_share:
             is_flow = u < self.flow_share
-            t = torch.where(is_flow, self.time_sampler(torch.where(is_flow, u / self.flow_share, 0.5)), t)
+            inside = torch.where(is_flow, u / self.flow_share, 0.5)  # 0.5 stands in where no time is drawn
+            t = torch.where(is_flow, self.time_sampler(inside), t)
         return self.path.clip(t.float())

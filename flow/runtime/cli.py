@@ -61,9 +61,9 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"unknown flag {name!r}.{schema.did_you_mean(name, flags + [f'--{k}' for k in keys])}")
         namespace, unknown = self.parse_known_args(rest)
         if unknown:
-            before = [token for token in rest[: rest.index(unknown[0])] if token in flags]
-            if before and not unknown[0].startswith("-") and self._option_string_actions[before[-1]].nargs is None:
-                raise UserError(f"{before[-1]}: takes one value, {unknown[0]!r} is a second one")
+            flag = dict(zip(rest[2:], rest, strict=False)).get(unknown[0])  # the word two places before
+            if flag in flags and self._option_string_actions[flag].nargs is None and not unknown[0].startswith("-"):
+                raise UserError(f"{flag}: takes one value, {unknown[0]!r} is a second one")
             raise UserError(f"unknown argument {unknown[0]!r}.{schema.did_you_mean(unknown[0], flags)}")
         namespace.overrides, namespace.start = overrides, time.perf_counter()
         return namespace

@@ -92,9 +92,9 @@ def max_steps_for_nfe(method: str, nfe: int, end: float = 1.0) -> int:
     return steps
 
 
-def nfe(method: str, steps: int) -> int:
-    """Velocity evaluations of so many steps of a method without tolerances."""
-    return _dry_run(method, steps).nfe
+def nfe(method: str, steps: int, end: float = 1.0) -> int:
+    """Velocity evaluations of so many steps of a method without tolerances, between t = 0 and `end`, in either direction."""
+    return _dry_run(method, steps, end).nfe
 
 
 def _dry_run(method: str, steps: int, end: float = 1.0, **options: Any) -> Solution:

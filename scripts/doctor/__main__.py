@@ -42,7 +42,7 @@ EXAMPLES = """\
 
 
 IMAGES_LOOKED_AT = 500
-MIN_LONG_STEPS = 0.002  # of a flow map
+MIN_LONG_STEPS = 0.002  # share of the steps of a flow map (docs/few_steps.md)
 MIN_STORED = 10  # averages of a width, for others to be reconstructed (docs/averages.md)
 
 
@@ -251,8 +251,8 @@ def start_left(steps: int, batch_size: int, half_life: int, warmup_ratio: float)
     return 0.5**halvings
 
 
-def times(context: Context) -> Lines:
-    """Whether a flow map learned from data sees the long steps that one or two evaluations take."""
+def long_steps(context: Context) -> Lines:
+    """Whether the training of a flow map has enough of the long steps that sampling in one or two evaluations takes."""
     cfg = context.cfg
     loss = losses.LOSSES.get(cfg.loss.name)
     if loss is None or not loss.needs_two_times or loss.needs_states:  # stored paths have times of their own
@@ -263,7 +263,7 @@ def times(context: Context) -> Lines:
     share = 2 * float((t < 0.1).double().mean() * (t > 0.9).double().mean())
     text = f"{share:.2%} of the steps that {cfg.loss.name} trains go from t below 0.1 to t above 0.9"
     if share < MIN_LONG_STEPS:
-        yield "warn", f"{text}: too few for images in one step; flow.time_sampler=uniform has 2% (docs/few_steps.md)"
+        yield "warn", f"{text}: few for sampling in one step; flow.time_sampler=uniform has 2% (docs/few_steps.md)"
     else:
         yield "pass", text
 
@@ -382,8 +382,8 @@ def packages(context: Context) -> Lines:
 
 
 CHECKS = [
-    packages, devices, folder, data, network, times, batch, learning_rate, ema, pauses, features, evaluation, trial, memory,
-    disk,
+    packages, devices, folder, data, network, long_steps, batch, learning_rate, ema, pauses, features, evaluation, trial,
+    memory, disk,
 ]  # fmt: skip
 
 

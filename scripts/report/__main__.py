@@ -12,7 +12,7 @@ from configs.schema import UserError
 from flow.runtime import cli, lock
 from flow.runtime.errors import cli_main
 from scripts.report import page
-from scripts.report.runs import EXPECTED, MARKS, TRAJECTORY, Run, find_runs, names_of, read_run
+from scripts.report.runs import MARKS, TRAJECTORY, Run, find_runs, names_of, read_run
 
 EXAMPLES = """\
   python -m scripts.report runs/digits
@@ -66,9 +66,8 @@ def main() -> None:
 
 def next_step(runs: list[Run]) -> str:
     """What to do with the page, and the command of the grids that the first run without them lacks."""
-    empty = [str(run.folder) for run in runs if not any((run.folder / name).exists() for name in EXPECTED)]
-    if len(empty) == len(runs):
-        return f"it is empty: no run in {', '.join(empty)}; give run folders, or a folder of runs"
+    if all(run.is_empty for run in runs):
+        return f"it is empty: no run in {', '.join(str(run.folder) for run in runs)}; give run folders, or a folder of runs"
     commands = [run.commands[TRAJECTORY] for run in runs if TRAJECTORY in run.commands and run.trajectory is None]
     more = f"; grids for its sliders over solver steps and guidance are made with: {commands[0]}" if commands else ""
     return f"open it in a browser{more}"

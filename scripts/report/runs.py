@@ -110,6 +110,11 @@ class Run:
             self.problems.append(Problem(panel, f"{name}: {len(lines) - DAMAGED_LINES:,} further problems"))
 
     @property
+    def is_empty(self) -> bool:
+        """Whether its folder holds no file of a run, or may not be read."""
+        return not any(os.path.exists(self.folder / name) for name in EXPECTED)  # Path.exists raises where it may not look
+
+    @property
     def environment(self) -> dict:
         """Of the last start."""
         return self.starts[-1] if self.starts else {}
@@ -154,7 +159,7 @@ def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
     run = Run(folder, name)
     if not os.access(folder, os.R_OK | os.X_OK):
         run.add_problems("overview", str(folder), [f"{folder}: may not be read"])
-    elif not any(os.path.exists(folder / name) for name in EXPECTED):
+    elif run.is_empty:
         run.add_problems("overview", str(folder), [f"{folder}: holds no file of a run"])
     else:
         for file, panel in EXPECTED.items():

@@ -111,6 +111,14 @@ def test_share_of_the_start_in_the_average(half_life, ratio):
     assert doctor.start_left(40, 32, half_life, ratio) == pytest.approx(left, rel=1e-3, abs=1e-9)
 
 
+def test_half_life_that_is_not_reached():
+    run = ["train.steps=100", "train.batch_size=10", "ema.warmup_ratio=0.05"]
+    ((_, text),) = found(doctor.ema, *run, "ema.half_life_images=1000")
+    assert text.startswith("half-life 50 of 1,000 images (ema.warmup_ratio allows no more; ema.half_life_images=1000 is not")
+    ((_, text),) = found(doctor.ema, *run, "ema.half_life_images=40")
+    assert text.startswith("half-life 40 of 1,000 images, ")
+
+
 @pytest.mark.parametrize(
     ("gpus", "processes", "level", "told"),
     [(8, 1, "warn", "but 8 GPUs; start with accelerate-launch --multi_gpu --num_processes 8"),
@@ -161,9 +169,9 @@ def test_stored_averages_are_counted(tmp_path, every, level):
     ],
 )
 def test_long_steps_of_a_flow_map(overrides, level, told):
-    (line,) = found(doctor.times, "loss.name=mean_flow", *overrides)
+    (line,) = found(doctor.long_steps, "loss.name=mean_flow", *overrides)
     assert line[0] == level and line[1].startswith(told), line
-    assert not found(doctor.times, *overrides)
+    assert not found(doctor.long_steps, *overrides)
 
 
 def test_files_of_a_folder_are_opened(main_of, capsys, tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configs import schema
-from configs.rectify import RectifyConfig
+from configs.rectify import PairsConfig, RectifyConfig
 from flow.evaluation import table
 from flow.sampling import snapshot
 from flow.training import checkpoint
@@ -138,6 +138,17 @@ def test_costs_of_a_route(rectified, config):
     assert cost["distilled"].passes == 3 * 64 * 3 + 40 * 3 * 2 + 40
     assert cost["trajectory+alpha_flow"].passes == pytest.approx(2 * 64 * 3 + 64 * 3.711 + 40 * 5)  # alpha is 1 for 29 %
     assert 0 < cost["flow"].minutes < cost["distilled"].minutes < 5
+    metrics = rectified / "1-rf" / "metrics.jsonl"
+    rows = metrics.read_text()
+    metrics.write_text(rows + '{"step": 4, "images": 64, "validation_loss": 1.0}\n')
+    assert steps.route_cost(cfg.routes["flow"]) == cost["flow"]
+    metrics.write_text(rows)
+
+
+def test_pairs_of_real_images_cost_less():
+    settings = PairsConfig(sampling_method="heun", sampling_steps=8, guidance_scale=1.2)
+    assert rectify.pair_passes(settings, 1) == 2 * 15  # Euler in the last step, at the data
+    assert rectify.pair_passes(settings, 0, 1) == 16
 
 
 def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):

@@ -194,6 +194,7 @@ def test_evaluation(error, tiny_run, tmp_path):
     assert "has no such layer; choose one of 64, logits" in error("evaluate", *digits, "--feature_layer", "9")
     assert "takes 28x28 images, not 8x8" in error("evaluate", *ask, "--feature_extractor", "mnist")
     assert "--weights: takes one value, 'b' is a second one" in error("evaluate", "--weights", "a", "b")
+    assert "unknown argument 'b'" in error("evaluate", "--n_samples", "4", "--weights=a", "b")
     assert "give either --weights PATH or --samples DIR" in error("evaluate", "--n_samples", "4")
     assert "--reference is needed" in error("evaluate", "--samples", tmp_path)
     np.savez(tmp_path / "empty.npz", a=1)
