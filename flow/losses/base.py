@@ -44,7 +44,7 @@ class Eager(Protocol):
     It replays the dropout masks of the forward pass beside it.
     """
 
-    jvp_error: str | None  # why there is no jvp here, or None
+    derivative_error: str | None  # why there is no derivative here, or None
     null: int | None  # the y that stands for no condition
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor: ...
@@ -56,6 +56,9 @@ class Eager(Protocol):
         self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no"
     ) -> tuple[Tensor, Tensor]:
         """(u, du/dt): the output u [b, ...] at (x, t), and its derivative along dx/dt = v [b, ...]; t_next stays fixed."""
+
+    def difference(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, h: float) -> Tensor:
+        """That du/dt by a central difference over 2 h in time."""
 
 
 class Loss(Protocol):
@@ -80,7 +83,7 @@ class FlowLoss(ABC):
     draws: ClassVar[dict[str, tuple[int, ...]]] = {}
     passes: float = 3.0  # passes through the network that a sample costs: 1 forward, 2 backward
     needs_two_times: ClassVar[bool] = False  # of the network: it is a flow map
-    needs_jvp: ClassVar[bool] = False  # calls eager.jvp
+    needs_derivative: ClassVar[bool] = False  # calls eager.jvp or eager.difference
     needs_states: ClassVar[bool] = False  # reads batch.states
     capturable: ClassVar[bool] = False
 

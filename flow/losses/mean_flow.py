@@ -10,7 +10,9 @@ from flow.losses.base import Batch, Eager, Losses
 from flow.losses.flow_map import FlowMapLoss, jump, x_and_velocity
 
 TANGENTS = ("path", "network")
+DERIVATIVES = ("jvp", "difference")
 JVP_PRECISIONS = ("no", "bf16")
+STEP = 0.005  # in time, of the central difference; as in the code of Transition Models
 
 
 @dataclass(kw_only=True)
@@ -21,7 +23,8 @@ class MeanFlow(FlowMapLoss):
     From (s - t) u = integral of v from t to s; its derivative in t is -u + (s - t) du/dt = -v. In the paper time runs the
     other way, which turns the sign of (s - t) du/dt. With tangent=network the derivative is taken along the network's own
     velocity u(x, t, t), which has no noise of single pairs, as in improved MeanFlow (Geng et al. 2025, arXiv:2512.02012;
-    its regression of u - (s - t) sg[du/dt] on v has the same gradient).
+    its regression of u - (s - t) sg[du/dt] on v has the same gradient). With derivative=difference du/dt is a central
+    difference, two ordinary passes of the network in float32, as in Transition Models (Wang et al. 2025, arXiv:2509.04394).
 
     Example:
         >>> loss = MeanFlow(LinearPath(), "velocity", time_samplers.build("logit_normal"), map_share=0.25)
@@ -29,19 +32,23 @@ class MeanFlow(FlowMapLoss):
     """
 
     name: ClassVar[str] = "mean_flow"
-    needs_jvp: ClassVar[bool] = True
+    needs_derivative: ClassVar[bool] = True
 
     tangent: str = "path"  # path: v, or the guided one; network: u(x, t, t)
-    jvp_precision: str = "no"  # of du/dt: no | bf16
+    derivative: str = "jvp"  # jvp: torch.func.jvp; difference: less exact, faster, for networks without one as well
+    jvp_precision: str = "no"  # of du/dt by a jvp: no | bf16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("tangent", self.tangent in TANGENTS, f"one of {', '.join(TANGENTS)}")
+        self.check("derivative", self.derivative in DERIVATIVES, f"one of {', '.join(DERIVATIVES)}")
         self.check("jvp_precision", self.jvp_precision in JVP_PRECISIONS, f"one of {', '.join(JVP_PRECISIONS)}")
+        if self.derivative == "difference":
+            self.check("jvp_precision", self.jvp_precision == "no", "no with derivative=difference, which rounding would drown")
 
     @property
     def passes(self) -> float:  # type: ignore[override]
-        """Of a sample; the derivative counts as two, as it takes the network and its tangent forward."""
+        """Of a sample; the derivative counts as two: the network and its tangent, or the two ends of the difference."""
         return 3 + self.guidance_passes + self.map_share * (2 + (self.tangent == "network"))
 
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
@@ -52,7 +59,10 @@ class MeanFlow(FlowMapLoss):
         target = v = self.guided(eager, x, t, batch.y, v)
         if len(rows := (t_next > t).nonzero()[:, 0]):  # the derivative costs more than the network, so only where it counts
             at = x[rows], t[rows], None if batch.y is None else batch.y[rows]
-            tangent = eager(*at, at[1]) if self.tangent == "network" else v[rows]
-            du_dt = eager.jvp(*at, t_next[rows], tangent, self.jvp_precision)[1]
+            along = t_next[rows], eager(*at, at[1]) if self.tangent == "network" else v[rows]
+            if self.derivative == "jvp":
+                du_dt = eager.jvp(*at, *along, self.jvp_precision)[1]
+            else:
+                du_dt = eager.difference(*at, *along, STEP)
             target = v.index_copy(0, rows, jump(v[rows], t[rows], t_next[rows], du_dt))
         return self.weighted(prediction, target, t)

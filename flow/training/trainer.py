@@ -117,10 +117,10 @@ class Trainer:
         device = accelerator.device
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, accelerator))
-        sharded = ("FSDP2 has no jvp of a sharded network", self.model) if accelerator.is_fsdp2 else ()
+        sharded = ("FSDP2 has no derivative of a sharded network in float32", self.model) if accelerator.is_fsdp2 else ()
         self.eager = EagerNetwork(task.net, *sharded)
-        if self.eager.jvp_error and getattr(task.loss, "needs_jvp", False):
-            raise UserError(f"loss.name={config.loss.name}: {self.eager.jvp_error}; use alpha_flow")
+        if self.eager.derivative_error and getattr(task.loss, "needs_derivative", False):
+            raise UserError(f"loss.name={config.loss.name}: {self.eager.derivative_error}; use alpha_flow")
         self.half_lives = schema.half_lives(config)
         self.ema = Ema(task.net, self.half_lives, config.ema.warmup_ratio, task.build_network)
         self.power_ema = PowerEma(task.net, schema.power_widths(config), task.build_network)

@@ -69,8 +69,8 @@ class NearTruth(nn.Module):
 
 
 def mean_velocity(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    step = torch.where(t_next > t, t_next - t, 1.0)
-    return torch.where(t_next > t, (true_map(x, t, t_next) - x) / step, true_velocity(x, t))
+    step = torch.where(t_next != t, t_next - t, 1.0)
+    return torch.where(t_next != t, (true_map(x, t, t_next) - x) / step, true_velocity(x, t))
 
 
 def batch_of(n: int, seed: int = 0, num_uniforms: int = 3, progress: float = 1.0) -> Batch:
@@ -96,25 +96,29 @@ def gradient(loss: losses.FlowLoss, net: nn.Module, batch: Batch) -> tuple[Tenso
     return grads.mean(0), grads.std(0) / len(parts) ** 0.5
 
 
-@pytest.mark.parametrize("tangent", ["path", "network"])
-def test_true_map_is_stationary_for_mean_flow(tangent):
-    loss = build_loss("mean_flow", map_share=0.8, weight_power=0, tangent=tangent)
+@pytest.mark.parametrize("args", [{"tangent": "path"}, {"tangent": "network"}, {"derivative": "difference"}], ids=str)
+def test_true_map_is_stationary_for_mean_flow(args):
+    loss = build_loss("mean_flow", map_share=0.8, weight_power=0, **args)
     grad, error = gradient(loss, NearTruth(mean_velocity), batch_of(20_000))
     assert (grad.abs() < 4.5 * error).all()
     grad, error = gradient(loss, NearTruth(lambda x, t, t_next: true_velocity(x, t)), batch_of(20_000))  # no map
     assert (grad.abs() > 15 * error).any()
 
 
-def test_sign_of_the_derivative():
+@pytest.mark.parametrize("derivative", ["jvp", "difference"])
+def test_sign_of_the_derivative(derivative):
     """With time running from noise to data the target is v + (s - t) du/dt."""
 
     class Rising:  # a network whose derivative is 1
-        null, jvp_error = None, None
+        null, derivative_error = None, None
 
         def jvp(self, x, t, y, t_next, v, precision):
             return torch.zeros_like(x), torch.ones_like(x)
 
-    loss, batch = build_loss("mean_flow", map_share=1.0, weight_power=0), batch_of(100)
+        def difference(self, x, t, y, t_next, v, h):
+            return torch.ones_like(x)
+
+    loss, batch = build_loss("mean_flow", map_share=1.0, weight_power=0, derivative=derivative), batch_of(100)
     t, t_next = loss.times(batch.u)
     result = loss(lambda x, t, y, t_next: torch.zeros_like(x), Rising(), batch)
     expected = (batch.x1 - batch.x0)[:, 0] + (t_next - t)
@@ -302,6 +306,8 @@ def test_share_and_weight(name):
         ({"guidance_mix": 1}, "guidance_mix=1: must be 0 or more and less than 1"),
         ({"tangent": "x"}, "tangent='x': must be one of path, network"),
         ({"jvp_precision": "fp16"}, "jvp_precision='fp16': must be one of no, bf16"),
+        ({"derivative": "x"}, "derivative='x': must be one of jvp, difference"),
+        ({"derivative": "difference", "jvp_precision": "bf16"}, "jvp_precision='bf16': must be no with derivative=difference"),
         ({"alpha_min": 0.1}, "mean_flow has no argument 'alpha_min'"),
     ],
 )

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import models
 from configs.schema import UserError
 from flow import losses, path, solvers, time_samplers
+from flow.losses import mean_flow
 from flow.model import FlowModel
 from flow.sampling import snapshot
 from flow.solvers.time_grids import uniform
@@ -103,8 +104,21 @@ def test_eager_derivative(name):
     expected = (net(x + h * v, t + h, y, t_next) - net(x - h * v, t - h, y, t_next)) / (2 * h)
     assert torch.allclose(u, net(x, t, y, t_next)) and torch.allclose(du, expected, rtol=1e-4, atol=1e-4)
     assert not u.requires_grad and not du.requires_grad
-    with pytest.raises(UserError, match="sharded"):
-        EagerNetwork(net, "no derivatives of sharded networks").jvp(x, t, y, t_next, v)
+    sharded = EagerNetwork(net, "no derivatives of sharded networks")
+    for derivative in (sharded.jvp, sharded.difference):
+        with pytest.raises(UserError, match="sharded"):
+            derivative(x, t, y, t_next, v)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_differences_are_close_to_the_derivative(name):
+    """In float32, with the masks of dropout, at the step that mean_flow takes."""
+    net = build(name, two_times=True, time_frequency=10.0, **({} if name == "mlp" else {"dropout": 0.3})).train()
+    x, t, y = inputs()
+    v, t_next = torch.randn_like(x), t * 0.5 + 0.5
+    eager = EagerNetwork(net)
+    expected, found = eager.jvp(x, t, y, t_next, v)[1], eager.difference(x, t, y, t_next, v, h=mean_flow.STEP)
+    assert (found - expected).norm() < 0.01 * expected.norm() and not found.requires_grad
 
 
 def test_a_kernel_without_forward_mode():
@@ -118,8 +132,9 @@ def test_a_kernel_without_forward_mode():
 
     eager, x, t = EagerNetwork(Fused(8, 8)), torch.ones(2, 4, 8), torch.zeros(2)
     assert torch.isfinite(eager(x, t)).all()
-    with pytest.raises(UserError, match=r"no forward-mode derivative .*; use loss\.name=alpha_flow"):
+    with pytest.raises(UserError, match=r"no forward-mode derivative .*; use loss\.args\.derivative=difference or"):
         eager.jvp(x, t, None, t, x)
+    assert torch.isfinite(eager.difference(x, t, None, t, x)).all()
 
 
 def test_an_operation_that_torch_takes_for_a_constant():
@@ -134,7 +149,7 @@ def test_an_operation_that_torch_takes_for_a_constant():
             return sine(super().forward(x) + t[:, None])
 
     eager, x, t = EagerNetwork(Custom(8, 8)), torch.ones(2, 8), torch.zeros(2)
-    with pytest.raises(UserError, match=r"test_flow_maps\.sine\.default has none; use loss\.name=alpha_flow"):
+    with pytest.raises(UserError, match=r"test_flow_maps\.sine\.default has none; use loss\.args\.derivative=difference"):
         eager.jvp(x, t, None, t, x)
 
 

@@ -88,4 +88,4 @@ def test_flow_maps_in_shards(tmp_path):
             torch.testing.assert_close(found[name][key], value, atol=2e-5, rtol=1e-3)
     arguments = [*TRAIN, *flow_map, "loss.name=mean_flow", "-e", tmp_path / "mean_flow"]
     result = run_script("train.py", *arguments, processes=2, **fsdp_environment())
-    assert "loss.name=mean_flow: FSDP2 has no jvp of a sharded network; use alpha_flow" in result.stderr
+    assert "loss.name=mean_flow: FSDP2 has no derivative of a sharded network in float32; use alpha_flow" in result.stderr
