@@ -20,12 +20,12 @@ class EagerNetwork:
     """Implements `flow.losses.Eager` for a network on one device.
 
     Accelerate patches `forward` on the network itself under mixed precision, and `compile` its call, so the float32 of
-    `__call__`, `jvp` and `difference` comes from the forward of its class. All calls between two `start_micro_batch` draw the same dropout
-    masks as the training pass, which must be the first to draw random numbers after it.
+    `__call__`, `jvp` and `difference` comes from the forward of its class. All calls between two `start_micro_batch` draw the
+    same dropout masks as the training pass, which must be the first to draw random numbers after it.
     """
 
     def __init__(self, net: nn.Module, derivative_error: str | None = None, sharded: nn.Module | None = None):
-        """derivative_error: why derivatives are not available here, for the message of the error. sharded: the network as FSDP2 has
+        """derivative_error: why there are no derivatives here, for the message of the error. sharded: the network as FSDP2 has
         it, whose hooks gather the parameters; it is called as a whole then, in the precision of training."""
         self.net, self.derivative_error = net, derivative_error
         self._forward: Callable[..., Tensor] = sharded or partial(type(net).forward, net)
