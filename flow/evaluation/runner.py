@@ -35,6 +35,7 @@ from flow.sampling.settings import ALL_TIMES, SamplerSettings
 from flow.sampling.space import Space
 from flow.solvers import HAS_TOLERANCES
 from flow.solvers.torchdiffeq import ADAPTIVE
+from flow.source import GAUSSIAN
 
 HELD_OUT_POINTS = 2000  # whose log-density under a flow of points is reported, the first of another seed
 
@@ -126,16 +127,17 @@ class Evaluation:
     def draw_closest(self, title: str, images_of: Callable[[list[int]], Tensor]) -> None:
         """Have the report draw memorization.png: the samples just compared that are nearest to a training image.
 
-        `images_of` gives samples by their positions.
+        `images_of` gives samples by their positions; it is called here, where the network still has the weights of the row.
         """
         closest, training = self.closest, self.training
         if closest is None or training is None:
             return
+        samples = images_of(closest.samples)
 
         def draw() -> None:
             nearest = torch.stack([training.data[k][0] for k in closest.training])
             with files.atomic_file(self.out / "memorization.png") as path:
-                plots.closest_images(path, images_of(closest.samples), nearest, closest.ratios, title)
+                plots.closest_images(path, samples, nearest, closest.ratios, title)
 
         self.draw = draw
 
@@ -523,9 +525,12 @@ def choose_by_frequency(pool: Sequence[int], labels: Tensor | None, reference_la
 
 def log_density_of(accelerator: Accelerator, model: FlowModel, source: RealImages | None) -> Callable[[float], float] | None:
     """For flows of points: a function of the guidance scale, the mean log-density of held-out points under the flow, which
-    depends on no solver; None where there are no such points, or where labels are needed."""
+    depends on no solver; None where there are no such points, where labels are needed, and where the flow starts at data, whose
+    density is not known."""
     other = datasets.held_out(source.build) if source else None
-    if other is None or other[1]["name"] != "toys" or model.net.num_classes is not None or model.net.max_prompt_bytes:
+    if other is None or other[1]["name"] != "toys" or model.source.name != GAUSSIAN:
+        return None
+    if model.net.num_classes is not None or model.net.max_prompt_bytes:
         return None
     points: Any = datasets.build(**other[1])
     x1 = to_solver_dtype(points.images[:HELD_OUT_POINTS], accelerator.device)

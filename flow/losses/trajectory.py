@@ -24,7 +24,7 @@ class Trajectory(FlowMapLoss):
 
     Example:
         >>> loss = Trajectory(LinearPath(), "velocity", time_samplers.build("uniform"), map_share=0.75)
-        >>> loss(net, eager, batch).per_sample.mean().backward()  # with batch.path, of pairs made with --keep_states
+        >>> loss(net, eager, batch).per_sample.mean().backward()  # with batch.states, of pairs made with --keep_states
     """
 
     name: ClassVar[str] = "trajectory"

@@ -1,7 +1,7 @@
 """Muon for the matrices of a network, AdamW for everything else, as one optimizer."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
@@ -54,11 +54,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
             inner.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+        """Momentum has the shape of its weight, so that it fits a network in another memory format."""
+        return {"muon": self._with_momentum(self.muon.state_dict(), like_weight), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.muon.load_state_dict(state_dict["muon"])
+        def as_view(momentum: Tensor, weight: Tensor) -> Tensor:
+            return as_matrix(torch.empty_like(weight).copy_(momentum))
+
+        self.muon.load_state_dict(self._with_momentum(state_dict["muon"], as_view))
         self.adamw.load_state_dict(state_dict["adamw"])
+
+    def _with_momentum(self, state_dict: dict[str, Any], convert: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
+        momentum = {k: convert(entry["momentum_buffer"], self.matrices[k]) for k, entry in state_dict["state"].items()}
+        return {**state_dict, "state": {k: {"momentum_buffer": value} for k, value in momentum.items()}}
 
 
 class Muon(torch.optim.Optimizer):
@@ -108,6 +116,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def like_weight(matrix: Tensor, weight: Tensor) -> Tensor:
+    """A matrix as from `as_matrix`, in the shape of the weight and contiguous."""
+    if weight.dim() == 4 and not weight.is_contiguous():
+        outputs, inputs, height, width = weight.shape
+        matrix = matrix.view(outputs, height, width, inputs).permute(0, 3, 1, 2)
+    return matrix.reshape(weight.shape).contiguous()
 
 
 def as_matrix(weight: Tensor) -> Tensor:

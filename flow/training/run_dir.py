@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,8 +30,8 @@ from flow.training.trackers import TRACKERS
 # What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
 FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
-    "ema.power_widths", "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.coupling",
-    "flow.coupling_args", "loss.name", "loss.args",
+    "ema.power_widths", "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.source.name",
+    "flow.source.args", "flow.coupling", "flow.coupling_args", "loss.name", "loss.args",
     "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks",
 )  # fmt: skip
 
@@ -141,6 +143,25 @@ def write_run_files(run_dir: Path, config: Any, accelerator: Accelerator) -> Non
     with error_context(f"{path}: is damaged; move it away"):
         starts = files.read_json(path, list) if path.is_file() else []
     files.write_text(path, json.dumps([*starts, environment(accelerator)], indent=1))
+
+
+def set_aside(run_dir: Path, step: int) -> list[Path]:
+    """Move checkpoints and snapshots past a step to RUN/set_aside; returns where they are now.
+
+    A run that was resumed from before them has them: the checkpoints are damaged, the snapshots are of an abandoned training.
+    """
+    moved = []
+    for folder in (run_dir / "checkpoints", run_dir / "snapshots"):
+        for path in sorted(folder.glob("step_*")):
+            match = re.match(r"step_(\d{8,})(?!\d)", path.name)
+            if match and int(match.group(1)) > step:
+                target = run_dir / "set_aside" / folder.name / path.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.is_dir():
+                    shutil.rmtree(target)
+                path.replace(target)
+                moved.append(target)
+    return moved
 
 
 def environment(accelerator: Accelerator) -> dict:

@@ -134,6 +134,10 @@ class Trainer:
         if accelerator.is_main_process:
             run_dir.write_run_files(folder, config, accelerator)
             posthoc_ema.rewind(folder, self.step)
+            if moved := run_dir.set_aside(folder, self.step):
+                accelerator.print(
+                    f"note: {len(moved)} checkpoints and snapshots past step {self.step} are in {folder}/set_aside now"
+                )
         accelerator.wait_for_everyone()
         self.logger = Logger(accelerator, folder, config, first_step=self.step)
         self.throughput = Throughput(config.train.batch_size, self.step)
@@ -180,7 +184,8 @@ class Trainer:
                         bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
                     else:
                         self._print_row(metrics)
-                self.interrupted = distributed.any_process(self.accelerator, stop.received is not None)
+                signaled = distributed.any_process(self.accelerator, stop.received is not None)
+                self.interrupted = signaled and not self.finished  # nothing is left to stop after the last step
                 with self.throughput.paused():
                     last = self.finished or self.interrupted or self.stop_requested
                     if self._power_averages_are_due():  # before the checkpoint, which says that they are there

@@ -214,6 +214,19 @@ def test_incomplete_manifest_is_skipped(here, tmp_path, tiny_run, manifest):
     assert checkpoint.verify(newest(run)) is None
 
 
+def test_what_lies_past_the_resumed_step_is_set_aside(here, tmp_path, tiny_run):
+    """A damaged checkpoint and its snapshot are neither counted among the last ones nor taken for the newest."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    (run / "checkpoints" / "step_00000004" / "manifest.json").write_text("{}")
+    printed = here("train", "-e", run, "-r", "latest", "train.steps=3", "train.keep_checkpoints=1", "train.keep_snapshots=1")
+    assert f"2 checkpoints and snapshots past step 2 are in {run}/set_aside now" in printed
+    assert newest(run).name == "step_00000003" and checkpoint.verify(newest(run)) is None
+    assert snapshot.find(run).name == "step_00000003.safetensors"
+    aside = {path.relative_to(run / "set_aside").as_posix() for path in (run / "set_aside").glob("*/*")}
+    assert aside == {"checkpoints/step_00000004", "snapshots/step_00000004.safetensors"}
+
+
 def test_changed_options_of_the_optimizer_are_applied(here, tmp_path, tiny_run):
     """AdamW takes lr * weight_decay * w off each weight w besides the step of Adam, whose gradient is the same here."""
     decay, runs = 0.5, [tmp_path / "plain", tmp_path / "decayed"]

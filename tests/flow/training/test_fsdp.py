@@ -40,6 +40,12 @@ def test_the_first_version_of_fsdp_is_refused(error, monkeypatch, tmp_path):
     assert "fsdp_version=1: must be 2" in error("train", *TRAIN, "-e", tmp_path / "run")
 
 
+def test_sharded_checkpoints_are_refused(error, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert "fsdp_state_dict_type=SHARDED_STATE_DICT: must be FULL_STATE_DICT" in error("train", *TRAIN, "-e", tmp_path / "run")
+
+
 def test_unsharded_tensors_are_their_own_parts():
     net = torch.nn.Linear(2, 2)
     assert distributed.local_shard(net.weight) is net.weight and distributed.full_tensor(net.weight) is net.weight

@@ -75,6 +75,24 @@ def test_channels_last():
     assert (plain[1].weight - last[1].weight).abs().max() < 0.1 * 3e-2 * 0.2
 
 
+@pytest.mark.parametrize("to_channels_last", [False, True])
+def test_resumes_in_another_memory_format(to_channels_last):
+    """A step after resuming is the step that would have come, up to the order of sums."""
+    formats = [torch.contiguous_format, torch.channels_last]
+    before, after = formats if to_channels_last else formats[::-1]
+    net = network().to(memory_format=before)
+    optimizer = optimizer_of(net)
+    train(net, optimizer, range(3))
+    other = copy.deepcopy(net).to(memory_format=after)
+    resumed = optimizer_of(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    start = net[1].weight.detach().clone()
+    train(net, optimizer, range(3, 4))
+    train(other, resumed, range(3, 4))
+    step, found = net[1].weight.detach() - start, other[1].weight.detach() - start
+    assert (found - step).norm() < 0.05 * step.norm()
+
+
 def test_resumes_to_the_same_bits():
     straight, resumed = network(), network()
     train(straight, optimizer_of(straight), range(6))
