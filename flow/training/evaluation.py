@@ -53,7 +53,7 @@ class EvaluateSnapshots(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """The row of real images, whose columns show whether evaluate.keep_best is one."""
         row = runner.add_control(self.evaluator.evaluation)
-        self._check_best_column(row)
+        self._check_best_column(self._columns_of_samples(list(row["metrics"])) if row else [])
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if trainer.interrupted or not (trainer.finished or trainer.is_due(self.settings.every_steps)):
@@ -67,7 +67,7 @@ class EvaluateSnapshots(Callback):
             rows = self.evaluator.evaluate(model, self.task.data.image_shape, digest, subject)
         trainer.model.train()
         row, is_new = rows[0] if rows else (None, False)
-        self._check_best_column(row)
+        self._check_best_column(list(row["metrics"]) if row else [])
         if row is None:
             return
         if is_new:
@@ -108,10 +108,19 @@ class EvaluateSnapshots(Callback):
         identity = {**like["identity"], "weights_sha256": files.sha256(snapshot)}
         return table.find(self.evaluator.evaluation.out, {**like, "identity": identity})
 
-    def _check_best_column(self, row: dict | None) -> None:
-        """Raises UserError on every process where the row, on the main process, lacks the column of evaluate.keep_best."""
-        columns, settings = list(row["metrics"]) if row else [], self.settings
-        error = None
+    def _columns_of_samples(self, columns: list[str]) -> list[str]:
+        """The columns of samples, by those of real images: these may be too few for an extrapolation and have no Inception
+        Score, and have classes where the network has none."""
+        extractor, requested = self.evaluator.evaluation.extractor, self.settings.metrics
+        if self.task.net.num_classes is None and not self.captions:
+            columns = [name for name in columns if name != "accuracy" and not table.is_class_column(name)]
+        if "isc" in requested and extractor.isc_layer:
+            columns = [*columns, "IS"]
+        return [*columns, f"{extractor.distance_name}_inf"] if "fd_inf" in requested else columns
+
+    def _check_best_column(self, columns: list[str]) -> None:
+        """Raises UserError on every process where the column of evaluate.keep_best is not among these, on the main process."""
+        settings, error = self.settings, None
         if self.best_column and columns and self.best_column not in columns:
             error = (
                 f"evaluate.keep_best={settings.keep_best}: evaluate.metrics={settings.metrics} gives no such column here; "

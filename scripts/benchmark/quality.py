@@ -10,6 +10,7 @@ With `--images N` instead of `--minutes`, every recipe sees so many images, what
 `--jobs K` may train K of the runs at the same time on one GPU; with train.cuda_graph two fill it.
 """
 
+import hashlib
 import json
 import re
 import shlex
@@ -35,6 +36,8 @@ EXAMPLES = """\
       --minutes 3 --seeds 3 --feature_extractor mnist --n_samples 2000 --out runs/race
   python -m scripts.benchmark quality --configs configs/mnist.yaml "configs/mnist.yaml optimizer.lr=2e-3" \\
       --images 100_000 --jobs 2 --feature_extractor mnist --out runs/race_images"""
+
+MAX_NAME = 150  # characters
 
 
 @dataclass
@@ -69,6 +72,8 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["fid", "prc", "accuracy"])
     cli.add_output_flag(parser)
     args = parser.parse(argv)
+    if "fid" not in args.metrics:
+        raise UserError(f"--metrics {' '.join(args.metrics)}: needs fid, by which recipes are compared")
     if args.jobs > 1 and args.minutes:
         raise UserError(f"--jobs {args.jobs}: runs beside each other take longer, so only with --images")
     return args
@@ -112,6 +117,8 @@ def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
         if key := next((key for key in ("seed", "train.steps") if key in schema.overridden([*overrides, *own])), None):
             raise UserError(f"--configs {word!r}: {key} is set by the race (--seeds, --minutes, --images)")
         name = "_".join([Path(config).stem, *(re.sub(r"[^\w.=-]+", "_", o).strip("_") for o in own)])
+        if len(name) > MAX_NAME:  # of a folder
+            name = f"{name[:MAX_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         if name in [recipe.name for recipe in recipes]:
             raise UserError(f"--configs {word!r}: comes twice")
         recipes.append(Recipe(name, config, [*overrides, *own]))
@@ -127,6 +134,9 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
         stored = {entry["name"]: Recipe(**entry) for entry in record["recipes"]}
         if record["budget"] != budget(args):
             raise UserError(f"--out {args.out}: holds a race of {record['budget']}, not {budget(args)}; name another folder")
+        for flag, value in yardstick(args).items():
+            if (before := record["yardstick"][flag]) != value:
+                raise UserError(f"--{flag} {value}: the rows in {args.out} were measured with {before}; name another folder")
     for recipe in recipes:
         known = stored.get(recipe.name)
         if known and (known.config, known.overrides) != (recipe.config, recipe.overrides):
@@ -140,13 +150,20 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
         for recipe in new:
             recipe.steps = max(1, round(args.images / batch_size(recipe)))
     stored |= {recipe.name: recipe for recipe in new}
-    files.write_text(path, json.dumps({"budget": budget(args), "recipes": [asdict(r) for r in stored.values()]}, indent=1))
+    record = {"budget": budget(args), "yardstick": yardstick(args), "recipes": [asdict(r) for r in stored.values()]}
+    files.write_text(path, json.dumps(record, indent=1))
     return [stored[recipe.name] for recipe in recipes]
 
 
 def budget(args) -> str:
     """What a run may use, in words."""
     return f"{args.minutes:g} minutes of steps" if args.minutes else f"{args.images:,} images"
+
+
+def yardstick(args) -> dict[str, str | None]:
+    """What all distances of a race are measured with, by flag."""
+    flags = ("feature_extractor", "feature_layer", "feature_weights", "reference")
+    return {flag: None if getattr(args, flag) is None else str(getattr(args, flag)) for flag in flags}
 
 
 def batch_size(recipe: Recipe) -> int:
@@ -187,21 +204,19 @@ def commands(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
         f"train.checkpoint_every_steps={checkpoint_every(args, recipe)}", "train.keep_snapshots=0",
     ]  # fmt: skip
     yield train_arguments(recipe.config, run, overrides)
-    shared = [
-        "--feature_extractor", args.feature_extractor, "--n_samples", str(args.n_samples), "--bspp", "250",
-        "-mp", schema.load(recipe.config, recipe.overrides).train.mixed_precision,
-    ]  # fmt: skip
-    for flag in ("feature_layer", "feature_weights", "reference"):
-        shared += [f"--{flag}", str(value)] if (value := getattr(args, flag)) else []
+    precision = schema.load(recipe.config, recipe.overrides).train.mixed_precision
+    shared = ["--n_samples", str(args.n_samples), "--bspp", "250", "-mp", precision]
+    for flag, value in yardstick(args).items():
+        shared += [f"--{flag}", value] if value else []
     scales = [f"{w:g}" for w in args.guidance_scale]
     settings = ["--methods", *args.methods, "--sampling_steps", *map(str, args.sampling_steps), "--guidance_scale", *scales]
     out = ["--out", str(run / "evaluation")]
     yield ["evaluate.py", "--weights", str(run), *settings, "--metrics", *args.metrics, *shared, *out]
     first = ["--methods", args.methods[0], "--sampling_steps", str(args.sampling_steps[0]), "--guidance_scale", scales[0]]
     for step in snapshot_steps(args, recipe)[:-1]:
-        snapshots = sorted((run / "snapshots").glob(f"step_{step:08d}*.safetensors"))
+        weights = run / "snapshots" / f"step_{step:08d}.safetensors"
         out = ["--no_control", "--out", str(run / "curve")]
-        yield ["evaluate.py", "--weights", str(snapshots[0]), *first, "--metrics", "fid", *shared, *out]
+        yield ["evaluate.py", "--weights", str(weights), *first, "--metrics", "fid", *shared, *out]
 
 
 def rows_of(args, recipe: Recipe, seed: int, folder: str = "evaluation") -> list[dict]:
@@ -218,7 +233,7 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
         cells: dict[str, list[dict]] = {}
         for recipe in recipes:
             cells[recipe.name] = [pick(rows_of(args, recipe, seed), method, steps, scale) for seed in range(seeds)]
-        names = list(cells[recipes[0].name][0]["metrics"])
+        names = list(dict.fromkeys(name for rows in cells.values() for row in rows for name in row["metrics"]))
         distance = next(filter(is_distance, names))
         if not lines:
             head = ["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]
@@ -227,7 +242,7 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
         for recipe in recipes:
             rows = cells[recipe.name]
             values = [row["metrics"][distance] for row in rows]
-            others = [mean_of([row["metrics"][name] for row in rows], 3) for name in names if name != distance]
+            others = [mean_of([row["metrics"].get(name) for row in rows], 3) for name in names if name != distance]
             rate = f"{batch_size(recipe) / recipe.seconds_per_step:.0f}" if args.minutes else ""
             change = "" if recipe is recipes[0] else difference(values, base)
             lines.append([
@@ -258,11 +273,13 @@ def settings_of(args) -> Iterator[tuple[str, int, float]]:
 
 
 def pick(rows: list[dict], method: str, steps: int, scale: float) -> dict:
-    """The row of these settings; a network without labels has no guidance scale."""
-    return next(
-        row for row in rows
-        if row.get("method") == method and row["steps"] in (steps, None) and row["guidance_scale"] in (scale, None)
-    )  # fmt: skip
+    """The row of these settings."""
+    return next(row for row in rows if has_settings(row, method, steps, scale))
+
+
+def has_settings(row: dict, method: str, steps: int, scale: float) -> bool:
+    """Whether a row is of these settings; a network without labels has no guidance scale, an adaptive solver no steps."""
+    return row.get("method") == method and row["steps"] in (steps, None) and row["guidance_scale"] in (scale, None)
 
 
 def final_distance(args, recipe: Recipe) -> float:
@@ -278,13 +295,14 @@ def is_distance(column: str) -> bool:
 
 def curve(args, recipe: Recipe, seeds: int, distance: str) -> list[tuple[float, list[float]]]:
     """(minutes or thousand images, distance of each seed) for the snapshots of the runs."""
-    method, steps, scale = next(settings_of(args))
+    first = next(settings_of(args))
     points: dict[int, list[float]] = {}
     for seed in range(seeds):
         for row in rows_of(args, recipe, seed, "curve"):
-            step = int(row["weights"].rpartition("@")[2])
-            points.setdefault(step, []).append(row["metrics"][distance])
-        final = pick(rows_of(args, recipe, seed), method, steps, scale)
+            if has_settings(row, *first):
+                step = int(row["weights"].rpartition("@")[2])
+                points.setdefault(step, []).append(row["metrics"][distance])
+        final = pick(rows_of(args, recipe, seed), *first)
         points.setdefault(recipe.steps, []).append(final["metrics"][distance])
     cost = recipe.seconds_per_step / 60 if args.minutes else batch_size(recipe) / 1_000
     return [(step * cost, values) for step, values in sorted(points.items())]

@@ -187,6 +187,13 @@ def test_mistakes_in_the_configuration(error, tmp_path, run, settings, message):
     assert message in error("train", *TRAIN, "-e", tmp_path / "run", f"data.root={run.parent}", *settings)
 
 
+def test_best_by_a_column_that_samples_lack(error, tmp_path, run):
+    """Real images have classes, an unconditional network has none: refused before the first step."""
+    plain = ["model.args.num_classes=null", *EVALUATE, "evaluate.keep_best=accuracy", f"data.root={run.parent}"]
+    assert "keep_best=accuracy: evaluate.metrics=" in error("train", *TRAIN, *plain, "-e", tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
