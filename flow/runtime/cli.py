@@ -199,7 +199,7 @@ def add_guidance_flag(parser: argparse.ArgumentParser, several: bool = False) ->
     """--guidance_scale, one number or `several`."""
     nargs, default = ("+", [1.0]) if several else (None, 1.0)
     shown = "v_u + w (v_c - v_u) (default: 1, off)"
-    parser.add_argument("--guidance_scale", nargs=nargs, type=guidance_scale, default=default, metavar="W", help=shown)
+    parser.add_argument("--guidance_scale", nargs=nargs, type=nonnegative, default=default, metavar="W", help=shown)
 
 
 def add_guidance_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -282,6 +282,16 @@ def add_solver_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def option_flag(name: str) -> str:
+    """The flag of an option of a solver."""
+    return "--sde_noise_scale" if name == "noise_scale" else f"--{name}"
+
+
+def option_flags(options: Iterable[tuple[str, float | str]]) -> list[str]:
+    """The flags of a solver's options, for a suggested command."""
+    return [word for name, value in options for word in (option_flag(name), f"{value}")]
+
+
 def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]) -> tuple[tuple[str, float | str], ...]:
     """The options of the command line that `method` takes. Raises UserError for one that none of the `methods` takes."""
     options = {
@@ -291,15 +301,15 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if not any(name in SOLVERS[m].options for m in methods):
-            flag = "--sde_noise_scale" if name == "noise_scale" else f"--{name}"
+            flag = option_flag(name)
             able = ", ".join(m for m, solver in SOLVERS.items() if name in solver.options)
             raise UserError(f"{flag}: {', '.join(methods)} has no such option; it is for {able}")
     selected = {name: value for name, value in options.items() if name in SOLVERS[method].options}
     try:
         validate_options(method, **selected)
     except ValueError as error:  # starts with the name of the option
-        message = str(error)
-        raise UserError("--sde_" + message if message.startswith("noise_scale") else f"--{message}") from None
+        name = re.split(r"\W", str(error), maxsplit=1)[0]
+        raise UserError(option_flag(name) + str(error).removeprefix(name)) from None
     return tuple(selected.items())
 
 
@@ -336,24 +346,14 @@ def at_least(low: int):
     return whole_number
 
 
-def guidance_scale(text: str) -> float:
-    """An argparse type: a finite number of 0 or more."""
-    return _number(text, sys.float_info.max, "a finite number of 0 or more")
-
-
-def minutes(text: str) -> float:
+def positive(text: str) -> float:
     """An argparse type: a finite number above 0."""
     return _number(text, sys.float_info.max, "a finite number above 0", low=sys.float_info.min)
 
 
-def positive(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    return minutes(text)
-
-
 def nonnegative(text: str) -> float:
     """An argparse type: a finite number of 0 or more."""
-    return guidance_scale(text)
+    return _number(text, sys.float_info.max, "a finite number of 0 or more")
 
 
 def ema_width(text: str) -> float:

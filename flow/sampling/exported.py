@@ -144,8 +144,10 @@ def _run_of(snap: Snapshot) -> Path | None:
 
 
 def _write_picture(path: Path, snap: Snapshot) -> None:
-    """The preview of the run at this step, else a new one, by the settings of the previews."""
-    run = _run_of(snap)
+    """The preview of the run at this step, which is of the first moving average, else a new one, by the settings of the
+    previews."""
+    of_previews = snap.power_average is None and snap.half_life_images == schema.half_lives(snap.config)[0]
+    run = _run_of(snap) if of_previews else None
     preview = run / "samples" / f"step_{snap.step:08d}.png" if run else None
     if preview is not None and preview.is_file():
         shutil.copyfile(preview, path)

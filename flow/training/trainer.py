@@ -362,8 +362,7 @@ class Trainer:
         )
 
     def _checkpoint_hint(self) -> str:
-        path = self.last_checkpoint
-        return f"the latest checkpoint is {path}" if path else "there is no checkpoint yet"
+        return checkpoint.latest_checkpoint_hint(self.folder / "checkpoints")
 
     def _log_summary(self) -> None:
         config, accelerator = self.config.train, self.accelerator

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_here, stranger, succeed
+from conftest import TINY_TRAIN, run_here, stranger, succeed
 from hub_server import HubServer, serve
 from huggingface_hub import ModelCard, constants
 
@@ -153,6 +153,16 @@ def test_exported_folder(here, error, tiny_run, tmp_path):
     assert "holds something else than this export" in error("export", *flags, "--dtype", "bf16")
     assert "must be an identifier" in error("export", "--weights", tiny_run, "--to", tmp_path / "b", "--license", "My own: 1")
     assert list(tmp_path.iterdir()) == [folder] and "give at least one of" in error("export", "--weights", tiny_run)
+
+
+def test_samples_are_of_the_exported_average(here, tmp_path):
+    """The preview of the run is of its first moving average."""
+    run = tmp_path / "run"
+    here("train", *TINY_TRAIN, "ema.half_life_images=[100, 7]", "-e", run)
+    (run / "samples" / "step_00000004.png").write_bytes(b"the preview")
+    for name, of_first in (("step_00000004.safetensors", True), ("step_00000004.ema_7.safetensors", False)):
+        here("export", "--weights", run / "snapshots" / name, "--to", tmp_path / name)
+        assert ((tmp_path / name / "samples.png").read_bytes() == b"the preview") == of_first
 
 
 @pytest.mark.slow

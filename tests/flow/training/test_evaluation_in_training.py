@@ -29,8 +29,10 @@ TRAIN = [*TINY_TRAIN, DROPOUT, "data.args.split=train", "train.keep_checkpoints=
 EVALUATE = [
     "evaluate.every_steps=3", "evaluate.n_samples=80", "evaluate.sampling_steps=1", "evaluate.feature_extractor=digits",
     "evaluate.keep_best=fid", "evaluate.loss_every_steps=2", "evaluate.loss_samples=120",
+    "evaluate.metrics=[fid, accuracy, memorization]",
 ]  # fmt: skip
 SAME = ["--methods", "heun", "--sampling_steps", "1", "--n_samples", "80", "--feature_extractor", "digits"]
+SAME += ["--metrics", "fid", "accuracy", "memorization"]
 FD = "FD-digits"
 
 
@@ -59,7 +61,9 @@ def drop_last_row(file: Path) -> None:
 
 def test_rows_losses_and_best_snapshot(run):
     assert [p.name for p in checkpoint.list_checkpoints(run / "checkpoints")] == [f"step_{k:08d}" for k in (2, 3, 4)]
-    assert {p.name for p in (run / "evaluation").iterdir()} == {"results.jsonl", "results.csv", "results.md", "snapshots.png"}
+    assert {p.name for p in (run / "evaluation").iterdir()} == {
+        "results.jsonl", "results.csv", "results.md", "snapshots.png", "memorization.png",
+    }  # fmt: skip
     rows, logged = results(run), read_metrics(run / "metrics.jsonl")
     assert [(row["weights"], row["images"], row["n"]) for row in rows] == [("run@3", 96, 80), ("run@4", 128, 80)]
     columns = {row["step"]: row for row in logged if FD in row}
@@ -179,7 +183,7 @@ def test_validation_loss_of_zero():
         (["evaluate.keep_best=fid"], "keep_best=fid: must be null where evaluate.every_steps is 0"),
         (["evaluate.every_steps=2", "evaluate.metrics=[fd]"], "evaluate.metrics=['fd']: unknown metric 'fd'; choose from"),
         (["evaluate.every_steps=2", "evaluate.feature_extractor=x"], "evaluate.feature_extractor=x: unknown; choose one of"),
-        ([*EVALUATE, "evaluate.keep_best=recall"], "keep_best=recall: evaluate.metrics=['fid', 'isc', 'accuracy'] gives no"),
+        ([*EVALUATE, "evaluate.keep_best=recall"], "keep_best=recall: evaluate.metrics=['fid', 'accuracy', 'memo"),
         (["evaluate.loss_every_steps=2", "data.args.split=all"], "evaluate.loss_every_steps=2: data.name=digits with data."),
     ],
 )  # fmt: skip
