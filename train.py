@@ -1,5 +1,6 @@
 """Train a flow matching model: `accelerate-launch train.py -c configs/mnist.yaml`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from configs.schema import Config
@@ -21,7 +22,8 @@ def parse_args():
     return cli.parse_training(cli.add_resume_flag(cli.Parser(__doc__, EXAMPLES)))
 
 
-def main() -> None:
+def main(callbacks: Sequence[Callback] = ()) -> None:
+    """callbacks: beside those of the configuration (docs/extending.md)."""
     args = parse_args()
     with locked_run(args, Config) as (folder, config, accelerator):
         # Whatever is wrong with the configuration comes out here, before anything is written.
@@ -29,7 +31,7 @@ def main() -> None:
         resume_path = checkpoint_to_resume(accelerator, args.resume, folder, config) if args.resume else None
         if resume_path is None:
             task.load_init_weights()
-        Trainer(task, config, folder, accelerator, resume_path, evaluation_callbacks(task, folder)).fit()
+        Trainer(task, config, folder, accelerator, resume_path, [*evaluation_callbacks(task, folder), *callbacks]).fit()
         accelerator.end_training()
 
 

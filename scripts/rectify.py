@@ -83,6 +83,8 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     cfg = schema.load(args.config, args.overrides, kind=RectifyConfig)
+    if args.launcher and cfg.minutes is not None:
+        raise UserError(f"--launcher: minutes={cfg.minutes:g} is measured with one process; set minutes=null and train.steps")
     check_routes(cfg)
     with lock.folder(Path(cfg.folder)):
         Rectify(cfg, args.launcher, args.start).run()
@@ -121,13 +123,15 @@ class Rectify:
         stage = self.cfg.stages[name]
         arguments = self.training(name, teacher, pairs) if stage.config else self.pairs(name, teacher)
         before, start = self.shards(name), time.perf_counter()
-        run_command(arguments, self.launcher)
-        if stage.pairs is not None and self.shards(name) > before:
-            self.record(name, elapsed=self.plan(name).get("elapsed", 0.0) + time.perf_counter() - start)
+        try:
+            run_command(arguments, self.launcher)
+        finally:
+            if stage.pairs is not None and self.shards(name) > before:
+                self.record(name, elapsed=self.plan(name).get("elapsed", 0.0) + time.perf_counter() - start)
 
     def shards(self, name: str) -> int:
-        """Files of pairs that a stage has written."""
-        return len(list((self.folder / name).glob("*.safetensors")))
+        """Whole files of pairs that a stage has written."""
+        return sum(not path.name.startswith(files.TEMPORARY) for path in (self.folder / name).glob("*.safetensors"))
 
     def training(self, name: str, teacher: str | None, pairs: str | None) -> list[str]:
         stage = self.cfg.stages[name]
@@ -162,7 +166,8 @@ class Rectify:
             "-m", "scripts.make_pairs", "--weights", str(self.folder / teacher), "--save_dir", str(self.folder / name),
             "--n_pairs", str(n_pairs), "--seed", str(seed), "--sampling_method", settings.sampling_method,
             "--sampling_steps", str(settings.sampling_steps), "--guidance_scale", f"{settings.guidance_scale:g}",
-            "--real_fraction", f"{settings.real_fraction:g}", *states, *precision_flag(first_config(self.cfg)),
+            "--real_fraction", f"{settings.real_fraction:g}", *states,
+            *precision_flag(schema.load(source.config, source.overrides)),
         ]  # fmt: skip
 
     def fitted(self, name: str, trial: Callable[[Path], float]) -> int | None:
@@ -267,10 +272,21 @@ def check_routes(cfg: RectifyConfig) -> None:
             check_stage(cfg, configs, f"routes.{name}: {stage}", stage, *cfg.before(route, k))
         for method in route.methods:
             with error_context(f"routes.{name}.methods"):
-                solvers.check(method)
+                check_method(cfg, configs[route.stages[-1]], method)
+        if set(route.guidance_scale) != {1} and not configs[route.stages[-1]].model.args.get("num_classes"):
+            raise UserError(f"routes.{name}.guidance_scale={route.guidance_scale}: needs labels (model.args.num_classes)")
     if cfg.feature_extractor not in FEATURE_EXTRACTORS_REGISTRY:
         known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
         raise UserError(f"feature_extractor={cfg.feature_extractor}: unknown; choose one of {known}")
+
+
+def check_method(cfg: RectifyConfig, config: Config, method: str) -> None:
+    """Raises ValueError for a solver that a network of this training does not go with, or whose steps are not its NFE."""
+    solvers.check(method)
+    if method in solvers.STOCHASTIC and config.flow.coupling != "independent":
+        raise ValueError(f"{method!r} needs the score, which a flow of flow.coupling={config.flow.coupling} does not give")
+    if method in solvers.HAS_TOLERANCES or any(solvers.nfe(method, n) != n for n in cfg.nfe):
+        raise ValueError(f"{method!r} does not take one evaluation a step, and the columns of the table are NFE")
 
 
 def check_stage(

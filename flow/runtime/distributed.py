@@ -108,8 +108,8 @@ def build_training_accelerator(config: TrainConfig, log_dir: Path, own_trackers:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device, without waiting for what the device is doing."""
-    if device.type != "cuda":
+    """A tensor on the device; one of the CPU without waiting for what the device is doing."""
+    if device.type != "cuda" or x.is_cuda:
         return x.to(device)
     with torch.cuda.device(device):  # in a thread of its own the first GPU would be the current one
         return x.pin_memory().to(device, non_blocking=True)

@@ -61,7 +61,7 @@ class TrainingLoader:
         self.in_memory = data.access == "memory"
         if self.in_memory:
             fits = device.type != "cuda" or data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
-            self.images = data.images.to(device) if fits else data.images.pin_memory()
+            self.images = data.images.to(device) if fits else data.images
             self.labels = data.labels.to(self.images.device) if data.labels is not None else None
 
     @classmethod
@@ -111,7 +111,8 @@ class TrainingLoader:
             images = distributed.to_device(self.data.read(indices), self.device)
             return images, self.data.labels[indices] if self.data.labels is not None else None
         index = torch.tensor(indices, device=self.images.device)
-        return self.images[index], self.labels[index] if self.labels is not None else None
+        images = distributed.to_device(self.images[index], self.device)
+        return images, self.labels[index] if self.labels is not None else None
 
     def _read(self, index_batches: Iterator[list[int]]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         loader: DataLoader = DataLoader(

@@ -188,5 +188,6 @@ def _keys_for_flags() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        message = re.sub(r"^(evaluate: )?--(feature_\w+|reference) ", r"evaluate.\2=", str(error))
+        message = str(error).replace("allow that with --allow_remote_code", "only evaluate.py allows that, with a flag")
+        message = re.sub(r"^(evaluate: )?--(feature_\w+|reference|metrics) ", r"evaluate.\2=", message)
         raise UserError(re.sub(r"--(feature_\w+|reference)", r"evaluate.\1", message)) from error

@@ -59,10 +59,12 @@ def parse_args():
     cli.add_compile_flag(parser)
     cli.add_output_flag(parser, use="output folder (default: only printed)", required=False)
     args = parser.parse()
-    if "train.steps" in " ".join(args.overrides):
-        raise UserError("train.steps: --steps says how many are measured")
     if len(args.vary) == 1:
         raise UserError(f"--vary {args.vary[0]}: give a key and its values")
+    keys = {*schema.overridden(args.overrides), *args.vary[:1]}
+    for key, flag in {"train.steps": "--steps", "train.mixed_precision": "--precisions", "train.compile": "--compile"}.items():
+        if key in keys:
+            raise UserError(f"{key}: {flag} says what is measured")
     return args
 
 

@@ -92,3 +92,9 @@ def test_the_gpu_check_on_a_cpu_with_tiny_numbers(tmp_path, real_data):
     rows = (tmp_path / "out" / "evaluation_20" / "results.md").read_text()
     assert rows.count("euler") == 2 and rows.count("plain@") == 1
     assert (tmp_path / "out" / "half.safetensors").is_file() and (tmp_path / "out" / "benchmark" / "benchmark.md").is_file()
+
+
+@pytest.mark.parametrize("flags", [["train.compile=true"], ["--vary", "train.mixed_precision", "no", "bf16"]])
+def test_keys_that_the_benchmark_sets(error, flags):
+    key, flag = ("train.compile", "--compile") if len(flags) == 1 else ("train.mixed_precision", "--precisions")
+    assert f"{key}: {flag} says what is measured" in error("benchmark", "-c", "configs/digits.yaml", *flags)

@@ -185,6 +185,15 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
     assert "feature_extractor=mnst: unknown; choose one of" in refused("feature_extractor", "mnst")
     assert "use velocity or data" in refused("stages", "distilled", "overrides", ["flow.prediction=noise"])
     assert "shares of the minutes add up to 0, not to 1" in refused("minutes", 3)
+    assert "'heun' does not take one evaluation a step" in refused("routes", "flow", "methods", ["heun"])
+    assert "'dopri5' does not take one evaluation a step" in refused("routes", "flow", "methods", ["dopri5"])
+    assert "'consistency' needs the score" in refused("routes", "distilled", "methods", ["consistency"])
+    unconditional = {name: {**stage, "overrides": ["model.args.num_classes=null"]} for name, stage in stages.items()}
+    for name in ("pairs_1-rf", "pairs_2-rf", "paths"):
+        unconditional[name] = {"pairs": {**stages[name]["pairs"], "guidance_scale": 1}}
+    assert "routes.flow.guidance_scale=[1.0, 1.5]: needs labels" in refused("stages", unconditional)
+    minutes = ["rectify", "-c", "configs/digits_few_steps.yaml", f"folder={tmp_path / 'never'}", "--launcher", "torchrun"]
+    assert "--launcher: minutes=3 is measured with one process" in error(*minutes)
     assert not (tmp_path / "never").exists()
 
 
