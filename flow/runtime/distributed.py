@@ -90,7 +90,9 @@ def _has_accelerator() -> bool:
 
 
 def _cpu_has_bf16() -> bool:
-    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
+    if not hasattr(torch.cpu, "get_capabilities"):  # before torch 2.11
+        return torch.cpu._is_avx512_bf16_supported()
+    capabilities: Any = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
