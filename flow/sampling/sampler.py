@@ -210,14 +210,15 @@ class Sampler:
     ) -> Tensor:
         """Where the flow leads from x0: uint8 images [n, C, H, W] on the CPU, or points float32 [n, 2], a row for each of x0.
 
-        x0: samples of the source [n, ...]: uint8 images, or floats as the network sees them; what `encode` returns, too.
+        x0: samples of the source [n, ...]: what `encode` returns, noise, or, for a flow that starts at data, uint8 images or
+        floats as the network sees them.
 
         Raises:
             ValueError: for settings that the method or the network does not take, for samples of another shape or that are not
-                finite, and for a flow that starts at Gaussian noise.
+                finite, and for images where the flow starts at Gaussian noise.
         """
-        if self.model.source.name == GAUSSIAN:
-            raise ValueError("transfer: this flow starts at Gaussian noise; flow.source of its training makes it start at data")
+        if self.model.source.name == GAUSSIAN and x0.dtype == torch.uint8:
+            raise ValueError("x0 of uint8: this flow starts at Gaussian noise, that of `encode` for example, not at images")
         if not len(x0) or not torch.isfinite(x0).all():
             raise ValueError(f"x0 of shape {tuple(x0.shape)}: must have samples, all of them finite")
         settings = self._settings(

@@ -58,6 +58,15 @@ def test_transfer_and_back(transfer_run):
     assert torch.allclose(sampler.encode(moved, steps=100).float(), x0, atol=5e-3)
 
 
+def test_an_image_becomes_noise_and_an_image(tiny_run):
+    """With its own label it returns, with another one it changes."""
+    sampler = Sampler.load(tiny_run, device="cpu")
+    images = sampler.sample(4, labels=[3], method="heun", steps=50)
+    noise = sampler.encode(images, labels=[3] * 4, steps=50)
+    back, edited = (sampler.transfer(noise, labels=[label], method="heun", steps=50) for label in (3, 7))
+    assert (back.float() - images.float()).abs().mean() < 5 and not torch.equal(edited, back)
+
+
 def test_what_a_sampler_refuses(transfer_run, tiny_run):
     """In one sentence that names the argument."""
     transfer, noise = (Sampler.load(run, device="cpu") for run in (transfer_run, tiny_run))
@@ -68,7 +77,7 @@ def test_what_a_sampler_refuses(transfer_run, tiny_run):
         ),
         (lambda: transfer.transfer(torch.zeros(0, 2)), r"x0 of shape \(0, 2\): must have samples"),
         (lambda: transfer.transfer(torch.zeros(3, 3)), r"has samples of \(3,\), the flow works on \(2,\)"),
-        (lambda: noise.transfer(torch.zeros(2, 1, 8, 8)), "transfer: this flow starts at Gaussian noise"),
+        (lambda: noise.transfer(torch.zeros(2, 1, 8, 8).byte()), "x0 of uint8: this flow starts at Gaussian noise"),
         (lambda: noise.encode(torch.zeros(2, 1, 8, 7)), r"x1 of shape \(2, 1, 8, 7\): the flow works on \(1, 8, 8\)"),
         (lambda: noise.sample(0), "n=0: must be a whole number of at least 1"),
         (lambda: noise.sample(2.5), "n=2.5: must be a whole number"),
