@@ -30,6 +30,7 @@ class FlowMapLoss(FlowLoss):
     prediction: str
     time_sampler: Callable[[Tensor], Tensor]
     map_share: float = 0.5  # in [0, 1]
+    map_start: float = 0.0  # share of the training that learns the velocity alone, before any sample has two times; in [0, 1)
     weight_power: float = 1.0  # p; 0 is the plain squared error
     weight_offset: float = 1e-6  # c
     guidance_scale: float = 1.0  # w of the guided velocity that is learned; 1 is off
@@ -39,6 +40,7 @@ class FlowMapLoss(FlowLoss):
         if not isinstance(self.path, LinearPath) or self.prediction != "velocity":
             raise ValueError(f"{self.name}: a flow map needs flow.path=linear and flow.prediction=velocity")
         self.check("map_share", 0 <= self.map_share <= 1, "between 0 and 1")
+        self.check("map_start", 0 <= self.map_start < 1, "0 or more and less than 1")
         self.check("weight_power", self.weight_power >= 0, "0 or more")
         self.check("weight_offset", self.weight_offset > 0, "more than 0")
         self.check("guidance_scale", self.guidance_scale > 0, "more than 0; 1 is off")
@@ -53,10 +55,19 @@ class FlowMapLoss(FlowLoss):
         """Passes through the network that `guided` takes."""
         return (self.guidance_scale != 1 or self.guidance_mix > 0) + (self.guidance_mix > 0)
 
-    def times(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(t, t_next) float32 [b], t <= t_next, of uniforms u [b, 3]."""
+    @property
+    def mean_map_share(self) -> float:
+        """The share of samples with two times over the whole training."""
+        return self.map_share * (1 - self.map_start)
+
+    def have_two_times(self, u: Tensor, progress: float) -> Tensor:
+        """Which samples have t < t_next, bool [b], of uniforms u [b] at this share of the training."""
+        return u < (self.map_share if progress >= self.map_start else 0.0)
+
+    def times(self, u: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        """(t, t_next) float32 [b], t <= t_next, of uniforms u [b, 3] at this share of the training."""
         t, t_next = self.time_sampler(u[:, :2]).float().sort(dim=1).values.unbind(1)
-        return t, torch.where(u[:, 2] < self.map_share, t_next, t)
+        return t, torch.where(self.have_two_times(u[:, 2], progress), t_next, t)
 
     def guided(self, eager: Eager, x: Tensor, t: Tensor, y: Tensor | None, v: Tensor) -> Tensor:
         """The velocity [b, ...] in place of v = x1 - x0 whose mean over v is the guided one.

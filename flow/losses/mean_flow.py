@@ -49,11 +49,11 @@ class MeanFlow(FlowMapLoss):
     @property
     def passes(self) -> float:  # type: ignore[override]
         """Of a sample; the derivative counts as two: the network and its tangent, or the two ends of the difference."""
-        return 3 + self.guidance_passes + self.map_share * (2 + (self.tangent == "network"))
+        return 3 + self.guidance_passes + self.mean_map_share * (2 + (self.tangent == "network"))
 
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
         assert batch.u is not None
-        t, t_next = self.times(batch.u)
+        t, t_next = self.times(batch.u, batch.progress)
         x, v = x_and_velocity(self.path, batch, t)
         prediction = net(x, t, batch.y, t_next)
         target = v = self.guided(eager, x, t, batch.y, v)

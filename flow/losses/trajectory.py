@@ -49,7 +49,7 @@ class Trajectory(FlowMapLoss):
         x, step = states[rows, i], column(t[j] - t[i], batch.x1)
         weights = derivative_weights(times).float().to(states.device)[i]  # [b, K + 2]
         velocity = torch.einsum("bk,bk...->b...", weights, states)
-        is_map = batch.u[:, 1] < self.map_share
+        is_map = self.have_two_times(batch.u[:, 1], batch.progress)
         target = torch.where(column(is_map, x), (states[rows, j] - x) / step, velocity)
         return self.weighted(net(x, t[i], batch.y, torch.where(is_map, t[j], t[i])), target, t[i])
 

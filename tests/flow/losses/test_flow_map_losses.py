@@ -119,7 +119,7 @@ def test_sign_of_the_derivative(derivative):
             return torch.ones_like(x)
 
     loss, batch = build_loss("mean_flow", map_share=1.0, weight_power=0, derivative=derivative), batch_of(100)
-    t, t_next = loss.times(batch.u)
+    t, t_next = loss.times(batch.u, batch.progress)
     result = loss(lambda x, t, y, t_next: torch.zeros_like(x), Rising(), batch)
     expected = (batch.x1 - batch.x0)[:, 0] + (t_next - t)
     assert torch.allclose(result.per_sample, expected.square(), rtol=1e-5)
@@ -163,7 +163,7 @@ def image_batch(n: int = 64, **changes) -> Batch:
 
 def test_alpha_one_is_flow_matching_over_two_times():
     loss, net, batch = build_loss("alpha_flow", map_share=1.0, weight_power=0), tiny_net(), image_batch(progress=0.0)
-    t, t_next = loss.times(batch.u)
+    t, t_next = loss.times(batch.u, batch.progress)
     column = t.view(-1, 1, 1, 1)
     prediction = net(column * batch.x1 + (1 - column) * batch.x0, t, None, t_next)
     expected = (prediction - (batch.x1 - batch.x0)).square().flatten(1).mean(1)
@@ -174,7 +174,7 @@ def test_shortcut_model_is_alpha_one_half():
     """With the network's own half step in place of x1 - x0, the target is that of two half steps (arXiv:2410.12557, eq. 4)."""
     loss, net = build_loss("alpha_flow", map_share=1.0, weight_power=0, alpha_min=0.5), tiny_net()
     eager, batch = EagerNetwork(net), image_batch(progress=1.0)
-    t, t_next = loss.times(batch.u)
+    t, t_next = loss.times(batch.u, batch.progress)
     column, half = t.view(-1, 1, 1, 1), (t_next - t).view(-1, 1, 1, 1) / 2
     x = column * batch.x1 + (1 - column) * batch.x0
     middle = (t + t_next) / 2
@@ -291,17 +291,33 @@ def test_guidance_inside():
 @pytest.mark.parametrize("name", ["mean_flow", "alpha_flow"])
 def test_share_and_weight(name):
     loss, net, batch = build_loss(name, map_share=0.25), tiny_net(), image_batch(n=400, progress=1.0)
-    t, t_next = loss.times(batch.u)
+    t, t_next = loss.times(batch.u, batch.progress)
     assert (t <= t_next).all() and (t < t_next).sum() == 100
     result = loss(net, EagerNetwork(net), batch)
     mse, alpha = result.terms["mse"], torch.where(t_next > t, getattr(loss, "alpha_min", 1.0), 1.0)
     assert torch.allclose(result.per_sample, (alpha * mse / (mse + 1e-6)))
 
 
+@pytest.mark.parametrize("name", ["mean_flow", "alpha_flow", "trajectory"])
+def test_velocity_comes_before_the_map(name):
+    """Until map_start all samples have one time; then their share is map_share."""
+    loss = build_loss(name, map_share=0.25, map_start=0.6)
+    u = time_samplers.stratified(0, 0, 400, 1)[:, 0]
+    assert [loss.have_two_times(u, progress).sum().item() for progress in (0.0, 0.59, 0.6, 1.0)] == [0, 0, 100, 100]
+    assert loss.mean_map_share == pytest.approx(0.1)
+    batch = path_batch(400) if name == "trajectory" else batch_of(400)
+    seen = []
+    for progress in (0.0, 0.6):
+        net = lambda x, t, y, t_next: seen.append((t_next > t).sum().item()) or x * 0  # noqa: E731
+        loss(net, EagerNetwork(NearTruth(mean_velocity)), replace(batch, progress=progress))
+    assert seen == [0, 100]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ({"map_share": 1.5}, "map_share=1.5: must be between 0 and 1"),
+        ({"map_start": 1}, "map_start=1: must be 0 or more and less than 1"),
         ({"weight_power": -1}, "weight_power=-1: must be 0 or more"),
         ({"guidance_mix": 1}, "guidance_mix=1: must be 0 or more and less than 1"),
         ({"tangent": "x"}, "tangent='x': must be one of path, network"),
