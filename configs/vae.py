@@ -23,4 +23,4 @@ class VaeConfig(TrainerConfig):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     train: TrainConfig = field(default_factory=TrainConfig)  # init_from: folder or hub id to fine-tune
-    preview_images: int = limited(32, min=2)  # of the picture of originals and reconstructions, and of the PSNR
+    preview_images: int = limited(32, min=2)  # of the grid of originals and reconstructions, and of the PSNR

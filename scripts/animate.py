@@ -1,4 +1,4 @@
-"""Animations and figures of a trained flow: `python -m scripts.animate --weights runs/toy --out pictures`.
+"""Animations and figures of a trained flow: `python -m scripts.animate --weights runs/toy --out figures`.
 
 2-D flows get flow.gif (particles in the velocity field, and their density), density.png (the density at six
 times), likelihood.png (log-density of the flow by the exact divergence and by Hutchinson's estimate, beside the exact one
@@ -32,12 +32,12 @@ from flow.solvers.time_grids import uniform
 from flow.source import GAUSSIAN
 
 EXAMPLES = """\
-  python -m scripts.animate --weights runs/toy --out pictures
-  python -m scripts.animate --weights runs/toy_mixture --out pictures --pictures likelihood --hutchinson_samples 16
-  python -m scripts.animate --weights runs/mnist --out pictures --guidance_scale 1.5 --n 50
+  python -m scripts.animate --weights runs/toy --out figures
+  python -m scripts.animate --weights runs/toy_mixture --out figures --figures likelihood --hutchinson_samples 16
+  python -m scripts.animate --weights runs/mnist --out figures --guidance_scale 1.5 --n 50
   python -m scripts.animate --weights runs/mnist --trajectory_grids
   python -m scripts.animate --weights runs/mnist --trajectory_grids --guidance_scale 1 2 4 --frames 21"""
-PICTURES = ("flow", "density", "likelihood")  # of 2-D flows
+FIGURES = ("flow", "density", "likelihood")  # of 2-D flows
 FRAMES, GRIDS = 32, 11  # frames of a GIF; states of --trajectory_grids, from noise to data
 GRID_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)  # of guidance, of --trajectory_grids
 GRID_IMAGES = 30  # of --trajectory_grids
@@ -59,7 +59,7 @@ def parse_args():
     cli.add_count_flag(parser, "--frames", frames, least=2)
     cli.add_method_flag(parser, DETERMINISTIC, "heun")
     cli.add_count_flag(parser, "--steps_a_frame", "steps of the solver between frames", 2)
-    parser.add_argument("--pictures", nargs="+", choices=PICTURES, default=PICTURES, help="of points (default: all)")
+    parser.add_argument("--figures", nargs="+", choices=FIGURES, default=FIGURES, help="of points (default: all)")
     cli.add_count_flag(parser, "--hutchinson_samples", "random directions per point", 4)
     cli.add_guidance_flags(parser, several=True)
     parser.set_defaults(guidance_scale=None)
@@ -105,8 +105,8 @@ def main() -> None:
             validate(each, model)
         if plane and model.net.num_classes is not None:
             raise ValueError("--weights: a flow of points with labels has a field for each of them; train one without")
-    if plane and "likelihood" in args.pictures and model.source.name != GAUSSIAN:
-        args.pictures = [name for name in args.pictures if name != "likelihood"]
+    if plane and "likelihood" in args.figures and model.source.name != GAUSSIAN:
+        args.figures = [name for name in args.figures if name != "likelihood"]
         print(f"note: no likelihood.png: the density of flow.source.name={model.source.name} is not known")
     out = args.out or folder_of_grids(args.weights)
     for network in model.networks:
@@ -148,33 +148,33 @@ def draw_grids(
     times = uniform(((args.frames or GRIDS) - 1) * every)
     names = margin_of(settings[0], snap, model.net.num_classes)
     grids: list[trajectory_grids.Grid] = []
-    pictures: dict[str, Tensor] = {}
+    figures: dict[str, Tensor] = {}
     with distributed.progress(accelerator, (len(times) - 1) * len(settings), "trajectories (steps)") as bar:
         for each in settings:
             states, _ = trajectory(accelerator, model, snap.image_shape, range(n), each, times, callback=bar.update)
             for step in range(0, len(times), every):
                 scale = None if step == 0 or not can_guide(model) else each.guidance_scale  # noise is the same at every scale
                 file = f"step_{step:04d}{'' if scale is None else f'_scale_{scale}'}.webp"
-                if file in pictures:
+                if file in figures:
                     continue
                 visible = snap.space.to_visible(decode(model, accelerator.autocast, states[step]))
-                pictures[file] = snap.space.picture(visible, len(names) or 10, names)
+                figures[file] = snap.space.picture(visible, len(names) or 10, names)
                 grids.append(trajectory_grids.Grid(file, step, times[step], scale))
     title, steps = snap.title(args.weights), len(times) - 1
     content = trajectory_grids.TrajectoryGrids(title, args.sampling_method, steps, args.seed, n, tuple(names), tuple(grids))
-    trajectory_grids.write(out, content, pictures)
+    trajectory_grids.write(out, content, figures)
     scales = " ".join(f"{each.guidance_scale:g}" for each in settings) if can_guide(model) else "none"
-    result = f"{len(pictures)} grids in {out}, of {steps} solver steps, guidance scales: {scales}"
+    result = f"{len(figures)} grids in {out}, of {steps} solver steps, guidance scales: {scales}"
     run = out.parent.parent if out.parts[-2:] == trajectory_grids.FOLDER.parts else args.weights
     report = subprocesses.command("-m", "scripts.report", run, "--out", "report")
     print(cli.summary(result, args.start, f"show them with: {report}"))
 
 
 def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
-    """Write the requested pictures."""
+    """Write the requested figures."""
     plane = snap.space.is_points
-    pictures = []
-    if not plane or {"flow", "density"} & set(args.pictures):
+    figures = []
+    if not plane or {"flow", "density"} & set(args.figures):
         indices = range(args.n or (20_000 if plane else 50))
         times = uniform(((args.frames or FRAMES) - 1) * args.steps_a_frame)
         with distributed.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar:
@@ -182,17 +182,17 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
             pixels = [images.to_uint8(decode(model, accelerator.autocast, x)).cpu() for x in states]
-            pictures += moving_images(args.out, times, pixels, margin_of(settings, snap, model.net.num_classes))
-        if plane and "flow" in args.pictures:
-            pictures += moving_plane(args.out, model, times, states)
-        if plane and "density" in args.pictures:
-            pictures.append(strip(args.out, times, states))
-    if plane and "likelihood" in args.pictures:
-        pictures.append(likelihood_map(args.out, accelerator, model, snap, args.hutchinson_samples, args.seed))
+            figures += moving_images(args.out, times, pixels, margin_of(settings, snap, model.net.num_classes))
+        if plane and "flow" in args.figures:
+            figures += moving_plane(args.out, model, times, states)
+        if plane and "density" in args.figures:
+            figures.append(strip(args.out, times, states))
+    if plane and "likelihood" in args.figures:
+        figures.append(likelihood_map(args.out, accelerator, model, snap, args.hutchinson_samples, args.seed))
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
     flags = cli.condition_flags(settings.guidance_scale, args.prompts)
     command = subprocesses.command(*study, *flags, *args.overrides)
-    print(cli.summary(f"{' '.join(pictures)} in {args.out}", args.start, f"compare solvers with: {command}"))
+    print(cli.summary(f"{' '.join(figures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 
 def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[Tensor]) -> list[str]:

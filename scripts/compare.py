@@ -1,4 +1,4 @@
-"""2-D flows side by side on the same noise: `python -m scripts.compare --weights runs/a runs/b --out pictures`.
+"""2-D flows side by side on the same noise: `python -m scripts.compare --weights runs/a runs/b --out figures`.
 
 A column for each of the weights, a row for each number of steps: where particles go, and some of their trajectories. Under each
 panel are its NFE, sliced Wasserstein-2 distance to the data and straightness deviation (0: one Euler step is exact).
@@ -29,8 +29,8 @@ from flow.solvers.torchdiffeq import ADAPTIVE
 from flow.source import GAUSSIAN
 
 EXAMPLES = """\
-  python -m scripts.compare --weights runs/toy runs/toy_reflow --names flow reflow --sampling_steps 1 2 100 --out pictures
-  python -m scripts.compare --weights runs/independent runs/ot --sampling_method dopri5 --out pictures"""
+  python -m scripts.compare --weights runs/toy runs/toy_reflow --names flow reflow --sampling_steps 1 2 100 --out figures
+  python -m scripts.compare --weights runs/independent runs/ot --sampling_method dopri5 --out figures"""
 SHOWN = 1000  # particles of a panel
 TRAJECTORIES = 40  # of them are drawn as lines
 STRAIGHTNESS_STEPS = 100

@@ -1,4 +1,4 @@
-"""Distances between two sets of points in the plane, and the space in which they are measured."""
+"""Distances between two sets of 2-D points, and the space in which they are measured."""
 
 import torch
 from torch import Tensor

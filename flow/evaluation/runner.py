@@ -148,7 +148,7 @@ class Evaluation:
         """
         extractor = [self.extractor.name, self.extractor.layer, self.extractor.weights_hash]
         identity = {**identity, "extractor": extractor, "reference": self.reference.identity}
-        row = {**subject, "reference": self.reference.name, "identity": identity, "asked": list(self.settings.metrics)}
+        row = {**subject, "reference": self.reference.name, "identity": identity, "requested": list(self.settings.metrics)}
         main = self.accelerator.is_main_process
         if not distributed.any_process(self.accelerator, main and table.contains(self.out, row)):
             result = compute()

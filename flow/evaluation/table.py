@@ -68,15 +68,15 @@ def read_rows(folder: Path) -> list[dict]:
             _warn(jsonl.describe(path, line))
             continue
         key = _key(line.row)
-        before = rows.get(key, {"metrics": {}, "asked": []})
+        before = rows.get(key, {"metrics": {}, "requested": []})
         metrics = {name: {**before.get(name, {}), **line.row.get(name, {})} for name in ("metrics", "standard_errors")}
-        rows[key] = {**line.row, **metrics, "asked": list(dict.fromkeys([*before["asked"], *line.row["asked"]]))}
+        rows[key] = {**line.row, **metrics, "requested": list(dict.fromkeys([*before["requested"], *line.row["requested"]]))}
     return list(rows.values())
 
 
 def damage_of(row: dict) -> str | None:
     """Why a JSON object is not a row of results.jsonl, or None."""
-    kinds = {"weights": str, "n": int, "identity": dict, "metrics": dict, "seconds": int | float, "asked": list}
+    kinds = {"weights": str, "n": int, "identity": dict, "metrics": dict, "seconds": int | float, "requested": list}
     for key, kind in kinds.items():
         if key not in row:
             return f"it has no {key!r}"
@@ -92,7 +92,7 @@ def damage_of(row: dict) -> str | None:
     for key, value in [*numbers.items(), *row["metrics"].items(), *errors.items()]:
         if value is not None and not jsonl.is_number(value):
             return f"its {key!r} is not a number"
-    return None if all(isinstance(name, str) for name in row["asked"]) else "its 'asked' is not a list of metrics"
+    return None if all(isinstance(name, str) for name in row["requested"]) else "its 'requested' is not a list of metrics"
 
 
 def find(folder: Path, row: dict) -> dict | None:
@@ -103,7 +103,7 @@ def find(folder: Path, row: dict) -> dict | None:
 def contains(folder: Path, row: dict) -> bool:
     """Whether results.jsonl holds the same measurement with at least the requested metrics of `row`."""
     existing = find(folder, row)
-    return existing is not None and set(row["asked"]) <= set(existing["asked"])
+    return existing is not None and set(row["requested"]) <= set(existing["requested"])
 
 
 def aggregate(rows: list[dict]) -> list[dict]:

@@ -1,7 +1,7 @@
 """Every picture of docs/gallery.md, from nothing: `python -m scripts.dev.gallery` trains the flows and draws them.
 
 Each step is a command that a user would type, and is printed. Run it again after a kill: what is finished stays, a run
-resumes, and pictures that are older than their weights are drawn again. Overrides reach every training.
+resumes, and figures that are older than their weights are drawn again. Overrides reach every training.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from flow.sampling import snapshot
 
 EXAMPLES = """\
   make gallery
-  python -m scripts.dev.gallery --only moons reflow --out pictures"""
+  python -m scripts.dev.gallery --only moons reflow --out figures"""
 
 
 # name -> overrides of configs/toy.yaml; the mixture, whose density is smooth, has a configuration of its own
@@ -38,10 +38,10 @@ OT = ("flow.coupling=ot", "flow.coupling_args={block: 256}")
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A folder of pictures, the runs that they need, and the command that draws them."""
+    """A folder of figures, the runs that they need, and the command that draws them."""
 
     name: str
-    pictures: tuple[str, ...]
+    figures: tuple[str, ...]
     draw: tuple[str, ...]
     weights: tuple[str, ...]  # names of runs
     config: str  # of the run `name`
@@ -54,9 +54,9 @@ def exhibits(runs: Path) -> list[Exhibit]:
     result = []
     for name, overrides in SETS.items():
         kinds = ("flow", "density", "likelihood") if name in WITH_LIKELIHOOD else ("flow", "density")
-        pictures = tuple("flow.gif" if kind == "flow" else f"{kind}.png" for kind in kinds)
-        draw = ("-m", "scripts.animate", "--pictures", *kinds)
-        result.append(Exhibit(name, pictures, draw, (name,), toy_config(name), overrides))
+        figures = tuple("flow.gif" if kind == "flow" else f"{kind}.png" for kind in kinds)
+        draw = ("-m", "scripts.animate", "--figures", *kinds)
+        result.append(Exhibit(name, figures, draw, (name,), toy_config(name), overrides))
     from_flow = (f"data.args.path={runs / 'pairs'}", f"train.init_from={runs / 'checkerboard'}")
     result.append(
         Exhibit(
@@ -102,7 +102,7 @@ def main() -> None:
                 train(plan[run], args.runs, args.overrides)
                 trained.add(run)
         weights = [args.runs / run for run in exhibit.weights]
-        if outdated([args.out / name / picture for picture in exhibit.pictures], weights):
+        if outdated([args.out / name / picture for picture in exhibit.figures], weights):
             run_command([*exhibit.draw, "--weights", *map(str, weights), "--out", str(args.out / name)])
     sample = cli.sample_command(args.runs / args.only[0], args.only[0])
     print(cli.summary(f"\npictures in {args.out}", args.start, f"sample from a flow with: {sample}"))
@@ -118,10 +118,10 @@ def train(exhibit: Exhibit, runs: Path, overrides: list[str]) -> None:
     run_command(train_arguments(exhibit.config, runs / exhibit.name, [*exhibit.overrides, *overrides]))
 
 
-def outdated(pictures: list[Path], weights: list[Path]) -> bool:
+def outdated(figures: list[Path], weights: list[Path]) -> bool:
     """Whether a picture is missing, or older than the latest snapshot of a run."""
     latest = max(snapshot.find(run).stat().st_mtime for run in weights)
-    return not all(picture.is_file() and picture.stat().st_mtime > latest for picture in pictures)
+    return not all(picture.is_file() and picture.stat().st_mtime > latest for picture in figures)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ EXAMPLES = """\
   python -m scripts.report runs/digits
   python -m scripts.report runs --out report
   python -m scripts.report runs/a runs/b --out report --watch 30
-  python -m scripts.report runs/toy --pictures pictures/checkerboard"""
+  python -m scripts.report runs/toy --figures figures/checkerboard"""
 
 POINTS, MIN_POINTS, MAX_POINTS = 6000, 200, 1000  # of a curve: of all runs together, and of one
 WATCH_SECONDS = 15
@@ -34,7 +34,7 @@ def parse_args():
     )  # fmt: skip
     parser.add_argument("--linked", action="store_true", help="pictures as files beside the page, all of them")
     parser.add_argument(
-        "--pictures", nargs="+", type=Path, default=[], metavar="DIR",
+        "--figures", nargs="+", type=Path, default=[], metavar="DIR",
         help="further folders with figures, e.g. of scripts.animate --out; those in a run folder are found",
     )  # fmt: skip
     args = parser.parse()
@@ -45,9 +45,9 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    for folder in args.pictures:
+    for folder in args.figures:
         if not folder.is_dir():
-            raise UserError(f"--pictures {folder}: there is no such folder")
+            raise UserError(f"--figures {folder}: there is no such folder")
     find_runs(args.runs)
     if any((args.out / mark).exists() for mark in MARKS):
         raise UserError(f"--out {args.out}: is the folder of a run; name another folder")
@@ -75,7 +75,7 @@ def next_step(runs: list[Run]) -> str:
 
 def build(args, reload_seconds: int | None) -> tuple[Path, list[Run]]:
     """Read the runs and write the page; its path and the runs."""
-    runs = read_runs(args.runs, args.pictures)
+    runs = read_runs(args.runs, args.figures)
     return page.write(runs, args.out, args.linked, reload_seconds), runs
 
 

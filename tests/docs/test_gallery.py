@@ -92,7 +92,7 @@ def test_likelihood_by_both_divergences(flow, tmp_path, here, monkeypatch):
     monkeypatch.setattr(animate, "MAP_CELLS", 12)
     out = tmp_path / "out"
     told = here(
-        "animate", "--weights", flow("mixture", 1), "--out", out, "--pictures", "likelihood", "--hutchinson_samples", "2"
+        "animate", "--weights", flow("mixture", 1), "--out", out, "--figures", "likelihood", "--hutchinson_samples", "2"
     )
     exact, estimate = (float(x) for x in re.findall(r"mean absolute error ([\d.]+) nats", told))
     assert exact > 0.3 and exact != estimate  # of a flow that has not been trained
@@ -124,7 +124,7 @@ def gallery_commands(monkeypatch, here):
     """gallery_commands(*arguments): what the script would run."""
     run: list[list[str]] = []
     monkeypatch.setattr(gallery, "run_command", run.append)
-    monkeypatch.setattr(gallery, "outdated", lambda pictures, weights: True)
+    monkeypatch.setattr(gallery, "outdated", lambda figures, weights: True)
 
     def call(*arguments) -> list[list[str]]:
         run.clear()
@@ -152,7 +152,7 @@ def test_commands_of_the_gallery_are_those_of_its_page(gallery_commands, monkeyp
 
 def test_every_picture_is_there_and_light():
     shown = {Path(p) for p in re.findall(r'(?:\]\(|src=")(images/[^)"]+)', PAGE)}
-    made = {Path("images/gallery") / e.name / picture for e in gallery.exhibits(Path()) for picture in e.pictures}
+    made = {Path("images/gallery") / e.name / picture for e in gallery.exhibits(Path()) for picture in e.figures}
     assert made <= shown
     for picture in shown:
         assert (REPOSITORY / "docs" / picture).stat().st_size < 3_000_000

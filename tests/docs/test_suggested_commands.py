@@ -130,7 +130,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
 def test_suggestion_after_chain_parses(here, monkeypatch, chain):
     """The commands of the chain are not run here."""
     monkeypatch.setattr(chain, "run_command", lambda arguments: None)
-    monkeypatch.setattr(gallery, "outdated", lambda pictures, weights: False)
+    monkeypatch.setattr(gallery, "outdated", lambda figures, weights: False)
     (line,) = SUGGESTION.findall(here(chain.__name__.rpartition(".")[2]))
     script, arguments = tiny(shlex.split(line)[1:])
     monkeypatch.setattr(sys, "argv", [script, *arguments])

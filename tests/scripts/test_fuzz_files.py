@@ -239,7 +239,7 @@ def mutated_jsonl(line: str, rng: random.Random) -> tuple[bytes, bool]:
         rows.insert(k, rng.choice(ODD_LINES))
     elif kind == "missing":
         rows[k] = json.dumps(
-            {n: v for n, v in json.loads(rows[k]).items() if n != rng.choice(["metrics", "identity", "asked"])}
+            {n: v for n, v in json.loads(rows[k]).items() if n != rng.choice(["metrics", "identity", "requested"])}
         ).encode()
     elif kind == "bytes":
         place = rng.randrange(len(rows[k]))
@@ -247,7 +247,7 @@ def mutated_jsonl(line: str, rng: random.Random) -> tuple[bytes, bool]:
     elif kind == "glued":
         rows[0] += rows.pop()
     elif kind == "type":
-        rows[k] = json.dumps({**row, rng.choice(["metrics", "asked"]): rng.choice([3, None, "a", [1]])}).encode()
+        rows[k] = json.dumps({**row, rng.choice(["metrics", "requested"]): rng.choice([3, None, "a", [1]])}).encode()
     else:
         rows.insert(k, rng.choice([b"", b"  "]))
     return b"\n".join(rows) + rng.choice([b"\n", b"\n", b""]), kind not in ("blank", "missing", "type")

@@ -225,8 +225,8 @@ def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
     row = {"weights": "w", "method": "dopri5", "steps": None, "guidance_scale": 2.0, "n": 9, "identity": {"seed": 1}}
     for first, nfe in ((0, 72), (9, 74), (18, 79)):
         cost = {"NFE": nfe, "forwards": 2 * nfe, "metrics": {"FID": nfe / 10}, "seconds": 1.0}
-        table.append_row(tmp_path, {**row, "first": first, **cost, "asked": ["fid"]})
-    assert table.contains(tmp_path, {**row, "first": 9, "asked": ["fid"]})  # what is measured is no part of the question
+        table.append_row(tmp_path, {**row, "first": first, **cost, "requested": ["fid"]})
+    assert table.contains(tmp_path, {**row, "first": 9, "requested": ["fid"]})  # what is measured is no part of the question
     rows = table.read_rows(tmp_path)
     (entry,) = table.aggregate(rows)
     assert (entry["ranges"], entry["NFE"], entry["forwards"]) == (3, 75, 150)
@@ -237,13 +237,13 @@ def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
 
 def test_truncated_results_are_read(tmp_path):
     """Results that a crash cut off are read up to that line."""
-    row = {"weights": "a", "n": 9, "identity": {}, "metrics": {}, "seconds": 1.0, "asked": ["fid"]}
+    row = {"weights": "a", "n": 9, "identity": {}, "metrics": {}, "seconds": 1.0, "requested": ["fid"]}
     table.append_row(tmp_path, row)
     with open(tmp_path / "results.jsonl", "a") as file:
         file.write('{"weights": "b", "met')
     assert [r["weights"] for r in table.read_rows(tmp_path)] == ["a"]
     assert table.contains(tmp_path, row)
-    assert not table.contains(tmp_path, {**row, "asked": ["fid", "kid"]})
+    assert not table.contains(tmp_path, {**row, "requested": ["fid", "kid"]})
 
 
 def test_table_shows_intervals(tmp_path):
@@ -256,7 +256,7 @@ def test_table_shows_intervals(tmp_path):
         "forwards": 5,
         "n": 100,
         "seconds": 1.0,
-        "asked": ["fid"],
+        "requested": ["fid"],
     }
     rows = [
         {**common, "identity": {"seed": seed}, "first": first, "metrics": {"FID": value}, "standard_errors": errors}
@@ -336,7 +336,7 @@ def test_distances_of_classes(extractor, real, tmp_path):
         (samples, labels[kept]), (real.feature_set, labels))]  # fmt: skip
     moments = [f(x) for x in threes for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))]
     assert found["FD-digits[3]"] == pytest.approx(frechet_distance(*moments))
-    row = {"weights": "w", "n": len(kept), "identity": {}, "seconds": 1.0, "asked": ["fid"], "NFE": 1, "forwards": 1}
+    row = {"weights": "w", "n": len(kept), "identity": {}, "seconds": 1.0, "requested": ["fid"], "NFE": 1, "forwards": 1}
     rows = [
         {**row, "first": i, "identity": {"i": i}, "metrics": {**found, **more}}
         for i, more in enumerate(({}, {"FD-digits[7]": 1.0}))

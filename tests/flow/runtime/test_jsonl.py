@@ -13,7 +13,7 @@ from flow.runtime import distributed, jsonl
 from flow.training.logging import Logger, read_metrics
 
 ROW = {"weights": "w", "method": "euler", "n": 9, "first": 0, "identity": {}, "metrics": {"FID": 3.0}, "seconds": 1.0}
-ROW |= {"steps": 2, "NFE": 2, "forwards": 2, "guidance_scale": None, "asked": ["fid"]}
+ROW |= {"steps": 2, "NFE": 2, "forwards": 2, "guidance_scale": None, "requested": ["fid"]}
 DAMAGE = {
     b"3": "it is not a JSON object", b"null": "it is not a JSON object", b'{"weights": "b", "met': "it is not JSON",
     b"\xff": "it is not UTF-8", b"\x00" * 9: "it is not JSON", b"[" * 10_000: "it is not JSON", b"{}": "it has no 'weights'",
@@ -71,11 +71,11 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
 def test_metrics_of_other_columns_add_up(tmp_path):
     """A row that is measured again with other metrics does not hide the first ones."""
     table.append_row(tmp_path, ROW)
-    table.append_row(tmp_path, {**ROW, "metrics": {"KID": 0.5}, "asked": ["kid"]})
+    table.append_row(tmp_path, {**ROW, "metrics": {"KID": 0.5}, "requested": ["kid"]})
     (row,) = table.read_rows(tmp_path)
     assert row["metrics"] == {"FID": 3.0, "KID": 0.5}
-    assert table.contains(tmp_path, {**ROW, "asked": ["kid", "fid"]}) and not table.contains(
-        tmp_path, {**ROW, "asked": ["prc"]}
+    assert table.contains(tmp_path, {**ROW, "requested": ["kid", "fid"]}) and not table.contains(
+        tmp_path, {**ROW, "requested": ["prc"]}
     )
 
 
