@@ -21,7 +21,7 @@ ONE_IMAGE = ("aim", "clearml")  # whose log_images takes an array for a name whe
 
 
 def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) -> None:
-    """Start the trackers of train.log_with for the run in `folder`, which goes on after `first_step`, with its configuration.
+    """Start the trackers of train.log_with for the run in `folder`, which resumes after `first_step`, with its configuration.
 
     All processes must call it.
     """
