@@ -166,7 +166,8 @@ def select_files(names: Sequence[str], split: str | None, pattern: str | None) -
         sets.setdefault(part, {}).setdefault(folder, []).append(name)
     selected = split or ("train" if "train" in sets else next(iter(sets)) if len(sets) == 1 else None)
     if selected not in sets:
-        raise ValueError(f"--split {split or ''}: choose from {', '.join(sorted(sets))}")
+        flag = f"--split {split}:" if split else "--split is missing:"
+        raise ValueError(f"{flag} choose from {', '.join(sorted(sets))}")
     if len(sets[selected]) > 1:
         raise ValueError(
             f"holds several data sets ({', '.join(sets[selected])}); choose with --files '{next(iter(sets[selected]))}/*'"

@@ -58,7 +58,12 @@ def save_shard(path: Path, tensors: dict[str, Tensor], header: dict[str, Any] | 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, mapped from the file and read as they are used, and the header. Raises SafetensorError or OSError."""
     with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get("header", "{}"))
+        try:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+        except ValueError as error:
+            raise OSError(f"its header is damaged: {error}") from None
+        if not isinstance(header, dict):
+            raise OSError("its header is damaged")
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (not a dict)
 
 

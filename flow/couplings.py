@@ -80,7 +80,8 @@ class PairedCoupling:
         """As Coupling.sample_x0; only the indices matter."""
         x0 = torch.empty(len(indices), *self.image_shape)
         generated = [row for row, k in enumerate(indices) if k < self.num_generated]
-        x0[generated] = self.source.draw("pairs", self.seed, [indices[row] for row in generated], self.image_shape)
+        if generated:
+            x0[generated] = self.source.draw("pairs", self.seed, [indices[row] for row in generated], self.image_shape)
         inverted = [row for row, k in enumerate(indices) if k >= self.num_generated]
         if inverted and self.inverted_noise is not None:
             x0[inverted] = self.inverted_noise[[indices[row] - self.num_generated for row in inverted]].float()

@@ -19,7 +19,7 @@ class Preconditioned(nn.Module):
     def __init__(self, net: nn.Module, data_std: float):
         """net: any network of `models`. data_std: s, of images in [-1, 1]. Raises ValueError where it is not above 0."""
         super().__init__()
-        if not isinstance(data_std, int | float) or not 0 < data_std < math.inf:
+        if isinstance(data_std, bool) or not isinstance(data_std, int | float) or not 0 < data_std < math.inf:
             raise ValueError(f"data_std={data_std!r}: must be a finite number above 0")
         self.net, self.data_std = net, data_std
         for name in ("num_classes", "max_prompt_bytes", "null", "two_times"):

@@ -18,13 +18,13 @@ from torch import Tensor
 import datasets
 from configs.schema import UserError
 from flow.evaluation import animation, plots_2d
-from flow.guidance import GuidedVelocity
 from flow.likelihood import log_likelihood
 from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, images, snapshot, sources, trajectory_grids
+from flow.sampling.conditions import condition_names
 from flow.sampling.generate import build_velocity, decode, to_solver_dtype, trajectory
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
@@ -165,9 +165,11 @@ def draw_grids(
     trajectory_grids.write(out, content, figures)
     scales = " ".join(f"{each.guidance_scale:g}" for each in settings) if can_guide(model) else "none"
     result = f"{len(figures)} grids in {out}, of {steps} solver steps, guidance scales: {scales}"
-    run = out.parent.parent if out.parts[-2:] == trajectory_grids.FOLDER.parts else args.weights
-    report = subprocesses.command("-m", "scripts.report", run, "--out", "report")
-    print(cli.summary(result, args.start, f"show them with: {report}"))
+    if out.parts[-2:] == trajectory_grids.FOLDER.parts:
+        shown = f"show them with: {subprocesses.command('-m', 'scripts.report', out.parent.parent, '--out', 'report')}"
+    else:
+        shown = f"scripts.report shows those in RUN/{trajectory_grids.FOLDER}"
+    print(cli.summary(result, args.start, shown))
 
 
 def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
@@ -184,21 +186,21 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             pixels = [images.to_uint8(decode(model, accelerator.autocast, x)).cpu() for x in states]
             figures += moving_images(args.out, times, pixels, margin_of(settings, snap, model.net.num_classes))
         if plane and "flow" in args.figures:
-            figures += moving_plane(args.out, model, times, states)
+            figures += moving_plane(args.out, model, settings, times, states)
         if plane and "density" in args.figures:
             figures.append(strip(args.out, times, states))
     if plane and "likelihood" in args.figures:
-        figures.append(likelihood_map(args.out, accelerator, model, snap, args.hutchinson_samples, args.seed))
+        figures.append(likelihood_map(args.out, accelerator, model, settings, snap, args.hutchinson_samples))
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
-    flags = cli.condition_flags(settings.guidance_scale, args.prompts)
+    flags = cli.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
     command = subprocesses.command(*study, *flags, *args.overrides)
     print(cli.summary(f"{' '.join(figures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 
-def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[Tensor]) -> list[str]:
+def moving_plane(out: Path, model: FlowModel, settings: SamplerSettings, times: list[float], states: list[Tensor]) -> list[str]:
     """flow.gif: particles in the velocity field, and their density."""
     points = [x.float().cpu().numpy() for x in states]
-    field = plain_velocity(model)
+    field = velocity_field(model, settings)
     start = "noise" if model.source.name == GAUSSIAN else "source"
     frames = []
     for t, x in zip(times, points, strict=True):
@@ -212,22 +214,22 @@ def moving_plane(out: Path, model: FlowModel, times: list[float], states: list[T
 
 def strip(out: Path, times: list[float], states: list[Tensor]) -> str:
     """density.png: the density at six times."""
-    figure, axes = plots_2d.panels([f"t = {t:g}" for t in STRIP])
-    for ax, t in zip(axes, STRIP, strict=True):
-        nearest = min(range(len(times)), key=lambda i, t=t: abs(times[i] - t))
-        plots_2d.density(ax, states[nearest].float().cpu().numpy())
+    nearest = [min(range(len(times)), key=lambda i, t=t: abs(times[i] - t)) for t in STRIP]
+    figure, axes = plots_2d.panels([f"t = {times[i]:.2g}" for i in nearest])
+    for ax, i in zip(axes, nearest, strict=True):
+        plots_2d.density(ax, states[i].float().cpu().numpy())
     plots_2d.save(out / "density.png", figure)
     return "density.png"
 
 
 def likelihood_map(
-    out: Path, accelerator: Accelerator, model: FlowModel, snap: snapshot.Snapshot, probes: int, seed: int
+    out: Path, accelerator: Accelerator, model: FlowModel, settings: SamplerSettings, snap: snapshot.Snapshot, probes: int
 ) -> str:
     """likelihood.png: log-density of the flow with the exact divergence and with Hutchinson's estimate of it, beside the
     exact density where there is one, and the mean absolute errors inside the mass."""
     at = to_solver_dtype(torch.from_numpy(plots_2d.grid_centers(MAP_CELLS)), accelerator.device)
-    velocity = build_velocity(model, range(len(at)), SamplerSettings(), accelerator.device)
-    signs = generator("likelihood map", seed).integers(2, size=(probes, *at.shape)) * 2.0 - 1
+    velocity = build_velocity(model, range(len(at)), settings, accelerator.device)
+    signs = generator("likelihood map", settings.seed).integers(2, size=(probes, *at.shape)) * 2.0 - 1
     estimates = {
         "exact divergence": None,
         f"Hutchinson, {probes} probe{'s' * (probes > 1)}": to_solver_dtype(torch.from_numpy(signs), accelerator.device),
@@ -274,18 +276,17 @@ def moving_images(out: Path, times: list[float], states: list[Tensor], names: li
 
 def margin_of(settings: SamplerSettings, snap: snapshot.Snapshot, num_classes: int | None) -> list[str]:
     """The name of each column of images, where there are few: its prompt, or its class."""
-    names = snap.class_names
-    columns = settings.prompts or [names[k] if k < len(names) else str(k) for k in range(num_classes or 0)]
-    return list(columns) if len(columns) <= 20 else []
+    columns = condition_names(settings, snap.class_names, num_classes)
+    return columns if len(columns) <= 20 else []
 
 
-def plain_velocity(model: FlowModel):
+def velocity_field(model: FlowModel, settings: SamplerSettings):
     """velocity(points [N, 2], t) in numpy."""
     device = next(model.net.parameters()).device
 
     @torch.inference_mode()
     def velocity(at: np.ndarray, t: float) -> np.ndarray:
-        return GuidedVelocity(model)(torch.from_numpy(at).to(device), t).cpu().numpy()
+        return build_velocity(model, range(len(at)), settings, device)(torch.from_numpy(at).to(device), t).cpu().numpy()
 
     return velocity
 

@@ -23,6 +23,7 @@ from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.frechet import frechet_distance
+from flow.evaluation.intervals import mean_standard_error
 from flow.evaluation.reading import Data, read_images
 from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
@@ -238,20 +239,17 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
     decibels = torch.tensor([ratio for part, _, _ in everything for ratio in part])
     real, recon = (merge([part[i] for part in everything]) for i in (1, 2))
     distance = frechet_distance(real.mu, real.sigma, recon.mu, recon.sigma)
+    error = mean_standard_error(decibels.numpy())
     result = {
-        "images": count, "PSNR": round(decibels.mean().item(), 3), "PSNR_error": round(standard_error(decibels), 3),
+        "images": count, "PSNR": round(decibels.mean().item(), 3), "PSNR_error": error and round(error, 3),
         f"r{extractor.distance_name}": round(distance, 4),
     }  # fmt: skip
     files.write_text(args.save_dir / "reconstructions.json", json.dumps(result, indent=1))
     images.write_png(args.save_dir / "reconstructions.png", images.side_by_side_grid(*shown))
     print(
-        f"PSNR {decibels.mean():.2f} ± {standard_error(decibels):.2f} dB, r{extractor.distance_name} {distance:.3f} over "
+        f"PSNR {decibels.mean():.2f}{'' if error is None else f' ± {error:.2f}'} dB, r{extractor.distance_name} {distance:.3f} over "
         f"{count} images, shown in {args.save_dir / 'reconstructions.png'}"
     )
-
-
-def standard_error(values: Tensor) -> float:
-    return values.std().item() / len(values) ** 0.5
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def main() -> None:
         weights = args.push or args.to
     if graphs:
         results += write_graphs(args, snap)
-    sample = cli.sample_command(weights, snapshot.name_of(weights))
+    sample = cli.sample_command(
+        weights, snapshot.name_of(weights), *exported.sample_flags(snap, in_run=weights == args.weights)
+    )
     print(cli.summary(", ".join(results), args.start, f"sample from it with: {sample}"))
 
 

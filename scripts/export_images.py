@@ -17,6 +17,7 @@ from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
 from flow.sampling.space import Space
+from scripts.pack_images import fitting
 
 EXAMPLES = "  python -m scripts.export_images --save_dir data/mnist64 --size 64 data.name=mnist"
 AHEAD = 1000  # images a round
@@ -53,6 +54,7 @@ def export(args, accelerator: Accelerator, data) -> None:
 
     def write(k: int) -> None:
         image, label = data[k]
+        image = images.to_uint8(image) if image.is_floating_point() else image  # of pairs
         images.write_png(folders[max(label, 0)] / f"{k:06d}.png", resized(image, args.size) if args.size else image)
 
     with ThreadPoolExecutor(4) as pool, distributed.progress(accelerator, count, "images") as bar:
@@ -60,9 +62,10 @@ def export(args, accelerator: Accelerator, data) -> None:
             part = range(start, min(start + AHEAD, count))
             list(pool.map(write, part))
             bar.update(len(part))
-    folder = {"path": str(args.save_dir), **({"channels": 1} if data.image_shape[0] == 1 else {})}
+    height, width = (args.size, args.size) if args.size else data.image_shape[1:]
+    folder = {"path": str(args.save_dir), "size": None, **({"channels": 1} if data.image_shape[0] == 1 else {})}
     run_dir = files.free_folder(Path("runs") / args.save_dir.name)
-    overrides = ["data.horizontal_flip=false", subprocesses.override("data.args", folder)]
+    overrides = ["data.horizontal_flip=false", subprocesses.override("data.args", folder), *fitting(height, width)]
     train = subprocesses.command("train.py", "-c", subprocesses.shipped("photos64.yaml"), "-e", run_dir, *overrides)
     print(cli.summary(f"{count} images in {args.save_dir}", args.start, f"train on them with: {train}"))
 

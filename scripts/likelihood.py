@@ -12,12 +12,13 @@ import torch
 
 import datasets
 from configs.schema import UserError
+from flow.evaluation.intervals import mean_standard_error
 from flow.likelihood import bits_per_dimension, check_source, dequantize, log_likelihood
 from flow.noise import generator
 from flow.runtime import cli, distributed, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
-from flow.sampling.generate import build_velocity, index_batches, to_solver_dtype
+from flow.sampling.generate import build_velocity, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, validate
 
 EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 --test"
@@ -30,7 +31,7 @@ def parse_args():
     cli.add_count_flag(parser, "--hutchinson_samples", "random directions per image", 1)
     parser.add_argument("--rtol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--atol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
-    parser.add_argument("--test", action="store_true", help="images of the test part, for data sets that have one")
+    parser.add_argument("--test", action="store_true", help="images that were held out of the training")
     cli.add_batch_size_flag(parser, 50)
     cli.add_seed_flag(parser, 0, "dequantization and probes")
     return parser.parse()
@@ -51,12 +52,17 @@ def main() -> None:
     source = snap.config.data
     with error_context("data"):
         real = datasets.source_dataset(source.name, source.root, source.args)
-        data = datasets.build(real["name"], real["root"], real["args"] | ({"train": False} if args.test else {}))
+        if args.test:
+            other = datasets.held_out(real)
+            if other is None:
+                raise UserError(f"--test: data.name={real['name']}, data.args={real['args']} has no held-out images")
+            real = other[1]
+        data = datasets.build(**real)
     if args.n_images > len(data):
         raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}")
     distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)
-    batches = index_batches(range(args.n_images), args.bspp)[accelerator.process_index :: accelerator.num_processes]
+    batches = shard(accelerator, range(args.n_images), args.bspp)
     results, nfe = [], 0
     dimensions = int(np.prod(data.image_shape))
     points = snap.space.is_points
@@ -81,7 +87,7 @@ def main() -> None:
     everything = distributed.gather_to_main(accelerator, results)
     if everything is not None:
         values = torch.tensor([value for part in everything for value in part])
-        error = values.std().item() / len(values) ** 0.5
+        error = mean_standard_error(values.numpy())  # of two values at least
         unit = "nats a point, log-likelihood" if points else "bits per dimension"
         result = (
             f"{values.mean().item():.4f} ± {error:.4f} {unit} (mean ± standard error over {len(values)} "

@@ -164,8 +164,13 @@ def train_command(weights: str, save_dir: Path, config: schema.Config, has_state
         "data.name": "pairs", "data.args.path": str(save_dir), "flow.coupling": "paired", "flow.label_dropout": 0.0,
         "train.init_from": weights,
     }  # fmt: skip
+    if config.flow.source.name != GAUSSIAN and config.data.root:
+        overrides["data.root"] = config.data.root
     if has_states:
         overrides |= {"loss.name": "trajectory", "model.args": {**config.model.args, "two_times": True}}
+    if has_states and (config.flow.path, config.flow.prediction) != ("linear", "velocity"):  # of another kind than the weights
+        overrides |= {"flow.path": "linear", "flow.prediction": "velocity"}
+        del overrides["train.init_from"]
     folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_{'trajectory' if has_states else 'reflow'}"))
     return subprocesses.command(
         "train.py", "-e", folder, *(subprocesses.override(key, value) for key, value in overrides.items())

@@ -5,11 +5,13 @@ second call adds only what is missing. With --halving all begin on few images, a
 many, up to --n_samples. `--out` gets guidance.png, distance against scale, beside the files of evaluate.py.
 """
 
+import argparse
 import math
 from dataclasses import replace
 from typing import NamedTuple
 
 from configs.schema import UserError
+from datasets import captions
 from flow.evaluation import plots, table
 from flow.evaluation.runner import columns_of
 from flow.runtime import cli, distributed, files, lock, subprocesses
@@ -37,7 +39,7 @@ class Guidance(NamedTuple):
     @property
     def curve(self) -> str:
         """Of the figure."""
-        by = f"autoguidance by {snapshot.name_of(self.guide)}" if self.guide else "classifier-free guidance"
+        by = f"autoguidance by {snapshot.load(self.guide).title(self.guide)}" if self.guide else "classifier-free guidance"
         low, high = self.interval
         return by + (f", t from {low:g} to {high:g}" if self.interval != ALL_TIMES else "")
 
@@ -71,7 +73,9 @@ def parse_args():
 
 def interval(text: str) -> tuple[float, float]:
     """An argparse type: two times, LO:HI."""
-    low, _, high = text.partition(":")
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be LO:HI, two numbers from 0 to 1")
     return cli.fraction(low), cli.fraction(high)
 
 
@@ -80,9 +84,10 @@ def main() -> None:
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model(decode=False)
     left = candidates(args, model.net.null is not None)
+    prompts = tuple(map(captions.plain, snap.class_names)) if model.net.max_prompt_bytes else None  # as evaluate.py
     with error_context("optimize_guidance"):
         for scale, times, weights in left:
-            base = SamplerSettings(args.sampling_method, args.sampling_steps, scale)
+            base = SamplerSettings(args.sampling_method, args.sampling_steps, scale, prompts=prompts)
             validate(replace(base, guidance_interval=times, guide=weights), model)
     accelerator = distributed.build_single_process_accelerator("optimize_guidance")
     with lock.folder(args.out, accelerator):
@@ -100,7 +105,14 @@ def main() -> None:
     best = left[0]
     reached = results[best]["metrics"][distance]
     value = f"{distance} {reached.mean:.2f} ± {reached.interval:.2f}"
-    flags = [*best.flags, "--sampling_method", args.sampling_method, "--sampling_steps", str(args.sampling_steps)]
+    flags = [
+        *best.flags,
+        *cli.condition_flags(prompts=prompts and prompts[:8]),
+        "--sampling_method",
+        args.sampling_method,
+        "--sampling_steps",
+        str(args.sampling_steps),
+    ]
     result = f"best: guidance {best.scale:g}, {best.curve}: {value}; table and guidance.png in {args.out}"
     sample = cli.sample_command(args.weights, "best_guidance", *flags, *args.overrides)
     print(cli.summary(result, args.start, f"sample with it: {sample}"))
@@ -148,7 +160,8 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
         if row["n"] != n or row["identity"]["extractor"][0] != args.feature_extractor:
             continue
         [entry] = table.aggregate([row])
-        key = (row["guidance_scale"] or 1.0, row.get("guidance_interval"), row.get("guide"))
+        scale = row["guidance_scale"]
+        key = (1.0 if scale is None else scale, row.get("guidance_interval"), row.get("guide"))
         if table.is_control(entry):
             floors.append(entry)
         elif own.items() <= row["identity"].items() and (row["method"], row["steps"]) == solver and key in by_columns:

@@ -143,7 +143,7 @@ def built_in(args, accelerator: Accelerator, root: str | None) -> Source:
     splits = ("train", "test")
     if args.split not in (None, *splits):
         raise ValueError(f"--split {args.split}: must be one of {', '.join(splits)}")
-    arguments: dict[str, Any] = {"split": args.split} if args.split else {}
+    arguments: dict[str, Any] = {"split": args.split or "train"}
     if datasets.has_test_split(args.source):
         arguments = {"train": args.split != "test"}
     data = distributed.main_process_first(accelerator, lambda: datasets.build(args.source, root, arguments))
@@ -278,7 +278,7 @@ def fitting(height: int, width: int) -> Iterator[str]:
     if height % 4 or width % 4:
         yield "model.args.channel_mult=[1]"
         yield "model.args.attention_resolutions=[]"
-    elif height != 64:
+    elif height != 64 or width % 8:
         yield f"model.args.attention_resolutions=[{height // (4 if height % 8 or width % 8 else 8)}]"
 
 

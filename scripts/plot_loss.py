@@ -4,14 +4,16 @@ Runs that minimize different losses get a panel for each loss. The validation lo
 line: in the panel of the training loss where both measure the same, else in a panel of its own.
 """
 
+import inspect
 import sys
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from configs import schema
-from configs.schema import UserError
+from configs.schema import LossConfig, UserError
 from configs.vae import VaeConfig
+from flow import losses
 from flow.evaluation import plots
 from flow.runtime import cli, jsonl, subprocesses
 from flow.runtime.errors import cli_main
@@ -30,7 +32,7 @@ def parse_args():
     parser.add_argument("--against", choices=("step", "images"), default="step", help="horizontal axis (default: step)")
     cli.add_count_flag(parser, "--smooth", "mean over N rows", 1)
     cli.add_output_flag(parser, use="picture to write", metavar="PNG")
-    return parser.parse()
+    return parser.parse(takes_keys=False)
 
 
 def main() -> None:
@@ -81,12 +83,21 @@ def loss_names(config: Path) -> tuple[str, str]:
             lpips = f" + {cfg.lpips_weight:g} LPIPS" if cfg.lpips_weight else ""
             return f"autoencoder loss ({cfg.distance} + {cfg.kl_weight:g} KL{lpips})", "validation loss"
         parsed = schema.parse(text, str(config))
-        distance = parsed.loss.args.get("distance", "mse")
-        name = f"{parsed.loss.name.replace('_', ' ')} loss ({distance} of the {parsed.flow.prediction})"
-        same = (parsed.loss.name, distance, parsed.flow.time_sampler) == ("flow_matching", "mse", "uniform")
-        return name, name if same else f"validation loss (mse of the {parsed.flow.prediction})"
+        loss, flow = parsed.loss, parsed.flow
+        distance = loss.args.get("distance", "mse")
+        weighted = "weighted " if is_weighted(loss) else ""
+        name = f"{loss.name.replace('_', ' ')} loss ({weighted}{distance} of the {flow.prediction})"
+        chosen = (loss.name, distance, weighted, flow.time_sampler, flow.coupling)
+        same = chosen == ("flow_matching", "mse", "", "uniform", "independent")
+        return name, name if same else f"validation loss (mse of the {flow.prediction})"
     except Exception:  # OmegaConf and YAML have many; the curve is worth more than its title
         return "training loss", "validation loss"
+
+
+def is_weighted(loss: LossConfig) -> bool:
+    """Whether the loss of a sample is weighted by its size."""
+    power = inspect.signature(losses.LOSSES[loss.name]).parameters.get("weight_power")
+    return bool(loss.args.get("weight_power", power.default if power else 0))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flow.runtime import cli, distributed
 from flow.runtime.errors import cli_main
-from flow.sampling import posthoc_ema
+from flow.sampling import exported, posthoc_ema, snapshot
 
 EXAMPLES = """\
   python train.py -c configs/digits.yaml -e runs/widths 'ema.power_widths=[0.05, 0.1]' ema.power_every_steps=35
@@ -30,7 +30,8 @@ def main() -> None:
     accelerator = distributed.build_single_process_accelerator("posthoc_ema")
     paths = posthoc_ema.reconstruct(accelerator, args.weights, args.width, args.step)
     names = " ".join(path.name for path in paths)
-    sample = cli.sample_command(paths[0], f"{args.weights.name}_{paths[0].stem}", *args.overrides)
+    flags = exported.sample_flags(snapshot.load(paths[0], None, args.overrides), in_run=True)
+    sample = cli.sample_command(paths[0], f"{args.weights.name}_{paths[0].stem}", *flags, *args.overrides)
     print(cli.summary(f"{names} in {paths[0].parent}", args.start, f"sample from the first with: {sample}"))
 
 

@@ -14,7 +14,7 @@ SAMPLES = Path("samples/digits")
 
 
 def main() -> None:
-    args = cli.Parser(__doc__, "  make quickstart").parse()
+    args = cli.Parser(__doc__, "  make quickstart").parse(takes_keys=False)
     run_command(train_arguments("configs/digits.yaml", RUN, []))
     sample = f"sample.py --weights {RUN} --n_samples 100 --save_dir {SAMPLES} --guidance_scale 2"
     run_command(f"{sample} --sampling_method heun --sampling_steps 10".split())

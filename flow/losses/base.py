@@ -57,8 +57,8 @@ class Eager(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(u, du/dt): the output u [b, ...] at (x, t), and its derivative along dx/dt = v [b, ...]; t_next stays fixed."""
 
-    def difference(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, h: float) -> Tensor:
-        """That du/dt by a central difference over 2 h in time."""
+    def difference(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor) -> Tensor:
+        """That du/dt by a central difference over a short time."""
 
 
 class Loss(Protocol):

@@ -12,7 +12,6 @@ from flow.losses.flow_map import FlowMapLoss, jump, x_and_velocity
 TANGENTS = ("path", "network")
 DERIVATIVES = ("jvp", "difference")
 JVP_PRECISIONS = ("no", "bf16")
-STEP = 0.005  # in time, of the central difference; as in the code of Transition Models
 
 
 @dataclass(kw_only=True)
@@ -60,9 +59,7 @@ class MeanFlow(FlowMapLoss):
         if len(rows := (t_next > t).nonzero()[:, 0]):  # the derivative costs more than the network, so only where it counts
             at = x[rows], t[rows], None if batch.y is None else batch.y[rows]
             along = t_next[rows], eager(*at, at[1]) if self.tangent == "network" else v[rows]
-            if self.derivative == "jvp":
-                du_dt = eager.jvp(*at, *along, self.jvp_precision)[1]
-            else:
-                du_dt = eager.difference(*at, *along, STEP)
+            by_jvp = self.derivative == "jvp"
+            du_dt = eager.jvp(*at, *along, self.jvp_precision)[1] if by_jvp else eager.difference(*at, *along)
             target = v.index_copy(0, rows, jump(v[rows], t[rows], t_next[rows], du_dt))
         return self.weighted(prediction, target, t)

@@ -40,8 +40,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):  # called by argparse
         raise UserError(message)
 
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Raises UserError for an unknown flag or key, naming the nearest."""
+    def parse(self, argv: list[str] | None = None, takes_keys: bool = True) -> argparse.Namespace:
+        """takes_keys: of the configuration. Raises UserError for an unknown flag or key, naming the nearest."""
         flags, keys = list(self._option_string_actions), schema.all_keys(self.kind)
         rest, overrides = [], []
         argv = list(sys.argv[1:] if argv is None else argv)
@@ -65,6 +65,8 @@ class Parser(argparse.ArgumentParser):
             if flag in flags and self._option_string_actions[flag].nargs is None and not unknown[0].startswith("-"):
                 raise UserError(f"{flag}: takes one value, {unknown[0]!r} is a second one")
             raise UserError(f"unknown argument {unknown[0]!r}.{schema.did_you_mean(unknown[0], flags)}")
+        if overrides and not takes_keys:
+            raise UserError(f"{overrides[0]}: this command takes no configuration keys")
         namespace.overrides, namespace.start = overrides, time.perf_counter()
         return namespace
 

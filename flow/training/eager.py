@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.schema import UserError, first_line
 
 WITHOUT_JVP = "use loss.args.derivative=difference or loss.name=alpha_flow"
+MAX_STEP = 0.005  # of central differences, in time; as in the code of Transition Models (arXiv:2509.04394)
+MAX_PHASE = 0.15  # radians of the fastest time feature in a step: a difference makes it sin(phase) / phase = 0.996 of its slope
 OWN_NAMESPACES = {"aten", "prim", "prims", "profiler"}  # of torch's operations
 
 
@@ -32,6 +34,8 @@ class EagerNetwork:
         self._as_trained: Callable[..., Tensor] = sharded or net
         self.null: int | None = getattr(net, "null", None)
         self._device = next(net.parameters()).device
+        frequencies: list[Any] = [module.time_frequency for module in net.modules() if hasattr(module, "time_frequency")]
+        self.step = min([MAX_STEP, *(MAX_PHASE / frequency for frequency in frequencies)])  # of `difference`
         self._foreign: set[str] | None = None  # operations of others in it, as long as its derivative is not checked
         self.start_micro_batch()
 
@@ -81,16 +85,18 @@ class EagerNetwork:
             self._check_derivative(x, t, y, t_next, v, du_dt)
         return (u.float(), du_dt.float()) if bf16 else (u, du_dt)
 
-    def difference(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, h: float = 1e-2) -> Tensor:
-        """du/dt [b, ...] as in `jvp`, float32, by a central difference over 2 h in time: two passes, for any network.
+    def difference(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor) -> Tensor:
+        """du/dt [b, ...] as in `jvp`, float32, by a central difference: two passes, for any network.
 
-        Its error is h^2 / 6 of the third derivative in t, and rounding, 1e-7 of the output divided by h.
+        The step h in time follows from the network's `time_frequency`. The error is h^2 / 6 of the third derivative in t, and
+        rounding, 1e-7 of the output divided by h.
 
         Raises:
             UserError: where `derivative_error` says why there is none.
         """
         if self.derivative_error:
             raise UserError(self.derivative_error)
+        h = self.step
         return (self(x + h * v, t + h, y, t_next) - self(x - h * v, t - h, y, t_next)) / (2 * h)
 
     def _check_derivative(

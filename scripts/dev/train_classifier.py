@@ -30,7 +30,7 @@ def main() -> None:
     epochs_text = ", ".join(f"{count} for {name}" for name, count in EPOCHS.items())
     cli.add_count_flag(parser, "--epochs", f"passes over the data (default: {epochs_text})")
     cli.add_seed_flag(parser, 0, "weights and order")
-    args = parser.parse()
+    args = parser.parse(takes_keys=False)
     epochs = args.epochs or EPOCHS[args.name]
     train_x, train_y, test_x, test_y = split(args.name, args.seed)
 

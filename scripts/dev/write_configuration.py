@@ -30,7 +30,7 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
 
 
 def main() -> None:
-    args = cli.Parser(__doc__, "  python -m scripts.dev.write_configuration").parse()
+    args = cli.Parser(__doc__, "  python -m scripts.dev.write_configuration").parse(takes_keys=False)
     files.write_text(PAGE, page())
     difference = f"git diff --stat {shlex.quote(str(PAGE))}"
     print(cli.summary(f"{PAGE}: every key", args.start, f"see what has changed with: {difference}"))

@@ -7,6 +7,7 @@ seconds a step, memory, disk, and when the training would be over. Exit code 0 w
 
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -88,7 +89,12 @@ def main() -> None:
         accelerator.print(cli.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
     train = ["train.py", *(["-c", args.config] if args.config else []), "-e", context.run_dir, *args.overrides]
-    accelerator.print(cli.summary(counts, args.start, f"start the training with: {subprocesses.command(*train)}"))
+    processes = accelerator.num_processes
+    launcher = subprocesses.torchrun(processes) if processes > 1 else None
+    command = subprocesses.command(*train, launcher=launcher)
+    if os.environ.get("LOCAL_WORLD_SIZE", str(processes)) != str(processes):
+        command = f"the launcher of this command and {shlex.join(map(str, train))}"
+    accelerator.print(cli.summary(counts, args.start, f"start the training with: {command}"))
 
 
 def report(context: Context, level: str, check: Callable, text: str) -> None:
@@ -114,7 +120,7 @@ def devices(context: Context) -> Lines:
     else:
         yield "pass", text
     precision = accelerator.mixed_precision
-    if gpus and precision == "no" and torch.cuda.is_bf16_supported():
+    if gpus and precision == "no" and torch.cuda.is_bf16_supported(including_emulation=False):
         yield "warn", "train.mixed_precision=no: this GPU has bf16, which is faster; start with -mp auto"
     else:
         yield "pass", f"train.mixed_precision={precision}"

@@ -37,10 +37,7 @@ def parse_args():
         "--figures", nargs="+", type=Path, default=[], metavar="DIR",
         help="further folders with figures, e.g. of scripts.animate --out; those in a run folder are found",
     )  # fmt: skip
-    args = parser.parse()
-    if args.overrides:
-        raise UserError(f"{args.overrides[0]}: a report takes no configuration keys")
-    return args
+    return parser.parse(takes_keys=False)
 
 
 def main() -> None:

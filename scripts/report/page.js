@@ -520,7 +520,8 @@
   function sort(table, column, direction) {
     const body = table.tBodies[0], header = table.tHead.rows[0].cells;
     const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
-    const number = (text) => (/^[-+]?[\d.]/.test(text) ? parseFloat(text.replace(/,/g, "")) : NaN);
+    // whole numbers, with what may follow a blank: not dates, nor names that begin with a digit
+    const number = (text) => (/^[-+]?[\d.,]+(e[-+]?\d+)?(?=$| )/i.test(text) ? parseFloat(text.replace(/,/g, "")) : NaN);
     const compare = (a, b) => {
       const [x, y] = [key(a), key(b)];
       if (!x || !y) return !x - !y; // empty cells are last

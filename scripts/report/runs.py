@@ -450,7 +450,7 @@ def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str], best
     further = ("guidance_interval", "guide", "source", "ema_width")
     if best and best["method"] in SOLVERS and best["steps"] and not any(best[name] for name in further):
         solver = ["--sampling_method", best["method"], "--sampling_steps", str(best["steps"])]
-        solver += cli.condition_flags(best["guidance_scale"] or 1)
+        solver += cli.condition_flags(1 if best["guidance_scale"] is None else best["guidance_scale"])
     if values.get("model.args.max_prompt_bytes"):
         prompts = ["--prompts", captions.plain(class_names[0])] if class_names else []
     data, extractor = values.get("data.name"), values.get("evaluate.feature_extractor")

@@ -115,7 +115,7 @@ def test_sign_of_the_derivative(derivative):
         def jvp(self, x, t, y, t_next, v, precision):
             return torch.zeros_like(x), torch.ones_like(x)
 
-        def difference(self, x, t, y, t_next, v, h):
+        def difference(self, x, t, y, t_next, v):
             return torch.ones_like(x)
 
     loss, batch = build_loss("mean_flow", map_share=1.0, weight_power=0, derivative=derivative), batch_of(100)

@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import models
 from configs.schema import UserError
 from flow import losses, path, solvers, time_samplers
-from flow.losses import mean_flow
 from flow.model import FlowModel
 from flow.sampling import snapshot
 from flow.solvers.time_grids import uniform
@@ -110,15 +109,16 @@ def test_eager_derivative(name):
             derivative(x, t, y, t_next, v)
 
 
+@pytest.mark.parametrize("frequency", [10.0, 1000.0])
 @pytest.mark.parametrize("name", SMALL)
-def test_differences_are_close_to_the_derivative(name):
-    """In float32, with the masks of dropout, at the step that mean_flow takes."""
-    net = build(name, two_times=True, time_frequency=10.0, **({} if name == "mlp" else {"dropout": 0.3})).train()
+def test_differences_are_close_to_the_derivative(name, frequency):
+    """In float32, with the masks of dropout, also of networks whose time features are fast."""
+    net = build(name, two_times=True, time_frequency=frequency, **({} if name == "mlp" else {"dropout": 0.3})).train()
     x, t, y = inputs()
     v, t_next = torch.randn_like(x), t * 0.5 + 0.5
     eager = EagerNetwork(net)
-    expected, found = eager.jvp(x, t, y, t_next, v)[1], eager.difference(x, t, y, t_next, v, h=mean_flow.STEP)
-    assert (found - expected).norm() < 0.01 * expected.norm() and not found.requires_grad
+    expected, found = eager.jvp(x, t, y, t_next, v)[1], eager.difference(x, t, y, t_next, v)
+    assert (found - expected).norm() < 0.02 * expected.norm() and not found.requires_grad
 
 
 def test_a_kernel_without_forward_mode():
