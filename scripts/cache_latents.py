@@ -246,8 +246,9 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
     }  # fmt: skip
     files.write_text(args.save_dir / "reconstructions.json", json.dumps(result, indent=1))
     images.write_png(args.save_dir / "reconstructions.png", images.side_by_side_grid(*shown))
+    spread = "" if error is None else f" ± {error:.2f}"
     print(
-        f"PSNR {decibels.mean():.2f}{'' if error is None else f' ± {error:.2f}'} dB, r{extractor.distance_name} {distance:.3f} over "
+        f"PSNR {decibels.mean():.2f}{spread} dB, r{extractor.distance_name} {distance:.3f} over "
         f"{count} images, shown in {args.save_dir / 'reconstructions.png'}"
     )
 

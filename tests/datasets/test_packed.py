@@ -101,7 +101,7 @@ def test_reference_and_held_out(here, error, tmp_path, path, tiny_run):
     assert "image_shape [3, 8, 8]" in line and "[1, 8, 8]" in line
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "other", "header"])
 def test_damaged_shards_are_named(tmp_path, path, damage):
     copy = tmp_path / "copy"
     shutil.copytree(path, copy)
@@ -110,6 +110,10 @@ def test_damaged_shards_are_named(tmp_path, path, damage):
         shutil.copy(copy / "images_00002.safetensors", shard)
     elif damage == "cut":
         shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "header":
+        content = shard.read_bytes()
+        shard.write_bytes(content.replace(b'"header":"{', b'"header":"x', 1))
+        assert shard.read_bytes() != content
     else:
         shard.unlink()
     with pytest.raises(ValueError, match=r"images_00001\.safetensors is .*run pack_images with the same arguments"):

@@ -44,6 +44,18 @@ def test_processes_find_the_same_pairs():
     assert torch.equal(whole, torch.cat(shares))
 
 
+def test_pairs_without_generated_ones_draw_nothing():
+    """All images are real, and their noise is stored."""
+
+    class NoSource:
+        def draw(self, *_):
+            raise AssertionError("drawn")
+
+    noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    coupling = couplings.PairedCoupling(NoSource(), 0, 0, noise, SHAPE)
+    assert torch.equal(coupling.sample_x0([5, 6], [2, 0], torch.zeros(2, *SHAPE), None), noise[[2, 0]])
+
+
 def test_mistakes():
     with pytest.raises(ValueError, match="unknown coupling 'od'; choose from independent, ot"):
         couplings.build("od", 0, SHAPE, 8, {})

@@ -52,6 +52,8 @@ def test_silent_network_carries_noise_to_gaussian_data():
 def test_wrong_values_are_named():
     with pytest.raises(ValueError, match=r"data_std=0: must be a finite number above 0"):
         models.build("mini_unet", (1, 8, 8), {"data_std": 0})
+    with pytest.raises(ValueError, match=r"data_std=True: must be a finite number above 0"):
+        models.build("mini_unet", (1, 8, 8), {"data_std": True})
     net = models.build("mini_unet", (1, 8, 8), {"data_std": 0.5})
     with pytest.raises(ValueError, match=r"data_std=0.5: preconditioning needs flow.path=linear"):
         FlowModel(net, CosinePath())

@@ -31,10 +31,12 @@ def rows_of(tmp_path) -> list[dict]:
 
 
 def test_table_grows_and_the_best_is_named(optimize, here, tmp_path):
+    out = optimize("--guidance_scale", "0", "1", "--n_samples", "80")
+    assert [row["guidance_scale"] for row in rows_of(tmp_path)] == [0, 1]
     out = optimize("--guidance_scale", "1", "3", "--n_samples", "80")
-    assert len(rows_of(tmp_path)) == 2 and (tmp_path / "guidance/guidance.png").is_file()
+    assert len(rows_of(tmp_path)) == 3 and (tmp_path / "guidance/guidance.png").is_file()
     out = optimize("--guidance_scale", "1", "3", "--n_samples", "80", "--intervals", "0:1", "0.4:1")
-    rows = rows_of(tmp_path)
+    rows = rows_of(tmp_path)[1:]
     assert [(row["guidance_scale"], row.get("guidance_interval")) for row in rows] == [(1, None), (3, None), (3, "0.4 to 1")]
     best = min(rows, key=lambda row: row["metrics"]["FD-digits"])
     last = out.splitlines()[-1]
@@ -61,7 +63,7 @@ def test_halving(optimize, tmp_path, tiny_run, monkeypatch):
     [
         ("--guidance_scale 1", "--guidance_scale 1: needs two kinds of guidance at least"),
         ("--guidance_scale 1 2 --intervals 0.5:0.2", "guidance_interval=0.5 0.2: must be two times from 0 to 1"),
-        ("--guidance_scale 1 2 --intervals 0.5", "argument --intervals: '': must be a number from 0 to 1"),
+        ("--guidance_scale 1 2 --intervals 0.5", "argument --intervals: '0.5': must be LO:HI, two numbers from 0 to 1"),
     ],
 )
 def test_errors(flags, message, error, tiny_run, tmp_path):

@@ -1,6 +1,10 @@
-"""Loss curves of runs in one picture."""
+"""Loss curves of runs in one figure."""
 
+import pytest
 from PIL import Image
+
+from configs import schema
+from scripts.plot_loss import loss_names
 
 
 def test_curves_of_two_runs(here, tmp_path, tiny_run):
@@ -12,3 +16,19 @@ def test_curves_of_two_runs(here, tmp_path, tiny_run):
 def test_mistakes(error, tmp_path, tiny_run):
     assert "holds no row of metrics.jsonl" in error("plot_loss", "--runs", tmp_path, "--out", tmp_path / "x.png")
     assert "must end in .png" in error("plot_loss", "--runs", tiny_run, "--out", tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "same", "name"),
+    [
+        ([], True, "flow matching loss (mse of the velocity)"),
+        (["loss.args.weight_power=1"], False, "flow matching loss (weighted mse of the velocity)"),
+        (["flow.coupling=ot"], False, "flow matching loss (mse of the velocity)"),
+        (["loss.name=mean_flow"], False, "mean flow loss (weighted mse of the velocity)"),
+        (["loss.name=trajectory"], False, "trajectory loss (mse of the velocity)"),
+    ],
+)
+def test_only_equal_losses_share_a_name(tmp_path, overrides, same, name):
+    (tmp_path / "config.yaml").write_text(schema.dump(schema.load(None, overrides)))
+    training, validation = loss_names(tmp_path / "config.yaml")
+    assert training == name and (training == validation) == same
