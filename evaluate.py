@@ -157,8 +157,8 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     flags += cli.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
     flags += cli.guidance_flags(args) if row.guidance_scale != 1 else []
     flags += cli.source_flags(args) + cli.option_flags(row.options)
-    flags += ["--labels", *args.labels] if args.labels else []
-    flags += ["--seed", str(args.seed)] if args.seed else []
+    flags += ["--labels", *args.labels] if args.labels and not row.prompts else []
+    flags += ["--seed", str(args.seed)]
     sample = cli.sample_command(paths[-1], f"{paths[-1].stem}_{row.method}_{row.steps}", *flags, *args.overrides)
     print_summary(args, accelerator, out, f"sample as in the last row with: {sample}")
 

@@ -59,10 +59,8 @@ class FlowModel:
 
     @property
     def no_score(self) -> str | None:
-        """Why the score does not follow from the velocity, as from Gaussian noise independent of the data; None: it does."""
-        if self.source.name != GAUSSIAN:
-            return f"flow.source.name={self.source.name}: the flow does not start at Gaussian noise"
-        return f"flow.coupling={self.coupling}: the noise depends on the data" if self.coupling != "independent" else None
+        """Why the score does not follow from the velocity; None: it does."""
+        return why_no_score(self.source.name, self.coupling)
 
     @property
     def networks(self) -> list[Any]:
@@ -88,3 +86,11 @@ def network_defaults(net: Any) -> dict[str, int | None]:
         "two_times": False,
     }
     return {name: value for name, value in defaults.items() if not hasattr(net, name)}
+
+
+def why_no_score(source: str, coupling: str) -> str | None:
+    """Why a flow from this source, trained with this coupling, has a velocity that does not give the score, as Gaussian noise
+    independent of the data does; None: it gives it."""
+    if source != GAUSSIAN:
+        return f"flow.source.name={source}: the flow does not start at Gaussian noise"
+    return f"flow.coupling={coupling}: the noise depends on the data" if coupling != "independent" else None

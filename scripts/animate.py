@@ -215,7 +215,7 @@ def moving_plane(out: Path, model: FlowModel, settings: SamplerSettings, times: 
 def strip(out: Path, times: list[float], states: list[Tensor]) -> str:
     """density.png: the density at six times."""
     nearest = [min(range(len(times)), key=lambda i, t=t: abs(times[i] - t)) for t in STRIP]
-    figure, axes = plots_2d.panels([f"t = {times[i]:.2g}" for i in nearest])
+    figure, axes = plots_2d.panels([f"t = {round(times[i], 1):g}" for i in nearest])
     for ax, i in zip(axes, nearest, strict=True):
         plots_2d.density(ax, states[i].float().cpu().numpy())
     plots_2d.save(out / "density.png", figure)
@@ -236,7 +236,7 @@ def likelihood_map(
     }
     maps = {name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, eps=eps)[0].cpu() for name, eps in estimates.items()}
     captions = [""] * len(maps)
-    exact = exact_density(snap, at.cpu())
+    exact = exact_density(snap, at.cpu()) if settings.guidance_scale == 1 else None  # guidance changes the density
     if exact is not None:
         inside = exact > exact.max() + np.log(MASS)
         errors = [(values - exact)[inside].abs().mean().item() for values in maps.values()]

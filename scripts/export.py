@@ -73,9 +73,10 @@ def main() -> None:
         weights = args.push or args.to
     if graphs:
         results += write_graphs(args, snap)
-    sample = cli.sample_command(
-        weights, snapshot.name_of(weights), *exported.sample_flags(snap, in_run=weights == args.weights)
-    )
+    moved = weights != args.weights and snap.codec is not None
+    autoencoder = (snap.config.data.autoencoder or snap.codec["source"]) if moved and snap.codec else None
+    flags = [*exported.sample_flags(snap, autoencoder), *([] if moved else args.overrides)]
+    sample = cli.sample_command(weights, snapshot.name_of(weights), *flags)
     print(cli.summary(", ".join(results), args.start, f"sample from it with: {sample}"))
 
 

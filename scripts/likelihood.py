@@ -55,7 +55,9 @@ def main() -> None:
         if args.test:
             other = datasets.held_out(real)
             if other is None:
-                raise UserError(f"--test: data.name={real['name']}, data.args={real['args']} has no held-out images")
+                raise UserError(
+                    f"--test: data.name={real['name']}, data.args={real['args']} has no held-out images; leave it out"
+                )
             real = other[1]
         data = datasets.build(**real)
     if args.n_images > len(data):

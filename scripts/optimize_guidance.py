@@ -8,6 +8,7 @@ many, up to --n_samples. `--out` gets guidance.png, distance against scale, besi
 import argparse
 import math
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 from configs.schema import UserError
@@ -39,7 +40,7 @@ class Guidance(NamedTuple):
     @property
     def curve(self) -> str:
         """Of the figure."""
-        by = f"autoguidance by {snapshot.load(self.guide).title(self.guide)}" if self.guide else "classifier-free guidance"
+        by = f"autoguidance by {title_of(self.guide)}" if self.guide else "classifier-free guidance"
         low, high = self.interval
         return by + (f", t from {low:g} to {high:g}" if self.interval != ALL_TIMES else "")
 
@@ -69,6 +70,12 @@ def parse_args():
     parser.add_argument("--launcher", metavar="COMMAND", help="what starts evaluate.py (default: this Python)")
     cli.add_output_flag(parser)
     return parser.parse()
+
+
+@cache
+def title_of(weights: str) -> str:
+    """What a table calls the snapshot behind --guide_weights."""
+    return snapshot.load(weights).title(weights)
 
 
 def interval(text: str) -> tuple[float, float]:

@@ -30,7 +30,7 @@ def main() -> None:
     accelerator = distributed.build_single_process_accelerator("posthoc_ema")
     paths = posthoc_ema.reconstruct(accelerator, args.weights, args.width, args.step)
     names = " ".join(path.name for path in paths)
-    flags = exported.sample_flags(snapshot.load(paths[0], None, args.overrides), in_run=True)
+    flags = exported.sample_flags(snapshot.load(paths[0], None, args.overrides), None)
     sample = cli.sample_command(paths[0], f"{args.weights.name}_{paths[0].stem}", *flags, *args.overrides)
     print(cli.summary(f"{names} in {paths[0].parent}", args.start, f"sample from the first with: {sample}"))
 

@@ -28,7 +28,7 @@ from flow.evaluation import plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.likelihood import T_MAX
 from flow.losses import FlowLoss
-from flow.model import FlowModel
+from flow.model import FlowModel, why_no_score
 from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.subprocesses import run_command, train_arguments
@@ -283,10 +283,11 @@ def check_routes(cfg: RectifyConfig) -> None:
 def check_method(cfg: RectifyConfig, config: Config, method: str) -> None:
     """Raises ValueError for a solver that a network of this training does not go with, or whose steps are not its NFE."""
     solvers.check(method)
-    if method in solvers.STOCHASTIC and config.flow.coupling != "independent":
-        raise ValueError(f"{method!r} needs the score, which a flow of flow.coupling={config.flow.coupling} does not give")
+    reason = why_no_score(config.flow.source.name, config.flow.coupling)
+    if method in solvers.STOCHASTIC and reason:
+        raise ValueError(f"{method!r} needs the score ({reason}); use euler")
     if method in solvers.HAS_TOLERANCES or any(solvers.nfe(method, n) != n for n in cfg.nfe):
-        raise ValueError(f"{method!r} does not take one evaluation a step, and the columns of the table are NFE")
+        raise ValueError(f"{method!r} does not take one evaluation a step, and the columns of the table are NFE; use euler")
 
 
 def check_stage(

@@ -65,9 +65,9 @@ class Extractor:
                 self.net = cls(name, self.layers, feature_extractor_weights_path=str(weights) if weights else None)
         except Exception as error:  # downloads and state dicts fail in many ways
             reason = f"its weights could not be loaded ({first_line(error)})"
-            here = ", ".join(classifiers.SIDES)
+            here = " or ".join(classifiers.SIDES)
             raise ValueError(
-                f"--feature_extractor {name}: {reason}; give a file with --feature_weights, or one of {here}, which are here"
+                f"--feature_extractor {name}: {reason}; give a file with --feature_weights, or use --feature_extractor {here}"
             ) from None
         self.net.eval().to(device)
         self.net.to(memory_format=torch.channels_last)  # Inception is 1.4 times as fast on a CPU (docs/performance.md)

@@ -19,6 +19,11 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return float(distance)
 
 
+def can_extrapolate(n: int, dimension: int) -> bool:
+    """Whether the smallest subset of n samples has enough images a feature."""
+    return n // PARTS[-1] >= IMAGES_A_FEATURE * dimension
+
+
 def extrapolated_distance(features: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> tuple[float, float] | None:
     """The Frechet distance of infinitely many samples to the mean mu [d] and covariance sigma [d, d], and its standard error.
 
@@ -34,7 +39,7 @@ def extrapolated_distance(features: np.ndarray, mu: np.ndarray, sigma: np.ndarra
     """
     n, d = features.shape
     influence = influence_of_samples(features, mu, sigma)
-    if n // PARTS[-1] < IMAGES_A_FEATURE * d or influence is None:
+    if not can_extrapolate(n, d) or influence is None:
         return None
     sizes, distances = [], []
     for count in PARTS:

@@ -245,7 +245,7 @@ def prepare_launch(has_accelerator: bool, timeout: timedelta) -> None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(f"fsdp_version={version}: must be 2, see configs/accelerate/fsdp.yaml")
-    state_dict = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")  # accelerate's default
+    state_dict = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT (accelerate's default)")
     if state_dict.upper() not in ("FULL_STATE_DICT", "1"):
         raise UserError(f"fsdp_state_dict_type={state_dict}: must be FULL_STATE_DICT, see configs/accelerate/fsdp.yaml")
     if not has_accelerator and int(os.environ.get("WORLD_SIZE", "1")) > 1:

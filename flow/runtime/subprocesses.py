@@ -46,6 +46,18 @@ def torchrun(processes: int | str) -> str:
     return f"{interpreter('torchrun')} --standalone --nproc_per_node {processes}"
 
 
+def relaunched(*arguments: str | Path) -> str:
+    """The command that starts a script with as many processes as this one was. Of several machines or sharded weights only the
+    launcher's own command knows all."""
+    processes = os.environ.get("WORLD_SIZE")
+    if processes is None:
+        return command(*arguments)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded or os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
+        return f"the launcher of this command and {shlex.join(map(str, arguments))}"
+    return command(*arguments, launcher=torchrun(processes))
+
+
 def shipped(name: str) -> Path:
     """The path of a file in configs/ from here."""
     path = Path("configs") / name

@@ -56,8 +56,6 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_m
                 p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in written
             }
             (temporary / "manifest.json").write_text(json.dumps(entries, indent=1))
-            if path.exists():  # a damaged one that resuming has skipped
-                shutil.rmtree(path)
             files.atomic_rename_dir(temporary, path)
     return path
 
@@ -121,8 +119,11 @@ def find_latest(accelerator: Accelerator, folder: Path) -> Path | None:
 
 def latest_checkpoint_hint(folder: Path) -> str:
     """For a message about a run that ends."""
-    saved = list_checkpoints(folder)
-    return f"the latest checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+    return checkpoint_hint(next(reversed(list_checkpoints(folder)), None))
+
+
+def checkpoint_hint(latest: Path | None) -> str:
+    return f"the latest checkpoint is {latest}" if latest else "there is no checkpoint yet"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

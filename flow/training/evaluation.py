@@ -10,6 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from configs.schema import UserError, did_you_mean
 from flow.evaluation import metrics, runner, table
+from flow.evaluation.frechet import can_extrapolate
 from flow.evaluation.real_images import load_real_images
 from flow.runtime import cli, files, lock
 from flow.runtime.errors import error_context
@@ -116,7 +117,8 @@ class EvaluateSnapshots(Callback):
             columns = [name for name in columns if name != "accuracy" and not table.is_class_column(name)]
         if "isc" in requested and extractor.isc_layer:
             columns = [*columns, "IS"]
-        return [*columns, f"{extractor.distance_name}_inf"] if "fd_inf" in requested else columns
+        enough = can_extrapolate(self.settings.n_samples, self.evaluator.evaluation.dimension)
+        return [*columns, f"{extractor.distance_name}_inf"] if "fd_inf" in requested and enough else columns
 
     def _check_best_column(self, columns: list[str]) -> None:
         """Raises UserError on every process where the column of evaluate.keep_best is not among these, on the main process."""

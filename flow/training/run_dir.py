@@ -1,7 +1,6 @@
 """The folder of a run: refused where it exists, resumed where asked, described by config.yaml and environment.json."""
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -151,9 +150,9 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
     A run that was resumed from before them has them: the checkpoints are damaged, the snapshots are of an abandoned training.
     """
     moved = []
-    for folder in (run_dir / "checkpoints", run_dir / "snapshots"):
+    for folder, tail in ((run_dir / "checkpoints", ""), (run_dir / "snapshots", r"(\.ema_\d+)?\.safetensors")):
         for path in sorted(folder.glob("step_*")):
-            match = re.match(r"step_(\d{8,})(?!\d)", path.name)
+            match = re.fullmatch(rf"step_(\d{{8,}}){tail}", path.name)
             if match and int(match.group(1)) > step:
                 target = run_dir / "set_aside" / folder.name / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -184,19 +183,12 @@ def environment(accelerator: Accelerator) -> dict:
 
 
 def resume_command(run_dir: Path, script: str = "train.py", config: Any = None, launcher: str | None = None) -> str:
-    """The command that resumes a run; it repeats the values that config.yaml stores as they were typed. Of several
-    machines or sharded weights only the launcher's own command knows all.
+    """The command that resumes a run; it repeats the values that config.yaml stores as they were typed.
 
     launcher: what starts the script, where this process is none of the run.
     """
     arguments = [*script.split(), "-e", str(run_dir), "-r", "latest", *stored.typed_overrides(config)]
-    processes = os.environ.get("WORLD_SIZE")
-    if launcher or processes is None:
-        return subprocesses.command(*arguments, launcher=launcher)
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if sharded or os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
-        return f"the launcher of this run and {shlex.join(arguments)}"
-    return subprocesses.command(*arguments, launcher=subprocesses.torchrun(processes))
+    return subprocesses.command(*arguments, launcher=launcher) if launcher else subprocesses.relaunched(*arguments)
 
 
 def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Path:

@@ -117,10 +117,12 @@ class Trainer:
         device = accelerator.device
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, accelerator))
-        sharded = ("FSDP2 has no derivative of a sharded network in float32", self.model) if accelerator.is_fsdp2 else ()
+        sharded = (
+            ("a derivative needs float32, in which FSDP2 has no sharded network", self.model) if accelerator.is_fsdp2 else ()
+        )
         self.eager = EagerNetwork(task.net, *sharded)
         if self.eager.derivative_error and getattr(task.loss, "needs_derivative", False):
-            raise UserError(f"loss.name={config.loss.name}: {self.eager.derivative_error}; use alpha_flow")
+            raise UserError(f"loss.name={config.loss.name}: {self.eager.derivative_error}; use loss.name=alpha_flow")
         self.half_lives = schema.half_lives(config)
         self.ema = Ema(task.net, self.half_lives, config.ema.warmup_ratio, task.build_network)
         self.power_ema = PowerEma(task.net, schema.power_widths(config), task.build_network)
@@ -362,7 +364,7 @@ class Trainer:
         )
 
     def _checkpoint_hint(self) -> str:
-        return checkpoint.latest_checkpoint_hint(self.folder / "checkpoints")
+        return checkpoint.checkpoint_hint(self.last_checkpoint)
 
     def _log_summary(self) -> None:
         config, accelerator = self.config.train, self.accelerator

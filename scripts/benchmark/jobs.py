@@ -77,11 +77,11 @@ def training_laps(config: str, overrides: list[str], scratch: Path) -> list[floa
 
 def seconds_per_step(rounds: list[list[float]]) -> float:
     """The mean over the steps of a short training of their medians over rounds of `training_laps`: the cost of a step may
-    change during the training. The first sixth, which is not measured, counts as the first step after it, which holds for
-    alpha_flow and for flow maps with `map_start`.
+    change during the training. The first sixth, which is not measured, counts as the three steps after it, which holds for
+    alpha_flow and for flow maps with a `map_start` of 0 or of more than a quarter.
     """
     medians = [statistics.median(laps) for laps in zip(*rounds, strict=True)]
-    return statistics.mean([medians[0]] * WARMUP_STEPS + medians)
+    return statistics.mean([statistics.median(medians[:3])] * WARMUP_STEPS + medians)
 
 
 def sampling_seconds(config: str, overrides: list[str], scratch: Path) -> float:

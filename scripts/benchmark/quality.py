@@ -136,7 +136,8 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
             raise UserError(f"--out {args.out}: holds a race of {record['budget']}, not {budget(args)}; name another folder")
         for flag, value in yardstick(args).items():
             if (before := record["yardstick"][flag]) != value:
-                raise UserError(f"--{flag} {value}: the rows in {args.out} were measured with {before}; name another folder")
+                now, then = value or "left out", before or "its default"
+                raise UserError(f"--{flag} {now}: the rows in {args.out} were measured with {then}; name another folder")
     for recipe in recipes:
         known = stored.get(recipe.name)
         if known and (known.config, known.overrides) != (recipe.config, recipe.overrides):

@@ -105,7 +105,7 @@ def main() -> None:
         if outdated([args.out / name / picture for picture in exhibit.figures], weights):
             run_command([*exhibit.draw, "--weights", *map(str, weights), "--out", str(args.out / name)])
     sample = cli.sample_command(args.runs / args.only[0], args.only[0])
-    print(cli.summary(f"\npictures in {args.out}", args.start, f"sample from a flow with: {sample}"))
+    print(cli.summary(f"\nfigures in {args.out}", args.start, f"sample from a flow with: {sample}"))
 
 
 def train(exhibit: Exhibit, runs: Path, overrides: list[str]) -> None:

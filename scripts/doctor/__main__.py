@@ -7,7 +7,6 @@ seconds a step, memory, disk, and when the training would be over. Exit code 0 w
 
 import math
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -89,12 +88,7 @@ def main() -> None:
         accelerator.print(cli.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
     train = ["train.py", *(["-c", args.config] if args.config else []), "-e", context.run_dir, *args.overrides]
-    processes = accelerator.num_processes
-    launcher = subprocesses.torchrun(processes) if processes > 1 else None
-    command = subprocesses.command(*train, launcher=launcher)
-    if os.environ.get("LOCAL_WORLD_SIZE", str(processes)) != str(processes):
-        command = f"the launcher of this command and {shlex.join(map(str, train))}"
-    accelerator.print(cli.summary(counts, args.start, f"start the training with: {command}"))
+    accelerator.print(cli.summary(counts, args.start, f"start the training with: {subprocesses.relaunched(*train)}"))
 
 
 def report(context: Context, level: str, check: Callable, text: str) -> None:

@@ -32,7 +32,7 @@ def parse_args():
         "--watch", nargs="?", type=cli.at_least(1), const=WATCH_SECONDS, metavar="SECONDS",
         help=f"build it again every so many seconds (default: {WATCH_SECONDS}) until Ctrl-C",
     )  # fmt: skip
-    parser.add_argument("--linked", action="store_true", help="pictures as files beside the page, all of them")
+    parser.add_argument("--linked", action="store_true", help="figures as files beside the page, all of them")
     parser.add_argument(
         "--figures", nargs="+", type=Path, default=[], metavar="DIR",
         help="further folders with figures, e.g. of scripts.animate --out; those in a run folder are found",

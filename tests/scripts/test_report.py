@@ -29,7 +29,7 @@ from scripts.report import page, runs
 HOSTILE = '<script>alert("x")</script>'
 ROW = {
     "weights": "run@10", "method": "heun", "steps": 5, "guidance_scale": 1.0, "n": 100, "first": 0, "identity": {"seed": 1},
-    "asked": ["fid"], "NFE": 9, "forwards": 9, "metrics": {"FD-digits": 4.25, "precision": 0.5},
+    "requested": ["fid"], "NFE": 9, "forwards": 9, "metrics": {"FD-digits": 4.25, "precision": 0.5},
     "standard_errors": {"FD-digits": 0.5}, "seconds": 1.0,
 }  # fmt: skip
 CONTROL = {**ROW, "weights": "real (test split)", "method": None, "NFE": None, "forwards": None, "steps": None,

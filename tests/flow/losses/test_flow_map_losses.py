@@ -69,8 +69,8 @@ class NearTruth(nn.Module):
 
 
 def mean_velocity(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    step = torch.where(t_next != t, t_next - t, 1.0)
-    return torch.where(t_next != t, (true_map(x, t, t_next) - x) / step, true_velocity(x, t))
+    step = torch.where(t_next > t, t_next - t, 1.0)
+    return torch.where(t_next > t, (true_map(x, t, t_next) - x) / step, true_velocity(x, t))
 
 
 def batch_of(n: int, seed: int = 0, num_uniforms: int = 3, progress: float = 1.0) -> Batch:

@@ -43,7 +43,9 @@ def test_the_first_version_of_fsdp_is_refused(error, monkeypatch, tmp_path):
 def test_sharded_checkpoints_are_refused(error, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    assert "fsdp_state_dict_type=SHARDED_STATE_DICT: must be FULL_STATE_DICT" in error("train", *TRAIN, "-e", tmp_path / "run")
+    assert "fsdp_state_dict_type=SHARDED_STATE_DICT (accelerate's default): must be FULL_STATE_DICT" in error(
+        "train", *TRAIN, "-e", tmp_path / "run"
+    )
 
 
 def test_unsharded_tensors_are_their_own_parts():
@@ -94,4 +96,7 @@ def test_flow_maps_in_shards(tmp_path):
             torch.testing.assert_close(found[name][key], value, atol=2e-5, rtol=1e-3)
     arguments = [*TRAIN, *flow_map, "loss.name=mean_flow", "-e", tmp_path / "mean_flow"]
     result = run_script("train.py", *arguments, processes=2, **fsdp_environment())
-    assert "loss.name=mean_flow: FSDP2 has no derivative of a sharded network in float32; use alpha_flow" in result.stderr
+    assert (
+        "loss.name=mean_flow: a derivative needs float32, in which FSDP2 has no sharded network; use loss.name=alpha_flow"
+        in result.stderr
+    )
