@@ -89,7 +89,7 @@ def places(snap: Snapshot) -> dict[str, Any]:
 
 
 def sample_flags(snap: Snapshot, autoencoder: str | None) -> list[str]:
-    """What sample.py needs besides the weights: a prompt, and where to find the `autoencoder` of weights outside of their run."""
+    """What sample.py needs besides the weights: a prompt, and the place of the `autoencoder` where they lie in no run."""
     prompts = bool(snap.config.model.args.get("max_prompt_bytes"))
     flags = ["--prompts", captions.plain(snap.class_names[0])] if prompts and snap.class_names else []
     return [*flags, subprocesses.override("data.autoencoder", autoencoder)] if autoencoder else flags
@@ -105,16 +105,8 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     tags = ["flow-matching", "pytorch", config.model.name, config.data.name]
     task = None if snap.space.is_points else "text-to-image" if prompts else "unconditional-image-generation"
     data = ModelCardData(license=license_name, library_name=LIBRARY, tags=tags, pipeline_tag=task)
-    sample = [
-        "sample.py",
-        "--weights",
-        shown,
-        "--n_samples",
-        "64",
-        "--save_dir",
-        "samples",
-        *sample_flags(snap, "PATH_OR_HUB_ID" if snap.codec else None),
-    ]
+    flags = sample_flags(snap, "PATH_OR_HUB_ID" if snap.codec else None)
+    sample = ["sample.py", "--weights", shown, "--n_samples", "64", "--save_dir", "samples", *flags]
     size = sum(value.numel() for value in snap.weights.values())
     facts = {
         "samples": f"{snap.space.kind} {'x'.join(map(str, snap.decoded_shape))}",
