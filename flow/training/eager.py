@@ -98,7 +98,7 @@ class EagerNetwork:
             raise UserError(self.derivative_error)
         low, high = (t - self.step).clamp(min=0), (t + self.step).clamp(max=1)
         if t_next is not None:  # the network has not been trained beyond
-            high = torch.minimum(high, t_next)
+            high = torch.where(t_next > t, torch.minimum(high, t_next), high)
         ends = [self(x + (end - t).view(-1, *[1] * (x.dim() - 1)) * v, end, y, t_next) for end in (low, high)]
         return (ends[1] - ends[0]) / (high - low).view(-1, *[1] * (x.dim() - 1))
 

@@ -126,7 +126,7 @@ def test_half_life_that_is_not_reached():
 )  # fmt: skip
 def test_processes_against_gpus(monkeypatch, gpus, processes, level, told):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     (first, text), (second, _) = found(doctor.devices, device="cuda", processes=processes)
     assert first == level and told in text
