@@ -123,6 +123,7 @@ def latest_checkpoint_hint(folder: Path) -> str:
 
 
 def checkpoint_hint(latest: Path | None) -> str:
+    """The same for a checkpoint that is known; None: there is none."""
     return f"the latest checkpoint is {latest}" if latest else "there is no checkpoint yet"
 
 

@@ -117,8 +117,10 @@ class EvaluateSnapshots(Callback):
             columns = [name for name in columns if name != "accuracy" and not table.is_class_column(name)]
         if "isc" in requested and extractor.isc_layer:
             columns = [*columns, "IS"]
-        enough = can_extrapolate(self.settings.n_samples, self.evaluator.evaluation.dimension)
-        return [*columns, f"{extractor.distance_name}_inf"] if "fd_inf" in requested and enough else columns
+        extrapolates = "fd_inf" in requested and not self.task.space.is_points
+        if extrapolates and can_extrapolate(self.settings.n_samples, self.evaluator.evaluation.dimension):
+            columns = [*columns, f"{extractor.distance_name}_inf"]
+        return columns
 
     def _check_best_column(self, columns: list[str]) -> None:
         """Raises UserError on every process where the column of evaluate.keep_best is not among these, on the main process."""

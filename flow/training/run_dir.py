@@ -4,7 +4,6 @@ import json
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -145,20 +144,18 @@ def write_run_files(run_dir: Path, config: Any, accelerator: Accelerator) -> Non
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
-    """Move checkpoints and snapshots past a step to RUN/set_aside; returns where they are now.
+    """Move checkpoints and snapshots past a step to a new folder RUN/set_aside; returns where they are now.
 
     A run that was resumed from before them has them: the checkpoints are damaged, the snapshots are of an abandoned training.
     """
-    moved = []
+    moved, destination = [], files.free_folder(run_dir / "set_aside")
     for folder, tail in ((run_dir / "checkpoints", ""), (run_dir / "snapshots", r"(\.ema_\d+)?\.safetensors")):
         for path in sorted(folder.glob("step_*")):
             match = re.fullmatch(rf"step_(\d{{8,}}){tail}", path.name)
             if match and int(match.group(1)) > step:
-                target = run_dir / "set_aside" / folder.name / path.name
+                target = destination / folder.name / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if target.is_dir():
-                    shutil.rmtree(target)
-                path.replace(target)
+                path.rename(target)
                 moved.append(target)
     return moved
 

@@ -136,9 +136,8 @@ class Trainer:
             run_dir.write_run_files(folder, config, accelerator)
             posthoc_ema.rewind(folder, self.step)
             if moved := run_dir.set_aside(folder, self.step):
-                accelerator.print(
-                    f"note: {len(moved)} checkpoints and snapshots past step {self.step} are in {folder}/set_aside now"
-                )
+                where = moved[0].parent.parent
+                accelerator.print(f"note: {len(moved)} checkpoints and snapshots past step {self.step} are in {where} now")
         accelerator.wait_for_everyone()
         self.logger = Logger(accelerator, folder, config, first_step=self.step)
         self.throughput = Throughput(config.train.batch_size, self.step)

@@ -134,8 +134,8 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
         stored = {entry["name"]: Recipe(**entry) for entry in record["recipes"]}
         if record["budget"] != budget(args):
             raise UserError(f"--out {args.out}: holds a race of {record['budget']}, not {budget(args)}; name another folder")
-        for flag, value in yardstick(args).items():
-            if (before := record["yardstick"][flag]) != value:
+        for flag, value in evaluation_flags(args).items():
+            if (before := record["evaluation"][flag]) != value:
                 now, then = value or "left out", before or "its default"
                 raise UserError(f"--{flag} {now}: the rows in {args.out} were measured with {then}; name another folder")
     for recipe in recipes:
@@ -151,7 +151,7 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
         for recipe in new:
             recipe.steps = max(1, round(args.images / batch_size(recipe)))
     stored |= {recipe.name: recipe for recipe in new}
-    record = {"budget": budget(args), "yardstick": yardstick(args), "recipes": [asdict(r) for r in stored.values()]}
+    record = {"budget": budget(args), "evaluation": evaluation_flags(args), "recipes": [asdict(r) for r in stored.values()]}
     files.write_text(path, json.dumps(record, indent=1))
     return [stored[recipe.name] for recipe in recipes]
 
@@ -161,7 +161,7 @@ def budget(args) -> str:
     return f"{args.minutes:g} minutes of steps" if args.minutes else f"{args.images:,} images"
 
 
-def yardstick(args) -> dict[str, str | None]:
+def evaluation_flags(args) -> dict[str, str | None]:
     """What all distances of a race are measured with, by flag."""
     flags = ("feature_extractor", "feature_layer", "feature_weights", "reference")
     return {flag: None if getattr(args, flag) is None else str(getattr(args, flag)) for flag in flags}
@@ -207,7 +207,7 @@ def commands(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
     yield train_arguments(recipe.config, run, overrides)
     precision = schema.load(recipe.config, recipe.overrides).train.mixed_precision
     shared = ["--n_samples", str(args.n_samples), "--bspp", "250", "-mp", precision]
-    for flag, value in yardstick(args).items():
+    for flag, value in evaluation_flags(args).items():
         shared += [f"--{flag}", value] if value else []
     scales = [f"{w:g}" for w in args.guidance_scale]
     settings = ["--methods", *args.methods, "--sampling_steps", *map(str, args.sampling_steps), "--guidance_scale", *scales]

@@ -76,14 +76,14 @@ def build(args, reload_seconds: int | None) -> tuple[Path, list[Run]]:
     return page.write(runs, args.out, args.linked, reload_seconds), runs
 
 
-def read_runs(paths: list[Path], pictures: list[Path]) -> list[Run]:
-    """The runs in these folders; `pictures` belong to a run of the same name, else to the first one."""
+def read_runs(paths: list[Path], figures: list[Path]) -> list[Run]:
+    """The runs in these folders; `figures` belong to a run of the same name, else to the first one."""
     folders = find_runs(paths)
     points = min(MAX_POINTS, max(MIN_POINTS, POINTS // len(folders)))
     names = names_of(folders)
-    owners = [names.index(picture.name) if picture.name in names else 0 for picture in pictures]
+    owners = [names.index(figure.name) if figure.name in names else 0 for figure in figures]
     return [
-        read_run(folder, name, points, [p for p, owner in zip(pictures, owners, strict=True) if owner == i])
+        read_run(folder, name, points, [p for p, owner in zip(figures, owners, strict=True) if owner == i])
         for i, (folder, name) in enumerate(zip(folders, names, strict=True))
     ]
 

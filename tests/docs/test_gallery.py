@@ -152,8 +152,8 @@ def test_commands_of_the_gallery_are_those_of_its_page(gallery_commands, monkeyp
 
 def test_every_picture_is_there_and_light():
     shown = {Path(p) for p in re.findall(r'(?:\]\(|src=")(images/[^)"]+)', PAGE)}
-    made = {Path("images/gallery") / e.name / picture for e in gallery.exhibits(Path()) for picture in e.figures}
-    assert made <= shown
+    expected = {Path("images/gallery") / e.name / picture for e in gallery.exhibits(Path()) for picture in e.figures}
+    assert expected <= shown
     for picture in shown:
         assert (REPOSITORY / "docs" / picture).stat().st_size < 3_000_000
 

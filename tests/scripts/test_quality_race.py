@@ -97,7 +97,7 @@ def test_mistakes(error, tmp_path):
     assert "'0': must be a finite number above 0" in refused("configs/digits.yaml", "--minutes", "0")
     assert not (tmp_path / "race").exists()
     (tmp_path / "race").mkdir()
-    record = {"budget": "3 minutes of steps", "yardstick": {"feature_extractor": "mnist"}, "recipes": []}
+    record = {"budget": "3 minutes of steps", "evaluation": {"feature_extractor": "mnist"}, "recipes": []}
     (tmp_path / "race" / "race.json").write_text(json.dumps(record))
     assert "holds a race of 3 minutes of steps, not 0.005 minutes of steps" in refused("configs/digits.yaml")
     (tmp_path / "race" / "race.json").write_text(json.dumps({**record, "budget": "0.005 minutes of steps"}))

@@ -117,8 +117,8 @@ def test_differences_are_close_to_the_derivative(name, frequency):
     x, t, y = inputs()
     v, t_next = torch.randn_like(x), t * 0.5 + 0.5
     eager = EagerNetwork(net)
-    expected, found = eager.jvp(x, t, y, t_next, v)[1], eager.difference(x, t, y, t_next, v)
-    assert (found - expected).norm() < 0.02 * expected.norm() and not found.requires_grad
+    expected, difference = eager.jvp(x, t, y, t_next, v)[1], eager.difference(x, t, y, t_next, v)
+    assert (difference - expected).norm() < 0.02 * expected.norm() and not difference.requires_grad
 
 
 def test_a_kernel_without_forward_mode():

@@ -89,8 +89,8 @@ def test_resumes_in_another_memory_format(to_channels_last):
     start = net[1].weight.detach().clone()
     train(net, optimizer, range(3, 4))
     train(other, resumed, range(3, 4))
-    step, found = net[1].weight.detach() - start, other[1].weight.detach() - start
-    assert (found - step).norm() < 0.05 * step.norm()
+    step, resumed_step = net[1].weight.detach() - start, other[1].weight.detach() - start
+    assert (resumed_step - step).norm() < 0.05 * step.norm()
 
 
 def test_resumes_to_the_same_bits():
