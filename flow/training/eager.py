@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import UserError, first_line
+from flow.losses.flow_map import column, jump
 
 WITHOUT_JVP = "use loss.args.derivative=difference or loss.name=alpha_flow"
 MAX_STEP = 0.005  # of central differences, in time; as in the code of Transition Models (arXiv:2509.04394)
@@ -78,6 +79,8 @@ class EagerNetwork:
                 with nullcontext() if self._foreign is not None else ForeignOperations() as foreign:
                     u, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
             except NotImplementedError as error:
+                if "forward AD" not in str(error):  # torch's words; else it is the network's own error
+                    raise
                 raise UserError(f"the network has no forward-mode derivative ({first_line(error)}); {WITHOUT_JVP}") from error
         if foreign:
             self._foreign = foreign.names
@@ -97,10 +100,10 @@ class EagerNetwork:
         if self.derivative_error:
             raise UserError(self.derivative_error)
         low, high = (t - self.step).clamp(min=0), (t + self.step).clamp(max=1)
-        if t_next is not None:  # the network has not been trained beyond
+        if t_next is not None:  # beyond it the network has not been trained
             high = torch.where(t_next > t, torch.minimum(high, t_next), high)
-        ends = [self(x + (end - t).view(-1, *[1] * (x.dim() - 1)) * v, end, y, t_next) for end in (low, high)]
-        return (ends[1] - ends[0]) / (high - low).view(-1, *[1] * (x.dim() - 1))
+        before, after = (self(jump(x, t, end, v), end, y, t_next) for end in (low, high))
+        return (after - before) / column(high - low, x)
 
     def _check_derivative(
         self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, du_dt: Tensor
