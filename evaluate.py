@@ -99,7 +99,9 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     """A row for each snapshot or average x method x steps x guidance scale x range of images; a scale of 1 has neither
     interval nor guide."""
     path = Path(args.weights)  # one of the hub too
-    run, paths = snapshot.of_run(path, args.snapshots) if args.snapshots else (path, [path])
+    run, paths = (
+        distributed.decided_by_main(lambda: snapshot.of_run(path, args.snapshots)) if args.snapshots else (path, [path])
+    )
     if args.ema_width:
         paths = posthoc_ema.reconstruct(accelerator, path, args.ema_width)
     snap = snapshot.load(paths[-1], args.config, args.overrides)
@@ -149,7 +151,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
                 snap.load_into(net)
             width = snap.power_average.width if snap.power_average else None
             subject = {"weights": f"{name}@{snap.step}", "ema_width": width, "images": snap.images, "captions": captions}
-            evaluator.evaluate(model, snap.image_shape, files.sha256(snap.path), subject)
+            evaluator.evaluate(model, snap.image_shape, snap.sha256, subject)
         accelerator.print(evaluator.evaluation.write_report())
         accelerator.wait_for_everyone()
     row = plan[-1]

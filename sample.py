@@ -6,7 +6,7 @@ little on its batch, so --bspp must stay the same). An interrupted run resumes. 
 """
 
 from flow.runtime import cli, distributed, files, lock, subprocesses
-from flow.runtime.errors import cli_main, error_context
+from flow.runtime.errors import cli_main, error_context, printable
 from flow.sampling import grid_store, guide, images, output, snapshot, sources
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
@@ -64,6 +64,8 @@ def main() -> None:
     )  # fmt: skip
     with error_context("sample"):
         validate(settings, model)
+        if prompts and labels and not all(0 <= label < len(snap.class_names) for label in labels):
+            raise ValueError(f"--labels {labels}: beside prompts they are classes, 0 to {len(snap.class_names) - 1}")
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
     for note in filter(None, (guidance_note(settings, model), source_note)):
@@ -105,7 +107,7 @@ def write_summary(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_
     files.clean_temporaries(folder)
     grid = args.save_dir / "grid.png"
     for line in output.write_grid(grid, folder, indices, settings, snap.class_names, num_classes, args.grid_by_class):
-        print(f"in grid.png: {line}")
+        print(f"in grid.png: {printable(line)}")
     if args.npz:
         output.write_npz(args.save_dir / "samples.npz", output.read_images(folder, indices), settings, num_classes)
 

@@ -20,7 +20,7 @@ class PairsConfig:
 class StageConfig:
     """A training, or the pairs of the network before it."""
 
-    config: str | None = None  # YAML of a training; it starts from the network before it, unless it overrides train.init_from
+    config: str | None = None  # YAML of a training; it starts from the previous network, unless it overrides train.init_from
     overrides: list[str] = field(default_factory=list)  # `key=value` of the training
     pairs: PairsConfig | None = None  # or pairs of the network before it, for the trainings after it
     share: float = limited(0.0, fraction=True)  # of `minutes`
@@ -28,7 +28,7 @@ class StageConfig:
 
 @dataclass
 class RouteConfig:
-    stages: list[str] = field(default_factory=list)  # in their order; routes that begin alike share what they have in common
+    stages: list[str] = field(default_factory=list)  # stages in order; routes with the same first stages share them
     guidance_scale: list[float] = field(default_factory=lambda: [1.0])  # a row of the table each
     methods: list[str] = field(default_factory=lambda: ["euler"])  # a row of the table each: euler, consistency, ...
 
@@ -36,10 +36,10 @@ class RouteConfig:
 @dataclass
 class RectifyConfig:
     folder: str = "runs/rectify"  # everything is written below it
-    minutes: float | None = None  # of each route, by a trial on this machine; null: steps and pairs as configured
+    minutes: float | None = None  # training time of each route; a trial run sets steps and pairs; null: as configured
     stages: dict[str, StageConfig] = field(default_factory=dict)  # by the name of their folder
     routes: dict[str, RouteConfig] = field(default_factory=dict)  # by their name in the table
-    nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # steps of the table
+    nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # NFE columns of the table
     n_samples: int = limited(2_000, min=2)  # images a cell of the table
     feature_extractor: str = "mnist"  # of evaluate.py
     straightness_images: int = limited(200, min=2)  # over which the straightness deviation is the mean

@@ -102,6 +102,7 @@ class OptimizerConfig:
     weight_decay: float = limited(0.0, min=0)  # of AdamW and Muon
     warmup_steps: int = limited(0, min=0)  # linear from 0
     schedule: str = limited("constant", choices=SCHEDULES)  # constant | linear | cosine | wsd; all but the first end at 0
+    restart_at: float = limited(0.0, fraction=True)  # share of the training at which warm-up and schedule begin again; 0: off
     clip_grad_norm: float = limited(1.0, min=0)  # 0: off
 
 
@@ -115,8 +116,8 @@ class EmaConfig:
 class FlowEmaConfig(EmaConfig):
     power_widths: list[float] = field(
         default_factory=list
-    )  # sigma_rel of power-function averages that are stored, from which other widths follow; two, e.g. [0.05, 0.1]; []: off
-    power_every_steps: int = limited(5_000, min=0)  # how often they are stored, besides at the end; 0: only there
+    )  # sigma_rel of the power-function averages to store, e.g. [0.05, 0.1]; others are reconstructed from them; []: off
+    power_every_steps: int = limited(5_000, min=0)  # steps between stored averages, plus one at the end; 0: only at the end
 
 
 @dataclass
@@ -128,17 +129,17 @@ class TrainConfig:
         "no", choices=PRECISION_CHOICES
     )  # no | fp16 | bf16 | auto: bf16 where the device has instructions for it, else no
     compile: bool = False  # torch.compile the network
-    cuda_graph: bool = False  # on one GPU: start the kernels of a step all at once, which makes steps of small networks faster
+    cuda_graph: bool = False  # on one GPU: run a training step as one CUDA graph, which speeds up small networks
     ddp_comm_hook: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16: precision of gradients between processes
     init_from: str | None = None  # snapshot whose weights a new run starts from
-    log_every_steps: int = limited(50, min=1)  # rows of metrics.jsonl, means over the steps between
-    sample_every_steps: int = limited(5_000, min=0)  # preview grids; 0: never
-    checkpoint_every_steps: int = limited(5_000, min=0)  # besides the one at the end
-    keep_checkpoints: int = limited(2, min=0)  # the last ones are retained; 0: all
-    keep_snapshots: int = limited(0, min=0)  # the last ones are retained; 0: all
+    log_every_steps: int = limited(50, min=1)  # steps between rows of metrics.jsonl, which are means over these steps
+    sample_every_steps: int = limited(5_000, min=0)  # preview grids, besides the one at the end; 0: only there
+    checkpoint_every_steps: int = limited(5_000, min=0)  # steps between checkpoints, plus one at the end; 0: only at the end
+    keep_checkpoints: int = limited(2, min=0)  # number of latest checkpoints to keep; 0: all
+    keep_snapshots: int = limited(0, min=0)  # number of latest snapshots to keep; 0: all
     log_with: list[str] = field(default_factory=lambda: ["tensorboard"])  # trackers by name; metrics.jsonl always
     timeout_minutes: float = 30.0  # a process that waits longer for the others stops
-    nonfinite_grad: str = limited("raise", choices=NONFINITE_GRAD)  # raise | skip a step whose gradient is not finite
+    nonfinite_grad: str = limited("raise", choices=NONFINITE_GRAD)  # raise | skip; for a step whose gradient is not finite
 
 
 @dataclass
@@ -152,7 +153,7 @@ class PreviewConfig:
 
 @dataclass
 class EvaluateConfig:
-    every_steps: int = limited(0, min=0)  # rows of RUN/evaluation, and one at the end; a checkpoint is written, too; 0: never
+    every_steps: int = limited(0, min=0)  # steps between rows of RUN/evaluation and checkpoints; also at the end; 0: never
     metrics: list[str] = field(default_factory=lambda: ["fid", "isc", "accuracy"])  # keys of flow.evaluation.metrics.METRICS
     n_samples: int = limited(10_000, min=2)  # images of a row
     sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS
@@ -161,7 +162,7 @@ class EvaluateConfig:
     seed: int = limited(8888, min=0)  # of its noise
     batch_size: int = limited(100, min=1)  # images a process takes at once
     feature_extractor: str = "inception-v3-compat"  # as --feature_extractor of evaluate.py
-    feature_layer: str | None = None  # null: that of the Frechet distance
+    feature_layer: str | None = None  # null: that of the Fréchet distance
     feature_weights: str | None = None  # local file, for machines without network
     reference: str | None = None  # folder, npz file, NAME:train or NAME:test; null: the training set
     keep_best: str | None = None  # fid or another column of the table: RUN/best.safetensors is the snapshot with the best value

@@ -1,8 +1,10 @@
 """The 1,797 handwritten digits of 8x8 pixels that come inside scikit-learn: real images without a download."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from datasets.images import Images
 
@@ -18,10 +20,17 @@ def digits(root: Path, split: str = "all") -> Images:
     """
     if split not in SPLITS:
         raise ValueError(f"split={split}: must be one of {', '.join(SPLITS)}")
+    images, labels = _load()
+    is_test = torch.arange(len(images)) % TEST_EVERY == TEST_EVERY - 1
+    rows = {"all": slice(None), "train": ~is_test, "test": is_test}[split]
+    return Images(images[rows].clone(), labels[rows].clone(), tuple("0123456789"))
+
+
+@cache  # parsing the text takes 20 ms
+def _load() -> tuple[Tensor, Tensor]:
+    """Images uint8 [1797, 1, 8, 8] and labels int64 [1797], which all callers share."""
     from sklearn.datasets import load_digits  # a second of import that other data sets need not pay
 
     bunch = load_digits()
     images = torch.from_numpy((bunch.images * (255 / 16)).round()).to(torch.uint8)
-    is_test = torch.arange(len(images)) % TEST_EVERY == TEST_EVERY - 1
-    rows = {"all": slice(None), "train": ~is_test, "test": is_test}[split]
-    return Images(images.unsqueeze(1)[rows], torch.from_numpy(bunch.target).long()[rows], tuple("0123456789"))
+    return images.unsqueeze(1), torch.from_numpy(bunch.target).long()

@@ -83,7 +83,8 @@ class PairedCoupling:
         if generated:
             x0[generated] = self.source.draw("pairs", self.seed, [indices[row] for row in generated], self.image_shape)
         inverted = [row for row, k in enumerate(indices) if k >= self.num_generated]
-        if inverted and self.inverted_noise is not None:
+        if inverted:
+            assert self.inverted_noise is not None, "pairs of real images come with their noise"
             x0[inverted] = self.inverted_noise[[indices[row] - self.num_generated for row in inverted]].float()
         return x0
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from flow import solvers
 from flow.solvers import Velocity
 from flow.solvers.time_grids import END_EPS
+from flow.solvers.torchdiffeq import ADAPTIVE
 from flow.source import GAUSSIAN, Source
 
 
@@ -34,8 +35,11 @@ def log_likelihood(
     unbiased for log p. `times` rise from 0 to 1 and are used backwards by methods that are not adaptive. The first step, from
     t = 1 to 1 - END_EPS, is a midpoint rule whose midpoint comes from the velocity at its end.
 
-    The result carries no gradient. Raises ValueError for an x1 that requires one.
+    The result carries no gradient. Raises ValueError for an x1 that requires one, and for a method that needs times and has
+    none.
     """
+    if times is None and method not in ADAPTIVE:
+        raise ValueError(f"method={method}: takes one step without times; give some, or one of {', '.join(ADAPTIVE)}")
     if x1.requires_grad and torch.is_grad_enabled():
         raise ValueError("x1 requires a gradient, and log_likelihood gives none: pass x1.detach()")
     shape, n = x1.shape, len(x1)

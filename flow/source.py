@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from flow.noise import gaussian_noise, generator
+from flow.noise import gaussian_noise, generators
 
 GAUSSIAN = "gaussian"  # the name of the default
 TRAINING_STREAMS = ("train", "pairs")  # which draw from the training samples at random
@@ -81,5 +81,5 @@ class DataSource:
         if stream not in TRAINING_STREAMS:
             return self.held_out.draw(stream, seed, positions, shape)
         n = len(self.training.samples)
-        drawn = [int(generator("source", stream, seed, p).integers(n)) for p in positions]
+        drawn = [int(g.integers(n)) for g in generators("source", stream, seed, positions=positions)]
         return self.training.draw(stream, seed, drawn, shape)

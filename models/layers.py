@@ -119,7 +119,7 @@ def tokens(x: Tensor) -> Tensor:
 class Dropout(nn.Module):
     """Zeroes elements with probability p in training and divides the others by 1 - p (Srivastava et al. 2014, JMLR 15).
 
-    On a CPU torch draws 64 bits an element on one thread, 6 % of a step (docs/performance.md); here four elements share them.
+    On a CPU torch draws 64 bits an element on one thread, 6% of a step (docs/performance.md); here four elements share them.
     """
 
     def __init__(self, p: float):

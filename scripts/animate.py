@@ -24,7 +24,7 @@ from flow.noise import generator
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, images, snapshot, sources, trajectory_grids
-from flow.sampling.conditions import condition_names
+from flow.sampling.conditions import column_names
 from flow.sampling.generate import build_velocity, decode, to_solver_dtype, trajectory
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
@@ -146,7 +146,7 @@ def draw_grids(
     n = args.n or (20_000 if snap.space.is_points else GRID_IMAGES)
     every = args.steps_a_frame
     times = uniform(((args.frames or GRIDS) - 1) * every)
-    names = margin_of(settings[0], snap, model.net.num_classes)
+    names = column_names(settings[0], snap.class_names, model.net.num_classes)
     grids: list[trajectory_grids.Grid] = []
     figures: dict[str, Tensor] = {}
     with distributed.progress(accelerator, (len(times) - 1) * len(settings), "trajectories (steps)") as bar:
@@ -184,7 +184,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
             pixels = [images.to_uint8(decode(model, accelerator.autocast, x)).cpu() for x in states]
-            figures += moving_images(args.out, times, pixels, margin_of(settings, snap, model.net.num_classes))
+            figures += moving_images(args.out, times, pixels, column_names(settings, snap.class_names, model.net.num_classes))
         if plane and "flow" in args.figures:
             figures += moving_plane(args.out, model, settings, times, states)
         if plane and "density" in args.figures:
@@ -272,12 +272,6 @@ def moving_images(out: Path, times: list[float], states: list[Tensor], names: li
         frame = images.labelled_grid(x, len(names) or 10, names).permute(1, 2, 0).numpy()
         frames.append(animation.with_time_bar(frame if frame.shape[2] == 3 else np.repeat(frame, 3, axis=2), t))
     return animation.write(out / "trajectory.gif", frames)
-
-
-def margin_of(settings: SamplerSettings, snap: snapshot.Snapshot, num_classes: int | None) -> list[str]:
-    """The name of each column of images, where there are few: its prompt, or its class."""
-    columns = condition_names(settings, snap.class_names, num_classes)
-    return columns if len(columns) <= 20 else []
 
 
 def velocity_field(model: FlowModel, settings: SamplerSettings):

@@ -22,6 +22,11 @@ EXAMPLES = """\
   python -m scripts.export --weights runs/mnist --to exports/mnist --license cc-by-4.0
   python -m scripts.export --weights runs/mnist --push hf:owner/mnist-flow --private
   python -m scripts.export --weights runs/mnist --onnx mnist.onnx --torch_export mnist.pt2 --sampling_steps 4"""
+DTYPE = "fp16"
+FLAGS_OF = {  # what they go with
+    **dict.fromkeys(("sampling_steps", "sampling_method", "time_grid"), ("onnx", "torch_export")),
+    "dtype": ("out", "to", "push"), "license": ("to", "push"), "private": ("push",),
+}  # fmt: skip
 
 
 def parse_args():
@@ -31,18 +36,14 @@ def parse_args():
     cli.add_output_flag(parser, "--to", use="a new folder in the form of the Hugging Face hub", required=False)
     parser.add_argument("--push", metavar="hf:OWNER/NAME", help="upload that folder; needs `hf auth login` or HF_TOKEN")
     parser.add_argument("--private", action="store_true", help="--push: a new repository is private")
-    parser.add_argument("--license", default="unknown", metavar="ID", help="--to, --push: of the weights (default: unknown)")
-    parser.add_argument(
-        "--dtype", choices=exported.DTYPES, default="fp16", help="--out, --to, --push: precision (default: fp16)"
-    )
+    parser.add_argument("--license", metavar="ID", help="--to, --push: of the weights (default: unknown)")
+    parser.add_argument("--dtype", choices=exported.DTYPES, help=f"--out, --to, --push: precision (default: {DTYPE})")
     use = "a new .onnx file of the sampler; needs requirements-onnx.txt"
     cli.add_output_flag(parser, "--onnx", use, "FILE", required=False)
     cli.add_output_flag(parser, "--torch_export", use="a new .pt2 file of the sampler", metavar="FILE", required=False)
     cli.add_count_flag(parser, "--sampling_steps", "steps of the graph")
-    cli.add_method_flag(parser, FIXED_GRID, "euler")
-    parser.add_argument(
-        "--time_grid", choices=[*time_grids.GRIDS, "optimized"], default="uniform", help="times of the graph (default: uniform)"
-    )
+    parser.add_argument("--sampling_method", choices=FIXED_GRID, help="solver of the graph (default: euler)")
+    parser.add_argument("--time_grid", choices=[*time_grids.GRIDS, "optimized"], help="times of the graph (default: uniform)")
     return parser.parse()
 
 
@@ -55,8 +56,11 @@ def main() -> None:
         if targets[flag] and targets[flag].exists():
             raise UserError(f"--{flag} {targets[flag]}: exists already; name another file")
     graphs = args.onnx or args.torch_export
-    if bool(graphs) != bool(args.sampling_steps):
-        raise UserError("--sampling_steps: goes with --onnx and --torch_export, which need it")
+    for flag, of in FLAGS_OF.items():
+        if getattr(args, flag) and not any(targets[target] for target in of):
+            raise UserError(f"--{flag}: goes with {' and '.join(f'--{target}' for target in of)}")
+    if graphs and not args.sampling_steps:
+        raise UserError("--sampling_steps: --onnx and --torch_export need it")
     if args.push:
         hub.parse("--push", args.push)
     if args.onnx:
@@ -64,7 +68,7 @@ def main() -> None:
     snap = snapshot.load(args.weights, None, args.overrides)
     results, weights = [], args.weights
     if args.out:
-        exported.write_weights(args.out, snap, args.dtype)
+        exported.write_weights(args.out, snap, args.dtype or DTYPE)
         sizes = [path.stat().st_size / 2**20 for path in (args.out, snap.path)]
         results.append(f"{args.out}: {sizes[0]:.1f} MiB instead of {sizes[1]:.1f} MiB")
         weights = args.out
@@ -75,7 +79,8 @@ def main() -> None:
         results += write_graphs(args, snap)
     moved = weights != args.weights and snap.codec is not None
     autoencoder = (snap.config.data.autoencoder or snap.codec["source"]) if moved and snap.codec else None
-    flags = [*exported.sample_flags(snap, autoencoder), *([] if moved else args.overrides)]
+    places = exported.source_flags(snap) if weights != args.weights else []
+    flags = [*exported.sample_flags(snap, autoencoder), *dict.fromkeys([*places, *([] if moved else args.overrides)])]
     sample = cli.sample_command(weights, snapshot.name_of(weights), *flags)
     print(cli.summary(", ".join(results), args.start, f"sample from it with: {sample}"))
 
@@ -86,7 +91,9 @@ def write_folder(args, snap: Snapshot) -> str:
         print(f"note: whoever gets the export can read {subprocesses.override(key, place)} in its configuration")
     with tempfile.TemporaryDirectory() as temporary:
         folder: Path = args.to or Path(temporary) / "export"
-        is_new = exported.write_folder(folder, snap, args.dtype, args.license, args.push or "PATH_OF_THIS_FOLDER")
+        is_new = exported.write_folder(
+            folder, snap, args.dtype or DTYPE, args.license or "unknown", args.push or "PATH_OF_THIS_FOLDER"
+        )
         if args.push:
             return f"uploaded to {hub.push(folder, args.push, args.private)}"
     return f"{folder}" if is_new else f"{folder} (there already)"
@@ -94,9 +101,9 @@ def write_folder(args, snap: Snapshot) -> str:
 
 def write_graphs(args, snap: Snapshot) -> list[str]:
     """Write the graph in each form; what became of them."""
-    method, steps = args.sampling_method, args.sampling_steps
-    times = grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None
-    settings = SamplerSettings(method, steps, time_grid=args.time_grid, times=times)
+    method, steps, time_grid = args.sampling_method or "euler", args.sampling_steps, args.time_grid or "uniform"
+    times = grid_store.load(snap.path, method, steps) if time_grid == "optimized" else None
+    settings = SamplerSettings(method, steps, time_grid=time_grid, times=times)
     with error_context("export"):
         model, program = graph.build(snap, settings)
     results = []

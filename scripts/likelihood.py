@@ -59,7 +59,9 @@ def main() -> None:
                     f"--test: data.name={real['name']}, data.args={real['args']} has no held-out images; leave it out"
                 )
             real = other[1]
-        data = datasets.build(**real)
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(**real))
+    if data.image_shape != snap.image_shape:
+        raise UserError(f"data: {real['name']} has images of {data.image_shape}, --weights is of {snap.image_shape}")
     if args.n_images > len(data):
         raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}")
     distributed.prepare_model(model.net, accelerator)
@@ -70,7 +72,8 @@ def main() -> None:
     points = snap.space.is_points
     with distributed.progress(accelerator, sum(map(len, batches)), "likelihood (images of this process)") as bar:
         for batch in batches:
-            images, labels = zip(*(data[k] for k in batch), strict=True)
+            with error_context("data"):
+                images, labels = zip(*(data[k] for k in batch), strict=True)
             draws = [generator("likelihood", args.seed, k) for k in batch]
             u = torch.from_numpy(np.stack([g.random(data.image_shape) for g in draws]))
             signs = np.stack(
@@ -79,7 +82,8 @@ def main() -> None:
             real = torch.stack(images)
             x1 = to_solver_dtype(real if points else dequantize(real, u), accelerator.device)
             settings = SamplerSettings(labels=tuple(labels) if model.net.num_classes else None)
-            validate(settings, model)
+            with error_context("data"):
+                validate(settings, model)
             velocity = build_velocity(model, range(len(batch)), settings, accelerator.device)
             probes = to_solver_dtype(torch.from_numpy(signs), accelerator.device)
             with error_context("likelihood"):

@@ -33,10 +33,11 @@ from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, snapshot
-from flow.sampling.generate import build_velocity, index_batches, sample_batch, to_solver_dtype
+from flow.sampling.generate import build_velocity, check_finite, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
+from flow.sampling.snapshot import check_codec
 from flow.solvers import DETERMINISTIC
-from flow.source import GAUSSIAN
+from flow.source import GAUSSIAN, DataSource
 
 EXAMPLES = """\
   python -m scripts.make_pairs --weights runs/mnist_mini_cond --n_pairs 20000 --save_dir runs/pairs --guidance_scale 1.5
@@ -77,6 +78,9 @@ def main() -> None:
             source.name, source.root, source.args, derived=["pairs"]
         )  # in a second reflow that of the first
     labels = cli.labels_of(args.labels, snap.class_names)
+    if isinstance(own := model.source, DataSource):
+        with error_context("flow.source"):
+            distributed.main_process_first(accelerator, lambda: own.training)
     with error_context("data"):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
     classes, prompts = labels, None
@@ -94,6 +98,10 @@ def main() -> None:
         if data.image_shape != snap.image_shape:
             raise ValueError(f"the data set has images of {data.image_shape}, the network makes {snap.image_shape}")
         inverted = round(args.real_fraction * args.n_pairs)
+        if inverted and net.num_classes is not None and len(data.class_names) != net.num_classes:
+            raise ValueError(f"the data set has {len(data.class_names)} classes, the network {net.num_classes}")
+        if inverted:
+            check_codec("data", snap, data.codec)
         invertible_indices = invertible(data, labels, args.seed)
         if inverted > len(invertible_indices):
             raise ValueError(
@@ -108,7 +116,7 @@ def main() -> None:
         accelerator.print(f"note: {note}")
 
     manifest = {
-        "weights_sha256": files.sha256(snap.path),
+        "weights_sha256": snap.sha256,
         "sampling_method": args.sampling_method,
         "sampling_steps": args.sampling_steps,
         "guidance_scale": args.guidance_scale,
@@ -252,6 +260,7 @@ def generate_batch(
         keep if kept_steps else None,
     )
     tensors = {"images": samples.x.half().cpu(), **({"states": torch.stack(states, dim=1)} if kept_steps else {})}
+    check_finite(tensors["images"], batch)  # in float16
     return tensors if samples.labels is None else tensors | {"labels": samples.labels}
 
 

@@ -48,6 +48,7 @@ def main() -> None:
         copy = subprocesses.command("-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights))
         raise UserError(f"--weights {args.weights}: grids are stored beside the weights; copy them to a folder with: {copy}")
     snap = snapshot.load(args.weights, None, args.overrides)
+    stored = grid_store.read(snap.path)
     model = snap.model(decode=False)
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
@@ -57,11 +58,14 @@ def main() -> None:
     distributed.prepare_model(model.net, accelerator)
     model.net.eval()
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():
-        tune(args, accelerator, snap, model, settings)
+        tune(args, accelerator, snap, model, settings, stored)
 
 
-def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
-    """Fit, decide, save and print a line for each method and number of steps."""
+def tune(
+    args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings, stored: dict
+) -> None:
+    """Fit, decide, save and print a line for each method and number of steps. A grid of an earlier call, among `stored` as
+    `grid_store.read` gives it, is only replaced by a better one."""
     parts = [range(args.n_images), range(args.n_images, 2 * args.n_images)]  # to fit on, to decide on
     noises = [
         to_solver_dtype(model.source.draw("tuning", args.seed, part, snap.image_shape), accelerator.device) for part in parts
@@ -74,8 +78,8 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     }
     # Velocity evaluations, each on one part: of the fine trajectories, and of every method and number of steps at most.
     fine_cost = len(parts) * grid_optimization.EVALUATIONS_A_STEP * args.reference_steps
-    errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + args.evaluations
-    costs = {(method, n): errors * nfe_of(method, by_formula["uniform", n]) for method in args.methods for n in args.steps}
+    errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + bool(stored) + args.evaluations
+    costs = {(method, n): errors * solvers.nfe(method, n) for method in args.methods for n in args.steps}
     num_saved = 0
     with distributed.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:
 
@@ -103,13 +107,16 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             held_out = {name: error(1, method, by_formula[name, n]) for name in time_grids.GRIDS}
             best = min(held_out, key=held_out.__getitem__)
             tuned = error(1, method, times)
+            old = stored.get(method, {}).get(str(n))
             verdict = ""
-            if tuned < held_out[best]:
+            if tuned >= held_out[best]:
+                verdict = "  not saved"
+            elif old and error(1, method, old) <= tuned:
+                verdict = "  the stored one is no worse"
+            else:
                 grid_store.store(snap.path, method, times)
                 num_saved += 1
                 example = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
-            else:
-                verdict = "  not saved"
             formula = f"{best} {held_out[best]:.4f}"
             bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
             finished += cost
@@ -123,11 +130,6 @@ def tune(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     flags = cli.condition_flags(args.guidance_scale, args.prompts)
     sample = cli.sample_command(args.weights, f"{snapshot.name_of(args.weights)}_optimized", *example, *flags, *args.overrides)
     print(cli.summary(result, args.start, f"use one with: {sample}"))
-
-
-def nfe_of(method: str, times: list[float]) -> int:
-    """The velocity evaluations of a method on a time grid, counted on zeros."""
-    return solvers.solve(lambda x, t, t_next: x, torch.zeros(1), times, method).nfe
 
 
 def rms(x: Tensor) -> float:

@@ -15,11 +15,12 @@ from configs.schema import UserError
 from datasets import captions
 from flow.evaluation import plots, table
 from flow.evaluation.runner import columns_of
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, distributed, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, snapshot
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
 from flow.solvers import SOLVERS
+from flow.solvers.torchdiffeq import ADAPTIVE
 
 EXAMPLES = """\
   python -m scripts.optimize_guidance --weights runs/mnist --out runs/mnist/guidance --feature_extractor mnist \\
@@ -89,6 +90,8 @@ def interval(text: str) -> tuple[float, float]:
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
+    if snap.space.is_points:
+        raise UserError(f"--weights {args.weights}: is a flow of points; guidance is compared on images")
     model = snap.model(decode=False)
     left = candidates(args, model.net.null is not None)
     prompts = tuple(map(captions.plain, snap.class_names)) if model.net.max_prompt_bytes else None  # as evaluate.py
@@ -127,7 +130,8 @@ def main() -> None:
 
 def candidates(args, has_labels: bool) -> list[Guidance]:
     """All of the command line; a scale of 1 is no guidance and there once. Raises UserError for fewer than two."""
-    guides = [*([None] if has_labels else []), *args.guide_weights]
+    named = {guide.name_of(snapshot.load(w), w): w for w in args.guide_weights}  # a run and its latest file are one guide
+    guides = [*([None] if has_labels else []), *named.values()]
     scales = dict.fromkeys(args.guidance_scale)
     guided = [Guidance(w, t, g) for g in guides for t in dict.fromkeys(args.intervals) for w in scales if w != 1]
     compared = [*([Guidance(1.0)] if 1 in scales else []), *guided]
@@ -159,9 +163,9 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
         subprocesses.run_command(command, args.launcher)
     names = {c.guide: guide.name_of(snapshot.load(c.guide), c.guide) for c in candidates if c.guide}
     by_columns = {columns(c, names): c for c in candidates}
-    own = {"weights_sha256": files.sha256(snap.path), "seed": args.seed}
+    own = {"weights_sha256": snap.sha256, "seed": args.seed}
     own["mixed_precision"] = distributed.resolve_precision(args.mixed_precision)
-    solver = args.sampling_method, args.sampling_steps
+    solver = args.sampling_method, None if args.sampling_method in ADAPTIVE else args.sampling_steps
     results, floors = {}, []
     for row in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
         if row["n"] != n or row["identity"]["extractor"][0] != args.feature_extractor:

@@ -106,7 +106,7 @@ def main() -> None:
         settings = settings_of(args)
     name, originals = load_images(args, snap, accelerator)
     record = {
-        "weights_sha256": files.sha256(snap.path), "task": args.task, "degradation": parameters(args), "noise": args.noise,
+        "weights_sha256": snap.sha256, "task": args.task, "degradation": parameters(args), "noise": args.noise,
         "images": name, "images_sha256": hashlib.sha256(originals.numpy().tobytes()).hexdigest(),
         **dataclasses.asdict(settings), "labels": labels, "prompts": args.prompts, "guidance_scale": args.guidance_scale,
         "seed": args.seed, "mixed_precision": accelerator.mixed_precision,

@@ -152,7 +152,7 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
             *args.overrides,
         ]  # fmt: skip
         subprocesses.run_command(evaluate)
-    weights = files.sha256(snap.path)
+    weights = snap.sha256
     metrics_of = {}
     for r in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
         same = r["n"] == args.num_fid_images and r.get("guidance_scale") in (None, args.guidance_scale)

@@ -1,31 +1,36 @@
 """What tests share: the entry scripts run in child processes, tiny runs trained once a session, the real data sets."""
 
 import importlib
-import itertools
-import json
+import io
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
+from multiprocessing import connection
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flow.evaluation import memorization
 from flow.losses import Batch, FlowLoss, Losses
-from flow.runtime import files
 from flow.runtime.errors import cli_main
 from flow.sampling import snapshot
 from models import autoencoder
 
 torch.set_num_threads(1)  # the networks of the tests are too small for more
+memorization.PAIRS = 4  # a figure of 24 pairs takes a second
 ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 MAINS = {  # scripts whose main is not that of the module scripts.NAME
     **{name: name for name in ENTRY_SCRIPTS},
@@ -33,6 +38,7 @@ MAINS = {  # scripts whose main is not that of the module scripts.NAME
     **{name: f"scripts.dev.{name}" for name in ("fault_injection", "gallery", "train_classifier")},
 }
 REPOSITORY = Path(__file__).parent.parent
+LONGEST = ("test_train", "test_user_errors", "test_rectify", "test_evaluation", "test_extending")  # half a minute each
 
 # A network and a run small enough for seconds.
 TINY = [
@@ -46,6 +52,11 @@ TINY_RUN = [
     "preview.guidance_scale=1",
 ]  # fmt: skip
 TINY_TRAIN = ["-c", "configs/digits.yaml", *TINY, *TINY_RUN]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def run_script(*command: str | Path, processes: int = 1, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
@@ -129,11 +140,12 @@ def prepare(patch: pytest.MonkeyPatch, script: str, *arguments) -> Callable[[], 
     return importlib.import_module(MAINS.get(script, f"scripts.{script}")).main
 
 
-def run_here(script: str, *arguments) -> None:
+def run_here(script: str, *arguments) -> str:
     """`here` for fixtures that live longer than a test."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
         patch.chdir(REPOSITORY)
         prepare(patch, script, *arguments)()
+    return printed.getvalue()
 
 
 @pytest.fixture
@@ -170,49 +182,49 @@ def error(main_of, capsys):
     return call
 
 
+def member(rank: int, port: int, function: Callable, arguments: tuple, problems: SimpleQueue) -> None:
+    """What each of the two processes of `pair` runs."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "FLOW_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    try:
+        function(*arguments)
+    except BaseException:
+        problems.put(traceback.format_exc())
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., None]]:
-    """group("sample", *arguments): the script run by two processes, which live on for the next call; it must end well."""
-    processes: list[subprocess.Popen] = []
-    folder, count = tmp_path_factory.mktemp("group"), itertools.count()
+def group(pair) -> Callable[..., None]:
+    """group("sample", *arguments): the script run by two processes, which must end well."""
+    return lambda script, *arguments: pair(run_here, script, *map(str, arguments))
 
-    def start(k: int) -> None:
-        env = {**os.environ, "FLOW_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
-        command = [sys.executable, str(REPOSITORY / "tests" / "group.py"), str(folder), str(k)]
-        processes.extend(
-            subprocess.Popen([*command, str(rank)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            for rank in range(2)
-        )
 
-    def stop() -> None:
-        for process in processes:
-            process.kill()
-            process.wait()
-        processes.clear()
+@pytest.fixture(scope="session")
+def pair() -> Callable[..., None]:
+    """pair(function, *arguments): the function of a test module called by two processes, which must end well; a server that has
+    done the imports forks them."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["torch._dynamo", "torch_fidelity", "sklearn.datasets", "train", "sample", "evaluate"])
 
-    def call(script: str, *arguments: str | Path) -> None:
-        k = next(count)
-        if not processes:
-            start(k)
+    def call(function: Callable, *arguments) -> None:
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
-        files.write_text(folder / f"{k}.json", json.dumps([port, script, *map(str, arguments)]))
-        answers, deadline = [folder / f"{k}.{rank}.json" for rank in range(2)], time.monotonic() + 240
-        problems: list[str] = []
-        while not problems and not all(answer.exists() for answer in answers):
-            if any(process.poll() is not None for process in processes):
-                problems = ["one of the processes has ended"]
-            if time.monotonic() > deadline:  # as that of run_script: they hang
-                problems = ["no answer within 240 s"]
-            problems += [text for answer in answers if answer.exists() and (text := json.loads(answer.read_text()))]
-            time.sleep(0.01)
-        problems = problems or [text for answer in answers if (text := json.loads(answer.read_text()))]
-        if problems:
-            stop()  # one of them may wait for the other
-        assert not problems, problems[0]
+        problems = forks.SimpleQueue()
+        processes = [forks.Process(target=member, args=(rank, port, function, arguments, problems)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        while running := [process for process in processes if process.exitcode is None]:
+            answered = connection.wait([process.sentinel for process in running], timeout=240)
+            if not answered or any(process.exitcode for process in processes):
+                for process in running:  # one of them may wait for the other
+                    process.kill()
+                    process.join()
+        problem = "a process was killed, or they hang" if problems.empty() else problems.get()
+        assert all(process.exitcode == 0 for process in processes), problem
 
-    yield call
-    stop()
+    return call
 
 
 @pytest.fixture(scope="session")

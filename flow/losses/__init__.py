@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable
 from typing import Any
@@ -36,9 +37,11 @@ def build(name: str, path: Path, prediction: str, time_sampler: Callable[[Tensor
     for key, value in args.items():
         if key not in allowed:
             raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(allowed) or 'none'}")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if allowed[key].annotation in (int, float) and not is_number:
-            raise ValueError(f"{key}={value!r}: must be a number")
+            raise ValueError(f"{key}={value!r}: must be a finite number")
+        if key == "distance_args" and not isinstance(value, dict):
+            raise ValueError(f"{key}={value!r}: must be arguments of the distance, as in {{c: 0.01}}")
     try:
         return LOSSES[name](path=path, prediction=prediction, time_sampler=time_sampler, **args)  # type: ignore[call-arg]
     except TypeError as error:  # a word where a number belongs

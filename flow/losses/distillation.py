@@ -19,6 +19,7 @@ class Distillation(FlowMatching):
     """
 
     name = "distillation"
+    needs_pairs = True
     capturable = True
 
     def __init__(

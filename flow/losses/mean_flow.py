@@ -39,6 +39,8 @@ class MeanFlow(FlowMapLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.jvp_precision is False:  # what YAML makes of no
+            self.jvp_precision = "no"
         self.check("tangent", self.tangent in TANGENTS, f"one of {', '.join(TANGENTS)}")
         self.check("derivative", self.derivative in DERIVATIVES, f"one of {', '.join(DERIVATIVES)}")
         self.check("jvp_precision", self.jvp_precision in JVP_PRECISIONS, f"one of {', '.join(JVP_PRECISIONS)}")

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import PartialState
-from accelerate.utils import DDPCommunicationHookType, DistributedType, LoggerType
+from accelerate.utils import DDPCommunicationHookType, DistributedType, LoggerType, broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from configs.schema import TrainConfig, UserError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -110,7 +111,9 @@ def build_training_accelerator(config: TrainConfig, log_dir: Path, own_trackers:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device; one of the CPU without waiting for what the device is doing."""
+    """A tensor on the device; one of the CPU without waiting for what the device is doing. float64 is float32 on mps."""
+    if device.type == "mps" and x.dtype == torch.float64:
+        x = x.float()
     if device.type != "cuda" or x.is_cuda:
         return x.to(device)
     with torch.cuda.device(device):  # in a thread of its own the first GPU would be the current one
@@ -164,6 +167,23 @@ def tune_malloc() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def decided_by_main(decide: Callable[[], Result]) -> Result:
+    """decide() of the main process on all processes, its UserError too: for what may have another answer a moment later, such
+    as the latest file of a folder. Every process has to call it; a process on its own just decides."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return decide()
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = str(error)
+    value, message = broadcast_object_list(answer)
+    if message:
+        raise UserError(message)
+    return value
 
 
 def main_process_first(accelerator: Accelerator, make: Callable[[], Any]) -> Any:

@@ -59,10 +59,15 @@ def cli_main(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
+def printable(text: str) -> str:
+    """A line for the terminal: characters that would move the cursor are spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def _report(error: Exception) -> tuple[str, int]:
     """The line about an error and the exit code; no line for one that is not the user's, whose traceback is to be seen."""
-    if isinstance(error, UserError | OSError):  # what moves the cursor is spelt out: a value of the user may be part of it
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error)), 2
+    if isinstance(error, UserError | OSError):  # a value of the user may be part of it
+        return printable(str(error)), 2
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return "out of memory; use a smaller batch, or for training more of train.gradient_accumulation_steps", 2
     connected = dist.is_available() and dist.is_initialized()

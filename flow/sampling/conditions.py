@@ -9,6 +9,8 @@ from torch import Tensor
 
 from flow.sampling.settings import SamplerSettings
 
+MAX_COLUMNS = 20  # of a picture, one for each condition
+
 
 def labels_for(indices: Sequence[int], settings: SamplerSettings, num_classes: int | None) -> Tensor | None:
     """Labels int64 [n] of the images with the given indices; None for a network without labels, unless the settings say
@@ -25,6 +27,12 @@ def condition_names(settings: SamplerSettings, class_names: Sequence[str], num_c
         return list(settings.prompts)
     labels = settings.labels or range(num_classes or 0)
     return [class_names[k] if k < len(class_names) else str(k) for k in labels]
+
+
+def column_names(settings: SamplerSettings, class_names: Sequence[str], num_classes: int | None) -> list[str]:
+    """The `condition_names` of a picture with a column for each condition; none where there are one or too many of them."""
+    names = condition_names(settings, class_names, num_classes)
+    return names if 2 <= len(names) <= MAX_COLUMNS else []
 
 
 def labels_by_frequency(counts: Sequence[int], n: int) -> list[int]:

@@ -13,16 +13,17 @@ import torch
 from configs import schema
 from configs.schema import UserError
 from datasets import captions
-from flow.runtime import files, lock, subprocesses
+from flow.runtime import files, lock, step_names, subprocesses
 from flow.sampling import header, hub, images, snapshot
-from flow.sampling.conditions import condition_names
+from flow.sampling.conditions import column_names
 from flow.sampling.sampler import Sampler
 from flow.sampling.settings import SamplerSettings
 from flow.sampling.snapshot import Snapshot
+from flow.source import GAUSSIAN
 
 LIBRARY = "flow-matching-runner"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-WIDEST = 20  # columns of the picture, for classes
+NAMED_CLASSES = 20  # of the model card
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -95,6 +96,15 @@ def sample_flags(snap: Snapshot, autoencoder: str | None) -> list[str]:
     return [*flags, subprocesses.override("data.autoencoder", autoencoder)] if autoencoder else flags
 
 
+def source_flags(snap: Snapshot) -> list[str]:
+    """Where the source of a flow that starts at data lies, as overrides of the command line: sample.py takes it from the header
+    only where the weights lie in a run."""
+    if snap.config.flow.source.name == GAUSSIAN:
+        return []
+    own = {key: place for key, place in places(snap).items() if key == "data.root" or key.startswith("flow.source.")}
+    return [subprocesses.override(key, place) for key, place in own.items()]
+
+
 def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     """The model card: YAML metadata, then Markdown."""
     from huggingface_hub import ModelCardData
@@ -105,13 +115,14 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     tags = ["flow-matching", "pytorch", config.model.name, config.data.name]
     task = None if snap.space.is_points else "text-to-image" if prompts else "unconditional-image-generation"
     data = ModelCardData(license=license_name, library_name=LIBRARY, tags=tags, pipeline_tag=task)
-    flags = sample_flags(snap, "PATH_OR_HUB_ID" if snap.codec else None)
+    flags = [*sample_flags(snap, "PATH_OR_HUB_ID" if snap.codec else None), *source_flags(snap)]
     sample = ["sample.py", "--weights", shown, "--n_samples", "64", "--save_dir", "samples", *flags]
     size = sum(value.numel() for value in snap.weights.values())
     facts = {
         "samples": f"{snap.space.kind} {'x'.join(map(str, snap.decoded_shape))}",
         "training data": config.data.name,
-        "classes": ", ".join(snap.class_names[:WIDEST]) + (", ..." if len(snap.class_names) > WIDEST else "") or "none",
+        "classes": ", ".join(snap.class_names[:NAMED_CLASSES]) + (", ..." if len(snap.class_names) > NAMED_CLASSES else "")
+        or "none",
         "training images seen": f"{snap.images:,} ({snap.step:,} steps)",
         "network": f"{config.model.name}, {size / 1e6:.2f} M numbers in {dtype}",
         "loss": config.loss.name,
@@ -153,7 +164,7 @@ def _write_picture(path: Path, snap: Snapshot) -> None:
     previews."""
     of_previews = snap.power_average is None and snap.half_life_images == schema.half_lives(snap.config)[0]
     run = _run_of(snap) if of_previews else None
-    preview = run / "samples" / f"step_{snap.step:08d}.png" if run else None
+    preview = run / "samples" / step_names.name_of(snap.step, ".png") if run else None
     if preview is not None and preview.is_file():
         shutil.copyfile(preview, path)
         return
@@ -167,6 +178,5 @@ def _write_picture(path: Path, snap: Snapshot) -> None:
         p.n_samples, prompts=prompts, method=p.sampling_method, steps=p.sampling_steps, guidance_scale=p.guidance_scale,
         seed=p.seed, batch_size=snap.space.preview_batch_size,
     )  # fmt: skip
-    names = condition_names(SamplerSettings(prompts=prompts), snap.class_names, model.net.num_classes)
-    names = names if 2 <= len(names) <= WIDEST else []
+    names = column_names(SamplerSettings(prompts=prompts), snap.class_names, model.net.num_classes)
     images.write_png(path, snap.space.picture(samples, len(names) or max(1, round(p.n_samples**0.5)), names))

@@ -10,11 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from configs.schema import UserError
 from flow import solvers
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
 from flow.runtime import distributed
+from flow.runtime.errors import error_context
 from flow.sampling.conditions import labels_for
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
 from flow.sampling.space import Space
@@ -108,9 +110,19 @@ def sample_batch(
         options["noise"] = partial(increments, settings.seed, indices, image_shape, x0)
     with autocast():
         times = build_time_grid(settings, model.path)
-        solution = solvers.solve(velocity, x0, times, settings.method, callback, **options)
+        with error_context(f"sampling_method={settings.method}"):
+            solution = solvers.solve(velocity, x0, times, settings.method, callback, **options)
+    check_finite(solution.x, indices)
     labels = labels_for(indices, settings, model.net.num_classes)
     return SampleBatch(indices, solution.x, labels, solution.nfe, velocity.forwards, partial(decode, model, autocast))
+
+
+def check_finite(x: Tensor, indices: Sequence[int]) -> None:
+    """Raises UserError for numbers that are not finite, and would be black images, in the ends x [b, ...] of a flow."""
+    finite = x.isfinite().flatten(1).all(1)
+    if not finite.all():
+        k = indices[int(finite.int().argmin())]
+        raise UserError(f"image {k}: its numbers are not finite; a smaller guidance_scale or mixed_precision=no may help")
 
 
 def decode(model: FlowModel, autocast: Callable[[], AbstractContextManager], x: Tensor) -> Tensor:

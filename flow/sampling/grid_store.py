@@ -14,7 +14,7 @@ def file_of(snapshot: Path) -> Path:
 
 def store(snapshot: Path, method: str, times: list[float]) -> None:
     """Add the grid of a method with len(times) - 1 steps, in place of an older one."""
-    grids = _read(snapshot)
+    grids = read(snapshot)
     grids.setdefault(method, {})[str(len(times) - 1)] = times
     stored = {"weights_sha256": files.sha256(snapshot), "grids": grids}
     files.write_text(file_of(snapshot), json.dumps(stored, indent=1))
@@ -25,7 +25,7 @@ def load(snapshot: Path, method: str, steps: int) -> tuple[float, ...]:
     if method not in FIXED_GRID or steps < 2:
         able = f"at least 2 steps of {', '.join(FIXED_GRID)}"
         raise UserError(f"--time_grid optimized: is for {able}, not for {method} with {steps}")
-    grids = _read(snapshot)
+    grids = read(snapshot)
     if str(steps) not in grids.get(method, {}):
         stored = "; ".join(f"{name} {' '.join(sorted(of, key=int))}" for name, of in grids.items()) or "nothing"
         flags = ["--methods", method, "--steps", str(steps), *(["--reference_steps", str(2 * steps)] if steps > 32 else [])]
@@ -36,13 +36,17 @@ def load(snapshot: Path, method: str, steps: int) -> tuple[float, ...]:
     return tuple(grids[method][str(steps)])
 
 
-def _read(snapshot: Path) -> dict[str, dict[str, list[float]]]:
+def read(snapshot: Path) -> dict[str, dict[str, list[float]]]:
+    """{method: {steps: times}}. Raises UserError for a file that is damaged or of other weights."""
     path = file_of(snapshot)
     if not path.is_file():
         return {}
     try:
         stored = files.read_json(path)
         fitted_to, grids = stored["weights_sha256"], {m: dict(of) for m, of in stored["grids"].items()}
+        for steps, times in ((n, times) for of in grids.values() for n, times in of.items()):
+            if len(times) != int(steps) + 1 or times != sorted(map(float, times)) or (times[0], times[-1]) != (0, 1):
+                raise ValueError(f"{times} are no times of {steps} steps")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is not a whole file of grids; remove it and run optimize_grid again") from None
     if fitted_to != files.sha256(snapshot):

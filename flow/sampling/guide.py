@@ -4,7 +4,6 @@ from pathlib import Path
 
 from configs.schema import UserError
 from flow.model import FlowModel
-from flow.runtime import files
 from flow.sampling import snapshot
 from flow.sampling.snapshot import Snapshot
 
@@ -26,6 +25,9 @@ def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str 
     if guide.image_shape != snap.image_shape:
         raise UserError(f"{key}: is a model of images of {guide.image_shape}, --weights of {snap.image_shape}")
     snapshot.check_codec(key, guide, snap.codec)
+    if guide.config.flow.source.name != snap.config.flow.source.name:
+        names = guide.config.flow.source.name, snap.config.flow.source.name
+        raise UserError(f"{key}: starts at {names[0]}, --weights at {names[1]}; give one of the same flow.source")
     weaker = guide.model(decode=False)
     if weaker.net.two_times != model.net.two_times:
         kinds = ["a flow map" if net.two_times else "a flow" for net in (weaker.net, model.net)]
@@ -39,4 +41,4 @@ def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str 
 
 def name_of(guide: Snapshot, weights: str | Path) -> str:
     """What a guide is called in tables and settings."""
-    return f"{guide.title(weights)} ({files.sha256(guide.path)[:12]})"
+    return f"{guide.title(weights)} ({guide.sha256[:12]})"

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
-
 from configs.schema import UserError
 from datasets.hub import ask
+from flow.runtime import distributed
 
 Result = TypeVar("Result")
 
@@ -54,19 +52,8 @@ def download(reference: str | Path) -> Path:
             cache does not have the files.
     """
     repo, revision = parse("--weights", reference)
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return _fetch(reference, repo, revision)
-    path, commit, message = None, None, None
-    if dist.get_rank() == 0:
-        try:
-            path = _fetch(reference, repo, revision)
-            commit = path.parent.name
-        except UserError as error:
-            message = str(error)
-    commit, message = broadcast_object_list([commit, message])
-    if message:
-        raise UserError(message)
-    return path or _fetch(reference, repo, commit)
+    commit = distributed.decided_by_main(lambda: _fetch(reference, repo, revision).parent.name)
+    return _fetch(reference, repo, commit)
 
 
 def push(folder: Path, reference: str, private: bool) -> str:

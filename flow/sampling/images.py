@@ -152,28 +152,39 @@ def labelled_grid(images: Tensor, columns: int, names: Sequence[str], transposed
     """
     if not names:
         return grid(images, columns, transposed)
-    shown, _ = margin_names(names)
-    words = [0.0] if transposed else [_font().getlength(word) for name in shown for word in name.split()]
-    zoom = math.ceil(max(MIN_CELL, min(max(words) + 4, MAX_CELL)) / (images.shape[-1] + 1))
+    shown = margin_names(names)[0][: min(columns, len(images))]
+    words = [] if transposed else [_font().getlength(word) for name in shown for word in name.split()]
+    zoom = math.ceil(max(MIN_CELL, min(max(words, default=0.0) + 4, MAX_CELL)) / (images.shape[-1] + 1))
     picture = grid(images, columns, transposed, zoom=zoom)
-    across = columns if not transposed else -(-len(images) // columns)
-    pitch = picture.shape[2] // (min(across, len(images)) if not transposed else across)  # pixels from one image to the next
-    room = NAME_WIDTH if transposed else pitch - 4
-    most = max(1, pitch // LINE_HEIGHT) if transposed else 4
-    blocks = [_wrapped(name, room, most) for name in shown[: min(columns, len(images))]]
     if transposed:
-        size = (8 + max(round(_font().getlength(line)) for block in blocks for line in block), picture.shape[1])
+        margin = _names_on_the_left(shown, pitch=picture.shape[1] // columns, height=picture.shape[1])
     else:
-        size = (picture.shape[2], 6 + LINE_HEIGHT * max(map(len, blocks)))
-    margin = Image.new("L", size, 255)
-    draw = ImageDraw.Draw(margin)
+        margin = _names_above(shown, pitch=picture.shape[2] // min(columns, len(images)), width=picture.shape[2])
+    return torch.cat([from_pil(margin).expand(len(picture), -1, -1), picture], dim=2 if transposed else 1)
+
+
+def _names_above(names: Sequence[str], pitch: int, width: int) -> Image.Image:
+    """A margin of this width, with a name in the middle of each `pitch` pixels."""
+    blocks = [_wrapped(name, pitch - 4, most=4) for name in names]
+    height = 6 + LINE_HEIGHT * max(map(len, blocks))
+    margin = Image.new("L", (width, height), 255)
     for k, block in enumerate(blocks):
-        at = (k + 0.5) * pitch
-        x, y = (size[0] - 4, at - LINE_HEIGHT * len(block) / 2) if transposed else (at, size[1] - 3 - LINE_HEIGHT * len(block))
+        top = height - 3 - LINE_HEIGHT * len(block)
         for i, line in enumerate(block):
-            draw.text((x, y + LINE_HEIGHT * i), line, fill=0, font=_font(), anchor="ra" if transposed else "ma")
-    text = from_pil(margin).expand(len(picture), -1, -1)
-    return torch.cat([text, picture], dim=2 if transposed else 1)
+            ImageDraw.Draw(margin).text(((k + 0.5) * pitch, top + LINE_HEIGHT * i), line, fill=0, font=_font(), anchor="ma")
+    return margin
+
+
+def _names_on_the_left(names: Sequence[str], pitch: int, height: int) -> Image.Image:
+    """A margin of this height, with a name halfway down each `pitch` pixels."""
+    blocks = [_wrapped(name, NAME_WIDTH, most=max(1, pitch // LINE_HEIGHT)) for name in names]
+    width = 8 + max(round(_font().getlength(line)) for block in blocks for line in block)
+    margin = Image.new("L", (width, height), 255)
+    for k, block in enumerate(blocks):
+        top = (k + 0.5) * pitch - LINE_HEIGHT * len(block) / 2
+        for i, line in enumerate(block):
+            ImageDraw.Draw(margin).text((width - 4, top + LINE_HEIGHT * i), line, fill=0, font=_font(), anchor="ra")
+    return margin
 
 
 def margin_names(names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -16,7 +16,7 @@ from flow.runtime import distributed, files
 from flow.runtime.errors import error_context
 from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images
-from flow.sampling.conditions import condition_names, labels_for
+from flow.sampling.conditions import column_names, condition_names, labels_for
 from flow.sampling.generate import NFECounter, generate, shard
 from flow.sampling.images import ImageWriter, png_path
 from flow.sampling.settings import SamplerSettings
@@ -35,7 +35,7 @@ def check_output_dir(
         UserError: for a folder of another run.
     """
     record = {
-        "weights_sha256": files.sha256(snap.path),
+        "weights_sha256": snap.sha256,
         **dataclasses.asdict(settings),
         "num_classes": num_classes,
         "mixed_precision": mixed_precision,
@@ -107,11 +107,8 @@ def write_grid(
         Lines of a legend for the names that the font cannot draw.
     """
     shown = torch.stack([torch.from_numpy(images.read_png(png_path(folder, k))) for k in indices[:GRID_IMAGES]])
-    num_conditions = len(settings.prompts or settings.labels or range(num_classes or 0))
-    one_each = by_class or 2 <= num_conditions <= 20  # a column for each label or prompt, if they are few
-    names = condition_names(settings, class_names, num_classes) if one_each else []
-    columns = num_conditions if one_each else 10
-    images.write_png(path, images.labelled_grid(shown.permute(0, 3, 1, 2), columns, names, by_class))
+    names = (condition_names if by_class else column_names)(settings, class_names, num_classes)
+    images.write_png(path, images.labelled_grid(shown.permute(0, 3, 1, 2), len(names) or 10, names, by_class))
     return images.margin_names(names)[1]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from configs.schema import UserError
 from flow import power_ema
 from flow.power_ema import Profile
-from flow.runtime import distributed, files, lock
+from flow.runtime import distributed, files, lock, step_names
 from flow.sampling import header, snapshot
 from flow.sampling.header import PowerAverage
 
@@ -34,6 +34,10 @@ class Source(NamedTuple):
     digest: str  # of the file, as its header has it
 
     @property
+    def step(self) -> int:
+        return step_names.step_of(self.path)
+
+    @property
     def profile(self) -> Profile:
         return Profile(self.power_average.width, self.power_average.updates)
 
@@ -44,15 +48,15 @@ def label(width: float) -> str:
 
 
 def stored_path(run: Path, width: float, step: int) -> Path:
-    return run / STORED / f"width_{label(width)}" / f"step_{step:08d}.safetensors"
+    return run / STORED / f"width_{label(width)}" / step_names.name_of(step, ".safetensors")
 
 
 def rewind(run: Path, step: int) -> None:
     """Delete the stored averages past a step, from a run that was killed after its last checkpoint: they are stored again."""
     for folder in (run / STORED).glob("width_*"):
         files.clean_temporaries(folder)
-        for path in snapshot.by_step(folder):
-            if _step_of(path) > step:
+        for stored_at, path in step_names.by_step(folder, ".safetensors").items():
+            if stored_at > step:
                 path.unlink()
 
 
@@ -66,18 +70,19 @@ def reconstruct(accelerator: Accelerator, run: Path, widths: Sequence[float], st
     Raises:
         UserError: where the run has no stored averages, none at this step, or a damaged one.
     """
-    return distributed.main_process_first(accelerator, lambda: _reconstruct(accelerator, run, widths, step))
+    last = distributed.decided_by_main(lambda: _sources(run, step)[-1].step)
+    return distributed.main_process_first(accelerator, lambda: _reconstruct(accelerator, run, widths, last))
 
 
-def _reconstruct(accelerator: Accelerator, run: Path, widths: Sequence[float], step: int | None) -> list[Path]:
+def _reconstruct(accelerator: Accelerator, run: Path, widths: Sequence[float], step: int) -> list[Path]:
     sources = _sources(run, step)
-    step, updates = _step_of(sources[-1].path), sources[-1].power_average.updates
+    updates = sources[-1].power_average.updates
     paths: list[Path] = []
     missing: dict[Path, PowerAverage] = {}
     for width in dict.fromkeys(widths):
         identity = [width, updates, [[*source.profile, source.digest] for source in sources]]
         target = PowerAverage(width, updates, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
-        path = run / RECONSTRUCTED / f"width_{label(width)}_step_{step:08d}.safetensors"
+        path = run / RECONSTRUCTED / f"width_{label(width)}_{step_names.name_of(step, '.safetensors')}"
         paths.append(path)
         if not _holds(path, target):
             missing[path] = target
@@ -126,7 +131,7 @@ def _sources(run: Path, step: int | None) -> list[Source]:
     A step counts where each width has it: a run that is going on may have written some of them.
     """
     folders = sorted((run / STORED).glob("width_*"))
-    by_step = [{_step_of(path): path for path in snapshot.by_step(folder)} for folder in folders]
+    by_step = [step_names.by_step(folder, ".safetensors") for folder in folders]
     steps = sorted(set.intersection(*(set(paths) for paths in by_step))) if by_step else []
     if not steps:
         raise UserError(
@@ -156,7 +161,3 @@ def _holds(path: Path, target: PowerAverage) -> bool:
             snapshot.read_weights(path)
             return header.power_average(snapshot.read_header(path)) == target
     return False
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))

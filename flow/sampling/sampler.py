@@ -114,7 +114,8 @@ class Sampler:
 
         t_next: for flow maps, the time that the mean velocity leads to.
         """
-        return self._velocity(len(x), labels, prompts, guidance_scale)(x, t, t_next)
+        with self._autocast():
+            return self._velocity(len(x), labels, prompts, guidance_scale)(x, t, t_next)
 
     def trajectory(
         self,

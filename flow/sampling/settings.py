@@ -41,7 +41,8 @@ def build_time_grid(settings: SamplerSettings, path: Path) -> list[float]:
     if settings.times:
         return list(settings.times)
     times = time_grids.build(settings.time_grid, settings.steps)
-    if settings.time_grid == "edm":  # by the ratio of noise to data, which is the time of the linear path
+    # edm goes by the ratio of noise to data, which is the time of the linear path; Adams methods step evenly there
+    if settings.time_grid == "edm" or settings.method in IGNORES_GRID:
         return times
     return [0.0, *(path.t_to_linear(t) for t in times[1:-1]), 1.0]
 

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ from configs import schema, stored
 from configs.schema import Config, UserError
 from flow import path as paths
 from flow.model import FlowModel, Network
-from flow.runtime import files
+from flow.runtime import distributed, files, step_names
 from flow.runtime.errors import error_context
 from flow.sampling import header, hub, sources
 from flow.sampling.header import PowerAverage
 from flow.sampling.space import Space
 
 CodecSpec = dict[str, Any]
+FileIdentity = tuple[int, int, int]  # inode, time of change in ns, bytes
 
 
 @dataclass
@@ -48,10 +49,19 @@ class Snapshot:
     class_names: tuple[str, ...] = ()  # of the labels that the network was trained with
     power_average: PowerAverage | None = None  # which one, if the weights are one
     unconfirmed: dict[str, Any] = field(default_factory=dict)  # {key: value} that the header names and nobody has repeated
+    file: FileIdentity | None = None  # which was read
 
     def title(self, weights: str | Path) -> str:
         """What a table calls the snapshot behind `weights`: digits@2000, after the run folder, the file or the repository."""
         return f"{name_of(weights)}@{self.step}"
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the file. Raises UserError where another file has taken its place since, as best.safetensors of a run may."""
+        value = files.sha256(self.path)
+        if self.file != _identity(self.path):
+            raise UserError(f"--weights {self.path}: was replaced while it was in use; start this command again")
+        return value
 
     @property
     def decoded_shape(self) -> tuple[int, ...]:
@@ -190,8 +200,11 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     snapshot, for a damaged file, and for what `hub.download` refuses.
     """
     path = find(weights)
+    identity = _identity(path)
     metadata = read_header(path)
     tensors = read_weights(path)
+    if identity != _identity(path):
+        raise UserError(f"--weights {path}: was replaced while it was read; start this command again")
     try:
         image_shape, counts, codec, class_names = header.read(metadata)
         power_average = header.power_average(metadata)
@@ -199,7 +212,7 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
         raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
     own = not hub.is_reference(weights) and _in_run_folder(path)
     config, unconfirmed = _configuration(path, own, metadata["config"], config_path, overrides, codec)
-    return Snapshot(path, config, image_shape, *counts, tensors, codec, class_names, power_average, unconfirmed)
+    return Snapshot(path, config, image_shape, *counts, tensors, codec, class_names, power_average, unconfirmed, identity)
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -236,17 +249,19 @@ def _whole_file(path: Path) -> Iterator[Any]:
 
 def find(weights: str | Path) -> Path:
     """The snapshot file that a run folder (its latest), a checkpoint folder, an exported folder, a file or a reference to the
-    Hugging Face hub stands for."""
+    Hugging Face hub stands for. All processes call it, and get the same one."""
     if hub.is_reference(weights):
         return hub.download(weights)
     path = Path(weights)
-    if path.is_file():
-        return path
+    return path if path.is_file() else distributed.decided_by_main(lambda: _in_folder(path))
+
+
+def _in_folder(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"--weights {path}: there is no such file or folder")
-    snapshots = by_step(path / "snapshots") or by_step(path)
+    snapshots = step_names.by_step(path / "snapshots", ".safetensors") or step_names.by_step(path, ".safetensors")
     if snapshots:
-        return snapshots[-1]
+        return snapshots[max(snapshots)]
     for name in (EMA_FILE, hub.WEIGHTS_FILE):
         if (path / name).is_file():
             return path / name
@@ -262,9 +277,9 @@ def of_run(path: Path, steps: Sequence[str]) -> tuple[Path, list[Path]]:
     `path` is the run folder, which means the first half-life, or a snapshot in it, which means its half-life. Raises UserError
     where there are no snapshots, and for a step that has none.
     """
-    half_life = re.fullmatch(r"step_\d{8,}((?:\.ema_\d+)?\.safetensors)", path.name) if path.is_file() else None
-    folder, tail = (path.parent, half_life.group(1)) if half_life else (path / "snapshots", ".safetensors")
-    by_number = {int(p.name.removeprefix("step_").partition(".")[0]): p for p in by_step(folder, tail)}
+    named = step_names.parse(path) if path.is_file() else None
+    folder, tail = (path.parent, named[1]) if named else (path / "snapshots", ".safetensors")
+    by_number = step_names.by_step(folder, tail)
     if not by_number:
         raise UserError(f"--snapshots: --weights {path} is neither a run folder with snapshots nor one of its snapshots")
     if "all" in steps:
@@ -284,13 +299,7 @@ def name_of(weights: str | Path) -> str:
     run = path.resolve().parent
     if path.is_file() and run.name == "snapshots" and (run.parent / "config.yaml").is_file():
         return run.parent.name + path.stem.removeprefix(path.stem.partition(".")[0])
-    return path.name if path.is_dir() else path.stem
-
-
-def by_step(folder: Path, tail: str = ".safetensors") -> list[Path]:
-    """Files or folders step_<number><tail>, oldest first."""
-    named = ((re.fullmatch(rf"step_(\d{{8,}}){re.escape(tail)}", p.name), p) for p in folder.glob(f"step_*{tail}"))
-    return [p for _, p in sorted((int(match.group(1)), p) for match, p in named if match)]
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 DIGEST_KEY = "digest"
@@ -365,6 +374,11 @@ def _in_run_folder(path: Path) -> bool:
         return True
     places = ((name, parents[depth]) for name, depth in RUN_FOLDERS.items() if depth < len(parents))
     return any(folder.name == name and (folder.parent / "config.yaml").is_file() for name, folder in places)
+
+
+def _identity(path: Path) -> FileIdentity:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _kind_of(value: Tensor) -> tuple[int, ...] | str:

@@ -29,7 +29,8 @@ class DataSamples:
 
     def read(self, indices: list[int]) -> Tensor:
         """[n, ...], float32: images in [-1, 1] or points."""
-        return to_float(torch.stack([self.data[k][0] for k in indices]))
+        with error_context("flow.source"):
+            return to_float(torch.stack([self.data[k][0] for k in indices]))
 
 
 def build(name: str, root: str | None, args: dict[str, Any]) -> Source:

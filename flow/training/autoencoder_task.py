@@ -92,7 +92,8 @@ class AutoencoderTask:
         net.eval()
         n, parts = min(self.config.preview_images, len(self.data)), []
         for batch in shard(self.accelerator, range(n), PREVIEW_BATCH):
-            real = torch.stack([self.data[k * len(self.data) // n][0] for k in batch])
+            with error_context("data"):
+                real = torch.stack([self.data[k * len(self.data) // n][0] for k in batch])
             with self.accelerator.autocast():
                 mean, _ = net.encode(to_float(real.to(self.accelerator.device)))
                 parts.append((batch.start, torch.stack([real, to_uint8(net.decode(mean)).cpu()])))

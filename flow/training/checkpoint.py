@@ -6,7 +6,6 @@ nothing random is carried in a state. `latest` is found by looking, not stored.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +20,10 @@ from safetensors import SafetensorError, safe_open
 from configs import schema
 from configs.schema import Kind, UserError
 from configs.stored import first_line
-from flow.runtime import distributed, files
+from flow.runtime import distributed, files, step_names
 from flow.sampling import posthoc_ema
-from flow.sampling.snapshot import EMA_FILE, by_step
+from flow.sampling.snapshot import EMA_FILE
 
-_NAME = re.compile(r"step_(\d{8,})")
 # Beginnings of the names of what every checkpoint holds; accelerate has several for the weights and the optimizer's state.
 _NEEDED = (("model", "pytorch_model"), ("optimizer",), (EMA_FILE,), ("state.json",))
 _READING_ERRORS = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, SafetensorError)
@@ -36,7 +34,7 @@ def save(accelerator: Accelerator, folder: Path, step: int, state: dict, write_m
 
     Raises UserError on every process where writing fails on one; what was saved before stays as it was.
     """
-    path = folder / f"step_{step:08d}"
+    path = folder / step_names.name_of(step)
     temporary = folder / f"{files.TEMPORARY}{path.name}"
     with _writing(accelerator, path):
         if accelerator.is_main_process:
@@ -129,12 +127,13 @@ def checkpoint_hint(latest: Path | None) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
-    return by_step(folder, "")
+    return list(step_names.by_step(folder).values())
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether the path is a folder with the name of a checkpoint."""
-    return _NAME.fullmatch(path.name) is not None and path.is_dir()
+    parsed = step_names.parse(path)
+    return parsed is not None and not parsed[1] and path.is_dir()
 
 
 def ema_files(half_lives: list[int]) -> list[str]:
@@ -148,7 +147,7 @@ def power_files(widths: list[float]) -> list[str]:
 
 
 def parse_step(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name).group(1))  # type: ignore[union-attr]
+    return step_names.step_of(path)
 
 
 def verify(path: Path) -> str | None:
@@ -198,6 +197,6 @@ def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[in
     for name in ema_files(half_lives):
         suffix = name.removeprefix("ema").removesuffix(".safetensors").lstrip("_")
         tail = f".ema_{suffix}.safetensors" if suffix else ".safetensors"
-        files.link(saved / name, folder / f"step_{step:08d}{tail}")
-        for old in by_step(folder, tail)[:-keep] if keep else []:
+        files.link(saved / name, folder / step_names.name_of(step, tail))
+        for old in list(step_names.by_step(folder, tail).values())[:-keep] if keep else []:
             old.unlink()

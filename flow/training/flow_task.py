@@ -23,7 +23,7 @@ from flow.noise import generator
 from flow.runtime import distributed, files, subprocesses
 from flow.runtime.errors import error_context
 from flow.sampling import snapshot
-from flow.sampling.conditions import condition_names
+from flow.sampling.conditions import column_names
 from flow.sampling.generate import generate, shard
 from flow.sampling.header import PowerAverage
 from flow.sampling.settings import SamplerSettings, validate
@@ -31,7 +31,6 @@ from flow.sampling.space import Space
 from flow.source import GAUSSIAN, Source
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 
-MAX_COLUMNS = 20  # of one class or prompt each, in a preview
 NAMED_CLASSES = 10  # in the log
 
 
@@ -129,17 +128,23 @@ class FlowTask:
         return replace(self.model, net=net)
 
     def preview(self, net: Any, step: int) -> tuple[Tensor | None, dict[str, float]]:
-        """A grid of samples, or a scatter plot of points; all processes share the sampling."""
+        """A grid of samples, or a scatter plot of points; None where sampling fails. All processes share the sampling."""
         n, settings = self.config.preview.n_samples, self.preview_settings
         batches = shard(self.accelerator, range(n), self.space.preview_batch_size)
         samples = generate(self.accelerator, self.model_with(net), self.data.image_shape, batches, settings)
-        parts = [(batch.indices.start, batch.images) for batch in samples]
+        parts, reason = [], None
+        try:
+            parts = [(batch.indices.start, batch.images) for batch in samples]
+        except UserError as error:  # a picture less is no reason to end a training
+            reason = str(error)
+        reasons = distributed.gather_to_main(self.accelerator, reason)
         gathered = distributed.gather_in_order(self.accelerator, parts)
-        if gathered is None:
+        if gathered is None or reasons is None:
             return None, {}
-        names = condition_names(settings, self.class_names, net.num_classes)
-        if not 2 <= len(names) <= MAX_COLUMNS:
-            names = []
+        if reason := next(filter(None, reasons), None):
+            self.accelerator.print(f"note: no preview at step {step}: {reason}", flush=True)
+            return None, {}
+        names = column_names(settings, self.class_names, net.num_classes)
         return self.space.picture(torch.cat(gathered), len(names) or max(1, round(n**0.5)), names), {}
 
     def summary(self) -> list[str]:
@@ -209,7 +214,9 @@ def build_coupling(config: Config, data, source: Source, micro_batch_size: int) 
             )
         if (own := asdict(flow.source)) != data.source:
             raise UserError(f"flow.source={own}: must be that of the pairs, {data.source}")
-        return PairedCoupling(source, data.seed, data.generated, data.noise, data.image_shape, **flow.coupling_args)
+        if flow.coupling_args:
+            raise UserError(f"flow.coupling_args={flow.coupling_args}: paired takes none")
+        return PairedCoupling(source, data.seed, data.generated, data.noise, data.image_shape)
 
 
 def check_source(config: Config, model: FlowModel, image_shape: tuple[int, ...]) -> None:
@@ -230,9 +237,11 @@ def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
         raise UserError(f"{name}: needs a network with two times; set model.args.two_times=true")
     if loss.needs_states and not getattr(data, "state_times", ()):
         raise UserError(f"{name}: needs pairs with the paths that lead to them; make them with make_pairs --keep_states 8")
-    guidance = getattr(loss, "guidance_scale", 1)
-    if guidance != 1 and net.null is None:
-        raise UserError(f"loss.args.guidance_scale={guidance}: needs a network with labels (model.args.num_classes) or prompts")
+    if loss.needs_pairs and config.flow.coupling != "paired":
+        raise UserError(f"{name}: needs pairs of a flow, made by make_pairs (data.name=pairs, flow.coupling=paired)")
+    for key, off in (("guidance_scale", 1), ("guidance_mix", 0)):
+        if (value := getattr(loss, key, off)) != off and net.null is None:
+            raise UserError(f"loss.args.{key}={value}: needs a network with labels (model.args.num_classes) or prompts")
 
 
 def validate_conditioning(config: Config, data, net: Any) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import platform
-import re
 import shlex
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from accelerate import Accelerator
 
 from configs import schema, stored
 from configs.schema import Kind, UserError
-from flow.runtime import distributed, files, lock, subprocesses
+from flow.runtime import distributed, files, lock, step_names, subprocesses
 from flow.runtime.errors import error_context
 from flow.training import checkpoint
 from flow.training.trackers import TRACKERS
@@ -29,7 +28,7 @@ from flow.training.trackers import TRACKERS
 FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
     "ema.power_widths", "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.source.name",
-    "flow.source.args", "flow.coupling", "flow.coupling_args", "loss.name", "loss.args",
+    "flow.source.args", "flow.coupling", "flow.coupling_args", "loss.name", "loss.args", "optimizer.name",
     "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks",
 )  # fmt: skip
 
@@ -149,10 +148,9 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
     A run that was resumed from before them has them: the checkpoints are damaged, the snapshots are of an abandoned training.
     """
     moved, destination = [], files.free_folder(run_dir / "set_aside")
-    for folder, tail in ((run_dir / "checkpoints", ""), (run_dir / "snapshots", r"(\.ema_\d+)?\.safetensors")):
+    for folder in (run_dir / "checkpoints", run_dir / "snapshots"):
         for path in sorted(folder.glob("step_*")):
-            match = re.fullmatch(rf"step_(\d{{8,}}){tail}", path.name)
-            if match and int(match.group(1)) > step:
+            if (parsed := step_names.parse(path)) and parsed[0] > step:
                 target = destination / folder.name / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(target)

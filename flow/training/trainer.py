@@ -16,7 +16,7 @@ from configs import schema
 from configs.schema import UserError
 from flow.losses import Batch, Loss, Losses
 from flow.noise import generator
-from flow.runtime import cli, distributed
+from flow.runtime import cli, distributed, step_names
 from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, posthoc_ema, snapshot
 from flow.sampling.header import PowerAverage
@@ -53,7 +53,8 @@ class Task(Protocol):
         """The weights of a snapshot of this task. Raises UserError where they belong to another one."""
 
     def preview(self, net: nn.Module, step: int) -> tuple[Tensor | None, dict[str, float]]:
-        """A picture uint8 [C, H, W] and metrics of the averaged network, on the main process; every process calls it."""
+        """A picture uint8 [C, H, W] and metrics of the averaged network, on the main process; every process calls it. No
+        picture where sampling fails."""
 
     def summary(self) -> list[str]:
         """Lines about data and network, for the start of the log."""
@@ -102,7 +103,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         timed: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        """config: a `Config` or `VaeConfig`. folder: the run directory. resume_path: the checkpoint to resume from.
+        """config: a `Config` or `VaeConfig`. folder: the run folder. resume_path: the checkpoint to resume from.
         timed: `timed("forward")` surrounds that part of a step, for benchmarks.
 
         Raises:
@@ -132,15 +133,19 @@ class Trainer:
         self.update: Update = GraphedUpdate(self._update) if self.graphed else self._update
         if resume_path:
             self._load_checkpoint(resume_path)
-        if accelerator.is_main_process:
-            run_dir.write_run_files(folder, config, accelerator)
-            posthoc_ema.rewind(folder, self.step)
-            if moved := run_dir.set_aside(folder, self.step):
-                where = moved[0].parent.parent
-                accelerator.print(f"note: {len(moved)} checkpoints and snapshots past step {self.step} are in {where} now")
-        accelerator.wait_for_everyone()
+        self._prepare_folder()
         self.logger = Logger(accelerator, folder, config, first_step=self.step)
         self.throughput = Throughput(config.train.batch_size, self.step)
+
+    def _prepare_folder(self) -> None:
+        """Describe the run in its folder, and clear it of what a run that is resumed has left past its step."""
+        if self.accelerator.is_main_process:
+            run_dir.write_run_files(self.folder, self.config, self.accelerator)
+            posthoc_ema.rewind(self.folder, self.step)
+            if moved := run_dir.set_aside(self.folder, self.step):
+                where = moved[0].parent.parent
+                self.accelerator.print(f"note: {len(moved)} checkpoints and snapshots past step {self.step} are in {where} now")
+        self.accelerator.wait_for_everyone()
 
     @property
     def finished(self) -> bool:
@@ -335,7 +340,7 @@ class Trainer:
         torch.manual_seed(int(generator(*key).integers(2**63)))
 
     def _preview_path(self) -> Path:
-        return self.folder / "samples" / f"step_{self.step:08d}.png"
+        return self.folder / "samples" / step_names.name_of(self.step, ".png")
 
     def _preview_is_due(self) -> bool:
         return self.finished or self.is_due(self.config.train.sample_every_steps)

@@ -92,7 +92,7 @@ def validation_losses(
         with accelerator.autocast():
             prediction = model.net(model.path.interpolate(x0, x1, t), t, None if y is None else y.to(accelerator.device))
         target = model.path.target(x0, x1, t, model.prediction)
-        parts.append((batch.start, mse(prediction.float(), target).double().cpu()))
+        parts.append((batch.start, mse(prediction.float(), target).cpu().double()))
     gathered = distributed.gather_in_order(accelerator, parts)
     return None if gathered is None else torch.cat(gathered)
 

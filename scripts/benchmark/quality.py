@@ -25,7 +25,7 @@ from configs.schema import UserError
 from flow.evaluation import intervals, plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
-from flow.runtime import cli, files, lock
+from flow.runtime import cli, files, lock, step_names
 from flow.runtime.subprocesses import run_chains, run_command, train_arguments
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
@@ -215,7 +215,7 @@ def commands(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
     yield ["evaluate.py", "--weights", str(run), *settings, "--metrics", *args.metrics, *shared, *out]
     first = ["--methods", args.methods[0], "--sampling_steps", str(args.sampling_steps[0]), "--guidance_scale", scales[0]]
     for step in snapshot_steps(args, recipe)[:-1]:
-        weights = run / "snapshots" / f"step_{step:08d}.safetensors"
+        weights = run / "snapshots" / step_names.name_of(step, ".safetensors")
         out = ["--no_control", "--out", str(run / "curve")]
         yield ["evaluate.py", "--weights", str(weights), *first, "--metrics", "fid", *shared, *out]
 

@@ -17,10 +17,11 @@ PAGE = Path(__file__).parents[2] / "docs/configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-Defaults, then the YAML of `-c`, then overrides (`key=value`, `--key value` or `--key=value`). An unknown key is an error that
-names the nearest one. Arguments (`data.args`, `model.args`, ...) are checked against the signature of what they go to; another
-name (`model.name=`, `data.name=`, ...) on the command line starts from empty arguments. A key is one field of a dataclass in
-`configs/`; this page is written from there by `python -m scripts.dev.write_configuration`.
+A configuration starts from the defaults; the YAML of `-c`, then overrides (`key=value`, `--key value` or `--key=value`),
+replace them. An unknown key is an error that suggests the nearest one. Arguments (`data.args`, `model.args`, ...) are
+checked against the signature of the function that takes them; a new name (`model.name=`, `data.name=`, ...) on the command
+line starts from empty arguments. Keys are fields of dataclasses in `configs/`, from which
+`python -m scripts.dev.write_configuration` writes this page.
 """
 SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("Training a flow", "`train.py`, `configs/schema.py`", schema.Config),

@@ -22,7 +22,7 @@ from configs import stored
 from configs.schema import UserError
 from datasets import captions
 from flow.evaluation import classifiers, table
-from flow.runtime import cli, files, jsonl, lock, subprocesses
+from flow.runtime import cli, files, jsonl, lock, step_names, subprocesses
 from flow.sampling import header, snapshot, trajectory_grids
 from flow.sampling.trajectory_grids import TrajectoryGrids
 from flow.solvers import SOLVERS
@@ -32,7 +32,7 @@ PANELS = ("overview", "curves", "quality", "samples", "figures", "runs")  # sect
 MARKS = ("metrics.jsonl", "environment.json", "log.txt")  # files that make a folder a run
 DEPTH = 4  # of run folders below a folder
 # Folders in a run that hold neither runs nor figures.
-OTHERS = ("checkpoints", "power_averages", "reconstructed", "samples", "snapshots", "tensorboard", "wandb")
+OTHERS = ("checkpoints", "power_averages", "posthoc_ema", "samples", "set_aside", "snapshots", "tensorboard", "wandb")
 # Files that every run has, and where they are missed.
 EXPECTED = {"config.yaml": "overview", "environment.json": "overview", "log.txt": "overview", "metrics.jsonl": "curves"}
 QUIET_SECONDS = 15 * 60  # a run on another host that has written nothing for so long counts as stopped
@@ -187,9 +187,7 @@ def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
         entries, damage = _read(run, "quality", name_of_file, _read_entries, no_entries)
         run.entries += entries
         run.add_problems("quality", name_of_file, damage)
-    run.previews = {
-        int(p.stem[5:]): p for p in sorted(folder.glob("samples/step_*.png")) if re.fullmatch(r"[0-9]{1,18}", p.stem[5:])
-    }
+    run.previews = step_names.by_step(folder / "samples", ".png")
     manifest = str(trajectory_grids.FOLDER / trajectory_grids.MANIFEST)
     run.trajectory = _read(run, "samples", manifest, trajectory_grids.read, None)
     run.figures = _figures(folder, pictures)

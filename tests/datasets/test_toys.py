@@ -87,12 +87,12 @@ def test_mlp():
 
 
 def test_distances_between_points():
-    a, b = toys("moons", 4000).images, toys("moons", 4000, seed=1).images
+    a, b = toys("moons", 2000).images, toys("moons", 2000, seed=1).images
     shift = torch.tensor([0.6, 0.8])
     assert metrics_2d.sliced_wasserstein(a, a) == 0
     # a shift by s moves every projection by s . direction, whose mean square over directions is |s|^2 / 2
     assert metrics_2d.sliced_wasserstein(a, a + shift) == pytest.approx(math.sqrt(0.5), rel=1e-6)
-    assert metrics_2d.sliced_wasserstein(a, b[:1000]) < 0.1 < metrics_2d.sliced_wasserstein(a, toys("rings", 4000).images)
+    assert metrics_2d.sliced_wasserstein(a, b[:1000]) < 0.1 < metrics_2d.sliced_wasserstein(a, toys("rings", 2000).images)
     for distance in (metrics_2d.mmd, metrics_2d.energy_distance):
         assert abs(distance(a, b)) < 0.005 and distance(a, b + shift) > 0.1
     # one point each: the kernel and the distance have a formula
@@ -109,8 +109,8 @@ def test_the_picture_of_points():
 def test_train_sample_and_evaluate(group, tmp_path, here):
     run = tmp_path / "run"
     small = ["train.steps=20", "train.batch_size=64", "model.args={width: 16}", "preview.n_samples=100", "train.log_with=[]"]
-    here("train", "-c", "configs/toy.yaml", "-e", run, *small)
-    assert "100,000 points" in (run / "log.txt").read_text() and (run / "samples" / "step_00000020.png").is_file()
+    here("train", "-c", "configs/toy.yaml", "-e", run, *small, "data.args.n=2000")
+    assert "2,000 points" in (run / "log.txt").read_text() and (run / "samples" / "step_00000020.png").is_file()
     sample = ["--weights", run, "--n_samples", "70", "--sampling_steps", "3", "--bspp", "20"]
     here("sample", *sample, "--save_dir", tmp_path / "one")
     group("sample", *sample, "--save_dir", tmp_path / "two")

@@ -49,7 +49,7 @@ def test_likelihood_and_inversion_stay_in_the_interval(method):
 
     x1 = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
     options = {"rtol": 1e-2, "atol": 1e-2} if method in solvers.HAS_TOLERANCES else {}
-    for strength in (-10.0, 1e-9, 1.0, 10.0):
+    for strength in (-10.0, 1e-9, 10.0):
         log_p, _, nfe = log_likelihood(field(strength), x1, method, time_grids.uniform(6), **options)
         assert log_p.isfinite().all() and nfe > 2
         assert invert(field(strength), x1, x1, 6, method).isfinite().all()
@@ -104,7 +104,8 @@ def test_a_gradient_is_refused(data):
 
 def test_points_are_scored_in_nats(tmp_path, here):
     """Points have no levels, hence no bits."""
-    here("train", "-c", "configs/toy_mixture.yaml", "-e", tmp_path / "toy", "train.steps=20", "train.log_with=[]")
+    small = ["train.steps=20", "train.batch_size=64", "data.args.n=500", "preview.n_samples=20", "train.log_with=[]"]
+    here("train", "-c", "configs/toy_mixture.yaml", "-e", tmp_path / "toy", *small)
     told = here("likelihood", "--weights", tmp_path / "toy", "--n_images", "8")
     nats = float(re.search(r"(-?[\d.]+) ± [\d.]+ nats a point", told).group(1))
     assert -10 < nats < 0 and "bits" not in told
@@ -114,3 +115,13 @@ def test_command(here, tiny_run):
     printed = here("likelihood", "--weights", tiny_run, "--n_images", "6", "--bspp", "3", "--rtol", "0.05")
     bits = float(re.search(r"([\d.]+) ± [\d.]+ bits per dimension", printed).group(1))
     assert 3 < bits < 20  # of an untrained network: noise
+
+
+def test_a_method_without_times_is_refused(data):
+    with pytest.raises(ValueError, match="method=heun: takes one step without times; give some, or one of dopri5"):
+        log_likelihood(velocity, data[0], "heun")
+
+
+def test_data_of_another_size_are_refused(error, tiny_run):
+    line = error("likelihood", "--weights", tiny_run, "--n_images", "2", "data.name=toys", "data.args={name: rings}")
+    assert "data: toys has images of (2,), --weights is of (1, 8, 8)" in line

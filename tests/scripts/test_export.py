@@ -19,7 +19,7 @@ def test_half_the_size(here, error, tmp_path, tiny_run):
 def test_latent_snapshot_keeps_decoder_and_class_names(here, tmp_path, vae_folder):
     """An export that loses them makes no images and names no classes."""
     latents, run, out = tmp_path / "latents", tmp_path / "run", tmp_path / "half.safetensors"
-    here("cache_latents", "--vae", vae_folder, "--save_dir", latents, "data.name=digits", "--bspp", "200")
+    here("cache_latents", "--vae", vae_folder, "--save_dir", latents, "data.name=digits", "data.args.split=test")
     here(
         "train", "data.name=latents", f"data.args.path={latents}", "model.name=dit",
         "model.args={width: 16, depth: 1, heads: 2, patch: 2, num_classes: 10}", "train.steps=1", "train.batch_size=16",

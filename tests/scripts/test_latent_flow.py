@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import REPOSITORY, run_here, succeed
 from PIL import Image
 
@@ -25,7 +24,6 @@ from flow.sampling.images import read_png, to_uint8
 from flow.sampling.settings import SamplerSettings
 from flow.training.data_loader import TrainingLoader
 from models import autoencoder
-from scripts import cache_latents
 
 pytest.importorskip("diffusers")
 
@@ -35,17 +33,13 @@ TRAIN = [
     "train.checkpoint_every_steps=2", "train.sample_every_steps=4", "train.log_with=[]", "preview.n_samples=10",
     "preview.sampling_steps=1",
 ]  # fmt: skip
-CACHE = ["data.name=digits", "--shard_images", "800", "--bspp", "200"]
+CACHE = ["data.name=digits", "data.args.split=test", "--shard_images", "120", "--bspp", "50"]
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, vae_folder) -> Path:
     out = tmp_path_factory.mktemp("cache") / "latents"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["cache_latents", "--vae", str(vae_folder), "--save_dir", str(out), *CACHE])
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        cache_latents.main()
+    run_here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
     return out
 
 
@@ -77,10 +71,10 @@ def test_decoding_undoes_normalisation(vae_folder, data):
 
 def test_cache_holds_posteriors_of_mirror_images(vae_folder, cache, data):
     """The cache holds posteriors of images and mirror images."""
-    vae, real = autoencoder.load(str(vae_folder)), datasets.build("digits", None, {})
-    assert len(data) == len(real) == 1797 and data.image_shape == (2, 4, 4)
+    vae, real = autoencoder.load(str(vae_folder)), datasets.build("digits", None, {"split": "test"})
+    assert len(data) == len(real) == 299 and data.image_shape == (2, 4, 4)
     assert torch.equal(data.labels, real.labels) and data.class_names == real.class_names
-    chosen = [0, 799, 800, 1796]  # both sides of a seam
+    chosen = [0, 119, 120, 298]  # both sides of a seam
     x = to_float(real.images[chosen])
     for mirrored, shown in ((False, x), (True, x.flip(-1))):
         for found, expected in zip(data.moments(chosen, [mirrored] * 4), vae.encode(shown), strict=True):
@@ -111,7 +105,7 @@ def test_interrupted_cache_ends_with_same_files(here, vae_folder, cache, tmp_pat
     shutil.copy(cache / "latents_00002.safetensors", out)
     (out / f".tmp-1-{second.name}").write_bytes(b"half")
     printed = here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
-    assert "1600 of them new" in printed and contents(out) == contents(cache)
+    assert "240 of them new" in printed and contents(out) == contents(cache)
     assert "0 of them new" in here("cache_latents", "--vae", vae_folder, "--save_dir", out, *CACHE)
 
 
@@ -149,8 +143,8 @@ def test_reconstructions_are_checked(here, vae_folder, tmp_path):
         "--feature_extractor", "digits",
     )  # fmt: skip
     found = json.loads((out / "reconstructions.json").read_text())
-    vae, real = autoencoder.load(str(vae_folder)), datasets.build("digits", None, {})
-    x = real.images[generator("check").permutation(1797)[:50]]
+    vae, real = autoencoder.load(str(vae_folder)), datasets.build("digits", None, {"split": "test"})
+    x = real.images[generator("check").permutation(299)[:50]]
     made = to_uint8(vae.decode(vae.encode(to_float(x))[0]))
     expected = (10 * torch.log10(255**2 / (made.double() - x.double()).square().mean((1, 2, 3)))).mean()
     assert found["PSNR"] == pytest.approx(expected.item(), abs=0.02) and found["images"] == 50
@@ -297,7 +291,7 @@ def test_a_cache_that_is_not_whole(cache, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
     tensors, _ = read_shard(copy / "latents_00001.safetensors")
-    assert tensors["mean"].shape == (800, 2, 4, 4)
+    assert tensors["mean"].shape == (120, 2, 4, 4)
     shutil.copy(copy / "latents_00000.safetensors", copy / "latents_00001.safetensors")
     with pytest.raises(ValueError, match=r"latents_00001\.safetensors is not the shard of this manifest"):
         datasets.build("latents", None, {"path": str(copy)})

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, TINY_TRAIN, succeed
+from conftest import REPOSITORY, TINY_TRAIN, run_here, succeed
 from safetensors.torch import load_file
 
 import datasets
@@ -37,8 +37,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_run) -> Path:
     out = tmp_path_factory.mktemp("pairs") / "one"
-    result = succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", out, *ARGUMENTS)
-    assert "50 pairs" in result.stdout and "50 of them new" in result.stdout
+    printed = run_here("make_pairs", "--weights", tiny_run, "--save_dir", out, *ARGUMENTS)
+    assert "50 pairs" in printed and "50 of them new" in printed
     return out
 
 
@@ -79,7 +79,7 @@ def test_inverted_pairs_are_real_images(data):
     assert 0.5 < data.noise.float().std() < 2
 
 
-def test_damaged_shards_are_made_again(tmp_path, folder, tiny_run):
+def test_damaged_shards_are_made_again(here, tmp_path, folder, tiny_run):
     """Missing and damaged shards are named, and only they are made again."""
     copy = tmp_path / "pairs"
     copy.mkdir()
@@ -92,9 +92,8 @@ def test_damaged_shards_are_made_again(tmp_path, folder, tiny_run):
     with pytest.raises(ValueError, match=r"generated_00000\.safetensors is missing; run make_pairs"):
         datasets.build("pairs", None, {"path": str(copy)})
     before = {name: (copy / name).stat().st_mtime_ns for name in contents(copy)}
-    result = succeed("-m", "scripts.make_pairs", "--weights", tiny_run, "--save_dir", copy, *ARGUMENTS)
-    assert "inverted_00000.safetensors is damaged" in result.stdout + result.stderr
-    assert "25 of them new" in result.stdout
+    printed = here("make_pairs", "--weights", tiny_run, "--save_dir", copy, *ARGUMENTS)
+    assert "inverted_00000.safetensors is damaged" in printed and "25 of them new" in printed
     assert contents(copy) == contents(folder)
     touched = {name for name, stamp in before.items() if (copy / name).stat().st_mtime_ns != stamp}
     assert touched == {"inverted_00000.safetensors"}  # and the one that was not there
@@ -142,7 +141,7 @@ def test_other_settings_do_not_mix(error, folder, tiny_run):
     assert contents(folder) == before
 
 
-def test_mistakes(error, tmp_path, tiny_run):
+def test_mistakes(error, tmp_path, tiny_run, folder):
     (tmp_path / "mine.txt").write_text("mine")
     command = ["make_pairs", "--weights", tiny_run, "--n_pairs", "10"]
     assert "exists and was not written by make_pairs" in error(*command, "--save_dir", tmp_path)
@@ -153,6 +152,8 @@ def test_mistakes(error, tmp_path, tiny_run):
     assert not (tmp_path / "a").exists()
     train = ["train", *TINY_TRAIN, "-e", tmp_path / "run"]
     assert "flow.coupling=paired: paired and data.name=pairs need each other" in error(*train, "flow.coupling=paired")
+    paired = ["data.name=pairs", f"data.args.path={folder}", "flow.coupling=paired", "flow.coupling_args={block: 4}"]
+    assert "flow.coupling_args={'block': 4}: paired takes none" in error(*train, *paired)
     assert "holds no pairs (manifest.json is not there)" in error(*train, "data.name=pairs", f"data.args.path={tmp_path}")
 
 

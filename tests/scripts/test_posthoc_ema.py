@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flow.evaluation import table
+from flow.runtime import step_names
 from flow.sampling import snapshot
 from flow.sampling.sampler import Sampler
 
@@ -81,7 +82,7 @@ def test_averages_of_an_abandoned_training_are_deleted(here, copy):
     """Those past the checkpoint that is resumed do not belong to the training that goes on from there."""
     shutil.rmtree(copy / "checkpoints/step_00000120")
     here("train", "-e", copy, "-r", "latest", "train.steps=72", "ema.power_every_steps=0")
-    assert [p.name for p in snapshot.by_step(copy / "power_averages/width_0.100")][-2:] == [
+    assert [p.name for p in step_names.by_step(copy / "power_averages/width_0.100", ".safetensors").values()][-2:] == [
         "step_00000064.safetensors",
         "step_00000072.safetensors",
     ]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -82,17 +82,16 @@ def run_command_here(arguments: list[str], launcher: str | None = None) -> None:
 def rectified(tmp_path_factory, config) -> Path:
     """The whole chain, its commands run in this process, which saves the seconds of ten starts."""
     folder = tmp_path_factory.mktemp("rectify") / "whole"
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as err:
         patch.setattr(rectify, "run_command", run_command_here)
-        run_here("rectify", "-c", config, f"folder={folder}")
-    assert "| model" in out.getvalue()
-    stages = re.findall(r"^stage (\d+) of (\d+): (.*) \(\d+\.\d (?:s|min) so far\)$", out.getvalue(), re.M)
+        printed = run_here("rectify", "-c", config, f"folder={folder}")
+    assert "| model" in printed
+    stages = re.findall(r"^stage (\d+) of (\d+): (.*) \(\d+\.\d (?:s|min) so far\)$", printed, re.M)
     assert [(int(k), int(n)) for k, n, _ in stages] == [(k, 14) for k in range(1, 15)]
     assert stages[1][2] == "pairs: pairs_1-rf" and stages[9][2] == "evaluation of flow, w = 1.5"
     bars = re.findall(r"straightness deviation and figure [^|]*\|[^|]*\| (\d+)/(\d+)", err.getvalue())
     assert bars[-1][0] == bars[-1][1]
-    (hint,) = re.findall(r"; sample in one step with: (.+)$", out.getvalue(), re.M)
+    (hint,) = re.findall(r"; sample in one step with: (.+)$", printed, re.M)
     run_command_here([*shlex.split(hint)[1:], "--n_samples", "4", "--save_dir", str(folder.parent / "samples")])
     return folder
 

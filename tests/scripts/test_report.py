@@ -286,7 +286,7 @@ def whole_run(tmp_path_factory) -> Path:
     """A run folder with every file that a report reads."""
     run = make_run(tmp_path_factory.mktemp("whole") / "run", rows=40)
     add_weights(run)
-    add_grids(run)
+    add_grids(run, steps=2, scales=(1.0,))
     (run / "animation").mkdir()
     frames = [Image.fromarray(np.full((9, 9, 3), shade, np.uint8)) for shade in (0, 99, 200)]
     frames[0].save(run / "animation/flow.gif", save_all=True, append_images=frames[1:])
@@ -310,14 +310,14 @@ def test_damaged_file_costs_its_panel(report, tmp_path, whole_run, file, damage)
     has = {
         "curves": "loss" in data["curves"]["columns"],
         "quality": "FD-digits" in shown.data["metrics"],
-        "samples": len(data["previews"]) == 2 and len(data["grids"]) == 9,
+        "samples": len(data["previews"]) == 2 and len(data["grids"]) == 3,
         "figures": all(name in shown.sections["figures"] for name in ("nfe.png", "flow.gif")),
         "runs": file == "config.yaml" or "--trajectory_grids" in shown.sections["runs"],
         "overview": "finished" in shown.sections["overview"] or file == "log.txt",
     }
     assert all(there for name, there in has.items() if name != panel), has
     if file == "samples/step_00000005.png":
-        assert len(data["grids"]) == 9 and len(data["previews"]) == 1
+        assert len(data["grids"]) == 3 and len(data["previews"]) == 1
     if panel == "samples" and file != "samples/step_00000005.png":
         assert len(data["previews"]) == 2
 
@@ -496,25 +496,26 @@ def test_linked_pictures(report, tmp_path):
     assert len(list(folder.iterdir())) == 3
 
 
-def test_pictures_keep_the_page_small(tmp_path):
+def test_pictures_keep_the_page_small(monkeypatch, tmp_path):
     """What does not fit is left out: previews and grids between others first."""
+    monkeypatch.setattr(page, "PICTURE_BYTES", 400_000)
     run = make_run(tmp_path / "run")
     noise = np.random.default_rng(0)
     for step in range(20):
-        Image.fromarray(noise.integers(0, 256, (500, 500, 3), dtype=np.uint8)).save(
+        Image.fromarray(noise.integers(0, 256, (130, 130, 3), dtype=np.uint8)).save(
             run / f"samples/step_{step:08d}.png", compress_level=0
         )
     read = runs.read_run(run, "run", 100, [])
     path = page.write([read], tmp_path / "out", linked=False, reload_seconds=None)
     steps = [preview["step"] for preview in Page(path).data["runs"][0]["previews"]]
-    assert path.stat().st_size < 8_000_000 and steps[0] == 0 and steps[-1] == 19 and 4 < len(steps) < 20
+    assert path.stat().st_size < 500_000 and steps[0] == 0 and steps[-1] == 19 and 4 < len(steps) < 20
     add_grids(run, steps=20, scales=())
     for grid in (run / trajectory_grids.FOLDER).glob("*.webp"):
-        Image.fromarray(noise.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(grid, "WEBP", quality=95, method=0)
+        Image.fromarray(noise.integers(0, 256, (105, 105, 3), dtype=np.uint8)).save(grid, "WEBP", quality=95, method=0)
     path = page.write([runs.read_run(run, "run", 100, [])], tmp_path / "out", linked=False, reload_seconds=None)
     data = Page(path).data["runs"][0]
     steps = sorted(grid["step"] for grid in data["grids"])
-    assert path.stat().st_size < 8_000_000 and len(data["previews"]) > 2
+    assert path.stat().st_size < 500_000 and len(data["previews"]) > 2
     assert steps[0] == 0 and steps[-1] == 20 and 4 < len(steps) < 20
     assert f"{21 - len(steps)} grids between others are left out" in Page(path).sections["samples"]
 

@@ -1,16 +1,18 @@
 """Sampling: an image is a function of the weights, the settings and its index, and nothing is lost or overwritten."""
 
 import json
+import math
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import succeed
+from conftest import run_here, succeed
 from PIL import Image
 
 from flow.path import PATHS
@@ -30,8 +32,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory, tiny_run) -> Path:
     out = tmp_path_factory.mktemp("samples") / "one"
-    result = succeed("sample.py", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
-    assert "NFE 5 (10 network evaluations)" in result.stdout
+    printed = run_here("sample", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
+    assert "NFE 5 (10 network evaluations)" in printed
     return out
 
 
@@ -174,3 +176,25 @@ def test_the_cost_of_batches_is_their_mean():
 def test_the_edm_grid_is_one_of_noise_ratios():
     settings = SamplerSettings(steps=8, time_grid="edm")
     assert build_time_grid(settings, PATHS["vp"]()) == build_time_grid(settings, PATHS["linear"]()) == time_grids.edm(8)
+
+
+def test_numbers_that_are_not_finite_are_refused(model):
+    """They would be black images."""
+
+    class Endless(torch.nn.Module):
+        num_classes = max_prompt_bytes = null = None
+        two_times = False
+
+        def forward(self, x, t, y=None, t_next=None):
+            return x * torch.where(x.flatten(1)[:, :1] > 0, math.inf, 1.0).view(-1, 1, 1, 1)
+
+    endless = replace(model, net=Endless())
+    with pytest.raises(ValueError, match=r"image \d+: its numbers are not finite; a smaller guidance_scale"):
+        images_of(endless, range(10), 10, SamplerSettings("euler", 2))
+
+
+@pytest.mark.parametrize("method", ["explicit_adams", "dopri5"])
+def test_even_steps_are_even_on_every_path(method):
+    """Where a method steps evenly in the solver's time, the grid has those times: pairs store states at them."""
+    for path in PATHS.values():
+        assert build_time_grid(SamplerSettings(method, 4), path()) == [0, 0.25, 0.5, 0.75, 1]

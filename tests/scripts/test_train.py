@@ -4,47 +4,36 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, TINY_TRAIN, run_here, run_script, succeed
+from conftest import REPOSITORY, TINY_TRAIN, run_here, succeed
 from safetensors.torch import load_file
 
 from flow.runtime import files
+from flow.runtime.errors import cli_main
 from flow.sampling import images, snapshot
 from flow.training import checkpoint
 from flow.training.logging import read_metrics
+from flow.training.trainer import Callback
 from scripts.dev import fault_injection
 
 DROPOUT = (
     "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
     "num_classes: 10, dropout: 0.1}"
 )
-LONGER = [*TINY_TRAIN, DROPOUT, "train.steps=24", "train.checkpoint_every_steps=12", "train.log_every_steps=9"]
-
-KILLED_IN_PREVIEW = """
-import os, signal
-import train
-
-replace = os.replace
-
-def kill_or_replace(source, target):
-    if os.path.basename(os.path.dirname(target)) == "samples":
-        os.truncate(source, os.path.getsize(source) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
-
-os.replace = kill_or_replace
-train.main()
-"""
+LONGER = [*TINY_TRAIN, DROPOUT, "train.steps=8", "train.checkpoint_every_steps=4", "train.log_every_steps=3"]
+TO_KILL = [*LONGER, "train.steps=24", "train.checkpoint_every_steps=12", "train.log_every_steps=9"]
 
 
 def newest(run: Path) -> Path:
@@ -63,7 +52,7 @@ def losses(run: Path) -> list[dict]:
 
 def kill_after_first_checkpoint(run: Path, launcher: list[str]) -> None:
     """Start a training run and kill all of its processes once its first checkpoint is there."""
-    command = [sys.executable, *launcher, "train.py", *LONGER, "-e", str(run)]
+    command = [sys.executable, *launcher, "train.py", *TO_KILL, "-e", str(run)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.time() + 120
     while not (run / "checkpoints" / "step_00000012").exists():
@@ -90,26 +79,29 @@ def test_rows_where_there_is_no_terminal(here, tmp_path):
     assert "\r" not in printed
 
 
-def test_sigterm_saves_and_suggests_resume(tmp_path, monkeypatch, uninterrupted):
+class Terminate(Callback):
+    """SIGTERM to this process after each row of metrics."""
+
+    def on_log(self, trainer, metrics):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_and_suggests_resume(main_of, here, capsys, tmp_path):
     """A run stopped by SIGTERM saves and prints the command that resumes it."""
-    monkeypatch.setenv("FLOW_NUM_THREADS", "1")
     run = tmp_path / "run"
-    command = [sys.executable, "train.py", *LONGER, "train.steps=4000", "train.checkpoint_every_steps=0", "-e", str(run)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (run / "metrics.jsonl").exists():  # the first row comes at step 9
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    saved = checkpoint.list_checkpoints(run / "checkpoints")
-    assert len(saved) == 1 and checkpoint.verify(saved[0]) is None
-    step = checkpoint.parse_step(saved[0])
-    assert 9 <= step < 4000
-    assert "Traceback" not in err
-    (resume,) = re.findall(r"resume with: (.+)", out)
-    subprocess.run(f"{resume} train.steps={step + 3}", shell=True, cwd=REPOSITORY, check=True, capture_output=True)
-    assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == step + 3
+    main = main_of("train", *LONGER, "train.checkpoint_every_steps=0", "-e", run)
+    with pytest.raises(SystemExit) as left:
+        cli_main(partial(main, [Terminate()]))
+    assert left.value.code == 128 + signal.SIGTERM
+    (saved,) = checkpoint.list_checkpoints(run / "checkpoints")
+    assert checkpoint.parse_step(saved) == 3 and checkpoint.verify(saved) is None
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    (resume,) = re.findall(r"resume with: (.+)", printed.out)
+    program, script, *arguments = shlex.split(resume)
+    assert shutil.which(program) and Path(script).resolve() == REPOSITORY / "train.py"
+    here("train", *arguments, "train.steps=6")
+    assert checkpoint.parse_step(newest(run)) == 6
 
 
 def start_on_a_terminal(command: list[str]) -> tuple[int, int]:
@@ -157,7 +149,7 @@ def test_two_processes_equal_one(group, tmp_path):
     plain = [argument for argument in LONGER if argument is not DROPOUT]
     both, elastic, one = (tmp_path / name for name in ("both", "elastic", "one"))
     group("train", *plain, "-e", both, "train.keep_checkpoints=0")
-    shutil.copytree(both, elastic, ignore=shutil.ignore_patterns("step_00000024*"))
+    shutil.copytree(both, elastic, ignore=shutil.ignore_patterns("step_00000008*"))
     run_here("train", "-e", elastic, "-r", "latest")
     run_here("train", *plain, "train.gradient_accumulation_steps=2", "-e", one)
     for other in (elastic, one):
@@ -173,7 +165,7 @@ def test_two_processes_resume_to_the_same_bits(tmp_path, monkeypatch):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     torchrun += ["--rdzv_endpoint", "localhost:0"]
     two, resumed = tmp_path / "two", tmp_path / "resumed"
-    succeed("train.py", *LONGER, "-e", two, processes=2)
+    succeed("train.py", *TO_KILL, "-e", two, processes=2)
     kill_after_first_checkpoint(resumed, torchrun)
     succeed("train.py", "-e", resumed, "-r", "latest", processes=2)
     assert_same_state(resumed, two)
@@ -193,13 +185,13 @@ def test_damaged_newest_checkpoint_is_skipped(here, tmp_path, uninterrupted):
     """A damaged newest checkpoint is named and skipped."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    victim = run / "checkpoints" / "step_00000024" / "optimizer.bin"
+    victim = run / "checkpoints" / "step_00000008" / "optimizer.bin"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
     printed = here("train", "-e", run, "-r", "latest")
-    assert "step_00000024 is damaged and skipped: optimizer.bin has changed" in printed
-    assert "resuming from step 12" in printed
+    assert "step_00000008 is damaged and skipped: optimizer.bin has changed" in printed
+    assert "resuming from step 4" in printed
     assert_same_state(run, uninterrupted)
 
 
@@ -248,10 +240,10 @@ def test_kill_after_checkpoint_loses_nothing(here, tmp_path, uninterrupted):
     """A kill after a checkpoint loses neither snapshot nor preview."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    lost, preview = snapshot.find(run), run / "samples" / "step_00000024.png"
+    lost, preview = snapshot.find(run), run / "samples" / "step_00000008.png"
     lost.unlink()
     preview.unlink()
-    unfinished = run / "samples" / ".tmp-step_00000024.png"
+    unfinished = run / "samples" / ".tmp-step_00000008.png"
     unfinished.write_bytes(b"half a picture")
     here("train", "-e", run, "-r", "latest")
     assert lost.read_bytes() == snapshot.find(uninterrupted).read_bytes()
@@ -259,17 +251,26 @@ def test_kill_after_checkpoint_loses_nothing(here, tmp_path, uninterrupted):
     assert not unfinished.exists()
 
 
-def test_kill_while_writing_preview(here, tiny_run, tmp_path):
-    """Killed with half of a preview under its temporary name; the resumed run equals the one that was never killed."""
-    run = tmp_path / "run"
-    result = run_script("-c", KILLED_IN_PREVIEW, *TINY_TRAIN, "-e", run)
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    (unfinished,) = (run / "samples").iterdir()
+def test_kill_while_writing_preview(here, monkeypatch, tiny_run, tmp_path):
+    """A copy of the folder is what a kill leaves behind, with half of a preview under its temporary name; the resumed copy
+    equals the run that was never killed."""
+    killed, replace = tmp_path / "killed", os.replace
+
+    def copy_and_replace(source, target):
+        if Path(target).parent.name == "samples":
+            shutil.copytree(tmp_path / "run", killed)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", copy_and_replace)
+        here("train", *TINY_TRAIN, "-e", tmp_path / "run")
+    (unfinished,) = (killed / "samples").iterdir()
     assert unfinished.name.startswith(files.TEMPORARY)
+    os.truncate(unfinished, unfinished.stat().st_size // 2)
     with pytest.raises(OSError):
         images.read_png(unfinished)
-    here("train", "-e", run, "-r", "latest")
-    assert fault_injection.compare(tiny_run, run) == []
+    here("train", "-e", killed, "-r", "latest")
+    assert fault_injection.compare(tiny_run, killed) == []
 
 
 def test_run_folder_holds_what_the_design_promises(uninterrupted):
@@ -278,10 +279,10 @@ def test_run_folder_holds_what_the_design_promises(uninterrupted):
     starts = json.loads((uninterrupted / "environment.json").read_text())
     assert starts[0]["processes"] == 1 and starts[0]["packages"]["torch"]
     row = read_metrics(uninterrupted / "metrics.jsonl")[-1]
-    assert row["step"] == 24 and row["images"] == 24 * 32
+    assert row["step"] == 8 and row["images"] == 8 * 32
     assert {"loss", "loss_t_0.0", "loss_t_0.9", "grad_norm", "learning_rate", "images_per_second"} <= row.keys()
-    assert (uninterrupted / "samples" / "step_00000024.png").stat().st_size > 0
-    assert [p.name for p in checkpoint.list_checkpoints(uninterrupted / "checkpoints")] == ["step_00000012", "step_00000024"]
+    assert (uninterrupted / "samples" / "step_00000008.png").stat().st_size > 0
+    assert [p.name for p in checkpoint.list_checkpoints(uninterrupted / "checkpoints")] == ["step_00000004", "step_00000008"]
 
 
 def test_nonfinite_loss_names_step_and_checkpoint(error, tmp_path):
@@ -335,9 +336,10 @@ def test_cifar10_takes_steps_and_the_loss_falls(tmp_path, real_data):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
-def test_too_few_processes_are_an_error(tmp_path):
+def test_too_few_processes_are_an_error(error, monkeypatch, tmp_path):
     """`accelerate-launch --cpu --num_processes 2` starts one process; these are the marks it leaves."""
     marks = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}
-    result = run_script("train.py", *TINY_TRAIN, "-e", tmp_path / "run", **marks)
-    assert result.returncode == 2 and "--multi_gpu --num_processes N" in result.stderr
+    for name, value in marks.items():
+        monkeypatch.setenv(name, value)
+    assert "--multi_gpu --num_processes N" in error("train", *TINY_TRAIN, "-e", tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -59,6 +59,12 @@ def contents(folder):
         (["model.args.widht=3"], "unet has no argument 'widht'; it takes width"),
         (["model.args={width: abc}"], "width='abc': must be a whole number"),
         (["model.args.num_classes=3"], "model.args.num_classes=3: the data set has 10 classes; use 10"),
+        (["loss.name=distillation"], "loss.name=distillation: needs pairs of a flow, made by make_pairs"),
+        (["loss.args.distance_args=0.01"], "distance_args=0.01: must be arguments of the distance"),
+        (
+            ["loss.name=mean_flow", "loss.args.guidance_mix=0.5", "model.args={two_times: true, num_classes: null}"],
+            "loss.args.guidance_mix=0.5: needs a network with labels (model.args.num_classes) or prompts",
+        ),
         (["train.init_from=nowhere"], "--weights nowhere: there is no such file or folder"),
         (["-c", "configs/digts.yaml"], "-c configs/digts.yaml: there is no such file. Did you mean 'configs/digits.yaml'?"),
         (["-r", "latest"], "there is no run in"),
@@ -250,7 +256,7 @@ def test_full_disk_leaves_last_checkpoint(here, error, small_disk, tmp_path):
 def test_full_disk_names_file_and_checkpoint(error, small_disk, tiny_run, name, option):
     """On a file system with room for the run and a little more."""
     sizes = {p.stat().st_ino: p.stat().st_size for p in tiny_run.rglob("*") if p.is_file()}  # a snapshot has two names
-    run = small_disk(sum(4 * -(-size // 4096) for size in sizes.values()) + 40) / "run"
+    run = small_disk(sum(4 * -(-size // 4096) for size in sizes.values()) + 20) / "run"
     subprocess.run(["cp", "-a", tiny_run, run], check=True)
     line = error("train", "-e", run, "-r", "latest", "train.steps=2000", "train.checkpoint_every_steps=0", *option.split())
     assert "No space left on device" in line and f"{run / name}" in line

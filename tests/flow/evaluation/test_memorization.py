@@ -43,8 +43,9 @@ def test_copies_are_told_from_new_images(has_held_out):
     assert 0.009 < c.standard_errors["memorization"] < 0.011
 
 
-def test_command(here, tmp_path, tiny_run):
+def test_command(here, tmp_path, tiny_run, monkeypatch):
     """Rows of a network and of real images, and a figure; digits have no held-out images."""
+    monkeypatch.setattr(memorization, "PAIRS", 24)  # the figure as users see it
     out = tmp_path / "out"
     printed = here(
         "evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 300,

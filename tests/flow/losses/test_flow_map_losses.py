@@ -37,7 +37,7 @@ def true_map(x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     """Where the flow leads from x at t: in one dimension it preserves the distribution function. Newton's last step carries
     the derivatives by x and t."""
     level, low, high = cdf(x, t), torch.full_like(x, -9.0).detach(), torch.full_like(x, 9.0).detach()
-    for _ in range(60):
+    for _ in range(30):
         middle = (low + high) / 2
         below = cdf(middle, t_next.detach()) < level.detach()
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
@@ -99,10 +99,10 @@ def gradient(loss: losses.FlowLoss, net: nn.Module, batch: Batch) -> tuple[Tenso
 @pytest.mark.parametrize("args", [{"tangent": "path"}, {"tangent": "network"}, {"derivative": "difference"}], ids=str)
 def test_true_map_is_stationary_for_mean_flow(args):
     loss = build_loss("mean_flow", map_share=0.8, weight_power=0, **args)
-    grad, error = gradient(loss, NearTruth(mean_velocity), batch_of(20_000))
+    grad, error = gradient(loss, NearTruth(mean_velocity), batch_of(6_000))
     assert (grad.abs() < 4.5 * error).all()
-    grad, error = gradient(loss, NearTruth(lambda x, t, t_next: true_velocity(x, t)), batch_of(20_000))  # no map
-    assert (grad.abs() > 15 * error).any()
+    grad, error = gradient(loss, NearTruth(lambda x, t, t_next: true_velocity(x, t)), batch_of(6_000))  # no map
+    assert (grad.abs() > 8 * error).any()
 
 
 @pytest.mark.parametrize("derivative", ["jvp", "difference"])
@@ -313,11 +313,16 @@ def test_velocity_comes_before_the_map(name):
     assert seen == [0, 100]
 
 
+def test_no_is_a_precision():
+    assert build_loss("mean_flow", jvp_precision=False).jvp_precision == "no"  # what YAML makes of no
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ({"map_share": 1.5}, "map_share=1.5: must be between 0 and 1"),
         ({"map_start": 1}, "map_start=1: must be 0 or more and less than 1"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf: must be a finite number"),
         ({"weight_power": -1}, "weight_power=-1: must be 0 or more"),
         ({"guidance_mix": 1}, "guidance_mix=1: must be 0 or more and less than 1"),
         ({"tangent": "x"}, "tangent='x': must be one of path, network"),

@@ -53,7 +53,7 @@ def test_distances():
         (lambda: build("flow_matching", "x1"), "unknown prediction 'x1'; choose from velocity, data, noise"),
         (
             lambda: losses.build("distillation", LinearPath(), "velocity", lambda u: u, {"steps": "two"}),
-            "steps='two': must be a number",
+            "steps='two': must be a finite number",
         ),
         (
             lambda: losses.build("distil", LinearPath(), "velocity", lambda u: u, {}),
@@ -100,12 +100,12 @@ def test_a_share_of_distillation_stays_flow_matching(time_sampler):
 
 
 @pytest.mark.parametrize("name", path.PATHS)
-@pytest.mark.parametrize("prediction", path.PREDICTIONS)
-@pytest.mark.parametrize("loss_name", ["flow_matching", "distillation"])
-def test_targets_are_bounded_up_to_the_data_end(name, prediction, loss_name):
+@pytest.mark.parametrize(
+    ("loss_name", "prediction"),
+    [*(("flow_matching", p) for p in path.PREDICTIONS), *(("distillation", p) for p in path.PREDICTIONS if p != "noise")],
+)
+def test_targets_are_bounded_up_to_the_data_end(name, loss_name, prediction):
     """The velocity of VP has a pole at t = 1: -650 x0 at the largest float32 below, infinite there."""
-    if (loss_name, prediction) == ("distillation", "noise"):
-        return
     p, below_one = path.build(name), torch.tensor(1.0).nextafter(torch.tensor(0.0)).item()
     t = torch.tensor([0.0, 0.5, 0.999, 1 - 1e-6, below_one, 1.0])
     asked = []
@@ -116,9 +116,8 @@ def test_targets_are_bounded_up_to_the_data_end(name, prediction, loss_name):
 
     args = {"flow_share": 0.9} if loss_name == "distillation" else {}
     loss = losses.build(loss_name, p, prediction, time_samplers.build("uniform"), args)
-    assert loss_at(loss, net, torch.ones(6, 2), torch.zeros(6, 2), t).per_sample.max() < 51**2 and asked[
-        0
-    ].max() <= torch.tensor(p.t_max)
+    assert loss_at(loss, net, torch.ones(6, 2), torch.zeros(6, 2), t).per_sample.max() < 51**2
+    assert asked[0].max() <= torch.tensor(p.t_max)
     assert p.target(torch.ones(6, 2), torch.zeros(6, 2), p.clip(t), prediction).abs().max() < 51
 
 

@@ -86,8 +86,14 @@ def test_a_snapshot_of_before_there_were_digests_loads(tiny_run, tmp_path):
             snapshot.load(path)
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.jsonl"])
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"{", b"[3]", b"3", b"\x00" * 100, b"[" * 100_000], ids=range(7))
+CONTENTS = [b"", b"\xff\xfe\x00", b"[" * 100_000, b"{", b"[3]", b"3", b"\x00" * 100]
+DAMAGED = [
+    *((name, content) for name in ("config.yaml", "environment.json") for content in CONTENTS),
+    *(("metrics.jsonl", content) for content in CONTENTS[:3]),  # test_jsonl.py has more
+]
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGED, ids=range(len(DAMAGED)))
 def test_damaged_files_of_a_run_are_named(main_of, capsys, tiny_run, tmp_path, name, content):
     """Or the run goes on, where nothing is lost by it."""
     run = tmp_path / "run"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -144,21 +145,27 @@ def test_unused_folder_is_removed(tmp_path):
     assert names(tmp_path) == set() and (tmp_path / "a" / "b").is_dir()
 
 
-def test_a_killed_process_leaves_no_lock(tmp_path):
+def hold(folder: Path, told: Connection) -> None:
+    """What a process runs that holds the lock of a folder, and its child."""
+    with lock.folder(folder):
+        os.fork()
+        told.send(os.getpid())
+        time.sleep(60)
+
+
+def test_a_killed_process_leaves_no_lock(monkeypatch, tmp_path):
     """Though its child lives on, as the processes that read images do."""
-    code = (
-        "import os, sys, time; from pathlib import Path; from flow.runtime import lock\n"
-        "with lock.folder(Path(sys.argv[1])):\n"
-        "    os.fork(); os.write(1, b'%d\\n' % os.getpid()); time.sleep(60)"
-    )
-    child = [sys.executable, "-c", code, str(tmp_path / "out")]
-    process = subprocess.Popen(child, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    pids = [int(process.stdout.readline()) for _ in range(2)]
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.1)
+    told, tell = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path / "out", tell))
+    process.start()
+    tell.close()  # here: a process that fails ends the waiting below
+    pids = [told.recv() for _ in range(2)]
     try:
         with pytest.raises(schema.UserError, match=f"process {process.pid} on "), lock.folder(tmp_path / "out"):
             pass
         process.kill()
-        process.wait()
+        process.join()
         assert names(tmp_path / "out") == {files.LOCK}
         with lock.folder(tmp_path / "out"):
             pass

@@ -89,9 +89,10 @@ def test_mistakes_write_no_file(error, tmp_path, monkeypatch):
     keys, shape, _ = NETWORKS["points"]
     weights, file = snapshot_of(tmp_path / "s.safetensors", keys, shape), tmp_path / "g.pt2"
     flags = ["--weights", weights, "--torch_export", file]
-    assert "--sampling_steps: goes with --onnx and --torch_export" in error("export", *flags)
+    assert "--sampling_steps: --onnx and --torch_export need it" in error("export", *flags)
     message = error("export", "--weights", weights, "--out", file, "--sampling_steps", "2")
     assert "--sampling_steps: goes with --onnx and --torch_export" in message
+    assert "--license: goes with --to and --push" in error("export", *flags, "--sampling_steps", "2", "--license", "mit")
     prompts = "model.args={width: 8, head_channels: 8, max_prompt_bytes: 4}"
     text = snapshot_of(tmp_path / "t.safetensors", ["model.name=mini_unet", prompts], (1, 8, 8))
     assert "reads prompts has no graph" in error("export", "--weights", text, "--torch_export", file, "--sampling_steps", "2")

@@ -100,16 +100,18 @@ def test_rows_of_guidance(tmp_path, here):
         (["--guidance_scale", "2", "--guidance_interval", "0.8", "0.2"], "guidance_interval=0.8 0.2: must be two times from 0"),
         (["--guidance_scale", "2", "--guide_weights", "SIZE"], "is a model of images of (1, 16, 16), --weights of (1, 8, 8)"),
         (["--guidance_scale", "2", "--guide_weights", "CLASSES"], "was trained with other classes or prompts than --weights"),
+        (["--guidance_scale", "2", "--guide_weights", "SOURCE"], "starts at digits, --weights at gaussian"),
     ],
 )
 def test_guides_that_do_not_fit(flags, message, error, tmp_path):
     large, attention = (1, 16, 16), "model.args.attention_resolutions=[8]"
     strong = save(tmp_path / "strong.safetensors", network(0))
-    paths = {
-        "OTHER": save(tmp_path / "other.safetensors", network(1)),
-        "SIZE": save(tmp_path / "size.safetensors", network(1, large, attention_resolutions=[8]), large, (), attention),
-        "CLASSES": save(tmp_path / "classes.safetensors", network(1, num_classes=3), SHAPE, (), "model.args.num_classes=3"),
+    guides = {
+        "OTHER": lambda path: save(path, network(1)),
+        "SIZE": lambda path: save(path, network(1, large, attention_resolutions=[8]), large, (), attention),
+        "CLASSES": lambda path: save(path, network(1, num_classes=3), SHAPE, (), "model.args.num_classes=3"),
+        "SOURCE": lambda path: save(path, network(1), SHAPE, (), "flow.source.name=digits"),
     }
-    flags = [str(paths.get(flag, flag)) for flag in flags]
+    flags = [guides[flag](tmp_path / "guide.safetensors") if flag in guides else flag for flag in flags]
     line = error("sample", "--weights", strong, "--n_samples", "2", "--save_dir", tmp_path / "out", *flags)
     assert message in line

@@ -58,9 +58,10 @@ def test_commands(tmp_path, tiny_run, here, error):
     """tune_grid stores beside the snapshot, sample.py uses it and says so; other weights and half files are refused."""
     weights = tmp_path / "net.safetensors"
     weights.write_bytes(snapshot.find(tiny_run).read_bytes())
-    tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3", "4"]
-    out = here(*tune, "--n_images", "4", "--reference_steps", "16", "--evaluations", "30")
-    assert f"grid(s) in {grid_store.file_of(weights)}" in out
+    tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3"]
+    tune += ["--n_images", "4", "--reference_steps", "16", "--evaluations", "5"]
+    saved = int(re.search(rf"(\d) optimized grid\(s\) in {grid_store.file_of(weights)}", here(*tune)).group(1))
+    assert saved and here(*tune).count("the stored one is no worse") == saved
     grid_store.store(weights, "heun", [0.0, 0.3, 1.0])
     out = tmp_path / "samples"
     sample = ["sample", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--time_grid", "optimized"]
@@ -73,6 +74,8 @@ def test_commands(tmp_path, tiny_run, here, error):
     stored = json.loads(grid_store.file_of(weights).read_text())
     grid_store.file_of(weights).write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
     assert "was fitted to other weights" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
+    grid_store.file_of(weights).write_text(json.dumps(stored | {"grids": {"heun": {"2": [0.0, 1.0]}}}))
+    assert "is not a whole file of grids" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
     grid_store.file_of(weights).write_text("{half")
     assert "is not a whole file of grids" in error(*sample, "--sampling_method", "heun", "--sampling_steps", "2")
 
@@ -82,9 +85,9 @@ def test_one_bar_counts_all_evaluations(tmp_path, tiny_run, main_of, capsys):
     weights = tmp_path / "net.safetensors"
     weights.write_bytes(snapshot.find(tiny_run).read_bytes())
     tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "heun", "--steps", "2", "3"]
-    main_of(*tune, "--n_images", "2", "--reference_steps", "16", "--evaluations", "9")()
+    main_of(*tune, "--n_images", "2", "--reference_steps", "16", "--evaluations", "3")()
     bars = re.findall(r"([^\r\n]+): +\d+%\|[^|]*\| (\d+)/(\d+)", capsys.readouterr().err)
-    errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + 9
+    errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + 3
     total = 2 * 2 * 16 + errors * (2 + 3 + 3 + 5)  # NFE of euler and heun with two and three steps
     assert {(name, int(end)) for name, _, end in bars} == {("velocity evaluations", total)}
     assert bars[-1][1] == bars[-1][2]

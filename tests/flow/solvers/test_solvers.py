@@ -57,9 +57,9 @@ def test_order_in_log_snr(method, order):
 def test_adaptive_methods_meet_their_tolerance(method):
     """On the Gaussian flow below, whose solution is known; fewer evaluations for a loose tolerance."""
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    tight = solvers.solve(gaussian_velocity, x0, time_grids.build("uniform", 1), method, rtol=1e-7, atol=1e-7)
+    tight = solvers.solve(gaussian_velocity, x0, time_grids.build("uniform", 1), method, rtol=1e-5, atol=1e-5)
     loose = solvers.solve(gaussian_velocity, x0, time_grids.build("uniform", 1), method, rtol=1e-2, atol=1e-2)
-    assert (tight.x - (3 + 0.5 * x0)).abs().max() < 1e-5
+    assert (tight.x - (3 + 0.5 * x0)).abs().max() < 2e-4
     assert loose.nfe < tight.nfe
 
 
@@ -153,7 +153,7 @@ def test_evaluation_times_stay_in_interval(method):
     """Forwards as sampling does it, backwards as likelihood and inversion do, in weak and strong fields."""
     backwards = [(1 - time_grids.END_EPS, 0.0), (T_MAX, 0.0)] if method in solvers.DETERMINISTIC else []
     for start, end in [(0.0, 1.0), (0.0, 0.9), *backwards]:
-        for strength in (-30.0, -1e-9, 0.0, 1.0, 30.0):
+        for strength in (-30.0, -1e-9, 0.0, 30.0):
             times = []
 
             def velocity(x, t, t_next, start=start, end=end, strength=strength, times=times):
@@ -182,7 +182,11 @@ def test_adaptive_methods_have_no_error_floor():
 def test_adaptive_states_within_the_last_step(method):
     """Grids finer than END_EPS have times beyond 1 - END_EPS."""
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    for times in (time_grids.uniform(1500), [0.0, 0.5, 1 - time_grids.END_EPS, 0.9996, 1.0], [0.9995, 0.9999, 1.0]):
+    for times in (
+        [0.0, *time_grids.uniform(1500)[-4:]],
+        [0.0, 0.5, 1 - time_grids.END_EPS, 0.9996, 1.0],
+        [0.9995, 0.9999, 1.0],
+    ):
         states, start = [], 3 * times[0] + math.hypot(1 - times[0], times[0] / 2) * x0
         solvers.solve(gaussian_velocity, start, times, method, states.append, rtol=1e-5, atol=1e-5)
         errors = [(x - 3 * t - math.hypot(1 - t, t / 2) * x0).abs().max() for x, t in zip(states, times[1:], strict=True)]
@@ -264,20 +268,20 @@ MIXTURE = [(0.5, (2.0, 0.0), 0.3), (0.3, (-1.0, 1.5), 0.5), (0.2, (-1.0, -2.0), 
     ],
 )
 def test_marginals_of_the_sde_are_those_of_the_target(method, options):
-    """Means and covariances of a Gaussian mixture, within four standard errors and the bias of the steps."""
-    n = 20_000
+    """Means and covariances of a Gaussian mixture, within three standard errors and the bias of the steps."""
+    n = 10_000
     g = torch.Generator().manual_seed(1)
     x0 = torch.randn(n, 2, dtype=torch.float64, generator=g)
     noise = lambda i: torch.randn(n, 2, dtype=torch.float64, generator=g)  # noqa: E731
-    steps = 400 if method == "euler_maruyama" else 200
+    steps = 200 if method == "euler_maruyama" else 100
     x = solvers.solve(mixture_velocity, x0, time_grids.uniform(steps), method, noise=noise, **options).x
     weights = torch.tensor([w for w, *_ in MIXTURE], dtype=torch.float64)
     mus = torch.tensor([mu for _, mu, _ in MIXTURE], dtype=torch.float64)
     mean = weights @ mus
     cov = sum(w * (s**2 * torch.eye(2) + torch.outer(m - mean, m - mean)) for (w, _, s), m in zip(MIXTURE, mus, strict=True))
-    error = 4 * (cov.diagonal().max() / n) ** 0.5
+    error = 3 * (cov.diagonal().max() / n) ** 0.5
     assert (x.mean(0) - mean).abs().max() < error + 0.01
-    assert (torch.cov(x.T) - cov).abs().max() < 4 * cov.max() * (2 / n) ** 0.5 + 0.04
+    assert (torch.cov(x.T) - cov).abs().max() < 3 * cov.max() * (2 / n) ** 0.5 + 0.04
 
 
 @pytest.mark.parametrize(
@@ -355,3 +359,9 @@ def test_the_most_steps_within_a_number_of_evaluations():
     for method in ("dopri5", "implicit_adams"):
         with pytest.raises(ValueError, match=f"{method} chooses its own number of evaluations"):
             solvers.max_steps_for_nfe(method, 100)
+
+
+@pytest.mark.parametrize("method", solvers.STOCHASTIC)
+def test_noise_has_no_way_back(method):
+    with pytest.raises(ValueError, match=f"{method} adds noise, so it cannot be solved backwards"):
+        solvers.solve(lambda x, t, t_next: x, torch.ones(1), [0.9, 0.0], method, noise=torch.zeros_like)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import datasets
 from flow.runtime import distributed
 from flow.sampling import snapshot
-from flow.training import checkpoint
+from flow.training import checkpoint, optimizer
 from flow.training.ema import Ema
 from flow.training.logging import read_metrics
 
@@ -83,10 +83,11 @@ def test_with_skip_such_a_step_leaves_no_trace(here, ruin, watched, tmp_path):
     assert (state["step"], state["updates"]) == (6, 4)
 
 
-def test_a_run_that_only_skips_ends(error, ruin, tmp_path):
+def test_a_run_that_only_skips_ends(error, ruin, monkeypatch, tmp_path):
+    monkeypatch.setattr(optimizer, "MAX_SKIPPED_IN_A_ROW", 10)
     ruin()
     line = error("train", *MLP, "-e", tmp_path / "run", "train.nonfinite_grad=skip", "train.steps=100")
-    assert "the gradients of the last 50 steps up to 50 were not finite, and all of them were skipped" in line
+    assert "the gradients of the last 10 steps up to 10 were not finite, and all of them were skipped" in line
 
 
 def broken_pairs(monkeypatch) -> None:
