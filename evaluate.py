@@ -124,7 +124,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         for method in args.methods:
             options = cli.solver_options(args, method, args.methods)
             for steps in cli.num_steps(args, method):
-                times = grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None
+                times = grid_store.load(snap, method, steps) if args.time_grid == "optimized" else None
                 guidance = (tuple(args.guidance_interval), guide_name) if scale != 1 or not some else ()
                 sampler = SamplerSettings(
                     method, steps, scale, args.seed, turns, prompts, args.time_grid, times, options, *guidance

@@ -58,22 +58,26 @@ def main() -> None:
     [steps] = cli.num_steps(args, method)
     settings = SamplerSettings(
         method, steps, args.guidance_scale, args.seed, labels, prompts, args.time_grid,
-        grid_store.load(snap.path, method, steps) if args.time_grid == "optimized" else None,
+        grid_store.load(snap, method, steps) if args.time_grid == "optimized" else None,
         cli.solver_options(args, method, [method]), tuple(args.guidance_interval),
         guide_name, args.source,
     )  # fmt: skip
     with error_context("sample"):
         validate(settings, model)
         if prompts and labels and not all(0 <= label < len(snap.class_names) for label in labels):
-            raise ValueError(f"--labels {labels}: beside prompts they are classes, 0 to {len(snap.class_names) - 1}")
+            raise ValueError(
+                f"--labels {' '.join(args.labels)}: with --prompts they are classes, from 0 to {len(snap.class_names) - 1}"
+            )
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
     for note in filter(None, (guidance_note(settings, model), source_note)):
         accelerator.print(f"note: {note}")
+    digest = snap.sha256  # on every process: each might have read another file
     with lock.folder(args.save_dir, accelerator):
         folder = args.save_dir / "images"
         if accelerator.is_main_process:
-            output.check_output_dir(args.save_dir, snap, settings, net.num_classes, accelerator.mixed_precision, args.bspp)
+            shape, precision = snap.decoded_shape, accelerator.mixed_precision
+            output.check_output_dir(args.save_dir, digest, shape, settings, net.num_classes, precision, args.bspp)
             if not snap.space.is_points:
                 folder.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()

@@ -28,7 +28,7 @@ def main(callbacks: Sequence[Callback] = ()) -> None:
     with locked_run(args, Config) as (folder, config, accelerator):
         # Whatever is wrong with the configuration comes out here, before anything is written.
         task = FlowTask(config, accelerator, resuming=bool(args.resume))
-        resume_path = checkpoint_to_resume(accelerator, args.resume, folder, config) if args.resume else None
+        resume_path = checkpoint_to_resume(args.resume, folder, config) if args.resume else None
         if resume_path is None:
             task.load_init_weights()
         Trainer(task, config, folder, accelerator, resume_path, [*evaluation_callbacks(task, folder), *callbacks]).fit()

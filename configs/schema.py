@@ -102,7 +102,6 @@ class OptimizerConfig:
     weight_decay: float = limited(0.0, min=0)  # of AdamW and Muon
     warmup_steps: int = limited(0, min=0)  # linear from 0
     schedule: str = limited("constant", choices=SCHEDULES)  # constant | linear | cosine | wsd; all but the first end at 0
-    restart_at: float = limited(0.0, fraction=True)  # share of the training at which warm-up and schedule begin again; 0: off
     clip_grad_norm: float = limited(1.0, min=0)  # 0: off
 
 
@@ -133,7 +132,7 @@ class TrainConfig:
     ddp_comm_hook: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16: precision of gradients between processes
     init_from: str | None = None  # snapshot whose weights a new run starts from
     log_every_steps: int = limited(50, min=1)  # steps between rows of metrics.jsonl, which are means over these steps
-    sample_every_steps: int = limited(5_000, min=0)  # preview grids, besides the one at the end; 0: only there
+    sample_every_steps: int = limited(5_000, min=0)  # steps between preview grids, plus one at the end; 0: only at the end
     checkpoint_every_steps: int = limited(5_000, min=0)  # steps between checkpoints, plus one at the end; 0: only at the end
     keep_checkpoints: int = limited(2, min=0)  # number of latest checkpoints to keep; 0: all
     keep_snapshots: int = limited(0, min=0)  # number of latest snapshots to keep; 0: all
@@ -153,7 +152,7 @@ class PreviewConfig:
 
 @dataclass
 class EvaluateConfig:
-    every_steps: int = limited(0, min=0)  # steps between rows of RUN/evaluation and checkpoints; also at the end; 0: never
+    every_steps: int = limited(0, min=0)  # steps between evaluations (row and checkpoint), plus one at the end; 0: never
     metrics: list[str] = field(default_factory=lambda: ["fid", "isc", "accuracy"])  # keys of flow.evaluation.metrics.METRICS
     n_samples: int = limited(10_000, min=2)  # images of a row
     sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS

@@ -39,7 +39,7 @@ def log_likelihood(
     none.
     """
     if times is None and method not in ADAPTIVE:
-        raise ValueError(f"method={method}: takes one step without times; give some, or one of {', '.join(ADAPTIVE)}")
+        raise ValueError(f"method={method}: needs times; use one of {', '.join(ADAPTIVE)}, or give times to flow.likelihood")
     if x1.requires_grad and torch.is_grad_enabled():
         raise ValueError("x1 requires a gradient, and log_likelihood gives none: pass x1.detach()")
     shape, n = x1.shape, len(x1)

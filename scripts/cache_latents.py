@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import datasets
@@ -80,22 +79,19 @@ def cache(
     args, accelerator: Accelerator, source: schema.DataConfig, data: Data, vae: VAE, latent_shape: tuple[int, int, int]
 ) -> None:
     """Write the shards that are missing or damaged, then the manifest."""
-    settings = [{}]
-    if accelerator.is_main_process:
-        settings = [settings_of(args, data, vae, latent_shape)]
-    broadcast_object_list(settings)
+    settings = distributed.decided_by_main(lambda: settings_of(args, data, vae, latent_shape))
     cuts = index_batches(range(len(data)), args.shard_images)
     plan = {args.save_dir / f"latents_{i:05d}.safetensors": cut for i, cut in enumerate(cuts)}
     if accelerator.is_main_process:
-        check_output_dir(args.save_dir, settings[0])
+        check_output_dir(args.save_dir, settings)
     accelerator.wait_for_everyone()
 
     def write(path: Path, cut: range, bar) -> None:
-        write_shard(accelerator, args, vae, data, path, cut, settings[0], bar)
+        write_shard(accelerator, args, vae, data, path, cut, settings, bar)
 
     num_encoded = write_missing(accelerator, plan, verify_shard, write, "encoding (images of this process)")
     if accelerator.is_main_process:
-        write_manifest(args, source, data, vae, settings[0], plan)
+        write_manifest(args, source, data, vae, settings, plan)
     accelerator.wait_for_everyone()
     if args.check:
         check(args, accelerator, data)

@@ -23,7 +23,7 @@ EXAMPLES = """\
   python -m scripts.export --weights runs/mnist --push hf:owner/mnist-flow --private
   python -m scripts.export --weights runs/mnist --onnx mnist.onnx --torch_export mnist.pt2 --sampling_steps 4"""
 DTYPE = "fp16"
-FLAGS_OF = {  # what they go with
+FLAGS_OF = {  # the targets that each flag is for
     **dict.fromkeys(("sampling_steps", "sampling_method", "time_grid"), ("onnx", "torch_export")),
     "dtype": ("out", "to", "push"), "license": ("to", "push"), "private": ("push",),
 }  # fmt: skip
@@ -102,7 +102,7 @@ def write_folder(args, snap: Snapshot) -> str:
 def write_graphs(args, snap: Snapshot) -> list[str]:
     """Write the graph in each form; what became of them."""
     method, steps, time_grid = args.sampling_method or "euler", args.sampling_steps, args.time_grid or "uniform"
-    times = grid_store.load(snap.path, method, steps) if time_grid == "optimized" else None
+    times = grid_store.load(snap, method, steps) if time_grid == "optimized" else None
     settings = SamplerSettings(method, steps, time_grid=time_grid, times=times)
     with error_context("export"):
         model, program = graph.build(snap, settings)

@@ -35,7 +35,6 @@ from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, snapshot
 from flow.sampling.generate import build_velocity, check_finite, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
-from flow.sampling.snapshot import check_codec
 from flow.solvers import DETERMINISTIC
 from flow.source import GAUSSIAN, DataSource
 
@@ -78,9 +77,9 @@ def main() -> None:
             source.name, source.root, source.args, derived=["pairs"]
         )  # in a second reflow that of the first
     labels = cli.labels_of(args.labels, snap.class_names)
-    if isinstance(own := model.source, DataSource):
+    if isinstance(data_source := model.source, DataSource):
         with error_context("flow.source"):
-            distributed.main_process_first(accelerator, lambda: own.training)
+            distributed.main_process_first(accelerator, lambda: data_source.training)
     with error_context("data"):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
     classes, prompts = labels, None
@@ -98,10 +97,11 @@ def main() -> None:
         if data.image_shape != snap.image_shape:
             raise ValueError(f"the data set has images of {data.image_shape}, the network makes {snap.image_shape}")
         inverted = round(args.real_fraction * args.n_pairs)
-        if inverted and net.num_classes is not None and len(data.class_names) != net.num_classes:
-            raise ValueError(f"the data set has {len(data.class_names)} classes, the network {net.num_classes}")
+        if inverted and net.num_classes is not None and not 0 < len(data.class_names) <= net.num_classes:
+            classes_of = f"{len(data.class_names)} classes, the network num_classes={net.num_classes}"
+            raise ValueError(f"data: has {classes_of}; use the data set that it was trained on")
         if inverted:
-            check_codec("data", snap, data.codec)
+            snapshot.check_codec("data", snap, data.codec)
         invertible_indices = invertible(data, labels, args.seed)
         if inverted > len(invertible_indices):
             raise ValueError(
@@ -232,6 +232,8 @@ def make_shard(
         else:
             batch_tensors = generate_batch(accelerator, model, data, settings, kept_steps, batch)
         for name, tensor in batch_tensors.items():
+            if tensor.is_floating_point():
+                check_finite(tensor, batch)  # in float16
             parts.setdefault(name, []).append(tensor)
         bar.update(len(batch))
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -260,7 +262,6 @@ def generate_batch(
         keep if kept_steps else None,
     )
     tensors = {"images": samples.x.half().cpu(), **({"states": torch.stack(states, dim=1)} if kept_steps else {})}
-    check_finite(tensors["images"], batch)  # in float16
     return tensors if samples.labels is None else tensors | {"labels": samples.labels}
 
 

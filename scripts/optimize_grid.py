@@ -48,7 +48,7 @@ def main() -> None:
         copy = subprocesses.command("-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights))
         raise UserError(f"--weights {args.weights}: grids are stored beside the weights; copy them to a folder with: {copy}")
     snap = snapshot.load(args.weights, None, args.overrides)
-    stored = grid_store.read(snap.path)
+    stored = grid_store.read(snap)
     model = snap.model(decode=False)
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
@@ -114,7 +114,7 @@ def tune(
             elif old and error(1, method, old) <= tuned:
                 verdict = "  the stored one is no worse"
             else:
-                grid_store.store(snap.path, method, times)
+                grid_store.store(snap, method, times)
                 num_saved += 1
                 example = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
             formula = f"{best} {held_out[best]:.4f}"

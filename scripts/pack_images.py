@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import datasets
@@ -121,11 +120,8 @@ def from_parquet(args, folder: Path, names: list[str], arguments: dict[str, Any]
 
 def from_hub(args, accelerator: Accelerator) -> Source:
     """A split of a data set on the hub, at the commit that the main process found."""
-    repository, listing = args.source.removeprefix(HUB), [None, None]
-    if accelerator.is_main_process:
-        listing = list(hub.list_files(repository, args.revision))
-    broadcast_object_list(listing)
-    commit, names = listing
+    repository = args.source.removeprefix(HUB)
+    commit, names = distributed.decided_by_main(lambda: hub.list_files(repository, args.revision))
     try:
         _, selected = select_files(names, args.split, args.files)
     except ValueError as error:
@@ -160,10 +156,9 @@ def pack(args, accelerator: Accelerator, source: Source) -> None:
     """Write the shards that are missing or damaged, then the manifest."""
     data = source.data
     per_shard = args.shard_images or default_shard_images(len(data), data.image_shape)
-    settings = [json.loads(json.dumps(settings_of(args, source, per_shard)))]
-    broadcast_object_list(settings)
+    settings = distributed.decided_by_main(lambda: json.loads(json.dumps(settings_of(args, source, per_shard))))
     if accelerator.is_main_process:
-        check_same_settings(args.save_dir, stored_settings(args.save_dir, PATTERN), settings[0], "images", "pack_images")
+        check_same_settings(args.save_dir, stored_settings(args.save_dir, PATTERN), settings, "images", "pack_images")
         args.save_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     cuts = [range(len(data))[i : i + per_shard] for i in range(0, len(data), per_shard)]
@@ -174,11 +169,11 @@ def pack(args, accelerator: Accelerator, source: Source) -> None:
             with error_context("--source"):
                 tensors, skipped = read_shard_images(data, cut, args.skip_damaged, pool, bar)
             with files.atomic_file(path) as temporary:
-                save_shard(temporary, tensors, {"settings": settings[0], "skipped": skipped})
+                save_shard(temporary, tensors, {"settings": settings, "skipped": skipped})
 
         num_written = write_missing(accelerator, plan, verify_shard, write, "packing (images of this process)")
     if accelerator.is_main_process:
-        manifest = write_manifest(args.save_dir, source, settings[0], list(plan))
+        manifest = write_manifest(args.save_dir, source, settings, list(plan))
         report(args, source, manifest, num_written)
     accelerator.wait_for_everyone()
 

@@ -41,7 +41,7 @@ from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images, snapshot
-from flow.sampling.generate import build_velocity, index_batches, shard, to_solver_dtype
+from flow.sampling.generate import build_velocity, check_finite, index_batches, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, validate
 from flow.source import GAUSSIAN
 
@@ -259,6 +259,7 @@ def restore_images(
             noise = partial(noise_of, args.seed, indices, shape)
             with accelerator.autocast():
                 x = restore(velocity, y, degradation, noise, settings, args.noise, partial(bar.update, len(indices)))
+            check_finite(x, indices)
             parts.append((indices.start, (y.cpu(), images.to_uint8(x).cpu())))
     gathered = distributed.gather_in_order(accelerator, parts)
     if gathered is None:

@@ -67,7 +67,7 @@ def main() -> None:
         validate(base, snap.model(decode=False))
     plan = [
         SamplerSettings(
-            method, n, time_grid=name, times=grid_store.load(snap.path, method, n) if name == "optimized" else None
+            method, n, time_grid=name, times=grid_store.load(snap, method, n) if name == "optimized" else None
         )
         for method in args.methods
         for name in args.grids

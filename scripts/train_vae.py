@@ -26,7 +26,7 @@ def main() -> None:
     args = parse_args()
     with locked_run(args, VaeConfig) as (folder, config, accelerator):
         task = AutoencoderTask(config, accelerator)
-        resume_path = checkpoint_to_resume(accelerator, args.resume, folder, config) if args.resume else None
+        resume_path = checkpoint_to_resume(args.resume, folder, config) if args.resume else None
         Trainer(task, config, folder, accelerator, resume_path, callbacks=[ExportAutoencoder()]).fit()
         accelerator.end_training()
 

@@ -41,7 +41,8 @@ class Losses:
 class Eager(Protocol):
     """The network without DDP and without a gradient, for targets, in float32 and not compiled except in `as_trained`.
 
-    It replays the dropout masks of the forward pass beside it, by position: of some rows of the batch, those of its first rows.
+    It replays the dropout masks of the training pass by position: a call on n rows gets the masks of the first n rows of the
+    batch, whichever rows they are.
     """
 
     derivative_error: str | None  # why there is no derivative here, or None
@@ -85,7 +86,7 @@ class FlowLoss(ABC):
     needs_two_times: ClassVar[bool] = False  # of the network: it is a flow map
     needs_derivative: ClassVar[bool] = False  # calls eager.jvp or eager.difference
     needs_states: ClassVar[bool] = False  # reads batch.states
-    needs_pairs: ClassVar[bool] = False  # a flow's own (noise, image) pairs; independent ones would teach it the mean image
+    needs_pairs: ClassVar[bool] = False  # made by a flow: from independent ones it would learn the mean image
     capturable: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -170,15 +170,15 @@ def tune_malloc() -> None:
 
 
 def decided_by_main(decide: Callable[[], Result]) -> Result:
-    """decide() of the main process on all processes, its UserError too: for what may have another answer a moment later, such
-    as the latest file of a folder. Every process has to call it; a process on its own just decides."""
+    """decide() on the main process; all processes get its result, or its error as a UserError. For what may change a moment
+    later, such as the latest file of a folder. Every process calls it; without a process group it is just decide()."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return decide()
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = decide()
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer[1] = str(error)
     value, message = broadcast_object_list(answer)
     if message:

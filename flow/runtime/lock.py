@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from configs.schema import UserError
+from flow.runtime import distributed
 from flow.runtime.files import LOCK
 
 PATIENCE_SECONDS = 3.0  # children of a killed process may hold its lock for a moment
@@ -62,21 +62,15 @@ def folder(path: Path, accelerator: Accelerator | None = None) -> Iterator[None]
     Raises:
         UserError: on every process, where another process holds the lock or the folder cannot be locked.
     """
-    lock, error_message = _FolderLock(path), None
-    main = accelerator is None or accelerator.is_main_process
-    if main:
-        try:
-            lock.acquire()
-        except UserError as error:
-            error_message = str(error)
-    if accelerator is not None:
-        [error_message] = broadcast_object_list([error_message])
-    if error_message:
-        raise UserError(error_message)
+    lock = _FolderLock(path)
+    if accelerator is None:
+        lock.acquire()
+    else:
+        distributed.decided_by_main(lock.acquire)
     try:
         yield
     finally:
-        if main:
+        if accelerator is None or accelerator.is_main_process:
             lock.release()
 
 

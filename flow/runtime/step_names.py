@@ -7,7 +7,7 @@ _NAME = re.compile(r"step_(\d{8,})(\..*)?")
 
 
 def name_of(step: int, tail: str = "") -> str:
-    """The name with this tail, such as .png; without one that of a folder."""
+    """The name with this tail, such as .png; without a tail, the name of a folder."""
     return f"step_{step:08d}{tail}"
 
 
@@ -26,6 +26,6 @@ def step_of(path: Path) -> int:
 
 
 def by_step(folder: Path, tail: str = "") -> dict[int, Path]:
-    """{step: path} of those in a folder with this tail, oldest first."""
+    """{step: path} of the files or folders in `folder` named after a step, with exactly this tail; oldest first."""
     named = ((parse(path), path) for path in folder.glob("step_*"))
     return dict(sorted((name[0], path) for name, path in named if name and name[1] == tail))

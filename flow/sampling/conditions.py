@@ -30,7 +30,7 @@ def condition_names(settings: SamplerSettings, class_names: Sequence[str], num_c
 
 
 def column_names(settings: SamplerSettings, class_names: Sequence[str], num_classes: int | None) -> list[str]:
-    """The `condition_names` of a picture with a column for each condition; none where there are one or too many of them."""
+    """The `condition_names` where each gets a column of a picture; [] for fewer than 2 or more than MAX_COLUMNS."""
     names = condition_names(settings, class_names, num_classes)
     return names if 2 <= len(names) <= MAX_COLUMNS else []
 

@@ -96,13 +96,13 @@ def sample_flags(snap: Snapshot, autoencoder: str | None) -> list[str]:
     return [*flags, subprocesses.override("data.autoencoder", autoencoder)] if autoencoder else flags
 
 
-def source_flags(snap: Snapshot) -> list[str]:
+def source_flags(snap: Snapshot, shown: str | None = None) -> list[str]:
     """Where the source of a flow that starts at data lies, as overrides of the command line: sample.py takes it from the header
-    only where the weights lie in a run."""
+    only where the weights lie in a run. `shown` stands in for the places in what others read."""
     if snap.config.flow.source.name == GAUSSIAN:
         return []
-    own = {key: place for key, place in places(snap).items() if key == "data.root" or key.startswith("flow.source.")}
-    return [subprocesses.override(key, place) for key, place in own.items()]
+    source_places = {k: place for k, place in places(snap).items() if k == "data.root" or k.startswith("flow.source.")}
+    return [subprocesses.override(key, shown or place) for key, place in source_places.items()]
 
 
 def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
@@ -115,7 +115,7 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     tags = ["flow-matching", "pytorch", config.model.name, config.data.name]
     task = None if snap.space.is_points else "text-to-image" if prompts else "unconditional-image-generation"
     data = ModelCardData(license=license_name, library_name=LIBRARY, tags=tags, pipeline_tag=task)
-    flags = [*sample_flags(snap, "PATH_OR_HUB_ID" if snap.codec else None), *source_flags(snap)]
+    flags = [*sample_flags(snap, "PATH_OR_HUB_ID" if snap.codec else None), *source_flags(snap, "PATH")]
     sample = ["sample.py", "--weights", shown, "--n_samples", "64", "--save_dir", "samples", *flags]
     size = sum(value.numel() for value in snap.weights.values())
     facts = {

@@ -36,7 +36,9 @@ class SampleBatch:
     @property
     def images(self) -> Tensor:
         """uint8 [b, C, H, W], on the CPU, decoded where x are latents; points as they are, float32 [b, 2]."""
-        return Space(tuple(self.x.shape[1:])).to_visible(self.decode(self.x))
+        decoded = self.decode(self.x)
+        check_finite(decoded, self.indices)  # latents that are finite may decode to what is not
+        return Space(tuple(self.x.shape[1:])).to_visible(decoded)
 
 
 class NFECounter:
@@ -118,7 +120,7 @@ def sample_batch(
 
 
 def check_finite(x: Tensor, indices: Sequence[int]) -> None:
-    """Raises UserError for numbers that are not finite, and would be black images, in the ends x [b, ...] of a flow."""
+    """Raises UserError for numbers in x [b, ...] that are not finite, which would be black images."""
     finite = x.isfinite().flatten(1).all(1)
     if not finite.all():
         k = indices[int(finite.int().argmin())]

@@ -16,7 +16,7 @@ def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str 
     arXiv:2406.02507). One without labels guides as in classifier-free guidance. Its path and prediction may differ.
 
     Raises:
-        UserError: for a guide of other images, other classes or prompts, or another number of times.
+        UserError: for a guide of other images, classes or prompts, of another source, or with another number of times.
     """
     if weights is None:
         return None

@@ -52,8 +52,8 @@ def download(reference: str | Path) -> Path:
             cache does not have the files.
     """
     repo, revision = parse("--weights", reference)
-    commit = distributed.decided_by_main(lambda: _fetch(reference, repo, revision).parent.name)
-    return _fetch(reference, repo, commit)
+    path = distributed.decided_by_main(lambda: _fetch(reference, repo, revision))
+    return path if path.is_file() else _fetch(reference, repo, path.parent.name)  # on another machine
 
 
 def push(folder: Path, reference: str, private: bool) -> str:

@@ -20,26 +20,26 @@ from flow.sampling.conditions import column_names, condition_names, labels_for
 from flow.sampling.generate import NFECounter, generate, shard
 from flow.sampling.images import ImageWriter, png_path
 from flow.sampling.settings import SamplerSettings
-from flow.sampling.snapshot import Snapshot
 from flow.solvers import HAS_TOLERANCES
 
 GRID_IMAGES = 100  # at most
 
 
 def check_output_dir(
-    folder: Path, snap: Snapshot, settings: SamplerSettings, num_classes: int | None, mixed_precision: str, batch_size: int
-) -> None:
-    """Write sampling.json, or check that the existing one is of the same images.
+    folder: Path, digest: str, image_shape: tuple[int, ...], settings: SamplerSettings, num_classes: int | None,
+    mixed_precision: str, batch_size: int,
+) -> None:  # fmt: skip
+    """Write sampling.json, or check that the existing one is of the same images. digest: of the weights.
 
     Raises:
         UserError: for a folder of another run.
     """
     record = {
-        "weights_sha256": snap.sha256,
+        "weights_sha256": digest,
         **dataclasses.asdict(settings),
         "num_classes": num_classes,
         "mixed_precision": mixed_precision,
-        "image_shape": snap.decoded_shape,
+        "image_shape": image_shape,
         **({"bspp": batch_size} if settings.method in HAS_TOLERANCES else {}),
     }
     path, existing = folder / "sampling.json", None

@@ -18,6 +18,7 @@ from flow.noise import gaussian_noise
 from flow.sampling import grid_store, guide, snapshot, sources
 from flow.sampling.generate import SampleBatch, build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, build_time_grid, guidance_note, validate
+from flow.sampling.snapshot import Snapshot
 from flow.source import GAUSSIAN
 
 
@@ -33,7 +34,7 @@ class Sampler:
         """model: the network with its path. shape: of what the network sees, (C, H, W) or (2,). dtype: of autocast; float32
         turns autocast off."""
         self.model, self.shape, self.device, self.dtype = model, tuple(shape), device, dtype
-        self.path: Path | None = None  # of the snapshot, for optimized time grids
+        self.snapshot: Snapshot | None = None  # without its weights, for optimized time grids
         self.guide_name: str | None = None  # of autoguidance
         self.image_shape = self.shape  # of what comes out, decoded
         model.eval()
@@ -47,7 +48,8 @@ class Sampler:
         overrides: Sequence[str] = (),
         guide_weights: str | Path | None = None,
     ) -> "Sampler":
-        """The flow behind a run directory, a checkpoint directory or a .safetensors file.
+        """The flow behind a run folder, a checkpoint folder or a .safetensors file. In a process group every process calls it,
+        unless `weights` is a file.
 
         device: default is the accelerator of the machine, else the CPU. dtype: of autocast. overrides: `key=value` changes
         of the stored configuration. guide_weights: a weaker model; guidance_scale is then that of autoguidance.
@@ -65,7 +67,7 @@ class Sampler:
             net.to(target_device)
         sampler = cls(model, snap.image_shape, target_device, dtype)
         sampler.guide_name = guide_name
-        sampler.path, sampler.image_shape = snap.path, tuple(snap.decoded_shape)
+        sampler.snapshot, sampler.image_shape = replace(snap, weights={}), tuple(snap.decoded_shape)
         return sampler
 
     def sample(
@@ -238,9 +240,9 @@ class Sampler:
         given = {"labels": labels, "prompts": prompts, "options": tuple((options or {}).items()), **settings}
         sampler = SamplerSettings(**given, guide=self.guide_name if settings["guidance_scale"] != 1 else None)
         if sampler.time_grid == "optimized":
-            if self.path is None:
+            if self.snapshot is None:
                 raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")
-            sampler = replace(sampler, times=grid_store.load(self.path, sampler.method, sampler.steps))
+            sampler = replace(sampler, times=grid_store.load(self.snapshot, sampler.method, sampler.steps))
         validate(sampler, self.model)
         if note := guidance_note(sampler, self.model):
             warnings.warn(note, stacklevel=3)

@@ -37,11 +37,11 @@ class SamplerSettings:
 
 
 def build_time_grid(settings: SamplerSettings, path: Path) -> list[float]:
-    """The time grid, carried over from the network's own path to the linear one, where solvers work."""
+    """The times of the solver, which works on the linear path: a grid in the network's own time is converted."""
     if settings.times:
         return list(settings.times)
     times = time_grids.build(settings.time_grid, settings.steps)
-    # edm goes by the ratio of noise to data, which is the time of the linear path; Adams methods step evenly there
+    # edm goes by the ratio of noise to data, which is the time of the linear path; the others choose their own times on it
     if settings.time_grid == "edm" or settings.method in IGNORES_GRID:
         return times
     return [0.0, *(path.t_to_linear(t) for t in times[1:-1]), 1.0]

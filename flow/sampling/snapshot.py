@@ -33,12 +33,13 @@ from flow.sampling.header import PowerAverage
 from flow.sampling.space import Space
 
 CodecSpec = dict[str, Any]
-FileIdentity = tuple[int, int, int]  # inode, time of change in ns, bytes
+FileIdentity = tuple[int, int, int]  # inode, modification time in ns, size in bytes
 
 
 @dataclass
 class Snapshot:
     path: Path
+    identity: FileIdentity  # of the file that was read
     config: Config
     image_shape: tuple[int, ...]
     step: int
@@ -49,7 +50,6 @@ class Snapshot:
     class_names: tuple[str, ...] = ()  # of the labels that the network was trained with
     power_average: PowerAverage | None = None  # which one, if the weights are one
     unconfirmed: dict[str, Any] = field(default_factory=dict)  # {key: value} that the header names and nobody has repeated
-    file: FileIdentity | None = None  # which was read
 
     def title(self, weights: str | Path) -> str:
         """What a table calls the snapshot behind `weights`: digits@2000, after the run folder, the file or the repository."""
@@ -57,9 +57,9 @@ class Snapshot:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the file. Raises UserError where another file has taken its place since, as best.safetensors of a run may."""
+        """SHA-256 of the file that was read. Raises UserError where another file has replaced it since."""
         value = files.sha256(self.path)
-        if self.file != _identity(self.path):
+        if self.identity != _identity(self.path):
             raise UserError(f"--weights {self.path}: was replaced while it was in use; start this command again")
         return value
 
@@ -196,7 +196,8 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     """The snapshot behind `--weights`: a run folder, a checkpoint folder, an exported folder, a .safetensors file or
     hf:owner/name[@revision] on the Hugging Face hub.
 
-    `config_path` (-c) replaces the stored configuration, overrides change it. Raises UserError for a path that holds no
+    In a process group every process calls it, unless `weights` is a file. `config_path` (-c) replaces the stored configuration,
+    overrides change it. Raises UserError for a path that holds no
     snapshot, for a damaged file, and for what `hub.download` refuses.
     """
     path = find(weights)
@@ -212,7 +213,7 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
         raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
     own = not hub.is_reference(weights) and _in_run_folder(path)
     config, unconfirmed = _configuration(path, own, metadata["config"], config_path, overrides, codec)
-    return Snapshot(path, config, image_shape, *counts, tensors, codec, class_names, power_average, unconfirmed, identity)
+    return Snapshot(path, identity, config, image_shape, *counts, tensors, codec, class_names, power_average, unconfirmed)
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -278,7 +279,8 @@ def of_run(path: Path, steps: Sequence[str]) -> tuple[Path, list[Path]]:
     where there are no snapshots, and for a step that has none.
     """
     named = step_names.parse(path) if path.is_file() else None
-    folder, tail = (path.parent, named[1]) if named else (path / "snapshots", ".safetensors")
+    is_snapshot = named is not None and named[1].endswith(".safetensors")
+    folder, tail = (path.parent, named[1]) if named and is_snapshot else (path / "snapshots", ".safetensors")
     by_number = step_names.by_step(folder, tail)
     if not by_number:
         raise UserError(f"--snapshots: --weights {path} is neither a run folder with snapshots nor one of its snapshots")

@@ -14,7 +14,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
 from configs import schema
@@ -71,7 +70,7 @@ def load(accelerator: Accelerator, path: Path) -> dict:
     with reading(path):
         accelerator.load_state(str(path))
         state = files.read_json(path / "state.json")
-        if state["step"] != parse_step(path) or not isinstance(state["updates"], int):
+        if state["step"] != step_names.step_of(path) or not isinstance(state["updates"], int):
             raise ValueError(f"state.json is of step {state['step']}, with {state['updates']} updates")
         return state
 
@@ -98,21 +97,22 @@ def stored_config(path: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Ki
     return schema.parse(text, f"-r {path / EMA_FILE}", kind, confirmed)
 
 
-def find_latest(accelerator: Accelerator, folder: Path) -> Path | None:
+def find_latest(folder: Path) -> Path | None:
     """The latest whole checkpoint, or None for a run that was cut off before its first; damaged ones are named and
-    skipped. Raises UserError where all are damaged."""
-    latest: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        for path in reversed(list_checkpoints(folder)):
+    skipped. All processes call it, and get the same one. Raises UserError where all are damaged."""
+
+    def latest() -> Path | None:
+        checkpoints = list_checkpoints(folder)
+        for path in reversed(checkpoints):
             damage = verify(path)
             if damage is None:
-                latest[0] = path
-                break
-            accelerator.print(f"warning: checkpoint {path} is damaged and skipped: {damage}")
-    broadcast_object_list(latest)
-    if latest[0] is None and list_checkpoints(folder):
-        raise UserError(f"-r: all checkpoints in {folder} are damaged")
-    return latest[0]
+                return path
+            print(f"warning: checkpoint {path} is damaged and skipped: {damage}", flush=True)
+        if checkpoints:
+            raise UserError(f"-r: all checkpoints in {folder} are damaged")
+        return None
+
+    return distributed.decided_by_main(latest)
 
 
 def latest_checkpoint_hint(folder: Path) -> str:
@@ -144,10 +144,6 @@ def ema_files(half_lives: list[int]) -> list[str]:
 def power_files(widths: list[float]) -> list[str]:
     """Names of the power-function averages inside a checkpoint, in the order of the widths."""
     return [f"power_{posthoc_ema.label(width)}.safetensors" for width in widths]
-
-
-def parse_step(path: Path) -> int:
-    return step_names.step_of(path)
 
 
 def verify(path: Path) -> str | None:

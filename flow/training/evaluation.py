@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
-
 from configs.schema import UserError, did_you_mean
 from flow.evaluation import metrics, runner, table
 from flow.evaluation.frechet import can_extrapolate
 from flow.evaluation.real_images import load_real_images
-from flow.runtime import cli, files, lock
+from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, validate
@@ -65,7 +63,10 @@ class EvaluateSnapshots(Callback):
         digest = files.sha256(path / EMA_FILE) if main else ""
         with trainer.ema.average_parameters() as averaged:
             model = self.task.model_with(averaged)
-            rows = self.evaluator.evaluate(model, self.task.data.image_shape, digest, subject)
+            try:
+                rows = self.evaluator.evaluate(model, self.task.data.image_shape, digest, subject)
+            except UserError as error:
+                raise UserError(f"evaluate: {error}; the training goes on without rows with evaluate.every_steps=0") from error
         trainer.model.train()
         row, is_new = rows[0] if rows else (None, False)
         self._check_best_column(list(row["metrics"]) if row else [])
@@ -124,15 +125,16 @@ class EvaluateSnapshots(Callback):
 
     def _check_best_column(self, columns: list[str]) -> None:
         """Raises UserError on every process where the column of evaluate.keep_best is not among these, on the main process."""
-        settings, error = self.settings, None
-        if self.best_column and columns and self.best_column not in columns:
-            error = (
-                f"evaluate.keep_best={settings.keep_best}: evaluate.metrics={settings.metrics} gives no such column here; "
-                f"choose from fid, {', '.join(columns)}"
-            )
-        [error] = broadcast_object_list([error])
-        if error:
-            raise UserError(error)
+        settings = self.settings
+
+        def check() -> None:
+            if self.best_column and columns and self.best_column not in columns:
+                raise UserError(
+                    f"evaluate.keep_best={settings.keep_best}: evaluate.metrics={settings.metrics} gives no such column here; "
+                    f"choose from fid, {', '.join(columns)}"
+                )
+
+        distributed.decided_by_main(check)
 
 
 def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings, SamplerSettings, list[list[str]] | None]:

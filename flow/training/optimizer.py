@@ -21,12 +21,8 @@ def lr_at(config: OptimizerConfig, update: int, total: int) -> float:
     """lr of update number `update` (from 0) of `total`: linear warm-up from 0, then constant, linear or cosine to 0.
 
     With wsd it is constant until the last DECAY_SHARE of the updates after the warm-up, and then linear to 0: warm-up, stable,
-    decay (Hu et al. 2024, arXiv:2404.06395) with the linear cooldown of Hägele et al. 2024 (arXiv:2405.18392). At the share
-    `restart_at` of the updates it begins again, and has reached its end just before: a warm restart (Loshchilov & Hutter 2017,
-    arXiv:1608.03983).
+    decay (Hu et al. 2024, arXiv:2404.06395) with the linear cooldown of Hägele et al. 2024 (arXiv:2405.18392).
     """
-    restart = round(config.restart_at * total)
-    update, total = (update - restart, total - restart) if update >= restart else (update, restart)
     warmup = min(1.0, (update + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     progress = min(1.0, max(0, update - config.warmup_steps) / max(1, total - config.warmup_steps))
     cooldown = min(1.0, (1 - progress) / DECAY_SHARE)
@@ -84,7 +80,7 @@ class GuardedOptimizer:
         which falls then: accelerate looks whether the optimizer's step was called, and that of a fused one always is.
         """
         norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
-        norm = norm.full_tensor() if is_sharded(norm) else norm
+        norm = norm.full_tensor() if is_sharded(norm) else norm  # it stays on the device, which nobody waits for here
         if self.scaler is not None:
             before = self.scaler.get_scale() if self.scale is None else self.scale
             optimizer.step()

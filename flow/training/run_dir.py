@@ -24,7 +24,7 @@ from flow.runtime.errors import error_context
 from flow.training import checkpoint
 from flow.training.trackers import TRACKERS
 
-# What a checkpoint cannot be resumed with another value of: the weights would not fit or the images would repeat.
+# What a checkpoint cannot be resumed with another value of: weights or optimizer would not fit, or images would repeat.
 FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
     "ema.power_widths", "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.source.name",
@@ -94,7 +94,7 @@ def open_run(
     return run_dir, cfg
 
 
-def checkpoint_to_resume(accelerator: Accelerator, resume: str, run_dir: Path, cfg: Any) -> Path | None:
+def checkpoint_to_resume(resume: str, run_dir: Path, cfg: Any) -> Path | None:
     """The checkpoint that `-r latest|PATH` means, None for a run that was cut off before its first one.
 
     Raises UserError where it is damaged, where resuming from it would overwrite later ones, or where it was made with
@@ -102,7 +102,7 @@ def checkpoint_to_resume(accelerator: Accelerator, resume: str, run_dir: Path, c
     """
     folder = run_dir / "checkpoints"
     named = resume != "latest" and checkpoint.is_checkpoint(Path(resume))
-    path = _checkpoint_named(Path(resume), folder) if named else checkpoint.find_latest(accelerator, folder)
+    path = _checkpoint_named(Path(resume), folder) if named else checkpoint.find_latest(folder)
     if path:
         before = checkpoint.stored_config(path, type(cfg), stored.typed_values(cfg))
         refuse_changes(before, cfg, f"the checkpoint {path} was made")
@@ -121,7 +121,7 @@ def _checkpoint_named(path: Path, folder: Path) -> Path:
     damage = checkpoint.verify(path)
     if damage:
         raise UserError(f"-r {path}: the checkpoint is damaged: {damage}")
-    later = [p for p in checkpoint.list_checkpoints(folder) if checkpoint.parse_step(p) > checkpoint.parse_step(path)]
+    later = [p for p in checkpoint.list_checkpoints(folder) if step_names.step_of(p) > step_names.step_of(path)]
     if later:
         raise UserError(
             f"-r {path}: resuming from here would overwrite {later[-1].name}; move the later checkpoints away, "
@@ -143,7 +143,7 @@ def write_run_files(run_dir: Path, config: Any, accelerator: Accelerator) -> Non
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
-    """Move checkpoints and snapshots past a step to a new folder RUN/set_aside; returns where they are now.
+    """Move checkpoints, snapshots and their time grids past a step to a new folder RUN/set_aside; returns where they are now.
 
     A run that was resumed from before them has them: the checkpoints are damaged, the snapshots are of an abandoned training.
     """

@@ -82,7 +82,7 @@ class Callback:
         because a kill may have come in between."""
 
     def on_preview(self, trainer: "Trainer", picture: Tensor | None) -> None:
-        """After a preview; the picture uint8 [C, H, W] is there on the main process."""
+        """After a preview; the picture uint8 [C, H, W] on the main process, None on the others and where sampling failed."""
 
 
 class Trainer:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from configs import schema
 from configs.schema import UserError
+from flow.runtime import distributed
 from flow.training.flow_task import FlowTask
 from flow.training.trainer import Callback, Trainer
 
@@ -64,8 +64,7 @@ class Clock(Callback):
 def try_training(config: str | None, overrides: list[str], accelerator: Accelerator) -> Trial:
     """Train a few steps, write a checkpoint and a preview. Raises UserError where training cannot start or continue."""
     with tempfile.TemporaryDirectory() as scratch:
-        shared = [scratch]
-        broadcast_object_list(shared)  # one folder for all processes
+        shared = distributed.decided_by_main(lambda: scratch)  # one folder for all processes
         short = [
             f"train.steps={STEPS + 1}", "train.log_with=[]", "train.checkpoint_every_steps=0", "train.sample_every_steps=0",
         ]  # fmt: skip
@@ -74,7 +73,7 @@ def try_training(config: str | None, overrides: list[str], accelerator: Accelera
             torch.cuda.reset_peak_memory_stats()
         clock = Clock()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), _one_line_errors():
-            Trainer(FlowTask(settings, accelerator), settings, Path(shared[0]) / "run", accelerator, callbacks=[clock]).fit()
+            Trainer(FlowTask(settings, accelerator), settings, Path(shared) / "run", accelerator, callbacks=[clock]).fit()
         accelerator.wait_for_everyone()
         saved = list(clock.checkpoint_path.iterdir())
         trial = Trial(

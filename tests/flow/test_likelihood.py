@@ -118,7 +118,7 @@ def test_command(here, tiny_run):
 
 
 def test_a_method_without_times_is_refused(data):
-    with pytest.raises(ValueError, match="method=heun: takes one step without times; give some, or one of dopri5"):
+    with pytest.raises(ValueError, match="method=heun: needs times; use one of dopri5"):
         log_likelihood(velocity, data[0], "heun")
 
 

@@ -1,6 +1,10 @@
 """Exported snapshots: half the size, and with everything else that a snapshot holds."""
 
+import shlex
+
 import torch
+from conftest import TINY_TRAIN
+from PIL import Image
 from safetensors.torch import load_file
 
 from flow.sampling import snapshot
@@ -35,3 +39,19 @@ def test_latent_snapshot_keeps_decoder_and_class_names(here, tmp_path, vae_folde
         flags = ["--n_samples", "4", "--sampling_steps", "1", "--save_dir", tmp_path / name, f"data.autoencoder={vae_folder}"]
         here("sample", "--weights", weights, *flags)
     assert sorted(p.name for p in (tmp_path / "half" / "images").iterdir()) == [f"{k:06d}.png" for k in range(4)]
+
+
+def test_the_command_names_the_folder_of_the_source(here, tmp_path):
+    """A file in no run may not choose what is read; others do not read the places of this machine."""
+    photos, run, out, card = tmp_path / "photos", tmp_path / "run", tmp_path / "half.safetensors", tmp_path / "exported"
+    photos.mkdir()
+    for k in range(3):
+        Image.new("L", (8, 8), 40 * k).save(photos / f"{k}.png")
+    source = ["flow.source.name=folder", f"flow.source.args={{path: {photos}, size: 8, channels: 1}}"]
+    here("train", *TINY_TRAIN, "-e", run, "train.steps=1", *source)
+    command = shlex.split(here("export", "--weights", run, "--out", out).partition("sample from it with: ")[2])
+    here("sample", *command[2:], "--n_samples", "2", "--save_dir", tmp_path / "samples", "--sampling_steps", "1")
+    assert (tmp_path / "samples/grid.png").is_file()
+    here("export", "--weights", run, "--to", card)
+    readme = (card / "README.md").read_text()
+    assert "flow.source.args.path=PATH" in readme and str(photos) not in readme

@@ -6,6 +6,7 @@ import pytest
 
 from flow.evaluation import table
 from flow.runtime import step_names, subprocesses
+from flow.sampling import snapshot
 from scripts import optimize_guidance
 
 FLAGS = ["--feature_extractor", "digits", "--sampling_method", "euler", "--sampling_steps", "2"]
@@ -66,3 +67,14 @@ def test_halving(optimize, tmp_path, tiny_run, monkeypatch):
 def test_errors(flags, message, error, tiny_run, tmp_path):
     line = error("optimize_guidance", "--weights", tiny_run, *FLAGS, "--out", tmp_path / "out", *shlex.split(flags))
     assert message in line
+
+
+def test_a_run_and_its_latest_file_are_one_guide(optimize, tmp_path, tiny_run):
+    latest = snapshot.find(tiny_run)
+    optimize("--guidance_scale", "1", "2", "--guide_weights", tiny_run, latest, "--n_samples", "40")
+    assert len(rows_of(tmp_path)) == 3  # none, with the null label, with the guide
+
+
+def test_adaptive_methods(optimize, tmp_path):
+    out = optimize("--guidance_scale", "1", "2", "--n_samples", "40", "--sampling_method", "bosh3")
+    assert len(rows_of(tmp_path)) == 2 and "--sampling_method bosh3" in out

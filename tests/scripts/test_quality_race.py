@@ -8,6 +8,7 @@ from conftest import TINY, run_here
 from PIL import Image
 
 from flow.evaluation import table
+from flow.runtime import step_names
 from flow.training import checkpoint
 from scripts.benchmark import quality
 
@@ -55,7 +56,7 @@ def test_a_second_call_adds_a_seed(race, tmp_path, number, monkeypatch):
         assert recipe["steps"] == max(1, round(0.3 / recipe["seconds_per_step"]))
         for seed in range(2):
             run = out / recipe["name"] / f"seed_{seed}"
-            assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == recipe["steps"]
+            assert step_names.step_of(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == recipe["steps"]
             assert f"seed: {seed}" in (run / "config.yaml").read_text()
             assert [row["guidance_scale"] for row in table.read_rows(run / "evaluation") if row["method"]] == [1.0, 2.0]
             on_the_way = [f"seed_{seed}@{recipe['steps'] // 2}"] * (recipe["steps"] > 1)  # of the first average

@@ -20,7 +20,7 @@ import torch
 from conftest import REPOSITORY, TINY_TRAIN, run_here, succeed
 from safetensors.torch import load_file
 
-from flow.runtime import files
+from flow.runtime import files, step_names
 from flow.runtime.errors import cli_main
 from flow.sampling import images, snapshot
 from flow.training import checkpoint
@@ -94,14 +94,14 @@ def test_sigterm_saves_and_suggests_resume(main_of, here, capsys, tmp_path):
         cli_main(partial(main, [Terminate()]))
     assert left.value.code == 128 + signal.SIGTERM
     (saved,) = checkpoint.list_checkpoints(run / "checkpoints")
-    assert checkpoint.parse_step(saved) == 3 and checkpoint.verify(saved) is None
+    assert step_names.step_of(saved) == 3 and checkpoint.verify(saved) is None
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     (resume,) = re.findall(r"resume with: (.+)", printed.out)
     program, script, *arguments = shlex.split(resume)
     assert shutil.which(program) and Path(script).resolve() == REPOSITORY / "train.py"
     here("train", *arguments, "train.steps=6")
-    assert checkpoint.parse_step(newest(run)) == 6
+    assert step_names.step_of(newest(run)) == 6
 
 
 def start_on_a_terminal(command: list[str]) -> tuple[int, int]:
@@ -136,7 +136,7 @@ def test_closed_terminal_stops_run(tmp_path, monkeypatch, nohup):
     said = (run / "log.txt").read_text()
     assert checkpoint.verify(newest(run)) is None
     if nohup:
-        assert os.waitstatus_to_exitcode(status) == 0 and checkpoint.parse_step(newest(run)) == 60
+        assert os.waitstatus_to_exitcode(status) == 0 and step_names.step_of(newest(run)) == 60
     else:
         assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
         assert f"stopped by SIGHUP; the latest checkpoint is {newest(run)}; resume with: " in said

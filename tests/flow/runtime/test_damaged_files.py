@@ -12,7 +12,7 @@ from conftest import TINY_TRAIN
 from safetensors.torch import load_file, save_file
 
 from configs.schema import UserError
-from flow.runtime import files
+from flow.runtime import files, step_names
 from flow.runtime.errors import cli_main
 from flow.sampling import snapshot
 from flow.training import checkpoint
@@ -105,7 +105,7 @@ def test_damaged_files_of_a_run_are_named(main_of, capsys, tiny_run, tmp_path, n
     if left.value.code:
         assert left.value.code == 2 and str(run / name) in told and "Traceback" not in told
     else:
-        assert checkpoint.parse_step(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == 5
+        assert step_names.step_of(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == 5
         assert name == "metrics.jsonl" or (name, content) == ("environment.json", b"[3]")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from configs import schema
 from configs.schema import Config, UserError
+from flow.runtime import files
 from flow.sampling import snapshot
 from flow.training import checkpoint
 
@@ -122,3 +123,15 @@ def test_publishing_without_hard_links_copies(tmp_path, monkeypatch):
     save_snapshot(tmp_path / "c" / "ema.safetensors", 4)
     checkpoint.link_ema_snapshots(tmp_path / "c", tmp_path / "snapshots", 4, [500], keep=0)
     assert load_file(snapshot.find(tmp_path / "snapshots"))["weight"].tolist() == [4.5, 4.5]
+
+
+def test_the_hash_is_that_of_the_file_that_was_read(tmp_path):
+    """Another snapshot may take the name of best.safetensors while a command works with the old one."""
+    path = tmp_path / "best.safetensors"
+    save_snapshot(path, 3)
+    loaded, kept = snapshot.load(path), snapshot.load(path)
+    assert kept.sha256 == files.sha256(path)
+    save_snapshot(path, 4)
+    assert kept.sha256 != files.sha256(path)
+    with pytest.raises(UserError, match=r"best\.safetensors: was replaced while it was in use"):
+        loaded.sha256  # noqa: B018

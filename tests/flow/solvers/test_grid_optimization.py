@@ -62,7 +62,7 @@ def test_commands(tmp_path, tiny_run, here, error):
     tune += ["--n_images", "4", "--reference_steps", "16", "--evaluations", "5"]
     saved = int(re.search(rf"(\d) optimized grid\(s\) in {grid_store.file_of(weights)}", here(*tune)).group(1))
     assert saved and here(*tune).count("the stored one is no worse") == saved
-    grid_store.store(weights, "heun", [0.0, 0.3, 1.0])
+    grid_store.store(snapshot.load(weights), "heun", [0.0, 0.3, 1.0])
     out = tmp_path / "samples"
     sample = ["sample", "--weights", weights, "--n_samples", "4", "--save_dir", out, "--time_grid", "optimized"]
     here(*sample, "--sampling_method", "heun", "--sampling_steps", "2")

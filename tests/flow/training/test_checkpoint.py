@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from configs.schema import UserError
-from flow.runtime import distributed
+from flow.runtime import distributed, step_names
 from flow.sampling import snapshot
 from flow.training import checkpoint
 
@@ -60,15 +60,15 @@ def test_damage_of_a_checkpoint_is_named(accelerator, tmp_path, kind):
 
 def test_the_newest_whole_checkpoint_is_found(accelerator, tmp_path, capsys):
     paths = [save_checkpoint(accelerator, tmp_path, step) for step in (2, 10, 100)]
-    assert checkpoint.find_latest(accelerator, tmp_path) == paths[2]
+    assert checkpoint.find_latest(tmp_path) == paths[2]
     os.truncate(paths[2] / "state.json", 1)
-    assert checkpoint.find_latest(accelerator, tmp_path) == paths[1]
+    assert checkpoint.find_latest(tmp_path) == paths[1]
     warning = capsys.readouterr().out
     assert "step_00000100 is damaged and skipped: state.json has 1 bytes" in warning
     for path in paths[:2]:
         (path / "state.json").unlink()
     with pytest.raises(UserError, match=r"all checkpoints in .* are damaged"):
-        checkpoint.find_latest(accelerator, tmp_path)
+        checkpoint.find_latest(tmp_path)
 
 
 def test_prune_keeps_the_newest(accelerator, tmp_path):
@@ -76,9 +76,9 @@ def test_prune_keeps_the_newest(accelerator, tmp_path):
         save_checkpoint(accelerator, tmp_path, step)
     (tmp_path / "step_notes").mkdir()  # the user's own
     checkpoint.prune(tmp_path, 0)
-    assert [checkpoint.parse_step(p) for p in checkpoint.list_checkpoints(tmp_path)] == [5, 20, 100, 99_999_999, 100_000_000]
+    assert [step_names.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)] == [5, 20, 100, 99_999_999, 100_000_000]
     checkpoint.prune(tmp_path, 2)
-    assert [checkpoint.parse_step(p) for p in checkpoint.list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
+    assert [step_names.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
     checkpoint.prune(tmp_path, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_100000000", "step_99999999", "step_notes"]
 
@@ -94,7 +94,7 @@ def test_failed_checkpoint_leaves_earlier_ones(accelerator, tmp_path):
         checkpoint.save(accelerator, tmp_path, 2, {}, write_more)
     assert list(tmp_path.iterdir()) == [first] and checkpoint.verify(first) is None
     (tmp_path / ".tmp-step_00000003").mkdir()  # a run was killed while it wrote
-    assert checkpoint.find_latest(accelerator, tmp_path) == first
+    assert checkpoint.find_latest(tmp_path) == first
     save_checkpoint(accelerator, tmp_path, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000001", "step_00000003"]
 

@@ -7,7 +7,7 @@ from conftest import TINY_RUN
 from safetensors.torch import load_file
 
 import datasets
-from flow.runtime import distributed
+from flow.runtime import distributed, step_names
 from flow.sampling import snapshot
 from flow.training import checkpoint, optimizer
 from flow.training.ema import Ema
@@ -65,7 +65,7 @@ def test_nonfinite_gradient_stops_run(error, ruin, tmp_path, value, step):
     line = error("train", *MLP, "-e", tmp_path / "run", "train.log_every_steps=100")
     assert f"the loss or gradient of step {step} is not finite" in line
     saved = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
-    assert [checkpoint.parse_step(path) for path in saved] == [k for k in (2, 4) if k < step][-2:]
+    assert [step_names.step_of(path) for path in saved] == [k for k in (2, 4) if k < step][-2:]
     assert all(value.isfinite().all() for path in saved for value in load_file(path / "model.safetensors").values())
 
 

@@ -1,7 +1,5 @@
 """The learning rate of each update."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -27,10 +25,3 @@ def test_learning_rate(schedule, warmup, values):
     config = OptimizerConfig(lr=3e-4, warmup_steps=warmup, schedule=schedule)
     rates = [lr_at(config, update, 10) for update in range(11)]
     assert rates == pytest.approx([3e-4 * value for value in values], abs=1e-12)
-
-
-def test_a_warm_restart_is_two_schedules_in_a_row():
-    config = OptimizerConfig(warmup_steps=2, schedule="cosine", restart_at=0.4)
-    rates = [lr_at(config, update, 20) for update in range(21)]
-    alone = replace(config, restart_at=0.0)
-    assert rates == [lr_at(alone, update, 8) for update in range(8)] + [lr_at(alone, update, 12) for update in range(13)]

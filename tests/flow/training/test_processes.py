@@ -14,6 +14,7 @@ import pytest
 from conftest import REPOSITORY, TINY_RUN, TINY_TRAIN, succeed
 from safetensors.torch import load_file
 
+from flow.runtime import step_names
 from flow.sampling import snapshot
 from flow.training import checkpoint
 from flow.training.logging import read_metrics
@@ -65,7 +66,7 @@ def test_sigterm_to_launcher_saves_one_checkpoint(tmp_path, capsys):
     (saved,) = checkpoint.list_checkpoints(run / "checkpoints")
     assert checkpoint.verify(saved) is None
     step = read_metrics(run / "metrics.jsonl")[-1]["step"]
-    assert checkpoint.parse_step(saved) == step  # all processes agreed on it
+    assert step_names.step_of(saved) == step  # all processes agreed on it
     assert f"stopped by SIGTERM; the latest checkpoint is {saved}; resume with:" in said
     assert not list(run.rglob(".tmp-*"))
     (resume,) = set(re.findall(r"resume with: (.+)", said))
