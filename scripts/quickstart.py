@@ -21,7 +21,7 @@ def main() -> None:
     evaluate = f"evaluate.py --weights {RUN} --feature_extractor digits --n_samples 1797 --bspp 599 --metrics fid prc accuracy"
     run_command(f"{evaluate} --methods euler heun --sampling_steps 2 5 10".split())
     run_command(f"{evaluate} --methods heun --sampling_steps 10 --guidance_scale 2 --out {RUN}/evaluation_guided".split())
-    result = f"\n{SAMPLES}/grid.png (guided samples, a column a class), {RUN}/evaluation/nfe.png (the table as a plot)"
+    result = f"\n{SAMPLES}/grid.png (guided samples, a column per class), {RUN}/evaluation/nfe.png (the table as a plot)"
     animate = command("-m", "scripts.animate", "--weights", RUN, "--out", files.free_folder(Path("figures/digits")))
     print(cli.summary(result, args.start, f"watch digits form with: {animate}"))
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval
-BLOCKS = 32  # of moments; Student's t of 31 degrees of freedom lies within 1.96 in 94 % of all cases
+NORMAL_95 = 1.96  # standard errors on each side of a 95% interval
+BLOCKS = 32  # of moments; Student's t of 31 degrees of freedom lies within 1.96 in 94% of all cases
 JACKKNIFE_BLOCKS = 10  # of recall and coverage, whose jackknife is on the safe side by more than a t of 9 is not
 GOLDEN = (5**0.5 - 1) / 2
 

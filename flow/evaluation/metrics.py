@@ -144,7 +144,7 @@ def neighborhoods(c: Comparison, k: int) -> Neighborhoods | None:
 
 
 def copied_share(c: Comparison) -> dict[str, float]:
-    """Share of samples that lie closer to a training image than 1 % of held-out real images do.
+    """Share of samples that lie closer to a training image than 1% of held-out real images do.
 
     Of a network that does not copy, 0.01 of the samples do. No such number tells memorization from underfitting or a lack of
     modes (Stein et al. 2023, arXiv:2306.04675): samples that all lie where training images are dense score more, too, so

@@ -33,7 +33,7 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     """The first Frechet distance of the table, for points their SW2, against its cost; `path` is a PNG.
 
     The cost is the NFE or, where guidance makes the two differ, the number of network calls. There is a line for each
-    (weights, method, guidance), with bars of the 95 % interval over samples (else of the standard deviation over ranges), and a
+    (weights, method, guidance), with bars of the 95% interval over samples (else of the standard deviation over ranges), and a
     dashed one for real images in a band of theirs. Averages of a width with one point are left to `distance_against_width`, and
     more than MAX_LINES lines to those of two points.
     There is no figure where fewer than two entries are left.
@@ -166,7 +166,7 @@ def _guidance(entry: dict, shown: Sequence[str]) -> str:
 
 
 def _distance_lines(axes: Axes, lines: dict[str, list[dict]], key: str, name: str) -> None:
-    """The metric `name` of the entries of each line against their `key`, with the 95 % interval, else the spread of ranges."""
+    """The metric `name` of the entries of each line against their `key`, with the 95% interval, else the spread of ranges."""
     for i, (label, line) in enumerate(lines.items()):
         line.sort(key=lambda e: e[key])
         values = [e["metrics"][name] for e in line]
@@ -176,7 +176,7 @@ def _distance_lines(axes: Axes, lines: dict[str, list[dict]], key: str, name: st
 
 
 def _floors(axes: Axes, entries: list[dict], name: str) -> None:
-    """A line for each row of real images, in the band of its 95 % interval."""
+    """A line for each row of real images, in the band of its 95% interval."""
     for i, e in enumerate(e for e in entries if is_control(e) and name in e["metrics"]):
         floor, _, interval = e["metrics"][name]
         if floor > 0:  # the axis is logarithmic

@@ -105,7 +105,7 @@ def arrows(ax: Axes, v: np.ndarray) -> None:
 def density(ax: Axes, x: np.ndarray) -> None:
     """The histogram of points [N, 2], smoothed by a Gaussian as wide as a cell.
 
-    The color scale ends at the 99.5 % quantile of the cells with points.
+    The color scale ends at the 99.5% quantile of the cells with points.
     """
     count, *_ = np.histogram2d(x[:, 1], x[:, 0], bins=BINS, range=[[-EXTENT, EXTENT]] * 2)
     kernel = np.exp(-0.5 * np.arange(-3, 4) ** 2)

@@ -73,13 +73,13 @@ def best_baseline(scores: list[Scores]) -> Scores:
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
-    """The mean over images and half the width of its 95 % interval, None for a single image."""
+    """The mean over images and half the width of its 95% interval, None for a single image."""
     error = mean_standard_error(np.array(values))
     return float(np.mean(values)), None if error is None else NORMAL_95 * error
 
 
 def markdown(scores: list[Scores]) -> str:
-    """The scores as a table: mean ± 95 % interval over images, and the gain of the flow in PSNR over each method, paired by
+    """The scores as a table: mean ± 95% interval over images, and the gain of the flow in PSNR over each method, paired by
     image."""
     [flow] = [entry for entry in scores if entry.method == FLOW]
     lines = [["method", "n", "PSNR (dB)", "SSIM", "gain of PnP-Flow (dB)"]]

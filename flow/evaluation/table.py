@@ -22,7 +22,7 @@ SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
 NUMBERS = ("n", "first", "steps", "images", "ema_width", *COST, "guidance_scale", "seconds")
 
-NOTE = "±: 95 % interval over samples, at this n (columns _inf: of the limit). sd: standard deviation over the ranges."
+NOTE = "±: 95% interval over samples, at this n (columns _inf: of the limit). sd: standard deviation over the ranges."
 CLASS_NOTE = "Empty cells: no more images of the class than features, among the samples or in the reference."
 FOUR_DIGITS = ("KID", "SW2", "MMD", "energy", "memorization")
 THREE_DIGITS = ("accuracy", "precision", "recall", "density", "coverage")
@@ -34,7 +34,7 @@ class Statistic(NamedTuple):
 
     mean: float | None  # over the ranges
     std: float  # over the ranges (n - 1), nan for a single one
-    interval: float = math.nan  # half of the 95 % interval of the mean over samples, nan where it is not known
+    interval: float = math.nan  # half of the 95% interval of the mean over samples, nan where it is not known
 
 
 EMPTY = Statistic(None, math.nan)
@@ -283,7 +283,7 @@ def _cost_cell(mean: float | None, spread: float) -> str | None:
 
 
 def cell(name: str, value: Statistic) -> str:
-    """A metric as tables have it: mean, 95 % interval and spread where they are known; empty where there is no mean."""
+    """A metric as tables have it: mean, 95% interval and spread where they are known; empty where there is no mean."""
     if value.mean is None:
         return ""
     digits = 4 if name in FOUR_DIGITS or name.startswith("KD-") else 3 if name in THREE_DIGITS else 2

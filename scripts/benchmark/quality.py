@@ -254,7 +254,7 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
     text = table.markdown(lines)
     note = [
         f"{budget(args)} a run, {seeds} seed(s), {args.n_samples:,} images a row. {distance}: mean over the "
-        "seeds ± its 95 % interval over samples, then the smallest and the largest seed. Change: to the first recipe, the mean "
+        "seeds ± its 95% interval over samples, then the smallest and the largest seed. Change: to the first recipe, the mean "
         "over seeds ± its standard error."
     ]
     note += [f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.2f}, the floor." for row in control]

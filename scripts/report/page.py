@@ -253,7 +253,7 @@ def _is_finite(value: float | None) -> bool:
 
 
 def _values(entry: dict) -> dict[str, tuple[float, float | None]]:
-    """{metric: (mean, half of its 95 % interval, else its standard deviation over ranges)}, where it is finite."""
+    """{metric: (mean, half of its 95% interval, else its standard deviation over ranges)}, where it is finite."""
     values = {}
     for name, value in entry["metrics"].items():
         if value.mean is not None and math.isfinite(value.mean):
@@ -264,7 +264,7 @@ def _values(entry: dict) -> dict[str, tuple[float, float | None]]:
 
 def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
     """For each setting that several runs were evaluated with: the best of them by the first metric, the next one, and their
-    difference with its 95 % interval, as if the errors of both were independent. The header comes first; empty where no
+    difference with its 95% interval, as if the errors of both were independent. The header comes first; empty where no
     setting has two runs.
     """
     settings: dict[tuple, dict[str, dict]] = {}

@@ -54,7 +54,7 @@ def stored(run: Path, width: str, step: int) -> Path:
 
 
 def test_reconstructed_equals_tracked(here, run, copy, tmp_path):
-    """The difference is below 2 % of that between the tracked average and the nearest stored one (measured: up to 0.6 %)."""
+    """The difference is below 2% of that between the tracked average and the nearest stored one (measured: up to 0.6%)."""
     tracked, widths = tmp_path / "tracked", ("0.070", "0.120", "0.150")
     here("train", *MLP, f"ema.power_widths=[{', '.join(widths)}]", "ema.power_every_steps=64", "-e", tracked)
     for step in STEPS:

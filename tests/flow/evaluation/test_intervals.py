@@ -31,7 +31,7 @@ def draws(d: int, n: int, repeats: int, shift: float):
 
 @pytest.mark.parametrize("shift", [0.2, 1.0])
 def test_intervals_hold_the_mean_distance(shift):
-    """95 % intervals of 200 sets hold the mean distance at their n in 90 to 99.5 % of the sets."""
+    """95% intervals of 200 sets hold the mean distance at their n in 90 to 99.5% of the sets."""
     distances, errors = draws(4, 300, 200, shift)
     share = (abs(distances - distances.mean()) < NORMAL_95 * errors).mean()
     assert 0.90 <= share <= 0.995
@@ -75,7 +75,7 @@ def moved_gaussian(d: int, n: int, repeats: int):
 
 
 def test_limit_of_many_samples():
-    """The interval of fd_inf holds the known distance in 90 to 98 % of 200 sets, and its bias is a small part of the plain
+    """The interval of fd_inf holds the known distance in 90 to 98% of 200 sets, and its bias is a small part of the plain
     distance's; so does that of the distance from moments of blocks hold the mean distance at this n."""
     distance, mu, sigma, sets = moved_gaussian(8, 400, 200)
     plain, limits, errors, of_blocks = [], [], [], []

@@ -116,7 +116,7 @@ def test_jackknife_leaves_blocks_out():
 @pytest.mark.slow
 @pytest.mark.parametrize(("d", "n", "m", "scale"), [(4, 400, 600, 1.0), (8, 500, 500, 0.5), (16, 500, 2000, 0.8)])
 def test_intervals_hold_the_mean(d, n, m, scale):
-    """95 % intervals of 200 sets hold the mean over the sets: 90 to 98 %, of recall and coverage at least 93 %."""
+    """95% intervals of 200 sets hold the mean over the sets: 90 to 98%, of recall and coverage at least 93%."""
     real = gaussians(m, d, 0)
     known = neighbors.nearest_neighbors(real, 5)[0]
     values, errors = {name: [] for name in SHARES}, {name: [] for name in SHARES}

@@ -238,7 +238,7 @@ def batches_of_paths(n: int = 20_000) -> Callable[[int, int], Batch]:
     ids=["mean_flow", "alpha_flow", "trajectory"],
 )
 def test_training_reaches_the_true_map(name, args, batch_at, steps):
-    """One step ends within 2 % of the standard deviation of the data. Smooth time features and large batches are needed."""
+    """One step ends within 2% of the standard deviation of the data. Smooth time features and large batches are needed."""
     torch.manual_seed(0)
     loss, batch = build_loss(name, weight_power=0, **args), batch_at()
     net = models.build("mlp", (1,), {"width": 64, "depth": 3, "two_times": True, "time_frequency": 4.0})
