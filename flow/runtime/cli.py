@@ -14,7 +14,7 @@ from flow.runtime import files, subprocesses
 from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 from flow.solvers.torchdiffeq import ADAPTIVE
 
-NAMED_CLASSES = 20  # in an error
+NAMED_CLASSES = 20  # in a line of text
 WEIGHTS = "run folder, checkpoint folder, .safetensors file or hf:owner/name[@revision]"  # what --weights takes
 
 
@@ -315,6 +315,11 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
     return tuple(selected.items())
 
 
+def class_list(class_names: Sequence[str], most: int = NAMED_CLASSES) -> str:
+    """The first names, for a line of text: 'cat, dog, ...'."""
+    return ", ".join(class_names[:most]) + (", ..." if len(class_names) > most else "")
+
+
 def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[int, ...] | None:
     """The labels that --labels names: a class by its name, which wins, or by its number. Raises UserError for another word."""
     if not words:
@@ -326,7 +331,7 @@ def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[
         elif re.fullmatch(r"-?[0-9]{1,18}", word):
             labels.append(int(word))
         elif class_names:
-            shown = ", ".join(class_names[:NAMED_CLASSES]) + (", ..." if len(class_names) > NAMED_CLASSES else "")
+            shown = class_list(class_names)
             raise UserError(f"--labels {word}: unknown class; the classes are {shown}.{schema.did_you_mean(word, class_names)}")
         else:
             raise UserError(f"--labels {word}: the weights carry no names of classes; give numbers")

@@ -13,7 +13,7 @@ import torch
 from configs import schema
 from configs.schema import UserError
 from datasets import captions
-from flow.runtime import files, lock, step_names, subprocesses
+from flow.runtime import cli, files, lock, step_names, subprocesses
 from flow.sampling import header, hub, images, snapshot
 from flow.sampling.conditions import column_names
 from flow.sampling.sampler import Sampler
@@ -23,7 +23,6 @@ from flow.source import GAUSSIAN
 
 LIBRARY = "flow-matching-runner"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-NAMED_CLASSES = 20  # of the model card
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -121,8 +120,7 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     facts = {
         "samples": f"{snap.space.kind} {'x'.join(map(str, snap.decoded_shape))}",
         "training data": config.data.name,
-        "classes": ", ".join(snap.class_names[:NAMED_CLASSES]) + (", ..." if len(snap.class_names) > NAMED_CLASSES else "")
-        or "none",
+        "classes": cli.class_list(snap.class_names) or "none",
         "training images seen": f"{snap.images:,} ({snap.step:,} steps)",
         "network": f"{config.model.name}, {size / 1e6:.2f} M numbers in {dtype}",
         "loss": config.loss.name,

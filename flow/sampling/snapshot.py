@@ -197,8 +197,8 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     hf:owner/name[@revision] on the Hugging Face hub.
 
     In a process group every process calls it, unless `weights` is a file. `config_path` (-c) replaces the stored configuration,
-    overrides change it. Raises UserError for a path that holds no
-    snapshot, for a damaged file, and for what `hub.download` refuses.
+    overrides change it. Raises UserError for a path that holds no snapshot, for a damaged file or one that is replaced
+    meanwhile, and for what `hub.download` refuses.
     """
     path = find(weights)
     identity = _identity(path)

@@ -23,13 +23,14 @@ class DataSamples:
     """Implements `flow.source.Samples` for a data set of images or points."""
 
     data: DataSet
+    key: str = "flow.source"  # what error messages call it
 
     def __len__(self) -> int:
         return len(self.data)
 
     def read(self, indices: list[int]) -> Tensor:
         """[n, ...], float32: images in [-1, 1] or points."""
-        with error_context("flow.source"):
+        with error_context(self.key):
             return to_float(torch.stack([self.data[k][0] for k in indices]))
 
 
@@ -49,7 +50,7 @@ def build(name: str, root: str | None, args: dict[str, Any]) -> Source:
 
 def given(x0: Tensor, name: str = "x0") -> OrderedSource:
     """These samples [N, ...]: uint8 images, or floats as networks see them."""
-    return OrderedSource(DataSamples(Images(x0.cpu(), None, ())), name)
+    return OrderedSource(DataSamples(Images(x0.cpu(), None, ()), name), name)
 
 
 def attach(
@@ -86,20 +87,22 @@ def replace_by(model: FlowModel, text: str, root: str | None, shape: tuple[int, 
             raise ValueError(f"{text}: this flow starts at Gaussian noise; flow.source of its training makes it start at data")
         split = datasets.named_split(text)
         if split:
-            samples = _read({"name": split[0], "root": root, "args": split[1]})
+            samples = _read({"name": split[0], "root": root, "args": split[1]}, "--source")
         elif Path(text).is_dir() and len(shape) == 3:
-            samples = _read({"name": "folder", "root": None, "args": {"path": text, "size": shape[1], "channels": shape[0]}})
+            samples = _read(
+                {"name": "folder", "root": None, "args": {"path": text, "size": shape[1], "channels": shape[0]}}, "--source"
+            )
         else:
             raise ValueError(f"{text}: must be a folder of images or one of {', '.join(datasets.DATASETS)}")
         model.source = OrderedSource(samples, text)
 
 
-def _read(own: dict[str, Any]) -> DataSamples:
+def _read(own: dict[str, Any], key: str = "flow.source") -> DataSamples:
     """The data set {"name": ..., "root": ..., "args": ...}. Raises ValueError for latents."""
     data = datasets.build(**own)
     if data.codec is not None:
         raise ValueError(f"{own['name']}: are latents; a source has pixels or points")
-    return DataSamples(data)
+    return DataSamples(data, key)
 
 
 def _read_held_out(own: dict[str, Any]) -> DataSamples:

@@ -20,7 +20,7 @@ from flow.guidance import drop_labels
 from flow.losses import Batch, FlowLoss
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import distributed, files, subprocesses
+from flow.runtime import cli, distributed, files, subprocesses
 from flow.runtime.errors import error_context
 from flow.sampling import snapshot
 from flow.sampling.conditions import column_names
@@ -151,8 +151,7 @@ class FlowTask:
         net, data = self.net, self.data
         condition, names = "no labels", data.class_names
         if net.num_classes is not None:
-            more = ", ..." * (len(names) > NAMED_CLASSES)
-            condition = f"{net.num_classes} classes ({', '.join(names[:NAMED_CLASSES])}{more})"
+            condition = f"{net.num_classes} classes ({cli.class_list(names, NAMED_CLASSES)})"
         elif data.labels is not None and "num_classes" not in self.config.model.args:
             condition += f" (model.args.num_classes=auto would use the {len(names)} classes of the data set)"
         condition = f"prompts of at most {net.max_prompt_bytes} bytes" if net.max_prompt_bytes else condition

@@ -82,9 +82,10 @@ def test_metrics_equal_torch_fidelity(tmp_path, here, monkeypatch):
 
 
 def test_a_set_is_at_distance_zero_from_itself(extractor, real):
-    found = metrics.evaluate(Comparison(extractor, feature_set(noisy_digits(1797, 0), extractor), real), ["fid", "prc"])
-    assert abs(found["FD-digits"]) < 1e-6
-    assert found["precision"] == found["recall"] == 1
+    same = Comparison(extractor, feature_set(noisy_digits(1797, 0), extractor), real)
+    values = metrics.evaluate(same, ["fid", "prc"])
+    assert abs(values["FD-digits"]) < 1e-6
+    assert values["precision"] == values["recall"] == 1
 
 
 def test_frechet_distance_of_gaussians():

@@ -129,9 +129,9 @@ def test_the_hash_is_that_of_the_file_that_was_read(tmp_path):
     """Another snapshot may take the name of best.safetensors while a command works with the old one."""
     path = tmp_path / "best.safetensors"
     save_snapshot(path, 3)
-    loaded, kept = snapshot.load(path), snapshot.load(path)
-    assert kept.sha256 == files.sha256(path)
+    hashed_before, hashed_after = snapshot.load(path), snapshot.load(path)
+    assert hashed_before.sha256 == files.sha256(path)
     save_snapshot(path, 4)
-    assert kept.sha256 != files.sha256(path)
+    assert hashed_before.sha256 != files.sha256(path)
     with pytest.raises(UserError, match=r"best\.safetensors: was replaced while it was in use"):
-        loaded.sha256  # noqa: B018
+        hashed_after.sha256  # noqa: B018
