@@ -67,11 +67,14 @@ def parse_args():
     )
     parser.add_argument(
         "--metrics", nargs="+", choices=metrics.METRICS, default=list(metrics.DEFAULT),
-        help=f"(default: {' '.join(metrics.DEFAULT)}, which take seconds; what each says and costs: docs/evaluation.md)",
+        help=f"(default: {' '.join(metrics.DEFAULT)}, which take seconds; what each measures and costs: docs/evaluation.md)",
     )  # fmt: skip
     parser.add_argument("--no_control", action="store_true", help="leave out the row of real images that shows the floor")
     cli.add_output_flag(
-        parser, use="(default: evaluation/ beside the weights or samples; of hf:owner/NAME: NAME/evaluation)", required=False
+        parser,
+        use="(default: evaluation/ beside the weights or in the folder of sample.py; DIR_evaluation beside another folder; of "
+        "hf:owner/NAME: NAME/evaluation)",
+        required=False,
     )
     return parser.parse()
 
@@ -169,7 +172,8 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
     """One row for the images of a folder, by sample.py (whose labels are known) or from elsewhere."""
     data, stored = runner.read_folder(args.samples)
     settings = evaluation_settings(args, f"--samples {args.samples}", len(data))
-    out = args.out or args.samples / "evaluation"
+    folder = args.samples.resolve()
+    out = args.out or (folder / "evaluation" if stored else folder.with_name(f"{folder.name}_evaluation"))
     with lock.folder(out, accelerator):
         config = schema.load(args.config, args.overrides)
         runner.evaluate_folder(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))

@@ -90,7 +90,7 @@ def source_dataset(
     """
     if name not in derived:
         return {"name": name, "root": root, "args": dict(args)}
-    source = _SOURCES[name](Path(root) if root else default_root(), **args)
+    source = _call(name, _SOURCES[name], root, args)
     return source_dataset(source["name"], source["root"] or root, source["args"], derived)
 
 
@@ -155,10 +155,15 @@ def build(name: str, root: str | Path | None, args: dict[str, Any]) -> DataSet:
     for key, value in args.items():
         if key not in parameters:
             raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(parameters) or 'none'}")
-        truth = parameters[key].annotation is bool
+        truth = parameters[key].annotation in (bool, "bool")
         if isinstance(value, bool) != truth:
             raise ValueError(f"{key}={value!r}: must be {'true or false' if truth else 'something else than true or false'}")
+    return _call(name, DATASETS[name], root, args)
+
+
+def _call(name: str, function: Callable[..., Any], root: str | Path | None, args: dict[str, Any]) -> Any:
+    """function(root, **args). Raises ValueError for arguments that it does not take."""
     try:
-        return DATASETS[name](Path(root) if root else default_root(), **args)
+        return function(Path(root) if root else default_root(), **args)
     except TypeError as error:  # a missing argument, or a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error

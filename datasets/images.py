@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
@@ -117,8 +116,22 @@ class EncodedImages(ABC):
         return digest.hexdigest()
 
     def _measure(self) -> None:
-        """Set `image_shape`: of the size that was given, or of the first image."""
-        self.image_shape = (self.channels, self.size, self.size) if self.size is not None else tuple(self.decode(0).shape)
+        """Set `image_shape`: of the size that was given, or of the first image that can be read.
+
+        Raises UnreadableImage that names the first one, where none can.
+        """
+        if self.size is not None:
+            self.image_shape: tuple[int, ...] = (self.channels, self.size, self.size)
+            return
+        first_error = None
+        for index in range(len(self)):
+            try:
+                self.image_shape = tuple(self.decode(index).shape)
+                return
+            except UnreadableImage as error:
+                first_error = first_error or error
+        assert first_error is not None  # a data set is not empty
+        raise first_error
 
 
 class Folder(EncodedImages):
@@ -251,13 +264,13 @@ def _download(name: str, root: Path, train: bool):
     cls = getattr(torchvision.datasets, name)
     try:
         return cls(root, train=train, download=False)
-    except (RuntimeError, ValueError, EOFError, OSError, UnpicklingError):  # torchvision's words for absent or damaged files
+    except Exception:  # torchvision raises a dozen kinds for absent and damaged files
         pass
     try:
         return cls(root, train=train, download=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
-            f"{cls.__name__} is not in {root} and could not be downloaded ({reason}); "
-            "set data.root or the environment variable FLOW_DATA to a folder that holds it"
+            f"{cls.__name__} is not in {root}, or its files are damaged, and could not be downloaded ({reason}); remove "
+            "damaged files, or set data.root or the environment variable FLOW_DATA to a folder that holds whole ones"
         ) from None

@@ -11,7 +11,8 @@ import io
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -182,12 +183,14 @@ def _split_of(name: str) -> tuple[str, str]:
     return (str(path.parent), stem) if stem or path.parent.name == "" else (str(path.parent.parent), path.parent.name)
 
 
-def _opened(file: Path) -> Any:
-    """A pyarrow.parquet.ParquetFile. Raises ValueError that names a damaged file."""
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A pyarrow.parquet.ParquetFile. Raises ValueError that names a damaged file, whose pages may be read in the block."""
     import pyarrow.parquet  # only packing needs it
 
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            yield opened
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
 

@@ -29,7 +29,7 @@ def log_likelihood(
 ) -> tuple[Tensor, Tensor, int]:
     """(log p(x1) in nats [B], x0 [B, ...], NFE) of the data x1 [B, ...], float64.
 
-    log p(x1) = log N(x0; 0, I) - integral of div v(x_t, t) dt over [0, 1] (Chen et al. 2018, arXiv:1806.07366, eq. 2). The
+    log p(x1) = log N(x0; 0, I) - integral of div v(x_t, t) dt over [0, 1] (Chen et al. 2018, arXiv:1806.07366, theorem 1). The
     divergence is exact without `eps`, at the price of a backward pass for each element of x; with eps [P, B, ...] of
     +1 and -1 it is the mean of e . (dv/dx) e over them (Hutchinson's estimator, as in FFJORD, arXiv:1810.01367, eq. 8),
     unbiased for log p. `times` rise from 0 to 1 and are used backwards by methods that are not adaptive. The first step, from

@@ -37,7 +37,7 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
     for key, value in args.items():
         if key not in allowed:
             raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join([*allowed, 'data_std'])}")
-        truth = allowed[key].annotation is bool
+        truth = allowed[key].annotation in (bool, "bool")
         if isinstance(value, bool) != truth:
             raise ValueError(f"{key}={value!r}: must be {'true or false' if truth else 'something else than true or false'}")
     if len(image_shape) != 3 and name != "mlp":

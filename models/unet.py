@@ -59,10 +59,7 @@ class UNet(nn.Module):
         """
         super().__init__()
         check_time_frequency(time_frequency, min_time_frequency)
-        switches = {
-            "middle_attention": middle_attention, "scale_shift_norm": scale_shift_norm, "resblock_updown": resblock_updown,
-        }  # fmt: skip
-        _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes, switches)
+        _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes)
         channels, height = image_shape[0] * patch**2, image_shape[1] // patch
         resolutions = [height // 2**level for level in range(len(channel_mult))]
         for resolution in attention_resolutions:
@@ -143,10 +140,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
-def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes, switches) -> None:
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r}: must be true or false")
+def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes) -> None:
     check_counts(
         width=width, blocks_per_level=blocks_per_level, head_channels=head_channels, patch=patch, num_classes=num_classes
     )

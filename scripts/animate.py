@@ -184,7 +184,9 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
             pixels = [images.to_uint8(decode(model, accelerator.autocast, x)).cpu() for x in states]
-            figures += moving_images(args.out, times, pixels, column_names(settings, snap.class_names, model.net.num_classes))
+            figures += moving_images(
+                args.out, times, pixels, column_names(settings, snap.class_names, model.net.num_classes), start_name(model)
+            )
         if plane and "flow" in args.figures:
             figures += moving_plane(args.out, model, settings, times, states)
         if plane and "density" in args.figures:
@@ -201,7 +203,7 @@ def moving_plane(out: Path, model: FlowModel, settings: SamplerSettings, times: 
     """flow.gif: particles in the velocity field, and their density."""
     points = [x.float().cpu().numpy() for x in states]
     field = velocity_field(model, settings)
-    start = "noise" if model.source.name == GAUSSIAN else "source"
+    start = start_name(model)
     frames = []
     for t, x in zip(times, points, strict=True):
         figure, (left, right) = plots_2d.panels(["particles and velocity", "density"], time=t, start=start)
@@ -265,12 +267,17 @@ def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
     return data.log_density(at) if getattr(data, "log_density", None) else None
 
 
-def moving_images(out: Path, times: list[float], states: list[Tensor], names: list[str]) -> list[str]:
-    """trajectory.gif: the grid of images uint8 [N, C, H, W] on its trajectory from noise, above a bar of time."""
+def start_name(model: FlowModel) -> str:
+    """What a figure calls the states at t = 0."""
+    return "noise" if model.source.name == GAUSSIAN else "source"
+
+
+def moving_images(out: Path, times: list[float], states: list[Tensor], names: list[str], start: str) -> list[str]:
+    """trajectory.gif: the grid of images uint8 [N, C, H, W] on its trajectory from `start`, above a bar of time."""
     frames = []
     for t, x in zip(times, states, strict=True):
         frame = images.labelled_grid(x, len(names) or 10, names).permute(1, 2, 0).numpy()
-        frames.append(animation.with_time_bar(frame if frame.shape[2] == 3 else np.repeat(frame, 3, axis=2), t))
+        frames.append(animation.with_time_bar(frame if frame.shape[2] == 3 else np.repeat(frame, 3, axis=2), t, start))
     return animation.write(out / "trajectory.gif", frames)
 
 

@@ -6,6 +6,7 @@ again after a kill: whole shards stay, missing or damaged ones are encoded again
 writes originals beside reconstructions, PSNR and the Frechet distance between the two (rFID).
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -71,14 +72,20 @@ def main() -> None:
     with error_context("--vae"):
         vae = distributed.main_process_first(accelerator, lambda: autoencoder.load(args.vae)).to(accelerator.device)
         latent_shape = vae.latent_shape(data.image_shape)
+    extractor = check_extractor(args, accelerator, data) if args.check else None  # before hours of encoding
     with lock.folder(args.save_dir, accelerator):
-        cache(args, accelerator, source, data, vae, latent_shape)
+        num_encoded = cache(args, accelerator, source, data, vae, latent_shape)
+        if extractor:
+            check(args, accelerator, data, extractor)
+    train = train_command(args.save_dir, data, latent_shape)
+    result = f"latents of {len(data)} images in {args.save_dir}, {num_encoded} of them new"
+    accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
 
 
 def cache(
     args, accelerator: Accelerator, source: schema.DataConfig, data: Data, vae: VAE, latent_shape: tuple[int, int, int]
-) -> None:
-    """Write the shards that are missing or damaged, then the manifest."""
+) -> int:
+    """Write the shards that are missing or damaged, then the manifest. The number of images that were encoded."""
     settings = distributed.decided_by_main(lambda: settings_of(args, data, vae, latent_shape))
     cuts = index_batches(range(len(data)), args.shard_images)
     plan = {args.save_dir / f"latents_{i:05d}.safetensors": cut for i, cut in enumerate(cuts)}
@@ -93,11 +100,7 @@ def cache(
     if accelerator.is_main_process:
         write_manifest(args, source, data, vae, settings, plan)
     accelerator.wait_for_everyone()
-    if args.check:
-        check(args, accelerator, data)
-    train = train_command(args.save_dir, data, latent_shape)
-    result = f"latents of {len(data)} images in {args.save_dir}, {num_encoded} of them new"
-    accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
+    return num_encoded
 
 
 def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]) -> str:
@@ -119,6 +122,8 @@ def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) 
     settings = {
         "autoencoder": vae.digest,
         "images": data.fingerprint(),
+        "labels": None if data.labels is None else hashlib.sha256(data.labels.numpy().tobytes()).hexdigest(),
+        "class_names": data.class_names,
         "count": len(data),
         "image_shape": data.image_shape,
         "latent_shape": latent_shape,
@@ -202,11 +207,9 @@ def write_manifest(
     files.write_text(args.save_dir / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def check(args, accelerator: Accelerator, data: Data) -> None:
-    """Write reconstructions.png and reconstructions.json: latents as training reads them, decoded, against their images."""
+def check_extractor(args, accelerator: Accelerator, data: Data) -> Extractor:
+    """The feature extractor of --check. Raises UserError for one that is not there or does not take these images."""
     with error_context("--check"):
-        latents = datasets.build("latents", None, {"path": str(args.save_dir)})
-        codec = autoencoder.build_codec(latents.codec)
         extractor = distributed.main_process_first(
             accelerator,
             lambda: Extractor(
@@ -214,6 +217,14 @@ def check(args, accelerator: Accelerator, data: Data) -> None:
             ),
         )
         extractor.dimension(data.image_shape)
+    return extractor
+
+
+def check(args, accelerator: Accelerator, data: Data, extractor: Extractor) -> None:
+    """Write reconstructions.png and reconstructions.json: latents as training reads them, decoded, against their images."""
+    with error_context("--check"):
+        latents = datasets.build("latents", None, {"path": str(args.save_dir)})
+        codec = autoencoder.build_codec(latents.codec)
     count = min(args.check, len(data))
     image_indices = generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
     local_batches = shard(accelerator, range(count), args.bspp)

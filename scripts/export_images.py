@@ -39,16 +39,25 @@ def main() -> None:
         data = datasets.build(source.name, source.root, source.args)
         if not Space(data.image_shape, data.codec).is_pixels:
             raise ValueError(f"data.name={source.name}: holds no images")
-    with lock.folder(args.save_dir, accelerator):
-        export(args, accelerator, data)
+    if args.save_dir.is_symlink():  # the folder behind it is replaced
+        args.save_dir = args.save_dir.resolve()
+    with lock.unfinished(args.save_dir) as new:
+        if args.save_dir.exists() and not files.is_empty_dir(args.save_dir):
+            raise UserError(f"--save_dir {args.save_dir}: exists already; name another folder")
+        count = export(args, accelerator, data, new)
+        files.atomic_rename_dir(new, args.save_dir)
+    height, width = (args.size, args.size) if args.size else data.image_shape[1:]
+    folder = {"path": str(args.save_dir), "size": None, **({"channels": 1} if data.image_shape[0] == 1 else {})}
+    run_dir = files.free_folder(Path("runs") / args.save_dir.name)
+    overrides = ["data.horizontal_flip=false", subprocesses.override("data.args", folder), *fitting(height, width)]
+    train = subprocesses.command("train.py", "-c", subprocesses.shipped("photos64.yaml"), "-e", run_dir, *overrides)
+    print(cli.summary(f"{count} images in {args.save_dir}", args.start, f"train on them with: {train}"))
 
 
-def export(args, accelerator: Accelerator, data) -> None:
-    """Write each image of the data set to the folder of its class."""
-    if not files.is_empty_dir(args.save_dir):
-        raise UserError(f"--save_dir {args.save_dir}: exists already; name another folder")
+def export(args, accelerator: Accelerator, data, into: Path) -> int:
+    """Write each image of the data set to the folder of its class, below `into`. The number of images."""
     count = min(args.n_images or len(data), len(data))
-    folders = [args.save_dir / name.replace("/", "-") for name in data.class_names] or [args.save_dir]
+    folders = [into / name.replace("/", "-") for name in data.class_names] or [into]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -60,14 +69,10 @@ def export(args, accelerator: Accelerator, data) -> None:
     with ThreadPoolExecutor(4) as pool, distributed.progress(accelerator, count, "images") as bar:
         for start in range(0, count, AHEAD):
             part = range(start, min(start + AHEAD, count))
-            list(pool.map(write, part))
+            with error_context("data"):
+                list(pool.map(write, part))
             bar.update(len(part))
-    height, width = (args.size, args.size) if args.size else data.image_shape[1:]
-    folder = {"path": str(args.save_dir), "size": None, **({"channels": 1} if data.image_shape[0] == 1 else {})}
-    run_dir = files.free_folder(Path("runs") / args.save_dir.name)
-    overrides = ["data.horizontal_flip=false", subprocesses.override("data.args", folder), *fitting(height, width)]
-    train = subprocesses.command("train.py", "-c", subprocesses.shipped("photos64.yaml"), "-e", run_dir, *overrides)
-    print(cli.summary(f"{count} images in {args.save_dir}", args.start, f"train on them with: {train}"))
+    return count
 
 
 def resized(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -130,11 +130,11 @@ def main() -> None:
         "inverted": inverted,
         "shard_pairs": args.shard_pairs,
         "image_shape": snap.image_shape,
+        "state_times": [times[k] for k in kept_steps],
         "class_names": data.class_names,
         "data": real,
         **({"source": asdict(snap.config.flow.source)} if model.source.name != GAUSSIAN else {}),
         **({"codec": snap.codec} if snap.codec else {}),
-        **({"state_times": [times[k] for k in kept_steps]} if kept_steps else {}),
     }
     for network in model.networks:
         distributed.prepare_model(network, accelerator)
@@ -174,6 +174,8 @@ def train_command(weights: str, save_dir: Path, config: schema.Config, has_state
     }  # fmt: skip
     if config.flow.source.name != GAUSSIAN and config.data.root:
         overrides["data.root"] = config.data.root
+    if config.data.autoencoder:
+        overrides["data.autoencoder"] = config.data.autoencoder
     if has_states:
         overrides |= {"loss.name": "trajectory", "model.args": {**config.model.args, "two_times": True}}
     if has_states and (config.flow.path, config.flow.prediction) != ("linear", "velocity"):  # of another kind than the weights

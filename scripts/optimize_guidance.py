@@ -130,7 +130,8 @@ def main() -> None:
 
 def candidates(args, has_labels: bool) -> list[Guidance]:
     """All of the command line; a scale of 1 is no guidance and there once. Raises UserError for fewer than two."""
-    named = {guide.name_of(snapshot.load(w), w): w for w in args.guide_weights}  # a run and its latest file are one guide
+    guide_snaps = {w: snapshot.load(w) for w in args.guide_weights}
+    named = {guide.name_of(snap, w): snapshot.pinned(w, snap) for w, snap in guide_snaps.items()}  # a run and its file are one
     guides = [*([None] if has_labels else []), *named.values()]
     scales = dict.fromkeys(args.guidance_scale)
     guided = [Guidance(w, t, g) for g in guides for t in dict.fromkeys(args.intervals) for w in scales if w != 1]
@@ -150,13 +151,14 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
     """The entry of the table of each candidate on n images, and those of real images."""
     groups: dict[tuple, list[str]] = {}
     for scale, times, weights in candidates:
-        groups.setdefault((times, weights), []).append(f"{scale:g}")
+        groups.setdefault((times, weights), []).append(str(scale))
     for (times, weights), scales in groups.items():
-        flags = ["--guidance_interval", *(f"{t:g}" for t in times)] if times != ALL_TIMES else []
+        flags = ["--guidance_interval", *map(str, times)] if times != ALL_TIMES else []
         flags += ["--guide_weights", weights] if weights else []
         command = [
-            "evaluate.py", "--weights", args.weights, "--guidance_scale", *scales, *flags, "--methods", args.sampling_method,
-            "--sampling_steps", str(args.sampling_steps), "--n_samples", str(n), "--seed", str(args.seed),
+            "evaluate.py", "--weights", snapshot.pinned(args.weights, snap), "--guidance_scale", *scales, *flags,
+            "--methods", args.sampling_method, "--sampling_steps", str(args.sampling_steps),
+            "--n_samples", str(n), "--seed", str(args.seed),
             "--feature_extractor", args.feature_extractor, "-mp", args.mixed_precision, "--out", str(args.out / "evaluation"),
             *args.overrides,
         ]  # fmt: skip

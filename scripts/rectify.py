@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,7 @@ class Rectify:
 
     def run(self) -> None:
         stages = {name: (route, k) for route in self.cfg.routes.values() for k, name in enumerate(route.stages)}
+        self.plans()  # a damaged plan is named before hours of training
         self.count, self.done = len(stages) + len(self.rows) + 1, 0
         for name, (route, k) in stages.items():
             self.announce(f"{'training' if self.cfg.stages[name].config else 'pairs'}: {name}")
@@ -108,11 +110,12 @@ class Rectify:
             self.announce(f"evaluation of {row.title}")
             run_command(self.evaluation(row), self.launcher)
         self.announce("comparison")
-        compare(self.cfg, self.folder, self.rows, {row.network: self.route_cost(row.route) for row in self.rows})
+        best = compare(self.cfg, self.folder, self.rows, {row.network: self.route_cost(row.route) for row in self.rows})
         result = f"comparison.md and comparison.png in {self.folder}"
-        last = self.rows[-1].network
-        sample = cli.sample_command(self.folder / last, f"{self.folder.name}_{last}", "--sampling_steps", "1")
-        print(cli.summary(result, self.start, f"sample in one step with: {sample}"))
+        steps = min(self.cfg.nfe)
+        flags = ["--sampling_method", best.method, "--sampling_steps", str(steps), *cli.condition_flags(best.scale)]
+        sample = cli.sample_command(self.folder / best.network, f"{self.folder.name}_{best.network}", *flags)
+        print(cli.summary(result, self.start, f"{best.title} is best at NFE {steps}; sample with: {sample}"))
 
     def announce(self, title: str) -> None:
         self.done += 1
@@ -161,12 +164,14 @@ class Rectify:
 
         n_pairs = self.fitted(name, seconds) or settings.n_pairs
         states = ["--keep_states", str(settings.keep_states)] if settings.keep_states else []
-        seed = 1 + list(self.cfg.stages).index(name)
+        if "seed" not in self.plan(name):  # stored, as stages may be added later
+            taken = {plan.get("seed") for plan in self.plans().values()}
+            self.record(name, seed=next(seed for seed in count(1) if seed not in taken))
         return [
             "-m", "scripts.make_pairs", "--weights", str(self.folder / teacher), "--save_dir", str(self.folder / name),
-            "--n_pairs", str(n_pairs), "--seed", str(seed), "--sampling_method", settings.sampling_method,
-            "--sampling_steps", str(settings.sampling_steps), "--guidance_scale", f"{settings.guidance_scale:g}",
-            "--real_fraction", f"{settings.real_fraction:g}", *states,
+            "--n_pairs", str(n_pairs), "--seed", str(self.plan(name)["seed"]), "--sampling_method", settings.sampling_method,
+            "--sampling_steps", str(settings.sampling_steps), "--guidance_scale", str(settings.guidance_scale),
+            "--real_fraction", str(settings.real_fraction), *states,
             *precision_flag(schema.load(source.config, source.overrides)),
         ]  # fmt: skip
 
@@ -189,16 +194,23 @@ class Rectify:
         return plan["count"]
 
     def plan(self, name: str) -> dict:
-        return files.read_json(self.plan_file).get(name, {}) if self.plan_file.is_file() else {}
+        return self.plans().get(name, {})
+
+    def plans(self) -> dict[str, dict]:
+        """plan.json: by stage what was fitted or measured."""
+        if not self.plan_file.is_file():
+            return {}
+        with error_context(f"{self.plan_file}: is damaged; name another folder"):
+            return files.read_json(self.plan_file)
 
     def record(self, name: str, **entries: float) -> None:
-        plan = files.read_json(self.plan_file) if self.plan_file.is_file() else {}
-        plan[name] = {**plan.get(name, {}), **entries}
-        files.write_text(self.plan_file, json.dumps(plan, indent=1))
+        plans = self.plans()
+        plans[name] = {**plans.get(name, {}), **entries}
+        files.write_text(self.plan_file, json.dumps(plans, indent=1))
 
     def evaluation(self, row: Row) -> list[str]:
         return [
-            "evaluate.py", "--weights", str(self.folder / row.network), "--guidance_scale", f"{row.scale:g}",
+            "evaluate.py", "--weights", str(self.folder / row.network), "--guidance_scale", str(row.scale),
             "--methods", row.method, "--sampling_steps", *map(str, self.cfg.nfe), "--n_samples", str(self.cfg.n_samples),
             "--metrics", "fid", "accuracy", "--feature_extractor", self.cfg.feature_extractor,
             "--out", str(self.folder / "evaluation"), *precision_flag(first_config(self.cfg)),
@@ -311,7 +323,8 @@ def check_stage(
     config = configs[name]
     if config.model.args.get("max_prompt_bytes"):
         raise UserError(f"{key}: model.args.max_prompt_bytes: routes are for networks with labels or without any")
-    if teacher and same_network(config) != same_network(configs[teacher]):
+    starts_from_teacher = teacher and "train.init_from" not in schema.overridden(stage.overrides)
+    if starts_from_teacher and same_network(config) != same_network(configs[teacher]):
         raise UserError(f"{key}: model: must be that of {teacher}, from whose weights it starts")
     if config.data.name == "pairs":
         if config.flow.coupling != "paired":
@@ -329,8 +342,8 @@ def same_network(config: Config) -> tuple:
     return config.model.name, {key: value for key, value in config.model.args.items() if key not in free}
 
 
-def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, Cost]) -> None:
-    """Write and print comparison.md, draw comparison.png."""
+def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, Cost]) -> Row:
+    """Write and print comparison.md, draw comparison.png. The row of the smallest distance at the smallest NFE."""
     first = first_config(cfg)
     accelerator = distributed.build_accelerator(first.train.mixed_precision)
     titles, straight, pictures = {}, {}, []
@@ -349,7 +362,8 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
             bar.update(len(inputs[0]))
 
         model.net.register_forward_hook(advance)
-        titles[f"{row.network}@{snap.step}, {row.scale:g}, {row.method}"] = row.title
+        entry = {"weights": f"{row.network}@{snap.step}", "guidance_scale": row.scale, "method": row.method}
+        titles[table.model_key(entry)] = row.title
         settings = SamplerSettings(guidance_scale=row.scale)
         indices = range(cfg.straightness_images)
         mean, error = mean_straightness_deviation(
@@ -385,6 +399,9 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
     columns = [list(column) for column in zip(*pictures, strict=True)]
     plots.panels(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))
     print(f"\n{text}\n\n{note}")
+    fewest = [e for e in entries if e["NFE"] == min(cfg.nfe) and table.model_key(e) in titles]  # others are of earlier calls
+    best = titles[table.model_key(min(fewest, key=lambda e: e["metrics"][distance].mean))]
+    return next(row for row in rows if row.title == best)
 
 
 def panel(

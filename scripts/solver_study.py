@@ -145,9 +145,9 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     steps = ["--nfe", *map(str, args.nfe)] if args.nfe else ["--sampling_steps", *map(str, args.sampling_steps)]
     for name in args.grids:
         evaluate = [
-            "evaluate.py", "--weights", args.weights, "--methods", *args.methods, *steps, "--time_grid", name,
-            "--metrics", "fid", "--guidance_scale", f"{args.guidance_scale:g}", "--n_samples", str(args.num_fid_images),
-            "-mp", args.mixed_precision,
+            "evaluate.py", "--weights", snapshot.pinned(args.weights, snap), "--methods", *args.methods, *steps,
+            "--time_grid", name, "--metrics", "fid", "--guidance_scale", str(args.guidance_scale),
+            "--n_samples", str(args.num_fid_images), "-mp", args.mixed_precision,
             "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), "--no_control",
             *args.overrides,
         ]  # fmt: skip

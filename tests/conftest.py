@@ -23,6 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import models
+from configs import schema
 from flow.evaluation import memorization
 from flow.losses import Batch, FlowLoss, Losses
 from flow.runtime.errors import cli_main
@@ -38,6 +40,7 @@ MAINS = {  # scripts whose main is not that of the module scripts.NAME
     **{name: f"scripts.dev.{name}" for name in ("fault_injection", "gallery", "train_classifier")},
 }
 REPOSITORY = Path(__file__).parent.parent
+POINTS = 2000  # of the set of `points_flow`
 LONGEST = ("test_train", "test_user_errors", "test_rectify", "test_evaluation", "test_extending")  # half a minute each
 
 # A network and a run small enough for seconds.
@@ -233,6 +236,24 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "tiny"
     run_here("train", *TINY_TRAIN, "-e", run)
     return run
+
+
+@pytest.fixture
+def points_flow(tmp_path):
+    """points_flow("mixture", 3): the snapshot of an untrained flow of that set, its random weights those of the seed."""
+
+    def make(name: str, seed: int, args: str = "{width: 16}") -> Path:
+        data = ["data.name=toys", f"data.args={{name: {name}, n: {POINTS}}}"]
+        cfg = schema.load(None, [*data, "model.name=mlp", f"model.args={args}"])
+        net = models.build("mlp", (2,), cfg.model.args)
+        torch.manual_seed(seed)
+        for p in net.parameters():
+            torch.nn.init.normal_(p, std=0.2)
+        path = tmp_path / f"{name}_{seed}{'_labels' * ('num_classes' in args)}.safetensors"
+        snapshot.save(path, net.state_dict(), cfg, (2,), 10, 1000)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

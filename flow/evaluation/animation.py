@@ -22,8 +22,8 @@ def figure_to_array(figure: Figure) -> np.ndarray:
     return pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2].copy()
 
 
-def with_time_bar(frame: np.ndarray, t: float) -> np.ndarray:
-    """The frame uint8 [H, W, 3] above a bar from noise (t = 0) to data (t = 1) that is filled up to t: [H + 32, W, 3]."""
+def with_time_bar(frame: np.ndarray, t: float, start: str = "noise") -> np.ndarray:
+    """The frame uint8 [H, W, 3] above a bar from `start` (t = 0) to data (t = 1) that is filled up to t: [H + 32, W, 3]."""
     width, middle = frame.shape[1], BAR_HEIGHT // 2
     strip = Image.new("RGB", (width, BAR_HEIGHT), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(13)
@@ -32,7 +32,7 @@ def with_time_bar(frame: np.ndarray, t: float) -> np.ndarray:
     draw.line([(left, middle), (right, middle)], fill=(204, 204, 204), width=4)
     draw.line([(left, middle), (here, middle)], fill=(89, 89, 89), width=4)
     draw.ellipse([here - 6, middle - 6, here + 6, middle + 6], fill=(89, 89, 89))
-    draw.text((left - 10, middle), "noise", fill="black", font=font, anchor="rm")
+    draw.text((left - 10, middle), start, fill="black", font=font, anchor="rm")
     draw.text((right + 10, middle), "data", fill="black", font=font, anchor="lm")
     draw.text((width - 6, middle), f"t = {t:.2f}", fill="black", font=font, anchor="rm")
     return np.concatenate([frame, np.asarray(strip)])

@@ -16,6 +16,9 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_featur
 
 SIDES = {"digits": 8, "mnist": 28, "cifar10": 32}  # pixels
 FEATURES, CLASSES = 64, 10
+DIGITS = tuple("0123456789")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CLASS_NAMES = {"digits": DIGITS, "mnist": DIGITS, "cifar10": CIFAR10}
 
 
 class DigitClassifier(nn.Module):

@@ -9,6 +9,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from flow.evaluation import intervals, memorization, neighbors, table
+from flow.evaluation.classifiers import CLASS_NAMES
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import BlockMoments, FeatureSet
 from flow.evaluation.frechet import extrapolated_distance, frechet_distance
@@ -172,8 +173,14 @@ def isc(c: Comparison) -> dict[str, float]:
 
 
 def accuracy(c: Comparison) -> dict[str, float]:
-    """Share of samples that the extractor, a classifier, puts into the requested class; interval: of a share of n samples."""
+    """Share of samples that the extractor, a classifier, puts into the requested class; interval: of a share of n samples.
+
+    Where the reference has classes of other names, it is another data set, and there is none.
+    """
     if not c.extractor.classifies or c.labels is None:
+        return {}
+    names = tuple(name.partition(" ")[0] for name in c.reference.class_names)  # "3 - three" of MNIST
+    if names and names != CLASS_NAMES[c.extractor.name]:
         return {}
     share = float((c.matrix("logits").argmax(1).numpy() == c.labels).mean())
     c.set_error("accuracy", intervals.share_standard_error(share, len(c.labels)))

@@ -13,6 +13,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocato
 from torch import Tensor
 
 from flow.evaluation.table import GUIDANCE, distance_name, is_control, run_of
+from flow.runtime import files
 from flow.sampling.images import to_pil
 
 matplotlib.use("Agg")
@@ -26,6 +27,7 @@ MARKERS = "osD^vPX"
 NFE = "velocity evaluations per image (NFE), each one network call"
 CALLS = "network calls per image (forwards), with guidance two for each NFE"
 WIDTH = 7.0  # of a figure, in inches
+MEASURED = ("n", "reference", "source")  # on which a distance depends, beside the samples
 MAX_LINES = 14  # whose names a legend has room for
 
 
@@ -58,7 +60,7 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     _value_scale(axes)
     axes.set_ylabel(f"{name}, lower is better")
     _legend(figure, axes)
-    figure.savefig(path)
+    save(path, figure)
 
 
 def distance_against_images(path: Path, entries: list[dict]) -> None:
@@ -70,14 +72,14 @@ def distance_against_images(path: Path, entries: list[dict]) -> None:
     name = distance_name(entries)
     points = [e for e in entries if e["images"] and name in e["metrics"]]
     lines: dict[str, list[dict]] = {}
-    several = {key: len({e.get(key) for e in points}) > 1 for key in ("captions", *GUIDANCE, "ema_width", "n")}
+    several = {key: len({e.get(key) for e in points}) > 1 for key in ("captions", *GUIDANCE, *MEASURED, "ema_width")}
     runs = {run_of(e) for e in points}
     for e in points:
         label = e["method"] if e["steps"] is None else f"{e['method']}, {e['steps']} step{'s' * (e['steps'] > 1)}"
         label += _guidance(e, [key for key in GUIDANCE if several[key]])
         label += f", EMA width {e['ema_width']:g}" if several["ema_width"] and e["ema_width"] is not None else ""
         label += f", {e['captions']} captions" if several["captions"] else ""
-        label += f", n = {e['n']}" if several["n"] else ""
+        label += _measured(e, several)
         label = f"{run_of(e)}: {label}" if len(runs) > 1 else label
         lines.setdefault(label, []).append(e)
     lines = {label: line for label, line in lines.items() if len({e["images"] for e in line}) > 1}
@@ -91,7 +93,7 @@ def distance_against_images(path: Path, entries: list[dict]) -> None:
     _count_scale(axes, "training images")
     axes.set_ylabel(f"{name}, lower is better")
     _legend(figure, axes)
-    figure.savefig(path)
+    save(path, figure)
 
 
 def distance_against_scale(path: Path, lines: dict[str, list[dict]], floors: list[dict]) -> None:
@@ -104,7 +106,7 @@ def distance_against_scale(path: Path, lines: dict[str, list[dict]], floors: lis
     axes.set_xlabel("guidance scale w")
     axes.set_ylabel(f"{name}, lower is better")
     _legend(figure, axes)
-    figure.savefig(path)
+    save(path, figure)
 
 
 def distance_against_width(path: Path, entries: list[dict]) -> None:
@@ -116,11 +118,14 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
     name = distance_name(entries)
     lines: dict[str, list[dict]] = {}
     others: dict[str, dict] = {}
+    several = several_of([e for e in entries if e["method"] is not None])
     for e in entries:
         if e["method"] is None or name not in e["metrics"]:
             continue
         captions = f", {e['captions']} captions" if e["captions"] else ""
-        label = f"{e['weights']}: {e['method']}, NFE {_short(e['NFE'])}{_guidance(e, GUIDANCE)}{captions}"
+        label = (
+            f"{e['weights']}: {e['method']}, NFE {_short(e['NFE'])}{_guidance(e, GUIDANCE)}{captions}{_measured(e, several)}"
+        )
         if e["ema_width"] is None:
             others[label] = e
         else:
@@ -141,12 +146,18 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
     _value_scale(axes)
     axes.set_ylabel(f"{name}, lower is better")
     _legend(figure, axes)
-    figure.savefig(path)
+    save(path, figure)
+
+
+def save(path: Path, figure: Figure, **options: Any) -> None:
+    """Write the figure as a PNG, whole or not at all."""
+    with files.atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", **options)
 
 
 def several_of(entries: list[dict]) -> dict[str, bool]:
     """The columns that `line_name` may name, and whether the entries have several values of them."""
-    return {key: len({e.get(key) for e in entries}) > 1 for key in ("weights", "captions", *GUIDANCE)}
+    return {key: len({e.get(key) for e in entries}) > 1 for key in ("weights", "captions", *GUIDANCE, *MEASURED)}
 
 
 def line_name(entry: dict, several: dict[str, bool]) -> str:
@@ -156,7 +167,14 @@ def line_name(entry: dict, several: dict[str, bool]) -> str:
         name += f", EMA width {entry['ema_width']:g}"
     name += _guidance(entry, [key for key in GUIDANCE if several[key]])
     name += f", {entry['captions']} captions" if several["captions"] else ""
+    name += _measured(entry, several)
     return f"{entry['weights']}: {name}" if several["weights"] else name
+
+
+def _measured(entry: dict, several: dict[str, bool]) -> str:
+    """With what the distance of an entry was measured, as far as the entries differ in it."""
+    form = {"n": ", n = {}", "reference": " to {}", "source": " from {}"}
+    return "".join(form[key].format(entry[key]) for key in MEASURED if several[key] and entry.get(key) is not None)
 
 
 def _guidance(entry: dict, shown: Sequence[str]) -> str:
@@ -205,7 +223,7 @@ def distance_in_training(
     axes.set_xlabel(cost)
     axes.set_ylabel(f"{distance}, lower is better")
     _legend(figure, axes)
-    figure.savefig(path)
+    save(path, figure)
 
 
 def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> None:
@@ -223,7 +241,7 @@ def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> Non
     _value_scale(axes)
     axes.set_ylabel(label)
     _legend(figure, axes)
-    figure.savefig(path)
+    save(path, figure)
 
 
 def _count_scale(axes: Axes, title: str) -> None:
@@ -330,7 +348,7 @@ def loss_curves(
         axes.set_ylabel(loss)
         axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(path, figure)
 
 
 INCHES_A_LETTER = 0.09  # of a title
@@ -366,7 +384,7 @@ def closest_images(path: Path, samples: Tensor, training: Tensor, ratios: list[f
         f"{title}: samples, below each its nearest training image;\ndistance / threshold (below 1: counted as a copy)",
         fontsize=9,
     )
-    figure.savefig(path, format="png")
+    save(path, figure)
 
 
 def panels(path: Path, pictures: list[list[np.ndarray]], rows: list[str], columns: list[str]) -> None:
@@ -389,4 +407,4 @@ def panels(path: Path, pictures: list[list[np.ndarray]], rows: list[str], column
                 ax.set_title("\n".join(titles[j]), fontsize=11)
             if j == 0:
                 ax.set_ylabel(row, fontsize=11)
-    figure.savefig(path)
+    save(path, figure)

@@ -10,6 +10,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from flow.evaluation import plots
 from flow.evaluation.plots import COLORS
 
 EXTENT = 2.6  # the square from -EXTENT to EXTENT is shown
@@ -132,5 +133,4 @@ def grid_centers(cells: int) -> np.ndarray:
 
 
 def save(path: Path, figure: Figure) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    plots.save(path, figure, dpi=150)

@@ -18,6 +18,7 @@ from torch import Tensor
 import datasets
 from configs.schema import Config, UserError
 from datasets import DataSet, captions
+from datasets.images import EncodedImages
 from flow.evaluation import feature_cache, memorization, metrics, metrics_2d, plots, reference, table
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, BlockMoments, Extractor, FeatureSet
@@ -136,8 +137,7 @@ class Evaluation:
 
         def draw() -> None:
             nearest = torch.stack([training.data[k][0] for k in closest.training])
-            with files.atomic_file(self.out / "memorization.png") as path:
-                plots.closest_images(path, samples, nearest, closest.ratios, title)
+            plots.closest_images(self.out / "memorization.png", samples, nearest, closest.ratios, title)
 
         self.draw = draw
 
@@ -306,7 +306,7 @@ class SnapshotEvaluator:
             ev.draw_closest(f"{subject['weights']}, {sampler.solver}{steps}", images_of)
             nfe, forwards = counter.mean(accelerator)
             if row and log_density:
-                row["metrics"]["held_out_log_p"] = log_density(sampler.guidance_scale)
+                row["metrics"]["held_out_log_p"] = log_density(sampler)
             return row and {"NFE": nfe, "forwards": forwards, **row}
 
         numbers, rows = count(), []
@@ -392,7 +392,7 @@ def class_counts(accelerator: Accelerator, config: Config, source: RealImages | 
 
 
 def evaluate_folder(
-    settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: DataSet,
+    settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: EncodedImages,
     stored: dict[str, Any] | None, trained: bool,
 ) -> None:  # fmt: skip
     """One row for the images `data` of a folder, then the report.
@@ -404,13 +404,16 @@ def evaluate_folder(
     labels = data.labels
     if stored:
         turns = tuple(stored["labels"]) if stored["labels"] else None
-        labels = labels_for(range(len(data)), SamplerSettings(labels=turns), stored["num_classes"])
+        with error_context(f"--samples {samples}: not a file of sample.py"):
+            indices = [int(Path(data.name_of(k)).stem) for k in range(len(data))]  # an interrupted run leaves gaps
+        labels = labels_for(indices, SamplerSettings(labels=turns), stored["num_classes"])
     real_images = load_real_images(settings.reference, accelerator, data.image_shape, config)
     ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images)
     if trained:
         ev.load_training(config, data.image_shape)
     elif "memorization" in settings.metrics:
         accelerator.print("note: no memorization: the training set of these images is not known; name it with -c")
+        ev.settings = replace(settings, metrics=tuple(name for name in settings.metrics if name != "memorization"))
     matching = real_images and len(real_images.data.class_names) == (stored or {}).get("num_classes")
     real_labels = real_images.data.labels if real_images and matching else None
     if not matching and data.class_names != ev.reference.class_names:
@@ -429,21 +432,24 @@ def evaluate_folder(
         ev.draw_closest(samples.name, lambda positions: torch.stack([data[k][0] for k in positions]))
         return row
 
-    ev.evaluate_row(subject, {"images": data.fingerprint()}, compute)
+    training = {"training": ev.training.data.fingerprint()} if ev.training else {}
+    ev.evaluate_row(subject, {"images": data.fingerprint(), **training}, compute)
     accelerator.print(ev.write_report())
     accelerator.wait_for_everyone()
 
 
-def read_folder(samples: Path) -> tuple[DataSet, dict[str, Any] | None]:
+def read_folder(samples: Path) -> tuple[EncodedImages, dict[str, Any] | None]:
     """The images of a folder, and what sample.py wrote beside them, None for a folder from elsewhere."""
     note, stored = samples / "sampling.json", None
     if note.is_file():
-        with error_context(f"--samples {samples}: sampling.json is damaged"):
+        with error_context(f"--samples {samples}: sampling.json cannot be used"):
             stored = sampling_of(files.read_json(note))
     path, channels = (samples / "images", stored["image_shape"][0]) if stored else (samples, 3)
     with error_context("--samples"):
         args = {"path": str(path), "channels": channels}
-        return datasets.build(name="folder", root=None, args=args), stored
+        data = datasets.build(name="folder", root=None, args=args)
+    assert isinstance(data, EncodedImages)
+    return data, stored
 
 
 def add_control(ev: Evaluation) -> dict | None:
@@ -501,7 +507,7 @@ def add_control(ev: Evaluation) -> dict | None:
     kind = other[0] if other else "half against half"
     subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
     subject = {"weights": f"{table.CONTROL} ({kind})", **subject, "n": n, "first": 0}
-    result = ev.evaluate_row(subject, {"control": kind}, compute)
+    result = ev.evaluate_row(subject, {"control": kind, **({"images": data.fingerprint()} if other else {})}, compute)
     return result and result[0]
 
 
@@ -523,10 +529,12 @@ def choose_by_frequency(pool: Sequence[int], labels: Tensor | None, reference_la
     return positions + [k for k in pool if k not in used][: n - len(positions)]
 
 
-def log_density_of(accelerator: Accelerator, model: FlowModel, source: RealImages | None) -> Callable[[float], float] | None:
-    """For flows of points: a function of the guidance scale, the mean log-density of held-out points under the flow, which
-    depends on no solver; None where there are no such points, where labels are needed, and where the flow starts at data, whose
-    density is not known."""
+def log_density_of(
+    accelerator: Accelerator, model: FlowModel, source: RealImages | None
+) -> Callable[[SamplerSettings], float] | None:
+    """For flows of points: a function of the sampler, the mean log-density of held-out points under the flow with its guidance,
+    which depends on no solver; None where there are no such points, where labels are needed, and where the flow starts at
+    data, whose density is not known."""
     other = datasets.held_out(source.build) if source else None
     if other is None or other[1]["name"] != "toys" or model.source.name != GAUSSIAN:
         return None
@@ -536,13 +544,17 @@ def log_density_of(accelerator: Accelerator, model: FlowModel, source: RealImage
     x1 = to_solver_dtype(points.images[:HELD_OUT_POINTS], accelerator.device)
 
     @cache
-    def at_scale(guidance_scale: float) -> float:
+    def log_density(guidance: SamplerSettings) -> float:
         print(f"log-density of {len(x1):,} held-out points under the flow")
-        settings = SamplerSettings(guidance_scale=guidance_scale)
-        velocity = build_velocity(model, range(len(x1)), settings, accelerator.device)
-        return metrics_2d.mean_log_likelihood(velocity, x1)
+        velocity = build_velocity(model, range(len(x1)), guidance, accelerator.device)
+        with error_context("log-density of held-out points"):
+            return metrics_2d.mean_log_likelihood(velocity, x1)
 
-    return at_scale
+    def with_guidance_of(sampler: SamplerSettings) -> float:
+        scale, interval, guide = sampler.guidance_scale, sampler.guidance_interval, sampler.guide
+        return log_density(SamplerSettings(guidance_scale=scale, guidance_interval=interval, guide=guide))
+
+    return with_guidance_of
 
 
 def sampling_of(stored: dict[str, Any]) -> dict[str, Any]:
@@ -550,6 +562,8 @@ def sampling_of(stored: dict[str, Any]) -> dict[str, Any]:
     whole = {"image_shape", "labels", "num_classes"} <= stored.keys()
     if whole:
         shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"] or 0
+        if isinstance(shape, list) and len(shape) == 1:
+            raise ValueError("it is of points, not of images; evaluate their flow with --weights")
         lists = isinstance(shape, list) and isinstance(labels, list) and len(shape) == 3
         whole = lists and all(type(n) is int and 0 <= n < 2**31 for n in [*shape, *labels, classes])
     if not whole:

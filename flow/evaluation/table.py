@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from flow.evaluation.intervals import NORMAL_95
-from flow.runtime import jsonl
+from flow.runtime import files, jsonl
 
 GUIDANCE = ("guidance_scale", "guidance_interval", "guide")
 # What a row is about, in the order of the columns.
@@ -159,7 +159,7 @@ def write(folder: Path, rows: list[dict]) -> str:
     names = metric_names(entries)
     known = {name for e in entries for name, value in e["metrics"].items() if not math.isnan(value.interval)}
     columns_of = {name: [name, f"{name}_std", *([f"{name}_interval"] if name in known else [])] for name in names}
-    with open(folder / "results.csv", "w", newline="", encoding="utf-8") as file:
+    with files.atomic_file(folder / "results.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         subject = [column for key in KEY_COLUMNS for column in ((key, f"{key}_std") if key in COST else (key,))]
         writer.writerow([*subject, "ranges", *(column for name in names for column in columns_of[name])])
@@ -169,13 +169,13 @@ def write(folder: Path, rows: list[dict]) -> str:
             cells = [*(values[key] for key in subject), e["ranges"], *numbers]
             writer.writerow(["" if v is None or v != v else v for v in cells])
     text = _table(entries, [name for name in names if not is_class_column(name)])
-    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    files.write_text(folder / "results.md", text + "\n")
     classes = [name for name in names if is_class_column(name)]
     if classes:
         measured = [e for e in entries if any(name in e["metrics"] for name in classes)]
         whole = all(name in e["metrics"] for e in measured for name in classes)
         by_class = _table(measured, classes) + ("" if whole else f"\n\n{CLASS_NOTE}")
-        (folder / "per_class.md").write_text(by_class + "\n", encoding="utf-8")
+        files.write_text(folder / "per_class.md", by_class + "\n")
         text += f"\n\n{by_class}"
     return text
 
@@ -213,19 +213,21 @@ def cells(entries: list[dict], names: list[str]) -> list[list[str]]:
 def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra: dict[str, dict[str, str]]) -> str:
     """Markdown: a row for each (weights, guidance scale, method) of `names`, a column for each NFE, cells "metric / metric".
 
-    `names` maps f"{weights}, {guidance scale:g}, {method}" to what the row is called, in order; `extra` is
-    {column: {row: cell}}.
+    `names` maps the `model_key` of each to what the row is called, in order; `extra` is {column: {row: cell}}.
     """
-    results = {}
-    for e in entries:
-        scale = 1 if e["guidance_scale"] is None else e["guidance_scale"]
-        results[f"{e['weights']}, {scale:g}, {e['method']}", e["NFE"]] = e["metrics"]
+    results = {(model_key(e), e["NFE"]): e["metrics"] for e in entries}
     nfe = sorted({key[1] for key in results})
     lines = [["model", *(f"NFE {n}" for n in nfe), *extra]]
     for key, name in names.items():
         cells = [" / ".join(cell(m, results[key, n][m]) for m in metrics) if (key, n) in results else "" for n in nfe]
         lines.append([name, *cells, *(column.get(name, "") for column in extra.values())])
     return markdown(lines)
+
+
+def model_key(entry: dict) -> str:
+    """What an entry of the table is of: "WEIGHTS, GUIDANCE SCALE, METHOD"."""
+    scale = 1 if entry["guidance_scale"] is None else entry["guidance_scale"]
+    return f"{entry['weights']}, {scale:g}, {entry['method']}"
 
 
 def distance_name(entries: list[dict]) -> str:

@@ -2,13 +2,13 @@
 
 import importlib
 import inspect
-import math
 import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from flow import registry
 from flow.losses.base import LOSSES, Batch, Eager, FlowLoss, Loss, Losses
 from flow.path import PREDICTIONS, Path
 
@@ -37,8 +37,7 @@ def build(name: str, path: Path, prediction: str, time_sampler: Callable[[Tensor
     for key, value in args.items():
         if key not in allowed:
             raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(allowed) or 'none'}")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if allowed[key].annotation in (int, float) and not is_number:
+        if allowed[key].annotation in (int, float, "int", "float") and not registry.is_finite_number(value):
             raise ValueError(f"{key}={value!r}: must be a finite number")
         if key == "distance_args" and not isinstance(value, dict):
             raise ValueError(f"{key}={value!r}: must be arguments of the distance, as in {{c: 0.01}}")

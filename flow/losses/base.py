@@ -41,8 +41,7 @@ class Losses:
 class Eager(Protocol):
     """The network without DDP and without a gradient, for targets, in float32 and not compiled except in `as_trained`.
 
-    It replays the dropout masks of the training pass by position: a call on n rows gets the masks of the first n rows of the
-    batch, whichever rows they are.
+    A call on the rows of the training pass replays its dropout masks. A call on fewer rows draws other masks.
     """
 
     derivative_error: str | None  # why there is no derivative here, or None
@@ -51,7 +50,8 @@ class Eager(Protocol):
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor: ...
 
     def as_trained(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
-        """The output with the rounding errors of the training pass, float32."""
+        """The output with the rounding errors of the training pass, float32: faster in bf16, for values of which no small
+        difference is taken, and for those whose difference to the prediction must not hold other rounding errors."""
 
     def jvp(
         self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no"

@@ -82,9 +82,9 @@ class FlowMapLoss(FlowLoss):
         if y is None or eager.null is None:
             raise ValueError(f"{self.name}: guidance_scale={self.guidance_scale}: needs a network with labels or prompts")
         own, mix = self.guidance_scale * (1 - self.guidance_mix), self.guidance_mix
-        target = own * v + (1 - mix - own) * eager(x, t, torch.full_like(y, eager.null), t)
+        target = own * v + (1 - mix - own) * eager.as_trained(x, t, torch.full_like(y, eager.null), t)
         if mix:
-            target = target + mix * eager(x, t, y, t)
+            target = target + mix * eager.as_trained(x, t, y, t)
         dropped = (y == eager.null).flatten(1).all(1) if y.dim() > 1 else y == eager.null
         return torch.where(column(dropped, v), v, target)
 

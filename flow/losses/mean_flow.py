@@ -60,7 +60,7 @@ class MeanFlow(FlowMapLoss):
         target = v = self.guided(eager, x, t, batch.y, v)
         if len(rows := (t_next > t).nonzero()[:, 0]):  # the derivative costs more than the network, so only where it counts
             at = x[rows], t[rows], None if batch.y is None else batch.y[rows]
-            along = t_next[rows], eager(*at, at[1]) if self.tangent == "network" else v[rows]
+            along = t_next[rows], eager.as_trained(*at, at[1]) if self.tangent == "network" else v[rows]
             by_jvp = self.derivative == "jvp"
             du_dt = eager.jvp(*at, *along, self.jvp_precision)[1] if by_jvp else eager.difference(*at, *along)
             target = v.index_copy(0, rows, jump(v[rows], t[rows], t_next[rows], du_dt))

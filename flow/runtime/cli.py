@@ -44,12 +44,16 @@ class Parser(argparse.ArgumentParser):
         """takes_keys: of the configuration. Raises UserError for an unknown flag or key, naming the nearest."""
         flags, keys = list(self._option_string_actions), schema.all_keys(self.kind)
         rest, overrides = [], []
+        takes_more = False  # the flag before takes any number of words, which may look like name=value
         argv = list(sys.argv[1:] if argv is None else argv)
         while argv:
             token = argv.pop(0)
             name, equals, value = token.partition("=")
             key = name.removeprefix("--")
-            if name in flags or not _KEY.fullmatch(key) or (not equals and not name.startswith("--")):
+            if name in flags:
+                takes_more = self._option_string_actions[name].nargs in ("+", "*")
+            is_word = not name.startswith("--") and (not equals or (takes_more and key not in keys and "." not in key))
+            if name in flags or not _KEY.fullmatch(key) or is_word:
                 rest.append(token)
             elif equals and (key in keys or not name.startswith("--") or "." in key):
                 overrides.append(f"{key}={value}")

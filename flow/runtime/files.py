@@ -92,10 +92,12 @@ def link(source: Path, path: Path) -> None:
 
 
 def atomic_rename_dir(temporary: Path, path: Path) -> None:
-    """Sync a finished temporary folder and give it its name."""
+    """Sync a finished temporary folder and give it its name; an empty folder of this name is replaced."""
     for file in temporary.rglob("*"):
         fsync(file)
     fsync(temporary)
+    if is_empty_dir(path):  # but for leftovers
+        shutil.rmtree(path)
     os.replace(temporary, path)
     fsync(path.parent)
 

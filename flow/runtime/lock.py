@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -15,8 +16,7 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from configs.schema import UserError
-from flow.runtime import distributed
-from flow.runtime.files import LOCK
+from flow.runtime import distributed, files
 
 PATIENCE_SECONDS = 3.0  # children of a killed process may hold its lock for a moment
 SINCE_FORMAT = "%Y-%m-%d %H:%M:%S %z"
@@ -45,7 +45,7 @@ class Holder:
 def holder(path: Path) -> Holder | None:
     """Who has signed the lock file of a folder, read without taking the lock; a killed process leaves its signature behind."""
     try:
-        signature = json.loads((path / LOCK).read_text(encoding="utf-8"))
+        signature = json.loads((path / files.LOCK).read_text(encoding="utf-8"))
         return Holder(str(signature["host"]), int(signature["pid"]), str(signature["since"]))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
@@ -74,11 +74,32 @@ def folder(path: Path, accelerator: Accelerator | None = None) -> Iterator[None]
             lock.release()
 
 
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, to be written and then renamed by `files.atomic_rename_dir`; the lock is beside it.
+
+    It is removed where the block does not rename it, and so is what a killed process left. Raises UserError as `folder` does.
+    """
+    work = path.absolute().with_name(f"{files.TEMPORARY}{path.absolute().name}")
+    new = work / "new"
+    try:
+        with folder(work):
+            shutil.rmtree(new, ignore_errors=True)
+            try:
+                new.mkdir()
+                yield new
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # it is gone, or another process has begun
+            work.rmdir()
+
+
 class _FolderLock:
     """The lock of a folder, for one process."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, path / LOCK
+        self.path, self.file = path, path / files.LOCK
         # The library would otherwise fall back to a file whose existence is the lock, and which outlives its process.
         self.lock = FileLock(self.file, fallback_to_soft=False, on_acquired=self._sign)
         self.created: list[Path] = []  # folders, the deepest first

@@ -7,9 +7,19 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
+from configs.schema import Config
+from datasets import captions
+from flow.model import Network
 from flow.sampling.settings import SamplerSettings
 
 MAX_COLUMNS = 20  # of a picture, one for each condition
+
+
+def preview_settings(config: Config, net: Network, class_names: Sequence[str]) -> SamplerSettings:
+    """Those of the previews of a training; a network with prompts gets one for each class."""
+    p = config.preview
+    prompts = tuple(map(captions.plain, class_names)) if net.max_prompt_bytes else None
+    return SamplerSettings(p.sampling_method, p.sampling_steps, p.guidance_scale, p.seed, prompts=prompts)
 
 
 def labels_for(indices: Sequence[int], settings: SamplerSettings, num_classes: int | None) -> Tensor | None:

@@ -15,9 +15,8 @@ from configs.schema import UserError
 from datasets import captions
 from flow.runtime import cli, files, lock, step_names, subprocesses
 from flow.sampling import header, hub, images, snapshot
-from flow.sampling.conditions import column_names
+from flow.sampling.conditions import column_names, preview_settings
 from flow.sampling.sampler import Sampler
-from flow.sampling.settings import SamplerSettings
 from flow.sampling.snapshot import Snapshot
 from flow.source import GAUSSIAN
 
@@ -58,28 +57,21 @@ def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, sh
         raise UserError(f"--license {license_name}: must be an identifier of the Hugging Face hub, e.g. mit, cc-by-4.0, other")
     if folder.is_file():
         raise UserError(f"--to {folder}: is a file; name a folder")
-    work = folder.absolute().with_name(f"{files.TEMPORARY}{folder.absolute().name}")
-    with lock.folder(work):
-        new = work / "new"  # what a killed command left is replaced
-        shutil.rmtree(new, ignore_errors=True)
-        try:
-            new.mkdir()
-            write_weights(new / hub.WEIGHTS_FILE, snap, dtype)
-            files.write_text(new / "config.yaml", schema.dump(snap.config))
-            _write_picture(new / "samples.png", snap)
-            files.write_text(new / "README.md", card(snap, dtype, license_name, shown))
-            if not folder.exists() or files.is_empty_dir(folder):
-                files.atomic_rename_dir(new, folder)
-                return True
-            existing = {path.name: path for path in folder.iterdir()}
-            same = existing.keys() == set(hub.FILES) and all(
-                files.sha256(path) == files.sha256(new / name) for name, path in existing.items()
-            )
-            if not same:
-                raise UserError(f"--to {folder}: exists and holds something else than this export; name another folder")
-            return False
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+    with lock.unfinished(folder) as new:
+        write_weights(new / hub.WEIGHTS_FILE, snap, dtype)
+        files.write_text(new / "config.yaml", schema.dump(snap.config))
+        _write_picture(new / "samples.png", snap)
+        files.write_text(new / "README.md", card(snap, dtype, license_name, shown))
+        if not folder.exists() or files.is_empty_dir(folder):
+            files.atomic_rename_dir(new, folder)
+            return True
+        existing = {path.name: path for path in folder.iterdir()}
+        same = existing.keys() == set(hub.FILES) and all(
+            files.sha256(path) == files.sha256(new / name) for name, path in existing.items()
+        )
+    if not same:
+        raise UserError(f"--to {folder}: exists and holds something else than this export; name another folder")
+    return False
 
 
 def places(snap: Snapshot) -> dict[str, Any]:
@@ -166,15 +158,15 @@ def _write_picture(path: Path, snap: Snapshot) -> None:
     if preview is not None and preview.is_file():
         shutil.copyfile(preview, path)
         return
-    p, model = snap.config.preview, snap.model()
+    n, model = snap.config.preview.n_samples, snap.model()
+    settings = preview_settings(snap.config, model.net, snap.class_names)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     sampler = Sampler(model, snap.image_shape, device or torch.device("cpu"))
     for net in model.networks:
         net.to(sampler.device)
-    prompts = tuple(map(captions.plain, snap.class_names)) if model.net.max_prompt_bytes else None
     samples = sampler.sample(
-        p.n_samples, prompts=prompts, method=p.sampling_method, steps=p.sampling_steps, guidance_scale=p.guidance_scale,
-        seed=p.seed, batch_size=snap.space.preview_batch_size,
+        n, prompts=settings.prompts, method=settings.method, steps=settings.steps, guidance_scale=settings.guidance_scale,
+        seed=settings.seed, batch_size=snap.space.preview_batch_size,
     )  # fmt: skip
-    names = column_names(SamplerSettings(prompts=prompts), snap.class_names, model.net.num_classes)
-    images.write_png(path, snap.space.picture(samples, len(names) or max(1, round(p.n_samples**0.5)), names))
+    names = column_names(settings, snap.class_names, model.net.num_classes)
+    images.write_png(path, snap.space.picture(samples, len(names) or max(1, round(n**0.5)), names))

@@ -60,7 +60,12 @@ class NFECounter:
 
 
 def index_batches(indices: range, batch_size: int) -> list[range]:
-    """Consecutive ranges of `batch_size` indices, the last one shorter; the same for any number of processes."""
+    """Consecutive ranges of `batch_size` indices, the last one shorter; the same for any number of processes.
+
+    Raises ValueError for less than one.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be a whole number of at least 1")
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 

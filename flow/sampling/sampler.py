@@ -153,6 +153,7 @@ class Sampler:
         x1: Tensor,
         *,
         labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
         method: str = "dopri5",
         hutchinson_samples: int | None = None,
         seed: int = 8888,
@@ -170,7 +171,7 @@ class Sampler:
         if hutchinson_samples is not None:
             noise = [gaussian_noise(f"hutchinson {i}", seed, range(len(x)), self.shape) for i in range(hutchinson_samples)]
             eps = torch.stack(noise).sign().to(x)
-        velocity = self._velocity(len(x), labels, None, 1.0)
+        velocity = self._velocity(len(x), labels, prompts, 1.0)
         with self._autocast():
             return likelihood.log_likelihood(velocity, x, method, eps=eps, rtol=rtol, atol=atol)[0]
 
@@ -236,6 +237,8 @@ class Sampler:
             ])  # fmt: skip
 
     def _settings(self, labels, prompts, options: dict | None = None, **settings: Any) -> SamplerSettings:
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r}: must be a list of prompts")
         labels, prompts = (None if values is None else tuple(values) for values in (labels, prompts))
         given = {"labels": labels, "prompts": prompts, "options": tuple((options or {}).items()), **settings}
         sampler = SamplerSettings(**given, guide=self.guide_name if settings["guidance_scale"] != 1 else None)

@@ -67,7 +67,7 @@ def validate(settings: SamplerSettings, model: FlowModel) -> None:
     net = model.net
     if settings.method in solvers.STOCHASTIC and model.no_score:
         raise ValueError(
-            f"sampling_method={settings.method}: adds noise by the score, which this velocity does not give "
+            f"sampling_method={settings.method}: adds noise, which needs a source of Gaussian noise independent of the data "
             f"({model.no_score}); use an ODE solver such as heun"
         )
     solvers.validate_options(settings.method, **dict(settings.options))

@@ -26,6 +26,7 @@ from configs import schema, stored
 from configs.schema import Config, UserError
 from flow import path as paths
 from flow.model import FlowModel, Network
+from flow.registry import is_finite_number
 from flow.runtime import distributed, files, step_names
 from flow.runtime.errors import error_context
 from flow.sampling import header, hub, sources
@@ -108,9 +109,8 @@ class Snapshot:
         for name in sorted(expected.keys() | actual.keys()):
             if actual.get(name, "absent") != expected.get(name, "absent"):
                 raise UserError(
-                    f"--weights {self.path}: do not fit the model of the configuration: {name} is "
-                    f"{actual.get(name, 'absent')} in the file, {expected.get(name, 'absent')} in "
-                    f"model.name={self.config.model.name} with model.args={self.config.model.args}"
+                    f"--weights {self.path}: do not fit the network (model.name, model.args): {name} is "
+                    f"{actual.get(name, 'absent')} in the file, {expected.get(name, 'absent')} in the network"
                 )
 
     def check_data(self) -> None:
@@ -144,6 +144,8 @@ def flow_model(net: Network, config: Config, codec: CodecSpec | None = None) -> 
     with error_context("flow.source"):
         source = sources.build(config.flow.source.name, config.data.root, config.flow.source.args)
     guidance = config.loss.args.get("guidance_scale", 1.0)
+    if not is_finite_number(guidance) or guidance <= 0:
+        raise UserError(f"loss.args.guidance_scale={guidance}: must be more than 0; 1 is off")
     model = FlowModel(net, path, config.flow.prediction, guidance, source=source, coupling=config.flow.coupling)
     if codec is None:
         return model
@@ -214,6 +216,11 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     own = not hub.is_reference(weights) and _in_run_folder(path)
     config, unconfirmed = _configuration(path, own, metadata["config"], config_path, overrides, codec)
     return Snapshot(path, identity, config, image_shape, *counts, tensors, codec, class_names, power_average, unconfirmed)
+
+
+def pinned(weights: str, snap: Snapshot) -> str:
+    """What names this very snapshot to another command, where `weights` named it here: the latest one of a run may change."""
+    return weights if hub.is_reference(weights) else str(snap.path)
 
 
 def read_header(path: Path) -> dict[str, str]:

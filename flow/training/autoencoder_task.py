@@ -54,7 +54,9 @@ class AutoencoderTask:
         with error_context("data"):
             self.latent_shape = self.net.latent_shape(self.data.image_shape)
         loss = config.autoencoder
-        lpips = load_lpips(accelerator.device) if loss.lpips_weight else None
+        lpips = None
+        if loss.lpips_weight:  # whose weights may be downloaded
+            lpips = distributed.main_process_first(accelerator, lambda: load_lpips(accelerator.device))
         self.loss = AutoencoderLoss(self.latent_shape, loss.distance, loss.kl_weight, loss.lpips_weight, lpips)
         self.loader = TrainingLoader.of(accelerator, config, self.data)
 

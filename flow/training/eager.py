@@ -23,8 +23,9 @@ class EagerNetwork:
     """Implements `flow.losses.Eager` for a network on one device.
 
     Accelerate patches `forward` on the network itself under mixed precision, and `compile` its call, so the float32 of
-    `__call__`, `jvp` and `difference` comes from the forward of its class. All calls between two `start_micro_batch` draw the
-    same dropout masks as the training pass, which must be the first to draw random numbers after it.
+    `__call__`, `jvp` and `difference` comes from the forward of its class. All calls between two `start_micro_batch` start from
+    the random state of the training pass, which must be the first to draw random numbers after it: on the same number of rows
+    they draw its dropout masks.
     """
 
     def __init__(self, net: nn.Module, derivative_error: str | None = None, sharded: nn.Module | None = None):
@@ -51,8 +52,7 @@ class EagerNetwork:
             return self._forward(x, t, y, t_next)
 
     def as_trained(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
-        """The output [b, ...], float32, without gradient, rounded as in the training pass (its autocast, its compilation):
-        for a target of which only the small difference to the prediction counts."""
+        """The output [b, ...], float32, without gradient, rounded as in the training pass (its autocast, its compilation)."""
         with self._plain(), torch.no_grad():
             return self._as_trained(x, t, y, t_next).float()
 

@@ -1,6 +1,6 @@
 """Training of a flow: the network, its loss, and batches as a function of (seed, step)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import datasets
 import models
 from configs import schema
 from configs.schema import Config, UserError
-from datasets import captions
+from datasets import DataSet, captions
 from flow import couplings, losses, time_samplers
 from flow.couplings import Coupling, PairedCoupling
 from flow.guidance import drop_labels
@@ -23,10 +23,10 @@ from flow.noise import generator
 from flow.runtime import cli, distributed, files, subprocesses
 from flow.runtime.errors import error_context
 from flow.sampling import snapshot
-from flow.sampling.conditions import column_names
+from flow.sampling.conditions import column_names, preview_settings
 from flow.sampling.generate import generate, shard
 from flow.sampling.header import PowerAverage
-from flow.sampling.settings import SamplerSettings, validate
+from flow.sampling.settings import validate
 from flow.sampling.space import Space
 from flow.source import GAUSSIAN, Source
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
@@ -59,7 +59,9 @@ class FlowTask:
         torch.manual_seed(config.seed)  # of the initial weights
         with error_context("model"):
             self.net: Any = self.build_network()
-            self.model = snapshot.flow_model(self.net, config, self.data.codec)  # gives the network its defaults
+            self.model = distributed.main_process_first(  # an autoencoder may be downloaded
+                accelerator, lambda: snapshot.flow_model(self.net, config, self.data.codec)
+            )
         validate_conditioning(config, self.data, self.net)
         with error_context("flow.time_sampler"):
             time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
@@ -67,7 +69,7 @@ class FlowTask:
             self.loss = losses.build(config.loss.name, self.model.path, config.flow.prediction, time_sampler, config.loss.args)
         check_loss(config, self.loss, self.net, self.data)
         with error_context("preview"):
-            self.preview_settings = self._preview_settings()
+            self.preview_settings = preview_settings(config, self.net, self.data.class_names)
             validate(self.preview_settings, self.model)
         distributed.main_process_first(accelerator, lambda: check_source(config, self.model, self.data.image_shape))
         self.loader = TrainingLoader.of(accelerator, config, self.data)
@@ -175,11 +177,6 @@ class FlowTask:
         states = distributed.to_device(self.data.states[batch.indices], self.accelerator.device)
         return {"states": states, "state_times": self.data.state_times}
 
-    def _preview_settings(self) -> SamplerSettings:
-        p = self.config.preview
-        prompts = tuple(map(captions.plain, self.data.class_names)) if self.net.max_prompt_bytes else None
-        return SamplerSettings(p.sampling_method, p.sampling_steps, p.guidance_scale, p.seed, prompts=prompts)
-
     def _condition(self, batch: Batch, step: int) -> Tensor | None:
         """Labels [b] or tokens [b, L], some of them replaced by the null condition; None for unconditional networks."""
         y, config = self._encode_condition(batch), self.config
@@ -190,13 +187,16 @@ class FlowTask:
     def _encode_condition(self, batch: Batch) -> Tensor | None:
         """Labels [b], or tokens [b, L] of captions; the caption of sample id p is a function of (seed, p)."""
         if self.net.max_prompt_bytes:
-            labels = self.data.labels[batch.indices].tolist()  # from the CPU: those on the device would have to be waited for
-            prompts = [
-                captions.draw(self.data.class_names[label], generator("caption", self.config.seed, p))
-                for label, p in zip(labels, batch.sample_ids, strict=True)
-            ]
-            return self.net.encode(prompts).to(batch.x1.device, non_blocking=True)
+            tokens = encode_captions(self.net, self.data, batch.indices, batch.sample_ids, "caption", self.config.seed)
+            return tokens.to(batch.x1.device, non_blocking=True)
         return batch.y if self.net.num_classes is not None else None
+
+
+def encode_captions(net: Any, data: DataSet, indices: Sequence[int], positions: Sequence[int], key: str, seed: int) -> Tensor:
+    """Tokens [b, L] of captions of the images with these indices; that of position p is a function of (key, seed, p)."""
+    assert data.labels is not None
+    names = [data.class_names[label] for label in data.labels[indices].tolist()]
+    return net.encode([captions.draw(name, generator(key, seed, p)) for name, p in zip(names, positions, strict=True)])
 
 
 def build_coupling(config: Config, data, source: Source, micro_batch_size: int) -> Coupling:

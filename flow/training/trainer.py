@@ -192,13 +192,15 @@ class Trainer:
                 signaled = distributed.any_process(self.accelerator, stop.received is not None)
                 self.interrupted = signaled and not self.finished  # nothing is left to stop after the last step
                 with self.throughput.paused():
-                    last = self.finished or self.interrupted or self.stop_requested
+                    ends = self.finished or self.interrupted or self.stop_requested
                     if self._power_averages_are_due():  # before the checkpoint, which says that they are there
                         self.store_power_averages()
-                    if last or any(map(self.is_due, checkpoint_steps)):
+                    if saves := ends or any(map(self.is_due, checkpoint_steps)):
                         self.save_checkpoint()
                     if self._preview_is_due():
                         self.write_preview()
+                    if self.stop_requested and not saves:  # a callback has seen the preview
+                        self.save_checkpoint()
         if not (self.finished or self.stop_requested):
             self.accelerator.end_training()
             command = run_dir.resume_command(self.folder, self.task.script, self.config)

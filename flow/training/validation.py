@@ -8,7 +8,7 @@ from torch import Tensor
 
 import datasets
 from configs.schema import Config, UserError
-from datasets import DataSet, captions
+from datasets import DataSet
 from datasets.images import to_float
 from flow.evaluation.reading import read_images
 from flow.losses.distances import mse
@@ -17,7 +17,7 @@ from flow.noise import generator
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.sampling.generate import shard
-from flow.training.flow_task import FlowTask
+from flow.training.flow_task import FlowTask, encode_captions
 from flow.training.logging import TIME_BINS
 from flow.training.trainer import Callback, Trainer
 
@@ -108,10 +108,6 @@ def _condition(net: Network, data: DataSet, indices: list[int], samples: range, 
     """Labels [b] or tokens [b, L] of the images with these indices; None for a network without either."""
     if data.labels is None or net.null is None:
         return None
-    labels = data.labels[indices]
     if not net.max_prompt_bytes:
-        return labels
-    names = [data.class_names[label] for label in labels.tolist()]
-    return net.encode(
-        [captions.draw(name, generator("validation caption", seed, k)) for name, k in zip(names, samples, strict=True)]
-    )
+        return data.labels[indices]
+    return encode_captions(net, data, indices, samples, "validation caption", seed)

@@ -26,7 +26,9 @@ from flow.evaluation import intervals, plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.runtime import cli, files, lock, step_names
+from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command, train_arguments
+from flow.sampling import exported, snapshot
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
 from scripts.benchmark.jobs import seconds_per_step, training_laps
@@ -95,14 +97,10 @@ def main(argv: list[str]) -> None:
                     for arguments in commands(args, recipe, seed):
                         run_command(arguments)
                 report(args, recipes, seed + 1)
-        best = min(recipes, key=lambda recipe: final_distance(args, recipe)).name
-    print(
-        cli.summary(
-            f"race.md and race.png in {args.out}",
-            args.start,
-            f"sample with: {cli.sample_command(args.out / best / 'seed_0', best)}",
-        )
-    )
+        best = min(recipes, key=lambda recipe: final_distance(args, recipe))
+    run = run_dir(args, best, 0)
+    sample = cli.sample_command(run, best.name, *exported.sample_flags(snapshot.load(run), None))
+    print(cli.summary(f"race.md and race.png in {args.out}", args.start, f"sample with: {sample}"))
 
 
 def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
@@ -112,7 +110,10 @@ def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
     """
     recipes = []
     for word in words:
-        config, *own = shlex.split(word)
+        with error_context(f"--configs {word!r}"):
+            config, *own = shlex.split(word) or [word]
+            if not config.strip():
+                raise ValueError('must be a YAML, or "YAML key=value ..."')
         schema.load(config, [*overrides, *own])
         if key := next((key for key in ("seed", "train.steps") if key in schema.overridden([*overrides, *own])), None):
             raise UserError(f"--configs {word!r}: {key} is set by the race (--seeds, --minutes, --images)")
@@ -130,12 +131,20 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
     path = args.out / "race.json"
     stored: dict[str, Recipe] = {}
     if path.is_file():
-        record = files.read_json(path)
-        stored = {entry["name"]: Recipe(**entry) for entry in record["recipes"]}
+        with error_context(f"{path}: is damaged; name another folder with --out"):
+            record = files.read_json(path)
+            if lacking := {"budget", "curve", "evaluation", "recipes"} - record.keys():
+                raise ValueError(f"it has no {min(lacking)}")
+            try:
+                stored = {entry["name"]: Recipe(**entry) for entry in record["recipes"]}
+            except (TypeError, KeyError):
+                raise ValueError("recipes holds something else") from None
         if record["budget"] != budget(args):
             raise UserError(f"--out {args.out}: holds a race of {record['budget']}, not {budget(args)}; name another folder")
+        if record["curve"] != args.curve:
+            raise UserError(f"--curve {args.curve}: the runs in {args.out} have {record['curve']} points; name another folder")
         for flag, value in evaluation_flags(args).items():
-            if (before := record["evaluation"][flag]) != value:
+            if (before := record["evaluation"].get(flag)) != value:
                 now, then = value or "left out", before or "its default"
                 raise UserError(f"--{flag} {now}: the rows in {args.out} were measured with {then}; name another folder")
     for recipe in recipes:
@@ -151,7 +160,8 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
         for recipe in new:
             recipe.steps = max(1, round(args.images / batch_size(recipe)))
     stored |= {recipe.name: recipe for recipe in new}
-    record = {"budget": budget(args), "evaluation": evaluation_flags(args), "recipes": [asdict(r) for r in stored.values()]}
+    known = [asdict(recipe) for recipe in stored.values()]
+    record = {"budget": budget(args), "curve": args.curve, "evaluation": evaluation_flags(args), "recipes": known}
     files.write_text(path, json.dumps(record, indent=1))
     return [stored[recipe.name] for recipe in recipes]
 
@@ -209,7 +219,7 @@ def commands(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
     shared = ["--n_samples", str(args.n_samples), "--bspp", "250", "-mp", precision]
     for flag, value in evaluation_flags(args).items():
         shared += [f"--{flag}", value] if value else []
-    scales = [f"{w:g}" for w in args.guidance_scale]
+    scales = [str(w) for w in args.guidance_scale]
     settings = ["--methods", *args.methods, "--sampling_steps", *map(str, args.sampling_steps), "--guidance_scale", *scales]
     out = ["--out", str(run / "evaluation")]
     yield ["evaluate.py", "--weights", str(run), *settings, "--metrics", *args.metrics, *shared, *out]

@@ -5,7 +5,7 @@
 # training: both hosts end within the timeout, each with a message, and the run goes on from its checkpoint. FOLDER (default: a
 # temporary one) keeps runs and logs. PYTHON names the interpreter.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python}
 FOLDER=${1:-$(mktemp -d)}
 A=flow$$a B=flow$$b

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import resource
+import shutil
 import statistics
 import tempfile
 import time
@@ -63,7 +64,7 @@ class Clock(Callback):
 
 def try_training(config: str | None, overrides: list[str], accelerator: Accelerator) -> Trial:
     """Train a few steps, write a checkpoint and a preview. Raises UserError where training cannot start or continue."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         shared = distributed.decided_by_main(lambda: scratch)  # one folder for all processes
         short = [
             f"train.steps={STEPS + 1}", "train.log_with=[]", "train.checkpoint_every_steps=0", "train.sample_every_steps=0",
@@ -75,12 +76,13 @@ def try_training(config: str | None, overrides: list[str], accelerator: Accelera
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), _one_line_errors():
             Trainer(FlowTask(settings, accelerator), settings, Path(shared) / "run", accelerator, callbacks=[clock]).fit()
         accelerator.wait_for_everyone()
-        saved = list(clock.checkpoint_path.iterdir())
+        saved = distributed.decided_by_main(lambda: {p.name: p.stat().st_size for p in clock.checkpoint_path.iterdir()})
         trial = Trial(
             clock.steps[0], statistics.median(clock.steps[1:]), clock.checkpoint, clock.preview,
-            sum(p.stat().st_size for p in saved), sum(p.stat().st_size for p in saved if p.name.startswith("ema")), _peak(),
+            sum(saved.values()), sum(size for name, size in saved.items() if name.startswith("ema")), _peak(),
         )  # fmt: skip
         accelerator.wait_for_everyone()  # before the folder goes
+        shutil.rmtree(shared, ignore_errors=True)  # on another machine it is one of its own
     return trial
 
 

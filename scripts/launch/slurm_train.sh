@@ -18,14 +18,16 @@ master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 gpus=${SLURM_GPUS_ON_NODE:-1}
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# A folder that a first part of this job has begun is gone on with.
-folder="" previous=""
+# A folder that a first part of this job has begun is gone on with; without -e it is runs/CONFIG, as in train.py.
+folder="" config="" previous=""
 for word in "$@"; do
-  case $previous in -e | --exp_dir) folder=$word ;; esac
+  case $previous in -e | --exp_dir) folder=$word ;; -c | --config) config=$word ;; esac
+  case $word in --exp_dir=*) folder=${word#*=} ;; --config=*) config=${word#*=} ;; esac
   previous=$word
 done
+if [ -z "$folder" ]; then folder=runs/$(basename "${config%.*}"); fi
 resume=()
-if [ -n "$folder" ] && [ -f "$folder/config.yaml" ]; then resume=(-r latest); fi
+if [ -f "$folder/config.yaml" ]; then resume=(-r latest); fi
 
 srun --kill-on-bad-exit=1 bash -c '
   exec accelerate-launch --multi_gpu --rdzv_backend static --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \

@@ -152,3 +152,10 @@ def test_yaml_with_environment_is_resumed(here, monkeypatch, tmp_path):
 def test_predictions_are_those_of_the_method():
     """configs/ imports nothing of flow/, so the choices stand in both."""
     assert schema.PREDICTIONS == path.PREDICTIONS
+
+
+def test_conditional_mnist_config_differs_once():
+    """The conditional MNIST configuration differs in one switch."""
+    plain, conditional = (schema.load(f"configs/{name}.yaml") for name in ("mnist_mini", "mnist_mini_cond"))
+    assert (plain.model.args.pop("num_classes"), conditional.model.args.pop("num_classes")) == (None, 10)
+    assert plain == conditional

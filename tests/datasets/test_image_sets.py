@@ -242,6 +242,11 @@ def test_wrong_names_and_arguments(tmp_path, name, args, message):
         datasets.build(name, tmp_path, args)
 
 
+def test_source_of_wrong_arguments(tmp_path):
+    with pytest.raises(ValueError, match=r"pairs cannot be built from .*'x'"):
+        datasets.source_dataset("pairs", tmp_path, {"path": "p", "x": 1})
+
+
 def test_folders_that_hold_nothing(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     with pytest.raises(FileNotFoundError, match="holds no image"):
@@ -251,22 +256,22 @@ def test_folders_that_hold_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
-@pytest.mark.parametrize("leftovers", [False, True], ids=["absent", "empty_files"])
-def test_without_files_and_network(tmp_path, monkeypatch, name, leftovers):
+@pytest.mark.parametrize("content", [None, b"", b"garbage " * 100], ids=["absent", "empty_files", "damaged_files"])
+def test_without_files_and_network(tmp_path, monkeypatch, name, content):
     def no_network(self):
         raise OSError("no network")
 
     for cls in (tv_datasets.MNIST, tv_datasets.CIFAR10):
         monkeypatch.setattr(cls, "download", no_network)
-    if leftovers:  # of a download that was cut off
+    if content is not None:  # of a download that was cut off, or of a disk that fails
         for folder in ("MNIST/raw", "FashionMNIST/raw", "cifar-10-batches-py"):
             (tmp_path / folder).mkdir(parents=True)
         for part in ("train", "t10k"):
             for kind in ("images-idx3", "labels-idx1"):
                 for folder in ("MNIST", "FashionMNIST"):
-                    (tmp_path / folder / "raw" / f"{part}-{kind}-ubyte").touch()
-        (tmp_path / "cifar-10-batches-py/data_batch_1").touch()
-    with pytest.raises(FileNotFoundError, match=r"FLOW_DATA") as error:
+                    (tmp_path / folder / "raw" / f"{part}-{kind}-ubyte").write_bytes(content)
+        (tmp_path / "cifar-10-batches-py/data_batch_1").write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=r"files are damaged.*FLOW_DATA") as error:
         datasets.build(name, tmp_path, {})
     assert str(tmp_path) in str(error.value)
 

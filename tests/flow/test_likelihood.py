@@ -6,8 +6,12 @@ import re
 import pytest
 import torch
 
+import models
 from flow import solvers
 from flow.likelihood import bits_per_dimension, dequantize, invert, log_likelihood
+from flow.model import FlowModel
+from flow.path import LinearPath
+from flow.sampling import Sampler
 from flow.sampling.images import to_uint8
 from flow.solvers import time_grids
 
@@ -115,6 +119,21 @@ def test_command(here, tiny_run):
     printed = here("likelihood", "--weights", tiny_run, "--n_images", "6", "--bspp", "3", "--rtol", "0.05")
     bits = float(re.search(r"([\d.]+) ± [\d.]+ bits per dimension", printed).group(1))
     assert 3 < bits < 20  # of an untrained network: noise
+
+
+def test_likelihood_depends_on_the_prompt():
+    torch.manual_seed(0)
+    net = models.build("mini_unet", (1, 8, 8), {"width": 8, "head_channels": 8, "max_prompt_bytes": 4})
+    with torch.no_grad():
+        for p in net.parameters():  # the last layer begins at 0
+            p.add_(0.1 * torch.randn_like(p))
+    sampler, x1 = Sampler(FlowModel(net, LinearPath()), (1, 8, 8), torch.device("cpu")), torch.zeros(1, 1, 8, 8)
+    one, other, again = (
+        sampler.log_likelihood(x1, prompts=[prompt], hutchinson_samples=1, rtol=0.1, atol=0.1) for prompt in ("a", "b", "a")
+    )
+    assert one.isfinite() and one != other and one == again
+    with pytest.raises(ValueError, match="this network reads prompts"):
+        sampler.log_likelihood(x1)
 
 
 def test_a_method_without_times_is_refused(data):

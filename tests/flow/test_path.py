@@ -12,7 +12,7 @@ PATH = LinearPath()
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 2), (5, 3, 4, 4)])
-def test_the_path_begins_at_noise_and_ends_at_data(shape):
+def test_ends_of_the_path_for_every_shape(shape):
     x0, x1 = torch.randn(shape), torch.randn(shape)
     assert torch.equal(PATH.interpolate(x0, x1, torch.zeros(5)), x0)
     assert torch.equal(PATH.interpolate(x0, x1, torch.ones(5)), x1)
@@ -35,7 +35,7 @@ def test_the_velocity_is_the_derivative_of_the_path(name, t):
 
 
 @pytest.mark.parametrize("name", path.PATHS)
-def test_paths_begin_at_the_noise_and_end_at_the_data(name):
+def test_every_path_maps_to_the_linear_one(name):
     p = path.build(name)
     x0, x1 = torch.randn(2, 4, 3, dtype=torch.float64)
     assert torch.allclose(p.interpolate(x0, x1, torch.zeros(4, dtype=torch.float64)), x0, atol=0.03)  # VP: alpha = 0.0066

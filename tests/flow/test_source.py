@@ -81,6 +81,8 @@ def test_what_a_sampler_refuses(transfer_run, tiny_run):
         (lambda: noise.encode(torch.zeros(2, 1, 8, 7)), r"x1 of shape \(2, 1, 8, 7\): the flow works on \(1, 8, 8\)"),
         (lambda: noise.sample(0), "n=0: must be a whole number of at least 1"),
         (lambda: noise.sample(2.5), "n=2.5: must be a whole number"),
+        (lambda: noise.sample(2, batch_size=0), "batch_size=0: must be a whole number of at least 1"),
+        (lambda: noise.sample(2, prompts="a text"), "prompts='a text': must be a list of prompts"),
         (lambda: noise.sample(2, guidance_scale=float("nan")), "guidance_scale=nan: must be a finite number of 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -66,6 +66,7 @@ def test_laws(name, args, cdf):
         ("logit_normal", {"u": 1.0}, r"logit_normal has no argument 'u'"),
         ("logit_normal", {"mean": "0"}, r"mean='0': must be a finite number"),
         ("logit_normal", {"std": True}, r"std=True: must be a finite number"),
+        ("logit_normal", {"mean": 10**400}, r"must be a finite number"),
         ("logit_normal", {"std": 0.0}, r"std=0.0: must be greater than 0"),
         ("logit_normal", {"std": -1}, r"std=-1: must be greater than 0"),
         ("logit_normal", {"std": math.nan}, r"std=nan"),

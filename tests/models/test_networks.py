@@ -12,15 +12,6 @@ from models.layers import Attention, sinusoidal_embedding
 SMALL = {"width": 16, "channel_mult": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4], "head_channels": 16}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small gain nothing from a second thread, and on a busy machine it costs seconds a call."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def perturbed(net: nn.Module) -> nn.Module:
     """The network after one small change of all weights: at initialisation it gives zero whatever comes in."""
     torch.manual_seed(1)
@@ -84,16 +75,6 @@ def test_attention_resolutions_count_patches():
     assert set(attention_heights(net, (1, 16, 16))) == {8}
 
 
-def test_attention_at_narrow_levels():
-    """Either one narrow head or an error: the level was named, so silence would be a network without attention."""
-    try:
-        net = models.build("unet", (1, 8, 8), SMALL | {"head_channels": 64})
-    except ValueError as error:
-        assert "head_channels" in str(error)
-    else:
-        assert attention_heights(net, (1, 8, 8))
-
-
 def test_attention_mixes_pixels_and_heads_stay_apart():
     """Against softmax(q k^T / sqrt(d)) v written out for each head."""
     torch.manual_seed(0)
@@ -117,6 +98,7 @@ def test_attention_mixes_pixels_and_heads_stay_apart():
         ({"channel_mult": [1, 1, 1, 1, 1]}, r"channel_mult=.*divisible by 16, the images are 8x8"),
         ({"patch": 3}, r"patch=3.*divisible by 6"),
         ({"head_channels": 12}, r"head_channels=12: must divide"),
+        ({"head_channels": 64}, r"head_channels=64: must divide the 32 channels of the level with attention at 4 pixels"),
         ({"width": 18}, r"width=18: must be a multiple of 4"),
         ({"width": 0}, r"width=0"),
         ({"width": 16.0}, r"width=16.0: must be a whole number"),
@@ -264,13 +246,6 @@ def test_mini_unet_names_the_argument_that_is_wrong(args, message):
         models.build("mini_unet", (1, 8, 8), {"width": 16, "head_channels": 16} | args)
 
 
-def test_conditional_mnist_config_differs_once():
-    """The conditional MNIST configuration differs in one switch."""
-    plain, conditional = (schema.load(f"configs/{name}.yaml") for name in ("mnist_mini", "mnist_mini_cond"))
-    assert (plain.model.args.pop("num_classes"), conditional.model.args.pop("num_classes")) == (None, 10)
-    assert plain == conditional
-
-
 DIT = {"width": 32, "depth": 2, "heads": 2, "patch": 2}
 
 
@@ -323,11 +298,11 @@ def test_dit_sizes_are_those_of_the_paper(size, millions):
 
 
 def test_parameter_count_of_celebahq_dit():
-    """The DiT of the CelebA-HQ config has 38.75 million parameters."""
+    """The DiT of the CelebA-HQ config has 38.88 million parameters."""
     cfg = schema.load("configs/celebahq_dit.yaml")
     with torch.device("meta"):
         net = models.build(cfg.model.name, (4, 32, 32), cfg.model.args)
-    assert sum(p.numel() for p in net.parameters()) == pytest.approx(38.75e6, rel=0.02)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(38.88e6, rel=1e-3)
 
 
 def test_rotary_scores_depend_on_distance():
@@ -354,3 +329,17 @@ def test_rotary_scores_depend_on_distance():
 def test_dit_names_the_argument_that_is_wrong(args, message):
     with pytest.raises(ValueError, match=message):
         models.build("dit", (1, 8, 8), DIT | args)
+
+
+def test_mlp():
+    net = models.build("mlp", (2,), {"width": 16, "depth": 2, "num_classes": 3})
+    x, t, y = torch.randn(5, 2), torch.rand(5), torch.tensor([0, 1, 2, 3, 0])
+    assert net(x, t, y).shape == x.shape and not net(x, t, y).any()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    assert not torch.allclose(net(x, t, y), net(x, t, y.roll(1))) and not torch.allclose(net(x, t, y), net(x, t / 2, y))
+    assert (net.num_classes, net.null, net.max_prompt_bytes) == (3, 3, None)
+    with pytest.raises(ValueError, match="unet is a network for images"):
+        models.build("unet", (2,), {})
+    with pytest.raises(ValueError, match="depth=0: must be a whole number"):
+        models.build("mlp", (2,), {"depth": 0})

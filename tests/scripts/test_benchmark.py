@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, TINY, succeed
 
-from flow.sampling import images, snapshot
 from scripts.benchmark.timer import Timer
 
 
@@ -61,20 +60,6 @@ def test_every_job(tmp_path):
     assert cost["training"] == pytest.approx(3 * cost["forward"], rel=0.1)
     assert text.splitlines()[-1].startswith(f"5 row(s) in {tmp_path}, in ") and "train.py -c configs/digits.yaml" in text
     assert all(name in text for name in rows) and (tmp_path / "benchmark.md").read_text() in text + "\n"
-
-
-def test_halved_snapshot_samples_the_same(tmp_path, tiny_run, here, error):
-    """A halved snapshot is half the size and samples the same."""
-    half = tmp_path / "half.safetensors"
-    here("export", "--weights", tiny_run, "--out", half)
-    assert half.stat().st_size < 0.6 * snapshot.find(tiny_run).stat().st_size
-    options = ["--n_samples", 4, "--sampling_steps", 2, "--save_dir"]
-    here("sample", "--weights", half, *options, tmp_path / "half")
-    here("sample", "--weights", tiny_run, *options, tmp_path / "whole")
-    for k in range(4):
-        a, b = (images.read_png(tmp_path / d / "images" / f"{k:06d}.png").astype(int) for d in ("half", "whole"))
-        assert abs(a - b).max() <= 2
-    assert "exists already" in error("export", "--weights", tiny_run, "--out", half)
 
 
 @pytest.mark.slow

@@ -8,9 +8,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from flow.sampling import snapshot
+from flow.sampling.images import read_png
 
 
 def test_half_the_size(here, error, tmp_path, tiny_run):
+    """And it samples the same images, to the rounding."""
     out = tmp_path / "half.safetensors"
     printed = here("export", "--weights", tiny_run, "--out", out)
     source = snapshot.find(tiny_run)
@@ -18,6 +20,11 @@ def test_half_the_size(here, error, tmp_path, tiny_run):
     before, after = load_file(source), load_file(out)
     assert all(torch.equal(after[key], before[key].half()) for key in before)
     assert "exists already" in error("export", "--weights", tiny_run, "--out", out)
+    for name, weights in {"half": out, "whole": tiny_run}.items():
+        here("sample", "--weights", weights, "--n_samples", 4, "--sampling_steps", 2, "--save_dir", tmp_path / name)
+    for k in range(4):
+        a, b = (read_png(tmp_path / name / "images" / f"{k:06d}.png").astype(int) for name in ("half", "whole"))
+        assert abs(a - b).max() <= 2
 
 
 def test_latent_snapshot_keeps_decoder_and_class_names(here, tmp_path, vae_folder):

@@ -90,7 +90,7 @@ def test_latents_are_standard_in_each_channel(data):
     for mirrored in (False, True):
         mean, std = (part.double() for part in data.moments(index, [mirrored] * len(index)))
         means.append(data.normalised(mean))
-        variances.append((std / data._scale).square())
+        variances.append((data.normalised(std) - data.normalised(torch.zeros_like(std))).square())
     mean, variance = torch.cat(means), torch.cat(variances)
     assert mean.mean((0, 2, 3)).abs().max() < 1e-6
     torch.testing.assert_close((mean.square() + variance).mean((0, 2, 3)), torch.ones(2).double(), atol=1e-6, rtol=1e-6)
@@ -249,6 +249,30 @@ def test_a_cache_made_by_another_codec(error, here, cache, run, tmp_path):
     assert "data.horizontal_flip=true: these latents have no flipped copies" in error(*again)
     message = error(*again, "data.horizontal_flip=false", f"train.init_from={run}")
     assert "train.init_from" in message and "was trained on latents of the autoencoder" in message
+
+
+@pytest.mark.parametrize(("old", "new", "key"), [("b", "c", "class_names"), ("a/1.png", "b/1.png", "labels")])
+def test_cache_of_other_labels_is_refused(here, error, vae_folder, tmp_path, old, new, key):
+    """The images and their order are the same."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for k, name in enumerate("aab"):
+        (photos / name).mkdir(parents=True, exist_ok=True)
+        Image.frombytes("L", (8, 8), bytes(range(40 * k, 40 * k + 64))).save(photos / name / f"{k}.png")
+    source = ["data.name=folder", f"data.args={{path: {photos}, channels: 1}}"]
+    here("cache_latents", "--vae", vae_folder, "--save_dir", out, *source)
+    before = contents(out)
+    (photos / old).rename(photos / new)
+    line = error("cache_latents", "--vae", vae_folder, "--save_dir", out, *source)
+    assert f"holds latents of another run ({key} " in line and contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("extractor", "words"), [("mnst", "mnst: unknown; choose one of"), ("mnist", "takes 28x28 images, not 8x8")]
+)
+def test_extractor_is_checked_before_encoding(error, vae_folder, tmp_path, extractor, words):
+    check = ["--check", 50, "--feature_extractor", extractor]
+    line = error("cache_latents", "--vae", vae_folder, "--save_dir", tmp_path / "out", *CACHE, *check)
+    assert words in line and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("damage", "words"), [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, TINY_TRAIN, run_here, succeed
+from conftest import POINTS, REPOSITORY, TINY_TRAIN, run_here, succeed
 from safetensors.torch import load_file
 
 import datasets
@@ -141,6 +141,17 @@ def test_other_settings_do_not_mix(error, folder, tiny_run):
     assert contents(folder) == before
 
 
+def test_pairs_with_states_and_without_do_not_mix(here, error, tmp_path, tiny_run):
+    states = {"with": ["--keep_states", "2"], "without": []}
+    command = ["make_pairs", "--weights", tiny_run, "--n_pairs", "10", "--sampling_steps", "3", "--save_dir"]
+    for name, other in (("with", "without"), ("without", "with")):
+        here(*command, tmp_path / name, *states[name])
+        before = contents(tmp_path / name)
+        line = error(*command, tmp_path / name, *states[other])
+        assert f"{tmp_path / name}: holds pairs of another run (state_times " in line
+        assert contents(tmp_path / name) == before
+
+
 def test_mistakes(error, tmp_path, tiny_run, folder):
     (tmp_path / "mine.txt").write_text("mine")
     command = ["make_pairs", "--weights", tiny_run, "--n_pairs", "10"]
@@ -166,3 +177,20 @@ def test_training_on_pairs_resumes_exactly(here, tmp_path, folder, tiny_run):
     here("train", "-e", tmp_path / "cut", "-r", "latest", "train.steps=4")
     whole, cut = (load_file(snapshot.find(tmp_path / name)) for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_pairs_of_points_are_trained_on(points_flow, tmp_path, here):
+    teacher, folder = points_flow("moons", 1), tmp_path / "pairs"
+    here("make_pairs", "--weights", teacher, "--n_pairs", "50", "--real_fraction", "0.2", "--save_dir", folder)
+    pairs = datasets.build("pairs", None, {"path": str(folder)})
+    assert pairs.images.shape == (50, 2) and pairs.noise.shape == (10, 2) and pairs.labels is None
+    real = datasets.build("toys", None, {"name": "moons", "n": POINTS}).images.half()
+    assert all((real == x1).all(1).any() for x1 in pairs.images[40:])
+    here("sample", "--weights", teacher, "--n_samples", "1", "--save_dir", tmp_path / "s")  # another stream of noise
+    x0 = gaussian_noise("pairs", 0, range(40), (2,))
+    assert not torch.allclose(pairs.images[:40].float(), x0)
+    small = ["train.steps=2", "train.batch_size=20", "train.log_with=[]", "preview.n_samples=20", "model.args={width: 16}"]
+    given = [f"data.args.path={folder}", f"train.init_from={teacher}", "-e", tmp_path / "run"]
+    here("train", "-c", "configs/toy_reflow.yaml", *small, *given)
+    told = here("evaluate", "--weights", tmp_path / "run", "--n_samples", "50", "--sampling_steps", "2")
+    assert "| toys moons |" in told and "SW2" in told  # against the real points

@@ -33,9 +33,10 @@ def rows_of(tmp_path) -> list[dict]:
 def test_table_grows_and_the_best_is_named(optimize, here, tmp_path):
     optimize("--guidance_scale", "0", "1", "--n_samples", "80")
     assert {row["guidance_scale"] for row in rows_of(tmp_path)} == {0, 1} and (tmp_path / "guidance/guidance.png").is_file()
-    out = optimize("--guidance_scale", "1", "3", "--n_samples", "80", "--intervals", "0:1", "0.4:1")
+    out = optimize("--guidance_scale", "1", "1.3333333", "--n_samples", "80", "--intervals", "0:1", "0.4:1")
     rows = [row for row in rows_of(tmp_path) if row["guidance_scale"]]
-    assert [(row["guidance_scale"], row.get("guidance_interval")) for row in rows] == [(1, None), (3, None), (3, "0.4 to 1")]
+    settings = [(row["guidance_scale"], row.get("guidance_interval")) for row in rows]
+    assert settings == [(1, None), (1.3333333, None), (1.3333333, "0.4 to 1")]
     best = min(rows, key=lambda row: row["metrics"]["FD-digits"])
     last = out.splitlines()[-1]
     assert f"best: guidance {best['guidance_scale']:g}" in last and f"FD-digits {best['metrics']['FD-digits']:.2f} ±" in last

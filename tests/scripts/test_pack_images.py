@@ -175,6 +175,25 @@ def test_damaged_images(here, error, tmp_path, photos):
     assert "none of 2 images can be decoded, such as 0.png" in line
 
 
+def test_first_image_may_be_damaged(here, error, tmp_path):
+    """The size is that of the first image that can be read; where none can, the first one is named."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for k in range(3):
+        Image.new("RGB", (6, 4), (k, 0, 0)).save(folder / f"{k}.png")
+    (folder / "0.png").write_bytes(b"no image")
+    command = ["pack_images", "--source", folder, "--save_dir", tmp_path / "out"]
+    line = error(*command)
+    assert f"{folder / '0.png'}: not a readable image" in line and "--skip_damaged" in line
+    assert "left out 1 images that cannot be decoded (0.png)" in here(*command, "--skip_damaged")
+    data = read(tmp_path / "out")
+    assert data.image_shape == (3, 4, 6) and data.read([0, 1])[:, 0, 0, 0].tolist() == [1, 2]
+    for k in (1, 2):
+        (folder / f"{k}.png").write_bytes(b"no image")
+    line = error(*command[:-1], tmp_path / "none", "--skip_damaged")
+    assert f"{folder / '0.png'}: not a readable image" in line
+
+
 def test_damaged_rows_of_parquet(here, error, tmp_path):
     good = io.BytesIO()
     Image.new("L", (8, 8), 7).save(good, "png")
@@ -186,6 +205,24 @@ def test_damaged_rows_of_parquet(here, error, tmp_path):
     assert read(tmp_path / "out").read([0, 1]).unique().tolist() == [7]
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     assert "b.parquet: not a whole Parquet file" in error("pack_images", "--source", tmp_path / "b.parquet", *command[3:])
+
+
+@pytest.mark.parametrize(("column", "flags"), [("pixels", []), ("pixels", ["--size", 8]), ("label", [])])
+def test_parquet_with_damaged_pages(error, tmp_path, column, flags):
+    """The footer is whole, so that the damage shows where the column is read; it is not that of an image."""
+    file, cells = tmp_path / "a.parquet", []
+    for k in range(4):
+        png = io.BytesIO()
+        Image.new("L", (8, 8), k).save(png, "png")
+        cells.append(png.getvalue())
+    pq.write_table(pa.table({"pixels": cells, "label": [0, 1, 0, 1]}), file)
+    start = pq.read_metadata(file).row_group(0).column(("pixels", "label").index(column)).dictionary_page_offset
+    content = bytearray(file.read_bytes())
+    content[start : start + 20] = b"\xff" * 20
+    file.write_bytes(content)
+    command = ["pack_images", "--source", file, "--channels", 1, "--skip_damaged", "--save_dir", tmp_path / "out"]
+    assert f"{file}: not a whole Parquet file" in error(*command, *flags)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_other_settings_do_not_mix(error, photos, folder):

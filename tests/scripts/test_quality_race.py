@@ -14,7 +14,7 @@ from scripts.benchmark import quality
 
 RECIPE = ["configs/digits.yaml", *TINY, "train.batch_size=32", "preview.n_samples=4", "preview.sampling_steps=1"]
 FLAGS = ["--minutes", "0.005", "--curve", "2", "--trial_rounds", "1", "--feature_extractor", "digits", "--n_samples", "80"]
-FLAGS += ["--sampling_steps", "1", "--guidance_scale", "1", "2", "--metrics", "fid", "accuracy"]
+FLAGS += ["--sampling_steps", "1", "--guidance_scale", "1", "1.3333333", "--metrics", "fid", "accuracy"]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_second_call_adds_a_seed(race, tmp_path, number, monkeypatch):
             run = out / recipe["name"] / f"seed_{seed}"
             assert step_names.step_of(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == recipe["steps"]
             assert f"seed: {seed}" in (run / "config.yaml").read_text()
-            assert [row["guidance_scale"] for row in table.read_rows(run / "evaluation") if row["method"]] == [1.0, 2.0]
+            assert [row["guidance_scale"] for row in table.read_rows(run / "evaluation") if row["method"]] == [1, 1.3333333]
             on_the_way = [f"seed_{seed}@{recipe['steps'] // 2}"] * (recipe["steps"] > 1)  # of the first average
             assert [row["weights"] for row in table.read_rows(run / "curve")] == on_the_way
     text = (out / "race.md").read_text()
@@ -98,11 +98,27 @@ def test_mistakes(error, tmp_path):
     assert "unknown key 'optimizer.rl'" in refused("configs/digits.yaml optimizer.rl=3")
     assert "so only with --images" in refused("configs/digits.yaml", "--jobs", "2")
     assert "'0': must be a finite number above 0" in refused("configs/digits.yaml", "--minutes", "0")
+    assert "--configs '\"': No closing quotation" in refused('"')
+    assert "--configs '': must be a YAML" in refused("")
     assert not (tmp_path / "race").exists()
     (tmp_path / "race").mkdir()
-    record = {"budget": "3 minutes of steps", "evaluation": {"feature_extractor": "mnist"}, "recipes": []}
+    record = {"budget": "3 minutes of steps", "curve": 2, "evaluation": {"feature_extractor": "mnist"}, "recipes": []}
     (tmp_path / "race" / "race.json").write_text(json.dumps(record))
     assert "holds a race of 3 minutes of steps, not 0.005 minutes of steps" in refused("configs/digits.yaml")
     (tmp_path / "race" / "race.json").write_text(json.dumps({**record, "budget": "0.005 minutes of steps"}))
     assert "--feature_extractor digits: the rows in " in refused("configs/digits.yaml")
+    line = refused("configs/digits.yaml", "--curve", "3")
+    assert f"--curve 3: the runs in {tmp_path / 'race'} have 2 points" in line
     assert "--metrics kid: needs fid" in refused("configs/digits.yaml", "--metrics", "kid")
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "budget", "curve", "evaluation", "recipes"])
+def test_damaged_race_file_is_named(error, tmp_path, damage):
+    """Text that is no JSON object, or a key that is not there."""
+    record = {"budget": "0.005 minutes of steps", "curve": 2, "evaluation": {}, "recipes": []}
+    text = json.dumps({key: value for key, value in record.items() if key != damage}) if damage in record else damage
+    (tmp_path / "race.json").write_text(text)
+    line = error("benchmark", "quality", *FLAGS, "--out", tmp_path, "--configs", "configs/digits.yaml")
+    assert f"{tmp_path / 'race.json'}: is damaged; name another folder with --out" in line
+    assert damage not in record or f"it has no {damage}" in line
+    assert (tmp_path / "race.json").read_text() == text

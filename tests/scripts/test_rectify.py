@@ -91,8 +91,7 @@ def rectified(tmp_path_factory, config) -> Path:
     assert stages[1][2] == "pairs: pairs_1-rf" and stages[9][2] == "evaluation of flow, w = 1.5"
     bars = re.findall(r"straightness deviation and figure [^|]*\|[^|]*\| (\d+)/(\d+)", err.getvalue())
     assert bars[-1][0] == bars[-1][1]
-    (hint,) = re.findall(r"; sample in one step with: (.+)$", printed, re.M)
-    run_command_here([*shlex.split(hint)[1:], "--n_samples", "4", "--save_dir", str(folder.parent / "samples")])
+    (folder.parent / "printed.txt").write_text(printed)
     return folder
 
 
@@ -109,9 +108,14 @@ def results(folder: Path) -> dict:
     return {"pairs": files, "weights": weights, "rows": rows, "pictures": pictures}
 
 
+def table_of(folder: Path) -> list[list[str]]:
+    """The cells of comparison.md; the first line are the names of the columns."""
+    lines = (folder / "comparison.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+
+
 def test_table_and_figure(rectified):
-    text = (rectified / "comparison.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    text, rows = (rectified / "comparison.md").read_text(), table_of(rectified)
     assert rows[0] == ["model", "NFE 1", "NFE 2", "images", "minutes", "network passes", "straightness deviation"]
     names = ["flow", "flow, w = 1.5", "distilled", "trajectory+alpha_flow", "trajectory+alpha_flow, consistency"]
     assert [row[0] for row in rows[2:]] == names and "FD-digits / accuracy" in text
@@ -119,6 +123,19 @@ def test_table_and_figure(rectified):
     assert images["flow"] == "64" and images["distilled"] == str(3 * 64 + 2 * 40)
     assert len([row for row in table.read_rows(rectified / "evaluation") if not table.is_control(row)]) == 10
     assert min(Image.open(rectified / "comparison.png").size) > 200
+
+
+def test_hint_samples_from_best_row(rectified):
+    """That of the smallest distance at the smallest NFE."""
+    printed = (rectified.parent / "printed.txt").read_text()
+    ((best, hint),) = re.findall(r"; (.+) is best at NFE 1; sample with: (.+)$", printed, re.M)
+    distances = {row[0]: float(row[1].split()[0]) for row in table_of(rectified)[2:]}
+    assert distances[best] == min(distances.values())
+    words = shlex.split(hint)[1:]
+    ends = {"flow": "1-rf", "distilled": "distilled", "trajectory+alpha_flow": "flow_map"}  # of the routes
+    assert words[words.index("--weights") + 1] == str(rectified / ends[best.partition(",")[0]])
+    assert words[words.index("--sampling_steps") + 1] == "1" and ("--guidance_scale" in words) == ("w = " in best)
+    run_command_here([*words, "--n_samples", "4", "--save_dir", str(rectified.parent / "samples")])
 
 
 def test_the_stages_build_on_each_other(rectified):
@@ -196,6 +213,42 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize("weights", ["null", "runs/other"])
+def test_stage_with_other_weights_than_the_teacher(config, weights):
+    """Only a network that starts from the teacher must be like it."""
+    cfg = schema.load(config, kind=RectifyConfig)
+    cfg.stages["distilled"].overrides = ["model.args.width=32", f"train.init_from={weights}"]
+    rectify.check_routes(cfg)
+
+
+def test_sets_of_pairs_keep_their_seeds(tmp_path, config):
+    """A set that is added before them in the YAML gets another one."""
+
+    def seeds(path: Path, *names: str) -> list[str]:
+        cfg = schema.load(path, [f"folder={tmp_path / 'run'}"], kind=RectifyConfig)
+        arguments = [rectify.Rectify(cfg, None, 0.0).pairs(name, "1-rf") for name in names]
+        return [words[words.index("--seed") + 1] for words in arguments]
+
+    before = seeds(config, "pairs_1-rf", "paths")
+    whole = yaml.safe_load(config.read_text())
+    whole["stages"] = {"more": {"pairs": {"n_pairs": 40}}, **whole["stages"]}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    (added, *after) = seeds(tmp_path / "more.yaml", "more", "pairs_1-rf", "paths")
+    assert after == before and len({added, *after}) == 3
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert {name: str(entry["seed"]) for name, entry in plan.items()} == {
+        "more": added, "pairs_1-rf": before[0], "paths": before[1],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_damaged_plan_is_named(error, monkeypatch, tmp_path, config, text):
+    monkeypatch.setattr(rectify, "run_command", lambda arguments, launcher: None)
+    (tmp_path / "plan.json").write_text(text)
+    assert f"{tmp_path / 'plan.json'}: is damaged" in error("rectify", "-c", config, f"folder={tmp_path}")
+    assert (tmp_path / "plan.json").read_text() == text
+
+
 @pytest.mark.slow
 def test_a_budget_of_minutes(tmp_path, config):
     """Steps and pairs follow from a trial, are stored, and are the same when the command runs again."""
@@ -233,12 +286,16 @@ def test_sigterm_lets_the_step_save_and_ends(tmp_path, config):
 
 @pytest.mark.slow
 def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
-    """Killed again and again, it ends with the same files."""
+    """Killed as each stage begins, it goes on from there and ends with the same files."""
     folder = tmp_path / "cut"
     # the folder's name is part of the configurations inside the weights' headers, so not the bytes but the values are compared
     command = [sys.executable, "-m", "scripts.rectify", "-c", str(config), f"folder={folder}"]
     environment = {**os.environ, "FLOW_NUM_THREADS": "1"}
-    for seconds in (7, 8, 9, 11, 13, 17, 23, 31, 43, 60, 85):
+    routes = yaml.safe_load(config.read_text())["routes"].values()
+    stages = list(dict.fromkeys(name for route in routes for name in route["stages"]))  # in the order of their turns
+    assert len(stages) == 8
+    for name in (*stages, "evaluation"):
+        assert not (folder / name).exists()  # it is this start that comes so far
         process = subprocess.Popen(
             command,
             cwd=REPOSITORY,
@@ -247,12 +304,11 @@ def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the script and the step that it was at
-            process.wait()
-            time.sleep(0.1)
+        while not (folder / name).exists():
+            assert process.poll() is None, name
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)  # the script and the step that it was at
+        process.wait()
     succeed("-m", "scripts.rectify", "-c", config, f"folder={folder}", timeout=600)
     cut, whole = results(folder), results(rectified)
     manifests = [name for name in whole["pairs"] if name.name == "manifest.json"]  # these hold the hash of the weights' file

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 
@@ -61,6 +62,7 @@ def contents(folder):
         (["model.args.num_classes=3"], "model.args.num_classes=3: the data set has 10 classes; use 10"),
         (["loss.name=distillation"], "loss.name=distillation: needs pairs of a flow, made by make_pairs"),
         (["loss.args.distance_args=0.01"], "distance_args=0.01: must be arguments of the distance"),
+        ([f"loss.args.weight_power=1{400 * '0'}"], "must be a finite number"),
         (
             ["loss.name=mean_flow", "loss.args.guidance_mix=0.5", "model.args={two_times: true, num_classes: null}"],
             "loss.args.guidance_mix=0.5: needs a network with labels (model.args.num_classes) or prompts",
@@ -111,6 +113,18 @@ def test_image_folders(here, error, tmp_path):
     plain[-1] = tmp_path / "new"
     assert "there is no such folder" in error("train", *plain, "data.args={path: nowhere}")
     assert "data: folder cannot be built from {}" in error("train", *plain, "data.args={}")
+
+
+def test_sets_of_points(error, tmp_path):
+    Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
+    toys = [*TINY_TRAIN[2:], "-e", tmp_path / "run", "data.name=toys", "model.name=mlp", "model.args={}"]
+    for args, message in {
+        "{name: moon}": "data: unknown 2-D data set 'moon'; choose from",
+        "{name: moons, n: 0}": "data: n=0: must be a whole number of at least 1",
+        f"{{name: image, path: {tmp_path / 'white.png'}}}": "the picture is all white",
+    }.items():
+        assert message in error("train", *toys, f"data.args={args}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_runs_are_not_overwritten(error, tiny_run, tmp_path):
@@ -170,10 +184,17 @@ def test_weights(script, error, tiny_run, tmp_path):
     assert "there is no such file or folder" in error(script, "--weights", tmp_path / "none", *more)
     assert "holds no snapshot" in error(script, "--weights", tmp_path, *more)
     line = error(script, "--weights", tiny_run, *more, "model.args.width=32")
-    assert "do not fit the model of the configuration" in line
+    assert "do not fit the network (model.name, model.args)" in line
     assert "0 to 9" in error(script, "--weights", tiny_run, *more, "--labels", "3", "10")
     assert "must be a whole number of at least 1" in error(script, "--weights", tiny_run, *more, "--sampling_steps", "0")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_width_start_no_run(error, tiny_run, tmp_path):
+    line = error("train", *TINY_TRAIN, "-e", tmp_path / "run", f"train.init_from={tiny_run}", "model.args.width=32")
+    assert "do not fit the network (model.name, model.args)" in line and "model.args=" not in line
+    shapes = re.search(r" is \((\d[\d, ]*)\) in the file, \((\d[\d, ]*)\) in the network$", line)
+    assert shapes and shapes[1] != shapes[2] and not (tmp_path / "run").exists()
 
 
 def test_guidance_needs_a_network_with_labels(here, error, tmp_path):

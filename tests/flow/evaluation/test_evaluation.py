@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_metrics_equal_torch_fidelity(tmp_path, here, monkeypatch):
         "evaluate", "--samples", samples, "--reference", originals, "--feature_extractor", "digits", f"data.root={tmp_path}",
         "--metrics", "fid", "kid", "prc", "--no_control",
     )  # fmt: skip
-    ours = json.loads((samples / "evaluation" / "results.jsonl").read_text())["metrics"]
+    ours = json.loads((tmp_path / "samples_evaluation/results.jsonl").read_text())["metrics"]
     theirs = torch_fidelity.calculate_metrics(
         input1=str(samples), input2=str(originals), feature_extractor="digits", cuda=False, fid=True, kid=True, prc=True,
         kid_subset_size=100, verbose=False, save_cpu_ram=True, cache=False,
@@ -108,6 +109,21 @@ def test_distance_grows_with_noise_and_accuracy_falls(extractor, real):
     ]
     assert found[0]["FD-digits"] < found[1]["FD-digits"] < found[2]["FD-digits"]
     assert found[0]["accuracy"] > 0.99 and found[2]["accuracy"] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        ("", True), ("0 1 2 3 4 5 6 7 8 9", True), ("one two three four five six seven eight nine ten", False), ("3 7", False),
+        ("0,1,2,3 - three,4,5,6,7 - seven,8,9", True), ("T-shirt/top,1,2,3,4,5,6,7,8,9", False),
+    ],
+)  # fmt: skip
+def test_accuracy_needs_the_same_classes(extractor, real, names, known):
+    """Those of the classifier, as MNIST writes them, too; a reference without classes says nothing against them."""
+    data = datasets.build("digits", None, {})
+    like_ours = replace(real, class_names=tuple(names.split("," if "," in names else None)))
+    c = Comparison(extractor, feature_set(data.images[:100], extractor), like_ours, data.labels[:100].numpy())
+    assert list(metrics.evaluate(c, ["accuracy"])) == ["accuracy"] * known
 
 
 def test_merging_processes_changes_nothing(extractor):
@@ -243,17 +259,6 @@ def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
     assert "NFE,NFE_std,forwards,forwards_std" in (tmp_path / "results.csv").read_text()
 
 
-def test_truncated_results_are_read(tmp_path):
-    """Results that a crash cut off are read up to that line."""
-    row = {"weights": "a", "n": 9, "identity": {}, "metrics": {}, "seconds": 1.0, "requested": ["fid"]}
-    table.append_row(tmp_path, row)
-    with open(tmp_path / "results.jsonl", "a") as file:
-        file.write('{"weights": "b", "met')
-    assert [r["weights"] for r in table.read_rows(tmp_path)] == ["a"]
-    assert table.contains(tmp_path, row)
-    assert not table.contains(tmp_path, {**row, "requested": ["fid", "kid"]})
-
-
 def test_table_shows_intervals(tmp_path):
     """Of one range its own, of two that of their mean; none where a range does not know its error."""
     common = {
@@ -281,6 +286,23 @@ def test_table_shows_intervals(tmp_path):
     assert "3.00 ± 0.98 |" in text and "4.00 ± 0.49 (sd 1.41) |" in text and text.endswith(table.NOTE)
     with open(tmp_path / "results.csv", newline="") as file:
         assert [line["FID_interval"][:4] for line in csv.DictReader(file)] == ["0.98", "0.49", ""]
+
+
+def test_a_table_takes_the_place_of_the_one_before(tmp_path):
+    """Whole: who reads while it is written reads the one before to its end."""
+    row = {"weights": "a", "n": 9, "identity": {}, "seconds": 1.0, "requested": ["fid"]}
+    rows = [{**row, "first": 9 * k, "metrics": {"FID": 3.0, "FID[3]": 1.0}} for k in range(2)]
+    text = table.write(tmp_path, rows)
+    names = ["per_class.md", "results.csv", "results.md"]
+    before = [(tmp_path / name).read_text() for name in names]
+    assert text == f"{before[2]}\n{before[0]}"[:-1]
+    with ExitStack() as stack:
+        readers = [stack.enter_context(open(tmp_path / name)) for name in names]
+        table.write(tmp_path, rows[:1])
+        assert [reader.read() for reader in readers] == before
+    after = [(tmp_path / name).read_text() for name in names]
+    assert all(a != b for a, b in zip(after, before, strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
@@ -375,7 +397,7 @@ def test_inception_768_gives_a_number_on_cifar10(tmp_path, real_data):
         "fid", "--no_control", f"data.root={tmp_path}", timeout=600, FLOW_NUM_THREADS="2",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    ours = json.loads((a / "evaluation" / "results.jsonl").read_text())["metrics"]["FD-inception-768"]
+    ours = json.loads((tmp_path / "0_evaluation/results.jsonl").read_text())["metrics"]["FD-inception-768"]
     theirs = torch_fidelity.calculate_metrics(
         input1=str(a), input2=str(b), cuda=False, fid=True, feature_layer_fid="768", verbose=False, cache=False,
         feature_extractor_weights_path=str(weights),
@@ -484,6 +506,29 @@ def test_balanced_folder_is_warned_about(here, tmp_path, tiny_run):
     here("sample", "--weights", tiny_run, "--n_samples", 66, "--sampling_steps", 1, "--save_dir", tmp_path / "samples")
     command = ["evaluate", "--samples", tmp_path / "samples", "--reference", "digits", "--feature_extractor", "digits"]
     assert "take turns over the classes, which are not equally frequent" in here(*command, f"data.root={tmp_path}")
+
+
+def test_labels_follow_the_number_of_an_image(here, error, tmp_path):
+    """Which is its name: a sample.py that was interrupted leaves gaps. The table of its folder lies in it."""
+    data, folder = datasets.build("digits", None, {}), tmp_path / "samples"
+    in_turn = torch.stack([data.images[data.labels == label][:7] for label in range(10)], dim=1).flatten(0, 1)
+    write_folder(folder / "images", in_turn)
+    (folder / "sampling.json").write_text('{"image_shape": [1, 8, 8], "labels": null, "num_classes": 10}')
+    (folder / "images/0003.png").unlink()
+    command = ["evaluate", "--samples", folder, "--reference", "digits", "--feature_extractor", "digits", "--no_control"]
+    command += ["--metrics", "accuracy", f"data.root={tmp_path}"]
+    here(*command)
+    (row,) = table.read_rows(folder / "evaluation")
+    assert row["n"] == 69 and row["metrics"]["accuracy"] > 0.9
+    (folder / "images/0004.png").rename(folder / "images/four.png")
+    assert f"--samples {folder}: not a file of sample.py" in error(*command)
+
+
+def test_points_are_no_folder_of_images(here, error, points_flow, tmp_path):
+    folder = tmp_path / "samples"
+    here("sample", "--weights", points_flow("moons", 1), "--n_samples", 2, "--sampling_steps", 1, "--save_dir", folder)
+    line = error("evaluate", "--samples", folder, "--reference", "toys:moons")
+    assert f"--samples {folder}: sampling.json cannot be used: it is of points" in line and "with --weights" in line
 
 
 # ---- metrics in blocks, and what is no number
@@ -628,6 +673,19 @@ def test_real_row_without_splits(evaluated, extractor):
     expected = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
     assert control["metrics"]["FD-digits"] == pytest.approx(expected, rel=1e-6)
     assert control["metrics"]["accuracy"] > 0.95
+
+
+def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run):
+    """Of real images: the folder of the held-out ones may be made anew."""
+    for name in ("train", "test"):
+        here("pack_images", "--source", "digits", "--split", name, "--save_dir", tmp_path / name)
+    command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--metrics", "fid", "--sampling_steps", 1]
+    command += ["--n_samples", 8, f"data.root={tmp_path}", "--out", tmp_path / "out", "data.name=packed"]
+    for name in ("test", "train", "test"):
+        here(*command, f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / name}}}")
+    rows = table.read_rows(tmp_path / "out")
+    assert [row["weights"] for row in rows] == ["real (held-out images)", "tiny@4", "real (held-out images)"]
+    assert rows[0]["metrics"] != rows[2]["metrics"]
 
 
 def test_choice_by_frequency():

@@ -1,7 +1,5 @@
 """Copies of training images are found, new images of the same kind are not."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -60,17 +58,26 @@ def test_command(here, tmp_path, tiny_run, monkeypatch):
 
 
 def test_a_folder_of_training_images_is_copied(here, tmp_path):
-    """With -c, which names the training set; without it the column stays empty."""
+    """With -c, which names the training set; without it the column stays empty, and can be filled later.
+
+    What is written lies beside the folder: in it, its picture would be one of the images.
+    """
+    samples, out = tmp_path / "samples", tmp_path / "samples_evaluation"
+    samples.mkdir()
     for k, image in enumerate(datasets.build("digits", None, {}).images[:70]):
-        (tmp_path / "samples").mkdir(exist_ok=True)
-        Image.fromarray(image[0].numpy()).save(tmp_path / "samples" / f"{k:03d}.png")
-    command = ["evaluate", "--samples", tmp_path / "samples", "--reference", "digits", "--feature_extractor", "digits"]
-    command += ["--metrics", "fid", "memorization", "--no_control", f"data.root={tmp_path}", "--out"]
-    assert "note: no memorization" in here(*command, tmp_path / "a")
-    here(*command, tmp_path / "b", "-c", "configs/digits.yaml")
-    a, b = (json.loads((tmp_path / name / "results.jsonl").read_text())["metrics"] for name in "ab")
-    assert "memorization" not in a and b["memorization"] == 1
-    assert (tmp_path / "b/memorization.png").exists() and not (tmp_path / "a/memorization.png").exists()
+        Image.fromarray(image[0].numpy()).save(samples / f"{k:03d}.png")
+    command = ["evaluate", "--samples", samples, "--reference", "digits", "--feature_extractor", "digits"]
+    command += ["--metrics", "fid", "memorization", "--no_control", f"data.root={tmp_path}"]
+    assert "note: no memorization" in here(*command)
+    (row,) = table.read_rows(out)
+    assert row["requested"] == ["fid"] and list(row["metrics"]) == ["FD-digits"] and not (out / "memorization.png").exists()
+    assert "note: no memorization" not in here(*command, "-c", "configs/digits.yaml")
+    assert table.read_rows(out)[-1]["metrics"]["memorization"] == 1 and (out / "memorization.png").exists()
+    before = (out / "results.jsonl").read_bytes()
+    for config in ([], ["-c", "configs/digits.yaml"]):
+        here(*command, *config)
+    assert (out / "results.jsonl").read_bytes() == before
+    assert len(list(samples.iterdir())) == 70
 
 
 def test_missing_training_set_is_named(error, tmp_path, tiny_run):

@@ -10,15 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flow.evaluation import animation, plots, table
+from flow.evaluation import animation, plots, plots_2d, table
 from flow.sampling import images
 
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
-    """Every figure that was saved."""
+    """Every figure that was to be saved."""
     saved = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: saved.append(figure))
+    monkeypatch.setattr(plots, "save", lambda path, figure, **options: saved.append(figure))
     return saved
 
 
@@ -128,6 +128,24 @@ def test_odd_distances_are_drawn(figures, tmp_path, values):
     assert ticks(figures[0].axes[0], "y")
 
 
+@pytest.mark.parametrize(
+    ("column", "values", "names"),
+    [
+        ("n", (1000, 50_000), ["euler, n = 1000", "euler, n = 50000"]),
+        ("reference", ("mnist", "mnist:test"), ["euler to mnist", "euler to mnist:test"]),
+        ("source", (None, "digits:test"), ["euler", "euler from digits:test"]),
+    ],
+)
+def test_distances_of_another_kind_are_another_line(figures, tmp_path, column, values, names):
+    """What they were measured with is named where it differs, and only there."""
+    rows = [{**entry(nfe, 3.0), column: value} for value in values for nfe in (1, 2)]
+    several, alike = plots.several_of(rows), plots.several_of(rows[2:])
+    assert list(dict.fromkeys(plots.line_name(row, several) for row in rows)) == names
+    assert {plots.line_name(row, alike) for row in rows[2:]} == {"euler"}
+    plots.distance_against_nfe(tmp_path / "nfe.png", rows)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == names
+
+
 def test_different_losses_have_panels_of_their_own(figures, tmp_path, tiny_run, here):
     run = tmp_path / "vae"
     run.mkdir()
@@ -202,6 +220,14 @@ def test_time_bar_fills_up():
     assert dark[0] < dark[1] < dark[2]
 
 
+def test_time_bar_says_where_the_flow_starts():
+    frame = np.zeros((40, 200, 3), np.uint8)
+    unnamed, noise, source = (animation.with_time_bar(frame, 0.5, *start) for start in ((), ("noise",), ("source",)))
+    assert np.array_equal(unnamed, noise)
+    (columns,) = (noise != source).any((0, 2)).nonzero()
+    assert len(columns) and columns.max() < 52  # left of the bar
+
+
 def test_distance_against_width_needs_two_widths(tmp_path):
     """Of one run with the same settings; widths with one point each are no lines against NFE."""
     keys = {"captions": None, "method": "heun", "guidance_scale": None, "NFE": 19, "forwards": 19, "n": 50}
@@ -226,3 +252,22 @@ def test_many_kinds_of_guidance_leave_nfe_plot(figures, tmp_path):
     plots.distance_against_nfe(tmp_path / "nfe.png", [*rows, {**entry(20, 1.0), "guidance_scale": 1.5}])
     (axes,) = figures[0].axes
     assert [line.get_xdata().tolist() for line in axes.lines if len(line.get_xdata()) == 2] == [[10, 20]]
+
+
+def test_gif_frames_keep_their_colours_and_their_time(tmp_path):
+    frames = [np.full((10, 10, 3), level, dtype=np.uint8) for level in (0, 100, 200)]
+    animation.write_gif(tmp_path / "a.gif", frames, seconds=0.3, hold_seconds=1.0)
+    with Image.open(tmp_path / "a.gif") as moving:
+        for i, level in enumerate((0, 100, 200)):
+            moving.seek(i)
+            assert abs(int(np.asarray(moving.convert("L")).mean()) - level) < 3
+            assert moving.info["duration"] == (1100 if i == 2 else 100)
+
+
+def test_the_density_map_is_where_the_points_are():
+    _, (ax,) = plots_2d.panels(["one"])
+    plots_2d.density(ax, np.array([[1.0, -1.0]] * 10))
+    counts = ax.images[0].get_array()
+    row, column = np.unravel_index(counts.argmax(), counts.shape)
+    at = plots_2d.grid_centers(plots_2d.BINS).reshape(plots_2d.BINS, plots_2d.BINS, 2)[row, column]
+    assert np.allclose(at, [1, -1], atol=2 * plots_2d.EXTENT / plots_2d.BINS)

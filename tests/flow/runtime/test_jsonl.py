@@ -1,6 +1,7 @@
 """results.jsonl and metrics.jsonl: whole rows or none, and every damaged line is named."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -91,3 +92,13 @@ def test_resuming_loses_no_metrics(tmp_path, odd):
     assert damaged.read_bytes() == (odd + b"\n" if odd else b"") + b'{"step": 4\n'
     log = (tmp_path / "log.txt").read_text(encoding="utf-8")
     assert ("line 2: it" in log) == bool(odd) and "line 5: it is not JSON" in log
+
+
+def test_metrics_that_are_no_numbers_are_read(tmp_path):
+    """The loss of a run that has diverged; a file without a row has none."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2, "loss": NaN}\n')
+    (row,) = read_metrics(path)
+    assert row["step"] == 2 and math.isnan(row["loss"])
+    path.write_text("")
+    assert read_metrics(path) == []

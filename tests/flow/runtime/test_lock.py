@@ -108,14 +108,15 @@ def names(folder: Path) -> set[str]:
 def test_a_folder_that_is_being_written_is_refused(name, command, error, monkeypatch, tmp_path):
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.1)
     folder = tmp_path / "out"
+    locked = tmp_path / f"{files.TEMPORARY}out" if name == "export_images" else folder  # which it renames in the end
     ask = command(name, folder)
-    with lock.folder(folder):
-        before = names(folder)
+    with lock.folder(locked):
+        before = names(locked)
         line = error(name, *ask)
-        assert names(folder) == before >= {files.LOCK}
-    holder = rf"{folder}: process {os.getpid()} on \S+ has been writing here since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d "
+        assert names(locked) == before >= {files.LOCK}
+    holder = rf"{locked}: process {os.getpid()} on \S+ has been writing here since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d "
     assert re.search(holder, line), line
-    assert not (folder / files.LOCK).exists()
+    assert not (locked / files.LOCK).exists()
 
 
 def test_concurrent_start_is_refused(main_of, error, monkeypatch, tmp_path, tiny_run):
@@ -143,6 +144,43 @@ def test_unused_folder_is_removed(tmp_path):
     with lock.folder(tmp_path / "a"):
         (tmp_path / "a" / "b").mkdir()
     assert names(tmp_path) == set() and (tmp_path / "a" / "b").is_dir()
+
+
+def test_unfinished_folder_is_renamed_or_removed(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyError), lock.unfinished(out) as new:
+        (new / "a.txt").touch()
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with lock.unfinished(out) as new:
+        (new / "a.txt").touch()
+    assert list(tmp_path.iterdir()) == []
+    with lock.unfinished(out) as new:
+        (new / "a.txt").touch()
+        files.atomic_rename_dir(new, out)
+    assert list(tmp_path.iterdir()) == [out] and names(out) == {"a.txt"}
+
+
+def test_unfinished_folder_has_one_writer(monkeypatch, tmp_path):
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.1)
+    with lock.unfinished(tmp_path / "out") as new:
+        (new / "a.txt").touch()
+        refusal = pytest.raises(schema.UserError, match=f"process {os.getpid()} on .* has been writing here since")
+        with refusal, lock.unfinished(tmp_path / "out"):
+            pass
+        assert names(new) == {"a.txt"}
+
+
+def test_unfinished_folder_of_a_killed_process(tmp_path):
+    """What it wrote is removed."""
+    with lock.unfinished(tmp_path / "out") as new:
+        pass
+    new.mkdir(parents=True)
+    for leftover in (new / "half.txt", new.parent / files.LOCK):
+        leftover.write_text("of a killed process")
+    with lock.unfinished(tmp_path / "out") as again:
+        assert again == new and names(new) == set()
+    assert names(tmp_path) == set() and not new.exists()
 
 
 def hold(folder: Path, told: Connection) -> None:
@@ -231,7 +269,7 @@ def live(module: str, arguments: list[str], log: str, patience: float) -> None:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """torture.compare without what is of the clock or of the folder's name; distances may be rounded differently."""
+    """fault_injection.compare without clocks and without the folder's name; distances may be rounded differently."""
     different = [line for line in fault_injection.compare(one, other) if not line.startswith("results.")]
     tables = [rows(folder) for folder in (one, other)]
     return different + ([] if tables[0] == tables[1] else ["results.jsonl differs"])

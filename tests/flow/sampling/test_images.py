@@ -1,10 +1,10 @@
-"""From the network to pictures: levels, PNG files, grids."""
+"""From the network to pictures: levels, PNG files, grids, points."""
 
 import numpy as np
 import pytest
 import torch
 
-from flow.sampling.images import grid, read_png, to_uint8, write_png
+from flow.sampling.images import grid, read_png, scatter_image, to_uint8, write_png
 
 
 def test_all_levels_go_to_the_network_and_back():
@@ -44,3 +44,8 @@ def test_grid(channels):
         top, left = 1 + 9 * (k // 3), 1 + 7 * (k % 3)
         assert small[:, top : top + 8, left : left + 6].eq(10 * k).all()
     assert small[:, 0].eq(128).all() and small[:, :, 0].eq(128).all()
+
+
+def test_the_picture_of_points():
+    cloud = scatter_image(torch.tensor([[0.0, 2.0], [9.0, 9.0]]), side=50)
+    assert cloud.shape == (1, 50, 50) and cloud[0, 5, 25] == 0 and cloud[0, 40].min() == 255

@@ -54,10 +54,10 @@ def test_snapshot_configuration_overrides(tmp_path):
 def test_weights_that_do_not_fit_are_named(tmp_path):
     save_snapshot(tmp_path / "a.safetensors", 3)
     loaded = snapshot.load(tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match=r"bias is absent in the file, \(2,\) in model\.name=unet"):
+    with pytest.raises(UserError, match=r"bias is absent in the file, \(2,\) in the network"):
         loaded.load_into(nn.Linear(1, 2))
     loaded.weights["weight"] = torch.zeros(3)
-    with pytest.raises(UserError, match=r"weight is \(3,\) in the file, \(2,\)"):
+    with pytest.raises(UserError, match=r"weight is \(3,\) in the file, \(2,\) in the network"):
         loaded.load_into(TwoWeights())
 
 
@@ -135,3 +135,15 @@ def test_the_hash_is_that_of_the_file_that_was_read(tmp_path):
     assert hashed_before.sha256 != files.sha256(path)
     with pytest.raises(UserError, match=r"best\.safetensors: was replaced while it was in use"):
         hashed_after.sha256  # noqa: B018
+
+
+def test_pinned_weights_stay_those_that_were_read(tmp_path):
+    """Though the run has a later snapshot by then; what the hub holds has a name of its own."""
+    run = tmp_path / "run"
+    save_snapshot(run / "snapshots/step_00000003.safetensors", 3)
+    snap = snapshot.load(run)
+    save_snapshot(run / "snapshots/step_00000004.safetensors", 4)
+    assert snapshot.load(run).step == 4
+    pinned = snapshot.pinned(str(run), snap)
+    assert pinned == str(run / "snapshots/step_00000003.safetensors") and snapshot.load(pinned).sha256 == snap.sha256
+    assert snapshot.pinned("hf:owner/name@main", snap) == "hf:owner/name@main"

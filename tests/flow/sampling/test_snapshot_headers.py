@@ -53,12 +53,23 @@ def test_foreign_autoencoder_is_not_loaded(error, tiny_run, tmp_path):
         ({"blocks_per_level: 1": "blocks_per_level: 90000"}, "asks for many more parameters than the weights have tensors"),
         ({"num_classes: 10": "num_classes: 1000000000000000000"}, "num_classes=1000000000000000000: is more than"),
         ({"width: 16": "width: 99999996"}, "width=99999996: is more than"),
-        ({"width: 16": "width: 96000"}, "do not fit the model of the configuration"),
+        ({"width: 16": "width: 96000"}, "do not fit the network (model.name, model.args)"),
     ],
 )  # fmt: skip
 def test_sizes_in_a_header_are_bounded_by_the_weights(error, tiny_run, tmp_path, replaced, message):
     path = stranger(tiny_run, tmp_path / "s.safetensors", replaced)
     assert message in error("sample", "--weights", path, "--n_samples", "2", "--save_dir", tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", ["abc", "null", "0"])
+def test_trained_guidance_is_a_number(error, tiny_run, tmp_path, value):
+    """On the command line as in the configuration of a stranger."""
+    file, loss = tmp_path / "s.safetensors", "flow_matching\n  args: {"
+    stranger(tiny_run, file, {f"{loss}}}": f"{loss}guidance_scale: {value}}}"})
+    for weights in ([file], [tiny_run, f"loss.args.guidance_scale={value}"]):
+        line = error("sample", "--weights", *weights, "--n_samples", "2", "--save_dir", tmp_path / "out")
+        assert "loss.args.guidance_scale=" in line and "must be more than 0; 1 is off" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_descent_ends_closer_and_in_order():
 
 
 def test_commands(tmp_path, tiny_run, here, error):
-    """tune_grid stores beside the snapshot, sample.py uses it and says so; other weights and half files are refused."""
+    """optimize_grid stores beside the snapshot, sample.py uses it; grids of other weights and half files are refused."""
     weights = tmp_path / "net.safetensors"
     weights.write_bytes(snapshot.find(tiny_run).read_bytes())
     tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3"]

@@ -135,6 +135,15 @@ def test_splits_of_global_batch_are_one_run(tmp_path, capsys):
     assert bound < 1e-4
 
 
+def test_shell_scripts_change_to_the_repository():
+    """The first cd of every script below scripts/ that goes up from its own folder."""
+    upwards = re.compile(r'^cd "\$\(dirname "\$0"\)/(\.\.[^"]*)"', re.M)
+    found = {path: upwards.search(path.read_text()) for path in sorted((REPOSITORY / "scripts").rglob("*.sh"))}
+    ends = {path.name: (path.parent / up[1]).resolve() for path, up in found.items() if up}
+    assert "two_hosts.sh" in ends
+    assert [name for name, folder in ends.items() if not (folder / "train.py").is_file()] == []
+
+
 @pytest.mark.slow
 def test_two_hosts_are_one(tmp_path):
     """scripts/dev/two_hosts.sh: two network namespaces; the numbers of one host; the cable cut and mended."""

@@ -133,21 +133,37 @@ def test_aim_names_the_run(here, tmp_path):
 
 
 class StopAt(Callback):
-    def __init__(self, step: int):
-        self.at = step
+    """Stops a run in one of the hooks of a step, and keeps the steps of the checkpoints."""
 
-    def on_step(self, trainer: Trainer) -> None:
-        if trainer.step == self.at:
+    def __init__(self, hook: str, step: int):
+        self.at, self.saved = (hook, step), []
+
+    def reach(self, hook: str, trainer: Trainer) -> None:
+        if (hook, trainer.step) == self.at:
             trainer.stop()
 
+    def on_step(self, trainer: Trainer) -> None:
+        self.reach("on_step", trainer)
 
-def test_stop_ends_with_checkpoint(here, tmp_path):
-    """After the current step, without an exit code; the run resumes as an uninterrupted one."""
-    config = schema.load(TINY_TRAIN[1], TINY_TRAIN[2:])
+    def on_checkpoint(self, trainer: Trainer, path) -> None:
+        self.saved.append(trainer.step)
+        self.reach("on_checkpoint", trainer)
+
+    def on_preview(self, trainer: Trainer, picture) -> None:
+        self.reach("on_preview", trainer)
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "saved"), [("on_step", 3, [2, 3]), ("on_checkpoint", 2, [2]), ("on_preview", 3, [2, 3])]
+)
+def test_stop_ends_with_checkpoint(here, tmp_path, hook, step, saved):
+    """One of the current step, whatever hook it comes from, without an exit code; the run resumes as an uninterrupted one."""
+    config = schema.load(TINY_TRAIN[1], [*TINY_TRAIN[2:], "train.sample_every_steps=3"])
     accelerator = distributed.build_training_accelerator(config.train, tmp_path / "run")
-    trainer = Trainer(FlowTask(config, accelerator), config, tmp_path / "run", accelerator, callbacks=[StopAt(3)])
+    callback = StopAt(hook, step)
+    trainer = Trainer(FlowTask(config, accelerator), config, tmp_path / "run", accelerator, callbacks=[callback])
     trainer.fit()
-    assert trainer.step == 3 and not trainer.finished
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == "step_00000003"
+    assert trainer.step == step and not trainer.finished and callback.saved == saved
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == f"step_{step:08d}"
     here("train", "-e", tmp_path / "run", "-r", "latest")
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 4
