@@ -77,7 +77,7 @@ def main() -> None:
         folder = args.save_dir / "images"
         if accelerator.is_main_process:
             shape, precision = snap.decoded_shape, accelerator.mixed_precision
-            output.check_output_dir(args.save_dir, digest, shape, settings, net.num_classes, precision, args.bspp)
+            output.check_output_dir(args.save_dir, digest, shape, settings, net.num_classes, precision, args.bspp, snap.config)
             if not snap.space.is_points:
                 folder.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
@@ -97,7 +97,7 @@ def main() -> None:
         nfe, forwards = output.write_images(*work, folder)
         if accelerator.is_main_process:
             write_summary(args, snap, settings, net.num_classes)
-            cost = f"NFE {nfe} ({forwards} network evaluations) per image" if nfe else "none of them new"
+            cost = f"NFE {nfe} ({forwards} network calls) per image" if nfe else "none of them new"
             result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
             animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
             flags = cli.condition_flags(args.guidance_scale, args.prompts) + cli.guidance_flags(args) + cli.source_flags(args)

@@ -9,7 +9,7 @@ from configs.schema import UserError, check, check_limits, limited
 @dataclass
 class PairsConfig:
     n_pairs: int = limited(20_000, min=1)  # (noise, image) pairs; `minutes` replaces it
-    sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS
+    sampling_method: str = "heun"  # a solver of docs/solvers.md
     sampling_steps: int = limited(8, min=1)  # steps of its solver
     guidance_scale: float = limited(1.0, min=0)  # 1: off
     real_fraction: float = limited(0.0, fraction=True)  # share of the pairs whose image is real

@@ -51,7 +51,7 @@ def limited(default: Any, **limits: Any) -> Any:
 
 @dataclass
 class DataConfig:
-    name: str = "digits"  # a key of datasets.DATASETS
+    name: str = "digits"  # digits, mnist, fashion_mnist, cifar10, folder, packed, toys; from scripts: pairs, latents
     root: str | None = None  # folder that holds the data sets; null: $FLOW_DATA, else ./data
     args: dict[str, Any] = field(default_factory=dict)  # arguments of the data set
     horizontal_flip: bool = False  # mirror each training image with probability 1/2
@@ -61,7 +61,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = "unet"  # a key of models.MODELS
+    name: str = "unet"  # unet (ADM's U-Net), mini_unet (small images: two resolutions, additive skips), dit (DiT), mlp (points)
     args: dict[str, Any] = field(
         default_factory=dict
     )  # of the network; num_classes (N, null, auto for folder and packed): labels; max_prompt_bytes: prompts; data_std: scaling
@@ -69,25 +69,25 @@ class ModelConfig:
 
 @dataclass
 class SourceConfig:
-    name: str = "gaussian"  # gaussian, or a key of datasets.DATASETS whose samples the flow transfers; data.root holds it
+    name: str = "gaussian"  # gaussian, or a data set (as data.name) whose samples the flow transfers; data.root holds it
     args: dict[str, Any] = field(default_factory=dict)  # arguments of that data set
 
 
 @dataclass
 class FlowConfig:
-    path: str = "linear"  # a key of flow.path.PATHS
+    path: str = "linear"  # linear (rectified flow), cosine (sine and cosine of t), vp (DDPM's linear beta)
     prediction: str = limited("velocity", choices=PREDICTIONS)  # the network's prediction: velocity | data | noise
     source: SourceConfig = field(default_factory=SourceConfig)
     coupling: str = limited("independent", choices=COUPLINGS)  # independent | ot | paired (needs data.name=pairs)
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
-    time_sampler: str = "uniform"  # a key of flow.time_samplers.TIME_SAMPLERS: distribution of t in training
+    time_sampler: str = "uniform"  # of t: uniform, logit_normal (middle), u_shaped (ends), exponential (noise), edm_skewed
     time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the time sampler
     label_dropout: float = limited(0.1, fraction=True)  # probability that a label or prompt becomes the null one, for guidance
 
 
 @dataclass
 class LossConfig:
-    name: str = "flow_matching"  # a key of flow.losses.LOSSES
+    name: str = "flow_matching"  # flow_matching, distillation, mean_flow, alpha_flow, trajectory; see docs/few_steps.md
     args: dict[str, Any] = field(default_factory=dict)  # arguments of the loss, among them the distance
 
 
@@ -144,7 +144,7 @@ class TrainConfig:
 @dataclass
 class PreviewConfig:
     n_samples: int = limited(64, min=1)  # images of the preview grid
-    sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS
+    sampling_method: str = "heun"  # a solver of docs/solvers.md
     sampling_steps: int = limited(18, min=1)  # steps of its solver
     guidance_scale: float = limited(1.0, min=0)  # 1: off
     seed: int = limited(8888, min=0)  # of its noise
@@ -153,9 +153,9 @@ class PreviewConfig:
 @dataclass
 class EvaluateConfig:
     every_steps: int = limited(0, min=0)  # steps between evaluations (row and checkpoint), plus one at the end; 0: never
-    metrics: list[str] = field(default_factory=lambda: ["fid", "isc", "accuracy"])  # keys of flow.evaluation.metrics.METRICS
+    metrics: list[str] = field(default_factory=lambda: ["fid", "isc", "accuracy"])  # as --metrics; see docs/evaluation.md
     n_samples: int = limited(10_000, min=2)  # images of a row
-    sampling_method: str = "heun"  # a key of flow.solvers.SOLVERS
+    sampling_method: str = "heun"  # a solver of docs/solvers.md
     sampling_steps: int = limited(18, min=1)  # steps of its solver
     guidance_scale: float = limited(1.0, min=0)  # 1: off
     seed: int = limited(8888, min=0)  # of its noise

@@ -122,9 +122,12 @@ def named_split(text: str) -> tuple[str, dict[str, Any]] | None:
 
 def held_out(source: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """(what they are called, their source) of real data that are not in `source` {"name": ..., "root": ..., "args": ...}: the
-    other split, the folder `held_out` of packed images, or for toys points of another seed. None where there are none."""
+    other split, the folder `held_out` of packed images, or for toys points of another seed. None where there are none.
+
+    Raises ValueError for a seed that is no number, as in the header of a stranger's snapshot.
+    """
     name, args = source["name"], source["args"]
-    if name == "digits" and (other := {"train": "test", "test": "train"}.get(args.get("split", "all"))):
+    if name == "digits" and (other := {"train": "test", "test": "train"}.get(str(args.get("split", "all")))):
         return f"{other} split", {**source, "args": {**args, "split": other}}
     if has_test_split(name):
         train = bool(args.get("train", True))
@@ -132,7 +135,10 @@ def held_out(source: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     if name == "packed" and args.get("held_out"):
         return "held-out images", {**source, "args": {"path": args["held_out"]}}
     if name == "toys":
-        return "new points", {**source, "args": {**args, "seed": args.get("seed", 0) + 1}}
+        seed = args.get("seed", 0)
+        if not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r}: must be a whole number")
+        return "new points", {**source, "args": {**args, "seed": seed + 1}}
     return None
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from datasets.images import FORMATS, Images
 
 UNIFORMS_PER_POINT = 4  # uniform numbers that a point is made from
+MAX_POINTS = 10_000_000  # 320 MB of uniform numbers: a snapshot's header may name any number
 SIDE = 4.0  # of the square
 
 
@@ -28,12 +29,12 @@ class PointSet(Images):
 
 def toys(root: Path, name: str, n: int = 100_000, seed: int = 0, path: str | None = None) -> PointSet:
     """n points of the set `name`, a key of TOYS; "image" takes a black-and-white picture at `path` (below `root` or as it is),
-    whose darkness is the density. Raises ValueError for an unknown name, n < 1 and a picture without a dark pixel.
+    whose darkness is the density. Raises ValueError for an unknown name, n out of range and a picture without a dark pixel.
     """
     if name not in TOYS:
         raise ValueError(f"unknown 2-D data set {name!r}; choose from {', '.join(TOYS)}")
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"n={n}: must be a whole number of at least 1")
+    if not isinstance(n, int) or not 1 <= n <= MAX_POINTS:
+        raise ValueError(f"n={n}: must be a whole number from 1 to {MAX_POINTS:,}")
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed}: must be a whole number from 0 to 2^64 - 1")
     if (name == "image") != (path is not None):

@@ -1,4 +1,4 @@
-"""Label dropout in training, classifier-free guidance in sampling."""
+"""Label dropout in training; classifier-free guidance, autoguidance and guidance intervals in sampling."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, p
     The choice is a function of (seed, step, row).
     """
     u = generator("label dropout", seed, step).random(batch_size)[rows]
-    dropped = torch.from_numpy(u < probability).to(y.device)
+    dropped = torch.from_numpy(u < probability).to(y.device, non_blocking=y.is_cuda)
     return torch.where(dropped.view(-1, *[1] * (y.dim() - 1)), null, y)
 
 

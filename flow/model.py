@@ -1,4 +1,4 @@
-"""A network with what has to be known to make velocities of it."""
+"""A network with the data needed to turn its predictions into velocities."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Network(Protocol):
 
 @dataclass
 class FlowModel:
-    """A network and what has to be known to make velocities of it."""
+    """A network and the data needed to turn its predictions into velocities."""
 
     net: Network
     path: Path  # of its training

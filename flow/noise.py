@@ -1,4 +1,4 @@
-"""Random numbers as a function of a key: nothing random is carried in a state.
+"""Random numbers as a function of a key; no random state is kept.
 
 Every draw of the project comes from `generator(purpose, seed, position)`. Resuming a run, or sampling image 41,017
 alone, needs only the key. The bit generator is Philox, a counter-based generator (Salmon et al. 2011, "Parallel random

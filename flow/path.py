@@ -1,7 +1,7 @@
-"""Probability paths between the prior (t = 0) and the data (t = 1), and what a network may predict along them.
+"""Probability paths between the noise (t = 0) and the data (t = 1), and what a network may predict along them.
 
-Every path here is x_t = alpha(t) x1 + sigma(t) x0. Up to a change of time and of scale they are all the linear path: with
-r = alpha / (alpha + sigma), the point x_t / (alpha + sigma) lies at r x1 + (1 - r) x0. Solvers therefore work on the
+Every path here is x_t = alpha(t) x1 + sigma(t) x0. Up to a change of time and of scale all are equivalent to the linear path:
+with r = alpha / (alpha + sigma), the point x_t / (alpha + sigma) lies at r x1 + (1 - r) x0. Solvers therefore work on the
 linear path alone (`flow/guidance.py` takes a network of any path there), where the velocity x1 - x0 has no poles.
 """
 

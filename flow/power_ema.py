@@ -1,12 +1,12 @@
 """Power-function averages of the weights, and how averages of other widths follow from stored ones (post-hoc EMA).
 
 Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (arXiv:2312.02696), section 3. The
-average at time t weighs the weights theta(tau) of the training by the profile
+average at time t weights the parameters theta(tau) of the training by the profile
 
     p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1),   0 <= tau <= t.
 
 Its width is its relative standard deviation sigma_rel, the standard deviation of tau under p divided by t. The average is
-linear in the profile: where a sum of stored profiles is close to the one that is sought, the same sum of the stored averages is
+linear in the profile: where a sum of stored profiles is close to the target profile, the same sum of the stored averages is
 close to its average. Times are optimizer updates here; only their ratios matter.
 """
 
@@ -48,8 +48,8 @@ def gamma_of(width: float) -> float:
 def share(width: float, t: int) -> float:
     """1 - beta_t: how far the average moves towards the weights after update number t >= 1, 1 - (1 - 1/t)^(gamma + 1).
 
-    The average then weighs the weights after update i by the integral of the profile from i - 1 to i. The first update replaces
-    the average, so that the random start is no part of it.
+    The average then weights the parameters after update i by the integral of the profile from i - 1 to i. The first update
+    replaces the average, so that the random start is no part of it.
     """
     return 1 - (1 - 1 / t) ** (gamma_of(width) + 1)
 

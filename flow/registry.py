@@ -1,4 +1,4 @@
-"""Choices by name: a registry is a dict of functions, and a configuration names one with its arguments."""
+"""Registries: functions by name, chosen by a configuration with their arguments."""
 
 import inspect
 import sys

@@ -1,7 +1,7 @@
 """Restoration of degraded images by a trained flow, without training: linear degradations and PnP-Flow.
 
 A degradation is y = A x + noise. Each operator below has A, its adjoint A^T with <A x, y> = <x, A^T y>, and |A|^2, the largest
-eigenvalue of A^T A. `restore` finds an x that fits y and that the flow holds for likely.
+eigenvalue of A^T A. `restore` finds an x that fits y and that has high probability under the flow.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Where a flow starts at t = 0: Gaussian noise, or the samples of a data set, which it transfers."""
+"""The source distribution at t = 0: Gaussian noise or the samples of a data set."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

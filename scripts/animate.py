@@ -107,7 +107,10 @@ def main() -> None:
             raise ValueError("--weights: a flow of points with labels has a field for each of them; train one without")
     if plane and "likelihood" in args.figures and model.source.name != GAUSSIAN:
         args.figures = [name for name in args.figures if name != "likelihood"]
-        print(f"note: no likelihood.png: the density of flow.source.name={model.source.name} is not known")
+        reason = f"the density of flow.source.name={model.source.name} is not known"
+        if not args.figures:
+            raise UserError(f"--figures likelihood: {reason}; choose flow or density")
+        print(f"note: no likelihood.png: {reason}")
     out = args.out or folder_of_grids(args.weights)
     for network in model.networks:
         distributed.prepare_model(network, accelerator)

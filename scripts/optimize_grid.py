@@ -128,7 +128,7 @@ def tune(
         print(cli.summary(result, args.start, f"search longer with: {longer}"))
         return
     flags = cli.condition_flags(args.guidance_scale, args.prompts)
-    sample = cli.sample_command(args.weights, f"{snapshot.name_of(args.weights)}_optimized", *example, *flags, *args.overrides)
+    sample = cli.sample_command(snap.path, f"{snapshot.name_of(args.weights)}_optimized", *example, *flags, *args.overrides)
     print(cli.summary(result, args.start, f"use one with: {sample}"))
 
 

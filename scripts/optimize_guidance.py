@@ -76,7 +76,7 @@ def parse_args():
 @cache
 def title_of(weights: str) -> str:
     """What a table calls the snapshot behind --guide_weights."""
-    return snapshot.load(weights).title(weights)
+    return guide.name_of(snapshot.load(weights), weights)
 
 
 def interval(text: str) -> tuple[float, float]:
@@ -114,7 +114,7 @@ def main() -> None:
         plots.distance_against_scale(args.out / "guidance.png", curves(results), floors)
     best = left[0]
     reached = results[best]["metrics"][distance]
-    value = f"{distance} {reached.mean:.2f} ± {reached.interval:.2f}"
+    value = f"{distance} {table.cell(distance, reached)}"
     flags = [
         *best.flags,
         *cli.condition_flags(prompts=prompts and prompts[:8]),
@@ -170,16 +170,21 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
     solver = args.sampling_method, None if args.sampling_method in ADAPTIVE else args.sampling_steps
     results, floors = {}, []
     for row in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
-        if row["n"] != n or row["identity"]["extractor"][0] != args.feature_extractor:
+        if row["n"] > n or row["identity"]["extractor"][0] != args.feature_extractor:
             continue
         [entry] = table.aggregate([row])
         scale = row["guidance_scale"]
         key = (1.0 if scale is None else scale, row.get("guidance_interval"), row.get("guide"))
         if table.is_control(entry):
             floors.append(entry)
-        elif own.items() <= row["identity"].items() and (row["method"], row["steps"]) == solver and key in by_columns:
+        elif (
+            row["n"] == n
+            and own.items() <= row["identity"].items()
+            and key in by_columns
+            and (row["method"], row["steps"]) == solver
+        ):
             results[by_columns[key]] = {**entry, "guidance_scale": key[0]}
-    return results, floors
+    return results, [e for e in floors if e["n"] == max(other["n"] for other in floors)]  # fewer where there are no more
 
 
 def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str | None]:

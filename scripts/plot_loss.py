@@ -51,7 +51,7 @@ def main() -> None:
             raise UserError(f"--runs {run}: holds no row of metrics.jsonl; give the folder of a run that has logged")
         if len(x) < len(rows):
             print(f"{file}: {len(rows) - len(x)} of {len(rows)} rows have no loss or no {args.against}")
-        label = run.name if run.name not in labels else str(run)
+        label = run.resolve().name if run.resolve().name not in labels else str(run)
         labels.add(label)
         training_name, validation_name = loss_names(run / "config.yaml")
         losses.setdefault(training_name, {})[label] = x, values

@@ -10,7 +10,7 @@ from flow.runtime.errors import cli_main
 from flow.runtime.subprocesses import command, run_command, train_arguments
 
 RUN = Path("runs/digits")
-SAMPLES = Path("samples/digits")
+SAMPLES = Path("samples/quickstart")
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from flow import solvers
 from flow.evaluation import plots, table
 from flow.runtime import cli, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, snapshot
+from flow.sampling import grid_store, hub, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
 from flow.solvers import FIXED_GRID, time_grids
@@ -60,6 +60,8 @@ def main() -> None:
     if args.t_end == 0 or (args.num_fid_images and args.t_end != 1):
         raise UserError(f"--t_end {args.t_end:g}: must be greater than 0, and 1 with --num_fid_images")
     snap = snapshot.load(args.weights, None, args.overrides)
+    if args.num_fid_images and snap.space.is_points:
+        raise UserError(f"--num_fid_images {args.num_fid_images}: is for images, and these weights are a flow of points")
     base = SamplerSettings(
         guidance_scale=args.guidance_scale, seed=args.seed, prompts=tuple(args.prompts) if args.prompts else None
     )
@@ -100,10 +102,14 @@ def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: Sampler
         )
     print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}")
     flags = cli.condition_flags(args.guidance_scale, args.prompts)
-    fit = ["-m", "scripts.optimize_grid", "--weights", args.weights, *flags, *args.overrides]
+    step = "fit the times of few steps"
+    following = ["-m", "scripts.optimize_grid", "--weights", args.weights, *flags, *args.overrides]
+    if hub.is_reference(args.weights):  # grids lie beside the weights
+        step = "copy the weights"
+        following = ["-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights), "--dtype", "fp32"]
     names = "study.md study.csv study.png" + (" fd.png" if args.num_fid_images else "")
     result = f"{names} in {args.out}"
-    print(cli.summary(result, args.start, f"fit the times of few steps with: {subprocesses.command(*fit)}"))
+    print(cli.summary(result, args.start, f"{step} with: {subprocesses.command(*following)}"))
 
 
 @torch.inference_mode()

@@ -15,11 +15,10 @@ BAR_HEIGHT = 32  # pixels of the bar of time
 
 
 def figure_to_array(figure: Figure) -> np.ndarray:
-    """The figure as pixels, uint8 [H, W, 3]; sides even, as video coders want them."""
+    """The figure as pixels, uint8 [H, W, 3]."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]
-    return pixels[: pixels.shape[0] // 2 * 2, : pixels.shape[1] // 2 * 2].copy()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()
 
 
 def with_time_bar(frame: np.ndarray, t: float, start: str = "noise") -> np.ndarray:
@@ -64,7 +63,7 @@ def write_gif(path: Path, frames: list[np.ndarray], seconds: float, hold_seconds
 
 def write_mp4(path: Path, frames: list[np.ndarray], seconds: float) -> None:
     """The same as a video, by ffmpeg."""
-    height, width = frames[0].shape[:2]
+    height, width = (side // 2 * 2 for side in frames[0].shape[:2])  # even, as video coders want them
     command = ["ffmpeg", "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", f"{len(frames) / seconds:g}", "-i", "-", "-pix_fmt", "yuv420p", str(path)]
-    subprocess.run(command, input=b"".join(frame.tobytes() for frame in frames), check=True)
+    subprocess.run(command, input=b"".join(frame[:height, :width].tobytes() for frame in frames), check=True)

@@ -190,7 +190,7 @@ def _distance_lines(axes: Axes, lines: dict[str, list[dict]], key: str, name: st
         values = [e["metrics"][name] for e in line]
         bars = [next((bar for bar in (value.interval, value.std) if bar > 0), 0) for value in values]
         x, means = [e[key] for e in line], [value.mean for value in values]
-        axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=label, **_look(i))
+        axes.errorbar(x, means, yerr=bars if any(bars) else None, capsize=3, label=_shown(label), **_look(i))
 
 
 def _floors(axes: Axes, entries: list[dict], name: str) -> None:
@@ -215,7 +215,7 @@ def distance_in_training(
             [mean - min(values) for mean, (_, values) in zip(means, points, strict=True)],
             [max(values) - mean for mean, (_, values) in zip(means, points, strict=True)],
         ]
-        axes.errorbar([spent for spent, _ in points], means, yerr=bars, capsize=3, label=name, **_look(i))
+        axes.errorbar([spent for spent, _ in points], means, yerr=bars, capsize=3, label=_shown(name), **_look(i))
     for floor in floors:
         axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="real images")
     _value_scale(axes)
@@ -236,7 +236,7 @@ def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> Non
     figure, axes = _figure(len(lines))
     for i, (name, line) in enumerate(lines.items()):
         line.sort(key=lambda row: row[cost])
-        axes.plot([row[cost] for row in line], [row[key] for row in line], label=name, linewidth=1, **_look(i))
+        axes.plot([row[cost] for row in line], [row[key] for row in line], label=_shown(name), linewidth=1, **_look(i))
     _cost_scale(axes, title, [row[cost] for row in rows])
     _value_scale(axes)
     axes.set_ylabel(label)
@@ -260,6 +260,11 @@ def _figure(lines: int) -> tuple[Figure, Axes]:
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+
+
+def _shown(name: str) -> str:
+    """The name as a legend shows it: matplotlib leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _look(i: int) -> dict[str, Any]:
@@ -341,7 +346,7 @@ def loss_curves(
             width, dashes = (1, "--") if label in validation else (smooth, "-")
             means = [sum(window := values[max(0, k + 1 - width) : k + 1]) / len(window) for k in range(len(values))]
             color, marker = COLORS[i % len(COLORS)], "o" if len(x) == 1 else None
-            axes.plot(x, means, dashes, label=label, color=color, linewidth=1.2, marker=marker)
+            axes.plot(x, means, dashes, label=_shown(label), color=color, linewidth=1.2, marker=marker)
             i += 1
         _value_scale(axes)
         _count_scale(axes, "optimizer steps" if against == "step" else "training images")

@@ -298,6 +298,7 @@ def cell(name: str, value: Statistic) -> str:
 
 def markdown(lines: list[list[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal; text to the left, numbers to the right."""
+    lines = [[text.replace("|", r"\|") for text in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     numeric = [all(re.fullmatch(r"[-+\de.±/ ()sd]*|nan", line[i]) for line in lines[1:]) for i in range(len(widths))]
     rule = ["-" * (w - 1) + (":" if right else "-") for w, right in zip(widths, numeric, strict=True)]

@@ -127,6 +127,7 @@ def prepare_model(net: nn.Module, accelerator: Accelerator, compiled: bool = Fal
     but slower in bf16, whose group norm loses more than the convolutions gain (docs/performance.md).
     """
     side_by_side = accelerator.device.type == "cuda" or accelerator.mixed_precision == "no"
+    side_by_side = side_by_side and not accelerator.is_fsdp2  # which shards contiguous weights only
     net.to(accelerator.device).to(memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
     if compiled:
         net.compile()

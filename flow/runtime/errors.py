@@ -70,6 +70,8 @@ def _report(error: Exception) -> tuple[str, int]:
         return printable(str(error)), 2
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return "out of memory; use a smaller batch, or for training more of train.gradient_accumulation_steps", 2
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return f"{first_line(error).rstrip('. ')}; fewer data.num_workers need less memory; resume a training with -r latest", 1
     connected = dist.is_available() and dist.is_initialized()
     if connected and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or _CONNECTION.search(str(error))):
         reason = re.sub(r"^\[[^]]*\] ", "", first_line(error)).partition(". This ")[0]  # without gloo's source line and advice

@@ -176,7 +176,7 @@ def mean_straightness_deviation(
 
 def increments(seed: int, indices: range, image_shape: tuple[int, ...], like: Tensor, step: int) -> Tensor:
     """Standard normal increments [b, C, H, W] of a step of an SDE, as `like`; a function of (seed, image, step)."""
-    return gaussian_noise(f"increment {step}", seed, indices, image_shape).to(like, non_blocking=True)
+    return distributed.to_device(gaussian_noise(f"increment {step}", seed, indices, image_shape), like.device).to(like.dtype)
 
 
 def build_velocity(model: FlowModel, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> GuidedVelocity:
@@ -185,14 +185,14 @@ def build_velocity(model: FlowModel, indices: Sequence[int], settings: SamplerSe
     y = labels_for(indices, settings, net.num_classes) if net.num_classes is not None else None
     if net.max_prompt_bytes and settings.prompts:
         y = net.encode([settings.prompts[k % len(settings.prompts)] for k in indices])
-    y = y.to(device, non_blocking=True) if y is not None else None
+    y = distributed.to_device(y, device) if y is not None else None
     guide = build_velocity(model.guide, indices, replace(settings, guidance_scale=1.0), device) if model.guide else None
     return GuidedVelocity(model, y, net.null, settings.guidance_scale, settings.guidance_interval, guide)
 
 
 def to_solver_dtype(x: Tensor, device: torch.device) -> Tensor:
     """x on the device in the precision that solvers work in: float64 where the device has it."""
-    x = x.to(device, non_blocking=True)
+    x = distributed.to_device(x, device)
     return x.float() if device.type == "mps" else x.double()
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from configs.schema import MAX_EMA_WIDTH, Config
-from configs.stored import first_line
+from configs.stored import first_line, unwritable
 
 KEYS = {"config", "image_shape", "step", "images", "half_life_images"}
 MAX_NUMBERS = 2**26  # of an image: 3 x 4,700 x 4,700
@@ -36,6 +36,8 @@ def read(metadata: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[int, int, 
     class_names = _json("class_names", metadata.get("class_names", "[]"))
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise ValueError("class_names: must be a list of names")
+    if next(unwritable({"class_names": class_names}), None):
+        raise ValueError("class_names: hold a character that no text can have")
     return image_shape, (counts[0], counts[1], counts[2]), codec, tuple(class_names)
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from configs.schema import Config
 from flow.model import FlowModel
 from flow.runtime import distributed, files
 from flow.runtime.errors import error_context
@@ -27,9 +28,13 @@ GRID_IMAGES = 100  # at most
 
 def check_output_dir(
     folder: Path, digest: str, image_shape: tuple[int, ...], settings: SamplerSettings, num_classes: int | None,
-    mixed_precision: str, batch_size: int,
+    mixed_precision: str, batch_size: int, config: Config,
 ) -> None:  # fmt: skip
-    """Write sampling.json, or check that the existing one is of the same images. digest: of the weights.
+    """Write sampling.json, or check that the existing one is of the same images.
+
+    Args:
+        digest: of the weights.
+        config: theirs, with what the command line has changed.
 
     Raises:
         UserError: for a folder of another run.
@@ -42,12 +47,20 @@ def check_output_dir(
         "image_shape": image_shape,
         **({"bspp": batch_size} if settings.method in HAS_TOLERANCES else {}),
     }
+    flow, model = config.flow, config.model
+    network = {
+        "flow": {"path": flow.path, "prediction": flow.prediction, "source": dataclasses.asdict(flow.source)},
+        "model": dataclasses.asdict(model),
+    }
     path, existing = folder / "sampling.json", None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
-    recorded = None if existing is None else [existing]
-    check_same_settings(folder, recorded, json.loads(json.dumps(record)), "images", "sample.py")
+    record = json.loads(json.dumps(record | network))
+    recorded = (
+        None if existing is None else [{"flow": record["flow"], "model": record["model"], **existing}]
+    )  # of older folders
+    check_same_settings(folder, recorded, record, "images", "sample.py")
     if existing is None:
         files.write_text(path, json.dumps(record, indent=1))
 

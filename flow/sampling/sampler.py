@@ -166,6 +166,11 @@ class Sampler:
         each element of x1. Raises ValueError where the source is not Gaussian noise, whose density is known.
         """
         likelihood.check_source(self.model.source)
+        if not x1.is_floating_point() or tuple(x1.shape[1:]) != self.shape:
+            raise ValueError(
+                f"x1 of {x1.dtype} and shape {tuple(x1.shape)}: must be floats as the network sees them, [b, *{self.shape}]; "
+                "flow.likelihood.dequantize makes them of pixels"
+            )
         x = to_solver_dtype(x1, self.device)
         eps = None
         if hutchinson_samples is not None:

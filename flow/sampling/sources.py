@@ -65,7 +65,8 @@ def attach(
         UserError: for what is neither, for samples of another shape, and for a --source where the flow starts at noise.
     """
     if text is not None:
-        replace_by(model, text, root, shape)
+        named: str = text
+        distributed.main_process_first(accelerator, lambda: replace_by(model, named, root, shape))
     own = model.source
     if isinstance(own, DataSource):
         with error_context("flow.source"):

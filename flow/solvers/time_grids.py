@@ -1,4 +1,4 @@
-"""Time grids: the N + 1 times of an N-step solution, from t = 0 (prior) to t = 1 (data)."""
+"""Time grids: the N + 1 times of an N-step solution, from t = 0 (noise) to t = 1 (data)."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def cosine(steps: int) -> list[float]:
 
 
 def shift(steps: int, shift: float = 3.0) -> list[float]:
-    """Dense at the prior: t / (t + shift (1 - t)), for many pixels (Esser et al. 2024, arXiv:2403.03206)."""
+    """Dense at the noise: t / (t + shift (1 - t)), for many pixels (Esser et al. 2024, arXiv:2403.03206)."""
     return [u / (u + shift * (1 - u)) for u in uniform(steps)]
 
 
@@ -37,7 +37,7 @@ def edm(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float
 
 
 def quadratic_noise(steps: int) -> list[float]:
-    """t = u^2: dense at the prior."""
+    """t = u^2: dense at the noise."""
     return [u * u for u in uniform(steps)]
 
 

@@ -110,7 +110,7 @@ class TrainingLoader:
         if self.on_disk:
             images = distributed.to_device(self.data.read(indices), self.device)
             return images, self.data.labels[indices] if self.data.labels is not None else None
-        index = torch.tensor(indices, device=self.images.device)
+        index = distributed.to_device(torch.tensor(indices), self.images.device)
         images = distributed.to_device(self.images[index], self.device)
         return images, self.labels[index] if self.labels is not None else None
 
@@ -139,18 +139,18 @@ class TrainingLoader:
         if images is None:
             x1 = self._sample_posterior(indices, sample_ids, mirrored)
         else:
-            x1 = to_float(images.to(self.device, non_blocking=True))
+            x1 = to_float(distributed.to_device(images, self.device))
             if mirrored is not None:
-                flip = torch.from_numpy(mirrored).to(self.device, non_blocking=True)
+                flip = distributed.to_device(torch.from_numpy(mirrored), self.device)
                 x1 = torch.where(flip[:, None, None, None], x1.flip(-1), x1)
-        y = labels.to(self.device, non_blocking=True) if labels is not None else None
+        y = distributed.to_device(labels, self.device) if labels is not None else None
         return Batch(x1, None, y, None, step, rows, sample_ids, indices)
 
     def _sample_posterior(self, indices: list[int], sample_ids: range, mirrored: np.ndarray | None) -> Tensor:
         """Latents [b, C, h, w] drawn from their posteriors with noise that is a function of (seed, position)."""
         moments = self.data.moments(indices, None if mirrored is None else mirrored.tolist())
         noise = gaussian_noise("posterior", self.seed, sample_ids, self.data.image_shape)
-        mean, std, noise = (part.to(self.device, non_blocking=True).float() for part in (*moments, noise))
+        mean, std, noise = (distributed.to_device(part, self.device).float() for part in (*moments, noise))
         return self.data.normalised(mean + std * noise)
 
 

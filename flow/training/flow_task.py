@@ -62,7 +62,7 @@ class FlowTask:
             self.model = distributed.main_process_first(  # an autoencoder may be downloaded
                 accelerator, lambda: snapshot.flow_model(self.net, config, self.data.codec)
             )
-        validate_conditioning(config, self.data, self.net)
+        validate_conditioning(self.data, self.net)
         with error_context("flow.time_sampler"):
             time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
         with error_context("loss"):
@@ -188,7 +188,7 @@ class FlowTask:
         """Labels [b], or tokens [b, L] of captions; the caption of sample id p is a function of (seed, p)."""
         if self.net.max_prompt_bytes:
             tokens = encode_captions(self.net, self.data, batch.indices, batch.sample_ids, "caption", self.config.seed)
-            return tokens.to(batch.x1.device, non_blocking=True)
+            return distributed.to_device(tokens, batch.x1.device)
         return batch.y if self.net.num_classes is not None else None
 
 
@@ -243,7 +243,7 @@ def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
             raise UserError(f"loss.args.{key}={value}: needs a network with labels (model.args.num_classes) or prompts")
 
 
-def validate_conditioning(config: Config, data, net: Any) -> None:
+def validate_conditioning(data, net: Any) -> None:
     """A network with labels or prompts needs a data set that has classes, and room for each class or caption."""
     if net.max_prompt_bytes:
         if not data.class_names or data.labels is None:

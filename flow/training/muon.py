@@ -52,6 +52,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             own = inner.param_groups[0]
             own.update({key: value for key, value in group.items() if key in own and key != "params"})
             inner.step()
+        for view in self.views:  # else the gradients would outlive zero_grad
+            view.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Momentum has the shape of its weight, so that it fits a network in another memory format."""
@@ -63,10 +65,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
         self.muon.load_state_dict(self._with_momentum(state_dict["muon"], as_view))
         self.adamw.load_state_dict(state_dict["adamw"])
+        match_layout(self.adamw)
 
     def _with_momentum(self, state_dict: dict[str, Any], convert: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         momentum = {k: convert(entry["momentum_buffer"], self.matrices[k]) for k, entry in state_dict["state"].items()}
         return {**state_dict, "state": {k: {"momentum_buffer": value} for k, value in momentum.items()}}
+
+
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give state that was loaded the memory format of its weight, which another device or precision may have changed: fused
+    AdamW on a CPU takes both for the same without a check."""
+    for weight, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                state[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 class Muon(torch.optim.Optimizer):

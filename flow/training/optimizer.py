@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from configs.schema import OptimizerConfig, UserError
 from flow.runtime.distributed import is_sharded
 from flow.runtime.errors import error_context
-from flow.training.muon import MuonWithAdamW
+from flow.training.muon import MuonWithAdamW, match_layout
 
 MAX_SKIPPED_IN_A_ROW = 50  # so many skipped steps mean that there is nothing more to learn
 DECAY_SHARE = 0.2  # of schedule wsd
@@ -31,10 +31,11 @@ def lr_at(config: OptimizerConfig, update: int, total: int) -> float:
 
 
 def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig, accelerator: Accelerator) -> None:
-    """Give an optimizer whose state was loaded the options of this configuration and device: its own are those of the
-    checkpoint."""
+    """Give an optimizer whose state was loaded the options and memory format of this configuration and device: its own are
+    those of the checkpoint."""
     for group in optimizer.param_groups:
         group.update(_options(config, accelerator))
+    match_layout(optimizer)
 
 
 def build_optimizer(net: nn.Module, config: OptimizerConfig, accelerator: Accelerator) -> torch.optim.Optimizer:

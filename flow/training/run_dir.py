@@ -103,6 +103,11 @@ def checkpoint_to_resume(resume: str, run_dir: Path, cfg: Any) -> Path | None:
     folder = run_dir / "checkpoints"
     named = resume != "latest" and checkpoint.is_checkpoint(Path(resume))
     path = _checkpoint_named(Path(resume), folder) if named else checkpoint.find_latest(folder)
+    if path is None and any((run_dir / "snapshots").glob("step_*")):
+        raise UserError(
+            f"-r {resume}: {run_dir} has snapshots and no checkpoint to resume from; start a new run "
+            "(train.init_from can name these weights)"
+        )
     if path:
         before = checkpoint.stored_config(path, type(cfg), stored.typed_values(cfg))
         refuse_changes(before, cfg, f"the checkpoint {path} was made")

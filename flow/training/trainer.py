@@ -164,8 +164,9 @@ class Trainer:
         config, start = self.config.train, time.perf_counter()
         self._log_summary()
         self.model.train()
-        # A GPU computes one step while the CPU draws the noise of the next; a CPU that computes has no time to spare.
-        batches = prefetch(self.task.batches(self.step), depth=0 if self.accelerator.device.type == "cpu" else 1)
+        # A GPU computes one step while the CPU draws the noise of the next; a CPU that computes has no time to spare, and two
+        # threads that use mps at once end the process (github.com/pytorch/pytorch/issues/197805).
+        batches = prefetch(self.task.batches(self.step), depth=0 if self.accelerator.device.type in ("cpu", "mps") else 1)
         terminal = sys.stderr.isatty()
         bar = distributed.progress(self.accelerator, config.steps, "training", self.step, shown=terminal)
         checkpoint_steps = [config.checkpoint_every_steps, *(callback.checkpoint_every_steps for callback in self.callbacks)]
@@ -173,6 +174,8 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             if self.last_checkpoint:  # a kill may have come between it and what follows it
+                if self.finished and self._power_averages_are_due():
+                    self.store_power_averages()
                 self._follow_checkpoint(self.last_checkpoint)
                 if self._preview_is_missing():
                     self.write_preview()
@@ -279,8 +282,6 @@ class Trainer:
         checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = checkpoint.save(self.accelerator, checkpoints, self.step, state, write_averages)
         self._follow_checkpoint(self.last_checkpoint)
-        if self.accelerator.is_main_process:
-            checkpoint.prune(checkpoints, self.config.train.keep_checkpoints)
         return self.last_checkpoint
 
     def store_power_averages(self) -> None:
@@ -317,12 +318,14 @@ class Trainer:
         set_options(self.optimizer, self.config.optimizer, self.accelerator)
 
     def _follow_checkpoint(self, saved: Path) -> None:
-        """What a checkpoint is followed by: its snapshots, and the work of the callbacks."""
+        """What a checkpoint is followed by: its snapshots, the work of the callbacks, and that older ones are deleted."""
         if self.accelerator.is_main_process:
             keep = self.config.train.keep_snapshots
             checkpoint.link_ema_snapshots(saved, self.folder / "snapshots", self.step, self.half_lives, keep)
         for callback in self.callbacks:
             callback.on_checkpoint(self, saved)
+        if self.accelerator.is_main_process:
+            checkpoint.prune(self.folder / "checkpoints", self.config.train.keep_checkpoints)
 
     def _gather(self, averages: Averages) -> list[dict[str, Tensor]]:
         """State dicts of all averages, gathered by all processes where they are sharded. Raises UserError for NaN in one."""

@@ -31,7 +31,7 @@ EXAMPLES = "  python -m scripts.benchmark.baseline -c configs/cifar10_fast.yaml 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     cli.add_config_flag(parser, "its data, network, batch size and learning rate", required=True)
-    parser.add_argument("--minutes", type=float, required=True, help="of training")
+    parser.add_argument("--minutes", type=cli.positive, required=True, help="of training")
     cli.add_output_flag(parser, use="the new .safetensors file", metavar="FILE")
     return parser.parse()
 
@@ -41,6 +41,8 @@ def main() -> None:
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; name another file")
     cfg = schema.load(args.config, args.overrides)
+    if (cfg.flow.path, cfg.flow.prediction) != ("linear", "velocity"):
+        raise UserError(f"flow.path={cfg.flow.path}, flow.prediction={cfg.flow.prediction}: must be linear and velocity")
     net, images, labels = material(cfg)
     with distributed.progress(distributed.build_single_process_accelerator("baseline"), cfg.train.steps, "plain loop") as bar:
         end = time.monotonic() + 60 * args.minutes

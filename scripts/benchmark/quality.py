@@ -260,7 +260,9 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
                 recipe.name, str(recipe.steps), rate, method, f"{rows[0]['NFE']:g}",
                 f"{scale:g}", spread(values, [row.get("standard_errors", {}).get(distance) for row in rows]), change, *others,
             ])  # fmt: skip
-    control = [row for row in rows_of(args, recipes[0], 0) if table.is_control(row)]
+    real = [row for row in table.read_rows(run_dir(args, recipes[0], 0) / "evaluation") if table.is_control(row)]
+    real = [row for row in real if row["n"] <= args.n_samples]  # of fewer images where there are no more
+    control = [row for row in real if row["n"] == max(other["n"] for other in real)]
     text = table.markdown(lines)
     note = [
         f"{budget(args)} a run, {seeds} seed(s), {args.n_samples:,} images a row. {distance}: mean over the "

@@ -175,7 +175,7 @@ def network(context: Context) -> Lines:
         context.net = models.build(cfg.model.name, context.data.image_shape, cfg.model.args)
     text = f", {context.net.num_classes} classes" if context.net.num_classes is not None else ""
     yield "pass", f"{cfg.model.name}, {parameters(context.net)}{text}"
-    validate_conditioning(cfg, context.data, context.net)
+    validate_conditioning(context.data, context.net)
     if context.data.labels is not None and not (context.net.num_classes or context.net.max_prompt_bytes):
         yield (
             "warn",
@@ -283,11 +283,11 @@ def learning_rate(context: Context) -> Lines:
 def pauses(context: Context) -> Lines:
     """How much of the run a crash can cost."""
     cfg = context.cfg.train
-    every = cfg.checkpoint_every_steps
-    if not every or every >= cfg.steps:
-        yield "warn", f"train.checkpoint_every_steps={every}: a crash costs the whole run; set it to {max(1, cfg.steps // 10)}"
+    own, every = cfg.checkpoint_every_steps, [n for n in (cfg.checkpoint_every_steps, context.cfg.evaluate.every_steps) if n]
+    if not every or min(every) >= cfg.steps:
+        yield "warn", f"train.checkpoint_every_steps={own}: a crash costs the whole run; set it to {max(1, cfg.steps // 10)}"
     else:
-        yield "pass", f"a checkpoint every {every:,} of {cfg.steps:,} steps"
+        yield "pass", f"a checkpoint every {min(every):,} of {cfg.steps:,} steps"
 
 
 def trial(context: Context) -> Lines:
@@ -299,9 +299,8 @@ def trial(context: Context) -> Lines:
     context.trial = result = try_training(context.args.config, context.args.overrides, context.accelerator)
     rate = cfg.train.batch_size / result.seconds_per_step
     yield "pass", f"{STEPS} steps of {result.seconds_per_step:.3g} s, {rate:,.0f} images/s; the first took {result.first:.3g} s"
-    checkpoints, previews = (
-        math.ceil(cfg.train.steps / n) if n else 1 for n in (cfg.train.checkpoint_every_steps, cfg.train.sample_every_steps)
-    )
+    checkpoints, every = num_checkpoints(cfg), cfg.train.sample_every_steps
+    previews = math.ceil(cfg.train.steps / every) if every else 1
     seconds = (
         cfg.train.steps * result.seconds_per_step + checkpoints * result.checkpoint_seconds + previews * result.preview_seconds
     )
@@ -309,6 +308,12 @@ def trial(context: Context) -> Lines:
     pauses = f"{checkpoints} checkpoint(s) of {result.checkpoint_seconds:.2g} s and {previews} preview(s) of"
     pauses += f" {result.preview_seconds:.2g} s"
     yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {cli.duration(seconds)}: until {end}, if it starts now"
+
+
+def num_checkpoints(cfg: Config) -> int:
+    """How many a training writes: those of its own interval and of the evaluation, and the last."""
+    steps, intervals = cfg.train.steps, (cfg.train.checkpoint_every_steps, cfg.evaluate.every_steps)
+    return len({steps, *(k for every in intervals if every for k in range(every, steps, every))})
 
 
 def memory(context: Context) -> Lines:
@@ -335,7 +340,7 @@ def disk(context: Context) -> Lines:
     if context.trial is None:
         return
     cfg, result = context.cfg.train, context.trial
-    total = math.ceil(cfg.steps / cfg.checkpoint_every_steps) if cfg.checkpoint_every_steps else 1
+    total = num_checkpoints(context.cfg)
     retained = min(total, cfg.keep_checkpoints or total)
     snapshots = min(total, cfg.keep_snapshots or total)
     # A snapshot and the average in its checkpoint are one file with two names.

@@ -265,13 +265,15 @@ def _values(entry: dict) -> dict[str, tuple[float, float | None]]:
 def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
     """For each setting that several runs were evaluated with: the best of them by the first metric, the next one, and their
     difference with its 95% interval, as if the errors of both were independent. The header comes first; empty where no
-    setting has two runs.
+    setting has two runs, and where the first metric is no distance: of others a larger value may be better.
     """
+    if not table.distance_name([{"metrics": dict.fromkeys(metrics)}]):
+        return []
     settings: dict[tuple, dict[str, dict]] = {}
-    distinct = {**plots.several_of([e for run in runs for e in run.entries if not table.is_control(e)]), "weights": False}
+    distinct = {**plots.several_of([e for run in runs for e in run.entries if e["method"] is not None]), "weights": False}
     for run in runs:
         for e in run.entries:
-            if not table.is_control(e) and metrics and metrics[0] in e["metrics"]:
+            if e["method"] is not None and metrics[0] in e["metrics"]:  # else it is of real images or a folder
                 key = tuple(e[name] for name in table.KEY_COLUMNS if name not in ("weights", *table.COST))
                 of_runs = settings.setdefault(key, {})
                 if run.name not in of_runs or (e["images"] or 0) >= (of_runs[run.name]["images"] or 0):

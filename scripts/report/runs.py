@@ -128,7 +128,7 @@ class Run:
     def best(self) -> dict | None:
         """The entry with the smallest distance."""
         name = self.distance
-        measured = [e for e in self.entries if not table.is_control(e) and name in e["metrics"]]
+        measured = [e for e in self.entries if e["method"] is not None and name in e["metrics"]]
         finite = [e for e in measured if math.isfinite(e["metrics"][name].mean)]
         return min(finite, key=lambda e: e["metrics"][name].mean, default=None)
 
@@ -309,7 +309,7 @@ def _metrics(path: Path, modified: int, size: int, points: int) -> tuple[dict[st
         return {}, damage
     rows = [by_step[step] for step in sorted(by_step)]
     rate, images = _column(rows, "images_per_second"), _column(rows, "images")
-    rate[~(rate > 0)] = np.nan
+    rate[~(rate > 1e-9)] = np.nan
     timed = np.flatnonzero(np.isfinite(rate) & np.isfinite(images))
     spent = np.zeros(len(rows))
     spent[timed] = np.maximum(np.diff(images[timed], prepend=0), 0) / rate[timed]
@@ -376,12 +376,12 @@ def _thin(rows: list[dict], seconds: list[float], points: int) -> Curves:
 
 
 def _column(rows: list[dict], name: str) -> np.ndarray:
-    """The finite numbers of a column, nan elsewhere."""
+    """The numbers of a column, nan for those that are not finite or so large that their sums are not."""
     values = [row.get(name) for row in rows]
     if not {type(value) for value in values} <= {float, type(None)}:
         values = [float(value) if value is not None and jsonl.is_number(value) else None for value in values]
     column = np.array(values, dtype=float)  # None becomes nan
-    column[~np.isfinite(column)] = np.nan
+    column[~(np.abs(column) < 1e300)] = np.nan
     return column
 
 
@@ -407,7 +407,7 @@ def _commands(run: Run, values: dict[str, Any], interpolations: dict[str, Any]) 
     """Commands that work as printed in this folder and shell, by what they are for."""
     if not values:
         return {}
-    folder, program = run.folder, _program(run)
+    folder, program = run.folder if run.folder.name not in ("", "..") else run.folder.resolve(), _program(run)
     processes = run.environment.get("processes")
     launcher = subprocesses.torchrun(processes) if isinstance(processes, int) and processes > 1 else subprocesses.interpreter()
     typed = [shlex.quote(f"{key}={value}") for key, value in interpolations.items()]  # a stored configuration resolves nothing
@@ -467,5 +467,7 @@ def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str], best
 
 def _program(run: Run) -> list[str]:
     """What trains the run, from the command that is recorded."""
-    words = str(run.environment.get("command", "")).split()
-    return ["-m", "scripts.train_vae"] if words and Path(words[0]).stem == "train_vae" else ["train.py"]
+    with suppress(ValueError, IndexError):  # a command that no shell could read, or none
+        if Path(shlex.split(str(run.environment.get("command", "")))[0]).stem == "train_vae":
+            return ["-m", "scripts.train_vae"]
+    return ["train.py"]

@@ -55,7 +55,8 @@ def test_a_picture_is_a_density(tmp_path):
     ("args", "message"),
     [
         ({"name": "checkerbord"}, "unknown 2-D data set 'checkerbord'; choose from checkerboard"),
-        ({"name": "moons", "n": 0}, "n=0: must be a whole number of at least 1"),
+        ({"name": "moons", "n": 0}, "n=0: must be a whole number from 1 to 10,000,000"),
+        ({"name": "moons", "n": 10_000_001}, "n=10000001: must be a whole number from 1 to 10,000,000"),
         ({"name": "moons", "seed": -1}, "seed=-1: must be a whole number"),
         ({"name": "image"}, "name=image and a path need each other"),
         ({"name": "moons", "path": "white.png"}, "name=image and a path need each other"),

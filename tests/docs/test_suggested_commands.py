@@ -138,6 +138,23 @@ def test_suggestion_after_chain_parses(here, monkeypatch, chain):
     assert parsed.weights in ("runs/digits", "runs/gallery/checkerboard")
 
 
+def test_hint_of_training_works_after_quickstart(here, home, monkeypatch):
+    """Its samples lie elsewhere. The tables of the chain are left out."""
+    hints = {}
+
+    def run_command(words: list[str]) -> None:
+        script, arguments = tiny(words)
+        if script != "evaluate.py":
+            hints[script] = SUGGESTION.findall(here(script.removesuffix(".py"), *arguments))
+
+    monkeypatch.setattr(quickstart, "run_command", run_command)
+    here("quickstart")
+    (hint,) = hints["train.py"]
+    script, arguments = tiny(shlex.split(hint)[1:])
+    here(script.removesuffix(".py"), *arguments)
+    assert {path.parent.name for path in home.glob("samples/*/grid.png")} == {"digits", "quickstart"}
+
+
 @pytest.mark.parametrize("pages", [PAGES[:1], pytest.param(PAGES, marks=pytest.mark.slow)], ids=["readme", "all"])
 def test_commands_in_order_with_every_suggested_one(here, home, pages):
     """In one folder, from top to bottom; after each command those that it suggests, as they are printed."""

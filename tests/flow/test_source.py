@@ -79,6 +79,14 @@ def test_what_a_sampler_refuses(transfer_run, tiny_run):
         (lambda: transfer.transfer(torch.zeros(3, 3)), r"has samples of \(3,\), the flow works on \(2,\)"),
         (lambda: noise.transfer(torch.zeros(2, 1, 8, 8).byte()), "x0 of uint8: this flow starts at Gaussian noise"),
         (lambda: noise.encode(torch.zeros(2, 1, 8, 7)), r"x1 of shape \(2, 1, 8, 7\): the flow works on \(1, 8, 8\)"),
+        (
+            lambda: noise.log_likelihood(torch.zeros(2, 1, 8, 8).byte(), labels=[3]),
+            r"x1 of torch\.uint8 and shape \(2, 1, 8, 8\): must be floats .* flow\.likelihood\.dequantize makes them",
+        ),
+        (
+            lambda: noise.log_likelihood(torch.zeros(2, 1, 8, 7), labels=[3]),
+            r"x1 of torch\.float32 and shape \(2, 1, 8, 7\): must be floats as the network sees them, \[b, \*\(1, 8, 8\)\]",
+        ),
         (lambda: noise.sample(0), "n=0: must be a whole number of at least 1"),
         (lambda: noise.sample(2.5), "n=2.5: must be a whole number"),
         (lambda: noise.sample(2, batch_size=0), "batch_size=0: must be a whole number of at least 1"),
@@ -139,6 +147,9 @@ def test_what_such_a_flow_does_not_give(transfer_run, tmp_path, error):
     with pytest.raises(ValueError, match=r"flow\.source\.name=toys: its density is not known"):
         Sampler.load(transfer_run, device="cpu").log_likelihood(torch.zeros(2, 2))
     assert "its density is not known" in error("likelihood", "--weights", transfer_run)
+    animate = ["animate", "--weights", transfer_run, "--out", tmp_path / "figures", "--figures", "likelihood"]
+    assert "--figures likelihood: the density of flow.source.name=toys is not known; choose flow or density" in error(*animate)
+    assert not (tmp_path / "figures").exists()
     out = tmp_path / "evaluation"
     run_here(
         "evaluate", "--weights", transfer_run, "--n_samples", 20, "--methods", "euler", "--sampling_steps", 1, "--out", out

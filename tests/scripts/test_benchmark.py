@@ -79,6 +79,19 @@ def test_the_gpu_check_on_a_cpu_with_tiny_numbers(tmp_path, real_data):
     assert (tmp_path / "out" / "half.safetensors").is_file() and (tmp_path / "out" / "benchmark" / "benchmark.md").is_file()
 
 
+@pytest.mark.parametrize(
+    ("config", "minutes", "message"),
+    [
+        ("digits", "nan", "argument --minutes: 'nan': must be a finite number above 0"),
+        ("mnist_ddpm", "1", "flow.path=vp, flow.prediction=noise: must be linear and velocity"),
+    ],
+)
+def test_what_the_plain_loop_does_not_train(error, tmp_path, config, minutes, message):
+    out = tmp_path / "plain.safetensors"
+    command = ["benchmark.baseline", "-c", f"configs/{config}.yaml", "--minutes", minutes, "--out", out]
+    assert message in error(*command) and not out.exists()
+
+
 @pytest.mark.parametrize("flags", [["train.compile=true"], ["--vary", "train.mixed_precision", "no", "bf16"]])
 def test_keys_that_the_benchmark_sets(error, flags):
     key, flag = ("train.compile", "--compile") if len(flags) == 1 else ("train.mixed_precision", "--precisions")

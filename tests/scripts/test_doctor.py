@@ -150,6 +150,19 @@ def test_memory_and_disk(tmp_path):
     assert level == "warn" and "double train.gradient_accumulation_steps" in text
 
 
+@pytest.mark.parametrize(
+    ("own", "evaluation", "count"),
+    [(400, 0, 3), (0, 0, 1), (500, 0, 3), (0, 300, 4), (400, 300, 6), (400, 200, 6), (2000, 5000, 1)],
+)
+def test_checkpoints_of_evaluations_are_counted(tmp_path, own, evaluation, count):
+    """Each once, with the last one."""
+    intervals = [f"train.checkpoint_every_steps={own}", f"evaluate.every_steps={evaluation}", "train.steps=1200"]
+    assert doctor.num_checkpoints(schema.load(None, intervals)) == count
+    trial = Trial(1.0, 1.0, 1.0, 1.0, 10**6, 10**5, 0)
+    ((_, text),) = found(doctor.disk, *intervals, "train.keep_snapshots=0", trial=trial, run_dir=tmp_path)
+    assert f" and {count} snapshot(s) need" in text
+
+
 @pytest.mark.parametrize(("every", "level"), [(30, "pass"), (300, "warn"), (0, "warn")])
 def test_stored_averages_are_counted(tmp_path, every, level):
     averages = ["ema.power_widths=[0.05, 0.1]", f"ema.power_every_steps={every}", "train.steps=1200", "train.batch_size=32"]

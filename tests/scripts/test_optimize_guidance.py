@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from flow.evaluation import table
+from flow.evaluation import plots, table
 from flow.runtime import step_names, subprocesses
 from flow.sampling import snapshot
 from scripts import optimize_guidance
@@ -78,4 +78,14 @@ def test_a_run_and_its_latest_file_are_one_guide(optimize, tmp_path, tiny_run):
 
 def test_adaptive_methods(optimize, tmp_path):
     out = optimize("--guidance_scale", "1", "2", "--n_samples", "40", "--sampling_method", "bosh3")
-    assert len(rows_of(tmp_path)) == 2 and "--sampling_method bosh3" in out
+    distances = [row["metrics"]["FD-digits"] for row in rows_of(tmp_path)]
+    assert len(distances) == 2 and "--sampling_method bosh3" in out
+    assert f": FD-digits {min(distances):.2f}; table and" in out.splitlines()[-1]  # no interval: fewer images than features
+
+
+def test_floor_of_fewer_real_images_is_drawn(optimize, monkeypatch):
+    """Digits have no other split, so one half of them is compared with the other one."""
+    drawn = []
+    monkeypatch.setattr(plots, "distance_against_scale", lambda path, lines, floors: drawn.extend(floors))
+    optimize("--guidance_scale", "1", "2", "--n_samples", "900", "--sampling_steps", "1")
+    assert [(floor["weights"], floor["n"]) for floor in drawn] == [("real (half against half)", 898)]

@@ -68,6 +68,15 @@ def test_a_second_call_adds_a_seed(race, tmp_path, number, monkeypatch):
     assert Image.open(out / "race.png").width > 400
 
 
+def test_floor_of_fewer_real_images(race, tmp_path, monkeypatch):
+    """Digits have no other split, so one half of them is compared with the other one."""
+    monkeypatch.setattr(quality, "training_laps", lambda *_: [0.1] * 20)
+    race(shlex.join(RECIPE), flags=["--seeds", "1", "--curve", "1", "--n_samples", "900", "--guidance_scale", "1"])
+    (floor,) = [row for row in table.read_rows(next(tmp_path.glob("race/*/seed_0/evaluation"))) if not row["method"]]
+    told = f"real (half against half), n = 898: FD-digits {floor['metrics']['FD-digits']:.2f}, the floor."
+    assert told in (tmp_path / "race/race.md").read_text()
+
+
 @pytest.mark.slow
 def test_equal_images_side_by_side(here, tmp_path):
     """Two runs at the same time, of as many steps as the batches ask for; a second call trains nothing again. The second

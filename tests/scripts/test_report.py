@@ -34,6 +34,8 @@ ROW = {
 }  # fmt: skip
 CONTROL = {**ROW, "weights": "real (test split)", "method": None, "NFE": None, "forwards": None, "steps": None,
            "metrics": {"FD-digits": 1.125}, "standard_errors": {}}  # fmt: skip
+FOLDER = {"weights": "pictures", "n": 100, "first": 0, "identity": {}, "requested": ["fid"], "metrics": {"FD-digits": 1.5},
+          "seconds": 1.0}  # of evaluate.py --samples  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -150,8 +152,8 @@ def test_page_of_two_runs(report, tmp_path):
 def test_runs_are_compared_at_equal_settings(report, tmp_path):
     """The best run of a setting, and whether it is better than the next one by more than the interval of the difference."""
     rows = {
-        "a": [ROW, {**ROW, "steps": 10, "NFE": 19, "forwards": 19, "metrics": {"FD-digits": 2.0}}, CONTROL],
-        "b": [{**ROW, "weights": "b@10", "metrics": {"FD-digits": 4.75}}, CONTROL],
+        "a": [ROW, {**ROW, "steps": 10, "NFE": 19, "forwards": 19, "metrics": {"FD-digits": 2.0}}, CONTROL, FOLDER],
+        "b": [{**ROW, "weights": "b@10", "metrics": {"FD-digits": 4.75}}, CONTROL, FOLDER],
         "c": [{**ROW, "weights": "c@10", "metrics": {"FD-digits": 9.0}}],
     }
     for name, of_run in rows.items():
@@ -162,8 +164,18 @@ def test_runs_are_compared_at_equal_settings(report, tmp_path):
     (line,) = re.findall(r"9heun, .*", table)
     assert line.strip() == "9heun, 5 steps100a4.25 ± 0.98b4.75 ± 0.980.50 ± 1.39not clear: within the interval"
     assert quality.count("real (test split)") == 1  # equal rows of real images come once
+    assert quality.count("pictures") == 2  # rows of folders are in the table alone: they have no setting
     assert "a4.25 ± 0.98c9.00 ± 0.984.75 ± 1.39clear" in report(tmp_path / "a", tmp_path / "c").sections["quality"]
     assert "Best run at each setting" not in report(tmp_path / "a").sections["quality"]
+
+
+def test_only_distances_have_a_best_run(report, tmp_path):
+    """Of precision or accuracy the largest value is the best."""
+    for name, share in {"a": 0.5, "b": 0.75}.items():
+        row = {**ROW, "weights": f"{name}@10", "metrics": {"precision": share, "recall": share}, "standard_errors": {}}
+        (make_run(tmp_path / name) / "evaluation/results.jsonl").write_text(json.dumps(row) + "\n")
+    quality = report(tmp_path / "a", tmp_path / "b").sections["quality"]
+    assert "0.500" in quality and "0.750" in quality and "Best run at each setting" not in quality
 
 
 def test_jump_of_the_loss_is_named(report, tmp_path):
@@ -358,6 +370,15 @@ def test_odd_numbers_and_types_keep_the_page(report, tmp_path):
     assert all(point["NFE"] == 9 for line in shown.data["lines"] for point in line["points"])
 
 
+def test_numbers_near_the_limits_keep_the_page(report, tmp_path):
+    """A rate whose times, and losses whose sums are no finite numbers."""
+    run = make_run(tmp_path / "run")
+    rows = [{"step": k, "loss": 1e308 if k > 9 else 2.0, "images": k, "images_per_second": 1e-320} for k in range(1, 2001)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curves = report(run).data["runs"][0]["curves"]
+    assert curves["columns"]["loss"]["y"][0] == 2.0 and curves["step"][-1] == 2000 and curves["hours"][-1] == 0
+
+
 def test_manifest_names_only_files_beside_it(report, tmp_path):
     """And says which entry is wrong."""
     run = make_run(tmp_path / "run")
@@ -532,6 +553,32 @@ def test_commands_work_as_printed(tiny_run, monkeypatch, tmp_path):
             scripts[Path(script).name].parse_args()
     again = shlex.split(commands["train again"])
     assert Path(again[again.index("-c") + 1]).is_file() and not Path(again[again.index("-e") + 1]).exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "program"),
+    [
+        (["/my code/scripts/train_vae.py", "-c", "x.yaml"], "-m scripts.train_vae"),
+        (["/code/scripts/train_vae.py", "data.name=digits", "-e", "x"], "-m scripts.train_vae"),
+        (["/my train_vae/train.py", "-c", "x.yaml"], "train.py"),
+    ],
+)
+def test_commands_are_of_what_trained_the_run(tmp_path, argv, program):
+    """Its path may be quoted, and keys may come before flags."""
+    run = make_run(tmp_path / "run")
+    (run / "environment.json").write_text(json.dumps([{"command": shlex.join(argv)}]))
+    commands = runs.read_run(run, "run", 100, []).commands
+    assert all(f"{program} -" in commands[name] for name in ("train again", "resume"))
+
+
+def test_the_current_folder_is_a_run(report, monkeypatch, tmp_path):
+    run = make_run(tmp_path / "run")
+    add_weights(run)
+    monkeypatch.chdir(run)
+    shown = report(".")
+    assert shown.data["runs"][0]["name"] == "run"
+    assert f"-e {run}_again" in shown.text and f"-e {run} -r latest" in shown.text
+    assert f"--weights {run} --n_samples 64 --save_dir samples/run " in shown.sections["samples"]
 
 
 def test_watched_page_reloads(tmp_path):

@@ -33,7 +33,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def sampled(tmp_path_factory, tiny_run) -> Path:
     out = tmp_path_factory.mktemp("samples") / "one"
     printed = run_here("sample", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
-    assert "NFE 5 (10 network evaluations)" in printed
+    assert "NFE 5 (10 network calls)" in printed
     return out
 
 

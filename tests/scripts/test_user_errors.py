@@ -120,7 +120,7 @@ def test_sets_of_points(error, tmp_path):
     toys = [*TINY_TRAIN[2:], "-e", tmp_path / "run", "data.name=toys", "model.name=mlp", "model.args={}"]
     for args, message in {
         "{name: moon}": "data: unknown 2-D data set 'moon'; choose from",
-        "{name: moons, n: 0}": "data: n=0: must be a whole number of at least 1",
+        "{name: moons, n: 0}": "data: n=0: must be a whole number from 1 to 10,000,000",
         f"{{name: image, path: {tmp_path / 'white.png'}}}": "the picture is all white",
     }.items():
         assert message in error("train", *toys, f"data.args={args}")

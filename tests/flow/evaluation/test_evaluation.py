@@ -288,6 +288,11 @@ def test_table_shows_intervals(tmp_path):
         assert [line["FID_interval"][:4] for line in csv.DictReader(file)] == ["0.98", "0.49", ""]
 
 
+def test_cells_may_hold_bars():
+    text = table.markdown([["weights", "FID"], ["a|b", "9.00"], ["c", "10.00"]])
+    assert text.splitlines() == [r"| weights |   FID |", "| ------- | ----: |", r"| a\|b    |  9.00 |", "| c       | 10.00 |"]
+
+
 def test_a_table_takes_the_place_of_the_one_before(tmp_path):
     """Whole: who reads while it is written reads the one before to its end."""
     row = {"weights": "a", "n": 9, "identity": {}, "seconds": 1.0, "requested": ["fid"]}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import numpy as np
 import pytest
@@ -176,6 +177,19 @@ def test_validation_loss_is_dashed(figures, tmp_path, here):
     assert validation.get_ylabel() == "validation loss (mse of the velocity)"
 
 
+def test_every_run_has_a_legend_entry(figures, tmp_path, here, monkeypatch):
+    """The current folder by its name, and names that matplotlib leaves out."""
+    for name in ("current", "_warmup"):
+        (tmp_path / name).mkdir()
+        rows = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0, "validation_loss": 1.5}\n'
+        (tmp_path / name / "metrics.jsonl").write_text(rows)
+    monkeypatch.chdir(tmp_path / "current")
+    here("plot_loss", "--runs", ".", "../_warmup", "--out", tmp_path / "loss.png")
+    training, validation = ([text.get_text().strip() for text in axes.get_legend().get_texts()] for axes in figures[0].axes)
+    assert training == ["current", "_warmup"]
+    assert [text.partition(",")[0] for text in validation] == ["current", "_warmup"]
+
+
 def text_in(pixels: torch.Tensor) -> bool:
     return bool((pixels < 128).any() and (pixels == 255).any())
 
@@ -262,6 +276,22 @@ def test_gif_frames_keep_their_colours_and_their_time(tmp_path):
             moving.seek(i)
             assert abs(int(np.asarray(moving.convert("L")).mean()) - level) < 3
             assert moving.info["duration"] == (1100 if i == 2 else 100)
+
+
+def test_only_the_video_has_even_sides(monkeypatch, tmp_path):
+    """As its coders want them; a stub in the place of ffmpeg notes its arguments and counts its bytes."""
+    stub = tmp_path / "bin/ffmpeg"
+    stub.parent.mkdir()
+    stub.write_text(f"#!/bin/sh\necho \"$@\" > '{tmp_path}/arguments'\nwc -c > '{tmp_path}/bytes'\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(stub.parent), prepend=os.pathsep)
+    frame = animation.figure_to_array(Figure(figsize=(1, 3), dpi=25))
+    assert frame.shape == (75, 25, 3)
+    assert animation.write(tmp_path / "a.gif", [frame, 255 - frame]) == ["a.gif", "a.mp4"]
+    assert "-s 24x74 " in (tmp_path / "arguments").read_text()
+    assert int((tmp_path / "bytes").read_text()) == 2 * 24 * 74 * 3
+    with Image.open(tmp_path / "a.gif") as moving:
+        assert moving.size == (25, 75)
 
 
 def test_the_density_map_is_where_the_points_are():

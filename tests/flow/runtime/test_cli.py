@@ -7,6 +7,7 @@ import pytest
 
 from configs import schema
 from flow.runtime import cli
+from flow.runtime.errors import cli_main
 
 
 @pytest.fixture
@@ -37,3 +38,16 @@ def test_keys_after_words_are_overrides(parse, word):
 def test_unknown_keys_come_with_a_suggestion(parse, words):
     with pytest.raises(schema.UserError, match=r"unknown key .* Did you mean 'optimizer\.lr'\?"):
         schema.load(None, parse(*words).overrides)
+
+
+def test_killed_data_worker_is_one_line(capsys):
+    """As the system does for want of memory; it is no mistake of the command line, hence 1."""
+
+    def lose_worker() -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(SystemExit) as left:
+        cli_main(lose_worker)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert left.value.code == 1
+    assert line.startswith("error: DataLoader worker (pid 7) is killed by signal: Killed") and "data.num_workers" in line

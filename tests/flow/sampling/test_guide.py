@@ -68,7 +68,7 @@ def test_same_images_from_command_and_sampler(tmp_path, here):
         "sample", "--weights", strong, "--guide_weights", weak, "--n_samples", "5", "--save_dir", tmp_path / "out", *flags
     )
     # of four steps those at 0.25, 0.5 and 0.75 are guided; the hint repeats what the images were made with
-    assert "NFE 4 (7 network evaluations)" in out
+    assert "NFE 4 (7 network calls)" in out
     assert f"--guidance_scale 2 --guidance_interval 0.2 0.8 --guide_weights {weak}" in out
     written = torch.stack([torch.from_numpy(read_png(tmp_path / "out" / "images" / f"{k:06d}.png")) for k in range(5)])
     sampler = Sampler.load(strong, "cpu", guide_weights=weak)

@@ -1,6 +1,8 @@
 """Snapshots on the Hugging Face hub, by the real client against a stand-in server on this machine (hub_server.py)."""
 
 import pickle
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,16 @@ def test_mistakes_are_one_line(error, server, export, tiny_run, tmp_path, monkey
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     assert "there is no token" in error("export", "--weights", tiny_run, "--push", "hf:me/tiny")
     assert not (tmp_path / "out").exists()
+
+
+def test_study_of_the_hub_suggests_a_copy(here, export, monkeypatch, tmp_path):
+    """Time grids lie beside the weights, so these come first."""
+    monkeypatch.chdir(tmp_path)
+    study = ["solver_study", "--weights", "hf:me/tiny", "--out", "study", "--n_images", "2", "--t_end", "0.1"]
+    (command,) = re.findall(r"copy the weights with: (.+)$", here(*study, "--methods", "euler", "--sampling_steps", "2"), re.M)
+    _, _, script, *arguments = shlex.split(command)
+    here(script.removeprefix("scripts."), *arguments)
+    assert (tmp_path / "tiny" / hub.WEIGHTS_FILE).is_file()
 
 
 def test_unreachable_hub(error, server, export, tiny_run, tmp_path, monkeypatch):

@@ -81,12 +81,28 @@ def test_trained_guidance_is_a_number(error, tiny_run, tmp_path, value):
         ("codec", '{"name": "vae", "source": "a", "digest": "a", "shift": [NaN], "scale": [1], "image_shape": [1, 8, 8]}'),
         ("codec", '{"name": "vae", "source": "a", "digest": "a", "shift": [0, 0], "scale": [1], "image_shape": [1, 8, 8]}'),
         ("codec", '{"name": "vae", "source": "a", "digest": "a", "shift": [0], "scale": [1]}'),
+        ("class_names", '["0", 1]'), ("class_names", r'["\ud800"]'), ("class_names", r'["a\u0000b"]'),
     ],
 )  # fmt: skip
 def test_a_header_of_other_types_is_broken(error, tiny_run, tmp_path, entry, value):
     path = stranger(tiny_run, tmp_path / "s.safetensors", **{entry: value})
     line = error("sample", "--weights", path, "--n_samples", "2", "--save_dir", tmp_path / "out")
     assert f"its header is broken ({entry}" in line and len(line) < 400
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("{name: moons, seed: abc}", "flow.source: args={'name': 'moons', 'seed': 'abc'}: "),
+        ("{name: moons, 'n': 2000000000}", "flow.source: n=2000000000: must be a whole number from 1 to 10,000,000"),
+    ],
+)
+def test_source_in_a_header_is_checked(error, tiny_run, tmp_path, args, message):
+    """Before its points are made: 2,000,000,000 of them would take 64 GB."""
+    noise, points = "name: gaussian\n    args: {}", f"name: toys\n    args: {args}"
+    path = stranger(tiny_run, tmp_path / "s.safetensors", {noise: points})
+    assert message in error("sample", "--weights", path, "--n_samples", "2", "--save_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -56,11 +57,13 @@ def test_descent_ends_closer_and_in_order():
 
 def test_commands(tmp_path, tiny_run, here, error):
     """optimize_grid stores beside the snapshot, sample.py uses it; grids of other weights and half files are refused."""
-    weights = tmp_path / "net.safetensors"
-    weights.write_bytes(snapshot.find(tiny_run).read_bytes())
-    tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "ab2", "--steps", "3"]
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    weights = snapshot.find(run)
+    tune = ["optimize_grid", "--weights", run, "--methods", "euler", "ab2", "--steps", "3"]
     tune += ["--n_images", "4", "--reference_steps", "16", "--evaluations", "5"]
-    saved = int(re.search(rf"(\d) optimized grid\(s\) in {grid_store.file_of(weights)}", here(*tune)).group(1))
+    printed = here(*tune)
+    saved = int(re.search(rf"(\d) optimized grid\(s\) in {grid_store.file_of(weights)}", printed).group(1))
+    assert f"sample.py --weights {weights} " in printed.splitlines()[-1]  # the grids are of this file: the run may go on
     assert saved and here(*tune).count("the stored one is no worse") == saved
     grid_store.store(snapshot.load(weights), "heun", [0.0, 0.3, 1.0])
     out = tmp_path / "samples"
@@ -109,6 +112,12 @@ def test_the_study(tmp_path, tiny_run, here, error):
     assert (euler[2], heun[2]) == ("3", "2")
     assert all(float(line[-1]) > 0 and line[3] == "3" for line in first)
     assert with_distances("1") != first and with_distances("2") == first  # the rows of other calls are not taken for these
+
+
+def test_study_of_points_has_no_frechet_distance(error, points_flow, tmp_path):
+    study = ["solver_study", "--weights", points_flow("mixture", 1), "--out", tmp_path / "out", "--num_fid_images", "40"]
+    assert "--num_fid_images 40: is for images, and these weights are a flow of points" in error(*study)
+    assert not (tmp_path / "out").exists()
 
 
 def test_study_measures_order(tmp_path, here):

@@ -1,6 +1,7 @@
 """Checkpoints: damage is named, the newest whole one is found, old ones are removed."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,28 @@ def test_prune_keeps_the_newest(accelerator, tmp_path):
     assert [step_names.step_of(p) for p in checkpoint.list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
     checkpoint.prune(tmp_path, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_100000000", "step_99999999", "step_notes"]
+
+
+def test_kill_before_pruning(here, tiny_run, tmp_path):
+    """A kill after the last checkpoint leaves one too many; the finished run that is resumed deletes it."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    assert len(checkpoint.list_checkpoints(run / "checkpoints")) == 2
+    here("train", "-e", run, "-r", "latest", "train.keep_checkpoints=1")
+    (left,) = checkpoint.list_checkpoints(run / "checkpoints")
+    assert left.name == "step_00000004" and checkpoint.verify(left) is None
+
+
+def test_run_without_checkpoints_does_not_start_anew(error, tiny_run, tmp_path):
+    """Its snapshots outlive checkpoints that were deleted to save space, and a training from step 0 would replace them."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("checkpoints"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for resume in ("latest", run):
+        line = error("train", "-e", run, "-r", resume, "train.steps=6")
+        assert f"-r {resume}: {run} has snapshots and no checkpoint" in line and "train.init_from" in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert {"metrics.jsonl", "step_00000002.safetensors", "step_00000004.safetensors"} <= {path.name for path in before}
 
 
 def test_failed_checkpoint_leaves_earlier_ones(accelerator, tmp_path):

@@ -1,9 +1,14 @@
 """Moving averages: closed form, warm-up, buffers, weights put back."""
 
+import shutil
+
 import pytest
 import torch
-from conftest import TwoWeights
+from conftest import TINY_RUN, TwoWeights
+from safetensors.torch import load_file
 
+from flow.sampling import posthoc_ema, snapshot
+from flow.training import checkpoint
 from flow.training.ema import Ema
 
 
@@ -60,3 +65,19 @@ def test_ema_integer_buffers_are_taken_not_averaged():
     state = ema.state_dict(0)
     assert state.keys() == net.state_dict().keys()
     assert state["count"].item() == 9 and state["count"].dtype == torch.int64
+
+
+def test_power_averages_where_a_run_was_stopped(here, tmp_path):
+    """A run that is resumed with train.steps equal to its step ends there, and stores the averages of its end."""
+    run, stopped, width = tmp_path / "run", tmp_path / "stopped", 0.1
+    mlp = [*TINY_RUN, "model.name=mlp", "model.args={width: 16, depth: 1}"]
+    here("train", *mlp, "-e", run, f"ema.power_widths=[{width}]")
+    shutil.copytree(run, stopped, ignore=shutil.ignore_patterns("step_00000004*"))  # as a signal after step 2 leaves it
+    stored = posthoc_ema.stored_path(stopped, width, 2)
+    assert not stored.exists()
+    here("train", "-e", stopped, "-r", "latest", "train.steps=2")
+    carried = load_file(stopped / "checkpoints" / "step_00000002" / checkpoint.power_files([width])[0])
+    weights = load_file(stored)
+    assert weights.keys() == carried.keys() and all(torch.equal(weights[name], carried[name]) for name in weights)
+    power_average = snapshot.load(stored).power_average
+    assert (power_average.width, power_average.updates) == (width, 2)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import datasets
+from configs import schema
 from flow.evaluation import table
 from flow.model import FlowModel
 from flow.path import LinearPath
@@ -20,6 +21,7 @@ from flow.training import checkpoint
 from flow.training.logging import read_metrics
 from flow.training.validation import by_time, validation_losses
 from scripts.dev import fault_injection
+from scripts.doctor.__main__ import num_checkpoints
 
 DROPOUT = (
     "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
@@ -61,6 +63,7 @@ def drop_last_row(file: Path) -> None:
 
 def test_rows_losses_and_best_snapshot(run):
     assert [p.name for p in checkpoint.list_checkpoints(run / "checkpoints")] == [f"step_{k:08d}" for k in (2, 3, 4)]
+    assert num_checkpoints(schema.parse((run / "config.yaml").read_text())) == 3  # as the doctor says
     assert {p.name for p in (run / "evaluation").iterdir()} == {
         "results.jsonl", "results.csv", "results.md", "snapshots.png", "memorization.png",
     }  # fmt: skip

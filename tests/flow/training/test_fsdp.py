@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,15 @@ def test_unsharded_tensors_are_their_own_parts():
         assert averaged is net
 
 
+@pytest.mark.parametrize("is_fsdp2", [False, True])
+def test_weights_to_be_sharded_are_contiguous(is_fsdp2):
+    """FSDP2 refuses others; without it a CPU takes convolutions in float32 with their channels side by side."""
+    net = torch.nn.Conv2d(3, 8, 3)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", is_fsdp2=is_fsdp2)
+    distributed.prepare_model(net, accelerator)
+    assert net.weight.is_contiguous() == is_fsdp2
+
+
 @pytest.mark.slow
 def test_training_in_shards_is_training(tmp_path):
     environment = fsdp_environment()
@@ -77,6 +87,22 @@ def test_training_in_shards_is_training(tmp_path):
     norms = [[json.loads(line)["grad_norm"] for line in (run / "metrics.jsonl").open()] for run in (sharded, whole)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     succeed("sample.py", "--weights", sharded, "--n_samples", "4", "--save_dir", tmp_path / "s", "--sampling_steps", "2")
+
+
+@pytest.mark.slow
+def test_convolutions_in_shards(here, tmp_path):
+    """The same weights as without shards on one process, whose convolutions have their channels side by side."""
+    unet = [word for word in TRAIN if word not in ("model.name=dit", DIT)]
+    unet += ["model.name=mini_unet", "model.args={width: 16, head_channels: 16, num_classes: 10}"]
+    sharded, whole = tmp_path / "sharded", tmp_path / "whole"
+    environment = {**fsdp_environment(), "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}
+    succeed("train.py", *unet, "-e", sharded, processes=2, **environment)
+    here("train", *unet, "-e", whole)
+    found, expected = snapshots(sharded), snapshots(whole)
+    assert list(found) == list(expected) and len(found) == 6
+    for name, weights in expected.items():
+        for key, value in weights.items():
+            torch.testing.assert_close(found[name][key], value, atol=5e-5, rtol=1e-3)
 
 
 @pytest.mark.slow
