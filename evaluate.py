@@ -17,9 +17,9 @@ from accelerate import Accelerator
 
 from configs import schema
 from configs.schema import UserError
-from flow.evaluation import metrics, runner
+from flow.evaluation import control, folders, metrics, runner, snapshots
 from flow.evaluation.features import INCEPTION
-from flow.runtime import cli, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, guide, hub, posthoc_ema, snapshot, sources
 from flow.sampling.conditions import conditions_in_turn
@@ -119,7 +119,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     if note := sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, n):
         accelerator.print(f"note: {note}")
     labels = cli.labels_of(args.labels, snap.class_names)
-    captions_of = runner.captions_by_class(args.captions, labels, accelerator, snap.config, net)
+    captions_of = snapshots.captions_by_class(args.captions, labels, accelerator, snap.config, net)
     turns, prompts = conditions_in_turn(labels, captions_of)
     plan = []
     some = any(w != 1 for w in args.guidance_scale)  # else the flags of guidance are errors
@@ -128,11 +128,12 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
             options = cli.solver_options(args, method, args.methods)
             for steps in cli.num_steps(args, method):
                 times = grid_store.load(snap, method, steps) if args.time_grid == "optimized" else None
-                guidance = (tuple(args.guidance_interval), guide_name) if scale != 1 or not some else ()
                 sampler = SamplerSettings(
-                    method, steps, scale, args.seed, turns, prompts, args.time_grid, times, options, *guidance
-                )
-                sampler = replace(sampler, source=args.source)
+                    method, steps, scale, args.seed, turns, prompts, args.time_grid, times=times, options=options,
+                    source=args.source,
+                )  # fmt: skip
+                if scale != 1 or not some:
+                    sampler = replace(sampler, guidance_interval=tuple(args.guidance_interval), guide=guide_name)
                 with error_context("evaluate"):
                     validate(sampler, model)
                 plan.append(sampler)
@@ -144,10 +145,10 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     captions = (args.captions or "plain") if net.max_prompt_bytes else None
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
     with lock.folder(out, accelerator):
-        evaluator = runner.SnapshotEvaluator.build(
+        evaluator = snapshots.SnapshotEvaluator.build(
             settings, accelerator, out, snap.config, snap.space, net, plan, captions_of, not labels
         )
-        runner.add_control(evaluator.evaluation)
+        control.add_control(evaluator.evaluation)
         for file in paths:
             if len(paths) > 1:
                 snap = snapshot.load(file, args.config, args.overrides)
@@ -159,24 +160,24 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         accelerator.wait_for_everyone()
     row = plan[-1]
     flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
-    flags += cli.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
-    flags += cli.guidance_flags(args) if row.guidance_scale != 1 else []
-    flags += cli.source_flags(args) + cli.option_flags(row.options)
+    flags += commands.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
+    flags += commands.guidance_flags(args) if row.guidance_scale != 1 else []
+    flags += commands.source_flags(args) + commands.option_flags(row.options)
     flags += ["--labels", *args.labels] if args.labels and not row.prompts else []
     flags += ["--seed", str(args.seed)]
-    sample = cli.sample_command(paths[-1], f"{paths[-1].stem}_{row.method}_{row.steps}", *flags, *args.overrides)
+    sample = commands.sample_command(paths[-1], f"{paths[-1].stem}_{row.method}_{row.steps}", *flags, *args.overrides)
     print_summary(args, accelerator, out, f"sample as in the last row with: {sample}")
 
 
 def evaluate_folder(args, accelerator: Accelerator) -> None:
     """One row for the images of a folder, by sample.py (whose labels are known) or from elsewhere."""
-    data, stored = runner.read_folder(args.samples)
+    data, stored = folders.read_folder(args.samples)
     settings = evaluation_settings(args, f"--samples {args.samples}", len(data))
     folder = args.samples.resolve()
     out = args.out or (folder / "evaluation" if stored else folder.with_name(f"{folder.name}_evaluation"))
     with lock.folder(out, accelerator):
         config = schema.load(args.config, args.overrides)
-        runner.evaluate_folder(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))
+        folders.evaluate_folder(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))
     show = f"cat {shlex.quote(str(out / 'results.md'))}"
     print_summary(args, accelerator, out, f"see the table again with: {show}")
 
@@ -190,7 +191,8 @@ def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> 
 def evaluation_settings(args, owner: str, n_samples: int) -> runner.EvaluationSettings:
     return runner.EvaluationSettings(
         owner, n_samples, args.repeats, args.bspp, args.feature_extractor, args.feature_layer, args.feature_weights,
-        args.allow_remote_code, args.reference, tuple(args.metrics), not args.no_control,
+        allow_remote_code=args.allow_remote_code, reference=args.reference, metrics=tuple(args.metrics),
+        control=not args.no_control,
     )  # fmt: skip
 
 

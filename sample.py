@@ -5,7 +5,7 @@ little on its batch, so --bspp must stay the same). An interrupted run resumes. 
 (PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context, printable
 from flow.sampling import grid_store, guide, images, output, snapshot, sources
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
@@ -58,9 +58,9 @@ def main() -> None:
     [steps] = cli.num_steps(args, method)
     settings = SamplerSettings(
         method, steps, args.guidance_scale, args.seed, labels, prompts, args.time_grid,
-        grid_store.load(snap, method, steps) if args.time_grid == "optimized" else None,
-        cli.solver_options(args, method, [method]), tuple(args.guidance_interval),
-        guide_name, args.source,
+        times=grid_store.load(snap, method, steps) if args.time_grid == "optimized" else None,
+        options=cli.solver_options(args, method, [method]),
+        guidance_interval=tuple(args.guidance_interval), guide=guide_name, source=args.source,
     )  # fmt: skip
     with error_context("sample"):
         validate(settings, model)
@@ -92,20 +92,23 @@ def main() -> None:
                 study = files.free_folder(args.save_dir / "study")
                 compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study, *args.overrides]
                 result = f"{args.n_samples} points in {args.save_dir / 'samples.npz'} and grid.png, NFE {nfe}"
-                print(cli.summary(result, args.start, f"compare solvers with: {subprocesses.command(*compare)}"))
+                print(cli.summary(result, args.start, f"compare solvers with: {commands.command(*compare)}"))
             return
         nfe, forwards = output.write_images(*work, folder)
         if accelerator.is_main_process:
-            write_summary(args, snap, settings, net.num_classes)
+            write_grid_and_npz(args, snap, settings, net.num_classes)
             cost = f"NFE {nfe} ({forwards} network calls) per image" if nfe else "none of them new"
             result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
             animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
-            flags = cli.condition_flags(args.guidance_scale, args.prompts) + cli.guidance_flags(args) + cli.source_flags(args)
-            command = subprocesses.command(*animate, *flags, *args.overrides)
+            flags = [
+                *commands.condition_flags(args.guidance_scale, args.prompts), *commands.guidance_flags(args),
+                *commands.source_flags(args),
+            ]  # fmt: skip
+            command = commands.command(*animate, *flags, *args.overrides)
             print(cli.summary(result, args.start, f"watch images form with: {command}"))
 
 
-def write_summary(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None) -> None:
+def write_grid_and_npz(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None) -> None:
     """Write grid.png and, with --npz, samples.npz of the images."""
     folder, indices = args.save_dir / "images", range(args.n_samples)
     files.clean_temporaries(folder)
@@ -113,7 +116,7 @@ def write_summary(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_
     for line in output.write_grid(grid, folder, indices, settings, snap.class_names, num_classes, args.grid_by_class):
         print(f"in grid.png: {printable(line)}")
     if args.npz:
-        output.write_npz(args.save_dir / "samples.npz", output.read_images(folder, indices), settings, num_classes)
+        output.write_npz(args.save_dir / "samples.npz", output.read_pngs(folder, indices), settings, num_classes)
 
 
 if __name__ == "__main__":

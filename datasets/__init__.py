@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from datasets.digits import digits
-from datasets.images import cifar10, fashion_mnist, folder, mnist
+from datasets.folder import folder
+from datasets.images import cifar10, fashion_mnist, mnist
 from datasets.latents import latents
 from datasets.latents import source as latents_source
 from datasets.packed import packed

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datasets.images import FORMATS, Images
+from datasets.folder import FORMATS
+from datasets.images import Images
 
 UNIFORMS_PER_POINT = 4  # uniform numbers that a point is made from
 MAX_POINTS = 10_000_000  # 320 MB of uniform numbers: a snapshot's header may name any number

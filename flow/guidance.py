@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.path import LinearPath
+from flow.path import LinearPath, broadcast_over
 
 MIN_NOISE_PREDICTION_TIME = 0.01
 
@@ -20,7 +20,7 @@ def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, p
     """
     u = generator("label dropout", seed, step).random(batch_size)[rows]
     dropped = torch.from_numpy(u < probability).to(y.device, non_blocking=y.is_cuda)
-    return torch.where(dropped.view(-1, *[1] * (y.dim() - 1)), null, y)
+    return torch.where(broadcast_over(dropped, y), null, y)
 
 
 class GuidedVelocity:
@@ -76,7 +76,7 @@ class GuidedVelocity:
         t_net = min(t_net, self.path.t_max)  # the last time of its training
         times = torch.full((x.shape[0],), t_net, device=x.device, dtype=x.dtype)
         alpha, sigma, *_ = self.path.coefficients(times[:1])
-        x_net = x * (alpha + sigma).view(-1, *[1] * (x.dim() - 1))
+        x_net = x * broadcast_over(alpha + sigma, x)
         prediction = self._cfg(x_net.to(self.dtype), t_net, t_net, scale).to(x.dtype)
         x0, x1 = self.path.predict_x0_x1(x_net, times, prediction, self.prediction)
         return x1 - x0

@@ -12,8 +12,10 @@ from flow.solvers.time_grids import END_EPS
 from flow.solvers.torchdiffeq import ADAPTIVE
 from flow.source import GAUSSIAN, Source
 
+T_MAX = 0.98  # the marginal there still shows the noise, which is mixed into the image
 
-def check_source(source: Source) -> None:
+
+def check_density_known(source: Source) -> None:
     """Raises ValueError for a source whose density is not known."""
     if source.name != GAUSSIAN:
         raise ValueError(f"flow.source.name={source.name}: its density is not known, so the flow gives no likelihood")
@@ -88,9 +90,6 @@ def bits_per_dimension(log_p: Tensor, dimensions: int) -> Tensor:
     (uniform dequantisation, Theis et al. 2016, arXiv:1511.01844): the bits are an upper bound.
     """
     return -log_p / (dimensions * math.log(2)) + math.log2(127.5)
-
-
-T_MAX = 0.98  # the marginal there still shows the noise, which is mixed into the image
 
 
 def invert(velocity: Velocity, x1: Tensor, noise: Tensor | None, steps: int, method: str) -> Tensor:

@@ -82,7 +82,12 @@ class Path(ABC):
 
     def _broadcast_coefficients(self, x: Tensor, t: Tensor) -> list[Tensor]:
         """The coefficients, ready to multiply x [B, ...]."""
-        return [c.to(x.dtype).view(-1, *[1] * (x.dim() - 1)) for c in self.coefficients(t)]
+        return [broadcast_over(c.to(x.dtype), x) for c in self.coefficients(t)]
+
+
+def broadcast_over(values: Tensor, like: Tensor) -> Tensor:
+    """values [b], ready to multiply `like` [b, ...]."""
+    return values.view(-1, *[1] * (like.dim() - 1))
 
 
 class LinearPath(Path):

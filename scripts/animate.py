@@ -21,7 +21,7 @@ from flow.evaluation import animation, plots_2d
 from flow.likelihood import log_likelihood
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, images, snapshot, sources, trajectory_grids
 from flow.sampling.conditions import column_names
@@ -169,7 +169,7 @@ def draw_grids(
     scales = " ".join(f"{each.guidance_scale:g}" for each in settings) if can_guide(model) else "none"
     result = f"{len(figures)} grids in {out}, of {steps} solver steps, guidance scales: {scales}"
     if out.parts[-2:] == trajectory_grids.FOLDER.parts:
-        shown = f"show them with: {subprocesses.command('-m', 'scripts.report', out.parent.parent, '--out', 'report')}"
+        shown = f"show them with: {commands.command('-m', 'scripts.report', out.parent.parent, '--out', 'report')}"
     else:
         shown = f"scripts.report shows those in RUN/{trajectory_grids.FOLDER}"
     print(cli.summary(result, args.start, shown))
@@ -197,8 +197,8 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     if plane and "likelihood" in args.figures:
         figures.append(likelihood_map(args.out, accelerator, model, settings, snap, args.hutchinson_samples))
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
-    flags = cli.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
-    command = subprocesses.command(*study, *flags, *args.overrides)
+    flags = commands.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
+    command = commands.command(*study, *flags, *args.overrides)
     print(cli.summary(f"{' '.join(figures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 

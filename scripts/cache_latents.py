@@ -26,7 +26,7 @@ from flow.evaluation.frechet import frechet_distance
 from flow.evaluation.intervals import mean_standard_error
 from flow.evaluation.reading import Data, read_images
 from flow.noise import generator
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import images
@@ -111,10 +111,8 @@ def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]
     if latent_shape[1] % 2 or latent_shape[2] % 2:
         overrides["model.args.patch"] = 1
     folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_dit"))
-    config = subprocesses.shipped("mnist_latent_dit.yaml")
-    return subprocesses.command(
-        "train.py", "-c", config, "-e", folder, *(subprocesses.override(k, v) for k, v in overrides.items())
-    )
+    config = commands.shipped("mnist_latent_dit.yaml")
+    return commands.command("train.py", "-c", config, "-e", folder, *(commands.override(k, v) for k, v in overrides.items()))
 
 
 def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -17,11 +17,12 @@ import datasets
 from configs.schema import UserError
 from flow.evaluation import animation, plots_2d, table
 from flow.evaluation.metrics_2d import sliced_wasserstein
+from flow.evaluation.straightness import mean_straightness_deviation
 from flow.model import FlowModel
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot, sources
-from flow.sampling.generate import mean_straightness_deviation, trajectory
+from flow.sampling.generate import trajectory
 from flow.sampling.settings import SamplerSettings, validate
 from flow.solvers import DETERMINISTIC
 from flow.solvers.time_grids import uniform
@@ -112,8 +113,8 @@ def compare(
     print(text)
     result = f"{' '.join([*names_written, 'compare.png', 'compare.md'])} in {args.out}"
     animate = ["-m", "scripts.animate", "--weights", args.weights[0], "--out", files.free_folder(args.out / names[0])]
-    animate += cli.source_flags(args)
-    print(cli.summary(result, args.start, f"see one of them alone with: {subprocesses.command(*animate, *args.overrides)}"))
+    animate += commands.source_flags(args)
+    print(cli.summary(result, args.start, f"see one of them alone with: {commands.command(*animate, *args.overrides)}"))
 
 
 def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:

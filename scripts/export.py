@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from configs.schema import UserError
-from flow.runtime import cli, subprocesses
+from flow.runtime import cli, commands
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import exported, graph, grid_store, hub, snapshot
 from flow.sampling.settings import SamplerSettings
@@ -79,16 +79,16 @@ def main() -> None:
         results += write_graphs(args, snap)
     moved = weights != args.weights and snap.codec is not None
     autoencoder = (snap.config.data.autoencoder or snap.codec["source"]) if moved and snap.codec else None
-    places = exported.source_flags(snap) if weights != args.weights else []
+    places = exported.source_overrides(snap) if weights != args.weights else []
     flags = [*exported.sample_flags(snap, autoencoder), *dict.fromkeys([*places, *([] if moved else args.overrides)])]
-    sample = cli.sample_command(weights, snapshot.name_of(weights), *flags)
+    sample = commands.sample_command(weights, snapshot.name_of(weights), *flags)
     print(cli.summary(", ".join(results), args.start, f"sample from it with: {sample}"))
 
 
 def write_folder(args, snap: Snapshot) -> str:
     """Write the folder and upload it; what became of it."""
     for key, place in exported.places(snap).items():
-        print(f"note: whoever gets the export can read {subprocesses.override(key, place)} in its configuration")
+        print(f"note: whoever gets the export can read {commands.override(key, place)} in its configuration")
     with tempfile.TemporaryDirectory() as temporary:
         folder: Path = args.to or Path(temporary) / "export"
         is_new = exported.write_folder(

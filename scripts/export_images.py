@@ -13,7 +13,7 @@ from PIL import Image
 import datasets
 from configs import schema
 from configs.schema import UserError
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
 from flow.sampling.space import Space
@@ -49,8 +49,8 @@ def main() -> None:
     height, width = (args.size, args.size) if args.size else data.image_shape[1:]
     folder = {"path": str(args.save_dir), "size": None, **({"channels": 1} if data.image_shape[0] == 1 else {})}
     run_dir = files.free_folder(Path("runs") / args.save_dir.name)
-    overrides = ["data.horizontal_flip=false", subprocesses.override("data.args", folder), *fitting(height, width)]
-    train = subprocesses.command("train.py", "-c", subprocesses.shipped("photos64.yaml"), "-e", run_dir, *overrides)
+    overrides = ["data.horizontal_flip=false", commands.override("data.args", folder), *fitting(height, width)]
+    train = commands.command("train.py", "-c", commands.shipped("photos64.yaml"), "-e", run_dir, *overrides)
     print(cli.summary(f"{count} images in {args.save_dir}", args.start, f"train on them with: {train}"))
 
 

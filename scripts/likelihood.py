@@ -13,9 +13,9 @@ import torch
 import datasets
 from configs.schema import UserError
 from flow.evaluation.intervals import mean_standard_error
-from flow.likelihood import bits_per_dimension, check_source, dequantize, log_likelihood
+from flow.likelihood import bits_per_dimension, check_density_known, dequantize, log_likelihood
 from flow.noise import generator
-from flow.runtime import cli, distributed, subprocesses
+from flow.runtime import cli, commands, distributed
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from flow.sampling.generate import build_velocity, shard, to_solver_dtype
@@ -45,7 +45,7 @@ def main() -> None:
     if model.net.max_prompt_bytes:
         raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
     with error_context("--weights"):
-        check_source(model.source)
+        check_density_known(model.source)
     if snap.codec:
         raise UserError("--weights: a flow on latents gives no likelihood of images")
     snap.check_data()
@@ -102,7 +102,7 @@ def main() -> None:
             f"{'' if points else ', uniform dequantization, bins centered on the levels'})"
         )
         more = ["--hutchinson_samples", str(4 * args.hutchinson_samples)]
-        command = subprocesses.command("-m", "scripts.likelihood", *sys.argv[1:], *more)
+        command = commands.command("-m", "scripts.likelihood", *sys.argv[1:], *more)
         print(cli.summary(result, args.start, f"estimate the divergence more closely with: {command}"))
 
 

@@ -7,9 +7,8 @@ Run it again after a kill: whole shards stay, missing or damaged ones are genera
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from datasets.images import to_float
 from datasets.pairs import Shard, read_manifest, shards_of
 from datasets.shards import MANIFEST, save_shard, verify_shard
 from flow.likelihood import invert
-from flow.model import FlowModel
+from flow.model import FlowModel, Network
 from flow.noise import gaussian_noise, generator
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, snapshot
@@ -73,21 +72,15 @@ def main() -> None:
     snap.check_data()
     source = snap.config.data
     with error_context("data"):
-        real = datasets.source_dataset(
-            source.name, source.root, source.args, derived=["pairs"]
-        )  # in a second reflow that of the first
-    labels = cli.labels_of(args.labels, snap.class_names)
+        # in a second reflow the real images of the first
+        real = datasets.source_dataset(source.name, source.root, source.args, derived=["pairs"])
     if isinstance(data_source := model.source, DataSource):
         with error_context("flow.source"):
             distributed.main_process_first(accelerator, lambda: data_source.training)
     with error_context("data"):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
-    classes, prompts = labels, None
-    if net.max_prompt_bytes:
-        classes = labels or tuple(range(len(data.class_names)))
-        if not all(0 <= label < len(data.class_names) for label in classes):
-            raise UserError(f"--labels {labels}: the data set has classes 0 to {len(data.class_names) - 1}")
-        prompts = tuple(captions.plain(data.class_names[label]) for label in classes)
+    labels = cli.labels_of(args.labels, snap.class_names)
+    classes, prompts = conditions_of(labels, data, net)
     settings = SamplerSettings(
         args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, classes, prompts,
         guidance_interval=tuple(args.guidance_interval), guide=guide_name,
@@ -129,22 +122,40 @@ def main() -> None:
         "generated": args.n_pairs - inverted,
         "inverted": inverted,
         "shard_pairs": args.shard_pairs,
-        "image_shape": snap.image_shape,
         "state_times": [times[k] for k in kept_steps],
-        "class_names": data.class_names,
-        "data": real,
-        **({"source": asdict(snap.config.flow.source)} if model.source.name != GAUSSIAN else {}),
-        **({"codec": snap.codec} if snap.codec else {}),
+        **described(snap, data.class_names, real),
     }
     for network in model.networks:
         distributed.prepare_model(network, accelerator)
     model.eval()
-    make = partial(make_shard, accelerator, model, data, invertible_indices, settings, kept_steps, args.bspp)
+    maker = PairMaker(accelerator, model, data, settings, args.bspp, kept_steps, invertible_indices)
     with lock.folder(args.save_dir, accelerator):
-        num_written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), make)
+        num_written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), maker.shard)
     train = train_command(args.weights, args.save_dir, snap.config, bool(kept_steps))
     result = f"{args.n_pairs} pairs in {args.save_dir}, {num_written} of them new"
     accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
+
+
+def conditions_of(labels: tuple[int, ...] | None, data, net: Network) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
+    """(labels, prompts) that the pairs get in turn: a network with prompts reads those of the classes. Raises UserError."""
+    if not net.max_prompt_bytes:
+        return labels, None
+    classes = labels or tuple(range(len(data.class_names)))
+    if not all(0 <= label < len(data.class_names) for label in classes):
+        raise UserError(f"--labels {labels}: the data set has classes 0 to {len(data.class_names) - 1}")
+    return classes, tuple(captions.plain(data.class_names[label]) for label in classes)
+
+
+def described(snap: snapshot.Snapshot, class_names: Sequence[str], real: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the flow and of the real images `real` {"name": ..., "root": ..., "args": ...}."""
+    source = snap.config.flow.source
+    return {
+        "image_shape": snap.image_shape,
+        "class_names": class_names,
+        "data": real,
+        **({"source": asdict(source)} if source.name != GAUSSIAN else {}),
+        **({"codec": snap.codec} if snap.codec else {}),
+    }
 
 
 def write_shards(
@@ -182,9 +193,7 @@ def train_command(weights: str, save_dir: Path, config: schema.Config, has_state
         overrides |= {"flow.path": "linear", "flow.prediction": "velocity"}
         del overrides["train.init_from"]
     folder = files.free_folder(save_dir.with_name(f"{save_dir.name}_{'trajectory' if has_states else 'reflow'}"))
-    return subprocesses.command(
-        "train.py", "-e", folder, *(subprocesses.override(key, value) for key, value in overrides.items())
-    )
+    return commands.command("train.py", "-e", folder, *(commands.override(key, value) for key, value in overrides.items()))
 
 
 def check_output_dir(save_dir: Path, manifest: dict[str, Any]) -> None:
@@ -221,74 +230,67 @@ def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:
     return order if labels is None else [k for k in order if int(data.labels[k]) in labels]
 
 
-def make_shard(
-    accelerator: Accelerator, model: FlowModel, data, invertible_indices: list[int], settings: SamplerSettings,
-    kept_steps: list[int], batch_size: int, shard: Shard, bar,
-) -> dict[str, Tensor]:  # fmt: skip
-    """The tensors of one shard."""
-    parts: dict[str, list[Tensor]] = {}
-    for batch in index_batches(shard.indices, batch_size):
-        if shard.inverted:
-            real_indices = invertible_indices[batch.start : batch.stop]
-            batch_tensors = invert_batch(accelerator, model, data, settings, batch, real_indices)
-        else:
-            batch_tensors = generate_batch(accelerator, model, data, settings, kept_steps, batch)
-        for name, tensor in batch_tensors.items():
-            if tensor.is_floating_point():
-                check_finite(tensor, batch)  # in float16
-            parts.setdefault(name, []).append(tensor)
-        bar.update(len(batch))
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+@dataclass
+class PairMaker:
+    """Makes the tensors of a shard."""
 
+    accelerator: Accelerator
+    model: FlowModel
+    data: Any  # the real images
+    settings: SamplerSettings
+    batch_size: int
+    kept_steps: list[int]  # at whose ends the states of a path are stored
+    invertible_indices: list[int]  # of real images, in the order of the inverted pairs
 
-@torch.inference_mode()
-def generate_batch(
-    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, kept_steps: list[int], batch: range
-) -> dict[str, Tensor]:
-    """images float16, labels int64, and states float16 at the ends of `kept_steps` of the pairs with these indices."""
-    states: list[Tensor] = []
-    steps = count(1)
+    def shard(self, shard: Shard, bar: tqdm) -> dict[str, Tensor]:
+        """The tensors of one shard."""
+        parts: dict[str, list[Tensor]] = {}
+        for batch in index_batches(shard.indices, self.batch_size):
+            for name, tensor in (self.inverted(batch) if shard.inverted else self.generated(batch)).items():
+                if tensor.is_floating_point():
+                    check_finite(tensor, batch)  # in float16
+                parts.setdefault(name, []).append(tensor)
+            bar.update(len(batch))
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
-    def keep(x: Tensor) -> None:
-        if next(steps) in kept_steps:
-            states.append(x.half().cpu())
+    @torch.inference_mode()
+    def generated(self, batch: range) -> dict[str, Tensor]:
+        """images float16, labels int64, and states float16 at the ends of `kept_steps` of the pairs with these indices."""
+        states: list[Tensor] = []
+        steps = count(1)
 
-    samples = sample_batch(
-        model,
-        batch,
-        data.image_shape,
-        settings,
-        accelerator.device,
-        accelerator.autocast,
-        "pairs",
-        keep if kept_steps else None,
-    )
-    tensors = {"images": samples.x.half().cpu(), **({"states": torch.stack(states, dim=1)} if kept_steps else {})}
-    return tensors if samples.labels is None else tensors | {"labels": samples.labels}
+        def keep(x: Tensor) -> None:
+            if next(steps) in self.kept_steps:
+                states.append(x.half().cpu())
 
+        samples = sample_batch(
+            self.model, batch, self.data.image_shape, self.settings, self.accelerator.device, self.accelerator.autocast,
+            noise_key="pairs", callback=keep if self.kept_steps else None,
+        )  # fmt: skip
+        tensors = {"images": samples.x.half().cpu(), **({"states": torch.stack(states, dim=1)} if self.kept_steps else {})}
+        return tensors if samples.labels is None else tensors | {"labels": samples.labels}
 
-@torch.inference_mode()
-def invert_batch(
-    accelerator: Accelerator, model: FlowModel, data, settings: SamplerSettings, batch: range, real_indices: list[int]
-) -> dict[str, Tensor]:
-    """images, labels and float16 noise of the real images `real_indices`, which become the inverted pairs `batch`.
+    @torch.inference_mode()
+    def inverted(self, batch: range) -> dict[str, Tensor]:
+        """images, labels and float16 noise of the real images that become the inverted pairs `batch`.
 
-    Inverted with the image's own label and without guidance, as a guided flow cannot be solved backwards.
-    """
-    with error_context("data"):
-        pixels, labels = zip(*(data[k] for k in real_indices), strict=True)
-    x1 = to_float(torch.stack(pixels))
-    y = torch.tensor(labels)
-    prompts = tuple(captions.plain(data.class_names[label]) for label in labels) if model.net.max_prompt_bytes else None
-    unguided = SamplerSettings(labels=tuple(labels), prompts=prompts)
-    velocity = build_velocity(model, range(len(y)), unguided, accelerator.device)
-    noise = None
-    if model.source.name == GAUSSIAN:
-        noise = to_solver_dtype(gaussian_noise("inversion", settings.seed, batch, data.image_shape), accelerator.device)
-    with accelerator.autocast():
-        x0 = invert(velocity, to_solver_dtype(x1, accelerator.device), noise, settings.steps, settings.method)
-    tensors = {"images": x1.half(), "noise": x0.half().cpu()}
-    return tensors | {"labels": y} if model.net.null is not None else tensors
+        Inverted with the image's own label and without guidance, as a guided flow cannot be solved backwards.
+        """
+        model, settings, device = self.model, self.settings, self.accelerator.device
+        with error_context("data"):
+            pixels, labels = zip(*(self.data[k] for k in self.invertible_indices[batch.start : batch.stop]), strict=True)
+        x1 = to_float(torch.stack(pixels))
+        y = torch.tensor(labels)
+        class_names = self.data.class_names
+        prompts = tuple(captions.plain(class_names[label]) for label in labels) if model.net.max_prompt_bytes else None
+        velocity = build_velocity(model, range(len(y)), SamplerSettings(labels=tuple(labels), prompts=prompts), device)
+        noise = None
+        if model.source.name == GAUSSIAN:
+            noise = to_solver_dtype(gaussian_noise("inversion", settings.seed, batch, self.data.image_shape), device)
+        with self.accelerator.autocast():
+            x0 = invert(velocity, to_solver_dtype(x1, device), noise, settings.steps, settings.method)
+        tensors = {"images": x1.half(), "noise": x0.half().cpu()}
+        return tensors | {"labels": y} if model.net.null is not None else tensors
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.schema import UserError
 from flow import solvers
 from flow.model import FlowModel
-from flow.runtime import cli, distributed, lock, subprocesses
+from flow.runtime import cli, commands, distributed, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, hub, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
@@ -45,7 +45,7 @@ def main() -> None:
     if max(args.steps) > args.reference_steps:
         raise UserError(f"--steps {max(args.steps)}: must be at most --reference_steps {args.reference_steps}")
     if hub.is_reference(args.weights):
-        copy = subprocesses.command("-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights))
+        copy = commands.command("-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights))
         raise UserError(f"--weights {args.weights}: grids are stored beside the weights; copy them to a folder with: {copy}")
     snap = snapshot.load(args.weights, None, args.overrides)
     stored = grid_store.read(snap)
@@ -124,11 +124,13 @@ def tune(
     result = f"{num_saved} optimized grid(s) in {grid_store.file_of(snap.path)}"
     if not num_saved:
         more = ["--evaluations", str(4 * args.evaluations)]
-        longer = subprocesses.command("-m", "scripts.optimize_grid", *sys.argv[1:], *more)
+        longer = commands.command("-m", "scripts.optimize_grid", *sys.argv[1:], *more)
         print(cli.summary(result, args.start, f"search longer with: {longer}"))
         return
-    flags = cli.condition_flags(args.guidance_scale, args.prompts)
-    sample = cli.sample_command(snap.path, f"{snapshot.name_of(args.weights)}_optimized", *example, *flags, *args.overrides)
+    flags = commands.condition_flags(args.guidance_scale, args.prompts)
+    sample = commands.sample_command(
+        snap.path, f"{snapshot.name_of(args.weights)}_optimized", *example, *flags, *args.overrides
+    )
     print(cli.summary(result, args.start, f"use one with: {sample}"))
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from configs.schema import UserError
 from datasets import captions
 from flow.evaluation import plots, table
-from flow.evaluation.runner import columns_of
-from flow.runtime import cli, distributed, lock, subprocesses
+from flow.evaluation.snapshots import columns_of
+from flow.runtime import cli, commands, distributed, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, snapshot
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
@@ -50,7 +50,7 @@ class Guidance(NamedTuple):
         """Of sample.py."""
         interval = [f"{t:g}" for t in self.interval]
         flags = ["--guidance_interval", *interval] if self.interval != ALL_TIMES else []
-        return [*cli.condition_flags(self.scale), *flags, *(["--guide_weights", self.guide] if self.guide else [])]
+        return [*commands.condition_flags(self.scale), *flags, *(["--guide_weights", self.guide] if self.guide else [])]
 
 
 def parse_args():
@@ -107,7 +107,7 @@ def main() -> None:
             if rounds:
                 print(f"\nround {k + 1} of {rounds + 1}: {len(left)} kinds of guidance on {n} images each", flush=True)
             results, floors = evaluate(args, snap, left, n)
-            distance = next(name for name in results[left[0]]["metrics"] if name.startswith(("FID", "FD-")))
+            distance = table.distance_name([results[left[0]]])
             left.sort(key=lambda candidate: results[candidate]["metrics"][distance].mean)
             if k < rounds:
                 left = left[: -(-len(left) // 2)]
@@ -117,14 +117,14 @@ def main() -> None:
     value = f"{distance} {table.cell(distance, reached)}"
     flags = [
         *best.flags,
-        *cli.condition_flags(prompts=prompts and prompts[:8]),
+        *commands.condition_flags(prompts=prompts and prompts[:8]),
         "--sampling_method",
         args.sampling_method,
         "--sampling_steps",
         str(args.sampling_steps),
     ]
     result = f"best: guidance {best.scale:g}, {best.curve}: {value}; table and guidance.png in {args.out}"
-    sample = cli.sample_command(args.weights, "best_guidance", *flags, *args.overrides)
+    sample = commands.sample_command(args.weights, "best_guidance", *flags, *args.overrides)
     print(cli.summary(result, args.start, f"sample with it: {sample}"))
 
 

@@ -22,11 +22,11 @@ import datasets
 from configs import schema
 from configs.schema import UserError
 from datasets import DataSet, hub
-from datasets.images import EncodedImages, Folder, UnreadableImage
+from datasets.folder import EncodedImages, Folder, UnreadableImage
 from datasets.packed import PATTERN
 from datasets.parquet import NO_LABELS, Parquet, select_files
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 
@@ -259,11 +259,11 @@ def report(args, source: Source, manifest: dict[str, Any], num_written: int) -> 
 def train_command(args, image_shape: list[int]) -> str:
     """The command that trains a U-Net for photos, on patches and with attention that fit the images."""
     _, height, width = image_shape
-    overrides = ["data.name=packed", subprocesses.override("data.args.path", str(args.save_dir)), *fitting(height, width)]
+    overrides = ["data.name=packed", commands.override("data.args.path", str(args.save_dir)), *fitting(height, width)]
     if args.source in BUILT_IN:
         overrides.append("data.horizontal_flip=false")
     run_dir = files.free_folder(Path("runs") / args.save_dir.name)
-    return subprocesses.command("train.py", "-c", subprocesses.shipped("photos64.yaml"), "-e", run_dir, *overrides)
+    return commands.command("train.py", "-c", commands.shipped("photos64.yaml"), "-e", run_dir, *overrides)
 
 
 def fitting(height: int, width: int) -> Iterator[str]:

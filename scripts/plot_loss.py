@@ -15,7 +15,7 @@ from configs.schema import LossConfig, UserError
 from configs.vae import VaeConfig
 from flow import losses
 from flow.evaluation import plots
-from flow.runtime import cli, jsonl, subprocesses
+from flow.runtime import cli, commands, jsonl
 from flow.runtime.errors import cli_main
 from flow.training.logging import read_metrics
 
@@ -59,7 +59,7 @@ def main() -> None:
             losses.setdefault(validation_name, {})[f"{label}{VALIDATION}"] = validation
     dashed = {f"{label}{VALIDATION}" for label in labels}
     plots.loss_curves(args.out, losses, args.against, args.smooth, dashed)
-    smoother = subprocesses.command("-m", "scripts.plot_loss", *sys.argv[1:], "--smooth", str(10 * args.smooth))
+    smoother = commands.command("-m", "scripts.plot_loss", *sys.argv[1:], "--smooth", str(10 * args.smooth))
     print(cli.summary(f"{len(args.runs)} curve(s) in {args.out}", args.start, f"smooth them with: {smoother}"))
 
 

@@ -7,7 +7,7 @@ snapshot, RUN/posthoc_ema/width_0.020_step_00004000.safetensors, that every scri
 
 from pathlib import Path
 
-from flow.runtime import cli, distributed
+from flow.runtime import cli, commands, distributed
 from flow.runtime.errors import cli_main
 from flow.sampling import exported, posthoc_ema, snapshot
 
@@ -31,7 +31,7 @@ def main() -> None:
     paths = posthoc_ema.reconstruct(accelerator, args.weights, args.width, args.step)
     names = " ".join(path.name for path in paths)
     flags = exported.sample_flags(snapshot.load(paths[0], None, args.overrides), None)
-    sample = cli.sample_command(paths[0], f"{args.weights.name}_{paths[0].stem}", *flags, *args.overrides)
+    sample = commands.sample_command(paths[0], f"{args.weights.name}_{paths[0].stem}", *flags, *args.overrides)
     print(cli.summary(f"{names} in {paths[0].parent}", args.start, f"sample from the first with: {sample}"))
 
 

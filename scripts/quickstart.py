@@ -6,8 +6,9 @@ Each step is a command that a user would type, and is printed. Run it again to r
 from pathlib import Path
 
 from flow.runtime import cli, files
+from flow.runtime.commands import command, train_arguments
 from flow.runtime.errors import cli_main
-from flow.runtime.subprocesses import command, run_command, train_arguments
+from flow.runtime.subprocesses import run_command
 
 RUN = Path("runs/digits")
 SAMPLES = Path("samples/quickstart")

@@ -27,14 +27,16 @@ from flow import losses, solvers, time_samplers
 from flow import path as paths
 from flow.evaluation import plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
+from flow.evaluation.straightness import mean_straightness_deviation
 from flow.likelihood import T_MAX
 from flow.losses import FlowLoss
 from flow.model import FlowModel, why_no_score
-from flow.runtime import cli, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime.commands import train_arguments
 from flow.runtime.errors import cli_main, error_context
-from flow.runtime.subprocesses import run_command, train_arguments
+from flow.runtime.subprocesses import run_command
 from flow.sampling import images, snapshot
-from flow.sampling.generate import generate, mean_straightness_deviation
+from flow.sampling.generate import generate
 from flow.sampling.settings import SamplerSettings
 from flow.training.logging import read_metrics
 from scripts.benchmark.jobs import sampling_seconds, seconds_per_step, training_laps
@@ -113,8 +115,8 @@ class Rectify:
         best = compare(self.cfg, self.folder, self.rows, {row.network: self.route_cost(row.route) for row in self.rows})
         result = f"comparison.md and comparison.png in {self.folder}"
         steps = min(self.cfg.nfe)
-        flags = ["--sampling_method", best.method, "--sampling_steps", str(steps), *cli.condition_flags(best.scale)]
-        sample = cli.sample_command(self.folder / best.network, f"{self.folder.name}_{best.network}", *flags)
+        flags = ["--sampling_method", best.method, "--sampling_steps", str(steps), *commands.condition_flags(best.scale)]
+        sample = commands.sample_command(self.folder / best.network, f"{self.folder.name}_{best.network}", *flags)
         print(cli.summary(result, self.start, f"{best.title} is best at NFE {steps}; sample with: {sample}"))
 
     def announce(self, title: str) -> None:
@@ -160,7 +162,7 @@ class Rectify:
 
         def seconds(scratch: Path) -> float:
             passes = pair_passes(settings, 1 - settings.real_fraction, settings.real_fraction)
-            return sampling_seconds(str(source.config), source.overrides, scratch) * passes
+            return sampling_seconds(str(self.folder / teacher / "config.yaml"), [], scratch) * passes
 
         n_pairs = self.fitted(name, seconds) or settings.n_pairs
         states = ["--keep_states", str(settings.keep_states)] if settings.keep_states else []
@@ -376,7 +378,7 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
     extractor = cfg.feature_extractor
     results = [r for r in results if r["n"] == cfg.n_samples and r["identity"].get("extractor", [None])[0] == extractor]
     entries = table.aggregate([r for r in results if r.get("steps") in cfg.nfe])
-    distance = next(name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-")))
+    distance = table.distance_name(entries)
     metrics = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
     cost = {row.title: costs[row.network] for row in rows}
     extra = {
@@ -397,7 +399,7 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
         note += " With guidance (w) each velocity evaluation is two network calls, so NFE 2 costs four."
     files.write_text(folder / "comparison.md", f"{text}\n\n{note}\n")
     columns = [list(column) for column in zip(*pictures, strict=True)]
-    plots.panels(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))
+    plots.picture_table(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))
     print(f"\n{text}\n\n{note}")
     fewest = [e for e in entries if e["NFE"] == min(cfg.nfe) and table.model_key(e) in titles]  # others are of earlier calls
     best = titles[table.model_key(min(fewest, key=lambda e: e["metrics"][distance].mean))]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import datasets
 from configs.schema import UserError
-from datasets.images import read_image, to_float
+from datasets.folder import read_image
+from datasets.images import to_float
 from flow.evaluation import restoration as scoring
 from flow.evaluation.reading import read_images
 from flow.guidance import GuidedVelocity
@@ -37,7 +38,7 @@ from flow.restoration import (
     random_masks,
     restore,
 )  # fmt: skip
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images, snapshot
@@ -329,8 +330,11 @@ def print_summary(args, accelerator: Accelerator) -> None:
     command = ["-m", "scripts.restore", "--weights", args.weights, "--task", next_task, "--save_dir", folder]
     command += ["--n_images", str(len(flow.psnr)), *(["--images", args.images] if args.images else [])]
     command += ["--noise", f"{args.noise:g}", "--steps", str(args.steps), "--draws", str(args.draws)]
-    conditions = [*(["--labels", *args.labels] if args.labels else []), *cli.condition_flags(args.guidance_scale, args.prompts)]
-    line = subprocesses.command(*command, *conditions, *args.overrides)
+    conditions = [
+        *(["--labels", *args.labels] if args.labels else []),
+        *commands.condition_flags(args.guidance_scale, args.prompts),
+    ]
+    line = commands.command(*command, *conditions, *args.overrides)
     print(cli.summary(result, args.start, f"try another degradation with: {line}"))
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from configs.schema import UserError
 from flow import solvers
 from flow.evaluation import plots, table
-from flow.runtime import cli, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, hub, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
@@ -101,7 +101,7 @@ def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: Sampler
             args.out / "fd.png", rows, "FD", f"FD-{args.feature_extractor} of {args.num_fid_images:,} images"
         )
     print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}")
-    flags = cli.condition_flags(args.guidance_scale, args.prompts)
+    flags = commands.condition_flags(args.guidance_scale, args.prompts)
     step = "fit the times of few steps"
     following = ["-m", "scripts.optimize_grid", "--weights", args.weights, *flags, *args.overrides]
     if hub.is_reference(args.weights):  # grids lie beside the weights
@@ -109,7 +109,7 @@ def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: Sampler
         following = ["-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights), "--dtype", "fp32"]
     names = "study.md study.csv study.png" + (" fd.png" if args.num_fid_images else "")
     result = f"{names} in {args.out}"
-    print(cli.summary(result, args.start, f"{step} with: {subprocesses.command(*following)}"))
+    print(cli.summary(result, args.start, f"{step} with: {commands.command(*following)}"))
 
 
 @torch.inference_mode()
@@ -136,7 +136,7 @@ def distances(
             cost = {"NFE": solution.nfe, "forwards": velocity.forwards - before}
             rows.append({**row, **cost, "distance": distance, "order": math.nan})
             bar.update()
-    for _, line in groupby(rows, key=lambda row: row["settings"].solver):
+    for _, line in groupby(rows, key=lambda row: row["settings"].title):
         previous = None
         for row in line:
             if previous and row["steps"] != previous["steps"] and row["distance"] and previous["distance"]:
@@ -169,8 +169,8 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
             metrics_of[r["method"], r["steps"], json.dumps(of["times"])] = r["metrics"]
     for row in rows:
         settings = row["settings"]
-        metrics = metrics_of[settings.solver, settings.steps, json.dumps(settings.times)]
-        row["FD"] = next(value for name, value in metrics.items() if name.startswith(("FD", "FID")))
+        metrics = metrics_of[settings.title, settings.steps, json.dumps(settings.times)]
+        row["FD"] = metrics[table.distance_name([{"metrics": metrics}])]
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 """Features of images as they come or from a data set, gathered over processes, and their cache on disk."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from configs.stored import first_line
 from datasets import DataSet
-from flow.evaluation import reference
 from flow.evaluation.features import BlockMoments, Extractor, FeatureSet, merge, merge_blocks
-from flow.evaluation.metrics_2d import PointSpace
+from flow.evaluation.metrics_2d import PointExtractor
 from flow.evaluation.reading import read_images
 from flow.runtime import distributed, files
 from flow.sampling.generate import shard
@@ -33,7 +36,7 @@ def read(
 
 def collect(
     accelerator: Accelerator,
-    extractor: Extractor | PointSpace,
+    extractor: Extractor | PointExtractor,
     stream: Iterable[tuple[range, Tensor]],
     layers: Sequence[str] | None = None,
 ) -> FeatureSet | None:
@@ -62,8 +65,8 @@ def collect_moments(
 
 
 def cached(
-    accelerator: Accelerator, extractor: Extractor | PointSpace, data: DataSet, fingerprint: str, path: Path, batch_size: int,
-    what: str, layers: Sequence[str], order: Sequence[int] | None = None,
+    accelerator: Accelerator, extractor: Extractor | PointExtractor, data: DataSet, fingerprint: str, path: Path,
+    batch_size: int, what: str, layers: Sequence[str], order: Sequence[int] | None = None,
 ) -> FeatureSet | None:  # fmt: skip
     """The features of the images of a data set, on the main process (None on the others), from the file at `path` where it
     holds those of this `fingerprint`; a damaged file is named and written again."""
@@ -71,7 +74,7 @@ def cached(
     features = None
     if accelerator.is_main_process:
         try:
-            features = reference.load_cached(path, layers, fingerprint, n)
+            features = load_cached(path, layers, fingerprint, n)
         except ValueError as error:
             accelerator.print(f"warning: {path}: damaged cache of features ({error}); computing them again")
     if distributed.any_process(accelerator, features is not None):
@@ -80,7 +83,50 @@ def cached(
     if features is not None:
         try:
             with files.atomic_file(path) as temporary:
-                reference.save_cached(temporary, features, fingerprint)
+                save_cached(temporary, features, fingerprint)
         except OSError as error:
             accelerator.print(f"warning: the {what} are not cached: {error}")
     return features
+
+
+def identity_of(fingerprint: str, extractor: Extractor | PointExtractor) -> str:
+    """Changes with the images, the extractor, its layer and its weights."""
+    key = f"{fingerprint} {extractor.name} {extractor.layer} {extractor.weights_hash}"
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def save_cached(path: Path, features: FeatureSet, identity: str) -> None:
+    """All layers of the features and a digest of them; `path` ends in .npz, the caller makes the writing atomic."""
+    matrices = {name: features.matrix(name).numpy() for name in features.rows}
+    np.savez(path, digest=np.array(_digest(matrices, identity)), **matrices)  # type: ignore[arg-type]
+
+
+def load_cached(path: Path, layers: Sequence[str], identity: str, n: int) -> FeatureSet | None:
+    """The features of n images that `save_cached` wrote, or None where there is no such file.
+
+    The first of the `layers` is that of the statistics. Raises ValueError for a damaged file.
+    """
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = str(file["digest"])
+            matrices = {name: file[name] for name in file.files if name != "digest"}
+            if stored != _digest(matrices, identity):
+                raise ValueError("its content does not match its digest")
+            if set(matrices) != set(layers) or any(len(matrix) != n for matrix in matrices.values()):
+                raise ValueError(f"it does not hold {n} rows of {', '.join(layers)}")
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
+        raise ValueError(first_line(error)) from None
+    features = FeatureSet()
+    features.add(layers[0], range(n), {name: torch.from_numpy(matrix) for name, matrix in matrices.items()})
+    return features
+
+
+def _digest(matrices: dict[str, np.ndarray], identity: str) -> str:
+    """SHA-256 of features {layer: [n, d]} and of what they are features of."""
+    digest = hashlib.sha256(identity.encode())
+    for name, matrix in sorted(matrices.items()):
+        digest.update(f"{name} {matrix.dtype} {matrix.shape}".encode())
+        digest.update(np.ascontiguousarray(matrix).data)
+    return digest.hexdigest()

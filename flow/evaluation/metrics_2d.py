@@ -10,7 +10,7 @@ DIRECTIONS = 128
 PAIRWISE = 4000  # points a set, at most, for distances that look at all pairs
 
 
-class PointSpace:
+class PointExtractor:
     """What an Extractor is to images: points are their own features."""
 
     name, layer, weights_hash = "points", "xy", ""

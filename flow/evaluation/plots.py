@@ -392,7 +392,7 @@ def closest_images(path: Path, samples: Tensor, training: Tensor, ratios: list[f
     save(path, figure)
 
 
-def panels(path: Path, pictures: list[list[np.ndarray]], rows: list[str], columns: list[str]) -> None:
+def picture_table(path: Path, pictures: list[list[np.ndarray]], rows: list[str], columns: list[str]) -> None:
     """Pictures uint8 [H, W] or [H, W, 3] in rows and columns with their names, as a PNG without resampling blur."""
     height, width = pictures[0][0].shape[:2]
     scale = 2 / 150  # inches a pixel: each is two pixels of the file

@@ -14,20 +14,10 @@ from flow.evaluation import plots
 from flow.evaluation.plots import COLORS
 
 EXTENT = 2.6  # the square from -EXTENT to EXTENT is shown
-
-
 BINS = 100
-
-
 ARROWS = 17  # of a side of the velocity field
-
-
 MAX_ARROW = 4.0  # longer arrows are cut to this length: near t = 1 a field is steep where there is no data
-
-
 INCH = 2.8  # side of a panel
-
-
 GRAY = "0.35"
 
 
@@ -55,11 +45,11 @@ def panels(
     for ax in axes[len(titles) :]:
         ax.set_visible(False)
     if time is not None:
-        progress(figure, time, foot / size[1], start)
+        time_line(figure, time, foot / size[1], start)
     return figure, axes
 
 
-def progress(figure: Figure, time: float, height: float, start: str) -> None:
+def time_line(figure: Figure, time: float, height: float, start: str) -> None:
     """The line of time from `start` to data in the lowest fraction `height` of a figure."""
     ax = figure.add_axes((0, 0, 1, height))
     ax.set_in_layout(False)

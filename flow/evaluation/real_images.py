@@ -12,9 +12,9 @@ import datasets
 from configs.schema import Config
 from datasets import DataSet
 from datasets.packed import is_packed
-from flow.evaluation import feature_cache, reference
+from flow.evaluation import feature_cache
 from flow.evaluation.features import Extractor, FeatureSet
-from flow.evaluation.metrics_2d import PointSpace
+from flow.evaluation.metrics_2d import PointExtractor
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 
@@ -60,14 +60,14 @@ def load_real_images(
 
 
 def load_features(
-    accelerator: Accelerator, extractor: Extractor | PointSpace, batch_size: int, data: DataSet, source: RealImages, what: str,
-    layers: Sequence[str], order: Sequence[int] | None = None,
+    accelerator: Accelerator, extractor: Extractor | PointExtractor, batch_size: int, data: DataSet, source: RealImages,
+    what: str, layers: Sequence[str], order: Sequence[int] | None = None,
 ) -> tuple[str, FeatureSet | None]:  # fmt: skip
     """The identity of these features, and on the main process they themselves, from the cache where they are there."""
     fingerprint = data.fingerprint() + (
         "" if order is None else f" {hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:16]}"
     )
-    identity = reference.identity_of(fingerprint, extractor)
+    identity = feature_cache.identity_of(fingerprint, extractor)
     path = source.root / "features" / f"{source.build['name']}-{extractor.name}-{extractor.layer}-{identity}.npz"
     return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, layers, order)
 

@@ -1,17 +1,15 @@
 """What samples are compared with: features of real images, cached by content, or statistics from an npz file."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from configs.stored import first_line
 from flow.evaluation.features import Extractor, FeatureSet
-from flow.evaluation.metrics_2d import PointSpace
+from flow.evaluation.metrics_2d import PointExtractor
 
 TOLERANCE = 1e-5  # of a covariance that was stored in float32, relative to its largest entry or eigenvalue
 
@@ -31,7 +29,7 @@ class Reference:
     neighbors: Tensor | None = None  # `neighbors.nearest_neighbors` of the features, from the first row that asks for them
 
 
-def from_npz(path: Path, extractor: Extractor | PointSpace, dimension: int) -> Reference:
+def from_npz(path: Path, extractor: Extractor | PointExtractor, dimension: int) -> Reference:
     """Statistics `mu` and `sigma`, as most projects publish them. Raises ValueError where they are not there, damaged, not
     finite, not those of `dimension` features, or no covariance."""
     try:
@@ -74,46 +72,3 @@ def from_features(name: str, identity: str, features: FeatureSet | None, layer: 
         raise ValueError(f"{name} holds {features.n} image; a reference needs at least 2")
     features.check_finite(name)
     return Reference(name, identity, features.mu, features.sigma, features.matrix(layer), features)
-
-
-def identity_of(fingerprint: str, extractor: Extractor | PointSpace) -> str:
-    """Changes with the images, the extractor, its layer and its weights."""
-    key = f"{fingerprint} {extractor.name} {extractor.layer} {extractor.weights_hash}"
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def save_cached(path: Path, features: FeatureSet, identity: str) -> None:
-    """All layers of the features and a digest of them; `path` ends in .npz, the caller makes the writing atomic."""
-    matrices = {name: features.matrix(name).numpy() for name in features.rows}
-    np.savez(path, digest=np.array(_digest(matrices, identity)), **matrices)  # type: ignore[arg-type]
-
-
-def load_cached(path: Path, layers: Sequence[str], identity: str, n: int) -> FeatureSet | None:
-    """The features of n images that `save_cached` wrote, or None where there is no such file.
-
-    The first of the `layers` is that of the statistics. Raises ValueError for a damaged file.
-    """
-    if not path.exists():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            stored = str(file["digest"])
-            matrices = {name: file[name] for name in file.files if name != "digest"}
-            if stored != _digest(matrices, identity):
-                raise ValueError("its content does not match its digest")
-            if set(matrices) != set(layers) or any(len(matrix) != n for matrix in matrices.values()):
-                raise ValueError(f"it does not hold {n} rows of {', '.join(layers)}")
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds for a damaged file
-        raise ValueError(first_line(error)) from None
-    features = FeatureSet()
-    features.add(layers[0], range(n), {name: torch.from_numpy(matrix) for name, matrix in matrices.items()})
-    return features
-
-
-def _digest(matrices: dict[str, np.ndarray], identity: str) -> str:
-    """SHA-256 of features {layer: [n, d]} and of what they are features of."""
-    digest = hashlib.sha256(identity.encode())
-    for name, matrix in sorted(matrices.items()):
-        digest.update(f"{name} {matrix.dtype} {matrix.shape}".encode())
-        digest.update(np.ascontiguousarray(matrix).data)
-    return digest.hexdigest()

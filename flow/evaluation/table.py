@@ -232,8 +232,12 @@ def model_key(entry: dict) -> str:
 
 def distance_name(entries: list[dict]) -> str:
     """The name of the first distance of a table; empty where there is none."""
-    names = (name for e in entries for name in e["metrics"] if name.startswith(("FID", "FD-", "SW2")))
-    return next((name for name in names if not is_class_column(name)), "")
+    return next((name for e in entries for name in e["metrics"] if is_distance(name)), "")
+
+
+def is_distance(column: str) -> bool:
+    """Whether a column is a Frechet distance, or for points SW2, of all samples."""
+    return column.startswith(("FID", "FD-", "SW2")) and not is_class_column(column)
 
 
 def is_control(entry: dict) -> bool:

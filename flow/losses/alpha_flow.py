@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flow.losses.base import Batch, Eager, Losses
-from flow.losses.flow_map import FlowMapLoss, column, jump, x_and_velocity
+from flow.losses.flow_map import FlowMapLoss, jump, x_and_velocity
+from flow.path import broadcast_over
 
 TEMPERATURE = 25.0  # of the sigmoid, as in the paper's configurations
 
@@ -68,5 +69,5 @@ class AlphaFlow(FlowMapLoss):
         if self.looks_ahead(batch.progress):
             middle = t + alpha * (t_next - t)
             ahead = eager.as_trained(jump(x, t, middle, v), middle, batch.y, t_next)
-            target = torch.where(column(is_map, v), alpha * v + (1 - alpha) * ahead, v)
+            target = torch.where(broadcast_over(is_map, v), alpha * v + (1 - alpha) * ahead, v)
         return self.weighted(prediction, target, t, torch.where(is_map, alpha, 1.0))

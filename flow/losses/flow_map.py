@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flow.losses.base import Batch, Eager, FlowLoss, Losses
 from flow.losses.distances import mse
-from flow.path import LinearPath, Path
+from flow.path import LinearPath, Path, broadcast_over
 
 
 @dataclass(kw_only=True)
@@ -86,7 +86,7 @@ class FlowMapLoss(FlowLoss):
         if mix:
             target = target + mix * eager.as_trained(x, t, y, t)
         dropped = (y == eager.null).flatten(1).all(1) if y.dim() > 1 else y == eager.null
-        return torch.where(column(dropped, v), v, target)
+        return torch.where(broadcast_over(dropped, v), v, target)
 
     def weighted(self, prediction: Tensor, target: Tensor, t: Tensor, alpha: Tensor | float = 1.0) -> Losses:
         """e / alpha with e [b] the squared error, weighted by (alpha^2 / (e + c))^p; unweighted as the term `mse`.
@@ -106,9 +106,4 @@ def x_and_velocity(path: Path, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]
 
 def jump(x: Tensor, t: Tensor, t_next: Tensor, u: Tensor) -> Tensor:
     """x + (t_next - t) u: where a mean velocity u [b, ...] leads from t to t_next [b]."""
-    return x + column(t_next - t, x) * u
-
-
-def column(values: Tensor, like: Tensor) -> Tensor:
-    """values [b], ready to multiply `like` [b, ...]."""
-    return values.view(-1, *[1] * (like.dim() - 1))
+    return x + broadcast_over(t_next - t, x) * u

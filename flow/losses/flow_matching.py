@@ -37,9 +37,10 @@ class FlowMatching(FlowLoss):
         weight_offset: float = 1e-6,
     ):
         """distance: a key of `distances.DISTANCES`, with its arguments. weight_power: p, 0 is off. weight_offset: c."""
-        for name, value, fits in (("power", weight_power, weight_power >= 0), ("offset", weight_offset, weight_offset > 0)):
-            if not fits:
-                raise ValueError(f"weight_{name}={value}: must be {'0 or more' if name == 'power' else 'more than 0'}")
+        if weight_power < 0:
+            raise ValueError(f"weight_power={weight_power}: must be 0 or more")
+        if weight_offset <= 0:
+            raise ValueError(f"weight_offset={weight_offset}: must be more than 0")
         self.weight_power, self.weight_offset = weight_power, weight_offset
         self.path, self.prediction, self.time_sampler = path, prediction, time_sampler
         self.distance = distances.build(distance, distance_args or {})

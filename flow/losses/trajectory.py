@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flow.losses.base import Batch, Eager, Losses
-from flow.losses.flow_map import FlowMapLoss, column
+from flow.losses.flow_map import FlowMapLoss
+from flow.path import broadcast_over
 
 STENCIL = 5  # states that a velocity is read from
 
@@ -46,11 +47,11 @@ class Trajectory(FlowMapLoss):
         n, rows = len(times), torch.arange(len(states), device=states.device)
         i, j = torch.triu_indices(n, n, 1, device=states.device)[:, (batch.u[:, 0] * (n * (n - 1) // 2)).long()]
         t = times.float().to(states.device)
-        x, step = states[rows, i], column(t[j] - t[i], batch.x1)
+        x, step = states[rows, i], broadcast_over(t[j] - t[i], batch.x1)
         weights = derivative_weights(times).float().to(states.device)[i]  # [b, K + 2]
         velocity = torch.einsum("bk,bk...->b...", weights, states)
         is_map = self.have_two_times(batch.u[:, 1], batch.progress)
-        target = torch.where(column(is_map, x), (states[rows, j] - x) / step, velocity)
+        target = torch.where(broadcast_over(is_map, x), (states[rows, j] - x) / step, velocity)
         return self.weighted(net(x, t[i], batch.y, torch.where(is_map, t[j], t[i])), target, t[i])
 
 

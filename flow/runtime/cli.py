@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs import schema
 from configs.schema import UserError
-from flow.runtime import files, subprocesses
+from flow.runtime import commands
 from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 from flow.solvers.torchdiffeq import ADAPTIVE
 
@@ -86,30 +86,6 @@ def summary(result: str, start: float, next_step: str) -> str:
         >>> print(summary("64 images in samples/mnist", args.start, "watch them form with: python -m scripts.animate ..."))
     """
     return f"{result}, in {duration(time.perf_counter() - start)}; {next_step}"
-
-
-def sample_command(weights: str | Path, name: str, *flags: str) -> str:
-    """A command that samples from the weights into a new folder samples/NAME, for `summary`."""
-    save_dir = files.free_folder(Path("samples") / name)
-    return subprocesses.command("sample.py", "--weights", weights, "--n_samples", "64", "--save_dir", save_dir, *flags)
-
-
-def condition_flags(guidance_scale: float = 1.0, prompts: Sequence[str] | None = None) -> list[str]:
-    """The flags of a guidance scale and prompts, for a suggested command."""
-    flags = ["--guidance_scale", f"{guidance_scale:g}"] if guidance_scale != 1 else []
-    return [*flags, "--prompts", *prompts] if prompts else flags
-
-
-def guidance_flags(args: argparse.Namespace) -> list[str]:
-    """--guidance_interval and --guide_weights as they were typed, which go with `condition_flags`."""
-    low, high = args.guidance_interval
-    flags = ["--guidance_interval", f"{low:g}", f"{high:g}"] if (low, high) != (0, 1) else []
-    return [*flags, "--guide_weights", args.guide_weights] if args.guide_weights else flags
-
-
-def source_flags(args: argparse.Namespace) -> list[str]:
-    """--source as it was typed."""
-    return ["--source", args.source] if args.source else []
 
 
 def duration(seconds: float) -> str:
@@ -288,16 +264,6 @@ def add_solver_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def option_flag(name: str) -> str:
-    """The flag of an option of a solver."""
-    return "--sde_noise_scale" if name == "noise_scale" else f"--{name}"
-
-
-def option_flags(options: Iterable[tuple[str, float | str]]) -> list[str]:
-    """The flags of a solver's options, for a suggested command."""
-    return [word for name, value in options for word in (option_flag(name), f"{value}")]
-
-
 def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]) -> tuple[tuple[str, float | str], ...]:
     """The options of the command line that `method` takes. Raises UserError for one that none of the `methods` takes."""
     options = {
@@ -307,7 +273,7 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if not any(name in SOLVERS[m].options for m in methods):
-            flag = option_flag(name)
+            flag = commands.option_flag(name)
             able = ", ".join(m for m, solver in SOLVERS.items() if name in solver.options)
             raise UserError(f"{flag}: {', '.join(methods)} has no such option; it is for {able}")
     selected = {name: value for name, value in options.items() if name in SOLVERS[method].options}
@@ -315,7 +281,7 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
         validate_options(method, **selected)
     except ValueError as error:  # starts with the name of the option
         name = re.split(r"\W", str(error), maxsplit=1)[0]
-        raise UserError(option_flag(name) + str(error).removeprefix(name)) from None
+        raise UserError(commands.option_flag(name) + str(error).removeprefix(name)) from None
     return tuple(selected.items())
 
 

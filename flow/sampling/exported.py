@@ -13,7 +13,7 @@ import torch
 from configs import schema
 from configs.schema import UserError
 from datasets import captions
-from flow.runtime import cli, files, lock, step_names, subprocesses
+from flow.runtime import cli, commands, files, lock, step_names
 from flow.sampling import header, hub, images, snapshot
 from flow.sampling.conditions import column_names, preview_settings
 from flow.sampling.sampler import Sampler
@@ -84,16 +84,16 @@ def sample_flags(snap: Snapshot, autoencoder: str | None) -> list[str]:
     """What sample.py needs besides the weights: a prompt, and the place of the `autoencoder` where they lie in no run."""
     prompts = bool(snap.config.model.args.get("max_prompt_bytes"))
     flags = ["--prompts", captions.plain(snap.class_names[0])] if prompts and snap.class_names else []
-    return [*flags, subprocesses.override("data.autoencoder", autoencoder)] if autoencoder else flags
+    return [*flags, commands.override("data.autoencoder", autoencoder)] if autoencoder else flags
 
 
-def source_flags(snap: Snapshot, shown: str | None = None) -> list[str]:
+def source_overrides(snap: Snapshot, shown: str | None = None) -> list[str]:
     """Where the source of a flow that starts at data lies, as overrides of the command line: sample.py takes it from the header
     only where the weights lie in a run. `shown` stands in for the places in what others read."""
     if snap.config.flow.source.name == GAUSSIAN:
         return []
     source_places = {k: place for k, place in places(snap).items() if k == "data.root" or k.startswith("flow.source.")}
-    return [subprocesses.override(key, shown or place) for key, place in source_places.items()]
+    return [commands.override(key, shown or place) for key, place in source_places.items()]
 
 
 def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
@@ -106,7 +106,7 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     tags = ["flow-matching", "pytorch", config.model.name, config.data.name]
     task = None if snap.space.is_points else "text-to-image" if prompts else "unconditional-image-generation"
     data = ModelCardData(license=license_name, library_name=LIBRARY, tags=tags, pipeline_tag=task)
-    flags = [*sample_flags(snap, "PATH_OR_HUB_ID" if snap.codec else None), *source_flags(snap, "PATH")]
+    flags = [*sample_flags(snap, "PATH_OR_HUB_ID" if snap.codec else None), *source_overrides(snap, "PATH")]
     sample = ["sample.py", "--weights", shown, "--n_samples", "64", "--save_dir", "samples", *flags]
     size = sum(value.numel() for value in snap.weights.values())
     facts = {
@@ -160,11 +160,7 @@ def _write_picture(path: Path, snap: Snapshot) -> None:
         return
     n, model = snap.config.preview.n_samples, snap.model()
     settings = preview_settings(snap.config, model.net, snap.class_names)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    sampler = Sampler(model, snap.image_shape, device or torch.device("cpu"))
-    for net in model.networks:
-        net.to(sampler.device)
-    samples = sampler.sample(
+    samples = Sampler(model, snap.image_shape).sample(
         n, prompts=settings.prompts, method=settings.method, steps=settings.steps, guidance_scale=settings.guidance_scale,
         seed=settings.seed, batch_size=snap.space.preview_batch_size,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from flow import solvers
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.runtime import files
-from flow.sampling import snapshot
+from flow.sampling import digest
 from flow.sampling.generate import sample_batch
 from flow.sampling.settings import SamplerSettings, build_time_grid
 from flow.sampling.snapshot import Snapshot
@@ -146,7 +146,7 @@ def metadata(snap: Snapshot, settings: SamplerSettings) -> dict[str, Any]:
         "sampling_method": settings.method,
         "sampling_steps": settings.steps,
         "time_grid": settings.time_grid,
-        "weights_digest": snapshot.digests(snap.path)[1],
+        "weights_digest": digest.stored_and_actual(snap.path)[1],
         "training_step": snap.step,
         "training_images": snap.images,
     }

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from configs.schema import UserError
-from flow.runtime import files, subprocesses
+from flow.runtime import commands, files
 from flow.sampling.snapshot import Snapshot
 from flow.solvers import FIXED_GRID
 
@@ -32,7 +32,7 @@ def load(snap: Snapshot, method: str, steps: int) -> tuple[float, ...]:
         flags = ["--methods", method, "--steps", str(steps), *(["--reference_steps", str(2 * steps)] if steps > 32 else [])]
         raise UserError(
             f"--time_grid optimized: none is stored for {method} with {steps} steps (stored: {stored}); "
-            f"make one with: {subprocesses.command('-m', 'scripts.optimize_grid', '--weights', snap.path, *flags)}"
+            f"make one with: {commands.command('-m', 'scripts.optimize_grid', '--weights', snap.path, *flags)}"
         )
     return tuple(grids[method][str(steps)])
 

@@ -57,10 +57,8 @@ def check_output_dir(
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
     record = json.loads(json.dumps(record | network))
-    recorded = (
-        None if existing is None else [{"flow": record["flow"], "model": record["model"], **existing}]
-    )  # of older folders
-    check_same_settings(folder, recorded, record, "images", "sample.py")
+    older = {"flow": record["flow"], "model": record["model"]}  # of folders from before they were recorded
+    check_same_settings(folder, None if existing is None else [older | existing], record, "images", "sample.py")
     if existing is None:
         files.write_text(path, json.dumps(record, indent=1))
 
@@ -139,6 +137,6 @@ def write_npz(path: Path, samples: np.ndarray, settings: SamplerSettings, num_cl
         np.savez(file, **arrays)
 
 
-def read_images(folder: Path, indices: range) -> np.ndarray:
+def read_pngs(folder: Path, indices: range) -> np.ndarray:
     """Images uint8 [N, H, W, C] of a folder that `write_images` wrote."""
     return np.stack([images.read_png(png_path(folder, k)) for k in indices])

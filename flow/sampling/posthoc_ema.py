@@ -19,14 +19,14 @@ from configs.schema import UserError
 from flow import power_ema
 from flow.power_ema import Profile
 from flow.runtime import distributed, files, lock, step_names
-from flow.sampling import header, snapshot
+from flow.sampling import digest, header, snapshot
 from flow.sampling.header import PowerAverage
 
 STORED, RECONSTRUCTED = "power_averages", "posthoc_ema"  # folders of a run
 LARGE_ERROR = 0.1  # of a profile
 
 
-class Source(NamedTuple):
+class StoredAverage(NamedTuple):
     """A stored average."""
 
     path: Path
@@ -92,7 +92,7 @@ def _reconstruct(accelerator: Accelerator, run: Path, widths: Sequence[float], s
     return paths
 
 
-def _write(accelerator: Accelerator, sources: list[Source], targets: dict[Path, PowerAverage]) -> None:
+def _write(accelerator: Accelerator, sources: list[StoredAverage], targets: dict[Path, PowerAverage]) -> None:
     """Write the snapshots {path: which average} as sums of the stored ones."""
     factors, sums = {}, {}
     for path, target in targets.items():
@@ -125,7 +125,7 @@ def _write(accelerator: Accelerator, sources: list[Source], targets: dict[Path, 
         snapshot.save(path, weights, last.config, last.image_shape, last.step, 0, last.codec, last.class_names, target)
 
 
-def _sources(run: Path, step: int | None) -> list[Source]:
+def _sources(run: Path, step: int | None) -> list[StoredAverage]:
     """The averages of all widths that were stored up to a step, by default the last, by their step.
 
     A step counts where each width has it: a run that is going on may have written some of them.
@@ -143,7 +143,7 @@ def _sources(run: Path, step: int | None) -> list[Source]:
     return [_source(paths[k]) for k in steps if step is None or k <= step for paths in by_step]
 
 
-def _source(path: Path) -> Source:
+def _source(path: Path) -> StoredAverage:
     entries = snapshot.read_header(path)
     try:
         power_average = header.power_average(entries)
@@ -151,7 +151,7 @@ def _source(path: Path) -> Source:
         raise UserError(f"--weights {path}: not a stored average: its header is broken ({error})") from None
     if power_average is None or not power_average.updates:
         raise UserError(f"--weights {path}: not a stored average: its header has no width, or no updates")
-    return Source(path, power_average, entries.get(snapshot.DIGEST_KEY, ""))
+    return StoredAverage(path, power_average, entries.get(digest.KEY, ""))
 
 
 def _holds(path: Path, target: PowerAverage) -> bool:

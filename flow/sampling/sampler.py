@@ -30,13 +30,19 @@ class Sampler:
         >>> images = sampler.sample(16, labels=[3], method="heun", steps=10, guidance_scale=2)  # uint8 [16, 1, 28, 28]
     """
 
-    def __init__(self, model: FlowModel, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32):
-        """model: the network with its path. shape: of what the network sees, (C, H, W) or (2,). dtype: of autocast; float32
-        turns autocast off."""
-        self.model, self.shape, self.device, self.dtype = model, tuple(shape), device, dtype
-        self.snapshot: Snapshot | None = None  # without its weights, for optimized time grids
-        self.guide_name: str | None = None  # of autoguidance
-        self.image_shape = self.shape  # of what comes out, decoded
+    def __init__(
+        self, model: FlowModel, shape: tuple[int, ...], device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32, snapshot: Snapshot | None = None, guide_name: str | None = None,
+    ):  # fmt: skip
+        """model: the network with its path; its networks go to the device. shape: of what the network sees, (C, H, W) or (2,).
+        device: default is the accelerator of the machine, else the CPU. dtype: of autocast; float32 turns autocast off.
+        snapshot: where the model comes from, for optimized time grids. guide_name: of autoguidance."""
+        if device is None:
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self.model, self.shape, self.device, self.dtype = model, tuple(shape), device or torch.device("cpu"), dtype
+        self.snapshot, self.guide_name = snapshot, guide_name
+        for net in model.networks:
+            net.to(self.device)
         model.eval()
 
     @classmethod
@@ -58,17 +64,10 @@ class Sampler:
             UserError: where there is no snapshot, it is damaged, or its weights do not fit.
         """
         snap = snapshot.load(weights, None, list(overrides))
-        if device is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        target_device = torch.device(device or "cpu")
         model = snap.model()
         guide_name = guide.attach(model, snap, guide_weights)
-        for net in model.networks:
-            net.to(target_device)
-        sampler = cls(model, snap.image_shape, target_device, dtype)
-        sampler.guide_name = guide_name
-        sampler.snapshot, sampler.image_shape = replace(snap, weights={}), tuple(snap.decoded_shape)
-        return sampler
+        target_device = None if device is None else torch.device(device)
+        return cls(model, snap.image_shape, target_device, dtype, replace(snap, weights={}), guide_name)
 
     def sample(
         self,
@@ -165,7 +164,7 @@ class Sampler:
         hutchinson_samples: random directions of the divergence estimate; None is exact, at the price of a backward pass for
         each element of x1. Raises ValueError where the source is not Gaussian noise, whose density is known.
         """
-        likelihood.check_source(self.model.source)
+        likelihood.check_density_known(self.model.source)
         if not x1.is_floating_point() or tuple(x1.shape[1:]) != self.shape:
             raise ValueError(
                 f"x1 of {x1.dtype} and shape {tuple(x1.shape)}: must be floats as the network sees them, [b, *{self.shape}]; "

@@ -12,6 +12,9 @@ from flow.solvers.torchdiffeq import ADAPTIVE, IGNORES_GRID
 ALL_TIMES = (0.0, 1.0)
 
 
+LONG_STEP = 0.1  # of the time from 0 to 1: over longer ones guidance of a flow map is not that of its flow
+
+
 @dataclass(frozen=True)
 class SamplerSettings:
     """What, besides the weights and the index, decides an image."""
@@ -30,7 +33,7 @@ class SamplerSettings:
     source: str | None = None  # what --source names; None: held-out samples of the source of the training
 
     @property
-    def solver(self) -> str:
+    def title(self) -> str:
         """The method with what sets it apart from its defaults: 'ab2, optimized grid', 'euler_maruyama, noise_scale=0.5'."""
         grid = [f"{self.time_grid} grid"] if self.time_grid != "uniform" else []
         return ", ".join([self.method, *grid, *(f"{name}={value}" for name, value in self.options)])
@@ -45,9 +48,6 @@ def build_time_grid(settings: SamplerSettings, path: Path) -> list[float]:
     if settings.time_grid == "edm" or settings.method in IGNORES_GRID:
         return times
     return [0.0, *(path.t_to_linear(t) for t in times[1:-1]), 1.0]
-
-
-LONG_STEP = 0.1  # of the time from 0 to 1: over longer ones guidance of a flow map is not that of its flow
 
 
 def guidance_note(settings: SamplerSettings, model: FlowModel) -> str | None:

@@ -5,9 +5,7 @@ file; it resolves no interpolation; and the places that it names (data.root, pat
 only where the file lies in a run folder or the command line repeats them. A snapshot of the Hugging Face hub is a stranger's.
 """
 
-import hashlib
 import json
-import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,11 +27,14 @@ from flow.model import FlowModel, Network
 from flow.registry import is_finite_number
 from flow.runtime import distributed, files, step_names
 from flow.runtime.errors import error_context
-from flow.sampling import header, hub, sources
+from flow.sampling import digest, header, hub, sources
+from flow.sampling.bounded_build import build_within
 from flow.sampling.header import PowerAverage
 from flow.sampling.space import Space
 
 CodecSpec = dict[str, Any]
+RUN_FOLDERS = {"snapshots": 0, "checkpoints": 1, "power_averages": 1, "posthoc_ema": 0}  # folders of a run, and their depth
+EMA_FILE = "ema.safetensors"  # the first half-life; others are ema_<half-life>.safetensors, all of them snapshots
 FileIdentity = tuple[int, int, int]  # inode, modification time in ns, size in bytes
 
 
@@ -84,7 +85,7 @@ class Snapshot:
         self._refuse_unconfirmed(lambda key: key.split(".")[0] in ("model", "flow"))
         with error_context("model"):
             build_net = partial(models.build, model.name, self.image_shape, model.args)
-            net = header.build_within(self.weights, self.image_shape, model.args, build_net, self.check_fit)
+            net = build_within(self.weights, self.image_shape, model.args, build_net, self.check_fit)
         self.load_into(net)
         if self.codec and decode:
             self._refuse_unconfirmed(lambda key: key == "data.autoencoder")
@@ -187,11 +188,11 @@ def save(
         **({"codec": json.dumps(codec)} if codec else {}),
         **({"class_names": json.dumps(list(class_names))} if class_names else {}),
         **({"power_average": json.dumps(power_average._asdict())} if power_average else {}),
-        DIGEST_KEY: BLANK_DIGEST,
+        digest.KEY: digest.BLANK,
     }
     with files.atomic_file(path) as temporary:
         save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, metadata=metadata)
-        seal(temporary)
+        digest.seal(temporary)
 
 
 def load(weights: str | Path, config_path: str | None = None, overrides: list[str] | None = None) -> Snapshot:
@@ -237,7 +238,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a snapshot. Raises UserError for a file that is damaged or holds numbers that are not finite."""
     with _whole_file(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    carried, actual = digests(path)
+    carried, actual = digest.stored_and_actual(path)
     if carried not in (None, actual):
         raise UserError(f"--weights {path}: has changed since it was written (its digest does not fit)")
     if name := first_nonfinite(tensors):
@@ -309,42 +310,6 @@ def name_of(weights: str | Path) -> str:
     if path.is_file() and run.name == "snapshots" and (run.parent / "config.yaml").is_file():
         return run.parent.name + path.stem.removeprefix(path.stem.partition(".")[0])
     return path.resolve().name if path.is_dir() else path.stem
-
-
-DIGEST_KEY = "digest"
-BLANK_DIGEST = "0" * 64  # what stands in its place when it is computed
-_DIGEST = re.compile(rb'("digest":")([0-9a-f]{64})(")')
-
-
-def seal(path: Path) -> None:
-    """Fill in the digest of a file whose metadata have the entry `digest`, so far BLANK, and put the metadata in order: the
-    library writes them in a random one, and the same weights would be another file each time."""
-    with open(path, "r+b") as file:
-        start = file.read(8)
-        header = json.loads(file.read(size := int.from_bytes(start, "little")))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        if len(text) != size:  # the library writes JSON in the same way
-            raise ValueError(f"{path}: the header of safetensors has another form than expected")
-        digest = hashlib.sha256(start + text)
-        hashlib.file_digest(file, lambda: digest)  # the rest of the file
-        file.seek(8)
-        file.write(_DIGEST.sub(rb"\g<1>" + digest.hexdigest().encode() + rb"\g<3>", text, count=1))
-
-
-def digests(path: Path) -> tuple[str | None, str]:
-    """(the digest that the file carries, None for a file that was never sealed; the one that it should carry)."""
-    with open(path, "rb") as file:
-        start = file.read(8)
-        header = file.read(int.from_bytes(start, "little"))
-        match = _DIGEST.search(header)
-        digest = hashlib.sha256(start + _DIGEST.sub(rb"\g<1>" + BLANK_DIGEST.encode() + rb"\g<3>", header, count=1))
-        hashlib.file_digest(file, lambda: digest)  # the rest of the file
-    return match.group(2).decode() if match else None, digest.hexdigest()
-
-
-RUN_FOLDERS = {"snapshots": 0, "checkpoints": 1, "power_averages": 1, "posthoc_ema": 0}  # folders of a run, and their depth
-EMA_FILE = "ema.safetensors"  # the first half-life; others are ema_<half-life>.safetensors, all of them snapshots
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -46,9 +46,9 @@ SOLVERS: dict[str, Solver] = {
     "explicit_adams": Solver(torchdiffeq.adams),
     **dict.fromkeys(torchdiffeq.IMPLICIT, Solver(torchdiffeq.adams, torchdiffeq.TOLERANCES)),
     **dict.fromkeys(sde.SDE, Solver(sde.sde, ("noise", "noise_scale", "diffusion"))),
-    "ddim": Solver(ddim.ancestral_step, whole_step=True),
+    "ddim": Solver(ddim.ddim_or_ancestral, whole_step=True),
     "consistency": Solver(consistency.renoised_jumps, ("noise",), whole_step=True),
-    "ancestral": Solver(ddim.ancestral_step, ("noise", "eta")),
+    "ancestral": Solver(ddim.ddim_or_ancestral, ("noise", "eta")),
 }
 
 STOCHASTIC = tuple(name for name, solver in SOLVERS.items() if "noise" in solver.options)

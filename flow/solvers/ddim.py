@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import Tensor
 
 
-def ancestral_step(
+def ddim_or_ancestral(
     velocity: Callable[[Tensor, float, float], Tensor],
     x: Tensor,
     time_grid: Sequence[float],

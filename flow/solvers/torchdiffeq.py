@@ -64,8 +64,8 @@ def _odeint(
     velocity: Velocity, x: Tensor, times: Sequence[float], method: str, rtol: float, atol: float, options: dict | None = None
 ) -> Tensor:
     """The states at the times, [T, B, ...]; the velocity is evaluated between the first and the last of them alone."""
-    import torch  # torchdiffeq takes a second that other methods need not pay
-    from torchdiffeq import odeint
+    import torch
+    from torchdiffeq import odeint  # which takes a second that other methods need not pay
 
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not 0 < value < 1:

@@ -17,7 +17,7 @@ from configs.vae import VaeConfig
 from datasets.images import to_float
 from flow.losses import Batch
 from flow.losses.autoencoder import AutoencoderLoss
-from flow.runtime import distributed, files, subprocesses
+from flow.runtime import commands, distributed, files
 from flow.runtime.errors import error_context
 from flow.sampling import images
 from flow.sampling.generate import shard
@@ -117,7 +117,7 @@ class AutoencoderTask:
     def next_command(self, folder: Path) -> str:
         save_dir = files.free_folder(folder.with_name(f"{folder.name}_latents"))
         encode: list[str | Path] = ["-m", "scripts.cache_latents", "--vae", folder / "autoencoder", "--save_dir", save_dir]
-        return f"encode images with: {subprocesses.command(*encode, *subprocesses.data_overrides(self.config.data))}"
+        return f"encode images with: {commands.command(*encode, *commands.data_overrides(self.config.data))}"
 
 
 class ExportAutoencoder(Callback):

@@ -23,10 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from configs.schema import Config, UserError
 from configs.vae import VaeConfig
-from datasets.images import Folder, to_float
+from datasets.folder import Folder
+from datasets.images import to_float
 from flow.losses import Batch
 from flow.noise import gaussian_noise, generator
-from flow.runtime import distributed, subprocesses
+from flow.runtime import commands, distributed
 from flow.runtime.shutdown import SIGNALS
 from flow.sampling.space import Space
 
@@ -172,7 +173,7 @@ def packing_notes(data: Any) -> list[str]:
     flags = ["--size", str(data.size)] if data.size is not None else []
     flags += ["--channels", str(data.channels)] if data.channels != 3 else []
     pack: list[str | Path] = ["-m", "scripts.pack_images", "--source", data.path, *flags, "--save_dir", f"{data.path}_packed"]
-    return [f"images are decoded in each epoch; pack them once for data.name=packed with: {subprocesses.command(*pack)}"]
+    return [f"images are decoded in each epoch; pack them once for data.name=packed with: {commands.command(*pack)}"]
 
 
 def micro_batch_size(batch_size: int, world_size: int, gradient_accumulation_steps: int) -> int:

@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import UserError, first_line
-from flow.losses.flow_map import column, jump
+from flow.losses.flow_map import jump
+from flow.path import broadcast_over
 
 WITHOUT_JVP = "use loss.args.derivative=difference or loss.name=alpha_flow"
 MAX_STEP = 0.005  # of central differences, in time; as in the code of Transition Models (arXiv:2509.04394)
@@ -103,7 +104,7 @@ class EagerNetwork:
         if t_next is not None:  # beyond it the network has not been trained
             high = torch.where(t_next > t, torch.minimum(high, t_next), high)
         before, after = (self(jump(x, t, end, v), end, y, t_next) for end in (low, high))
-        return (after - before) / column(high - low, x)
+        return (after - before) / broadcast_over(high - low, x)
 
     def _check_derivative(
         self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, du_dt: Tensor

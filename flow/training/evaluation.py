@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.schema import UserError, did_you_mean
-from flow.evaluation import metrics, runner, table
+from flow.evaluation import control, metrics, runner, snapshots, table
 from flow.evaluation.frechet import can_extrapolate
 from flow.evaluation.real_images import load_real_images
 from flow.runtime import cli, distributed, files, lock
@@ -41,7 +41,7 @@ class EvaluateSnapshots(Callback):
         self.checkpoint_every_steps = self.settings.every_steps
         settings, sampler, captions_of = settings_of(task, folder)
         with _keys_for_flags():
-            self.evaluator = runner.SnapshotEvaluator.build(
+            self.evaluator = snapshots.SnapshotEvaluator.build(
                 settings, task.accelerator, folder / "evaluation", task.config, task.space, task.net, [sampler], captions_of,
                 by_frequency=True,
             )  # fmt: skip
@@ -51,7 +51,7 @@ class EvaluateSnapshots(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """The row of real images, whose columns show whether evaluate.keep_best is one."""
-        row = runner.add_control(self.evaluator.evaluation)
+        row = control.add_control(self.evaluator.evaluation)
         self._check_best_column(self._columns_of_samples(list(row["metrics"])) if row else [])
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
@@ -155,7 +155,7 @@ def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings
     if evaluate.sampling_method not in SOLVERS:
         hint = did_you_mean(evaluate.sampling_method, list(SOLVERS))
         raise UserError(f"evaluate.sampling_method={evaluate.sampling_method}: there is no such solver.{hint}")
-    captions_of = runner.captions_by_class(None, None, task.accelerator, task.config, task.net)
+    captions_of = snapshots.captions_by_class(None, None, task.accelerator, task.config, task.net)
     labels, prompts = conditions_in_turn(None, captions_of)
     sampler = SamplerSettings(
         evaluate.sampling_method, evaluate.sampling_steps, evaluate.guidance_scale, evaluate.seed, labels, prompts

@@ -20,7 +20,7 @@ from flow.guidance import drop_labels
 from flow.losses import Batch, FlowLoss
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import cli, distributed, files, subprocesses
+from flow.runtime import cli, commands, distributed, files
 from flow.runtime.errors import error_context
 from flow.sampling import snapshot
 from flow.sampling.conditions import column_names, preview_settings
@@ -168,7 +168,7 @@ class FlowTask:
         prompts = ["--prompts", captions.plain(self.data.class_names[0])] if self.net.max_prompt_bytes else []
         save_dir = files.free_folder(Path("samples") / folder.name)
         sample: list[str | Path] = ["sample.py", "--weights", folder, "--n_samples", "64", "--save_dir", save_dir, *prompts]
-        return f"sample with: {subprocesses.command(*sample)}"
+        return f"sample with: {commands.command(*sample)}"
 
     def _states(self, batch: Batch) -> dict[str, Any]:
         """What a loss that needs them sees of the stored paths of a teacher."""

@@ -62,7 +62,7 @@ def _options(config: OptimizerConfig, accelerator: Accelerator) -> dict[str, Any
     }
 
 
-class GuardedOptimizer:
+class StepGuard:
     """Counts the steps that changed nothing. All processes see the same gradient, so they agree on each step."""
 
     def __init__(self, accelerator: Accelerator, nonfinite_grad: str):

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 
 from configs import schema, stored
 from configs.schema import Kind, UserError
-from flow.runtime import distributed, files, lock, step_names, subprocesses
+from flow.runtime import commands, distributed, files, lock, step_names
 from flow.runtime.errors import error_context
 from flow.training import checkpoint
 from flow.training.trackers import TRACKERS
@@ -188,7 +188,7 @@ def resume_command(run_dir: Path, script: str = "train.py", config: Any = None, 
     launcher: what starts the script, where this process is none of the run.
     """
     arguments = [*script.split(), "-e", str(run_dir), "-r", "latest", *stored.typed_overrides(config)]
-    return subprocesses.command(*arguments, launcher=launcher) if launcher else subprocesses.relaunched(*arguments)
+    return commands.command(*arguments, launcher=launcher) if launcher else commands.relaunched(*arguments)
 
 
 def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Path:

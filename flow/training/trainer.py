@@ -26,7 +26,7 @@ from flow.training.data_loader import prefetch
 from flow.training.eager import EagerNetwork
 from flow.training.ema import Averages, Ema, PowerEma
 from flow.training.logging import Logger, LossStatistics, Throughput
-from flow.training.optimizer import GuardedOptimizer, build_optimizer, lr_at, set_options
+from flow.training.optimizer import StepGuard, build_optimizer, lr_at, set_options
 
 
 class Task(Protocol):
@@ -127,7 +127,7 @@ class Trainer:
         self.ema = Ema(task.net, self.half_lives, config.ema.warmup_ratio, task.build_network)
         self.power_ema = PowerEma(task.net, schema.power_widths(config), task.build_network)
         self.statistics = LossStatistics(device, config.train.nonfinite_grad)
-        self.guard = GuardedOptimizer(accelerator, config.train.nonfinite_grad)
+        self.guard = StepGuard(accelerator, config.train.nonfinite_grad)
         self.learning_rate = 0.0
         self.graphed = cuda_graph.is_possible(accelerator, config.train, task.loss)
         self.update: Update = GraphedUpdate(self._update) if self.graphed else self._update

@@ -21,7 +21,7 @@ from pathlib import Path
 from configs import schema
 from configs.schema import UserError
 from flow.evaluation import table
-from flow.runtime import cli, files, subprocesses
+from flow.runtime import cli, commands, files
 from flow.runtime.errors import cli_main
 from scripts.benchmark import quality
 from scripts.benchmark.jobs import name_of, start_job
@@ -35,8 +35,6 @@ EXAMPLES = """\
 
 
 PARTS = ("train", "sample", "evaluate", "scaling")
-
-
 COMPUTE = ("forward", "backward", "graph", "network", "decoder", "features")  # sections that are networks
 
 
@@ -99,7 +97,7 @@ def main() -> None:
     text = report(result)
     print(text)
     train = ["train.py", *(["-c", args.config] if args.config else []), *args.overrides]
-    command = subprocesses.command(*train, "-e", files.free_folder(Path("runs") / Path(args.config or "run").stem))
+    command = commands.command(*train, "-e", files.free_folder(Path("runs") / Path(args.config or "run").stem))
     where = f" in {args.out}" if args.out else ""
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ import datasets
 import models
 from configs import schema
 from configs.schema import Config, UserError
-from flow.runtime import cli, distributed
+from flow.runtime import cli, commands, distributed
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 
@@ -53,7 +53,7 @@ def main() -> None:
     names = [name for name, _ in net.named_parameters()]
     snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
     result = f"{args.out}: {step} steps of {cfg.train.batch_size} images"
-    print(cli.summary(result, args.start, f"sample from it with: {cli.sample_command(args.out, args.out.stem)}"))
+    print(cli.summary(result, args.start, f"sample from it with: {commands.sample_command(args.out, args.out.stem)}"))
 
 
 def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:

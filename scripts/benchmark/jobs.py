@@ -198,7 +198,7 @@ def train_job(job: dict) -> dict:
     from flow.training.trainer import Callback, Trainer
     from scripts.benchmark.timer import Timer
 
-    timer = Timer(synchronize=True)
+    timer = Timer()
 
     class Laps(Callback):
         def on_step(self, trainer: Trainer) -> None:
@@ -229,7 +229,7 @@ def plain_train_job(job: dict) -> dict:
 
     cfg = schema.load(job["config"], job["overrides"])
     net, images, labels = baseline.material(cfg)
-    timer = Timer(synchronize=True)
+    timer = Timer()
     steps = baseline.train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr)
     for _ in timer.timed(steps, job["warmup"], job["steps"]):
         pass
@@ -258,7 +258,7 @@ def timed_flow(job: dict):
     from flow.sampling.settings import SamplerSettings
     from scripts.benchmark.timer import TimedNetwork, Timer
 
-    timer = Timer(synchronize=True)
+    timer = Timer()
     accelerator = distributed.build_accelerator(job["precision"])
     snap = snapshot.load(blank_snapshot(job))
     model = snap.model()
@@ -292,7 +292,7 @@ def plain_sample_job(job: dict) -> dict:
     cfg, data = material(job)
     shape = data.image_shape
     net = models.build(cfg.model.name, shape, cfg.model.args)
-    timer = Timer(synchronize=True)
+    timer = Timer()
     with tempfile.TemporaryDirectory() as scratch:
         batches = baseline.sample(net, shape, net.num_classes, job["sampling_batch"], job["sampling_steps"], Path(scratch))
         for _ in timer.timed(batches, job["warmup"], job["sampling_batches"]):

@@ -25,9 +25,10 @@ from configs.schema import UserError
 from flow.evaluation import intervals, plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
-from flow.runtime import cli, files, lock, step_names
+from flow.runtime import cli, commands, files, lock, step_names
+from flow.runtime.commands import train_arguments
 from flow.runtime.errors import error_context
-from flow.runtime.subprocesses import run_chains, run_command, train_arguments
+from flow.runtime.subprocesses import run_chains, run_command
 from flow.sampling import exported, snapshot
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
@@ -88,18 +89,18 @@ def main(argv: list[str]) -> None:
         recipes = fitted(args, recipes)
         if args.jobs > 1:
             runs = [(recipe, seed) for seed in range(args.seeds) for recipe in recipes]
-            chains = {run_dir(args, *run).with_suffix(".log"): commands(args, *run) for run in runs}
+            chains = {run_dir(args, *run).with_suffix(".log"): commands_of(args, *run) for run in runs}
             run_chains(chains, args.jobs, "runs")
             report(args, recipes, args.seeds)
         else:
             for seed in range(args.seeds):
                 for recipe in recipes:
-                    for arguments in commands(args, recipe, seed):
+                    for arguments in commands_of(args, recipe, seed):
                         run_command(arguments)
                 report(args, recipes, seed + 1)
         best = min(recipes, key=lambda recipe: final_distance(args, recipe))
     run = run_dir(args, best, 0)
-    sample = cli.sample_command(run, best.name, *exported.sample_flags(snapshot.load(run), None))
+    sample = commands.sample_command(run, best.name, *exported.sample_flags(snapshot.load(run), None))
     print(cli.summary(f"race.md and race.png in {args.out}", args.start, f"sample with: {sample}"))
 
 
@@ -206,7 +207,7 @@ def checkpoint_every(args, recipe: Recipe) -> int:
     return max(1, recipe.steps // args.curve)
 
 
-def commands(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
+def commands_of(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
     """The commands of a run, each known when those before it have ended: its training, the rows of its last weights, and a row
     of each snapshot on the way, at the first of the settings."""
     run = run_dir(args, recipe, seed)
@@ -245,7 +246,7 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
         for recipe in recipes:
             cells[recipe.name] = [pick(rows_of(args, recipe, seed), method, steps, scale) for seed in range(seeds)]
         names = list(dict.fromkeys(name for rows in cells.values() for row in rows for name in row["metrics"]))
-        distance = next(filter(is_distance, names))
+        distance = next(filter(table.is_distance, names))
         if not lines:
             head = ["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]
             lines.append([name for i, name in enumerate(head) if i < 8 or name != distance])
@@ -298,12 +299,7 @@ def has_settings(row: dict, method: str, steps: int, scale: float) -> bool:
 def final_distance(args, recipe: Recipe) -> float:
     """The mean distance over the seeds at the first of the settings."""
     rows = [pick(rows_of(args, recipe, seed), *next(settings_of(args))) for seed in range(args.seeds)]
-    return statistics.fmean(next(v for name, v in row["metrics"].items() if is_distance(name)) for row in rows)
-
-
-def is_distance(column: str) -> bool:
-    """Whether a column of the table is a Frechet distance."""
-    return column.startswith(("FID", "FD-"))
+    return statistics.fmean(next(v for name, v in row["metrics"].items() if table.is_distance(name)) for row in rows)
 
 
 def curve(args, recipe: Recipe, seeds: int, distance: str) -> list[tuple[float, list[float]]]:

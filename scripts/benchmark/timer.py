@@ -16,8 +16,8 @@ class Timer:
     """Seconds by section name. A section inside another one counts for itself only; what other threads do meanwhile does not
     count at all."""
 
-    def __init__(self, synchronize: bool = False, clock: Callable[[], float] = time.perf_counter):
-        """synchronize: wait for the GPU at every border, for shares that are right; it costs speed. clock: seconds."""
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        """clock: seconds. At every border the GPU is waited for, so that shares are right; that costs speed."""
         self._clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
         self.laps: list[float] = []  # seconds of each lap
@@ -25,7 +25,7 @@ class Timer:
         self._open: list[str] = []
         self._thread = threading.get_ident()
         self._since = self._lap = clock()
-        self._wait = torch.cuda.synchronize if synchronize and torch.cuda.is_available() else lambda: None
+        self._wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configs.schema import UserError
-from flow.runtime import cli, files, subprocesses
+from flow.runtime import cli, commands, files
 from flow.runtime.errors import cli_main
 from flow.runtime.files import TEMPORARY
 
@@ -131,7 +131,7 @@ def main() -> None:
     print(
         cli.summary(
             f"{args.script}: {result['kills']} kills in {result['runs']} run(s), all equal to the reference run{where}",
-            args.start, f"try another script with: {subprocesses.command('-m', 'scripts.dev.fault_injection', *again)}",
+            args.start, f"try another script with: {commands.command('-m', 'scripts.dev.fault_injection', *again)}",
         )
     )  # fmt: skip
 

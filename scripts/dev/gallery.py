@@ -7,9 +7,10 @@ resumes, and figures that are older than their weights are drawn again. Override
 from dataclasses import dataclass
 from pathlib import Path
 
-from flow.runtime import cli
+from flow.runtime import cli, commands
+from flow.runtime.commands import train_arguments
 from flow.runtime.errors import cli_main
-from flow.runtime.subprocesses import run_command, train_arguments
+from flow.runtime.subprocesses import run_command
 from flow.sampling import snapshot
 
 EXAMPLES = """\
@@ -31,8 +32,6 @@ SETS: dict[str, tuple[str, ...]] = {
 
 
 WITH_LIKELIHOOD = ("checkerboard", "mixture")
-
-
 OT = ("flow.coupling=ot", "flow.coupling_args={block: 256}")
 
 
@@ -104,7 +103,7 @@ def main() -> None:
         weights = [args.runs / run for run in exhibit.weights]
         if outdated([args.out / name / picture for picture in exhibit.figures], weights):
             run_command([*exhibit.draw, "--weights", *map(str, weights), "--out", str(args.out / name)])
-    sample = cli.sample_command(args.runs / args.only[0], args.only[0])
+    sample = commands.sample_command(args.runs / args.only[0], args.only[0])
     print(cli.summary(f"\nfigures in {args.out}", args.start, f"sample from a flow with: {sample}"))
 
 

@@ -24,7 +24,7 @@ import models
 from configs import schema
 from configs.schema import Config, UserError
 from flow import losses, time_samplers
-from flow.runtime import cli, distributed, subprocesses
+from flow.runtime import cli, commands, distributed
 from flow.runtime.errors import cli_main, error_context
 from flow.training import data_loader
 from flow.training.evaluation import check_evaluation
@@ -44,11 +44,7 @@ EXAMPLES = """\
 IMAGES_LOOKED_AT = 500
 MIN_LONG_STEPS = 0.002  # share of the steps of a flow map (docs/few_steps.md)
 MIN_STORED = 10  # averages of a width, for others to be reconstructed (docs/averages.md)
-
-
 USUAL_SHAPES = ((4, 32, 32), (3, 64, 64), (1, 28, 28), (1, 8, 8), (2,))  # that stand in for missing latents and images
-
-
 GIB = 2**30
 
 
@@ -88,7 +84,7 @@ def main() -> None:
         accelerator.print(cli.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
     train = ["train.py", *(["-c", args.config] if args.config else []), "-e", context.run_dir, *args.overrides]
-    accelerator.print(cli.summary(counts, args.start, f"start the training with: {subprocesses.relaunched(*train)}"))
+    accelerator.print(cli.summary(counts, args.start, f"start the training with: {commands.relaunched(*train)}"))
 
 
 def report(context: Context, level: str, check: Callable, text: str) -> None:
@@ -344,9 +340,8 @@ def disk(context: Context) -> Lines:
     retained = min(total, cfg.keep_checkpoints or total)
     snapshots = min(total, cfg.keep_snapshots or total)
     # A snapshot and the average in its checkpoint are one file with two names.
-    needed = (retained + 1) * result.checkpoint_bytes + max(
-        0, snapshots - retained
-    ) * result.snapshot_bytes  # one file, two names
+    unlinked = max(0, snapshots - retained)
+    needed = (retained + 1) * result.checkpoint_bytes + unlinked * result.snapshot_bytes
     averages = len(context.cfg.ema.power_widths) * times_stored(context.cfg)
     needed += averages * result.snapshot_bytes // len(schema.half_lives(context.cfg))
     free = shutil.disk_usage(existing(context.run_dir)).free

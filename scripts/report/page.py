@@ -244,7 +244,7 @@ def _quality(runs: list[Run]) -> tuple[list[dict], list[dict], list[str]]:
         lines += [{"run": i, "name": name, "points": members} for name, members in of_run.items()]
         controls = filter(table.is_control, run.entries)
         floors += [{"run": i, "name": f"{e['weights']}, n = {e['n']}", "values": _values(e)} for e in controls]
-    distances = [name for name in names if table.distance_name([{"metrics": {name: None}}])]
+    distances = [name for name in names if table.is_distance(name)]
     return lines, floors, [*distances, *(name for name in names if name not in distances)]
 
 
@@ -267,7 +267,7 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
     difference with its 95% interval, as if the errors of both were independent. The header comes first; empty where no
     setting has two runs, and where the first metric is no distance: of others a larger value may be better.
     """
-    if not table.distance_name([{"metrics": dict.fromkeys(metrics)}]):
+    if not any(map(table.is_distance, metrics)):
         return []
     settings: dict[tuple, dict[str, dict]] = {}
     distinct = {**plots.several_of([e for run in runs for e in run.entries if e["method"] is not None]), "weights": False}

@@ -22,7 +22,7 @@ from configs import stored
 from configs.schema import UserError
 from datasets import captions
 from flow.evaluation import classifiers, table
-from flow.runtime import cli, files, jsonl, lock, step_names, subprocesses
+from flow.runtime import commands, files, jsonl, lock, step_names
 from flow.sampling import header, snapshot, trajectory_grids
 from flow.sampling.trajectory_grids import TrajectoryGrids
 from flow.solvers import SOLVERS
@@ -171,7 +171,7 @@ def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
             run.add_problems(panel, name_of_folder, [f"{name_of_folder}: is no folder that can be read"])
     nothing: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     values, interpolations = _read(run, "overview", "config.yaml", _read_config, nothing)
-    run.config = {key: subprocesses.override(key, value).removeprefix(f"{key}=") for key, value in values.items()}
+    run.config = {key: commands.override(key, value).removeprefix(f"{key}=") for key, value in values.items()}
     run.steps = values.get("train.steps")
     run.starts = _read(run, "overview", "environment.json", _read_starts, [])
     run.log = _read(run, "overview", "log.txt", _read_log, [])
@@ -409,23 +409,23 @@ def _commands(run: Run, values: dict[str, Any], interpolations: dict[str, Any]) 
         return {}
     folder, program = run.folder if run.folder.name not in ("", "..") else run.folder.resolve(), _program(run)
     processes = run.environment.get("processes")
-    launcher = subprocesses.torchrun(processes) if isinstance(processes, int) and processes > 1 else subprocesses.interpreter()
+    launcher = commands.torchrun(processes) if isinstance(processes, int) and processes > 1 else commands.interpreter()
     typed = [shlex.quote(f"{key}={value}") for key, value in interpolations.items()]  # a stored configuration resolves nothing
     copy = files.free_folder(folder.with_name(f"{folder.name}_again"))
     again: list[str | Path] = [*program, "-c", folder / "config.yaml", "-e", copy]
-    commands = {
-        "train again": subprocesses.command(*again, launcher=launcher),
+    suggested = {
+        "train again": commands.command(*again, launcher=launcher),
         "resume": " ".join([run_dir.resume_command(folder, " ".join(program), launcher=launcher), *typed]),
     }
     if program != ["train.py"]:
-        return commands
+        return suggested
     with suppress(UserError):  # no snapshot yet
         weights = snapshot.find(folder)
         class_names = _read(run, "runs", str(weights.relative_to(folder)), _read_class_names, None)
         if class_names is not None:
             uses = _uses(folder, values, class_names, run.best)
-            commands |= {key: " ".join([command, *typed]) for key, command in uses.items()}
-    return commands
+            suggested |= {key: " ".join([command, *typed]) for key, command in uses.items()}
+    return suggested
 
 
 def _read_class_names(weights: Path) -> tuple[str, ...]:
@@ -448,7 +448,7 @@ def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str], best
     further = ("guidance_interval", "guide", "source", "ema_width")
     if best and best["method"] in SOLVERS and best["steps"] and not any(best[name] for name in further):
         solver = ["--sampling_method", best["method"], "--sampling_steps", str(best["steps"])]
-        solver += cli.condition_flags(1 if best["guidance_scale"] is None else best["guidance_scale"])
+        solver += commands.condition_flags(1 if best["guidance_scale"] is None else best["guidance_scale"])
     if values.get("model.args.max_prompt_bytes"):
         prompts = ["--prompts", captions.plain(class_names[0])] if class_names else []
     data, extractor = values.get("data.name"), values.get("evaluate.feature_extractor")
@@ -458,10 +458,10 @@ def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str], best
     solvers = ["--methods", "euler", "heun", "--sampling_steps", "5", "10", "20"]
     animate: list[str | Path] = ["-m", "scripts.animate", "--weights", folder]
     return {
-        SAMPLE: cli.sample_command(folder, folder.name, *solver, *prompts),
-        "evaluate": subprocesses.command("evaluate.py", "--weights", folder, *solvers, *flags),
-        "animate": subprocesses.command(*animate, "--out", files.free_folder(folder / "animation"), *prompts),
-        TRAJECTORY: subprocesses.command(*animate, "--trajectory_grids", *prompts),
+        SAMPLE: commands.sample_command(folder, folder.name, *solver, *prompts),
+        "evaluate": commands.command("evaluate.py", "--weights", folder, *solvers, *flags),
+        "animate": commands.command(*animate, "--out", files.free_folder(folder / "animation"), *prompts),
+        TRAJECTORY: commands.command(*animate, "--trajectory_grids", *prompts),
     }
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 import datasets
-from datasets.images import Folder, Images
+from datasets.folder import Folder
+from datasets.images import Images
 
 RGB = (10, 200, 30)
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,19 @@ def test_sets_of_pairs_keep_their_seeds(tmp_path, config):
     assert {name: str(entry["seed"]) for name, entry in plan.items()} == {
         "more": added, "pairs_1-rf": before[0], "paths": before[1],
     }  # fmt: skip
+
+
+def test_trial_of_pairs_of_a_reflow(rectified, tmp_path, config):
+    """The network before them was trained on pairs itself, wherever the YAML says that those lie."""
+    folder = shutil.copytree(rectified, tmp_path / "run")
+    whole = yaml.safe_load(config.read_text()) | {"minutes": 1.0, "folder": str(folder)}
+    whole["routes"] = {"flow": {"stages": ["1-rf"]}}
+    for stage in whole["stages"].values():
+        stage["share"] = 1.0
+    (tmp_path / "minutes.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    cfg = schema.load(tmp_path / "minutes.yaml", kind=RectifyConfig)
+    words = rectify.Rectify(cfg, None, 0.0).pairs("pairs_2-rf", "2-rf")
+    assert int(words[words.index("--n_pairs") + 1]) > 0
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])

@@ -16,7 +16,7 @@ from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 import datasets
-from flow.evaluation import metrics, plots, reference, runner, table
+from flow.evaluation import control, metrics, plots, reference, snapshots, table
 from flow.evaluation.classifiers import weights_file
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, BlockMoments, Extractor, FeatureSet, merge, merge_blocks
@@ -413,9 +413,9 @@ def test_inception_768_gives_a_number_on_cifar10(tmp_path, real_data):
 def test_rows_of_other_solver_options_are_other_rows():
     """A stochastic row must not be taken for one of another noise scale, nor a tuned grid for the uniform one."""
     plain = SamplerSettings("euler_maruyama", 5)
-    assert plain.solver == "euler_maruyama"
-    assert replace(plain, options=(("noise_scale", 0.5),)).solver == "euler_maruyama, noise_scale=0.5"
-    assert SamplerSettings("ab2", 5, time_grid="optimized", times=(0.0, 1.0)).solver == "ab2, optimized grid"
+    assert plain.title == "euler_maruyama"
+    assert replace(plain, options=(("noise_scale", 0.5),)).title == "euler_maruyama, noise_scale=0.5"
+    assert SamplerSettings("ab2", 5, time_grid="optimized", times=(0.0, 1.0)).title == "ab2, optimized grid"
 
 
 # ---- labels
@@ -450,14 +450,14 @@ def unbalanced(tmp_path):
 def test_labels_follow_reference_frequency(here, tmp_path, tiny_run, unbalanced, monkeypatch):
     """Over the repeats together; labels of the command line take turns."""
     drawn = []
-    generate = runner.generate
+    generate = snapshots.generate
 
     def recorded(*args):
         for result in generate(*args):
             drawn.extend(result.labels.tolist())
             yield result
 
-    monkeypatch.setattr(runner, "generate", recorded)
+    monkeypatch.setattr(snapshots, "generate", recorded)
     command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--bspp", 32]
     command += [
         "--reference",
@@ -670,14 +670,14 @@ def test_damaged_caches_are_named_and_computed_again(here, tmp_path, tiny_run):
 
 def test_real_row_without_splits(evaluated, extractor):
     """Two random halves of the reference, of which the first has no more images than the rows have samples."""
-    control = next(row for row in table.read_rows(evaluated[1] / "one") if table.is_control(row))
+    row_of_real = next(row for row in table.read_rows(evaluated[1] / "one") if table.is_control(row))
     data = datasets.build("digits", None, {})
     order = generator("control").permutation(len(data))
-    chosen = runner.choose_by_frequency(order[:898].tolist(), data.labels, data.labels[order[898:]], 60)
+    chosen = control.choose_by_frequency(order[:898].tolist(), data.labels, data.labels[order[898:]], 60)
     a, b = (feature_set(data.images[part], extractor) for part in (chosen, order[898:]))
     expected = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
-    assert control["metrics"]["FD-digits"] == pytest.approx(expected, rel=1e-6)
-    assert control["metrics"]["accuracy"] > 0.95
+    assert row_of_real["metrics"]["FD-digits"] == pytest.approx(expected, rel=1e-6)
+    assert row_of_real["metrics"]["accuracy"] > 0.95
 
 
 def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run):
@@ -696,10 +696,10 @@ def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run):
 def test_choice_by_frequency():
     """Classes are as frequent as in the reference; one that runs out is replaced, so that the number stays."""
     pool, labels = [5, 4, 3, 2, 1, 0], torch.tensor([0, 0, 0, 1, 1, 1])
-    assert runner.choose_by_frequency(pool, labels, torch.tensor([0, 0, 1]), 3) in ([2, 1, 5], [2, 5, 1])
-    assert sorted(runner.choose_by_frequency(pool, labels, torch.tensor([0, 0, 1]), 6)) == sorted(pool)
-    assert runner.choose_by_frequency(pool, labels, torch.tensor([0]), 4) == [2, 1, 0, 5]
-    assert runner.choose_by_frequency(pool, None, None, 2) == [5, 4]
+    assert control.choose_by_frequency(pool, labels, torch.tensor([0, 0, 1]), 3) in ([2, 1, 5], [2, 5, 1])
+    assert sorted(control.choose_by_frequency(pool, labels, torch.tensor([0, 0, 1]), 6)) == sorted(pool)
+    assert control.choose_by_frequency(pool, labels, torch.tensor([0]), 4) == [2, 1, 0, 5]
+    assert control.choose_by_frequency(pool, None, None, 2) == [5, 4]
 
 
 def test_splits_of_a_reference_by_name(error, tmp_path, tiny_run):

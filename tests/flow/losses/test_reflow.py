@@ -7,12 +7,12 @@ import torch
 from conftest import loss_at
 
 from flow import losses, path, solvers, time_samplers
+from flow.evaluation.straightness import straightness_deviation
 from flow.guidance import GuidedVelocity
 from flow.likelihood import T_MAX, invert
 from flow.losses import distances
 from flow.model import FlowModel
 from flow.path import LinearPath
-from flow.sampling.generate import straightness_deviation
 from flow.solvers import time_grids
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from configs.schema import UserError
 from flow.runtime import files, step_names
 from flow.runtime.errors import cli_main
-from flow.sampling import snapshot
+from flow.sampling import digest, snapshot
 from flow.training import checkpoint
 
 TRIALS = 30  # damages to each file
@@ -61,7 +61,7 @@ def test_every_damage_to_a_snapshot_is_found(tiny_run, tmp_path):
             except UserError as error:
                 assert f"--weights {path}: " in str(error)
                 continue
-            assert snapshot.digests(path)[0] is None and found.config == right.config
+            assert digest.stored_and_actual(path)[0] is None and found.config == right.config
             assert all(torch.equal(found.weights[name], right.weights[name]) for name in right.weights)
 
 

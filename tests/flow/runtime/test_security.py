@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 import datasets
 from configs import schema
 from configs.schema import UserError
-from datasets.images import Folder
-from flow.evaluation import features, reference
+from datasets.folder import Folder
+from flow.evaluation import feature_cache, features, reference
 from flow.runtime import distributed, files
 from flow.runtime.errors import cli_main
 from flow.sampling import images, snapshot
@@ -158,7 +158,7 @@ def test_pickle_as_statistics_or_features(pwned, tmp_path):
         with pytest.raises(ValueError, match="not an npz file with mu and sigma"):
             reference.from_npz(tmp_path / name, extractor, 64)
     with pytest.raises(ValueError):
-        reference.load_cached(tmp_path / "cached.npz", ["64"], "identity", 1)
+        feature_cache.load_cached(tmp_path / "cached.npz", ["64"], "identity", 1)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])

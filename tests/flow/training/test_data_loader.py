@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from configs.schema import UserError
-from datasets.images import Folder, Images
+from datasets.folder import Folder
+from datasets.images import Images
 from flow.losses import Batch
 from flow.sampling.images import to_uint8
 from flow.training.data_loader import TrainingLoader

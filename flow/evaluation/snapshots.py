@@ -1,0 +1,222 @@
+"""The rows of snapshots: their images by each sampler, and the conditions of these images."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+import datasets
+from configs.schema import Config, UserError
+from datasets import DataSet, captions
+from flow.evaluation import metrics_2d
+from flow.evaluation.real_images import RealImages, load_real_images
+from flow.evaluation.runner import Evaluation, EvaluationSettings
+from flow.model import FlowModel, Network
+from flow.runtime import distributed
+from flow.runtime.errors import error_context
+from flow.sampling.conditions import conditions_by_frequency, labels_for
+from flow.sampling.generate import NFECounter, build_velocity, generate, shard, to_solver_dtype
+from flow.sampling.settings import ALL_TIMES, SamplerSettings
+from flow.sampling.space import Space
+from flow.solvers import HAS_TOLERANCES
+from flow.solvers.torchdiffeq import ADAPTIVE
+from flow.source import GAUSSIAN
+
+HELD_OUT_POINTS = 2000  # whose log-density under a flow of points is reported, the first of another seed
+
+
+@dataclass
+class SnapshotEvaluator:
+    """Rows of snapshots by the same samplers; what they have in common is loaded once."""
+
+    evaluation: Evaluation
+    plan: list[SamplerSettings]
+    identity: dict[str, Any]  # of every row
+
+    @classmethod
+    def build(
+        cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, config: Config, space: Space, net: Network,
+        plan: list[SamplerSettings], captions_of: list[list[str]] | None, by_frequency: bool,
+    ) -> "SnapshotEvaluator":  # fmt: skip
+        """plan: a row for each, and each range of images.
+
+        by_frequency: replace the labels of the plan by the frequency of the classes in the reference.
+        """
+        real_images = load_real_images(settings.reference, accelerator, space.decoded_shape, config)
+        identity: dict[str, Any] = {
+            "seed": plan[0].seed,
+            "labels": plan[0].labels,
+            "prompts": plan[0].prompts,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+        num_classes = len(captions_of) if captions_of else net.num_classes
+        if num_classes and by_frequency:
+            counts = class_counts(accelerator, config, real_images, num_classes)
+            plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
+            identity |= names
+        evaluation = Evaluation.build(settings, accelerator, out, space.decoded_shape, real_images)
+        if num_classes != len(evaluation.reference.class_names):
+            evaluation.reference.labels = None
+        evaluation.load_training(config, space.decoded_shape)
+        return cls(evaluation, plan, identity)
+
+    def evaluate(
+        self, model: FlowModel, image_shape: tuple[int, ...], weights_sha256: str, subject: dict
+    ) -> list[tuple[dict, bool]]:
+        """The rows of one network, and whether they are new; on the main process, empty on the others.
+
+        Args:
+            image_shape: of what the network sees.
+            weights_sha256: of the snapshot that it comes from; the main process needs it.
+            subject: "weights", "images" and "captions" of the rows.
+        """
+        ev, net, plan = self.evaluation, model.net, self.plan
+        settings, accelerator = ev.settings, ev.accelerator
+        identity = {"weights_sha256": weights_sha256, **self.identity}
+        log_density = log_density_of(accelerator, model, ev.real_images)
+        if log_density:
+            identity["held_out_points"] = HELD_OUT_POINTS
+
+        def compute(sampler: SamplerSettings, indices: range, number: int) -> dict | None:
+            counter = NFECounter()
+            batches = shard(accelerator, indices, settings.batch_size)
+            local = sum(map(len, batches))
+            total, name = len(plan) * settings.repeats, "images of this process"
+            bar = distributed.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
+            bar.leave = False  # the next bar takes its place
+
+            def stream() -> Iterator[tuple[range, Tensor]]:
+                with bar:
+                    for batch in generate(accelerator, model, image_shape, batches, sampler):
+                        counter.add(batch)
+                        yield batch.indices, batch.images
+                        bar.update(len(batch.indices))
+
+            def images_of(positions: list[int]) -> Tensor:
+                again = [indices[k : k + 1] for k in positions]
+                return torch.cat([batch.images for batch in generate(accelerator, model, image_shape, again, sampler)])
+
+            row = ev.measure(stream(), labels_for(indices, sampler, net.num_classes))
+            steps = "" if sampler.method in ADAPTIVE else f", {sampler.steps} steps"
+            ev.draw_closest(f"{subject['weights']}, {sampler.title}{steps}", images_of)
+            nfe, forwards = counter.mean(accelerator)
+            if row and log_density:
+                row["metrics"]["held_out_log_p"] = log_density(sampler)
+            return row and {"NFE": nfe, "forwards": forwards, **row}
+
+        numbers, rows = count(), []
+        for sampler in plan:
+            for repeat in range(settings.repeats):
+                indices = range(repeat * settings.n_samples, (repeat + 1) * settings.n_samples)
+                row = {
+                    **subject,
+                    "method": sampler.title,
+                    "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
+                    "guidance_scale": sampler.guidance_scale if net.null is not None or sampler.guide else None,
+                    **columns_of(sampler),
+                    "n": settings.n_samples,
+                    "first": indices.start,
+                }
+                row_identity = {**identity, **columns_of(sampler), "times": sampler.times}  # may be optimized again
+                if sampler.method in HAS_TOLERANCES:
+                    row_identity["bspp"] = settings.batch_size
+                rows.append(ev.evaluate_row(row, row_identity, partial(compute, sampler, indices, next(numbers))))
+        return [row for row in rows if row is not None]
+
+
+def columns_of(sampler: SamplerSettings) -> dict[str, str]:
+    """The interval, the guide and the source of a row, where it has them."""
+    low, high = sampler.guidance_interval
+    columns = {"guidance_interval": f"{low:g} to {high:g}"} if (low, high) != ALL_TIMES else {}
+    return columns | {name: value for name in ("guide", "source") if (value := getattr(sampler, name))}
+
+
+def resolve_conditions(
+    plan: list[SamplerSettings], counts: list[int], n: int, captions_of: list[list[str]] | None
+) -> tuple[list[SamplerSettings], dict[str, Any]]:
+    """The plan with labels (and prompts) of n images by the frequency of the classes, and their entries of a row's identity.
+
+    Classes that are equally frequent take turns: the plan stays as it is.
+    """
+    if len(set(counts)) == 1:
+        return plan, {}
+    labels, prompts = conditions_by_frequency(counts, n, captions_of)
+    plan = [replace(sampler, labels=labels, prompts=prompts) for sampler in plan]
+    digest = hashlib.sha256(json.dumps(counts).encode()).hexdigest()[:16]
+    return plan, {"labels": f"by frequency {digest}", "prompts": captions_of}
+
+
+def captions_by_class(
+    kind: str | None, labels: Sequence[int] | None, accelerator: Accelerator, config: Config, net: Network
+) -> list[list[str]] | None:
+    """Captions of each class for a network with text: one, or every wording that training never saw."""
+    if kind and not net.max_prompt_bytes:
+        raise UserError(f"--captions {kind}: this network was trained without prompts (model.args.max_prompt_bytes)")
+    if not net.max_prompt_bytes:
+        return None
+    source = config.data
+    with error_context("data"):
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
+    for label in labels or ():
+        if not 0 <= label < len(data.class_names):
+            raise UserError(f"--labels {label}: is out of range; the data set has classes 0 to {len(data.class_names) - 1}")
+    wordings = captions.held_out if kind == "held_out" else lambda name: [captions.plain(name)]
+    return [wordings(name) for name in data.class_names]
+
+
+def class_counts(accelerator: Accelerator, config: Config, source: RealImages | None, num_classes: int) -> list[int]:
+    """Images of each class in the reference, or in the training set where the reference has no such classes; where neither is
+    there, a warning, and the same number for each class."""
+
+    def training_set() -> DataSet | None:
+        try:
+            real = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
+            return datasets.build(**real)
+        except (ValueError, FileNotFoundError):
+            return None
+
+    for load in (lambda: source.data if source else None, lambda: distributed.main_process_first(accelerator, training_set)):
+        data = load()
+        if data is not None and data.labels is not None and len(data.class_names) == num_classes:
+            return torch.bincount(data.labels, minlength=num_classes).tolist()
+    accelerator.print(
+        "warning: the classes take turns, as neither the reference nor the training set is here to tell how frequent they are; "
+        "where the classes are not equally frequent this makes the distance larger"
+    )
+    return [1] * num_classes
+
+
+def log_density_of(
+    accelerator: Accelerator, model: FlowModel, source: RealImages | None
+) -> Callable[[SamplerSettings], float] | None:
+    """For flows of points: a function of the sampler, the mean log-density of held-out points under the flow with its guidance,
+    which depends on no solver; None where there are no such points, where labels are needed, and where the flow starts at
+    data, whose density is not known."""
+    other = datasets.held_out(source.build) if source else None
+    if other is None or other[1]["name"] != "toys" or model.source.name != GAUSSIAN:
+        return None
+    if model.net.num_classes is not None or model.net.max_prompt_bytes:
+        return None
+    points: Any = datasets.build(**other[1])
+    x1 = to_solver_dtype(points.images[:HELD_OUT_POINTS], accelerator.device)
+
+    @cache
+    def log_density(guidance: SamplerSettings) -> float:
+        print(f"log-density of {len(x1):,} held-out points under the flow")
+        velocity = build_velocity(model, range(len(x1)), guidance, accelerator.device)
+        with error_context("log-density of held-out points"):
+            return metrics_2d.mean_log_likelihood(velocity, x1)
+
+    def with_guidance_of(sampler: SamplerSettings) -> float:
+        scale, interval, guide = sampler.guidance_scale, sampler.guidance_interval, sampler.guide
+        return log_density(SamplerSettings(guidance_scale=scale, guidance_interval=interval, guide=guide))
+
+    return with_guidance_of

@@ -1,0 +1,120 @@
+"""Command lines that a user would type: what scripts run, print, and suggest as the next step."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.schema import DataConfig
+from flow.runtime import files
+
+YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")  # that are not strings where they stand alone
+REPOSITORY = Path(__file__).parents[2]
+
+
+def command(*arguments: str | Path, launcher: str | None = None) -> str:
+    """`python ARGUMENTS...` as a line that works in this folder and this shell: quoted, with the interpreter and the script
+    where they are found from here."""
+    script, *rest = map(str, arguments)
+    if script.endswith(".py") and not Path(script).is_file():
+        script = str(REPOSITORY / script)
+    return f"{launcher or interpreter()} {shlex.join([script, *rest])}"
+
+
+def interpreter(name: str = "python") -> str:
+    """`name` where the shell finds this environment's program under it, else its path."""
+    here = Path(sys.executable).with_name(name) if name != "python" else Path(sys.executable)
+    on_path = shutil.which(name)
+    if on_path and Path(on_path).absolute().parent == here.absolute().parent:
+        return name
+    return shlex.quote(os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here))
+
+
+def torchrun(processes: int | str) -> str:
+    """The launcher of so many processes on this machine."""
+    return f"{interpreter('torchrun')} --standalone --nproc_per_node {processes}"
+
+
+def relaunched(*arguments: str | Path) -> str:
+    """The command that starts a script with as many processes as this one was. Of several machines or sharded weights only the
+    launcher's own command knows all."""
+    processes = os.environ.get("WORLD_SIZE")
+    if processes is None:
+        return command(*arguments)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded or os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
+        return f"the launcher of this command and {shlex.join(map(str, arguments))}"
+    return command(*arguments, launcher=torchrun(processes))
+
+
+def shipped(name: str) -> Path:
+    """The path of a file in configs/ from here."""
+    path = Path("configs") / name
+    return path if path.is_file() else REPOSITORY / path
+
+
+def override(key: str, value: Any) -> str:
+    """`key=value`, the value as YAML on one line."""
+    return f"{key}={_yaml(value)}"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_/][\w./-]*", value) and value.lower() not in YAML_WORDS:
+        return value
+    return json.dumps(value, ensure_ascii=False)  # which is YAML too
+
+
+def data_overrides(data: DataConfig) -> list[str]:
+    """The overrides that name a data set."""
+    values = {"data.name": data.name, "data.root": data.root, "data.args": data.args}
+    return [override(key, value) for key, value in values.items() if value]
+
+
+def train_arguments(config: str, run_dir: Path, overrides: list[str]) -> list[str]:
+    """The command that starts the run, or resumes it where it was started."""
+    started = (run_dir / "config.yaml").is_file()
+    return ["train.py", "-c", config, "-e", str(run_dir), *(["-r", "latest"] if started else []), *overrides]
+
+
+def sample_command(weights: str | Path, name: str, *flags: str) -> str:
+    """A command that samples from the weights into a new folder samples/NAME, for `summary`."""
+    save_dir = files.free_folder(Path("samples") / name)
+    return command("sample.py", "--weights", weights, "--n_samples", "64", "--save_dir", save_dir, *flags)
+
+
+def condition_flags(guidance_scale: float = 1.0, prompts: Sequence[str] | None = None) -> list[str]:
+    """The flags of a guidance scale and prompts, for a suggested command."""
+    flags = ["--guidance_scale", f"{guidance_scale:g}"] if guidance_scale != 1 else []
+    return [*flags, "--prompts", *prompts] if prompts else flags
+
+
+def guidance_flags(args: argparse.Namespace) -> list[str]:
+    """--guidance_interval and --guide_weights as they were typed, which go with `condition_flags`."""
+    low, high = args.guidance_interval
+    flags = ["--guidance_interval", f"{low:g}", f"{high:g}"] if (low, high) != (0, 1) else []
+    return [*flags, "--guide_weights", args.guide_weights] if args.guide_weights else flags
+
+
+def source_flags(args: argparse.Namespace) -> list[str]:
+    """--source as it was typed."""
+    return ["--source", args.source] if args.source else []
+
+
+def option_flag(name: str) -> str:
+    """The flag of an option of a solver."""
+    return "--sde_noise_scale" if name == "noise_scale" else f"--{name}"
+
+
+def option_flags(options: Iterable[tuple[str, float | str]]) -> list[str]:
+    """The flags of a solver's options, for a suggested command."""
+    return [word for name, value in options for word in (option_flag(name), f"{value}")]
