@@ -1,4 +1,4 @@
-"""Image files that are decoded one by one: folders of them."""
+"""Image files that are decoded one by one: the base class, which Parquet files share, and folders."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -88,7 +88,7 @@ class EncodedImages(ABC):
         Raises UnreadableImage that names the first one, where none can.
         """
         if self.size is not None:
-            self.image_shape: tuple[int, ...] = (self.channels, self.size, self.size)
+            self.image_shape = (self.channels, self.size, self.size)
             return
         first_error = None
         for index in range(len(self)):

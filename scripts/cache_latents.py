@@ -98,7 +98,7 @@ def cache(
 
     num_encoded = write_missing(accelerator, plan, verify_shard, write, "encoding (images of this process)")
     if accelerator.is_main_process:
-        write_manifest(args, source, data, vae, settings, plan)
+        write_manifest(args, source, data, settings, plan)
     accelerator.wait_for_everyone()
     return num_encoded
 
@@ -177,9 +177,7 @@ def sums_of(tensors: dict[str, Tensor]) -> list[list[float]]:
     return [first.tolist(), second.tolist()]
 
 
-def write_manifest(
-    args, source: schema.DataConfig, data: Data, vae: VAE, settings: dict[str, Any], plan: dict[Path, range]
-) -> None:
+def write_manifest(args, source: schema.DataConfig, data: Data, settings: dict[str, Any], plan: dict[Path, range]) -> None:
     """manifest.json, last of all, with mean (shift) and standard deviation (scale) of each channel over the data set.
 
     The sums of the shards are added by math.fsum, whose result does not depend on their order.

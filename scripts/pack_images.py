@@ -174,7 +174,7 @@ def pack(args, accelerator: Accelerator, source: Source) -> None:
         num_written = write_missing(accelerator, plan, verify_shard, write, "packing (images of this process)")
     if accelerator.is_main_process:
         manifest = write_manifest(args.save_dir, source, settings, list(plan))
-        report(args, source, manifest, num_written)
+        report(args, manifest, num_written)
     accelerator.wait_for_everyone()
 
 
@@ -245,11 +245,10 @@ def write_manifest(save_dir: Path, source: Source, settings: dict[str, Any], sha
     return manifest
 
 
-def report(args, source: Source, manifest: dict[str, Any], num_written: int) -> None:
+def report(args, manifest: dict[str, Any], num_written: int) -> None:
     """Say what was left out, what was written, and how to train on it."""
     if skipped := manifest["skipped"]:
-        more = ", ..." * (len(skipped) > NAMED_IMAGES)
-        print(f"note: left out {len(skipped)} images that cannot be decoded ({', '.join(skipped[:NAMED_IMAGES])}{more})")
+        print(f"note: left out {len(skipped)} images that cannot be decoded ({cli.first_names(skipped, NAMED_IMAGES)})")
     kind = f"{manifest['images']:,} images of {'x'.join(map(str, manifest['image_shape']))}"
     classes = f", {len(manifest['class_names'])} classes" if manifest["class_names"] else ""
     result = f"{kind}{classes} ({manifest['bytes'] / 1e6:.1f} MB) in {args.save_dir}, {num_written:,} of the source read now"

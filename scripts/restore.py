@@ -121,7 +121,7 @@ def main() -> None:
             if parts is not None:
                 write_results(args.save_dir, record, originals, parts, build_degradation(range(len(originals))))
         if accelerator.is_main_process:
-            print_summary(args, accelerator)
+            print_summary(args)
 
 
 def degradation_of(args, shape: tuple[int, ...]):
@@ -312,7 +312,7 @@ def write_results(
     files.write_text(folder / "restore.json", json.dumps({"settings": record, "scores": rows_of}, indent=1))
 
 
-def print_summary(args, accelerator: Accelerator) -> None:
+def print_summary(args) -> None:
     """The table and the last line."""
     scores = [scoring.Scores(**entry) for entry in files.read_json(args.save_dir / "restore.json")["scores"]]
     print((args.save_dir / "restore.md").read_text(encoding="utf-8").rstrip())

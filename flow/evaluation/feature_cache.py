@@ -65,16 +65,17 @@ def collect_moments(
 
 
 def cached(
-    accelerator: Accelerator, extractor: Extractor | PointExtractor, data: DataSet, fingerprint: str, path: Path,
+    accelerator: Accelerator, extractor: Extractor | PointExtractor, data: DataSet, identity: str, path: Path,
     batch_size: int, what: str, layers: Sequence[str], order: Sequence[int] | None = None,
 ) -> FeatureSet | None:  # fmt: skip
-    """The features of the images of a data set, on the main process (None on the others), from the file at `path` where it
-    holds those of this `fingerprint`; a damaged file is named and written again."""
+    """The features of the images of a data set, image k from data[order[k]], on the main process (None on the others): from the
+    file at `path` where it holds those of this `identity` (see `identity_of`), else computed and stored there; a damaged
+    file is named and written again."""
     n = len(data) if order is None else len(order)
     features = None
     if accelerator.is_main_process:
         try:
-            features = load_cached(path, layers, fingerprint, n)
+            features = load_cached(path, layers, identity, n)
         except ValueError as error:
             accelerator.print(f"warning: {path}: damaged cache of features ({error}); computing them again")
     if distributed.any_process(accelerator, features is not None):
@@ -83,7 +84,7 @@ def cached(
     if features is not None:
         try:
             with files.atomic_file(path) as temporary:
-                save_cached(temporary, features, fingerprint)
+                save_cached(temporary, features, identity)
         except OSError as error:
             accelerator.print(f"warning: the {what} are not cached: {error}")
     return features

@@ -1,4 +1,7 @@
-"""Rows of metrics of images: what they are measured with, and the table that they go to."""
+"""What a row of metrics is measured with, and the table that it goes to.
+
+The rows themselves come from snapshots.py, folders.py and control.py.
+"""
 
 import time
 from collections.abc import Callable, Iterable
@@ -212,4 +215,5 @@ def real_layers(extractor: Extractor | PointExtractor) -> list[str]:
 
 
 def labels_of(data: DataSet) -> np.ndarray | None:
+    """int64 [N]; None without classes."""
     return None if data.labels is None else data.labels.numpy()

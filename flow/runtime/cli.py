@@ -285,9 +285,9 @@ def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]
     return tuple(selected.items())
 
 
-def class_list(class_names: Sequence[str], most: int = NAMED_CLASSES) -> str:
+def first_names(names: Sequence[str], most: int = NAMED_CLASSES) -> str:
     """The first names, for a line of text: 'cat, dog, ...'."""
-    return ", ".join(class_names[:most]) + (", ..." if len(class_names) > most else "")
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[int, ...] | None:
@@ -301,7 +301,7 @@ def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[
         elif re.fullmatch(r"-?[0-9]{1,18}", word):
             labels.append(int(word))
         elif class_names:
-            shown = class_list(class_names)
+            shown = first_names(class_names)
             raise UserError(f"--labels {word}: unknown class; the classes are {shown}.{schema.did_you_mean(word, class_names)}")
         else:
             raise UserError(f"--labels {word}: the weights carry no names of classes; give numbers")

@@ -112,7 +112,7 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     facts = {
         "samples": f"{snap.space.kind} {'x'.join(map(str, snap.decoded_shape))}",
         "training data": config.data.name,
-        "classes": cli.class_list(snap.class_names) or "none",
+        "classes": cli.first_names(snap.class_names) or "none",
         "training images seen": f"{snap.images:,} ({snap.step:,} steps)",
         "network": f"{config.model.name}, {size / 1e6:.2f} M numbers in {dtype}",
         "loss": config.loss.name,

@@ -30,7 +30,7 @@ class SampleBatch:
     x: Tensor  # the end of the flow: images, about [-1, 1], or latents, [b, C, H, W], or points [b, 2], on the device
     labels: Tensor | None  # int64 [b], on the CPU, where they are known
     nfe: int  # velocity evaluations per image
-    forwards: int  # network evaluations per image: with guidance up to twice the NFE
+    forwards: int  # network calls per image: with guidance up to twice the NFE
     decode: Callable[[Tensor], Tensor] = lambda x: x  # from x to what people see
 
     @property

@@ -66,7 +66,7 @@ class EvaluateSnapshots(Callback):
             try:
                 rows = self.evaluator.evaluate(model, self.task.data.image_shape, digest, subject)
             except UserError as error:
-                raise UserError(f"evaluate: {error}; the training goes on without rows with evaluate.every_steps=0") from error
+                raise UserError(f"{error}; the training goes on without rows with evaluate.every_steps=0") from error
         trainer.model.train()
         row, is_new = rows[0] if rows else (None, False)
         self._check_best_column(list(row["metrics"]) if row else [])

@@ -153,7 +153,7 @@ class FlowTask:
         net, data = self.net, self.data
         condition, names = "no labels", data.class_names
         if net.num_classes is not None:
-            condition = f"{net.num_classes} classes ({cli.class_list(names, NAMED_CLASSES)})"
+            condition = f"{net.num_classes} classes ({cli.first_names(names, NAMED_CLASSES)})"
         elif data.labels is not None and "num_classes" not in self.config.model.args:
             condition += f" (model.args.num_classes=auto would use the {len(names)} classes of the data set)"
         condition = f"prompts of at most {net.max_prompt_bytes} bytes" if net.max_prompt_bytes else condition

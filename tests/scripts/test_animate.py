@@ -19,9 +19,9 @@ def test_the_way_of_images_from_noise(tmp_path, tiny_run, here):
 def test_likelihood_by_both_divergences(points_flow, tmp_path, here, monkeypatch):
     monkeypatch.setattr(animate, "MAP_CELLS", 12)
     out = tmp_path / "out"
-    told = here(
+    printed = here(
         "animate", "--weights", points_flow("mixture", 1), "--out", out, "--figures", "likelihood", "--hutchinson_samples", "2"
     )
-    exact, estimate = (float(x) for x in re.findall(r"mean absolute error ([\d.]+) nats", told))
+    exact, estimate = (float(x) for x in re.findall(r"mean absolute error ([\d.]+) nats", printed))
     assert exact > 0.3 and exact != estimate  # of a flow that has not been trained
     assert [p.name for p in out.iterdir()] == ["likelihood.png"]

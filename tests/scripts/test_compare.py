@@ -16,19 +16,19 @@ from scripts import compare
 def test_flows_side_by_side(points_flow, tmp_path, here):
     a, b, out = points_flow("moons", 1), points_flow("moons", 2), tmp_path / "out"
     flags = ["--n_samples", "300", "--frames", "3", "--sampling_steps", "1", "4", "--names", "lr=1e-3", "lr=2e-3"]
-    told = here("compare", "--weights", a, b, *flags, "--out", out)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("|")][2:]
+    printed = here("compare", "--weights", a, b, *flags, "--out", out)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")][2:]
     assert [row[:4] for row in rows] == [[name, "euler", n, n] for n in "14" for name in ("lr=1e-3", "lr=2e-3")]
-    assert (out / "compare.md").read_text().strip() in told
+    assert (out / "compare.md").read_text().strip() in printed
     with Image.open(out / "compare.gif") as moving, Image.open(out / "compare.png") as still:
         assert moving.n_frames == 3 and still.width > 800
     here("sample", "--weights", a, "--n_samples", "300", "--sampling_steps", "4", "--save_dir", tmp_path / "s", "--bspp", "300")
-    made = torch.from_numpy(np.load(tmp_path / "s" / "samples.npz")["arr_0"])  # the same noise, the same points
+    points = torch.from_numpy(np.load(tmp_path / "s" / "samples.npz")["arr_0"])  # the same noise, the same points
     real = datasets.build("toys", None, {"name": "moons", "n": POINTS}).images
-    assert float(rows[2][4]) == pytest.approx(sliced_wasserstein(made, real), abs=1e-4)
-    assert "straightness deviation" in told and rows[0][5] == rows[2][5] != rows[1][5]  # of the flow, whatever the steps
-    told = here("compare", "--weights", a, *flags[:4], "--sampling_method", "scipy_solver", "--out", out)
-    assert re.search(r"moons_1 +\| scipy_solver +\| +\| +\d\d+ ", told)
+    assert float(rows[2][4]) == pytest.approx(sliced_wasserstein(points, real), abs=1e-4)
+    assert "straightness deviation" in printed and rows[0][5] == rows[2][5] != rows[1][5]  # of the flow, whatever the steps
+    printed = here("compare", "--weights", a, *flags[:4], "--sampling_method", "scipy_solver", "--out", out)
+    assert re.search(r"moons_1 +\| scipy_solver +\| +\| +\d\d+ ", printed)
 
 
 def test_particles_go_straight_within_a_step():

@@ -192,5 +192,5 @@ def test_pairs_of_points_are_trained_on(points_flow, tmp_path, here):
     small = ["train.steps=2", "train.batch_size=20", "train.log_with=[]", "preview.n_samples=20", "model.args={width: 16}"]
     given = [f"data.args.path={folder}", f"train.init_from={teacher}", "-e", tmp_path / "run"]
     here("train", "-c", "configs/toy_reflow.yaml", *small, *given)
-    told = here("evaluate", "--weights", tmp_path / "run", "--n_samples", "50", "--sampling_steps", "2")
-    assert "| toys moons |" in told and "SW2" in told  # against the real points
+    printed = here("evaluate", "--weights", tmp_path / "run", "--n_samples", "50", "--sampling_steps", "2")
+    assert "| toys moons |" in printed and "SW2" in printed  # against the real points

@@ -73,8 +73,8 @@ def test_floor_of_fewer_real_images(race, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "training_laps", lambda *_: [0.1] * 20)
     race(shlex.join(RECIPE), flags=["--seeds", "1", "--curve", "1", "--n_samples", "900", "--guidance_scale", "1"])
     (floor,) = [row for row in table.read_rows(next(tmp_path.glob("race/*/seed_0/evaluation"))) if not row["method"]]
-    told = f"real (half against half), n = 898: FD-digits {floor['metrics']['FD-digits']:.2f}, the floor."
-    assert told in (tmp_path / "race/race.md").read_text()
+    sentence = f"real (half against half), n = 898: FD-digits {floor['metrics']['FD-digits']:.2f}, the floor."
+    assert sentence in (tmp_path / "race/race.md").read_text()
 
 
 @pytest.mark.slow

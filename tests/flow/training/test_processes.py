@@ -138,8 +138,8 @@ def test_splits_of_global_batch_are_one_run(tmp_path, capsys):
 def test_shell_scripts_change_to_the_repository():
     """The first cd of every script below scripts/ that goes up from its own folder."""
     upwards = re.compile(r'^cd "\$\(dirname "\$0"\)/(\.\.[^"]*)"', re.M)
-    found = {path: upwards.search(path.read_text()) for path in sorted((REPOSITORY / "scripts").rglob("*.sh"))}
-    ends = {path.name: (path.parent / up[1]).resolve() for path, up in found.items() if up}
+    changes_of = {path: upwards.search(path.read_text()) for path in sorted((REPOSITORY / "scripts").rglob("*.sh"))}
+    ends = {path.name: (path.parent / up[1]).resolve() for path, up in changes_of.items() if up}
     assert "two_hosts.sh" in ends
     assert [name for name, folder in ends.items() if not (folder / "train.py").is_file()] == []
 
