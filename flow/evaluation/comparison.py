@@ -23,6 +23,7 @@ class Comparison:
     training: TrainingSet | None = None  # of the weights
     requested: tuple[str, ...] = ()  # the metrics
     standard_errors: dict[str, float] = field(default_factory=dict)  # by column, of the metrics that know theirs
+    not_applicable: list[str] = field(default_factory=list)  # metrics without a value: no labels, statistics alone, few images
     closest: Closest | None = None  # what `memorization` found
     neighborhoods: Neighborhoods | None = None  # for all metrics that need them, from the first one
     bar: tqdm = field(default_factory=lambda: tqdm(total=0, disable=True))  # a long metric adds its work to the total
@@ -31,6 +32,11 @@ class Comparison:
         """Features [n, d] of the samples; layer None: that of the distances."""
         assert isinstance(self.samples, FeatureSet), "moments alone serve the Frechet distance"
         return self.samples.matrix(layer or self.extractor.layer)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Those that there are features of; none where only moments are known."""
+        return tuple(self.samples.rows) if isinstance(self.samples, FeatureSet) else ()
 
     def set_error(self, column: str, error: float | None) -> None:
         """The standard error of a column, None where it is not known."""

@@ -90,10 +90,9 @@ def cached(
     return features
 
 
-def identity_of(fingerprint: str, extractor: Extractor | PointExtractor) -> str:
+def identity_of(fingerprint: str, extractor: Extractor | PointExtractor, layers: Sequence[str]) -> str:
     """Changes with the images, the extractor, its layer and its weights."""
-    key = f"{fingerprint} {extractor.name} {extractor.layer} {extractor.weights_hash}"
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{fingerprint} {extractor.identity(layers)}".encode()).hexdigest()[:16]
 
 
 def save_cached(path: Path, features: FeatureSet, identity: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -28,10 +29,12 @@ class Extractor:
     """images uint8 [B, C, H, W] with 1 or 3 channels -> {layer: features [B, d] float32 on the CPU}."""
 
     def __init__(
-        self, name: str, layer: str | None, weights: Path | None, device: torch.device, allow_remote_code: bool = False
-    ):
-        """layer None: torch-fidelity's own for the Frechet distance. Layers for the Inception Score and for the class
-        accuracy come along where the extractor has them.
+        self, name: str, layer: str | None, weights: Path | None, device: torch.device, allow_remote_code: bool = False,
+        classifier: str | None = None,
+    ):  # fmt: skip
+        """layer None: torch-fidelity's own for the Frechet distance. The layer of the Inception Score comes along where the
+        extractor has it, and as "logits", for the class accuracy, those of the extractor itself or of `classifier`, one of
+        `classifiers.SIDES` beside it.
 
         Raises ValueError for an unknown name or layer and for weights that cannot be read; a pickle that would run code
         is refused, and without `allow_remote_code` a network whose code comes from the internet.
@@ -44,11 +47,11 @@ class Extractor:
         self.layer = layer or cls.get_default_feature_layer_for_metric("fid")
         if self.layer not in layers:
             raise ValueError(f"--feature_layer {layer}: {name} has no such layer; choose one of {', '.join(layers)}")
-        self.classifies = name in classifiers.SIDES
+        self.classifier = name if name in classifiers.SIDES else classifier  # that the logits are of
         # The Inception Score is of the network's last layer: weights that serve an earlier one may not hold it.
         self.isc_layer = "logits_unbiased" if name == INCEPTION and self.layer == INCEPTION_LAYER else None
-        extra = ["logits"] if self.classifies else [self.isc_layer] if self.isc_layer else []
-        self.layers = list(dict.fromkeys([self.layer, *extra]))
+        extra = "logits" if name in classifiers.SIDES else self.isc_layer
+        self.net_layers = list(dict.fromkeys(filter(None, (self.layer, extra))))
         if name.startswith(REMOTE_CODE):
             if weights is not None:
                 raise ValueError(f"--feature_weights {weights}: {name} takes none, torch.hub downloads its network and weights")
@@ -62,7 +65,7 @@ class Extractor:
         try:
             # It would unpickle whatever is there; CLIP's are no pickles, but archives that torch refuses to read as weights.
             with nullcontext() if name.startswith("clip") else mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
-                self.net = cls(name, self.layers, feature_extractor_weights_path=str(weights) if weights else None)
+                self.net = cls(name, self.net_layers, feature_extractor_weights_path=str(weights) if weights else None)
         except Exception as error:  # downloads and state dicts fail in many ways
             reason = f"its weights could not be loaded ({first_line(error)})"
             here = " or ".join(classifiers.SIDES)
@@ -71,10 +74,21 @@ class Extractor:
             ) from None
         self.net.eval().to(device)
         self.net.to(memory_format=torch.channels_last)  # Inception is 1.4 times as fast on a CPU (docs/performance.md)
-        digest = hashlib.sha256()
-        for key, value in self.net.state_dict().items():
-            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
-        self.weights_hash = digest.hexdigest()[:16]
+        self.weights_hash = _digest(self.net)
+        self.second_net = None
+        if self.classifier and self.classifier != name:
+            self.second_net = classifiers.ClassifierFeatures(self.classifier, ["logits"]).to(device)
+
+    @property
+    def layers(self) -> list[str]:
+        return self.net_layers + ["logits"] * (self.second_net is not None)
+
+    def identity(self, layers: Sequence[str]) -> str:
+        """Changes with the network, its weights and what else computes these layers."""
+        key = f"{self.name} {self.layer} {self.weights_hash}"
+        if self.second_net is not None and "logits" in layers:
+            key += f" {self.classifier} {_digest(self.second_net)}"
+        return key
 
     @property
     def distance_name(self) -> str:
@@ -90,7 +104,8 @@ class Extractor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         rgb = images.to(self.device, non_blocking=True).expand(-1, 3, -1, -1)
-        return {name: value.float().cpu() for name, value in zip(self.layers, self.net(rgb), strict=True)}
+        outputs = self.net(rgb) + (() if self.second_net is None else self.second_net(rgb))
+        return {name: value.float().cpu() for name, value in zip(self.layers, outputs, strict=True)}
 
 
 @dataclass
@@ -265,6 +280,13 @@ def merge_blocks(parts: list[BlockMoments]) -> BlockMoments:
         for block, other in zip(merged.blocks, part.blocks, strict=True):
             block.merge(other)
     return merged
+
+
+def _digest(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in net.state_dict().items():
+        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _not_finite(owner: str, bad: int, n: int, first: int) -> str:

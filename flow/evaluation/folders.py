@@ -38,7 +38,8 @@ def evaluate_folder(
             indices = [int(Path(data.name_of(k)).stem) for k in range(len(data))]  # an interrupted run leaves gaps
         labels = labels_for(indices, SamplerSettings(labels=turns), stored["num_classes"])
     real_images = load_real_images(settings.reference, accelerator, data.image_shape, config)
-    ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images)
+    classes_of = real_images.build["name"] if real_images and labels is not None else None
+    ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images, classes_of)
     if trained:
         ev.load_training(config, data.image_shape)
     elif "memorization" in settings.metrics:

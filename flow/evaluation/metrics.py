@@ -11,7 +11,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from flow.evaluation import intervals, memorization, neighbors, table
 from flow.evaluation.classifiers import CLASS_NAMES
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.features import BlockMoments, FeatureSet
+from flow.evaluation.features import BlockMoments
 from flow.evaluation.frechet import extrapolated_distance, frechet_distance
 from flow.evaluation.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Neighborhoods
 
@@ -165,7 +165,7 @@ def copied_share(c: Comparison) -> dict[str, float]:
 def isc(c: Comparison) -> dict[str, float]:
     """Inception Score over ten splits, for which it needs ten images; its standard error is that of their mean."""
     layer = c.extractor.isc_layer
-    if not layer or not isinstance(c.samples, FeatureSet) or layer not in c.samples.rows or c.samples.n < ISC_SPLITS:
+    if not layer or layer not in c.layers or c.samples.n < ISC_SPLITS:
         return {}
     result = isc_features_to_metric(c.matrix(layer), ISC_SPLITS)
     c.set_error("IS", result["inception_score_std"] / (ISC_SPLITS - 1) ** 0.5)
@@ -173,14 +173,14 @@ def isc(c: Comparison) -> dict[str, float]:
 
 
 def accuracy(c: Comparison) -> dict[str, float]:
-    """Share of samples that the extractor, a classifier, puts into the requested class; interval: of a share of n samples.
+    """Share of samples that the classifier puts into the requested class; interval: of a share of n samples.
 
     Where the reference has classes of other names, it is another data set, and there is none.
     """
-    if not c.extractor.classifies or c.labels is None:
+    if not c.extractor.classifier or c.labels is None or "logits" not in c.layers:
         return {}
     names = tuple(name.partition(" ")[0] for name in c.reference.class_names)  # "3 - three" of MNIST
-    if names and names != CLASS_NAMES[c.extractor.name]:
+    if names and names != CLASS_NAMES[c.extractor.classifier]:
         return {}
     share = float((c.matrix("logits").argmax(1).numpy() == c.labels).mean())
     c.set_error("accuracy", intervals.share_standard_error(share, len(c.labels)))
@@ -221,6 +221,9 @@ def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, float]:
     results: dict[str, float] = {}
     for name in requested:
         c.bar.set_postfix_str(name)
-        results |= METRICS[name](c)
+        columns = METRICS[name](c)
+        if not columns:
+            c.not_applicable.append(name)
+        results |= columns
         c.bar.update()
     return results

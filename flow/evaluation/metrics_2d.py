@@ -1,5 +1,7 @@
 """Distances between two sets of 2-D points, and the space in which they are measured."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,13 @@ class PointExtractor:
     name, layer, weights_hash = "points", "xy", ""
     distance_name = "SW2"
     layers = ("xy",)
-    classifies, isc_layer = False, None
+    classifier, second_net, isc_layer = None, None, None
 
     def dimension(self, image_shape: tuple[int, ...]) -> int:
         return image_shape[0]
+
+    def identity(self, layers: Sequence[str]) -> str:
+        return f"{self.name} {self.layer} {self.weights_hash}"
 
     def __call__(self, points: Tensor) -> dict[str, Tensor]:
         return {self.layer: points.float().cpu()}

@@ -67,7 +67,7 @@ def load_features(
     fingerprint = data.fingerprint() + (
         "" if order is None else f" {hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:16]}"
     )
-    identity = feature_cache.identity_of(fingerprint, extractor)
+    identity = feature_cache.identity_of(fingerprint, extractor, layers)
     path = source.root / "features" / f"{source.build['name']}-{extractor.name}-{extractor.layer}-{identity}.npz"
     return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, layers, order)
 

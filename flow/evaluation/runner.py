@@ -5,7 +5,7 @@ The rows themselves come from snapshots.py, folders.py and control.py.
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 import datasets
 from configs.schema import Config
 from datasets import DataSet
-from flow.evaluation import feature_cache, memorization, metrics, metrics_2d, plots, reference, table
+from flow.evaluation import classifiers, feature_cache, memorization, metrics, metrics_2d, plots, reference, table
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, BlockMoments, Extractor, FeatureSet
 from flow.evaluation.intervals import BLOCKS
@@ -58,15 +58,22 @@ class Evaluation:
     dimension: int  # of the features
     training: memorization.TrainingSet | None = None  # of the weights, on the main process
     closest: memorization.Closest | None = None  # of the last comparison, on the main process
+    not_applicable: list[str] = field(default_factory=list)  # metrics without a value in the last comparison
+    noted: list[str] = field(default_factory=list)  # those that a note has named
     draw: Callable[[], None] | None = None  # the figure of the last row of samples
 
     @classmethod
     def build(
         cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, image_shape: tuple[int, ...],
-        source: RealImages | None,
+        source: RealImages | None, classes_of: str | None,
     ) -> "Evaluation":  # fmt: skip
-        """The feature extractor, checked on a blank image of the shape to come, and the reference, cached or computed."""
-        extractor, dimension = load_extractor(settings, accelerator, image_shape)
+        """The feature extractor, checked on a blank image of the shape to come, and the reference, cached or computed.
+
+        Args:
+            classes_of: the data set whose classes the samples have, for the class accuracy; None: they have none.
+        """
+        classifier = classifier_of(classes_of, image_shape) if "accuracy" in settings.metrics else None
+        extractor, dimension = load_extractor(settings, accelerator, image_shape, classifier)
         points = isinstance(extractor, PointExtractor)
         with error_context("evaluate"):
             if source is None:
@@ -160,7 +167,12 @@ class Evaluation:
         seconds = time.perf_counter() - start
         if samples is None:
             return None
-        return {**self.compute_metrics(samples, self.reference, labels, self.training), "seconds": seconds}
+        results = self.compute_metrics(samples, self.reference, labels, self.training)
+        chosen = self.settings.metrics != metrics.DEFAULT
+        if chosen and (new := [name for name in self.not_applicable if name not in self.noted]):
+            self.accelerator.print(f"note: no value of {', '.join(new)} here; what each metric needs: docs/evaluation.md")
+            self.noted += new
+        return {**results, "seconds": seconds}
 
     def compute_metrics(
         self, samples: FeatureSet | BlockMoments, ref: Reference, labels: Tensor | None,
@@ -176,7 +188,7 @@ class Evaluation:
                 bar.leave = False
                 comparison = Comparison(self.extractor, samples, ref, y, training, bar=bar)
                 values = metrics.evaluate(comparison, self.settings.metrics)
-                self.closest = comparison.closest
+                self.closest, self.not_applicable = comparison.closest, comparison.not_applicable
                 return {"metrics": values, "standard_errors": comparison.standard_errors}
 
     def write_report(self) -> str:
@@ -194,24 +206,33 @@ class Evaluation:
 
 
 def load_extractor(
-    settings: EvaluationSettings, accelerator: Accelerator, image_shape: tuple[int, ...]
+    settings: EvaluationSettings, accelerator: Accelerator, image_shape: tuple[int, ...], classifier: str | None = None
 ) -> tuple[Extractor | PointExtractor, int]:
-    """The feature extractor and its dimension for images of this shape. Raises UserError where it is not to be had."""
+    """The feature extractor and its dimension for images of this shape, with the logits of `classifier`. Raises UserError where
+    it is not to be had."""
 
     def load() -> Extractor | PointExtractor:
         if Space(image_shape).is_points:
             return PointExtractor()
         name, layer, weights = settings.feature_extractor, settings.feature_layer, settings.feature_weights
-        return Extractor(name, layer, weights, accelerator.device, settings.allow_remote_code)
+        return Extractor(name, layer, weights, accelerator.device, settings.allow_remote_code, classifier)
 
     with error_context("evaluate"):
         extractor = distributed.main_process_first(accelerator, load)  # it may download its weights
         return extractor, extractor.dimension(image_shape)
 
 
+def classifier_of(data_name: str | None, image_shape: tuple[int, ...]) -> str | None:
+    """The classifier of a data set, where it has one and the images are not smaller than it takes."""
+    if data_name in classifiers.SIDES and classifiers.SIDES[data_name] <= image_shape[-1]:
+        return data_name
+    return None
+
+
 def real_layers(extractor: Extractor | PointExtractor) -> list[str]:
-    """Layers of real images that are stored; nobody asks for their Inception Score."""
-    return [name for name in extractor.layers if name != extractor.isc_layer]
+    """Layers of the reference that are stored; nobody asks for its Inception Score, nor for the classes of a second network."""
+    others = (extractor.isc_layer, "logits" if extractor.second_net is not None else None)
+    return [name for name in extractor.layers if name not in others]
 
 
 def labels_of(data: DataSet) -> np.ndarray | None:

@@ -62,7 +62,10 @@ class SnapshotEvaluator:
             counts = class_counts(accelerator, config, real_images, num_classes)
             plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
             identity |= names
-        evaluation = Evaluation.build(settings, accelerator, out, space.decoded_shape, real_images)
+        classes_of = real_images.build["name"] if real_images else config.data.name
+        evaluation = Evaluation.build(
+            settings, accelerator, out, space.decoded_shape, real_images, classes_of if num_classes else None
+        )
         if num_classes != len(evaluation.reference.class_names):
             evaluation.reference.labels = None
         evaluation.load_training(config, space.decoded_shape)

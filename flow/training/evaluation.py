@@ -111,11 +111,13 @@ class EvaluateSnapshots(Callback):
         return table.find(self.evaluator.evaluation.out, {**like, "identity": identity})
 
     def _columns_of_samples(self, columns: list[str]) -> list[str]:
-        """The columns of samples, by those of real images: these may be too few for an extrapolation and have no Inception
-        Score, and have classes where the network has none."""
+        """The columns of samples, by those of real images: these may be too few for an extrapolation, have no Inception Score
+        and, beside another extractor, no class accuracy, and have classes where the network has none."""
         extractor, requested = self.evaluator.evaluation.extractor, self.settings.metrics
         if self.task.net.num_classes is None and not self.captions:
             columns = [name for name in columns if name != "accuracy" and not table.is_class_column(name)]
+        elif "accuracy" in requested and extractor.classifier and "accuracy" not in columns:
+            columns = [*columns, "accuracy"]
         if "isc" in requested and extractor.isc_layer:
             columns = [*columns, "IS"]
         extrapolates = "fd_inf" in requested and not self.task.space.is_points

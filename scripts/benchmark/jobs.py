@@ -314,7 +314,7 @@ def evaluate_job(job: dict) -> dict:
         metrics=("fid",),
     )  # fmt: skip
     real_images = load_real_images(None, accelerator, snap.decoded_shape, snap.config)
-    evaluation = Evaluation.build(settings, accelerator, Path(job["scratch"]), snap.decoded_shape, real_images)
+    evaluation = Evaluation.build(settings, accelerator, Path(job["scratch"]), snap.decoded_shape, real_images, None)
     evaluation.extractor = TimedNetwork(evaluation.extractor, timer, "features")
     batches = shard(accelerator, range(job["n_samples"]), job["sampling_batch"])
     images = ((b.indices, b.images) for b in generate(accelerator, model, snap.image_shape, batches, sampler))

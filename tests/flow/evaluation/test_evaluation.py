@@ -13,7 +13,9 @@ import torch_fidelity
 from conftest import run_here, run_script
 from PIL import Image
 from torch_fidelity.defaults import DEFAULTS
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 import datasets
 from flow.evaluation import control, metrics, plots, reference, snapshots, table
@@ -357,6 +359,46 @@ def test_classifiers_know_their_classes(request, name, least):
     assert weights_file(name).stat().st_size < 1e6
 
 
+class PixelFeatures(FeatureExtractorBase):
+    """An extractor that knows no classes: the pixels of the first channel."""
+
+    def __init__(self, name: str, features_list: list[str], **unused):
+        super().__init__(name, features_list)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        return (images[:, 0].flatten(1).float() / 255,)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str]:
+        return ("64",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "64"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> torch.Tensor:
+        return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+
+def test_accuracy_beside_another_extractor(here, monkeypatch, tmp_path, tiny_run):
+    """By the classifier of the data set; what else has no value is named once."""
+    monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "pixels", PixelFeatures)
+    command = ["evaluate", "--weights", tiny_run, "--n_samples", 70, "--sampling_steps", 1, 2]
+    here(*command, "--feature_extractor", "digits", "--out", tmp_path / "digits")
+    printed = here(
+        *command, "--feature_extractor", "pixels", "--metrics", "fid", "accuracy", "isc", "--out", tmp_path / "pixels"
+    )
+    assert printed.count("note: no value of isc here") == 1
+    own, beside = ([row for row in table.read_rows(tmp_path / name) if row.get("NFE")] for name in ("digits", "pixels"))
+    assert [row["metrics"]["accuracy"] for row in beside] == [row["metrics"]["accuracy"] for row in own]
+    assert all(row["metrics"]["FD-pixels"] > 0 for row in beside) and len(beside) == 2
+
+
 def test_distances_of_classes(extractor, real, tmp_path):
     """Each against the images of its class; a class with too few images has none, and the table says why."""
     data = datasets.build("digits", None, {})
@@ -542,7 +584,7 @@ def test_points_are_no_folder_of_images(here, error, points_flow, tmp_path):
 def inception(n: int) -> tuple[Extractor, FeatureSet]:
     """What Inception would give of n images, at random, with eight features."""
     blank = Extractor.__new__(Extractor)
-    blank.name, blank.layer, blank.isc_layer, blank.classifies = INCEPTION, "2048", "logits_unbiased", False
+    blank.name, blank.layer, blank.isc_layer, blank.classifier = INCEPTION, "2048", "logits_unbiased", None
     features, generator = FeatureSet(), torch.Generator().manual_seed(0)
     outputs = {name: torch.randn(n, 8, generator=generator) for name in ("2048", "logits_unbiased")}
     features.add("2048", range(n), outputs)

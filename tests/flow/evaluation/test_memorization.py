@@ -19,7 +19,7 @@ def draws(n: int, seed: int) -> torch.Tensor:
 
 def share(samples: torch.Tensor, training: memorization.TrainingSet) -> tuple[float, Comparison]:
     extractor = Extractor.__new__(Extractor)
-    extractor.name, extractor.layer, extractor.isc_layer, extractor.classifies = "some", "x", None, False
+    extractor.name, extractor.layer, extractor.isc_layer, extractor.classifier = "some", "x", None, None
     features = FeatureSet()
     features.add("x", range(len(samples)), {"x": samples})
     c = Comparison(extractor, features, from_features("real", "", features, "x"), training=training)

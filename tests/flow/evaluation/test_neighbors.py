@@ -23,7 +23,7 @@ def gaussians(n: int, d: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 def comparison(samples: torch.Tensor, real: torch.Tensor) -> Comparison:
     """Of two sets of features, as of an extractor without classes."""
     extractor = Extractor.__new__(Extractor)
-    extractor.name, extractor.layer, extractor.isc_layer, extractor.classifies = "some", "x", None, False
+    extractor.name, extractor.layer, extractor.isc_layer, extractor.classifier = "some", "x", None, None
     sets = [FeatureSet(), FeatureSet()]
     for features, values in zip(sets, (samples, real), strict=True):
         features.add("x", range(len(values)), {"x": values})
