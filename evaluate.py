@@ -15,8 +15,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from configs import schema
-from configs.schema import UserError
+from configs import loading
+from configs.errors import UserError
 from flow.evaluation import control, folders, metrics, runner, snapshots
 from flow.evaluation.features import INCEPTION
 from flow.runtime import cli, commands, distributed, files, lock
@@ -176,7 +176,7 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
     folder = args.samples.resolve()
     out = args.out or (folder / "evaluation" if stored else folder.with_name(f"{folder.name}_evaluation"))
     with lock.folder(out, accelerator):
-        config = schema.load(args.config, args.overrides)
+        config = loading.load(args.config, args.overrides)
         folders.evaluate_folder(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))
     show = f"cat {shlex.quote(str(out / 'results.md'))}"
     print_summary(args, accelerator, out, f"see the table again with: {show}")

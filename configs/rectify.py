@@ -3,7 +3,8 @@
 import re
 from dataclasses import dataclass, field
 
-from configs.schema import UserError, check, check_limits, limited
+from configs.errors import UserError
+from configs.keys import check, check_limits, limited
 
 
 @dataclass

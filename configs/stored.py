@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from configs.errors import first_line
+
 Place = tuple[Any, ...]  # the keys that lead to a value
 MAX_CHARACTERS = 2**20  # of a stored configuration; usual ones have about 2,000
 
@@ -111,11 +113,6 @@ def yaml_problem(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
         return f"{error.problem}, line {error.problem_mark.line + 1}"
     return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its kind where there is none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _is_interpolation(value: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, TrainerConfig, limited
+from configs.keys import limited
+from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, TrainerConfig
 
 
 @dataclass

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.evaluation import animation, plots_2d
 from flow.likelihood import log_likelihood
 from flow.model import FlowModel

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
-from configs import schema
-from configs.schema import UserError
+from configs import loading, schema
+from configs.errors import UserError
 from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
@@ -61,7 +61,7 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     args.mixed_precision = distributed.resolve_precision(args.mixed_precision)
-    source = schema.load(args.config, args.overrides).data
+    source = loading.load(args.config, args.overrides).data
     accelerator = distributed.build_accelerator(args.mixed_precision)
     with error_context("data"):
         data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))

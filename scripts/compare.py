@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import datasets
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.evaluation import animation, plots_2d, table
 from flow.evaluation.metrics_2d import sliced_wasserstein
 from flow.evaluation.straightness import mean_straightness_deviation

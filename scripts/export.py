@@ -9,7 +9,7 @@ of a solver with classifier-free guidance, as one graph, and compare its images 
 import tempfile
 from pathlib import Path
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import cli, commands
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import exported, graph, grid_store, hub, snapshot

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 import datasets
-from configs import schema
-from configs.schema import UserError
+from configs import loading
+from configs.errors import UserError
 from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
@@ -33,7 +33,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    source = schema.load(None, args.overrides).data
+    source = loading.load(None, args.overrides).data
     accelerator = distributed.build_single_process_accelerator("export_images")
     with error_context("data"):
         data = datasets.build(source.name, source.root, source.args)

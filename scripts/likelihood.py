@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import datasets
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.evaluation.intervals import mean_standard_error
 from flow.likelihood import bits_per_dimension, check_density_known, dequantize, log_likelihood
 from flow.noise import generator

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import datasets
-from configs import schema
-from configs.schema import UserError
+from configs import keys, schema
+from configs.errors import UserError
 from datasets import captions
 from datasets.images import to_float
 from datasets.pairs import Shard, read_manifest, shards_of
@@ -179,7 +179,7 @@ def write_shards(
 def train_command(weights: str, save_dir: Path, config: schema.Config, has_states: bool) -> str:
     """The command that trains the network of these weights on the pairs, from the weights: reflow, or a flow map on paths."""
     same = ["model.name", "model.args", "flow.path", "flow.prediction", "flow.source.name", "flow.source.args"]
-    overrides = {key: schema.get(config, key) for key in same} | {
+    overrides = {key: keys.get(config, key) for key in same} | {
         "data.name": "pairs", "data.args.path": str(save_dir), "flow.coupling": "paired", "flow.label_dropout": 0.0,
         "train.init_from": weights,
     }  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow import solvers
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, lock

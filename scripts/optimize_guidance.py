@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from configs.schema import UserError
+from configs.errors import UserError
 from datasets import captions
 from flow.evaluation import plots, table
 from flow.evaluation.snapshots import columns_of

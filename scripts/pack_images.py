@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
-from configs import schema
-from configs.schema import UserError
+from configs import loading
+from configs.errors import UserError
 from datasets import DataSet, hub
 from datasets.folder import EncodedImages, Folder, UnreadableImage
 from datasets.packed import PATTERN
@@ -71,11 +71,11 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    if others := [key for key in schema.overridden(args.overrides) if key != "data.root"]:
+    if others := [key for key in loading.overridden(args.overrides) if key != "data.root"]:
         raise UserError(f"{others[0]}: of the configuration only data.root has a meaning here; the images are --source")
     accelerator = distributed.build_accelerator()
     with error_context(f"--source {args.source}"):
-        source = open_source(args, accelerator, schema.load(None, args.overrides).data.root)
+        source = open_source(args, accelerator, loading.load(None, args.overrides).data.root)
     for note in source.data.notes:
         accelerator.print(f"note: {note}")
     with lock.folder(args.save_dir, accelerator):

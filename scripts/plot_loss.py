@@ -10,8 +10,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from configs import schema
-from configs.schema import LossConfig, UserError
+from configs import loading
+from configs.errors import UserError
+from configs.schema import LossConfig
 from configs.vae import VaeConfig
 from flow import losses
 from flow.evaluation import plots
@@ -79,10 +80,10 @@ def loss_names(config: Path) -> tuple[str, str]:
     try:
         text = config.read_text(encoding="utf-8")
         if "autoencoder" in OmegaConf.create(text):
-            cfg = schema.parse(text, str(config), kind=VaeConfig).autoencoder
+            cfg = loading.parse(text, str(config), kind=VaeConfig).autoencoder
             lpips = f" + {cfg.lpips_weight:g} LPIPS" if cfg.lpips_weight else ""
             return f"autoencoder loss ({cfg.distance} + {cfg.kl_weight:g} KL{lpips})", "validation loss"
-        parsed = schema.parse(text, str(config))
+        parsed = loading.parse(text, str(config))
         loss, flow = parsed.loss, parsed.flow
         distance = loss.args.get("distance", "mse")
         weighted = "weighted " if is_weighted(loss) else ""

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from configs import schema
+from configs import loading
+from configs.errors import UserError
 from configs.rectify import PairsConfig, RectifyConfig, RouteConfig
-from configs.schema import Config, UserError
+from configs.schema import Config
 from datasets.pairs import read_manifest
 from flow import losses, solvers, time_samplers
 from flow import path as paths
@@ -85,7 +86,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    cfg = schema.load(args.config, args.overrides, kind=RectifyConfig)
+    cfg = loading.load(args.config, args.overrides, kind=RectifyConfig)
     if args.launcher and cfg.minutes is not None:
         raise UserError(f"--launcher: minutes={cfg.minutes:g} is measured with one process; set minutes=null and train.steps")
     check_routes(cfg)
@@ -142,9 +143,9 @@ class Rectify:
         stage = self.cfg.stages[name]
         assert stage.config is not None
         overrides = [*stage.overrides]
-        if teacher and "train.init_from" not in schema.overridden(overrides):
+        if teacher and "train.init_from" not in loading.overridden(overrides):
             overrides.append(f"train.init_from={self.folder / teacher}")
-        if schema.load(stage.config, overrides).data.name == "pairs":
+        if loading.load(stage.config, overrides).data.name == "pairs":
             overrides.append(f"data.args.path={self.folder / str(pairs)}")
 
         def seconds(scratch: Path) -> float:
@@ -174,7 +175,7 @@ class Rectify:
             "--n_pairs", str(n_pairs), "--seed", str(self.plan(name)["seed"]), "--sampling_method", settings.sampling_method,
             "--sampling_steps", str(settings.sampling_steps), "--guidance_scale", str(settings.guidance_scale),
             "--real_fraction", str(settings.real_fraction), *states,
-            *precision_flag(schema.load(source.config, source.overrides)),
+            *precision_flag(loading.load(source.config, source.overrides)),
         ]  # fmt: skip
 
     def fitted(self, name: str, trial: Callable[[Path], float]) -> int | None:
@@ -233,7 +234,7 @@ class Rectify:
         rows = [row for row in read_metrics(self.folder / name / "metrics.jsonl") if "images_per_second" in row]
         seen = [0, *(row["images"] for row in rows)]
         seconds = sum((now - last) / row["images_per_second"] for last, now, row in zip(seen, seen[1:], rows, strict=False))
-        config = schema.load(stage.config, stage.overrides)
+        config = loading.load(stage.config, stage.overrides)
         return Cost(seen[-1], seconds / 60, seen[-1] * build_loss(config).passes)
 
 
@@ -255,7 +256,7 @@ def table_rows(cfg: RectifyConfig) -> list[Row]:
 def first_config(cfg: RectifyConfig) -> Config:
     """The configuration of the first training of all."""
     stage = cfg.stages[next(iter(cfg.routes.values())).stages[0]]
-    return schema.load(stage.config, stage.overrides)
+    return loading.load(stage.config, stage.overrides)
 
 
 def precision_flag(config: Config) -> list[str]:
@@ -277,7 +278,7 @@ def build_loss(config: Config) -> FlowLoss:
 
 def check_routes(cfg: RectifyConfig) -> None:
     """Raises UserError for what would otherwise fail after hours, in the middle of a route."""
-    configs = {name: schema.load(stage.config, stage.overrides) for name, stage in cfg.stages.items() if stage.config}
+    configs = {name: loading.load(stage.config, stage.overrides) for name, stage in cfg.stages.items() if stage.config}
     for name, config in configs.items():
         with error_context(f"{cfg.stages[name].config}: loss"):
             build_loss(config)
@@ -325,7 +326,7 @@ def check_stage(
     config = configs[name]
     if config.model.args.get("max_prompt_bytes"):
         raise UserError(f"{key}: model.args.max_prompt_bytes: routes are for networks with labels or without any")
-    starts_from_teacher = teacher and "train.init_from" not in schema.overridden(stage.overrides)
+    starts_from_teacher = teacher and "train.init_from" not in loading.overridden(stage.overrides)
     if starts_from_teacher and same_network(config) != same_network(configs[teacher]):
         raise UserError(f"{key}: model: must be that of {teacher}, from whose weights it starts")
     if config.data.name == "pairs":

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
-from configs.schema import UserError
+from configs.errors import UserError
 from datasets.folder import read_image
 from datasets.images import to_float
 from flow.evaluation import restoration as scoring

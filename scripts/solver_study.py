@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from accelerate import Accelerator
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow import solvers
 from flow.evaluation import plots, table
 from flow.runtime import cli, commands, distributed, files, lock, subprocesses

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import models
-from configs import schema
+from configs import loading
 from flow.evaluation import memorization
 from flow.losses import Batch, FlowLoss, Losses
 from flow.runtime.errors import cli_main
@@ -244,7 +244,7 @@ def points_flow(tmp_path):
 
     def make(name: str, seed: int, args: str = "{width: 16}") -> Path:
         data = ["data.name=toys", f"data.args={{name: {name}, n: {POINTS}}}"]
-        cfg = schema.load(None, [*data, "model.name=mlp", f"model.args={args}"])
+        cfg = loading.load(None, [*data, "model.name=mlp", f"model.args={args}"])
         net = models.build("mlp", (2,), cfg.model.args)
         torch.manual_seed(seed)
         for p in net.parameters():

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.stored import first_line
+from configs.errors import first_line
 from datasets import DataSet
 from flow.evaluation.features import BlockMoments, Extractor, FeatureSet, merge, merge_blocks
 from flow.evaluation.metrics_2d import PointExtractor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from configs.stored import first_line
+from configs.errors import first_line
 from flow.evaluation import classifiers
 from flow.evaluation.intervals import BLOCKS, block_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from configs.stored import first_line
+from configs.errors import first_line
 from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointExtractor
 

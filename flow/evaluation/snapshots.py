@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
-from configs.schema import Config, UserError
+from configs.errors import UserError
+from configs.schema import Config
 from datasets import DataSet, captions
 from flow.evaluation import metrics_2d
 from flow.evaluation.real_images import RealImages, load_real_images

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from configs import schema
-from configs.schema import UserError
+from configs.errors import UserError, did_you_mean
+from configs.keys import all_keys
 from flow.runtime import commands
 from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 from flow.solvers.torchdiffeq import ADAPTIVE
@@ -42,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str] | None = None, takes_keys: bool = True) -> argparse.Namespace:
         """takes_keys: of the configuration. Raises UserError for an unknown flag or key, naming the nearest."""
-        flags, keys = list(self._option_string_actions), schema.all_keys(self.kind)
+        flags, keys = list(self._option_string_actions), all_keys(self.kind)
         rest, overrides = [], []
         takes_more = False  # the flag before takes any number of words, which may look like name=value
         argv = list(sys.argv[1:] if argv is None else argv)
@@ -62,13 +63,13 @@ class Parser(argparse.ArgumentParser):
                     raise UserError(f"--{key}: a value is missing")
                 overrides.append(f"{key}={argv.pop(0)}")
             else:
-                raise UserError(f"unknown flag {name!r}.{schema.did_you_mean(name, flags + [f'--{k}' for k in keys])}")
+                raise UserError(f"unknown flag {name!r}.{did_you_mean(name, flags + [f'--{k}' for k in keys])}")
         namespace, unknown = self.parse_known_args(rest)
         if unknown:
             flag = dict(zip(rest[2:], rest, strict=False)).get(unknown[0])  # the word two places before
             if flag in flags and self._option_string_actions[flag].nargs is None and not unknown[0].startswith("-"):
                 raise UserError(f"{flag}: takes one value, {unknown[0]!r} is a second one")
-            raise UserError(f"unknown argument {unknown[0]!r}.{schema.did_you_mean(unknown[0], flags)}")
+            raise UserError(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0], flags)}")
         if overrides and not takes_keys:
             raise UserError(f"{overrides[0]}: this command takes no configuration keys")
         namespace.overrides, namespace.start = overrides, time.perf_counter()
@@ -302,7 +303,7 @@ def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[
             labels.append(int(word))
         elif class_names:
             shown = first_names(class_names)
-            raise UserError(f"--labels {word}: unknown class; the classes are {shown}.{schema.did_you_mean(word, class_names)}")
+            raise UserError(f"--labels {word}: unknown class; the classes are {shown}.{did_you_mean(word, class_names)}")
         else:
             raise UserError(f"--labels {word}: the weights carry no names of classes; give numbers")
     return tuple(labels)

@@ -17,7 +17,8 @@ from accelerate.utils import DDPCommunicationHookType, DistributedType, LoggerTy
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.schema import TrainConfig, UserError
+from configs.errors import UserError
+from configs.schema import TrainConfig
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

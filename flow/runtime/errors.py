@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from configs.schema import UserError
-from configs.stored import first_line
+from configs.errors import UserError, first_line
 
 # gloo's errors about other processes that do not answer have no kind of their own
 _CONNECTION = re.compile(r"timed out|timeout|connection (closed|reset)|broken pipe|socket|gloo|nccl", re.IGNORECASE)

@@ -15,7 +15,7 @@ import psutil
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import distributed, files
 
 PATIENCE_SECONDS = 3.0  # children of a killed process may hold its lock for a moment

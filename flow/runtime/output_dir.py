@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import distributed, files
 
 

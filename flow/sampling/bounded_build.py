@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from configs.stored import first_line
+from configs.errors import first_line
 from flow.sampling.header import MAX_NUMBERS
 
 FREE_SIZE = 100_000  # an argument of a network up to this is not compared with the file

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from configs import schema
-from configs.schema import UserError
+from configs import loading, schema
+from configs.errors import UserError
 from datasets import captions
 from flow.runtime import cli, commands, files, lock, step_names
 from flow.sampling import header, hub, images, snapshot
@@ -59,7 +59,7 @@ def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, sh
         raise UserError(f"--to {folder}: is a file; name a folder")
     with lock.unfinished(folder) as new:
         write_weights(new / hub.WEIGHTS_FILE, snap, dtype)
-        files.write_text(new / "config.yaml", schema.dump(snap.config))
+        files.write_text(new / "config.yaml", loading.dump(snap.config))
         _write_picture(new / "samples.png", snap)
         files.write_text(new / "README.md", card(snap, dtype, license_name, shown))
         if not folder.exists() or files.is_empty_dir(folder):

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow import solvers
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from configs.schema import UserError
-from configs.stored import first_line
+from configs.errors import UserError, first_line
 from flow import solvers
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import commands, files
 from flow.sampling.snapshot import Snapshot
 from flow.solvers import FIXED_GRID

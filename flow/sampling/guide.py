@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.model import FlowModel
 from flow.sampling import snapshot
 from flow.sampling.snapshot import Snapshot

@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from configs.errors import first_line
 from configs.schema import MAX_EMA_WIDTH, Config
-from configs.stored import first_line, unwritable
+from configs.stored import unwritable
 
 KEYS = {"config", "image_shape", "step", "images", "half_life_images"}
 MAX_NUMBERS = 2**26  # of an image: 3 x 4,700 x 4,700

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from configs.schema import UserError
+from configs.errors import UserError
 from datasets.hub import ask
 from flow.runtime import distributed
 

@@ -15,7 +15,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow import power_ema
 from flow.power_ema import Profile
 from flow.runtime import distributed, files, lock, step_names

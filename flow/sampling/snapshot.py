@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import models
-from configs import schema, stored
-from configs.schema import Config, UserError
+from configs import loading, schema, stored
+from configs.errors import UserError
+from configs.schema import Config
 from flow import path as paths
 from flow.model import FlowModel, Network
 from flow.registry import is_finite_number
@@ -180,7 +181,7 @@ def save(
 ) -> None:
     """Write a snapshot, whole or not at all."""
     metadata = {
-        "config": schema.dump(config),
+        "config": loading.dump(config),
         "image_shape": json.dumps(image_shape),
         "step": str(step),
         "images": str(step * config.train.batch_size),
@@ -322,16 +323,16 @@ def _configuration(
 ) -> tuple[Config, dict[str, Any]]:
     """The configuration of a snapshot, and the places that its header names and neither the command line nor, as the file is
     the user's `own`, the run folder confirms."""
-    source, typed = f"--weights {path}", schema.overridden(overrides)
+    source, typed = f"--weights {path}", loading.overridden(overrides)
     unconfirmed: dict[str, Any] = {}
-    base, places = schema.parse_parts(text, source, Config, typed)
+    base, places = loading.parse_parts(text, source, Config, typed)
     if config_path:
-        config = schema.load(config_path, overrides)
+        config = loading.load(config_path, overrides)
     else:
         unconfirmed = places
         if not own:
             unconfirmed |= header.take_places(base, typed)
-        config = schema.load(None, overrides, base=base)
+        config = loading.load(None, overrides, base=base)
         if config.data.name != base.data.name:  # its arguments are those of the command line
             unconfirmed = {key: value for key, value in unconfirmed.items() if not key.startswith("data.args")}
         config.typed |= {tuple(key.split(".")): value for key, value in unconfirmed.items()}  # a copy keeps them

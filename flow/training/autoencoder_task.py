@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import datasets
-from configs import schema
-from configs.schema import UserError
+from configs import loading
+from configs.errors import UserError
 from configs.vae import VaeConfig
 from datasets.images import to_float
 from flow.losses import Batch
@@ -83,7 +83,7 @@ class AutoencoderTask:
         power_average: PowerAverage | None = None,
     ) -> None:  # fmt: skip
         contiguous = {name: value.contiguous() for name, value in weights.items()}
-        save_file(contiguous, path, metadata={"config": schema.dump(self.config)})
+        save_file(contiguous, path, metadata={"config": loading.dump(self.config)})
 
     def read_snapshot(self, path: Path) -> dict[str, Tensor]:
         return load_file(path)

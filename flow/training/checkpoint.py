@@ -16,9 +16,9 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
-from configs import schema
-from configs.schema import Kind, UserError
-from configs.stored import first_line
+from configs import loading
+from configs.errors import UserError, first_line
+from configs.schema import Kind
 from flow.runtime import distributed, files, step_names
 from flow.sampling import posthoc_ema
 from flow.sampling.snapshot import EMA_FILE
@@ -94,7 +94,7 @@ def stored_config(path: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Ki
     reads from the environment. Raises UserError."""
     with reading(path), safe_open(path / EMA_FILE, framework="pt") as file:
         text = file.metadata()["config"]
-    return schema.parse(text, f"-r {path / EMA_FILE}", kind, confirmed)
+    return loading.parse(text, f"-r {path / EMA_FILE}", kind, confirmed)
 
 
 def find_latest(folder: Path) -> Path | None:

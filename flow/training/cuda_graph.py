@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.schema import TrainConfig, UserError, first_line
+from configs.errors import UserError, first_line
+from configs.schema import TrainConfig
 from flow.losses import Batch, Loss, Losses
 
 # The micro-batches and the learning rate; the losses, the norm of the gradient, and whether the weights changed

@@ -21,7 +21,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from configs.schema import Config, UserError
+from configs.errors import UserError
+from configs.schema import Config
 from configs.vae import VaeConfig
 from datasets.folder import Folder
 from datasets.images import to_float

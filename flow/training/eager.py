@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.schema import UserError, first_line
+from configs.errors import UserError, first_line
 from flow.losses.flow_map import jump
 from flow.path import broadcast_over
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.schema import UserError, did_you_mean
+from configs.errors import UserError, did_you_mean
 from flow.evaluation import control, metrics, runner, snapshots, table
 from flow.evaluation.frechet import can_extrapolate
 from flow.evaluation.real_images import load_real_images

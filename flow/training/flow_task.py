@@ -12,7 +12,8 @@ from torch import Tensor
 import datasets
 import models
 from configs import schema
-from configs.schema import Config, UserError
+from configs.errors import UserError
+from configs.schema import Config
 from datasets import DataSet, captions
 from flow import couplings, losses, time_samplers
 from flow.couplings import Coupling, PairedCoupling

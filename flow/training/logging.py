@@ -12,8 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.schema import UserError
-from configs.stored import first_line
+from configs.errors import UserError, first_line
 from flow.losses import Losses
 from flow.runtime import files, jsonl
 from flow.training import trackers

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from configs.schema import OptimizerConfig, UserError
+from configs.errors import UserError
+from configs.schema import OptimizerConfig
 from flow.runtime.distributed import is_sharded
 from flow.runtime.errors import error_context
 from flow.training.muon import MuonWithAdamW, match_layout

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from configs import schema, stored
-from configs.schema import Kind, UserError
+from configs import keys, loading, schema, stored
+from configs.errors import UserError
+from configs.schema import Kind
 from flow.runtime import commands, distributed, files, lock, step_names
 from flow.runtime.errors import error_context
 from flow.training import checkpoint
@@ -75,7 +76,7 @@ def open_run(
     run_dir = _resumed_folder(config, exp_dir, resume) if resume else exp_dir or _default_folder(config)
     stored_file = run_dir / "config.yaml"
     if not resume:
-        cfg = schema.load(config, overrides, kind=kind)
+        cfg = loading.load(config, overrides, kind=kind)
         if run_dir.is_file():
             raise UserError(f"-e {run_dir}: is a file; name a folder")
         if run_dir.exists() and not files.is_empty_dir(run_dir):
@@ -83,11 +84,11 @@ def open_run(
         return run_dir, cfg
     if not stored_file.is_file():
         raise UserError(f"-r {resume}: there is no run in {run_dir}; start one without -r")
-    cfg = schema.load(config, overrides, kind=kind) if config else None
-    confirmed = stored.typed_values(cfg) if cfg else schema.overridden(overrides, kind)
+    cfg = loading.load(config, overrides, kind=kind) if config else None
+    confirmed = stored.typed_values(cfg) if cfg else loading.overridden(overrides, kind)
     with error_context(str(stored_file)):
-        before = schema.parse(stored_file.read_text(encoding="utf-8"), str(stored_file), kind, confirmed)
-    cfg = cfg or schema.load(None, overrides, base=before, kind=kind)
+        before = loading.parse(stored_file.read_text(encoding="utf-8"), str(stored_file), kind, confirmed)
+    cfg = cfg or loading.load(None, overrides, base=before, kind=kind)
     if isinstance(cfg, schema.Config) and isinstance(before, schema.Config):
         schema.keep_auto_classes(cfg, before)
     refuse_changes(before, cfg, f"the run in {run_dir} was started")
@@ -116,8 +117,8 @@ def checkpoint_to_resume(resume: str, run_dir: Path, cfg: Any) -> Path | None:
 
 def refuse_changes(stored: Any, cfg: Any, origin: str) -> None:
     """Raises UserError for the first key that resuming cannot change and that differs; `origin` begins the reason."""
-    for key in filter(schema.all_keys(type(cfg)).__contains__, FIXED):
-        before, now = schema.get(stored, key), schema.get(cfg, key)
+    for key in filter(keys.all_keys(type(cfg)).__contains__, FIXED):
+        before, now = keys.get(stored, key), keys.get(cfg, key)
         if before != now:
             raise UserError(f"{key}={now}: {origin} with {before}, which resuming cannot change")
 
@@ -140,7 +141,7 @@ def write_run_files(run_dir: Path, config: Any, accelerator: Accelerator) -> Non
     run_dir.mkdir(parents=True, exist_ok=True)
     for folder in (run_dir, run_dir / "samples", run_dir / "snapshots"):
         files.clean_temporaries(folder)
-    files.write_text(run_dir / "config.yaml", schema.dump(config))
+    files.write_text(run_dir / "config.yaml", loading.dump(config))
     path = run_dir / "environment.json"
     with error_context(f"{path}: is damaged; move it away"):
         starts = files.read_json(path, list) if path.is_file() else []

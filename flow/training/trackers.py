@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker
 from torch import Tensor
 
-from configs import schema
+from configs import keys
 from flow.runtime import files
 
 PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
@@ -27,7 +27,7 @@ def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) 
     """
     if not config.train.log_with:
         return
-    flat = {key: _to_scalar(schema.get(config, key)) for key in schema.all_keys(type(config))}
+    flat = {key: _to_scalar(keys.get(config, key)) for key in keys.all_keys(type(config))}
     # TensorBoard takes the name of its folder where others take the name of the project.
     tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
     known = [tensorboard if str(tracker) == "tensorboard" else tracker for tracker in accelerator.log_with]

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from configs import schema
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.losses import Batch, Loss, Losses
 from flow.noise import generator
 from flow.runtime import cli, distributed, step_names

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
-from configs.schema import Config, UserError
+from configs.errors import UserError
+from configs.schema import Config
 from datasets import DataSet
 from datasets.images import to_float
 from flow.evaluation.reading import read_images

@@ -18,8 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from configs import schema
-from configs.schema import UserError
+from configs import loading, schema
+from configs.errors import UserError
 from flow.evaluation import table
 from flow.runtime import cli, commands, files
 from flow.runtime.errors import cli_main
@@ -59,7 +59,7 @@ def parse_args():
     args = parser.parse()
     if len(args.vary) == 1:
         raise UserError(f"--vary {args.vary[0]}: give a key and its values")
-    keys = {*schema.overridden(args.overrides), *args.vary[:1]}
+    keys = {*loading.overridden(args.overrides), *args.vary[:1]}
     for key, flag in {"train.steps": "--steps", "train.mixed_precision": "--precisions", "train.compile": "--compile"}.items():
         if key in keys:
             raise UserError(f"{key}: {flag} says what is measured")
@@ -74,7 +74,7 @@ def main() -> None:
     plan: dict[str, dict] = {}
     for extra in [[f"{key}={value}"] for value in values] or [[]]:
         overrides = [*args.overrides, *extra]
-        schema.load(args.config, overrides)
+        loading.load(args.config, overrides)
         plan |= {", ".join([name, *extra]): {**job, "overrides": overrides} for name, job in jobs(args).items()}
     with tempfile.TemporaryDirectory() as scratch:
         results: dict[str, list[dict]] = {name: [] for name in plan}
@@ -161,7 +161,7 @@ def report(result: dict) -> str:
     host, ceilings = result["machine"], result["ceilings"]
     lines = [f"{host['device']}, {host['cores']} cores, torch {host['torch']}", ""]
     for overrides, cost in result["costs"].items():
-        cfg = schema.load(result["config"], ast.literal_eval(overrides))
+        cfg = loading.load(result["config"], ast.literal_eval(overrides))
         lines.append(
             f"- {result['config']} {overrides}: {cfg.model.name} of {cost['parameters'] / 1e6:.1f} M parameters, "
             f"{cost['forward'] / 1e9:.2f} GFLOP an image forward, {cost['training'] / 1e9:.2f} forward and backward; "

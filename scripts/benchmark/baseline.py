@@ -19,8 +19,9 @@ from torchvision.utils import save_image
 
 import datasets
 import models
-from configs import schema
-from configs.schema import Config, UserError
+from configs import loading, schema
+from configs.errors import UserError
+from configs.schema import Config
 from flow.runtime import cli, commands, distributed
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
@@ -40,7 +41,7 @@ def main() -> None:
     args = parse_args()
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; name another file")
-    cfg = schema.load(args.config, args.overrides)
+    cfg = loading.load(args.config, args.overrides)
     if (cfg.flow.path, cfg.flow.prediction) != ("linear", "velocity"):
         raise UserError(f"flow.path={cfg.flow.path}, flow.prediction={cfg.flow.prediction}: must be linear and velocity")
     net, images, labels = material(cfg)

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from configs import schema
-from configs.schema import UserError
+from configs import loading, schema
+from configs.errors import UserError
 from flow.runtime import distributed, files
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
@@ -66,7 +66,7 @@ def start_job(job: dict, scratch: Path) -> dict:
 
 def training_laps(config: str, overrides: list[str], scratch: Path) -> list[float]:
     """Seconds of the steps of a short training after its first steps, in a process of its own."""
-    cfg = schema.load(config, overrides)
+    cfg = loading.load(config, overrides)
     precision = distributed.resolve_precision(cfg.train.mixed_precision)
     job = {
         "kind": "train", "variant": "project", "config": config, "overrides": overrides, "precision": precision,
@@ -86,7 +86,7 @@ def seconds_per_step(rounds: list[list[float]]) -> float:
 
 def sampling_seconds(config: str, overrides: list[str], scratch: Path) -> float:
     """Seconds of an image of one network evaluation in sampling, untrained weights, in a process of its own."""
-    cfg = schema.load(config, overrides)
+    cfg = loading.load(config, overrides)
     precision = distributed.resolve_precision(cfg.train.mixed_precision)
     job = {
         "kind": "sample", "variant": "project", "config": config, "overrides": overrides, "precision": precision,
@@ -174,7 +174,7 @@ def material(job: dict):
     """The configuration and its data set."""
     import datasets
 
-    cfg = schema.load(job["config"], job["overrides"])
+    cfg = loading.load(job["config"], job["overrides"])
     with error_context("data"):
         data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
     schema.set_auto_classes(cfg, data.class_names if data.labels is not None else ())
@@ -208,7 +208,7 @@ def train_job(job: dict) -> dict:
             if trainer.step == job["warmup"] + job["steps"]:
                 raise Enough
 
-    config = schema.load(job["config"], [
+    config = loading.load(job["config"], [
         *job["overrides"], f"train.mixed_precision={job['precision']}", f"train.compile={job['compile']}", "train.log_with=[]",
         "train.sample_every_steps=0", "train.checkpoint_every_steps=0", f"train.steps={job['warmup'] + job['steps']}",
     ])  # fmt: skip
@@ -227,7 +227,7 @@ def train_job(job: dict) -> dict:
 def plain_train_job(job: dict) -> dict:
     from scripts.benchmark.timer import Timer
 
-    cfg = schema.load(job["config"], job["overrides"])
+    cfg = loading.load(job["config"], job["overrides"])
     net, images, labels = baseline.material(cfg)
     timer = Timer()
     steps = baseline.train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr)
@@ -247,7 +247,7 @@ def blank_snapshot(job: dict) -> Path:
         cfg, data = material(job)
         net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
         snapshot.save(path, net.state_dict(), cfg, data.image_shape, 0, 1, data.codec)
-        files.write_text(path.parent.parent / "config.yaml", schema.dump(cfg))
+        files.write_text(path.parent.parent / "config.yaml", loading.dump(cfg))
     return path
 
 

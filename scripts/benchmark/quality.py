@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configs import schema
-from configs.schema import UserError
+from configs import loading
+from configs.errors import UserError
 from flow.evaluation import intervals, plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
@@ -115,8 +115,8 @@ def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
             config, *own = shlex.split(word) or [word]
             if not config.strip():
                 raise ValueError('must be a YAML, or "YAML key=value ..."')
-        schema.load(config, [*overrides, *own])
-        if key := next((key for key in ("seed", "train.steps") if key in schema.overridden([*overrides, *own])), None):
+        loading.load(config, [*overrides, *own])
+        if key := next((key for key in ("seed", "train.steps") if key in loading.overridden([*overrides, *own])), None):
             raise UserError(f"--configs {word!r}: {key} is set by the race (--seeds, --minutes, --images)")
         name = "_".join([Path(config).stem, *(re.sub(r"[^\w.=-]+", "_", o).strip("_") for o in own)])
         if len(name) > MAX_NAME:  # of a folder
@@ -179,7 +179,7 @@ def evaluation_flags(args) -> dict[str, str | None]:
 
 
 def batch_size(recipe: Recipe) -> int:
-    return schema.load(recipe.config, recipe.overrides).train.batch_size
+    return loading.load(recipe.config, recipe.overrides).train.batch_size
 
 
 def trial(args, recipes: list[Recipe]) -> list[float]:
@@ -216,7 +216,7 @@ def commands_of(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
         f"train.checkpoint_every_steps={checkpoint_every(args, recipe)}", "train.keep_snapshots=0",
     ]  # fmt: skip
     yield train_arguments(recipe.config, run, overrides)
-    precision = schema.load(recipe.config, recipe.overrides).train.mixed_precision
+    precision = loading.load(recipe.config, recipe.overrides).train.mixed_precision
     shared = ["--n_samples", str(args.n_samples), "--bspp", "250", "-mp", precision]
     for flag, value in evaluation_flags(args).items():
         shared += [f"--{flag}", value] if value else []

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import cli, commands, files
 from flow.runtime.errors import cli_main
 from flow.runtime.files import TEMPORARY

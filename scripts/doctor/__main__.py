@@ -21,8 +21,9 @@ from accelerate import Accelerator
 
 import datasets
 import models
-from configs import schema
-from configs.schema import Config, UserError
+from configs import loading, schema
+from configs.errors import UserError
+from configs.schema import Config
 from flow import losses, time_samplers
 from flow.runtime import cli, commands, distributed
 from flow.runtime.errors import cli_main, error_context
@@ -68,7 +69,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    cfg = schema.load(args.config, args.overrides)
+    cfg = loading.load(args.config, args.overrides)
     accelerator = distributed.build_training_accelerator(cfg.train, Path(tempfile.gettempdir()), TRACKERS)
     context = Context(args, cfg, accelerator, args.exp_dir or Path("runs") / Path(args.config or "run").stem)
     for check in CHECKS:

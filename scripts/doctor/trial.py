@@ -14,8 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs import schema
-from configs.schema import UserError
+from configs import loading
+from configs.errors import UserError
 from flow.runtime import distributed
 from flow.training.flow_task import FlowTask
 from flow.training.trainer import Callback, Trainer
@@ -69,7 +69,7 @@ def try_training(config: str | None, overrides: list[str], accelerator: Accelera
         short = [
             f"train.steps={STEPS + 1}", "train.log_with=[]", "train.checkpoint_every_steps=0", "train.sample_every_steps=0",
         ]  # fmt: skip
-        settings = schema.load(config, [*overrides, *short])
+        settings = loading.load(config, [*overrides, *short])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         clock = Clock()

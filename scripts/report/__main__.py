@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import cli, lock
 from flow.runtime.errors import cli_main
 from scripts.report import page

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.evaluation import plots, table
 from flow.runtime import cli, files
 from flow.sampling import trajectory_grids

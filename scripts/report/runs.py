@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from configs import stored
-from configs.schema import UserError
+from configs.errors import UserError
 from datasets import captions
 from flow.evaluation import classifiers, table
 from flow.runtime import commands, files, jsonl, lock, step_names

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import models
-from configs import schema
-from configs.schema import UserError
+from configs import keys, loading, schema
+from configs.errors import UserError
 from flow import path
 from flow.model import FlowModel
 from flow.sampling import snapshot
@@ -60,7 +60,7 @@ def test_aliases_in_a_stored_configuration_are_refused():
     """Ten lines of them are a thousand million values."""
     lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 11)]
     with pytest.raises(UserError, match="holds YAML aliases"):
-        schema.parse("\n".join(lines))
+        loading.parse("\n".join(lines))
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_another_name_has_arguments_of_its_own(tmp_path, name, args, before, aft
     section, key = args.split(".")
     (tmp_path / "c.yaml").write_text(f"{section}: {{{key}: {{from_yaml: 1}}}}")
     for overrides in ([name, before], [before, name]):
-        assert schema.get(schema.load(tmp_path / "c.yaml", overrides), args) == after
-    same = f"{name.split('=')[0]}={schema.get(schema.load(), name.split('=')[0])}"
-    assert schema.get(schema.load(tmp_path / "c.yaml", [same, before]), args) == {"from_yaml": 1, **after}
+        assert keys.get(loading.load(tmp_path / "c.yaml", overrides), args) == after
+    same = f"{name.split('=')[0]}={keys.get(loading.load(), name.split('=')[0])}"
+    assert keys.get(loading.load(tmp_path / "c.yaml", [same, before]), args) == {"from_yaml": 1, **after}
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,6 @@ def test_predictions_are_those_of_the_method():
 
 def test_conditional_mnist_config_differs_once():
     """The conditional MNIST configuration differs in one switch."""
-    plain, conditional = (schema.load(f"configs/{name}.yaml") for name in ("mnist_mini", "mnist_mini_cond"))
+    plain, conditional = (loading.load(f"configs/{name}.yaml") for name in ("mnist_mini", "mnist_mini_cond"))
     assert (plain.model.args.pop("num_classes"), conditional.model.args.pop("num_classes")) == (None, 10)
     assert plain == conditional

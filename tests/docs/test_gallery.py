@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 import train
-from configs import schema
+from configs import loading
 from scripts import animate, compare, make_pairs
 from scripts.dev import gallery
 
@@ -45,7 +45,7 @@ def test_commands_of_the_gallery_are_those_of_its_page(gallery_commands, monkeyp
         monkeypatch.setattr(sys, "argv", command[command.index(script) :])
         args = PARSERS[script].parse_args()
         if getattr(args, "config", None):
-            schema.load(str(REPOSITORY / args.config), args.overrides)
+            loading.load(str(REPOSITORY / args.config), args.overrides)
     assert len(re.findall(r"^python ", shown, re.M)) == len(commands)
 
 

@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 import evaluate
 import sample
 import train
-from configs import schema
+from configs import loading, schema
 from configs.rectify import RectifyConfig
 from configs.vae import VaeConfig
 from scripts import (  # fmt: skip
@@ -102,7 +102,7 @@ def test_commands_are_accepted(command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments, comments=True)])
     args = SCRIPTS[script].parse_args()
     if getattr(args, "config", None):
-        schema.load(str(REPOSITORY / args.config), args.overrides, kind=KINDS.get(SCRIPTS[script], schema.Config))
+        loading.load(str(REPOSITORY / args.config), args.overrides, kind=KINDS.get(SCRIPTS[script], schema.Config))
 
 
 def test_both_languages_have_the_same_code():

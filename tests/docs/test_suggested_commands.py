@@ -14,7 +14,7 @@ from test_readme import blocks
 
 import datasets
 import sample
-from configs import schema
+from configs import loading
 from scripts import animate, quickstart
 from scripts.dev import gallery
 
@@ -106,7 +106,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
     if script == "scripts.doctor" or script == "train.py":
         config = arguments[arguments.index("-c") + 1] if "-c" in arguments else None
         overrides = [word for word in arguments if "=" in word]
-        network = schema.load(config, overrides).model.name
+        network = loading.load(config, overrides).model.name
         more = [*shlex.split(TRAIN), *shlex.split(EVALUATE), *shlex.split(NETWORKS[network])]
         if config in ("configs/cifar10.yaml", "configs/cifar10_cpu.yaml"):
             more += ["data.name=folder", "data.args={path: cifar, size: 32}", "ema.warmup_ratio=0.05"]

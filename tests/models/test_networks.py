@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import models
-from configs import schema
+from configs import loading
 from models.dit import angles, rotate
 from models.layers import Attention, sinusoidal_embedding
 
@@ -299,7 +299,7 @@ def test_dit_sizes_are_those_of_the_paper(size, millions):
 
 def test_parameter_count_of_celebahq_dit():
     """The DiT of the CelebA-HQ config has 38.88 million parameters."""
-    cfg = schema.load("configs/celebahq_dit.yaml")
+    cfg = loading.load("configs/celebahq_dit.yaml")
     with torch.device("meta"):
         net = models.build(cfg.model.name, (4, 32, 32), cfg.model.args)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(38.88e6, rel=1e-3)

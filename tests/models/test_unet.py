@@ -4,13 +4,13 @@ import torch
 from test_networks import SMALL, attention_heights
 
 import models
-from configs import schema
+from configs import loading
 from models.unet import UNet
 
 
 def test_the_network_of_cifar10_is_that_of_torchcfm():
     """35,746,307 parameters and six attentions, as torchcfm 1.0.7 counts in its UNetModelWrapper of this recipe."""
-    config = schema.load("configs/cifar10.yaml")
+    config = loading.load("configs/cifar10.yaml")
     with torch.device("meta"):  # shapes only
         net = models.build(config.model.name, (3, 32, 32), config.model.args)
     assert isinstance(net, UNet)

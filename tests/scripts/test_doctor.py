@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, succeed
 from PIL import Image
 
-from configs import schema
+from configs import loading
 from flow.runtime.errors import cli_main
 from flow.training.ema import Ema
 from scripts.doctor import __main__ as doctor
@@ -24,7 +24,7 @@ HEALTHY = [
 
 def patient(*overrides: str, device: str = "cpu", processes: int = 1, **made) -> SimpleNamespace:
     accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes, mixed_precision="no")
-    cfg = schema.load(None, list(overrides))
+    cfg = loading.load(None, list(overrides))
     return SimpleNamespace(**({"cfg": cfg, "accelerator": accelerator, "data": None, "trial": None, "lines": []} | made))
 
 
@@ -157,7 +157,7 @@ def test_memory_and_disk(tmp_path):
 def test_checkpoints_of_evaluations_are_counted(tmp_path, own, evaluation, count):
     """Each once, with the last one."""
     intervals = [f"train.checkpoint_every_steps={own}", f"evaluate.every_steps={evaluation}", "train.steps=1200"]
-    assert doctor.num_checkpoints(schema.load(None, intervals)) == count
+    assert doctor.num_checkpoints(loading.load(None, intervals)) == count
     trial = Trial(1.0, 1.0, 1.0, 1.0, 10**6, 10**5, 0)
     ((_, text),) = found(doctor.disk, *intervals, "train.keep_snapshots=0", trial=trial, run_dir=tmp_path)
     assert f" and {count} snapshot(s) need" in text

@@ -13,7 +13,8 @@ from conftest import TINY_RUN
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import schema
+from configs.keys import all_keys
+from configs.schema import Config
 from flow.runtime.errors import cli_main
 
 SMALL = [*TINY_RUN, "model.name=mlp", "model.args={width: 8, depth: 1, num_classes: 10}", "train.steps=2"]
@@ -36,7 +37,7 @@ WORDS = st.sampled_from([
     "2026-01-01", "../../etc", "%", "=", "a=b",
 ])  # fmt: skip
 VALUES = st.one_of(NUMBERS, WORDS, st.text(max_size=6))
-KEYS = st.sampled_from([k for k in schema.all_keys() if k not in SLOW_OR_REMOTE])
+KEYS = st.sampled_from([k for k in all_keys(Config) if k not in SLOW_OR_REMOTE])
 LARGE = st.sampled_from(
     ["99999999999999999999", "9223372036854775807", "1" + 400 * "0", "1e308", "5e-324", "-99999999999999999999"]
 )

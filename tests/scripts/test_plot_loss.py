@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from configs import schema
+from configs import loading
 from scripts.plot_loss import loss_names
 
 
@@ -29,6 +29,6 @@ def test_mistakes(error, tmp_path, tiny_run):
     ],
 )
 def test_only_equal_losses_share_a_name(tmp_path, overrides, same, name):
-    (tmp_path / "config.yaml").write_text(schema.dump(schema.load(None, overrides)))
+    (tmp_path / "config.yaml").write_text(loading.dump(loading.load(None, overrides)))
     training, validation = loss_names(tmp_path / "config.yaml")
     assert training == name and (training == validation) == same

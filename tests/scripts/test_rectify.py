@@ -19,7 +19,7 @@ from conftest import REPOSITORY, run_here, succeed
 from PIL import Image
 from safetensors.torch import load_file
 
-from configs import schema
+from configs import loading
 from configs.rectify import PairsConfig, RectifyConfig
 from flow.evaluation import table
 from flow.sampling import snapshot
@@ -148,7 +148,7 @@ def test_the_stages_build_on_each_other(rectified):
 
 def test_costs_of_a_route(rectified, config):
     """Images and passes are those of all stages: 3 a training sample (alpha_flow: 4), Heun's evaluations a pair."""
-    cfg = schema.load(config, [f"folder={rectified}"], kind=RectifyConfig)
+    cfg = loading.load(config, [f"folder={rectified}"], kind=RectifyConfig)
     steps = rectify.Rectify(cfg, None, 0.0)
     cost = {name: steps.route_cost(route) for name, route in cfg.routes.items()}
     assert cost["flow"].images == 64 and cost["flow"].passes == 64 * 3
@@ -217,7 +217,7 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
 @pytest.mark.parametrize("weights", ["null", "runs/other"])
 def test_stage_with_other_weights_than_the_teacher(config, weights):
     """Only a network that starts from the teacher must be like it."""
-    cfg = schema.load(config, kind=RectifyConfig)
+    cfg = loading.load(config, kind=RectifyConfig)
     cfg.stages["distilled"].overrides = ["model.args.width=32", f"train.init_from={weights}"]
     rectify.check_routes(cfg)
 
@@ -226,7 +226,7 @@ def test_sets_of_pairs_keep_their_seeds(tmp_path, config):
     """A set that is added before them in the YAML gets another one."""
 
     def seeds(path: Path, *names: str) -> list[str]:
-        cfg = schema.load(path, [f"folder={tmp_path / 'run'}"], kind=RectifyConfig)
+        cfg = loading.load(path, [f"folder={tmp_path / 'run'}"], kind=RectifyConfig)
         arguments = [rectify.Rectify(cfg, None, 0.0).pairs(name, "1-rf") for name in names]
         return [words[words.index("--seed") + 1] for words in arguments]
 
@@ -250,7 +250,7 @@ def test_trial_of_pairs_of_a_reflow(rectified, tmp_path, config):
     for stage in whole["stages"].values():
         stage["share"] = 1.0
     (tmp_path / "minutes.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
-    cfg = schema.load(tmp_path / "minutes.yaml", kind=RectifyConfig)
+    cfg = loading.load(tmp_path / "minutes.yaml", kind=RectifyConfig)
     words = rectify.Rectify(cfg, None, 0.0).pairs("pairs_2-rf", "2-rf")
     assert int(words[words.index("--n_pairs") + 1]) > 0
 
@@ -334,4 +334,4 @@ def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
 
 @pytest.mark.parametrize("name", ["digits_few_steps", "digits_simple_reflow", "mnist_few_steps", "mnist_rectify"])
 def test_shipped_routes_fit_together(name):
-    rectify.check_routes(schema.load(f"configs/{name}.yaml", kind=RectifyConfig))
+    rectify.check_routes(loading.load(f"configs/{name}.yaml", kind=RectifyConfig))

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import evaluate
 import sample
 import train
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import files, lock
 from flow.sampling import trajectory_grids
 from scripts import animate

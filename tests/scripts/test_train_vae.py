@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from configs import schema
+from configs import loading
 from configs.vae import VaeConfig
 from flow.losses import Batch
 from flow.losses.autoencoder import AutoencoderLoss, kl_divergence
@@ -57,9 +57,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(here, error, tmp_path):
     assert rows[-1]["l1"] < rows[0]["l1"] and rows[-1]["kl"] > 0
     assert autoencoder.load(str(tmp_path / "whole" / "autoencoder")).latent_shape((1, 8, 8)) == (2, 4, 4)
 
-    stored = schema.parse((tmp_path / "cut" / "config.yaml").read_text(), kind=VaeConfig)
-    edited = schema.load(None, ["seed=7"], base=stored, kind=VaeConfig)
-    (tmp_path / "cut" / "config.yaml").write_text(schema.dump(edited))
+    stored = loading.parse((tmp_path / "cut" / "config.yaml").read_text(), kind=VaeConfig)
+    edited = loading.load(None, ["seed=7"], base=stored, kind=VaeConfig)
+    (tmp_path / "cut" / "config.yaml").write_text(loading.dump(edited))
     line = error("train_vae", "-e", tmp_path / "cut", "-r", "latest", "train.steps=6")
     assert f"seed=7: the checkpoint {tmp_path / 'cut' / 'checkpoints' / 'step_00000004'} was made with 0" in line
 

@@ -14,7 +14,8 @@ from conftest import ENTRY_SCRIPTS, TINY_TRAIN, fail
 from PIL import Image
 from safetensors.torch import save_file
 
-from configs import schema
+from configs import loading
+from configs.errors import UserError
 from flow.sampling import snapshot
 from flow.training import checkpoint
 
@@ -147,8 +148,8 @@ def test_edited_config_yaml_cannot_change_a_run(error, tiny_run, tmp_path, key, 
     """An edited config.yaml does not change what resuming cannot change."""
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
-    stored = schema.parse((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(schema.dump(schema.load(None, [f"{key}={value}"], base=stored)))
+    stored = loading.parse((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(loading.dump(loading.load(None, [f"{key}={value}"], base=stored)))
     edited = contents(run)
     line = error("train", "-e", run, "-r", "latest", "train.steps=6")
     assert f"{key}={value}: the checkpoint {run / 'checkpoints' / 'step_00000004'} was made with {before}" in line
@@ -308,8 +309,8 @@ def test_full_disk_while_making_data_names_the_file(error, small_disk, tiny_run,
 def test_the_precision_no_is_a_word(tmp_path):
     """YAML reads an unquoted `no` as false."""
     (tmp_path / "c.yaml").write_text("train: {mixed_precision: no}\n")
-    assert schema.load(tmp_path / "c.yaml").train.mixed_precision == "no"
-    assert schema.load(None, ["train.mixed_precision=bf16", "train.mixed_precision=no"]).train.mixed_precision == "no"
-    assert schema.parse(schema.dump(schema.load())).train.mixed_precision == "no"
-    with pytest.raises(schema.UserError, match="mixed_precision=fp8: must be one of auto, no, fp16, bf16"):
-        schema.load(None, ["train.mixed_precision=fp8"])
+    assert loading.load(tmp_path / "c.yaml").train.mixed_precision == "no"
+    assert loading.load(None, ["train.mixed_precision=bf16", "train.mixed_precision=no"]).train.mixed_precision == "no"
+    assert loading.parse(loading.dump(loading.load())).train.mixed_precision == "no"
+    with pytest.raises(UserError, match="mixed_precision=fp8: must be one of auto, no, fp16, bf16"):
+        loading.load(None, ["train.mixed_precision=fp8"])

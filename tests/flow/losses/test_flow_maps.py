@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import models
-from configs.schema import UserError
+from configs.errors import UserError
 from flow import losses, path, solvers, time_samplers
 from flow.model import FlowModel
 from flow.sampling import snapshot

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from configs import schema
+from configs import loading
+from configs.errors import UserError
 from flow.runtime import cli
 from flow.runtime.errors import cli_main
 
@@ -36,8 +37,8 @@ def test_keys_after_words_are_overrides(parse, word):
     [["lr=1e-3"], ["--out", "a", "lr=1e-3"], ["--names", "a", "--out", "b", "lr=1e-3"], ["--names", "a", "optimizer.rl=1e-3"]],
 )
 def test_unknown_keys_come_with_a_suggestion(parse, words):
-    with pytest.raises(schema.UserError, match=r"unknown key .* Did you mean 'optimizer\.lr'\?"):
-        schema.load(None, parse(*words).overrides)
+    with pytest.raises(UserError, match=r"unknown key .* Did you mean 'optimizer\.lr'\?"):
+        loading.load(None, parse(*words).overrides)
 
 
 def test_killed_data_worker_is_one_line(capsys):

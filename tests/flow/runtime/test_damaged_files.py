@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_TRAIN
 from safetensors.torch import load_file, save_file
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import files, step_names
 from flow.runtime.errors import cli_main
 from flow.sampling import digest, snapshot

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import distributed
 
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from configs import schema
+from configs import loading
 from flow.evaluation import table
 from flow.runtime import distributed, jsonl
 from flow.training.logging import Logger, read_metrics
@@ -86,7 +86,7 @@ def test_resuming_loses_no_metrics(tmp_path, odd):
     path, damaged = tmp_path / "metrics.jsonl", tmp_path / "metrics.damaged.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.50}\n' + odd + b'\n{"step": 2}\n{"step": 3}\n{"step": 4')
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
-    config = schema.load(None, ["train.log_with=[]"])
+    config = loading.load(None, ["train.log_with=[]"])
     Logger(distributed.build_accelerator(), tmp_path, config, first_step=2).log(5, {"loss": 4.0})
     assert path.read_bytes() == b'{"step": 1, "loss": 2.50}\n{"step": 2}\n{"step": 5, "loss": 4.0}\n'
     assert damaged.read_bytes() == (odd + b"\n" if odd else b"") + b'{"step": 4\n'

@@ -18,7 +18,8 @@ import yaml
 from conftest import ENTRY_SCRIPTS, REPOSITORY, TINY_TRAIN, fail, run_script, succeed
 
 import models
-from configs import schema
+from configs import loading
+from configs.errors import UserError
 from flow.runtime import distributed, files, lock
 from flow.runtime.errors import cli_main
 from flow.sampling import snapshot
@@ -40,7 +41,7 @@ VAE = [
 def points(tmp_path_factory) -> Path:
     """The snapshot of an untrained flow of points."""
     path = tmp_path_factory.mktemp("points") / "points.safetensors"
-    cfg = schema.load("configs/toy.yaml", ["model.args={width: 16}"])
+    cfg = loading.load("configs/toy.yaml", ["model.args={width: 16}"])
     net = models.build(cfg.model.name, (2,), cfg.model.args)
     torch.nn.init.normal_(next(net.parameters()), std=0.1)
     snapshot.save(path, net.state_dict(), cfg, (2,), 1, 1)
@@ -165,7 +166,7 @@ def test_unfinished_folder_has_one_writer(monkeypatch, tmp_path):
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.1)
     with lock.unfinished(tmp_path / "out") as new:
         (new / "a.txt").touch()
-        refusal = pytest.raises(schema.UserError, match=f"process {os.getpid()} on .* has been writing here since")
+        refusal = pytest.raises(UserError, match=f"process {os.getpid()} on .* has been writing here since")
         with refusal, lock.unfinished(tmp_path / "out"):
             pass
         assert names(new) == {"a.txt"}
@@ -200,7 +201,7 @@ def test_a_killed_process_leaves_no_lock(monkeypatch, tmp_path):
     tell.close()  # here: a process that fails ends the waiting below
     pids = [told.recv() for _ in range(2)]
     try:
-        with pytest.raises(schema.UserError, match=f"process {process.pid} on "), lock.folder(tmp_path / "out"):
+        with pytest.raises(UserError, match=f"process {process.pid} on "), lock.folder(tmp_path / "out"):
             pass
         process.kill()
         process.join()

@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import datasets
-from configs import schema
-from configs.schema import UserError
+from configs import loading
+from configs.errors import UserError
 from datasets.folder import Folder
 from flow.evaluation import feature_cache, features, reference
 from flow.runtime import distributed, files
@@ -216,7 +216,7 @@ def test_yaml_makes_no_objects(error, pwned, tiny_run, tmp_path, yaml):
     line = error("sample", "--weights", tmp_path / "s.safetensors", "--n_samples", "2", "--save_dir", tmp_path / "out")
     assert "s.safetensors: not YAML" in line
     with pytest.raises(UserError, match="holds no `key: value` lines"):
-        schema.parse("- a")
+        loading.parse("- a")
 
 
 def test_a_manifest_cannot_name_files_elsewhere(tiny_run, tmp_path):

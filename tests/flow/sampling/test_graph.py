@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models
-from configs import schema
+from configs import loading
 from flow.noise import gaussian_noise
 from flow.sampling import Sampler, digest, graph, snapshot
 from flow.sampling.images import to_uint8
@@ -27,7 +27,7 @@ NETWORKS = {
 
 def snapshot_of(path: Path, keys: list[str], shape: tuple[int, ...]) -> Path:
     """A network with random weights, none of them zero."""
-    config = schema.load(None, keys)
+    config = loading.load(None, keys)
     torch.manual_seed(0)
     net = models.build(config.model.name, shape, config.model.args)
     weights = {name: value + 0.1 * torch.randn_like(value) for name, value in net.state_dict().items()}

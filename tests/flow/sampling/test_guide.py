@@ -8,7 +8,7 @@ from conftest import TINY
 from torch import Tensor, nn
 
 import models
-from configs import schema
+from configs import loading
 from flow.model import FlowModel
 from flow.path import LinearPath
 from flow.sampling import snapshot
@@ -22,7 +22,7 @@ SHAPE = (1, 8, 8)
 
 def network(seed: int, shape: tuple[int, ...] = SHAPE, **args) -> nn.Module:
     torch.manual_seed(seed)
-    config = schema.load(None, TINY)
+    config = loading.load(None, TINY)
     net = models.build(config.model.name, shape, {**config.model.args, **args})
     for p in net.parameters():  # the last layer begins at 0
         nn.init.normal_(p, std=0.1)
@@ -30,7 +30,7 @@ def network(seed: int, shape: tuple[int, ...] = SHAPE, **args) -> nn.Module:
 
 
 def save(path, net: nn.Module, shape: tuple[int, ...] = SHAPE, names=(), *overrides: str):
-    config = schema.load(None, [*TINY, "data.name=digits", "train.batch_size=32", *overrides])
+    config = loading.load(None, [*TINY, "data.name=digits", "train.batch_size=32", *overrides])
     snapshot.save(path, net.state_dict(), config, shape, 7, 1000, class_names=names)
     return path
 

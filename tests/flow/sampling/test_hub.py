@@ -11,7 +11,7 @@ from conftest import TINY_TRAIN, run_here, stranger, succeed
 from hub_server import HubServer, serve
 from huggingface_hub import ModelCard, constants
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.sampling import Sampler, hub, snapshot
 
 DEFAULT_ENDPOINT = constants.ENDPOINT  # from which the client made a template when it was imported

@@ -10,8 +10,9 @@ from conftest import TwoWeights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from configs import schema
-from configs.schema import Config, UserError
+from configs import loading
+from configs.errors import UserError
+from configs.schema import Config
 from flow.runtime import files
 from flow.sampling import snapshot
 from flow.training import checkpoint
@@ -20,7 +21,7 @@ SHAPE = (1, 8, 8)
 
 
 def save_snapshot(path: Path, step: int, half_life: int = 500) -> dict[str, Tensor]:
-    config = schema.load(None, ["model.args={width: 16}", "train.batch_size=32", "ema.half_life_images=[500,9000]"])
+    config = loading.load(None, ["model.args={width: 16}", "train.batch_size=32", "ema.half_life_images=[500,9000]"])
     weights = {name: value + step for name, value in TwoWeights(0.5).state_dict().items()}
     snapshot.save(path, weights, config, SHAPE, step, half_life)
     return weights

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import models
-from configs import schema
+from configs import loading
 from flow import solvers
 from flow.sampling import grid_store, snapshot
 from flow.solvers import grid_optimization, time_grids
@@ -122,7 +122,7 @@ def test_study_of_points_has_no_frechet_distance(error, points_flow, tmp_path):
 
 def test_study_measures_order(tmp_path, here):
     """The study measures the order of a smooth network."""
-    cfg = schema.load(None, ["model.name=dit", "model.args={width: 16, depth: 1, heads: 2, time_frequency: 5}"])
+    cfg = loading.load(None, ["model.name=dit", "model.args={width: 16, depth: 1, heads: 2, time_frequency: 5}"])
     torch.manual_seed(0)
     net = models.build("dit", (1, 8, 8), cfg.model.args)
     for p in net.parameters():

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
 
-from configs.schema import UserError
+from configs.errors import UserError
 from flow.runtime import distributed, step_names
 from flow.sampling import snapshot
 from flow.training import checkpoint

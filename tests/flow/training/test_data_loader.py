@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from configs.schema import UserError
+from configs.errors import UserError
 from datasets.folder import Folder
 from datasets.images import Images
 from flow.losses import Batch

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import datasets
-from configs import schema
+from configs import loading
 from flow.evaluation import table
 from flow.model import FlowModel
 from flow.path import LinearPath
@@ -63,7 +63,7 @@ def drop_last_row(file: Path) -> None:
 
 def test_rows_losses_and_best_snapshot(run):
     assert [p.name for p in checkpoint.list_checkpoints(run / "checkpoints")] == [f"step_{k:08d}" for k in (2, 3, 4)]
-    assert num_checkpoints(schema.parse((run / "config.yaml").read_text())) == 3  # as the doctor says
+    assert num_checkpoints(loading.parse((run / "config.yaml").read_text())) == 3  # as the doctor says
     assert {p.name for p in (run / "evaluation").iterdir()} == {
         "results.jsonl", "results.csv", "results.md", "snapshots.png", "memorization.png",
     }  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from accelerate.tracking import GeneralTracker, on_main_process
 from conftest import TINY_TRAIN
 
-from configs import schema
+from configs import loading
 from flow.runtime import distributed
 from flow.training import checkpoint, trackers
 from flow.training.flow_task import FlowTask
@@ -158,7 +158,7 @@ class StopAt(Callback):
 )
 def test_stop_ends_with_checkpoint(here, tmp_path, hook, step, saved):
     """One of the current step, whatever hook it comes from, without an exit code; the run resumes as an uninterrupted one."""
-    config = schema.load(TINY_TRAIN[1], [*TINY_TRAIN[2:], "train.sample_every_steps=3"])
+    config = loading.load(TINY_TRAIN[1], [*TINY_TRAIN[2:], "train.sample_every_steps=3"])
     accelerator = distributed.build_training_accelerator(config.train, tmp_path / "run")
     callback = StopAt(hook, step)
     trainer = Trainer(FlowTask(config, accelerator), config, tmp_path / "run", accelerator, callbacks=[callback])
