@@ -3,27 +3,22 @@
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flow.solvers import consistency, ddim, multistep, runge_kutta, sde, torchdiffeq
+from flow.solvers import ancestral, consistency, multistep, runge_kutta, sde, torchdiffeq
 from flow.solvers.time_grids import uniform
 
 Velocity = Callable[[Tensor, float, float], Tensor]  # (x, t, t_next); ordinary networks ignore t_next
 
 
-def _euler(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
+def _euler(velocity: Velocity, x: Tensor, time_grid: Sequence[float]) -> Iterator[Tensor]:
     for t, t_next in pairwise(time_grid):
         x = x + (t_next - t) * velocity(x, t, t_next)
-        yield x
-
-
-def _runge_kutta(velocity: Callable[..., Tensor], x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
-    for t, t_next in pairwise(time_grid):
-        x = runge_kutta.step(method, velocity, x, t, t_next)
         yield x
 
 
@@ -31,24 +26,25 @@ def _runge_kutta(velocity: Callable[..., Tensor], x: Tensor, time_grid: Sequence
 class Solver:
     """How a method is solved, and what it takes."""
 
-    states: Callable[..., Iterator[Tensor]]  # (velocity, x, time_grid, method, **options) -> the state at each further time
+    states: Callable[..., Iterator[Tensor]]  # (velocity, x, time_grid, **options) -> the state at each further time
     options: tuple[str, ...] = ()
     whole_step: bool = False  # it passes where it jumps to as t_next, for flow maps; all others pass t twice
 
 
 SOLVERS: dict[str, Solver] = {
     "euler": Solver(_euler, whole_step=True),
-    **dict.fromkeys((name for name in runge_kutta.TABLEAUX if name != "euler"), Solver(_runge_kutta)),
-    **dict.fromkeys(multistep.BOOTSTRAP, Solver(multistep.adams_bashforth)),
+    **{name: Solver(partial(runge_kutta.integrate, name)) for name in runge_kutta.TABLEAUX if name != "euler"},
+    **{name: Solver(partial(multistep.adams_bashforth, *how)) for name, how in multistep.ADAMS_BASHFORTH.items()},
     "dpmpp_2m": Solver(multistep.dpm_solver_2m),
     "unipc": Solver(multistep.unipc),
-    **dict.fromkeys(torchdiffeq.ADAPTIVE, Solver(torchdiffeq.adaptive, torchdiffeq.TOLERANCES)),
-    "explicit_adams": Solver(torchdiffeq.adams),
-    **dict.fromkeys(torchdiffeq.IMPLICIT, Solver(torchdiffeq.adams, torchdiffeq.TOLERANCES)),
-    **dict.fromkeys(sde.SDE, Solver(sde.sde, ("noise", "noise_scale", "diffusion"))),
-    "ddim": Solver(ddim.ddim_or_ancestral, whole_step=True),
+    **{name: Solver(partial(torchdiffeq.adaptive, name), torchdiffeq.TOLERANCES) for name in torchdiffeq.ADAPTIVE},
+    "explicit_adams": Solver(partial(torchdiffeq.adams, "explicit_adams")),
+    **{name: Solver(partial(torchdiffeq.adams, name), torchdiffeq.TOLERANCES) for name in torchdiffeq.IMPLICIT},
+    "euler_maruyama": Solver(sde.euler_maruyama, sde.OPTIONS),
+    "stochastic_heun": Solver(sde.stochastic_heun, sde.OPTIONS),
+    "ddim": Solver(_euler, whole_step=True),  # which on the linear path is Euler's method (flow/solvers/ancestral.py)
     "consistency": Solver(consistency.renoised_jumps, ("noise",), whole_step=True),
-    "ancestral": Solver(ddim.ddim_or_ancestral, ("noise", "eta")),
+    "ancestral": Solver(ancestral.ancestral, ("noise", "eta")),
 }
 
 STOCHASTIC = tuple(name for name, solver in SOLVERS.items() if "noise" in solver.options)
@@ -124,9 +120,12 @@ def solve(
     The times lie in [0, 1] and rise or fall; backwards they start before the data end, t = 1, where no method evaluates the
     velocity. Runs in the dtype of x. `options` are those of the method: rtol and atol, or noise, noise_scale and diffusion,
     or noise and eta. `callback` gets the state at each time of the grid after the first. Raises ValueError for what `check`
-    refuses, for other times, and where a method with tolerances finds no step that meets them.
+    refuses, for other times, without the noise of a stochastic method, and where a method with tolerances finds no step that
+    meets them.
     """
     check(method, **options)
+    if method in STOCHASTIC and options.get("noise") is None:
+        raise ValueError(f"{method}: needs noise")
     if min(time_grid) < 0 or max(time_grid) > 1 or time_grid[0] == 1:
         raise ValueError(f"times from {time_grid[0]:g} to {time_grid[-1]:g}: must lie in [0, 1] and start before 1")
     if method in STOCHASTIC and time_grid[-1] < time_grid[0]:
@@ -141,7 +140,7 @@ def solve(
     if method in torchdiffeq.ADAPTIVE and not callback:  # no need to interpolate between the ends
         time_grid = [time_grid[0], time_grid[-1]]
     state = x
-    for state in SOLVERS[method].states(counted, x, time_grid, method, **options):
+    for state in SOLVERS[method].states(counted, x, time_grid, **options):
         if callback:
             callback(state)
     return Solution(state, nfe)

@@ -10,16 +10,13 @@ def renoised_jumps(
     velocity: Callable[[Tensor, float, float], Tensor],
     x: Tensor,
     time_grid: Sequence[float],
-    method: str,
-    noise: Callable[[int], Tensor] | None = None,
+    noise: Callable[[int], Tensor],
 ) -> Iterator[Tensor]:
     """x [B, ...] from time_grid[0] on, at each further time: to the data at t = 1 by one jump, then back to the time by noise.
 
     Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1) on the linear path. `noise(i)` is the
-    standard normal [B, ...] of step i. Raises ValueError where there is none.
+    standard normal [B, ...] of step i.
     """
-    if noise is None:
-        raise ValueError(f"{method}: needs noise")
     for i, (t, t_next) in enumerate(pairwise(time_grid)):
         x1 = x + (1 - t) * velocity(x, t, 1.0)
         x = x1 if t_next == 1 else t_next * x1 + (1 - t_next) * noise(i)

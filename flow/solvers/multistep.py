@@ -6,21 +6,20 @@ the latter two take an Euler step, which is their own first order there.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
 
-from flow.solvers.runge_kutta import step
+from flow.solvers.runge_kutta import StageVelocity, step
 
-Velocity = Callable[[Tensor, float], Tensor]
-BOOTSTRAP = {"ab2": (2, "euler"), "ab3": (3, "heun"), "ab4": (4, "heun3")}  # order, and one order less for the first steps
+# order, and the method of the first steps, of one order less
+ADAMS_BASHFORTH = {"ab2": (2, "euler"), "ab3": (3, "heun"), "ab4": (4, "heun3")}
 
 
-def adams_bashforth(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
+def adams_bashforth(order: int, start: str, velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]) -> Iterator[Tensor]:
     """Explicit Adams methods on any time grid (Hairer, Norsett & Wanner 1993, Solving ODEs I, section III.1 and III.5)."""
-    order, start = BOOTSTRAP[method]
     history: list[tuple[float, Tensor]] = []
     for i, (t, t_next) in enumerate(pairwise(time_grid)):
         if i < order - 1:  # Runge-Kutta; its first stage is the velocity at x
@@ -39,7 +38,7 @@ def adams_bashforth(velocity: Velocity, x: Tensor, time_grid: Sequence[float], m
         yield x
 
 
-def dpm_solver_2m(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
+def dpm_solver_2m(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2)."""
     prev: tuple[float, Tensor] | None = None  # lambda and data prediction of the last point
     for t, t_next in pairwise(time_grid):
@@ -55,7 +54,7 @@ def dpm_solver_2m(velocity: Velocity, x: Tensor, time_grid: Sequence[float], met
         yield x
 
 
-def unipc(velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str) -> Iterator[Tensor]:
+def unipc(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]) -> Iterator[Tensor]:
     """UniPC of order 2, data prediction, B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2).
 
     The corrector uses the evaluation that the next step needs anyway.

@@ -1,9 +1,12 @@
 """Explicit Runge-Kutta methods: Butcher tableaux as data, one stepping function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
+
+StageVelocity = Callable[[Tensor, float], Tensor]  # (x, t), at one time: no flow map jumps there
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,14 @@ TABLEAUX = {
 TABLEAUX["heun2"] = TABLEAUX["heun"]  # torchdiffeq's name
 
 
-def step(method: str, velocity: Callable[[Tensor, float], Tensor], x: Tensor, t: float, t_next: float) -> Tensor:
+def integrate(method: str, velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]) -> Iterator[Tensor]:
+    """x [B, ...] from time_grid[0] on, at each further time."""
+    for t, t_next in pairwise(time_grid):
+        x = step(method, velocity, x, t, t_next)
+        yield x
+
+
+def step(method: str, velocity: StageVelocity, x: Tensor, t: float, t_next: float) -> Tensor:
     """x [B, ...] at t -> x at t_next."""
     tableau, h = TABLEAUX[method], t_next - t
     if t_next == 1 and tableau.final:

@@ -9,9 +9,12 @@ with its norm n is the coefficient of that shape here with noise_scale = sqrt(2 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import Tensor
+
+from flow.solvers.runge_kutta import StageVelocity
 
 # g^2 as a function of t, before the factor noise_scale^2, with SiT's name for the form where it has one. In SiT's code t runs
 # as here, with the data at 1. The last step, to t = 1, adds no noise whatever g is there.
@@ -23,34 +26,31 @@ DIFFUSION_COEFFICIENTS: dict[str, Callable[[float], float]] = {
     "decreasing": lambda t: 0.25 * (math.cos(math.pi * t) + 1) ** 2,  # "decreasing"
     "sigma_squared": lambda t: (1 - t) ** 2,  # ours
 }
-SDE = ("euler_maruyama", "stochastic_heun")
+OPTIONS = ("noise", "noise_scale", "diffusion")
 
 
-def sde(
-    velocity: Callable[[Tensor, float], Tensor],
+def _integrate(
+    correct: bool,
+    velocity: StageVelocity,
     x: Tensor,
     time_grid: Sequence[float],
-    method: str,
-    noise: Callable[[int], Tensor] | None = None,
+    noise: Callable[[int], Tensor],
     noise_scale: float = 1.0,
     diffusion: str = "sigma",
 ) -> Iterator[Tensor]:
-    """x [B, ...] from time_grid[0] on, at each further time.
+    """x [B, ...] from time_grid[0] on, at each further time. `correct`: by a drift at the end of each step, as Heun does.
 
     `noise(i)` is standard normal [B, ...], the increment of step i.
 
     Within a step h the noise added is at most half of that which belongs to its end: g^2 h <= ((1 - t) / 2)^2. Coefficients
     that do not vanish at the data would otherwise leave noise in the image; with more steps the limit goes away.
     With noise_scale 0 these are euler and heun. The last step to t = 1 is Euler's without noise: it lands on the data
-    prediction, so that none is left in the image. Raises ValueError for a scale out of range, an unknown diffusion and
-    missing noise.
+    prediction, so that none is left in the image. Raises ValueError for a scale out of range and an unknown diffusion.
     """
     if not 0 <= noise_scale <= 100:
         raise ValueError(f"noise_scale={noise_scale}: must be 0 or more, and at most 100")
     if diffusion not in DIFFUSION_COEFFICIENTS:
         raise ValueError(f"unknown diffusion coefficient {diffusion!r}; choose from {', '.join(DIFFUSION_COEFFICIENTS)}")
-    if noise is None:
-        raise ValueError(f"{method}: needs noise")
 
     def drift(x: Tensor, t: float, g2: float) -> Tensor:
         v = velocity(x, t)
@@ -66,9 +66,13 @@ def sde(
         g2, g2_middle, g2_next = (min(value, (1 - t_next) ** 2 / (4 * h)) for value in g2_requested)
         dW = math.sqrt(g2_middle * h) * noise(i) if noise_scale else 0.0
         d_1 = drift(x, t, g2)
-        if method == "euler_maruyama":
-            x = x + h * d_1 + dW
-        else:
+        if correct:
             d_2 = drift(x + h * d_1 + dW, t_next, g2_next)
             x = x + h * 0.5 * d_1 + h * 0.5 * d_2 + dW
+        else:
+            x = x + h * d_1 + dW
         yield x
+
+
+euler_maruyama = partial(_integrate, False)
+stochastic_heun = partial(_integrate, True)

@@ -3,14 +3,13 @@
 Names that runge_kutta.py has too (euler, midpoint, heun2, heun3, rk4) are solved there, which never evaluates the data end.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from flow.solvers.runge_kutta import step
+from flow.solvers.runge_kutta import StageVelocity, step
 from flow.solvers.time_grids import END_EPS
 
-Velocity = Callable[[Tensor, float], Tensor]
 TOLERANCES = ("rtol", "atol")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 IMPLICIT = ("implicit_adams", "fixed_adams")  # two names of one method
@@ -20,7 +19,7 @@ ADAMS = {"max_order": 5}  # torchdiffeq's way to say 4, and 5 for the implicit m
 
 
 def adaptive(
-    velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str, rtol: float = 1e-5, atol: float = 1e-5
+    method: str, velocity: StageVelocity, x: Tensor, time_grid: Sequence[float], rtol: float = 1e-5, atol: float = 1e-5
 ) -> Iterator[Tensor]:
     """From time_grid[0] to time_grid[-1] with the step sizes of the tolerances; states between are interpolated.
 
@@ -32,10 +31,10 @@ def adaptive(
     leave. Raises ValueError for a tolerance out of range, and where the velocity is not finite or too steep for any step.
     """
     if time_grid[-1] != 1:
-        yield from _odeint(velocity, x, time_grid, method, rtol, atol)[1:]
+        yield from _odeint(method, velocity, x, time_grid, rtol, atol)[1:]
         return
     end = max(1 - END_EPS, time_grid[0])
-    states = _odeint(velocity, x, [*(t for t in time_grid if t < end), end], method, rtol, atol)
+    states = _odeint(method, velocity, x, [*(t for t in time_grid if t < end), end], rtol, atol)
     yield from states[1:-1]
     last = step("heun3", velocity, states[-1], end, 1.0)
     yield from (states[-1] + (t - end) / (1 - end) * (last - states[-1]) for t in time_grid[1:-1] if t >= end)
@@ -43,7 +42,7 @@ def adaptive(
 
 
 def adams(
-    velocity: Velocity, x: Tensor, time_grid: Sequence[float], method: str, rtol: float = 1e-5, atol: float = 1e-5
+    method: str, velocity: StageVelocity, x: Tensor, time_grid: Sequence[float], rtol: float = 1e-5, atol: float = 1e-5
 ) -> Iterator[Tensor]:
     """Adams-Bashforth of order 4 after three Runge-Kutta steps, or Adams-Bashforth-Moulton of order 5: at most four
     corrections a step, until they agree within the tolerances over the whole batch.
@@ -54,14 +53,20 @@ def adams(
     """
     steps, start, end = len(time_grid) - 1, time_grid[0], time_grid[-1]
     times = [start + (end - start) * i / steps for i in range(steps)]
-    states = _odeint(velocity, x, times if end == 1 else [*times, end], method, rtol, atol, ADAMS)
+    states = _odeint(method, velocity, x, times if end == 1 else [*times, end], rtol, atol, ADAMS)
     yield from states[1:]
     if end == 1:
         yield step("heun3", velocity, states[-1], times[-1], end)
 
 
 def _odeint(
-    velocity: Velocity, x: Tensor, times: Sequence[float], method: str, rtol: float, atol: float, options: dict | None = None
+    method: str,
+    velocity: StageVelocity,
+    x: Tensor,
+    times: Sequence[float],
+    rtol: float,
+    atol: float,
+    options: dict | None = None,
 ) -> Tensor:
     """The states at the times, [T, B, ...]; the velocity is evaluated between the first and the last of them alone."""
     import torch

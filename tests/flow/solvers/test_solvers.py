@@ -11,10 +11,12 @@ from flow import solvers
 from flow.guidance import GuidedVelocity
 from flow.likelihood import T_MAX
 from flow.solvers import time_grids, torchdiffeq
-from flow.solvers.multistep import BOOTSTRAP
+from flow.solvers.multistep import ADAMS_BASHFORTH
 from flow.solvers.runge_kutta import TABLEAUX
-from flow.solvers.sde import DIFFUSION_COEFFICIENTS, SDE
+from flow.solvers.sde import DIFFUSION_COEFFICIENTS
 from flow.solvers.torchdiffeq import ADAPTIVE
+
+SDE = ("euler_maruyama", "stochastic_heun")
 
 
 def rotation(x: torch.Tensor, t: float, t_next=None) -> torch.Tensor:
@@ -30,7 +32,8 @@ def rotation_error(method: str, steps: int, **options: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("method", "order"), [*((name, t.order) for name, t in TABLEAUX.items()), *((n, o) for n, (o, _) in BOOTSTRAP.items())]
+    ("method", "order"),
+    [*((name, t.order) for name, t in TABLEAUX.items()), *((name, order) for name, (order, _) in ADAMS_BASHFORTH.items())],
 )
 def test_measured_order_is_the_declared_one(method, order):
     steps = [16, 32, 64, 128]

@@ -11,32 +11,31 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from flow.solvers.runge_kutta import StageVelocity
 
-def ddim_or_ancestral(
-    velocity: Callable[[Tensor, float, float], Tensor],
+
+def ancestral(
+    velocity: StageVelocity,
     x: Tensor,
     time_grid: Sequence[float],
-    method: str,
-    noise: Callable[[int], Tensor] | None = None,
+    noise: Callable[[int], Tensor],
     eta: float = 1.0,
 ) -> Iterator[Tensor]:
     """x [B, ...] from time_grid[0] on, at each further time, on the linear path by steps of Song et al. 2021 (DDIM,
-    arXiv:2010.02502, eq. 12).
+    arXiv:2010.02502, eq. 12), with the noise of DDPM's posterior, times `eta`.
 
-    `ancestral` adds the noise of DDPM's posterior, times `eta`; `noise(i)` is its standard normal [B, ...] of step i. `ddim`
-    adds none, and is Euler's method on the linear path: with x0 and x1 held, both go straight on.
+    `noise(i)` is standard normal [B, ...], that of step i. Without it, at eta = 0, this is DDIM, and Euler's method on the
+    linear path: with x0 and x1 held, both go straight on. Raises ValueError for an eta out of range.
     """
     if eta < 0 or not math.isfinite(eta):
         raise ValueError(f"eta={eta}: must be 0 or more, and finite")
     for i, (t, t_next) in enumerate(pairwise(time_grid)):
-        v = velocity(x, t, t_next)
-        x0, x1 = x - t * v, x + (1 - t) * v
-        if method == "ddim" or t_next == 1 or eta == 0:
+        v = velocity(x, t)
+        if t_next == 1 or eta == 0:
             x = x + (t_next - t) * v
             yield x
             continue
-        if noise is None:
-            raise ValueError(f"{method}: needs noise")
+        x0, x1 = x - t * v, x + (1 - t) * v
         # signal and noise of the variance-preserving path at the same ratio; x there is x here over `scale`
         scale, scale_next = math.hypot(t, 1 - t), math.hypot(t_next, 1 - t_next)
         alpha, sigma, alpha_next, sigma_next = t / scale, (1 - t) / scale, t_next / scale_next, (1 - t_next) / scale_next
