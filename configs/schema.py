@@ -82,7 +82,7 @@ class OptimizerConfig:
 
 @dataclass
 class EmaConfig:
-    half_life_images: Any = 500_000  # images after which a weight counts half; one number or a list of several
+    half_life_images: Any = 500_000  # images after which a past value counts half in the average; one or a list of several
     warmup_ratio: float = limited(0.05, min=0)  # half-life is at most this share of the images seen so far; 0: no warm-up
 
 
