@@ -21,11 +21,16 @@ from flow.evaluation import control, folders, metrics, runner, snapshots
 from flow.evaluation.features import INCEPTION
 from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, guide, hub, posthoc_ema, snapshot, sources
+from flow.sampling import grid_store, guide, locate, output, posthoc_ema, snapshot, sources
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
+from flow.source import GAUSSIAN
 
+GENERATION = (  # flags that say how images are made
+    "methods", "sampling_steps", "nfe", "time_grid", "guidance_scale", "guidance_interval", "guide_weights", "source", "labels",
+    "captions", "n_samples", "repeats", "seed",
+)  # fmt: skip
 EXAMPLES = """\
   accelerate-launch evaluate.py --weights runs/mnist --feature_extractor mnist --methods euler heun --sampling_steps 5 10 50
   accelerate-launch evaluate.py --weights runs/cifar10 --methods heun --sampling_steps 18 --n_samples 50000 --repeats 3
@@ -72,11 +77,16 @@ def parse_args():
     parser.add_argument("--no_control", action="store_true", help="leave out the row of real images that shows the floor")
     cli.add_output_flag(
         parser,
-        use="(default: evaluation/ beside the weights or in the folder of sample.py; DIR_evaluation beside another folder; of "
-        "hf:owner/NAME: NAME/evaluation)",
+        use="(default: evaluation/ in the run folder, beside other weights or in the folder of sample.py; DIR_evaluation "
+        "beside other folders; of hf:owner/NAME: NAME/evaluation)",
         required=False,
     )
-    return parser.parse()
+    args = parser.parse()
+    if args.samples:
+        for name in GENERATION:
+            if getattr(args, name) != parser.get_default(name):
+                raise UserError(f"--{name}: does not go with --samples, whose images are there already")
+    return args
 
 
 def main() -> None:
@@ -102,9 +112,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     """A row for each snapshot or average x method x steps x guidance scale x range of images; a scale of 1 has neither
     interval nor guide."""
     path = Path(args.weights)  # one of the hub too
-    run, paths = (
-        distributed.decided_by_main(lambda: snapshot.of_run(path, args.snapshots)) if args.snapshots else (path, [path])
-    )
+    paths = distributed.decided_by_main(lambda: locate.snapshots_of_run(path, args.snapshots)) if args.snapshots else [path]
     if args.ema_width:
         paths = posthoc_ema.reconstruct(accelerator, path, args.ema_width)
     snap = snapshot.load(paths[-1], args.config, args.overrides)
@@ -139,14 +147,16 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
                 plan.append(sampler)
     for note in dict.fromkeys(filter(None, (guidance_note(sampler, model) for sampler in plan))):
         accelerator.print(f"note: {note}")
-    name = snapshot.name_of(path)
-    beside = Path(name) if hub.is_reference(run) else run if run.is_dir() else run.parent
-    out = args.out or beside / "evaluation"
+    name = locate.name_of(path)
+    out = args.out or locate.results_folder(path) / "evaluation"
     captions = (args.captions or "plain") if net.max_prompt_bytes else None
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
+    further = {} if model.source.name == GAUSSIAN else {"source": sources.fingerprint(model)}
+    if args.config or any(key.startswith(("flow.", "model.")) for key in loading.overridden(args.overrides)):
+        further |= output.network_record(snap.config)
     with lock.folder(out, accelerator):
         evaluator = snapshots.SnapshotEvaluator.build(
-            settings, accelerator, out, snap.config, snap.space, net, plan, captions_of, not labels
+            settings, accelerator, out, snap.config, snap.space, net, snap.class_names, plan, captions_of, not labels, further
         )
         control.add_control(evaluator.evaluation)
         for file in paths:

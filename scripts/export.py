@@ -12,7 +12,7 @@ from pathlib import Path
 from configs.errors import UserError
 from flow.runtime import cli, commands
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import exported, graph, grid_store, hub, snapshot
+from flow.sampling import exported, graph, grid_store, hub, locate, snapshot
 from flow.sampling.settings import SamplerSettings
 from flow.sampling.snapshot import Snapshot
 from flow.solvers import FIXED_GRID, time_grids
@@ -81,7 +81,7 @@ def main() -> None:
     autoencoder = (snap.config.data.autoencoder or snap.codec["source"]) if moved and snap.codec else None
     places = exported.source_overrides(snap) if weights != args.weights else []
     flags = [*exported.sample_flags(snap, autoencoder), *dict.fromkeys([*places, *([] if moved else args.overrides)])]
-    sample = commands.sample_command(weights, snapshot.name_of(weights), *flags)
+    sample = commands.sample_command(weights, locate.name_of(weights), *flags)
     print(cli.summary(", ".join(results), args.start, f"sample from it with: {sample}"))
 
 

@@ -16,7 +16,7 @@ from flow import solvers
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, lock
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, hub, snapshot
+from flow.sampling import grid_store, hub, locate, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
 from flow.solvers import FIXED_GRID, grid_optimization, time_grids
@@ -129,7 +129,7 @@ def tune(
         return
     flags = commands.condition_flags(args.guidance_scale, args.prompts)
     sample = commands.sample_command(
-        snap.path, f"{snapshot.name_of(args.weights)}_optimized", *example, *flags, *args.overrides
+        snap.path, f"{locate.name_of(args.weights)}_optimized", *example, *flags, *args.overrides
     )
     print(cli.summary(result, args.start, f"use one with: {sample}"))
 

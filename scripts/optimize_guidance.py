@@ -17,7 +17,7 @@ from flow.evaluation import plots, table
 from flow.evaluation.snapshots import columns_of
 from flow.runtime import cli, commands, distributed, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import guide, snapshot
+from flow.sampling import guide, locate, snapshot
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
@@ -131,7 +131,8 @@ def main() -> None:
 def candidates(args, has_labels: bool) -> list[Guidance]:
     """All of the command line; a scale of 1 is no guidance and there once. Raises UserError for fewer than two."""
     guide_snaps = {w: snapshot.load(w) for w in args.guide_weights}
-    named = {guide.name_of(snap, w): snapshot.pinned(w, snap) for w, snap in guide_snaps.items()}  # a run and its file are one
+    # by name, as a run and its file are one
+    named = {guide.name_of(snap, w): locate.pinned(w, snap.path) for w, snap in guide_snaps.items()}
     guides = [*([None] if has_labels else []), *named.values()]
     scales = dict.fromkeys(args.guidance_scale)
     guided = [Guidance(w, t, g) for g in guides for t in dict.fromkeys(args.intervals) for w in scales if w != 1]
@@ -149,42 +150,31 @@ def number_of_rounds(count: int, n_samples: int) -> int:
 
 def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) -> tuple[dict[Guidance, dict], list[dict]]:
     """The entry of the table of each candidate on n images, and those of real images."""
-    groups: dict[tuple, list[str]] = {}
+    groups: dict[tuple, list[float]] = {}
     for scale, times, weights in candidates:
-        groups.setdefault((times, weights), []).append(str(scale))
+        groups.setdefault((times, weights), []).append(scale)
+    folder = args.out / "evaluation"
     for (times, weights), scales in groups.items():
-        flags = ["--guidance_interval", *map(str, times)] if times != ALL_TIMES else []
-        flags += ["--guide_weights", weights] if weights else []
-        command = [
-            "evaluate.py", "--weights", snapshot.pinned(args.weights, snap), "--guidance_scale", *scales, *flags,
-            "--methods", args.sampling_method, "--sampling_steps", str(args.sampling_steps),
-            "--n_samples", str(n), "--seed", str(args.seed),
-            "--feature_extractor", args.feature_extractor, "-mp", args.mixed_precision, "--out", str(args.out / "evaluation"),
-            *args.overrides,
-        ]  # fmt: skip
+        command = commands.evaluate_arguments(
+            locate.pinned(args.weights, snap.path), folder, args.overrides, guidance_scale=scales,
+            guidance_interval=times if times != ALL_TIMES else None, guide_weights=weights, methods=args.sampling_method,
+            sampling_steps=args.sampling_steps, n_samples=n, seed=args.seed, feature_extractor=args.feature_extractor,
+            mixed_precision=args.mixed_precision,
+        )  # fmt: skip
         subprocesses.run_command(command, args.launcher)
     names = {c.guide: guide.name_of(snapshot.load(c.guide), c.guide) for c in candidates if c.guide}
     by_columns = {columns(c, names): c for c in candidates}
-    own = {"weights_sha256": snap.sha256, "seed": args.seed}
-    own["mixed_precision"] = distributed.resolve_precision(args.mixed_precision)
+    precision = distributed.resolve_precision(args.mixed_precision)
+    own = {"weights_sha256": snap.sha256, "seed": args.seed, "mixed_precision": precision}
     solver = args.sampling_method, None if args.sampling_method in ADAPTIVE else args.sampling_steps
-    results, floors = {}, []
-    for row in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
-        if row["n"] > n or row["identity"]["extractor"][0] != args.feature_extractor:
-            continue
-        [entry] = table.aggregate([row])
+    results = {}
+    for row in table.rows_of(folder, n, args.feature_extractor, **own):
         scale = row["guidance_scale"]
         key = (1.0 if scale is None else scale, row.get("guidance_interval"), row.get("guide"))
-        if table.is_control(entry):
-            floors.append(entry)
-        elif (
-            row["n"] == n
-            and own.items() <= row["identity"].items()
-            and key in by_columns
-            and (row["method"], row["steps"]) == solver
-        ):
+        if key in by_columns and (row["method"], row["steps"]) == solver:
+            [entry] = table.aggregate([row])
             results[by_columns[key]] = {**entry, "guidance_scale": key[0]}
-    return results, [e for e in floors if e["n"] == max(other["n"] for other in floors)]  # fewer where there are no more
+    return results, [entry for row in table.floors(folder, n, args.feature_extractor) for entry in table.aggregate([row])]
 
 
 def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str | None]:

@@ -26,21 +26,21 @@ from configs.schema import Config
 from datasets.pairs import read_manifest
 from flow import losses, solvers, time_samplers
 from flow import path as paths
-from flow.evaluation import plots, table
+from flow.evaluation import pictures, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.straightness import mean_straightness_deviation
 from flow.likelihood import T_MAX
 from flow.losses import FlowLoss
 from flow.model import FlowModel, why_no_score
 from flow.runtime import cli, commands, distributed, files, lock
-from flow.runtime.commands import train_arguments
+from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.subprocesses import run_command
 from flow.sampling import images, snapshot
 from flow.sampling.generate import generate
 from flow.sampling.settings import SamplerSettings
 from flow.training.logging import read_metrics
-from scripts.benchmark.jobs import sampling_seconds, seconds_per_step, training_laps
+from scripts.benchmark.trial import sampling_seconds, seconds_per_step, training_laps
 
 EXAMPLES = """\
   python -m scripts.rectify -c configs/mnist_rectify.yaml
@@ -175,7 +175,7 @@ class Rectify:
             "--n_pairs", str(n_pairs), "--seed", str(self.plan(name)["seed"]), "--sampling_method", settings.sampling_method,
             "--sampling_steps", str(settings.sampling_steps), "--guidance_scale", str(settings.guidance_scale),
             "--real_fraction", str(settings.real_fraction), *states,
-            *precision_flag(loading.load(source.config, source.overrides)),
+            "-mp", loading.load(source.config, source.overrides).train.mixed_precision,
         ]  # fmt: skip
 
     def fitted(self, name: str, trial: Callable[[Path], float]) -> int | None:
@@ -212,12 +212,11 @@ class Rectify:
         files.write_text(self.plan_file, json.dumps(plans, indent=1))
 
     def evaluation(self, row: Row) -> list[str]:
-        return [
-            "evaluate.py", "--weights", str(self.folder / row.network), "--guidance_scale", str(row.scale),
-            "--methods", row.method, "--sampling_steps", *map(str, self.cfg.nfe), "--n_samples", str(self.cfg.n_samples),
-            "--metrics", "fid", "accuracy", "--feature_extractor", self.cfg.feature_extractor,
-            "--out", str(self.folder / "evaluation"), *precision_flag(first_config(self.cfg)),
-        ]  # fmt: skip
+        return evaluate_arguments(
+            self.folder / row.network, self.folder / "evaluation", guidance_scale=row.scale, methods=row.method,
+            sampling_steps=self.cfg.nfe, n_samples=self.cfg.n_samples, metrics=["fid", "accuracy"],
+            feature_extractor=self.cfg.feature_extractor, mixed_precision=first_config(self.cfg).train.mixed_precision,
+        )  # fmt: skip
 
     def route_cost(self, route: RouteConfig) -> Cost:
         return sum((self.stage_cost(name) for name in route.stages), Cost())
@@ -257,10 +256,6 @@ def first_config(cfg: RectifyConfig) -> Config:
     """The configuration of the first training of all."""
     stage = cfg.stages[next(iter(cfg.routes.values())).stages[0]]
     return loading.load(stage.config, stage.overrides)
-
-
-def precision_flag(config: Config) -> list[str]:
-    return ["-mp", config.train.mixed_precision]
 
 
 def pair_passes(settings: PairsConfig, generated: float, inverted: float = 0) -> float:
@@ -349,7 +344,7 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
     """Write and print comparison.md, draw comparison.png. The row of the smallest distance at the smallest NFE."""
     first = first_config(cfg)
     accelerator = distributed.build_accelerator(first.train.mixed_precision)
-    titles, straight, pictures = {}, {}, []
+    titles, straight, panels = {}, {}, []
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
     classes = first.model.args.get("num_classes")
     shown = COLUMNS * classes if classes else 10 * COLUMNS
@@ -373,11 +368,9 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
             accelerator, model, snap.image_shape, indices, settings, cfg.straightness_steps
         )
         straight[row.title] = f"{mean:.4f} ± {error:.4f}"
-        pictures.append([panel(accelerator, model, snap.image_shape, row.method, n, row.scale) for n in nfes])
+        panels.append([panel(accelerator, model, snap.image_shape, row.method, n, row.scale) for n in nfes])
     bar.close()
-    results = table.read_rows(folder / "evaluation")
-    extractor = cfg.feature_extractor
-    results = [r for r in results if r["n"] == cfg.n_samples and r["identity"].get("extractor", [None])[0] == extractor]
+    results = table.rows_of(folder / "evaluation", cfg.n_samples, cfg.feature_extractor)
     entries = table.aggregate([r for r in results if r.get("steps") in cfg.nfe])
     distance = table.distance_name(entries)
     metrics = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
@@ -399,8 +392,8 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
     if any(row.scale not in (0, 1) for row in rows):
         note += " With guidance (w) each velocity evaluation is two network calls, so NFE 2 costs four."
     files.write_text(folder / "comparison.md", f"{text}\n\n{note}\n")
-    columns = [list(column) for column in zip(*pictures, strict=True)]
-    plots.picture_table(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))
+    columns = [list(column) for column in zip(*panels, strict=True)]
+    pictures.picture_table(folder / "comparison.png", columns, [f"NFE {n}" for n in nfes], list(titles.values()))
     print(f"\n{text}\n\n{note}")
     fewest = [e for e in entries if e["NFE"] == min(cfg.nfe) and table.model_key(e) in titles]  # others are of earlier calls
     best = titles[table.model_key(min(fewest, key=lambda e: e["metrics"][distance].mean))]

@@ -19,7 +19,7 @@ from flow import solvers
 from flow.evaluation import plots, table
 from flow.runtime import cli, commands, distributed, files, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, hub, snapshot
+from flow.sampling import grid_store, hub, locate, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
 from flow.solvers import FIXED_GRID, time_grids
@@ -148,25 +148,21 @@ def distances(
 
 def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     """Give each row its "FD", measured by evaluate.py from noise of its own."""
-    steps = ["--nfe", *map(str, args.nfe)] if args.nfe else ["--sampling_steps", *map(str, args.sampling_steps)]
+    folder = args.out / "evaluation"
     for name in args.grids:
-        evaluate = [
-            "evaluate.py", "--weights", snapshot.pinned(args.weights, snap), "--methods", *args.methods, *steps,
-            "--time_grid", name, "--metrics", "fid", "--guidance_scale", str(args.guidance_scale),
-            "--n_samples", str(args.num_fid_images), "-mp", args.mixed_precision,
-            "--feature_extractor", args.feature_extractor, "--out", str(args.out / "evaluation"), "--no_control",
-            *args.overrides,
-        ]  # fmt: skip
+        evaluate = commands.evaluate_arguments(
+            locate.pinned(args.weights, snap.path), folder, args.overrides, methods=args.methods, nfe=args.nfe,
+            sampling_steps=None if args.nfe else args.sampling_steps, time_grid=name, metrics="fid",
+            guidance_scale=args.guidance_scale, n_samples=args.num_fid_images, mixed_precision=args.mixed_precision,
+            feature_extractor=args.feature_extractor, no_control=True,
+        )  # fmt: skip
         subprocesses.run_command(evaluate)
-    weights = snap.sha256
+    precision = distributed.resolve_precision(args.mixed_precision)
+    own = {"weights_sha256": snap.sha256, "mixed_precision": precision}
     metrics_of = {}
-    for r in table.read_rows(args.out / "evaluation"):  # which may hold those of other calls
-        same = r["n"] == args.num_fid_images and r.get("guidance_scale") in (None, args.guidance_scale)
-        of = r["identity"]
-        precision, extractor = distributed.resolve_precision(args.mixed_precision), args.feature_extractor
-        keys = (of.get("weights_sha256"), of.get("mixed_precision"), of.get("extractor", [None])[0])
-        if same and keys == (weights, precision, extractor):
-            metrics_of[r["method"], r["steps"], json.dumps(of["times"])] = r["metrics"]
+    for r in table.rows_of(folder, args.num_fid_images, args.feature_extractor, **own):
+        if r.get("guidance_scale") in (None, args.guidance_scale):
+            metrics_of[r["method"], r["steps"], json.dumps(r["identity"]["times"])] = r["metrics"]
     for row in rows:
         settings = row["settings"]
         metrics = metrics_of[settings.title, settings.steps, json.dumps(settings.times)]

@@ -28,7 +28,7 @@ from configs import loading
 from flow.evaluation import memorization
 from flow.losses import Batch, FlowLoss, Losses
 from flow.runtime.errors import cli_main
-from flow.sampling import snapshot
+from flow.sampling import locate, snapshot
 from models import autoencoder
 
 torch.set_num_threads(1)  # the networks of the tests are too small for more
@@ -41,7 +41,7 @@ MAINS = {  # scripts whose main is not that of the module scripts.NAME
 }
 REPOSITORY = Path(__file__).parent.parent
 POINTS = 2000  # of the set of `points_flow`
-LONGEST = ("test_train", "test_user_errors", "test_rectify", "test_evaluation", "test_extending")  # half a minute each
+LONGEST = ("test_train", "test_user_errors", "test_rectify", "test_extending")  # half a minute each
 
 # A network and a run small enough for seconds.
 TINY = [
@@ -49,6 +49,10 @@ TINY = [
     "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
     "num_classes: 10}",
 ]
+DROPOUT = (  # TINY's network with dropout, given after it
+    "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
+    "num_classes: 10, dropout: 0.1}"
+)
 TINY_RUN = [
     "train.steps=4", "train.batch_size=32", "train.log_every_steps=2", "train.checkpoint_every_steps=2",
     "train.sample_every_steps=0", "train.log_with=[]", "preview.n_samples=4", "preview.sampling_steps=1",
@@ -93,7 +97,7 @@ def fail(*command: str | Path, **options) -> str:
 
 def stranger(run: Path, path: Path, replaced: dict[str, str] | None = None, **entries: str) -> Path:
     """The snapshot of a run as a bare file, with other text in its configuration or other entries in its header."""
-    source = snapshot.find(run)
+    source = locate.find(run)
     with safe_open(source, framework="pt") as file:
         header = {key: value for key, value in file.metadata().items() if key != "digest"}
     for old, new in (replaced or {}).items():

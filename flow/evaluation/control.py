@@ -40,6 +40,9 @@ def add_control(ev: Evaluation) -> dict | None:
     pool, rest = (order, None) if other else (order[: len(data) // 2], order[len(data) // 2 :])
     ref_labels = source.data.labels if rest is None or source.data.labels is None else source.data.labels[rest]
     n = min(ev.settings.n_samples, len(pool))
+    if n < 2 or (rest is not None and len(rest) < 2):
+        accelerator.print(f"note: no row of real images: {source.name} has too few")
+        return None
     positions = choose_by_frequency(pool.tolist(), data.labels, ref_labels, n)
 
     def compute() -> dict | None:

@@ -21,6 +21,7 @@ from flow.evaluation.intervals import BLOCKS, block_of
 
 INCEPTION, INCEPTION_LAYER = "inception-v3-compat", "2048"
 STATISTICS_ROWS = 4096  # at a time in float64
+CLASS_LAYER = "class_logits"  # of the classifier beside an extractor; Inception has a layer "logits" of its own
 REMOTE_CODE = "dinov2"  # extractors of torch-fidelity whose network is code that torch.hub downloads from GitHub and runs
 INCEPTION_FILE = Path(URL_INCEPTION_V3).name  # as torch.hub stores it
 
@@ -33,8 +34,8 @@ class Extractor:
         classifier: str | None = None,
     ):  # fmt: skip
         """layer None: torch-fidelity's own for the Frechet distance. The layer of the Inception Score comes along where the
-        extractor has it, and as "logits", for the class accuracy, those of the extractor itself or of `classifier`, one of
-        `classifiers.SIDES` beside it.
+        extractor has it, and for the class accuracy the logits of the extractor itself or of `classifier`, one of
+        `classifiers.SIDES`, beside it.
 
         Raises ValueError for an unknown name or layer and for weights that cannot be read; a pickle that would run code
         is refused, and without `allow_remote_code` a network whose code comes from the internet.
@@ -75,18 +76,16 @@ class Extractor:
         self.net.eval().to(device)
         self.net.to(memory_format=torch.channels_last)  # Inception is 1.4 times as fast on a CPU (docs/performance.md)
         self.weights_hash = _digest(self.net)
-        self.second_net = None
+        self.class_layer, self.second_net = "logits" if self.classifier else None, None
         if self.classifier and self.classifier != name:
+            self.class_layer = CLASS_LAYER
             self.second_net = classifiers.ClassifierFeatures(self.classifier, ["logits"]).to(device)
-
-    @property
-    def layers(self) -> list[str]:
-        return self.net_layers + ["logits"] * (self.second_net is not None)
+        self.layers = [*self.net_layers, CLASS_LAYER] if self.second_net else self.net_layers
 
     def identity(self, layers: Sequence[str]) -> str:
         """Changes with the network, its weights and what else computes these layers."""
         key = f"{self.name} {self.layer} {self.weights_hash}"
-        if self.second_net is not None and "logits" in layers:
+        if self.second_net is not None and CLASS_LAYER in layers:
             key += f" {self.classifier} {_digest(self.second_net)}"
         return key
 

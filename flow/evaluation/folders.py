@@ -14,6 +14,7 @@ from datasets.folder import EncodedImages
 from flow.evaluation import feature_cache
 from flow.evaluation.control import add_control
 from flow.evaluation.real_images import load_real_images
+from flow.evaluation.reference import same_classes
 from flow.evaluation.runner import Evaluation, EvaluationSettings
 from flow.runtime import files
 from flow.runtime.errors import error_context
@@ -31,23 +32,24 @@ def evaluate_folder(
         stored: its sampling.json, which tells the labels.
         trained: whether `config` is that of the training.
     """
-    labels = data.labels
+    real_images = load_real_images(settings.reference, accelerator, data.image_shape, config)
+    class_names = real_images.data.class_names if real_images else ()
+    labels = data.labels if same_classes(data.class_names, class_names) else None  # subfolders may be anything
     if stored:
         turns = tuple(stored["labels"]) if stored["labels"] else None
         with error_context(f"--samples {samples}: not a file of sample.py"):
             indices = [int(Path(data.name_of(k)).stem) for k in range(len(data))]  # an interrupted run leaves gaps
         labels = labels_for(indices, SamplerSettings(labels=turns), stored["num_classes"])
-    real_images = load_real_images(settings.reference, accelerator, data.image_shape, config)
-    classes_of = real_images.build["name"] if real_images and labels is not None else None
+    classes_of = [real_images.build["name"]] if real_images and labels is not None else []
     ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images, classes_of)
     if trained:
         ev.load_training(config, data.image_shape)
     elif "memorization" in settings.metrics:
         accelerator.print("note: no memorization: the training set of these images is not known; name it with -c")
         ev.settings = replace(settings, metrics=tuple(name for name in settings.metrics if name != "memorization"))
-    matching = real_images and len(real_images.data.class_names) == (stored or {}).get("num_classes")
+    matching = len(class_names) == stored["num_classes"] if stored else labels is not None
     real_labels = real_images.data.labels if real_images and matching else None
-    if not matching and data.class_names != ev.reference.class_names:
+    if not matching:
         ev.reference.labels = None
     if stored and not stored["labels"] and real_labels is not None and len(set(real_labels.bincount().tolist())) > 1:
         accelerator.print(
@@ -63,8 +65,7 @@ def evaluate_folder(
         ev.draw_closest(samples.name, lambda positions: torch.stack([data[k][0] for k in positions]))
         return row
 
-    training = {"training": ev.training.data.fingerprint()} if ev.training else {}
-    ev.evaluate_row(subject, {"images": data.fingerprint(), **training}, compute)
+    ev.evaluate_row(subject, {"images": data.fingerprint()}, compute)
     accelerator.print(ev.write_report())
     accelerator.wait_for_everyone()
 

@@ -14,6 +14,7 @@ from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import BlockMoments
 from flow.evaluation.frechet import extrapolated_distance, frechet_distance
 from flow.evaluation.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Neighborhoods
+from flow.evaluation.reference import same_classes
 
 DEFAULT = ("fid", "isc", "accuracy")  # those that take seconds, whatever the number of images
 FROM_MOMENTS = ("fid",)  # those that need no features, only their moments
@@ -177,12 +178,13 @@ def accuracy(c: Comparison) -> dict[str, float]:
 
     Where the reference has classes of other names, it is another data set, and there is none.
     """
-    if not c.extractor.classifier or c.labels is None or "logits" not in c.layers:
+    layer, classifier = c.extractor.class_layer, c.extractor.classifier
+    if not classifier or layer not in c.layers or c.labels is None:
         return {}
-    names = tuple(name.partition(" ")[0] for name in c.reference.class_names)  # "3 - three" of MNIST
-    if names and names != CLASS_NAMES[c.extractor.classifier]:
+    names = c.reference.class_names
+    if names and not same_classes(names, CLASS_NAMES[classifier]):
         return {}
-    share = float((c.matrix("logits").argmax(1).numpy() == c.labels).mean())
+    share = float((c.matrix(layer).argmax(1).numpy() == c.labels).mean())
     c.set_error("accuracy", intervals.share_standard_error(share, len(c.labels)))
     return {"accuracy": share}
 

@@ -18,7 +18,7 @@ class PointExtractor:
     name, layer, weights_hash = "points", "xy", ""
     distance_name = "SW2"
     layers = ("xy",)
-    classifier, second_net, isc_layer = None, None, None
+    classifier, class_layer, second_net, isc_layer = None, None, None, None
 
     def dimension(self, image_shape: tuple[int, ...]) -> int:
         return image_shape[0]

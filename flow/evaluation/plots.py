@@ -1,6 +1,5 @@
-"""Figures of tables, losses and samples side by side."""
+"""Figures of tables and losses."""
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
-from torch import Tensor
 
 from flow.evaluation.table import GUIDANCE, distance_name, is_control, run_of
 from flow.runtime import files
-from flow.sampling.images import to_pil
 
 matplotlib.use("Agg")
 
@@ -57,10 +54,7 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     _distance_lines(axes, lines, cost, name)
     _floors(axes, entries, name)
     _cost_scale(axes, title, [e[cost] for e in points])
-    _value_scale(axes)
-    axes.set_ylabel(f"{name}, lower is better")
-    _legend(figure, axes)
-    save(path, figure)
+    _finish(path, figure, axes, f"{name}, lower is better")
 
 
 def distance_against_images(path: Path, entries: list[dict]) -> None:
@@ -76,10 +70,7 @@ def distance_against_images(path: Path, entries: list[dict]) -> None:
     runs = {run_of(e) for e in points}
     for e in points:
         label = e["method"] if e["steps"] is None else f"{e['method']}, {e['steps']} step{'s' * (e['steps'] > 1)}"
-        label += _guidance(e, [key for key in GUIDANCE if several[key]])
-        label += f", EMA width {e['ema_width']:g}" if several["ema_width"] and e["ema_width"] is not None else ""
-        label += f", {e['captions']} captions" if several["captions"] else ""
-        label += _measured(e, several)
+        label += _settings(e, several)
         label = f"{run_of(e)}: {label}" if len(runs) > 1 else label
         lines.setdefault(label, []).append(e)
     lines = {label: line for label, line in lines.items() if len({e["images"] for e in line}) > 1}
@@ -88,12 +79,9 @@ def distance_against_images(path: Path, entries: list[dict]) -> None:
     figure, axes = _figure(len(lines))
     _distance_lines(axes, lines, "images", name)
     _floors(axes, entries, name)
-    _value_scale(axes)
     axes.set_xlim(left=0)
     _count_scale(axes, "training images")
-    axes.set_ylabel(f"{name}, lower is better")
-    _legend(figure, axes)
-    save(path, figure)
+    _finish(path, figure, axes, f"{name}, lower is better")
 
 
 def distance_against_scale(path: Path, lines: dict[str, list[dict]], floors: list[dict]) -> None:
@@ -102,11 +90,8 @@ def distance_against_scale(path: Path, lines: dict[str, list[dict]], floors: lis
     figure, axes = _figure(len(lines))
     _distance_lines(axes, lines, "guidance_scale", name)
     _floors(axes, floors, name)
-    _value_scale(axes)
     axes.set_xlabel("guidance scale w")
-    axes.set_ylabel(f"{name}, lower is better")
-    _legend(figure, axes)
-    save(path, figure)
+    _finish(path, figure, axes, f"{name}, lower is better")
 
 
 def distance_against_width(path: Path, entries: list[dict]) -> None:
@@ -122,10 +107,8 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
     for e in entries:
         if e["method"] is None or name not in e["metrics"]:
             continue
-        captions = f", {e['captions']} captions" if e["captions"] else ""
-        label = (
-            f"{e['weights']}: {e['method']}, NFE {_short(e['NFE'])}{_guidance(e, GUIDANCE)}{captions}{_measured(e, several)}"
-        )
+        shown = {**several, **dict.fromkeys(GUIDANCE, True), "captions": bool(e["captions"])}
+        label = f"{e['weights']}: {e['method']}, NFE {_short(e['NFE'])}{_settings(e, shown)}"
         if e["ema_width"] is None:
             others[label] = e
         else:
@@ -143,10 +126,7 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
     _floors(axes, entries, name)
     widths = [e["ema_width"] for line in lines.values() for e in line]
     _cost_scale(axes, "width of the average (relative standard deviation of its profile)", widths, "{:g}".format)
-    _value_scale(axes)
-    axes.set_ylabel(f"{name}, lower is better")
-    _legend(figure, axes)
-    save(path, figure)
+    _finish(path, figure, axes, f"{name}, lower is better")
 
 
 def save(path: Path, figure: Figure, **options: Any) -> None:
@@ -165,22 +145,22 @@ def line_name(entry: dict, several: dict[str, bool]) -> str:
     name = entry["method"]
     if entry.get("ema_width") is not None:
         name += f", EMA width {entry['ema_width']:g}"
-    name += _guidance(entry, [key for key in GUIDANCE if several[key]])
-    name += f", {entry['captions']} captions" if several["captions"] else ""
-    name += _measured(entry, several)
+    name += _settings(entry, several)
     return f"{entry['weights']}: {name}" if several["weights"] else name
 
 
-def _measured(entry: dict, several: dict[str, bool]) -> str:
-    """With what the distance of an entry was measured, as far as the entries differ in it."""
-    form = {"n": ", n = {}", "reference": " to {}", "source": " from {}"}
-    return "".join(form[key].format(entry[key]) for key in MEASURED if several[key] and entry.get(key) is not None)
+def _settings(entry: dict, shown: dict[str, bool]) -> str:
+    """In a label: the guidance of an entry, the width of its average, its captions and with what its distance was measured, as
+    far as these columns are shown."""
+    guidance = {"guidance_scale": ", guidance {:g}", "guidance_interval": ", t from {}", "guide": " by {}"}
+    measured = {"n": ", n = {}", "reference": " to {}", "source": " from {}"}
 
+    def told(form: dict[str, str]) -> list[str]:
+        return [text.format(entry[key]) for key, text in form.items() if shown.get(key) and entry.get(key) is not None]
 
-def _guidance(entry: dict, shown: Sequence[str]) -> str:
-    """The guidance of an entry in a label, as far as these columns tell it."""
-    form = {"guidance_scale": ", guidance {:g}", "guidance_interval": ", t from {}", "guide": " by {}"}
-    return "".join(form[key].format(entry[key]).partition(" (")[0] for key in shown if entry.get(key) is not None)
+    parts = [text.partition(" (")[0] for text in told(guidance)] + told({"ema_width": ", EMA width {:g}"})
+    parts += [f", {entry['captions']} captions"] if shown["captions"] else []
+    return "".join(parts + told(measured))
 
 
 def _distance_lines(axes: Axes, lines: dict[str, list[dict]], key: str, name: str) -> None:
@@ -218,12 +198,9 @@ def distance_in_training(
         axes.errorbar([spent for spent, _ in points], means, yerr=bars, capsize=3, label=_shown(name), **_look(i))
     for floor in floors:
         axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="real images")
-    _value_scale(axes)
     axes.set_xlim(left=0)
     axes.set_xlabel(cost)
-    axes.set_ylabel(f"{distance}, lower is better")
-    _legend(figure, axes)
-    save(path, figure)
+    _finish(path, figure, axes, f"{distance}, lower is better")
 
 
 def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> None:
@@ -238,10 +215,7 @@ def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> Non
         line.sort(key=lambda row: row[cost])
         axes.plot([row[cost] for row in line], [row[key] for row in line], label=_shown(name), linewidth=1, **_look(i))
     _cost_scale(axes, title, [row[cost] for row in rows])
-    _value_scale(axes)
-    axes.set_ylabel(label)
-    _legend(figure, axes)
-    save(path, figure)
+    _finish(path, figure, axes, label)
 
 
 def _count_scale(axes: Axes, title: str) -> None:
@@ -257,9 +231,13 @@ def _figure(lines: int) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _finish(path: Path, figure: Figure, axes: Axes, title: str) -> None:
+    """Scale and name the vertical axis, name the lines below, and write the figure."""
+    _value_scale(axes)
+    axes.set_ylabel(title)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    save(path, figure)
 
 
 def _shown(name: str) -> str:
@@ -353,63 +331,4 @@ def loss_curves(
         axes.set_ylabel(loss)
         axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save(path, figure)
-
-
-INCHES_A_LETTER = 0.09  # of a title
-
-
-def _lines(title: str, letters: int) -> list[str]:
-    """The title in lines of so many letters where it can be cut: after a space, a comma, + and _."""
-    lines = [""]
-    for piece in re.findall(r"[^\s_+]+[\s_+]?", title):
-        if lines[-1] and len(lines[-1] + piece.rstrip()) > letters:
-            lines.append("")
-        lines[-1] += piece
-    return [line.strip() for line in lines]
-
-
-PAIR_COLUMNS = 8
-
-
-def closest_images(path: Path, samples: Tensor, training: Tensor, ratios: list[float], title: str) -> None:
-    """Samples uint8 [N, C, H, W], each above its nearest training image, as a PNG; over each pair the ratio of their
-    distance to the threshold below which a sample counts as a copy."""
-    rows = 2 * -(-len(ratios) // PAIR_COLUMNS)
-    figure = Figure(figsize=(PAIR_COLUMNS, 1.1 * rows + 0.6), dpi=150, layout="constrained")
-    axes = figure.subplots(rows, PAIR_COLUMNS, squeeze=False)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for k, ratio in enumerate(ratios):
-        row, column = 2 * (k // PAIR_COLUMNS), k % PAIR_COLUMNS
-        for ax, image in zip(axes[row : row + 2, column], (samples[k], training[k]), strict=True):
-            ax.imshow(np.asarray(to_pil(image)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes[row, column].set_title(f"{ratio:.2f}", fontsize=9, color=COLORS[1] if ratio < 1 else "black")
-    figure.suptitle(
-        f"{title}: samples, below each its nearest training image;\ndistance / threshold (below 1: counted as a copy)",
-        fontsize=9,
-    )
-    save(path, figure)
-
-
-def picture_table(path: Path, pictures: list[list[np.ndarray]], rows: list[str], columns: list[str]) -> None:
-    """Pictures uint8 [H, W] or [H, W, 3] in rows and columns with their names, as a PNG without resampling blur."""
-    height, width = pictures[0][0].shape[:2]
-    scale = 2 / 150  # inches a pixel: each is two pixels of the file
-    titles = [_lines(column, max(8, int(width * scale / INCHES_A_LETTER))) for column in columns]
-    top = 0.2 * (1 + max(len(title) for title in titles))
-    figure = Figure(
-        figsize=(len(columns) * width * scale + 0.5, len(rows) * height * scale + top), dpi=150, layout="constrained"
-    )
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for i, row in enumerate(rows):
-        for j in range(len(columns)):
-            ax = axes[i][j]
-            ax.imshow(pictures[i][j], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-            if i == 0:
-                ax.set_title("\n".join(titles[j]), fontsize=11)
-            if j == 0:
-                ax.set_ylabel(row, fontsize=11)
     save(path, figure)

@@ -50,7 +50,8 @@ def load_real_images(
         elif is_packed(Path(choice)):
             build = {"name": "packed", "root": root, "args": {"path": choice}}
         else:
-            folder = {"path": choice, "size": image_shape[-1], "channels": image_shape[0]}
+            channels, height, width = image_shape
+            folder = {"path": choice, "size": width if height == width else None, "channels": channels}
             build = {"name": "folder", "root": root, "args": folder}
         data = distributed.main_process_first(accelerator, lambda: datasets.build(**build))
         name = choice or (f"toys {build['args']['name']}" if build["name"] == "toys" else build["name"])

@@ -1,6 +1,7 @@
 """What samples are compared with: features of real images, cached by content, or statistics from an npz file."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,11 @@ class Reference:
     labels: np.ndarray | None = None  # int64 [n], where their classes are those of the samples
     class_names: tuple[str, ...] = ()
     neighbors: Tensor | None = None  # `neighbors.nearest_neighbors` of the features, from the first row that asks for them
+
+
+def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two data sets have the same classes, by the first words of their names: MNIST's "3 - three" is "3"."""
+    return [name.partition(" ")[0] for name in names] == [name.partition(" ")[0] for name in others]
 
 
 def from_npz(path: Path, extractor: Extractor | PointExtractor, dimension: int) -> Reference:

@@ -4,7 +4,7 @@ The rows themselves come from snapshots.py, folders.py and control.py.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from torch import Tensor
 import datasets
 from configs.schema import Config
 from datasets import DataSet
-from flow.evaluation import classifiers, feature_cache, memorization, metrics, metrics_2d, plots, reference, table
+from flow.evaluation import classifiers, feature_cache, memorization, metrics, metrics_2d, pictures, plots, reference, table
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.features import INCEPTION, BlockMoments, Extractor, FeatureSet
+from flow.evaluation.features import CLASS_LAYER, INCEPTION, BlockMoments, Extractor, FeatureSet
 from flow.evaluation.intervals import BLOCKS
 from flow.evaluation.metrics_2d import PointExtractor
 from flow.evaluation.real_images import RealImages, build_if_present, load_features, load_real_images
@@ -57,6 +57,7 @@ class Evaluation:
     real_images: RealImages | None  # of the reference; None for statistics of an npz file
     dimension: int  # of the features
     training: memorization.TrainingSet | None = None  # of the weights, on the main process
+    training_identity: dict[str, str] = field(default_factory=dict)  # where it is another data set than the reference
     closest: memorization.Closest | None = None  # of the last comparison, on the main process
     not_applicable: list[str] = field(default_factory=list)  # metrics without a value in the last comparison
     noted: list[str] = field(default_factory=list)  # those that a note has named
@@ -65,12 +66,12 @@ class Evaluation:
     @classmethod
     def build(
         cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, image_shape: tuple[int, ...],
-        source: RealImages | None, classes_of: str | None,
+        source: RealImages | None, classes_of: Sequence[str],
     ) -> "Evaluation":  # fmt: skip
         """The feature extractor, checked on a blank image of the shape to come, and the reference, cached or computed.
 
         Args:
-            classes_of: the data set whose classes the samples have, for the class accuracy; None: they have none.
+            classes_of: the data sets whose classes the samples may have, for the class accuracy; none: they have no classes.
         """
         classifier = classifier_of(classes_of, image_shape) if "accuracy" in settings.metrics else None
         extractor, dimension = load_extractor(settings, accelerator, image_shape, classifier)
@@ -116,6 +117,9 @@ class Evaluation:
             )
         features = features_of(source.data, "features of the training set")
         held_out_features = features_of(held_out, "features of held-out images") if held_out is not None else None
+        fingerprint = source.data.fingerprint()
+        if self.real_images is None or fingerprint != self.real_images.data.fingerprint():
+            self.training_identity = {"training": fingerprint}
         if features is not None:
             self.training = memorization.training_set(source.data, features, held_out_features)
 
@@ -131,7 +135,7 @@ class Evaluation:
 
         def draw() -> None:
             nearest = torch.stack([training.data[k][0] for k in closest.training])
-            plots.closest_images(self.out / "memorization.png", samples, nearest, closest.ratios, title)
+            pictures.closest_images(self.out / "memorization.png", samples, nearest, closest.ratios, title)
 
         self.draw = draw
 
@@ -141,8 +145,11 @@ class Evaluation:
         Returns it and whether it is new, on the main process; None on the others, and where nothing could be computed.
         """
         extractor = [self.extractor.name, self.extractor.layer, self.extractor.weights_hash]
-        identity = {**identity, "extractor": extractor, "reference": self.reference.identity}
-        row = {**subject, "reference": self.reference.name, "identity": identity, "requested": list(self.settings.metrics)}
+        identity = {**identity, "extractor": extractor, "reference": self.reference.identity, **self.training_identity}
+        # Beside other extractors accuracy is new: a row from before is not one with it.
+        by = f"accuracy by {self.extractor.classifier}" if self.extractor.second_net is not None else "accuracy"
+        requested = [by if name == "accuracy" else name for name in self.settings.metrics]
+        row = {**subject, "reference": self.reference.name, "identity": identity, "requested": requested}
         main = self.accelerator.is_main_process
         if not distributed.any_process(self.accelerator, main and table.contains(self.out, row)):
             result = compute()
@@ -182,6 +189,7 @@ class Evaluation:
         with error_context(self.settings.owner):
             if isinstance(self.extractor, PointExtractor):
                 assert ref.features is not None and isinstance(samples, FeatureSet), "points are compared with points"
+                self.not_applicable = [name for name in self.settings.metrics if name != "fid"]
                 return {"metrics": metrics_2d.evaluate(samples.matrix(self.extractor.layer), ref.features)}
             y = None if labels is None else labels.numpy()
             with distributed.progress(self.accelerator, 0, "metrics") as bar:
@@ -222,16 +230,15 @@ def load_extractor(
         return extractor, extractor.dimension(image_shape)
 
 
-def classifier_of(data_name: str | None, image_shape: tuple[int, ...]) -> str | None:
-    """The classifier of a data set, where it has one and the images are not smaller than it takes."""
-    if data_name in classifiers.SIDES and classifiers.SIDES[data_name] <= image_shape[-1]:
-        return data_name
-    return None
+def classifier_of(data_names: Sequence[str], image_shape: tuple[int, ...]) -> str | None:
+    """The classifier of the first of these data sets that has one for images of this size."""
+    sides = classifiers.SIDES
+    return next((name for name in data_names if name in sides and sides[name] <= image_shape[-1]), None)
 
 
 def real_layers(extractor: Extractor | PointExtractor) -> list[str]:
     """Layers of the reference that are stored; nobody asks for its Inception Score, nor for the classes of a second network."""
-    others = (extractor.isc_layer, "logits" if extractor.second_net is not None else None)
+    others = (extractor.isc_layer, CLASS_LAYER)
     return [name for name in extractor.layers if name not in others]
 
 

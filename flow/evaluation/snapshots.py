@@ -19,6 +19,7 @@ from configs.schema import Config
 from datasets import DataSet, captions
 from flow.evaluation import metrics_2d
 from flow.evaluation.real_images import RealImages, load_real_images
+from flow.evaluation.reference import same_classes
 from flow.evaluation.runner import Evaluation, EvaluationSettings
 from flow.model import FlowModel, Network
 from flow.runtime import distributed
@@ -45,11 +46,16 @@ class SnapshotEvaluator:
     @classmethod
     def build(
         cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, config: Config, space: Space, net: Network,
-        plan: list[SamplerSettings], captions_of: list[list[str]] | None, by_frequency: bool,
+        class_names: Sequence[str], plan: list[SamplerSettings], captions_of: list[list[str]] | None, by_frequency: bool,
+        further_identity: dict[str, Any] | None = None,
     ) -> "SnapshotEvaluator":  # fmt: skip
-        """plan: a row for each, and each range of images.
+        """class_names: those of the training; () where nobody knows them.
+
+        plan: a row for each, and each range of images.
 
         by_frequency: replace the labels of the plan by the frequency of the classes in the reference.
+
+        further_identity: what else distinguishes these rows from those of the same weights.
         """
         real_images = load_real_images(settings.reference, accelerator, space.decoded_shape, config)
         identity: dict[str, Any] = {
@@ -57,17 +63,20 @@ class SnapshotEvaluator:
             "labels": plan[0].labels,
             "prompts": plan[0].prompts,
             "mixed_precision": accelerator.mixed_precision,
+            **(further_identity or {}),
         }
         num_classes = len(captions_of) if captions_of else net.num_classes
+
+        def has_classes(names: Sequence[str]) -> bool:
+            return len(names) == num_classes and (not class_names or same_classes(names, class_names))
+
         if num_classes and by_frequency:
-            counts = class_counts(accelerator, config, real_images, num_classes)
+            counts = class_counts(accelerator, config, real_images, num_classes, has_classes)
             plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
             identity |= names
-        classes_of = real_images.build["name"] if real_images else config.data.name
-        evaluation = Evaluation.build(
-            settings, accelerator, out, space.decoded_shape, real_images, classes_of if num_classes else None
-        )
-        if num_classes != len(evaluation.reference.class_names):
+        classes_of = [config.data.name, *([real_images.build["name"]] if real_images else [])] if num_classes else []
+        evaluation = Evaluation.build(settings, accelerator, out, space.decoded_shape, real_images, classes_of)
+        if not has_classes(evaluation.reference.class_names):
             evaluation.reference.labels = None
         evaluation.load_training(config, space.decoded_shape)
         return cls(evaluation, plan, identity)
@@ -176,7 +185,10 @@ def captions_by_class(
     return [wordings(name) for name in data.class_names]
 
 
-def class_counts(accelerator: Accelerator, config: Config, source: RealImages | None, num_classes: int) -> list[int]:
+def class_counts(
+    accelerator: Accelerator, config: Config, source: RealImages | None, num_classes: int,
+    has_classes: Callable[[Sequence[str]], bool],
+) -> list[int]:  # fmt: skip
     """Images of each class in the reference, or in the training set where the reference has no such classes; where neither is
     there, a warning, and the same number for each class."""
 
@@ -189,7 +201,7 @@ def class_counts(accelerator: Accelerator, config: Config, source: RealImages | 
 
     for load in (lambda: source.data if source else None, lambda: distributed.main_process_first(accelerator, training_set)):
         data = load()
-        if data is not None and data.labels is not None and len(data.class_names) == num_classes:
+        if data is not None and data.labels is not None and has_classes(data.class_names):
             return torch.bincount(data.labels, minlength=num_classes).tolist()
     accelerator.print(
         "warning: the classes take turns, as neither the reference nor the training set is here to tell how frequent they are; "

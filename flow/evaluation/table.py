@@ -7,7 +7,7 @@ import re
 import sys
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -72,6 +72,20 @@ def read_rows(folder: Path) -> list[dict]:
         metrics = {name: {**before.get(name, {}), **line.row.get(name, {})} for name in ("metrics", "standard_errors")}
         rows[key] = {**line.row, **metrics, "requested": list(dict.fromkeys([*before["requested"], *line.row["requested"]]))}
     return list(rows.values())
+
+
+def rows_of(folder: Path, n: int, extractor: str | None = None, **identity: Any) -> list[dict]:
+    """The rows of n samples that were measured with this feature extractor (None: with any) and agree in these entries of
+    their identity. The folder may hold those of other calls."""
+    rows = [row for row in read_rows(folder) if row["n"] == n and _is_measured_with(extractor, row)]
+    return [row for row in rows if identity.items() <= row["identity"].items()]
+
+
+def floors(folder: Path, n: int, extractor: str | None = None) -> list[dict]:
+    """The rows of real images that go with `rows_of`: of n images, or of the most that there are where they are fewer."""
+    rows = [row for row in read_rows(folder) if is_control(row) and row["n"] <= n and _is_measured_with(extractor, row)]
+    most = max((row["n"] for row in rows), default=0)
+    return [row for row in rows if row["n"] == most]
 
 
 def damage_of(row: dict) -> str | None:
@@ -243,6 +257,10 @@ def is_distance(column: str) -> bool:
 def is_control(entry: dict) -> bool:
     """Whether this is a row of real images, which have no method."""
     return entry.get("method") is None and str(entry["weights"]).startswith(f"{CONTROL} (")
+
+
+def _is_measured_with(extractor: str | None, row: dict) -> bool:
+    return extractor in (None, row["identity"].get("extractor", [None])[0])
 
 
 def _key(row: dict, names: tuple[str, ...] = (*SETTINGS, "first")) -> str:

@@ -86,6 +86,17 @@ def train_arguments(config: str, run_dir: Path, overrides: list[str]) -> list[st
     return ["train.py", "-c", config, "-e", str(run_dir), *(["-r", "latest"] if started else []), *overrides]
 
 
+def evaluate_arguments(weights: str | Path, out: Path, overrides: Sequence[str] = (), **flags: Any) -> list[str]:
+    """The command that adds rows to the table in `out`. flags: by their names, one value or several; None leaves a flag out,
+    True is one without a value."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if value is not None:
+            values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return ["evaluate.py", "--weights", str(weights), *words, "--out", str(out), *overrides]
+
+
 def sample_command(weights: str | Path, name: str, *flags: str) -> str:
     """A command that samples from the weights into a new folder samples/NAME, for `summary`."""
     save_dir = files.free_folder(Path("samples") / name)

@@ -14,7 +14,7 @@ from configs import loading, schema
 from configs.errors import UserError
 from datasets import captions
 from flow.runtime import cli, commands, files, lock, step_names
-from flow.sampling import header, hub, images, snapshot
+from flow.sampling import header, hub, images, locate, snapshot
 from flow.sampling.conditions import column_names, preview_settings
 from flow.sampling.sampler import Sampler
 from flow.sampling.snapshot import Snapshot
@@ -100,7 +100,7 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     """The model card: YAML metadata, then Markdown."""
     from huggingface_hub import ModelCardData
 
-    config, prompts, run = snap.config, bool(snap.config.model.args.get("max_prompt_bytes")), _run_of(snap)
+    config, prompts, run = snap.config, bool(snap.config.model.args.get("max_prompt_bytes")), locate.run_of(snap.path)
     results = run / "evaluation" / "results.md" if run else None
     metrics = results.read_text(encoding="utf-8").strip() if results and results.is_file() else None
     tags = ["flow-matching", "pytorch", config.model.name, config.data.name]
@@ -143,17 +143,11 @@ def _table(facts: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value.replace('|', '/')} |" for key, value in facts.items())])
 
 
-def _run_of(snap: Snapshot) -> Path | None:
-    """The run folder that the snapshot lies in."""
-    runs = (p for p in snap.path.absolute().parents[:3] if (p / "config.yaml").is_file() and (p / "snapshots").is_dir())
-    return next(runs, None)
-
-
 def _write_picture(path: Path, snap: Snapshot) -> None:
     """The preview of the run at this step, which is of the first moving average, else a new one, by the settings of the
     previews."""
     of_previews = snap.power_average is None and snap.half_life_images == schema.half_lives(snap.config)[0]
-    run = _run_of(snap) if of_previews else None
+    run = locate.run_of(snap.path) if of_previews else None
     preview = run / "samples" / step_names.name_of(snap.step, ".png") if run else None
     if preview is not None and preview.is_file():
         shutil.copyfile(preview, path)

@@ -47,20 +47,24 @@ def check_output_dir(
         "image_shape": image_shape,
         **({"bspp": batch_size} if settings.method in HAS_TOLERANCES else {}),
     }
-    flow, model = config.flow, config.model
-    network = {
-        "flow": {"path": flow.path, "prediction": flow.prediction, "source": dataclasses.asdict(flow.source)},
-        "model": dataclasses.asdict(model),
-    }
     path, existing = folder / "sampling.json", None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
-    record = json.loads(json.dumps(record | network))
+    record = json.loads(json.dumps(record | network_record(config)))
     older = {"flow": record["flow"], "model": record["model"]}  # of folders from before they were recorded
     check_same_settings(folder, None if existing is None else [older | existing], record, "images", "sample.py")
     if existing is None:
         files.write_text(path, json.dumps(record, indent=1))
+
+
+def network_record(config: Config) -> dict[str, Any]:
+    """What a configuration says about the samples of given weights: the network, its path, prediction and source."""
+    flow = config.flow
+    return {
+        "flow": {"path": flow.path, "prediction": flow.prediction, "source": dataclasses.asdict(flow.source)},
+        "model": dataclasses.asdict(config.model),
+    }
 
 
 def write_images(

@@ -26,16 +26,14 @@ from configs.schema import Config
 from flow import path as paths
 from flow.model import FlowModel, Network
 from flow.registry import is_finite_number
-from flow.runtime import distributed, files, step_names
+from flow.runtime import files
 from flow.runtime.errors import error_context
-from flow.sampling import digest, header, hub, sources
+from flow.sampling import digest, header, hub, locate, sources
 from flow.sampling.bounded_build import build_within
 from flow.sampling.header import PowerAverage
 from flow.sampling.space import Space
 
 CodecSpec = dict[str, Any]
-RUN_FOLDERS = {"snapshots": 0, "checkpoints": 1, "power_averages": 1, "posthoc_ema": 0}  # folders of a run, and their depth
-EMA_FILE = "ema.safetensors"  # the first half-life; others are ema_<half-life>.safetensors, all of them snapshots
 FileIdentity = tuple[int, int, int]  # inode, modification time in ns, size in bytes
 
 
@@ -56,7 +54,7 @@ class Snapshot:
 
     def title(self, weights: str | Path) -> str:
         """What a table calls the snapshot behind `weights`: digits@2000, after the run folder, the file or the repository."""
-        return f"{name_of(weights)}@{self.step}"
+        return f"{locate.name_of(weights)}@{self.step}"
 
     @cached_property
     def sha256(self) -> str:
@@ -204,7 +202,7 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
     overrides change it. Raises UserError for a path that holds no snapshot, for a damaged file or one that is replaced
     meanwhile, and for what `hub.download` refuses.
     """
-    path = find(weights)
+    path = locate.find(weights)
     identity = _identity(path)
     metadata = read_header(path)
     tensors = read_weights(path)
@@ -215,14 +213,9 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
         power_average = header.power_average(metadata)
     except ValueError as error:
         raise UserError(f"--weights {path}: not a snapshot of this project: its header is broken ({error})") from None
-    own = not hub.is_reference(weights) and _in_run_folder(path)
+    own = not hub.is_reference(weights) and locate.run_of(path) is not None
     config, unconfirmed = _configuration(path, own, metadata["config"], config_path, overrides, codec)
     return Snapshot(path, identity, config, image_shape, *counts, tensors, codec, class_names, power_average, unconfirmed)
-
-
-def pinned(weights: str, snap: Snapshot) -> str:
-    """What names this very snapshot to another command, where `weights` named it here: the latest one of a run may change."""
-    return weights if hub.is_reference(weights) else str(snap.path)
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -257,62 +250,6 @@ def _whole_file(path: Path) -> Iterator[Any]:
         raise UserError(f"--weights {path}: not a whole safetensors file ({error})") from None
 
 
-def find(weights: str | Path) -> Path:
-    """The snapshot file that a run folder (its latest), a checkpoint folder, an exported folder, a file or a reference to the
-    Hugging Face hub stands for. All processes call it, and get the same one."""
-    if hub.is_reference(weights):
-        return hub.download(weights)
-    path = Path(weights)
-    return path if path.is_file() else distributed.decided_by_main(lambda: _in_folder(path))
-
-
-def _in_folder(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"--weights {path}: there is no such file or folder")
-    snapshots = step_names.by_step(path / "snapshots", ".safetensors") or step_names.by_step(path, ".safetensors")
-    if snapshots:
-        return snapshots[max(snapshots)]
-    for name in (EMA_FILE, hub.WEIGHTS_FILE):
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"--weights {path}: holds no snapshot; give a run folder, a checkpoint folder or a .safetensors file")
-
-
-BEST_FILE = "best.safetensors"  # in a run folder: the snapshot with the best value of evaluate.keep_best
-
-
-def of_run(path: Path, steps: Sequence[str]) -> tuple[Path, list[Path]]:
-    """(run folder, its snapshots with these steps or with "all", oldest first).
-
-    `path` is the run folder, which means the first half-life, or a snapshot in it, which means its half-life. Raises UserError
-    where there are no snapshots, and for a step that has none.
-    """
-    named = step_names.parse(path) if path.is_file() else None
-    is_snapshot = named is not None and named[1].endswith(".safetensors")
-    folder, tail = (path.parent, named[1]) if named and is_snapshot else (path / "snapshots", ".safetensors")
-    by_number = step_names.by_step(folder, tail)
-    if not by_number:
-        raise UserError(f"--snapshots: --weights {path} is neither a run folder with snapshots nor one of its snapshots")
-    if "all" in steps:
-        return folder.parent, list(by_number.values())
-    for word in steps:
-        if not word.isdecimal() or int(word) not in by_number:
-            raise UserError(f"--snapshots {word}: must be all, or steps among {', '.join(map(str, by_number))}")
-    return folder.parent, [p for step, p in by_number.items() if step in map(int, steps)]
-
-
-def name_of(weights: str | Path) -> str:
-    """What tables call weights: their run, with the half-life of averages after the first, else the repository, folder or
-    file."""
-    if hub.is_reference(weights):
-        return hub.name_of(weights)
-    path = Path(weights)
-    run = path.resolve().parent
-    if path.is_file() and run.name == "snapshots" and (run.parent / "config.yaml").is_file():
-        return run.parent.name + path.stem.removeprefix(path.stem.partition(".")[0])
-    return path.resolve().name if path.is_dir() else path.stem
-
-
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or infinity, in alphabetical order."""
     return next((name for name in sorted(tensors) if not torch.isfinite(tensors[name]).all()), None)
@@ -340,15 +277,6 @@ def _configuration(
     if codec and not config.data.autoencoder and not own:
         unconfirmed.setdefault("data.autoencoder", codec["source"])
     return config, unconfirmed
-
-
-def _in_run_folder(path: Path) -> bool:
-    """Whether the file lies where a run keeps its snapshots and checkpoints: such a folder counts as the user's own."""
-    parents = path.resolve().parents
-    if path.name == BEST_FILE and (parents[0] / "config.yaml").is_file():
-        return True
-    places = ((name, parents[depth]) for name, depth in RUN_FOLDERS.items() if depth < len(parents))
-    return any(folder.name == name and (folder.parent / "config.yaml").is_file() for name, folder in places)
 
 
 def _identity(path: Path) -> FileIdentity:

@@ -15,6 +15,7 @@ from datasets.images import Images, to_float
 from flow.model import FlowModel
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
+from flow.sampling.space import Space
 from flow.source import GAUSSIAN, DataSource, GaussianSource, OrderedSource, Source
 
 
@@ -81,6 +82,13 @@ def attach(
     return f"{source.name} has {count:,} samples, so after the first {count:,} images they come again" if n > count else None
 
 
+def fingerprint(model: FlowModel) -> str:
+    """Of the samples that a flow from data starts at, once `attach` has read them."""
+    own = model.source.held_out if isinstance(model.source, DataSource) else model.source
+    assert isinstance(own, OrderedSource) and isinstance(own.samples, DataSamples), "noise has no samples"
+    return own.samples.data.fingerprint()
+
+
 def replace_by(model: FlowModel, text: str, root: str | None, shape: tuple[int, ...]) -> None:
     """Give the model the samples of --source in place of its own. Raises UserError as `attach` does."""
     with error_context("--source"):
@@ -89,7 +97,7 @@ def replace_by(model: FlowModel, text: str, root: str | None, shape: tuple[int, 
         split = datasets.named_split(text)
         if split:
             samples = _read({"name": split[0], "root": root, "args": split[1]}, "--source")
-        elif Path(text).is_dir() and len(shape) == 3:
+        elif Path(text).is_dir() and not Space(shape).is_points:
             samples = _read(
                 {"name": "folder", "root": None, "args": {"path": text, "size": shape[1], "channels": shape[0]}}, "--source"
             )

@@ -3,6 +3,7 @@
 scripts.animate writes them; scripts.report shows them with a slider over the solver steps and one over the guidance scales.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -44,17 +45,20 @@ class TrajectoryGrids:
 
 
 def write(folder: Path, grids: TrajectoryGrids, pictures: dict[str, Tensor]) -> None:
-    """Write the pictures, uint8 [C, H, W] by file name, as WebP and then their manifest; other grids there are deleted.
+    """Write the pictures, uint8 [C, H, W] by file name, as WebP and then their manifest; those of the manifest before are
+    deleted.
 
     The manifest is removed first, so that it never names pictures of other weights.
     """
+    before: set[str] = set()
+    with contextlib.suppress(ValueError, OSError):  # none, or a damaged one
+        before = {grid.file for grid in read(folder / MANIFEST).grids}
     (folder / MANIFEST).unlink(missing_ok=True)
     for name, picture in pictures.items():
         files.write_bytes(folder / name, images.to_webp(images.to_pil(picture)))
     files.write_text(folder / MANIFEST, json.dumps(dataclasses.asdict(grids), indent=1))
-    for path in folder.glob("*.webp"):
-        if path.name not in pictures:
-            path.unlink()
+    for name in before - pictures.keys():
+        (folder / name).unlink(missing_ok=True)
 
 
 def read(path: Path) -> TrajectoryGrids:

@@ -21,7 +21,7 @@ from configs.errors import UserError, first_line
 from configs.schema import Kind
 from flow.runtime import distributed, files, step_names
 from flow.sampling import posthoc_ema
-from flow.sampling.snapshot import EMA_FILE
+from flow.sampling.locate import EMA_FILE
 
 # Beginnings of the names of what every checkpoint holds; accelerate has several for the weights and the optimizer's state.
 _NEEDED = (("model", "pytorch_model"), ("optimizer",), (EMA_FILE,), ("state.json",))

@@ -13,8 +13,8 @@ from flow.evaluation.real_images import load_real_images
 from flow.runtime import cli, distributed, files, lock
 from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_in_turn
+from flow.sampling.locate import BEST_FILE, EMA_FILE
 from flow.sampling.settings import SamplerSettings, validate
-from flow.sampling.snapshot import BEST_FILE, EMA_FILE
 from flow.solvers import SOLVERS
 from flow.training import trackers
 from flow.training.flow_task import FlowTask
@@ -42,8 +42,8 @@ class EvaluateSnapshots(Callback):
         settings, sampler, captions_of = settings_of(task, folder)
         with _keys_for_flags():
             self.evaluator = snapshots.SnapshotEvaluator.build(
-                settings, task.accelerator, folder / "evaluation", task.config, task.space, task.net, [sampler], captions_of,
-                by_frequency=True,
+                settings, task.accelerator, folder / "evaluation", task.config, task.space, task.net, task.data.class_names,
+                [sampler], captions_of, by_frequency=True,
             )  # fmt: skip
         name = self.settings.keep_best
         self.best_column = self.evaluator.evaluation.extractor.distance_name if name == "fid" else name

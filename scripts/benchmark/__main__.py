@@ -18,13 +18,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from configs import loading, schema
 from configs.errors import UserError
 from flow.evaluation import table
 from flow.runtime import cli, commands, files
 from flow.runtime.errors import cli_main
 from scripts.benchmark import quality
-from scripts.benchmark.jobs import name_of, start_job
+from scripts.benchmark.trial import name_of, start_job
 
 EXAMPLES = """\
   python -m scripts.benchmark -c configs/mnist_mini_cond.yaml --against eager
@@ -144,11 +146,12 @@ def medians(name: str, job: dict, results: list[dict], cost: dict, ceilings: dic
     total = sum(seconds.values())
     rate = per_lap / statistics.median(laps)
     flops = {"train": cost["training"], "sample": cost["forward"] * results[0]["forwards"]}.get(job["kind"])
+    gpus = job["processes"] if ceilings["device"] == "cuda" else 1  # one a process; on a CPU all share the machine
     ceiling = max(ceilings[name_of(job["precision"])].values())
     return {
         "name": name, **job, "images_per_second": rate, "spread": [per_lap / max(laps), per_lap / min(laps)],
         "flops_per_second": rate * flops if flops else None,
-        "of_ceiling": rate * flops / ceiling / job["processes"] ** bool(ceilings["device"] == "cuda") if flops else None,
+        "of_ceiling": rate * flops / ceiling / gpus if flops else None,
         "outside": 1 - sum(seconds.get(key, 0.0) for key in COMPUTE) / total if total else None,
         "shares": {key: value / total for key, value in sorted(seconds.items(), key=lambda item: -item[1])} if total else {},
         "peak_memory_gib": max(r["peak_memory_gib"] for r in results),
@@ -193,8 +196,6 @@ def report(result: dict) -> str:
 
 
 def machine() -> dict:
-    import torch
-
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         models = [x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]

@@ -9,22 +9,30 @@ import hashlib
 import json
 import os
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import datasets
+import models
 from configs import loading, schema
-from configs.errors import UserError
 from flow.runtime import distributed, files
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
+from flow.sampling.generate import generate, shard
+from flow.sampling.images import ImageWriter
+from flow.sampling.settings import SamplerSettings
+from flow.training.flow_task import FlowTask
+from flow.training.trainer import Callback, Trainer
 from scripts.benchmark import baseline
-
-WARMUP_STEPS = 4  # of a trial of training steps, which are not measured
-TRIAL_STEPS = 20  # that are
+from scripts.benchmark.timer import TimedNetwork, Timer
+from scripts.benchmark.trial import name_of
 
 
 class Enough(Exception):
@@ -43,67 +51,8 @@ def main() -> None:
         Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
-def start_job(job: dict, scratch: Path) -> dict:
-    """The result of a job in a process of its own (or several); `scratch` is a folder for what it leaves behind.
-
-    Raises UserError with the last line of a job that fails.
-    """
-    result = scratch / "result.json"
-    result.unlink(missing_ok=True)
-    job = {**job, "result": str(result), "scratch": str(scratch), "started": time.time()}
-    launcher = [sys.executable]
-    if job.get("processes", 1) > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(job["processes"])]
-        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    process = subprocess.run(
-        [*launcher, "-m", "scripts.benchmark.jobs", json.dumps(job)], capture_output=True, text=True, check=False
-    )
-    if process.returncode or not result.is_file():
-        lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")] or process.stderr.splitlines()[-1:]
-        raise UserError(f"{job['kind']}: {(lines or ['it ended without a message'])[0].removeprefix('error: ')}")
-    return json.loads(result.read_text(encoding="utf-8"))
-
-
-def training_laps(config: str, overrides: list[str], scratch: Path) -> list[float]:
-    """Seconds of the steps of a short training after its first steps, in a process of its own."""
-    cfg = loading.load(config, overrides)
-    precision = distributed.resolve_precision(cfg.train.mixed_precision)
-    job = {
-        "kind": "train", "variant": "project", "config": config, "overrides": overrides, "precision": precision,
-        "compile": cfg.train.compile, "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS,
-    }  # fmt: skip
-    return start_job(job, scratch)["laps"]
-
-
-def seconds_per_step(rounds: list[list[float]]) -> float:
-    """The mean over the steps of a short training of their medians over rounds of `training_laps`: the cost of a step may
-    change during the training. The first sixth, which is not measured, counts as the three steps after it, which holds for
-    alpha_flow and for flow maps with a `map_start` of 0 or of more than a quarter.
-    """
-    medians = [statistics.median(laps) for laps in zip(*rounds, strict=True)]
-    return statistics.mean([statistics.median(medians[:3])] * WARMUP_STEPS + medians)
-
-
-def sampling_seconds(config: str, overrides: list[str], scratch: Path) -> float:
-    """Seconds of an image of one network evaluation in sampling, untrained weights, in a process of its own."""
-    cfg = loading.load(config, overrides)
-    precision = distributed.resolve_precision(cfg.train.mixed_precision)
-    job = {
-        "kind": "sample", "variant": "project", "config": config, "overrides": overrides, "precision": precision,
-        "compile": False, "sampling_batch": 100, "warmup": 1, "sampling_batches": 5, "sampling_steps": 4,
-    }  # fmt: skip
-    result = start_job(job, scratch)
-    return statistics.median(result["laps"]) / (result["images_per_lap"] * result["forwards"])
-
-
-def name_of(precision: str) -> str:
-    return "fp32" if precision == "no" else precision
-
-
-def measured(job: dict, timer, images_per_lap: int, forwards: int = 1) -> dict:
+def measured(job: dict, timer: Timer, images_per_lap: int, forwards: int = 1) -> dict:
     """The result of a job of steps or batches."""
-    import torch
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
@@ -115,14 +64,9 @@ def measured(job: dict, timer, images_per_lap: int, forwards: int = 1) -> dict:
 
 def cost_job(job: dict) -> dict:
     """Parameters of the network and floating-point operations of one image."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     cfg, data = material(job)
     shape = data.image_shape
     with torch.device("meta"):
-        import models
-
         net = models.build(cfg.model.name, shape, cfg.model.args)
         x, t, y = torch.empty(1, *shape), torch.empty(1), condition(net, 1)
         with FlopCounterMode(display=False) as forward:
@@ -135,9 +79,6 @@ def cost_job(job: dict) -> dict:
 
 def ceilings_job(job: dict) -> dict:
     """FLOP/s of the fastest of several large matrix products and of several 3x3 convolutions, by precision."""
-    import torch
-    import torch.nn.functional as F
-
     distributed.set_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     large = 4 if device.type == "cuda" else 1
@@ -172,8 +113,6 @@ def ceilings_job(job: dict) -> dict:
 
 def material(job: dict):
     """The configuration and its data set."""
-    import datasets
-
     cfg = loading.load(job["config"], job["overrides"])
     with error_context("data"):
         data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
@@ -182,8 +121,6 @@ def material(job: dict):
 
 
 def condition(net, n: int):
-    import torch
-
     if net.max_prompt_bytes:
         return torch.ones(n, net.max_prompt_bytes, dtype=torch.long)
     return torch.zeros(n, dtype=torch.long) if net.num_classes is not None else None
@@ -192,12 +129,6 @@ def condition(net, n: int):
 def train_job(job: dict) -> dict:
     """The Trainer itself; data (with noise and labels), forward (network and loss), backward, optimizer (with clipping) and ema
     are sections, "other" is the rest of the loop. In a CUDA graph forward, backward and optimizer are one section."""
-    import torch
-
-    from flow.training.flow_task import FlowTask
-    from flow.training.trainer import Callback, Trainer
-    from scripts.benchmark.timer import Timer
-
     timer = Timer()
 
     class Laps(Callback):
@@ -225,8 +156,6 @@ def train_job(job: dict) -> dict:
 
 
 def plain_train_job(job: dict) -> dict:
-    from scripts.benchmark.timer import Timer
-
     cfg = loading.load(job["config"], job["overrides"])
     net, images, labels = baseline.material(cfg)
     timer = Timer()
@@ -239,8 +168,6 @@ def plain_train_job(job: dict) -> dict:
 
 def blank_snapshot(job: dict) -> Path:
     """Untrained weights of the configuration, as a file."""
-    import models
-
     name = f"blank-{hashlib.sha256(repr(job['overrides']).encode()).hexdigest()[:16]}"
     path = Path(job["scratch"]) / name / "snapshots" / "step_00000000.safetensors"  # a run folder: its autoencoder is used
     if not path.is_file():
@@ -253,11 +180,6 @@ def blank_snapshot(job: dict) -> Path:
 
 def timed_flow(job: dict):
     """(timer, accelerator, snapshot, model, sampler settings) of untrained weights; the network is the section "network"."""
-    from dataclasses import replace
-
-    from flow.sampling.settings import SamplerSettings
-    from scripts.benchmark.timer import TimedNetwork, Timer
-
     timer = Timer()
     accelerator = distributed.build_accelerator(job["precision"])
     snap = snapshot.load(blank_snapshot(job))
@@ -269,11 +191,6 @@ def timed_flow(job: dict):
 
 def sample_job(job: dict) -> dict:
     """What sample.py does: `generate`, then PNG files; "network" and, of latents, "decoder" are sections."""
-    from dataclasses import replace
-
-    from flow.sampling.generate import generate, shard
-    from flow.sampling.images import ImageWriter
-
     timer, accelerator, snap, model, settings = timed_flow(job)
     if model.decode:
         model = replace(model, decode=timer.watch("decoder", model.decode))
@@ -286,9 +203,6 @@ def sample_job(job: dict) -> dict:
 
 
 def plain_sample_job(job: dict) -> dict:
-    import models
-    from scripts.benchmark.timer import Timer
-
     cfg, data = material(job)
     shape = data.image_shape
     net = models.build(cfg.model.name, shape, cfg.model.args)
@@ -303,10 +217,9 @@ def plain_sample_job(job: dict) -> dict:
 
 def evaluate_job(job: dict) -> dict:
     """A row of evaluate.py, from noise to distance; "network" and "features" are sections."""
+    # Here alone: a third of a second and 26 MiB, which would count in the first step and the memory of the other jobs
     from flow.evaluation.real_images import load_real_images
     from flow.evaluation.runner import Evaluation, EvaluationSettings
-    from flow.sampling.generate import generate, shard
-    from scripts.benchmark.timer import TimedNetwork
 
     timer, accelerator, snap, model, sampler = timed_flow(job)
     settings = EvaluationSettings(
@@ -314,7 +227,7 @@ def evaluate_job(job: dict) -> dict:
         metrics=("fid",),
     )  # fmt: skip
     real_images = load_real_images(None, accelerator, snap.decoded_shape, snap.config)
-    evaluation = Evaluation.build(settings, accelerator, Path(job["scratch"]), snap.decoded_shape, real_images, None)
+    evaluation = Evaluation.build(settings, accelerator, Path(job["scratch"]), snap.decoded_shape, real_images, [])
     evaluation.extractor = TimedNetwork(evaluation.extractor, timer, "features")
     batches = shard(accelerator, range(job["n_samples"]), job["sampling_batch"])
     images = ((b.indices, b.images) for b in generate(accelerator, model, snap.image_shape, batches, sampler))

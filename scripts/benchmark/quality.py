@@ -26,13 +26,13 @@ from flow.evaluation import intervals, plots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.runtime import cli, commands, files, lock, step_names
-from flow.runtime.commands import train_arguments
+from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command
 from flow.sampling import exported, snapshot
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
-from scripts.benchmark.jobs import seconds_per_step, training_laps
+from scripts.benchmark.trial import seconds_per_step, training_laps
 
 EXAMPLES = """\
   python -m scripts.benchmark quality --configs configs/mnist.yaml "configs/mnist.yaml optimizer.lr=2e-3" \\
@@ -217,24 +217,24 @@ def commands_of(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
     ]  # fmt: skip
     yield train_arguments(recipe.config, run, overrides)
     precision = loading.load(recipe.config, recipe.overrides).train.mixed_precision
-    shared = ["--n_samples", str(args.n_samples), "--bspp", "250", "-mp", precision]
-    for flag, value in evaluation_flags(args).items():
-        shared += [f"--{flag}", value] if value else []
-    scales = [str(w) for w in args.guidance_scale]
-    settings = ["--methods", *args.methods, "--sampling_steps", *map(str, args.sampling_steps), "--guidance_scale", *scales]
-    out = ["--out", str(run / "evaluation")]
-    yield ["evaluate.py", "--weights", str(run), *settings, "--metrics", *args.metrics, *shared, *out]
-    first = ["--methods", args.methods[0], "--sampling_steps", str(args.sampling_steps[0]), "--guidance_scale", scales[0]]
+    shared = {"n_samples": args.n_samples, "bspp": 250, "mixed_precision": precision}
+    shared |= {flag: value for flag, value in evaluation_flags(args).items() if value}
+    yield evaluate_arguments(
+        run, run / "evaluation", methods=args.methods, sampling_steps=args.sampling_steps, guidance_scale=args.guidance_scale,
+        metrics=args.metrics, **shared,
+    )  # fmt: skip
+    method, steps, scale = args.methods[0], args.sampling_steps[0], args.guidance_scale[0]
     for step in snapshot_steps(args, recipe)[:-1]:
         weights = run / "snapshots" / step_names.name_of(step, ".safetensors")
-        out = ["--no_control", "--out", str(run / "curve")]
-        yield ["evaluate.py", "--weights", str(weights), *first, "--metrics", "fid", *shared, *out]
+        yield evaluate_arguments(
+            weights, run / "curve", methods=method, sampling_steps=steps, guidance_scale=scale, metrics="fid", no_control=True,
+            **shared,
+        )  # fmt: skip
 
 
 def rows_of(args, recipe: Recipe, seed: int, folder: str = "evaluation") -> list[dict]:
     """Rows of the table of a run, with as many images as this race asks for."""
-    rows = table.read_rows(run_dir(args, recipe, seed) / folder)
-    return [row for row in rows if row["n"] == args.n_samples]
+    return table.rows_of(run_dir(args, recipe, seed) / folder, args.n_samples)
 
 
 def report(args, recipes: list[Recipe], seeds: int) -> None:
@@ -261,20 +261,18 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
                 recipe.name, str(recipe.steps), rate, method, f"{rows[0]['NFE']:g}",
                 f"{scale:g}", spread(values, [row.get("standard_errors", {}).get(distance) for row in rows]), change, *others,
             ])  # fmt: skip
-    real = [row for row in table.read_rows(run_dir(args, recipes[0], 0) / "evaluation") if table.is_control(row)]
-    real = [row for row in real if row["n"] <= args.n_samples]  # of fewer images where there are no more
-    control = [row for row in real if row["n"] == max(other["n"] for other in real)]
+    floors = table.floors(run_dir(args, recipes[0], 0) / "evaluation", args.n_samples)
     text = table.markdown(lines)
     note = [
         f"{budget(args)} a run, {seeds} seed(s), {args.n_samples:,} images a row. {distance}: mean over the "
         "seeds ± its 95% interval over samples, then the smallest and the largest seed. Change: to the first recipe, the mean "
         "over seeds ± its standard error."
     ]
-    note += [f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.2f}, the floor." for row in control]
+    note += [f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.2f}, the floor." for row in floors]
     files.write_text(args.out / "race.md", f"{text}\n\n{' '.join(note)}\n")
     curves = {recipe.name: curve(args, recipe, seeds, distance) for recipe in recipes}
     axis = "minutes of training steps" if args.minutes else "thousand training images"
-    plots.distance_in_training(args.out / "race.png", curves, axis, distance, [row["metrics"][distance] for row in control])
+    plots.distance_in_training(args.out / "race.png", curves, axis, distance, [row["metrics"][distance] for row in floors])
     print(f"\n{text}\n\n{' '.join(note)}", flush=True)
 
 

@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from configs.errors import UserError
 from flow.runtime import cli, commands, files
 from flow.runtime.errors import cli_main
 from flow.runtime.files import TEMPORARY
+from flow.training.logging import read_metrics
 
 EXAMPLES = """\
   python -m scripts.dev.fault_injection --kills 100
@@ -293,8 +295,6 @@ def _equal(one: Path, other: Path) -> bool:
 
 def losses(path: Path) -> list[dict]:
     """The rows of metrics.jsonl without what a clock measured."""
-    from flow.training.logging import read_metrics
-
     return [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(path)]
 
 
@@ -304,8 +304,6 @@ def _measurements(path: Path) -> list[dict]:
 
 
 def _tensors_equal(one: Path, other: Path) -> bool:
-    import torch
-
     def leaves(value, path: str = "") -> dict:
         if not isinstance(value, dict | list | tuple):
             return {path: value}

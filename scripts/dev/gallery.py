@@ -11,7 +11,7 @@ from flow.runtime import cli, commands
 from flow.runtime.commands import train_arguments
 from flow.runtime.errors import cli_main
 from flow.runtime.subprocesses import run_command
-from flow.sampling import snapshot
+from flow.sampling import locate
 
 EXAMPLES = """\
   make gallery
@@ -119,7 +119,7 @@ def train(exhibit: Exhibit, runs: Path, overrides: list[str]) -> None:
 
 def outdated(figures: list[Path], weights: list[Path]) -> bool:
     """Whether a picture is missing, or older than the latest snapshot of a run."""
-    latest = max(snapshot.find(run).stat().st_mtime for run in weights)
+    latest = max(locate.find(run).stat().st_mtime for run in weights)
     return not all(picture.is_file() and picture.stat().st_mtime > latest for picture in figures)
 
 

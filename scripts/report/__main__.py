@@ -12,7 +12,8 @@ from configs.errors import UserError
 from flow.runtime import cli, lock
 from flow.runtime.errors import cli_main
 from scripts.report import page
-from scripts.report.runs import MARKS, TRAJECTORY, Run, find_runs, names_of, read_run
+from scripts.report.runs import MARKS, Run, find_runs, names_of, read_run
+from scripts.report.suggestions import TRAJECTORY
 
 EXAMPLES = """\
   python -m scripts.report runs/digits

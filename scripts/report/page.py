@@ -18,7 +18,8 @@ from flow.runtime import cli, files
 from flow.sampling import trajectory_grids
 from flow.sampling.trajectory_grids import Grid, TrajectoryGrids
 from scripts.report.pictures import Pictures, spread
-from scripts.report.runs import PANELS, SAMPLE, TRAJECTORY, Run, differing_keys
+from scripts.report.runs import PANELS, Run, differing_keys
+from scripts.report.suggestions import SAMPLE, TRAJECTORY
 
 HERE = Path(__file__).parent
 PAGE, PICTURES = "index.html", "pictures"  # in the output folder

@@ -6,27 +6,24 @@ A file that is damaged or missing costs what it holds, and leaves a line in `Run
 import math
 import os
 import re
-import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from configs import stored
-from configs.errors import UserError
-from datasets import captions
-from flow.evaluation import classifiers, table
+from configs.errors import UserError, first_line
+from flow.evaluation import table
 from flow.runtime import commands, files, jsonl, lock, step_names
-from flow.sampling import header, snapshot, trajectory_grids
+from flow.sampling import header, locate, trajectory_grids
 from flow.sampling.trajectory_grids import TrajectoryGrids
-from flow.solvers import SOLVERS
-from flow.training import logging, run_dir
+from flow.training import logging
+from scripts.report import suggestions
+from scripts.report.curves import Curves, damaged_lines, read_curves
 
 PANELS = ("overview", "curves", "quality", "samples", "figures", "runs")  # sections of the page
 MARKS = ("metrics.jsonl", "environment.json", "log.txt")  # files that make a folder a run
@@ -36,11 +33,8 @@ OTHERS = ("checkpoints", "power_averages", "posthoc_ema", "samples", "set_aside"
 # Files that every run has, and where they are missed.
 EXPECTED = {"config.yaml": "overview", "environment.json": "overview", "log.txt": "overview", "metrics.jsonl": "curves"}
 QUIET_SECONDS = 15 * 60  # a run on another host that has written nothing for so long counts as stopped
-SAMPLE = "sample"  # what the command of further images is called
-TRAJECTORY = "trajectory"  # what the command of the grids in samples/trajectory is called
 LOG_LINES = 30  # of log.txt that are shown
 DAMAGED_LINES = 3  # of a file that are named
-JUMP, RETURN = 5.0, 1.5  # times the lowest loss so far: above the one it has jumped, below the other it has come back
 # Lines of log.txt: a start, an end, a stop by a signal.
 STARTED, ENDED, STOPPED = "device: ", re.compile(r": (finished step|stopped at step) \d+, in "), "stopped by SIG"
 
@@ -62,20 +56,6 @@ class Problem:
 
     panel: str  # one of PANELS: where it is missing
     text: str  # the file and the reason
-
-
-@dataclass
-class Curves:
-    """The numbers of metrics.jsonl by step, thinned.
-
-    Of a long file each point is the mean over neighboring rows, and `low` and `high` are their extremes; columns that no row
-    was thinned in have neither.
-    """
-
-    step: list[int] = field(default_factory=list)
-    images: list[int | None] = field(default_factory=list)
-    hours: list[float] = field(default_factory=list)  # of training, without pauses
-    columns: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)  # {name: {"y", "low", "high"}}
 
 
 @dataclass
@@ -177,7 +157,7 @@ def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
     run.log = _read(run, "overview", "log.txt", _read_log, [])
     run.status = _status(run)
     no_rows: tuple[dict[str, Any], list[str]] = {}, []
-    fields, damage = _read(run, "curves", "metrics.jsonl", lambda path: _metrics(path, *version(path), points), no_rows)
+    fields, damage = _read(run, "curves", "metrics.jsonl", lambda path: read_curves(path, *version(path), points), no_rows)
     for name_of_field, value in fields.items():
         setattr(run, name_of_field, value)
     run.add_problems("curves", "metrics.jsonl", damage)
@@ -191,7 +171,9 @@ def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
     manifest = str(trajectory_grids.FOLDER / trajectory_grids.MANIFEST)
     run.trajectory = _read(run, "samples", manifest, trajectory_grids.read, None)
     run.figures = _figures(folder, pictures)
-    run.commands = _commands(run, values, interpolations)
+    if values:
+        class_names = _class_names(run) if suggestions.trains_flow(run.environment) else None
+        run.commands = suggestions.suggest(folder, run.environment, values, interpolations, class_names, run.best)
     run.log = run.log[-LOG_LINES:]
     return run
 
@@ -221,9 +203,9 @@ def _read(run: Run, panel: str, name: str, read: Callable[[Path], T], missing: T
     except IsADirectoryError:
         reason = "is a folder"
     except OSError as error:
-        reason = error.strerror or stored.first_line(error)
+        reason = error.strerror or first_line(error)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError, MemoryError) as error:
-        reason = stored.first_line(error)
+        reason = first_line(error)
     run.add_problems(panel, name, [f"{name}: {reason}"])
     return missing
 
@@ -247,12 +229,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_entries(path: Path) -> tuple[list[dict], list[str]]:
     """The entries of a results.jsonl, and its damaged lines."""
-    damage = _damage(path, jsonl.read_lines(path, table.damage_of))
+    damage = damaged_lines(path, jsonl.read_lines(path, table.damage_of))
     return table.aggregate(table.read_rows(path.parent)), damage
-
-
-def _damage(path: Path, lines: list[jsonl.Line]) -> list[str]:
-    return [jsonl.describe(path, line) for line in lines if line.row is None]
 
 
 def _status(run: Run) -> Status:
@@ -296,104 +274,6 @@ def version(path: Path) -> tuple[int, int]:
     return stat.st_mtime_ns, stat.st_size
 
 
-@lru_cache(maxsize=256)  # a page that is built again and again reads what has changed
-def _metrics(path: Path, modified: int, size: int, points: int) -> tuple[dict[str, Any], list[str]]:
-    """What metrics.jsonl says, fields of `Run`, and its damaged lines."""
-    lines = jsonl.read_lines(path, logging.damage_of)
-    by_step: dict[int, dict] = {}
-    for line in lines:
-        if line.row is not None:  # rows of evaluations are beside those of the training
-            by_step.setdefault(line.row["step"], {}).update(line.row)
-    damage = _damage(path, lines)
-    if not by_step:
-        return {}, damage
-    rows = [by_step[step] for step in sorted(by_step)]
-    rate, images = _column(rows, "images_per_second"), _column(rows, "images")
-    rate[~(rate > 1e-9)] = np.nan
-    timed = np.flatnonzero(np.isfinite(rate) & np.isfinite(images))
-    spent = np.zeros(len(rows))
-    spent[timed] = np.maximum(np.diff(images[timed], prepend=0), 0) / rate[timed]
-    seconds = np.cumsum(spent)
-    losses = [(row["step"], row["loss"]) for row in rows if jsonl.is_number(row.get("loss")) and math.isfinite(row["loss"])]
-    seen = images[np.isfinite(images)]
-    fields = {
-        "curves": _thin(rows, seconds.tolist(), points),
-        "step": rows[-1]["step"],
-        "images": int(seen[-1]) if len(seen) else None,
-        "seconds": float(seconds[-1]) if len(timed) else None,
-        "images_per_second": float(np.median(rate[timed])) if len(timed) else None,
-        "loss": losses[-1][1] if losses else None,
-        "jump": _jump(losses),
-    }
-    return fields, damage
-
-
-def _jump(losses: list[tuple[int, float]]) -> str:
-    """Where the loss of (step, loss) first rose far above its lowest value so far, and whether it came back; or nothing."""
-    lowest = math.inf
-    for step, loss in losses:
-        if 0 < JUMP * lowest < loss:
-            back = "recovered" if losses[-1][1] <= RETURN * lowest else "not recovered"
-            return f"loss {lowest:.3g} to {loss:.3g} at step {step:,}, {back}"
-        lowest = min(lowest, loss)
-    return ""
-
-
-def _number(row: dict, key: str) -> float | None:
-    """A finite number of a row."""
-    value = row.get(key)
-    return float(value) if value is not None and jsonl.is_number(value) and math.isfinite(value) else None
-
-
-def _thin(rows: list[dict], seconds: list[float], points: int) -> Curves:
-    """The columns of the rows with at most so many points, each of a few neighboring rows.
-
-    The neighborhoods are as long in steps as in factors of steps, so that a logarithmic axis has a beginning.
-    """
-    n = len(rows)
-    starts = np.arange(n)
-    if n > points:
-        linear, factors = np.linspace(0, n - 1, points * 3 // 4), np.geomspace(1, n, points // 4) - 1
-        starts = np.unique(np.concatenate([linear, factors]).astype(int))
-    last = np.append(starts[1:], n) - 1  # row of each neighborhood, which gives its place on the axes
-    curves = Curves(
-        step=[rows[i]["step"] for i in last],
-        images=[None if (value := _number(rows[i], "images")) is None else int(value) for i in last],
-        hours=[_short(seconds[i] / 3600) for i in last],
-    )
-    for name in dict.fromkeys(key for row in rows for key in row if key not in ("step", "images")):
-        values = _column(rows, name)
-        counts = np.add.reduceat(np.isfinite(values).astype(int), starts)
-        if not counts.any():
-            continue
-        means = np.add.reduceat(np.nan_to_num(values), starts) / np.maximum(counts, 1)
-        column = {"y": _listed(means, counts)}
-        if counts.max() > 1:
-            column |= {"low": _listed(np.fmin.reduceat(values, starts), counts)}
-            column |= {"high": _listed(np.fmax.reduceat(values, starts), counts)}
-        curves.columns[name] = column
-    return curves
-
-
-def _column(rows: list[dict], name: str) -> np.ndarray:
-    """The numbers of a column, nan for those that are not finite or so large that their sums are not."""
-    values = [row.get(name) for row in rows]
-    if not {type(value) for value in values} <= {float, type(None)}:
-        values = [float(value) if value is not None and jsonl.is_number(value) else None for value in values]
-    column = np.array(values, dtype=float)  # None becomes nan
-    column[~(np.abs(column) < 1e300)] = np.nan
-    return column
-
-
-def _listed(values: np.ndarray, counts: np.ndarray) -> list[float | None]:
-    return [_short(value) if count else None for value, count in zip(values.tolist(), counts, strict=True)]
-
-
-def _short(value: float) -> float:
-    """Five digits, which no curve shows more of."""
-    return float(f"{value:.5g}")
-
-
 def _figures(folder: Path, pictures: list[Path]) -> list[Path]:
     """PNG and GIF files of a run: of its tables first, then of other folders in it, e.g. of scripts.animate --out."""
     with suppress(OSError):
@@ -403,29 +283,13 @@ def _figures(folder: Path, pictures: list[Path]) -> list[Path]:
     return []
 
 
-def _commands(run: Run, values: dict[str, Any], interpolations: dict[str, Any]) -> dict[str, str]:
-    """Commands that work as printed in this folder and shell, by what they are for."""
-    if not values:
-        return {}
-    folder, program = run.folder if run.folder.name not in ("", "..") else run.folder.resolve(), _program(run)
-    processes = run.environment.get("processes")
-    launcher = commands.torchrun(processes) if isinstance(processes, int) and processes > 1 else commands.interpreter()
-    typed = [shlex.quote(f"{key}={value}") for key, value in interpolations.items()]  # a stored configuration resolves nothing
-    copy = files.free_folder(folder.with_name(f"{folder.name}_again"))
-    again: list[str | Path] = [*program, "-c", folder / "config.yaml", "-e", copy]
-    suggested = {
-        "train again": commands.command(*again, launcher=launcher),
-        "resume": " ".join([run_dir.resume_command(folder, " ".join(program), launcher=launcher), *typed]),
-    }
-    if program != ["train.py"]:
-        return suggested
-    with suppress(UserError):  # no snapshot yet
-        weights = snapshot.find(folder)
-        class_names = _read(run, "runs", str(weights.relative_to(folder)), _read_class_names, None)
-        if class_names is not None:
-            uses = _uses(folder, values, class_names, run.best)
-            suggested |= {key: " ".join([command, *typed]) for key, command in uses.items()}
-    return suggested
+def _class_names(run: Run) -> tuple[str, ...] | None:
+    """Of the latest snapshot; None where there is none, or where it is damaged."""
+    try:
+        weights = locate.find(run.folder)
+    except UserError:  # no snapshot yet
+        return None
+    return _read(run, "runs", str(weights.relative_to(run.folder)), _read_class_names, None)
 
 
 def _read_class_names(weights: Path) -> tuple[str, ...]:
@@ -439,35 +303,3 @@ def _read_class_names(weights: Path) -> tuple[str, ...]:
         raise ValueError(f"its header lacks {', '.join(sorted(missing))}")
     *_, class_names = header.read(entries)
     return class_names
-
-
-def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str], best: dict | None) -> dict[str, str]:
-    """What can be done with the weights of a flow. Images are sampled as those of the `best` entry of its tables were, where
-    solver, steps and guidance scale say all of it."""
-    prompts, solver = [], []
-    further = ("guidance_interval", "guide", "source", "ema_width")
-    if best and best["method"] in SOLVERS and best["steps"] and not any(best[name] for name in further):
-        solver = ["--sampling_method", best["method"], "--sampling_steps", str(best["steps"])]
-        solver += commands.condition_flags(1 if best["guidance_scale"] is None else best["guidance_scale"])
-    if values.get("model.args.max_prompt_bytes"):
-        prompts = ["--prompts", captions.plain(class_names[0])] if class_names else []
-    data, extractor = values.get("data.name"), values.get("evaluate.feature_extractor")
-    extractor = data if data in list(classifiers.SIDES) else extractor
-    flags = ["--feature_extractor", str(extractor)] if extractor and data != "toys" else []
-    flags += ["--n_samples", str(values.get("evaluate.n_samples", 10_000))]
-    solvers = ["--methods", "euler", "heun", "--sampling_steps", "5", "10", "20"]
-    animate: list[str | Path] = ["-m", "scripts.animate", "--weights", folder]
-    return {
-        SAMPLE: commands.sample_command(folder, folder.name, *solver, *prompts),
-        "evaluate": commands.command("evaluate.py", "--weights", folder, *solvers, *flags),
-        "animate": commands.command(*animate, "--out", files.free_folder(folder / "animation"), *prompts),
-        TRAJECTORY: commands.command(*animate, "--trajectory_grids", *prompts),
-    }
-
-
-def _program(run: Run) -> list[str]:
-    """What trains the run, from the command that is recorded."""
-    with suppress(ValueError, IndexError):  # a command that no shell could read, or none
-        if Path(shlex.split(str(run.environment.get("command", "")))[0]).stem == "train_vae":
-            return ["-m", "scripts.train_vae"]
-    return ["train.py"]

@@ -12,7 +12,7 @@ from configs import keys, loading, schema
 from configs.errors import UserError
 from flow import path
 from flow.model import FlowModel
-from flow.sampling import snapshot
+from flow.sampling import locate
 from flow.sampling.images import write_png
 
 MLP = [*TINY_RUN, "model.name=mlp", "model.args={width: 8, depth: 1}", "train.steps=2"]
@@ -30,7 +30,7 @@ def test_text_from_the_environment_is_stored_as_typed(here, error, monkeypatch, 
     run = tmp_path / "run"
     typed = ["data.root=${oc.env:PLACE}/data", "train.steps=${oc.env:STEPS}", "preview.seed=${train.batch_size}"]
     here("train", *MLP, *typed, "-e", run)
-    for text in ((run / "config.yaml").read_text(), header_of(snapshot.find(run))["config"]):
+    for text in ((run / "config.yaml").read_text(), header_of(locate.find(run))["config"]):
         assert "root: ${oc.env:PLACE}/data" in text and "hunter2" not in text
         assert "steps: 2\n" in text and "seed: 32\n" in text
     line = error("train", "-e", run, "-r", "latest")
@@ -45,11 +45,11 @@ def test_text_from_the_environment_is_stored_as_typed(here, error, monkeypatch, 
 def test_a_header_resolves_nothing(error, here, monkeypatch, tiny_run, tmp_path, key):
     """An interpolation that sampling needs is refused, and may be given on the command line."""
     monkeypatch.setenv("SECRET", "hunter2")
-    header, path = header_of(snapshot.find(tiny_run)), tmp_path / "s.safetensors"
+    header, path = header_of(locate.find(tiny_run)), tmp_path / "s.safetensors"
     value = {"model.args.width": "width: 16", "flow.path": "path: linear"}[key]
     name, right = value.split(": ")
     header["config"] = header["config"].replace(value, f"{name}: ${{oc.env:SECRET}}", 1)
-    save_file(load_file(snapshot.find(tiny_run)), path, metadata=header)
+    save_file(load_file(locate.find(tiny_run)), path, metadata=header)
     ask = ["--weights", path, "--n_samples", "2", "--sampling_steps", "1", "--save_dir", tmp_path / "out"]
     line = error("sample", *ask)
     assert f"{key}=${{oc.env:SECRET}}: a stored configuration resolves nothing" in line and "hunter2" not in line

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import datasets
 from datasets.packed import Packed
-from flow.sampling import snapshot
+from flow.sampling import locate
 
 SMALL = ["model.name=mlp", "model.args={width: 16}"]
 
@@ -78,7 +78,7 @@ def test_training_equals_that_from_the_folder(here, tmp_path, photos, path):
     said = here("train", *from_packed, "-e", tmp_path / "packed", "train.steps=2")
     assert "2 classes (cats, discs)" in said and "pack_images" not in said
     here("train", "-e", tmp_path / "packed", "-r", "latest", "train.steps=4")
-    one, other = (load_file(snapshot.find(tmp_path / name)) for name in ("folder", "packed"))
+    one, other = (load_file(locate.find(tmp_path / name)) for name in ("folder", "packed"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

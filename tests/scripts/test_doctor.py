@@ -12,8 +12,7 @@ from PIL import Image
 from configs import loading
 from flow.runtime.errors import cli_main
 from flow.training.ema import Ema
-from scripts.doctor import __main__ as doctor
-from scripts.doctor import machine
+from scripts.doctor import configuration, machine
 from scripts.doctor.trial import Trial
 
 HEALTHY = [
@@ -108,14 +107,14 @@ def test_share_of_the_start_in_the_average(half_life, ratio):
     for step in range(1, 41):
         ema.update(32, 32 * step)
     left = ema.state_dict(0)["weight"].item()
-    assert doctor.start_left(40, 32, half_life, ratio) == pytest.approx(left, rel=1e-3, abs=1e-9)
+    assert configuration.start_left(40, 32, half_life, ratio) == pytest.approx(left, rel=1e-3, abs=1e-9)
 
 
 def test_half_life_that_is_not_reached():
     run = ["train.steps=100", "train.batch_size=10", "ema.warmup_ratio=0.05"]
-    ((_, text),) = found(doctor.ema, *run, "ema.half_life_images=1000")
+    ((_, text),) = found(configuration.ema, *run, "ema.half_life_images=1000")
     assert text.startswith("half-life 50 of 1,000 images (ema.warmup_ratio allows no more; ema.half_life_images=1000 is not")
-    ((_, text),) = found(doctor.ema, *run, "ema.half_life_images=40")
+    ((_, text),) = found(configuration.ema, *run, "ema.half_life_images=40")
     assert text.startswith("half-life 40 of 1,000 images, ")
 
 
@@ -128,7 +127,7 @@ def test_processes_against_gpus(monkeypatch, gpus, processes, level, told):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    (first, text), (second, _) = found(doctor.devices, device="cuda", processes=processes)
+    (first, text), (second, _) = found(machine.devices, device="cuda", processes=processes)
     assert first == level and told in text
     assert second == "warn"  # fp32 where bf16 is to be had
 
@@ -142,11 +141,11 @@ def test_memory_and_disk(tmp_path):
         vars(sick).update(made)
         return list(check(sick))
 
-    assert [level for level, _ in examined(doctor.disk, **trial(10**6, 0))] == ["pass"]
-    ((level, text),) = examined(doctor.disk, **trial(10**15, 0))
+    assert [level for level, _ in examined(machine.disk, **trial(10**6, 0))] == ["pass"]
+    ((level, text),) = examined(machine.disk, **trial(10**15, 0))
     assert level == "fail" and "2 checkpoint(s) and 100 snapshot(s)" in text and "train.keep_checkpoints=1" in text
-    assert [level for level, _ in examined(doctor.memory, **trial(1, 10**6))] == ["pass"]
-    ((level, text),) = examined(doctor.memory, **trial(1, 10**15))
+    assert [level for level, _ in examined(machine.memory, **trial(1, 10**6))] == ["pass"]
+    ((level, text),) = examined(machine.memory, **trial(1, 10**15))
     assert level == "warn" and "double train.gradient_accumulation_steps" in text
 
 
@@ -157,19 +156,19 @@ def test_memory_and_disk(tmp_path):
 def test_checkpoints_of_evaluations_are_counted(tmp_path, own, evaluation, count):
     """Each once, with the last one."""
     intervals = [f"train.checkpoint_every_steps={own}", f"evaluate.every_steps={evaluation}", "train.steps=1200"]
-    assert doctor.num_checkpoints(loading.load(None, intervals)) == count
+    assert configuration.num_checkpoints(loading.load(None, intervals)) == count
     trial = Trial(1.0, 1.0, 1.0, 1.0, 10**6, 10**5, 0)
-    ((_, text),) = found(doctor.disk, *intervals, "train.keep_snapshots=0", trial=trial, run_dir=tmp_path)
+    ((_, text),) = found(machine.disk, *intervals, "train.keep_snapshots=0", trial=trial, run_dir=tmp_path)
     assert f" and {count} snapshot(s) need" in text
 
 
 @pytest.mark.parametrize(("every", "level"), [(30, "pass"), (300, "warn"), (0, "warn")])
 def test_stored_averages_are_counted(tmp_path, every, level):
     averages = ["ema.power_widths=[0.05, 0.1]", f"ema.power_every_steps={every}", "train.steps=1200", "train.batch_size=32"]
-    result, text = found(doctor.ema, *averages, "ema.half_life_images=3000")[-1]
+    result, text = found(configuration.ema, *averages, "ema.half_life_images=3000")[-1]
     assert result == level and ("set ema.power_every_steps=30" in text) == (level == "warn")
     trial = Trial(1.0, 1.0, 1.0, 1.0, 10**6, 10**5, 0)
-    ((_, text),) = found(doctor.disk, *averages, trial=trial, run_dir=tmp_path)
+    ((_, text),) = found(machine.disk, *averages, trial=trial, run_dir=tmp_path)
     assert f"and {2 * (1200 // every if every else 1)} stored averages need" in text
 
 
@@ -182,9 +181,9 @@ def test_stored_averages_are_counted(tmp_path, every, level):
     ],
 )
 def test_long_steps_of_a_flow_map(overrides, level, told):
-    (line,) = found(doctor.long_steps, "loss.name=mean_flow", *overrides)
+    (line,) = found(configuration.long_steps, "loss.name=mean_flow", *overrides)
     assert line[0] == level and line[1].startswith(told), line
-    assert not found(doctor.long_steps, *overrides)
+    assert not found(configuration.long_steps, *overrides)
 
 
 def test_files_of_a_folder_are_opened(main_of, capsys, tmp_path):

@@ -7,7 +7,7 @@ from conftest import TINY_TRAIN
 from PIL import Image
 from safetensors.torch import load_file
 
-from flow.sampling import snapshot
+from flow.sampling import locate, snapshot
 from flow.sampling.images import read_png
 
 
@@ -15,7 +15,7 @@ def test_half_the_size(here, error, tmp_path, tiny_run):
     """And it samples the same images, to the rounding."""
     out = tmp_path / "half.safetensors"
     printed = here("export", "--weights", tiny_run, "--out", out)
-    source = snapshot.find(tiny_run)
+    source = locate.find(tiny_run)
     assert out.stat().st_size < 0.6 * source.stat().st_size and "sample.py" in printed.splitlines()[-1]
     before, after = load_file(source), load_file(out)
     assert all(torch.equal(after[key], before[key].half()) for key in before)

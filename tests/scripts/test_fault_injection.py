@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import succeed
 
-from flow.sampling import snapshot
+from flow.sampling import locate
 from scripts.dev import fault_injection
 
 
@@ -30,8 +30,8 @@ def test_compare_reports_each_difference(tiny_run, tmp_path):
     assert fault_injection.compare(tiny_run, same) == []
     for number, damage in enumerate((
         lambda run: (run / "snapshots" / "new.txt").touch(),
-        lambda run: snapshot.find(run).unlink(),
-        lambda run: snapshot.find(run).write_bytes(snapshot.find(run).read_bytes()[:-1] + b"x"),
+        lambda run: locate.find(run).unlink(),
+        lambda run: locate.find(run).write_bytes(locate.find(run).read_bytes()[:-1] + b"x"),
         lambda run: (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace('"step": 4', '"step": 5')),
         lambda run: shutil.copy(*(run / "checkpoints" / f"step_0000000{k}" / "optimizer.bin" for k in (2, 4))),
     )):  # fmt: skip

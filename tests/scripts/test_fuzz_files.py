@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_fuzz_commands import CASES, Outcomes, attempt, attempt_and_read
 
-from flow.sampling import images, snapshot
+from flow.sampling import images, locate, snapshot
 from flow.training.logging import read_metrics
 
 JSON_VALUES = [
@@ -143,7 +143,7 @@ def of_images(snap: snapshot.Snapshot) -> tuple:
 
 def fuzz_headers(cases: int, seed: int, main_of, capsys, run: Path) -> Outcomes:
     """Silent would be: other images, though neither the network nor the path is another one; or numbers that are not finite."""
-    outcomes, rng, source = Outcomes(), random.Random(seed), snapshot.find(run)
+    outcomes, rng, source = Outcomes(), random.Random(seed), locate.find(run)
     ask = ["--n_samples", "2", "--sampling_steps", "1", "--bspp", "2", "--save_dir"]
     with tempfile.TemporaryDirectory() as scratch:
         path, out = Path(scratch) / "s.safetensors", Path(scratch) / "out"

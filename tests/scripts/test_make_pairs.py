@@ -18,7 +18,7 @@ import datasets
 from datasets.pairs import Pairs
 from flow.couplings import PairedCoupling
 from flow.noise import gaussian_noise
-from flow.sampling import snapshot
+from flow.sampling import locate, snapshot
 from flow.sampling.generate import generate, index_batches
 from flow.sampling.settings import SamplerSettings
 from flow.source import GaussianSource
@@ -175,7 +175,7 @@ def test_training_on_pairs_resumes_exactly(here, tmp_path, folder, tiny_run):
     here("train", *reflow, "-e", tmp_path / "whole")
     here("train", *reflow, "-e", tmp_path / "cut", "train.steps=2")
     here("train", "-e", tmp_path / "cut", "-r", "latest", "train.steps=4")
-    whole, cut = (load_file(snapshot.find(tmp_path / name)) for name in ("whole", "cut"))
+    whole, cut = (load_file(locate.find(tmp_path / name)) for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from flow.evaluation import plots, table
 from flow.runtime import step_names, subprocesses
-from flow.sampling import snapshot
+from flow.sampling import locate
 from scripts import optimize_guidance
 
 FLAGS = ["--feature_extractor", "digits", "--sampling_method", "euler", "--sampling_steps", "2"]
@@ -71,7 +71,7 @@ def test_errors(flags, message, error, tiny_run, tmp_path):
 
 
 def test_a_run_and_its_latest_file_are_one_guide(optimize, tmp_path, tiny_run):
-    latest = snapshot.find(tiny_run)
+    latest = locate.find(tiny_run)
     optimize("--guidance_scale", "1", "2", "--guide_weights", tiny_run, latest, "--n_samples", "40")
     assert len(rows_of(tmp_path)) == 3  # none, with the null label, with the guide
 

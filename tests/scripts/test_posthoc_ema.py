@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flow.evaluation import table
 from flow.runtime import step_names
-from flow.sampling import snapshot
+from flow.sampling import locate, snapshot
 from flow.sampling.sampler import Sampler
 
 MLP = [
@@ -133,7 +133,7 @@ def test_mistakes(error, tiny_run, copy, tmp_path):
     content[-1] ^= 1
     damaged.write_bytes(content)
     assert f"--weights {damaged}: has changed since it was written" in error(*posthoc, "0.2")
-    shutil.copyfile(snapshot.find(tiny_run), damaged)
+    shutil.copyfile(locate.find(tiny_run), damaged)
     assert f"--weights {damaged}: not a stored average" in error(*posthoc, "0.2")
     damaged.write_bytes(content[:100])
     assert f"--weights {damaged}: not a whole safetensors file" in error(*posthoc, "0.2")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from configs import loading
 from configs.rectify import PairsConfig, RectifyConfig
 from flow.evaluation import table
-from flow.sampling import snapshot
+from flow.sampling import locate, snapshot
 from flow.training import checkpoint
 from scripts import rectify
 
@@ -101,7 +101,7 @@ def results(folder: Path) -> dict:
     files = {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("pa*/*"))}
     weights = {}
     for name in ("1-rf", "2-rf", "distilled", "on_paths", "flow_map"):
-        weights |= {f"{name} {key}": value.tolist() for key, value in load_file(snapshot.find(folder / name)).items()}
+        weights |= {f"{name} {key}": value.tolist() for key, value in load_file(locate.find(folder / name)).items()}
     rows = [
         {k: v for k, v in row.items() if k not in ("seconds", "identity")} for row in table.read_rows(folder / "evaluation")
     ]

@@ -17,21 +17,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import REPOSITORY, TINY_TRAIN, run_here, succeed
+from conftest import DROPOUT, REPOSITORY, TINY_TRAIN, run_here, succeed
 from safetensors.torch import load_file
 
 from flow.runtime import files, step_names
 from flow.runtime.errors import cli_main
-from flow.sampling import images, snapshot
+from flow.sampling import images, locate, snapshot
 from flow.training import checkpoint
 from flow.training.logging import read_metrics
 from flow.training.trainer import Callback
 from scripts.dev import fault_injection
 
-DROPOUT = (
-    "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
-    "num_classes: 10, dropout: 0.1}"
-)
 LONGER = [*TINY_TRAIN, DROPOUT, "train.steps=8", "train.checkpoint_every_steps=4", "train.log_every_steps=3"]
 TO_KILL = [*LONGER, "train.steps=24", "train.checkpoint_every_steps=12", "train.log_every_steps=9"]
 
@@ -155,7 +151,7 @@ def test_two_processes_equal_one(group, tmp_path):
     for other in (elastic, one):
         for a, b in zip(losses(both), losses(other), strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        ema_a, ema_b = (load_file(snapshot.find(run)) for run in (both, other))
+        ema_a, ema_b = (load_file(locate.find(run)) for run in (both, other))
         assert max((ema_a[k] - ema_b[k]).abs().max().item() for k in ema_a) < 1e-4
 
 
@@ -214,7 +210,7 @@ def test_what_lies_past_the_resumed_step_is_set_aside(here, tmp_path, tiny_run):
     printed = here("train", "-e", run, "-r", "latest", "train.steps=3", "train.keep_checkpoints=1", "train.keep_snapshots=1")
     assert f"2 checkpoints and snapshots past step 2 are in {run}/set_aside now" in printed
     assert newest(run).name == "step_00000003" and checkpoint.verify(newest(run)) is None
-    assert snapshot.find(run).name == "step_00000003.safetensors"
+    assert locate.find(run).name == "step_00000003.safetensors"
     aside = {path.relative_to(run / "set_aside").as_posix() for path in (run / "set_aside").glob("*/*")}
     assert aside == {"checkpoints/step_00000004", "snapshots/step_00000004.safetensors"}
 
@@ -240,13 +236,13 @@ def test_kill_after_checkpoint_loses_nothing(here, tmp_path, uninterrupted):
     """A kill after a checkpoint loses neither snapshot nor preview."""
     run = tmp_path / "run"
     shutil.copytree(uninterrupted, run)
-    lost, preview = snapshot.find(run), run / "samples" / "step_00000008.png"
+    lost, preview = locate.find(run), run / "samples" / "step_00000008.png"
     lost.unlink()
     preview.unlink()
     unfinished = run / "samples" / ".tmp-step_00000008.png"
     unfinished.write_bytes(b"half a picture")
     here("train", "-e", run, "-r", "latest")
-    assert lost.read_bytes() == snapshot.find(uninterrupted).read_bytes()
+    assert lost.read_bytes() == locate.find(uninterrupted).read_bytes()
     assert preview.read_bytes() == (uninterrupted / "samples" / preview.name).read_bytes()
     assert not unfinished.exists()
 
@@ -296,7 +292,7 @@ def test_init_from_takes_snapshot_weights(here, tmp_path, uninterrupted):
     """With a learning rate of almost nothing, one step leaves the weights where they began."""
     run = tmp_path / "run"
     here("train", *LONGER, "-e", run, "train.steps=1", f"train.init_from={uninterrupted}", "optimizer.lr=1e-12")
-    before, after = (load_file(snapshot.find(path)) for path in (uninterrupted, run))
+    before, after = (load_file(locate.find(path)) for path in (uninterrupted, run))
     assert max((before[k] - after[k]).abs().max().item() for k in before) < 1e-6
 
 
@@ -319,7 +315,7 @@ def test_several_half_lives_and_trackers(here, tmp_path):
 def test_compiled_network_trains_and_its_weights_load(tmp_path, tiny_run):
     run = tmp_path / "run"
     succeed("train.py", *TINY_TRAIN, "-e", run, "train.compile=true", timeout=600)
-    weights, reference = load_file(snapshot.find(run)), load_file(snapshot.find(tiny_run))
+    weights, reference = load_file(locate.find(run)), load_file(locate.find(tiny_run))
     assert weights.keys() == reference.keys()
     assert max((weights[k] - reference[k]).abs().max().item() for k in weights) < 1e-3
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from configs import loading
 from configs.errors import UserError
-from flow.sampling import snapshot
+from flow.sampling import locate
 from flow.training import checkpoint
 
 
@@ -174,7 +174,7 @@ def test_weights(script, error, tiny_run, tmp_path):
     more = ["--n_samples", "2"] + (
         ["--save_dir", tmp_path / "out"] if script == "sample" else ["--feature_extractor", "digits"]
     )
-    whole = snapshot.find(tiny_run)
+    whole = locate.find(tiny_run)
     broken, text, foreign = (tmp_path / f"{name}.safetensors" for name in ("broken", "text", "foreign"))
     broken.write_bytes(whole.read_bytes()[:5000])
     text.write_text("these are no weights")

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flow.evaluation import animation, plots, plots_2d, table
+from flow.evaluation import animation, pictures, plots, plots_2d, table
 from flow.sampling import images
 
 
@@ -88,7 +88,7 @@ def test_intervals_and_the_floor_are_drawn(figures, tmp_path):
 
 def test_closest_images_are_pairs(figures, tmp_path):
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
-    plots.closest_images(tmp_path / "a.png", images, images + 100, [0.5 + 0.1 * k for k in range(10)], "row")
+    pictures.closest_images(tmp_path / "a.png", images, images + 100, [0.5 + 0.1 * k for k in range(10)], "row")
     shown = [(ax.get_title(), int(ax.images[0].get_array().flat[0])) for ax in figures[0].axes if ax.images]
     titles = [title for title, _ in shown if title]
     assert len(shown) == 20 and sorted(titles) == sorted(f"{0.5 + 0.1 * k:.2f}" for k in range(10))
@@ -255,6 +255,33 @@ def test_distance_against_width_needs_two_widths(tmp_path):
     assert not list(tmp_path.iterdir())
     plots.distance_against_width(figure, [*entries, {**entries[1], "ema_width": 0.2}])
     assert figure.stat().st_size > 10_000
+
+
+def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
+    entry = {
+        "weights": "w",
+        "captions": None,
+        "method": "euler",
+        "guidance_scale": 1.0,
+        "NFE": 2,
+        "metrics": {"FID": table.Statistic(4.0, math.nan)},
+    }
+    plots.distance_against_nfe(tmp_path / "one.png", [entry])
+    assert not (tmp_path / "one.png").exists()
+    plots.distance_against_nfe(tmp_path / "two.png", [entry, {**entry, "NFE": 4}])
+    assert Image.open(tmp_path / "two.png").width > 400
+    control = {
+        **entry,
+        "weights": "real (test split)",
+        "method": None,
+        "NFE": None,
+        "n": 9,
+        "metrics": {"FID": table.Statistic(1.0, math.nan)},
+    }
+    plots.distance_against_nfe(tmp_path / "control.png", [entry, control])
+    assert not (tmp_path / "control.png").exists()
+    plots.distance_against_nfe(tmp_path / "control.png", [entry, {**entry, "NFE": 4}, control])
+    assert (tmp_path / "control.png").read_bytes() != (tmp_path / "two.png").read_bytes()
 
 
 def test_many_kinds_of_guidance_leave_nfe_plot(figures, tmp_path):

@@ -9,7 +9,7 @@ from conftest import TINY_TRAIN, run_here, succeed
 from safetensors.torch import load_file
 
 import datasets
-from flow.sampling import snapshot
+from flow.sampling import locate, snapshot
 from flow.sampling.generate import sample_batch
 from flow.sampling.sampler import Sampler
 from flow.sampling.settings import SamplerSettings
@@ -22,7 +22,7 @@ PATHS = ["--n_pairs", "40", "--shard_pairs", "20", "--bspp", "10", "--sampling_s
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(snapshot.find(run))
+    return load_file(locate.find(run))
 
 
 def same(a: Path, b: Path) -> bool:

@@ -14,7 +14,7 @@ import models
 from configs.errors import UserError
 from flow import losses, path, solvers, time_samplers
 from flow.model import FlowModel
-from flow.sampling import snapshot
+from flow.sampling import locate
 from flow.solvers.time_grids import uniform
 from flow.training.eager import EagerNetwork
 
@@ -86,7 +86,7 @@ def test_flow_weights_start_a_flow_map(here, tmp_path, tiny_run):
     """The embedding of the second time is the only part that the weights of a flow lack."""
     start = [f"train.init_from={tiny_run}", "model.args.two_times=true", "train.steps=1", "optimizer.lr=1e-12"]
     here("train", *TINY_TRAIN, *start, "-e", tmp_path / "run")
-    before, after = (load_file(snapshot.find(run)) for run in (tiny_run, tmp_path / "run"))
+    before, after = (load_file(locate.find(run)) for run in (tiny_run, tmp_path / "run"))
     assert {key for key in after if key not in before} == {"step_embedding.linear.weight", "step_embedding.linear.bias"}
     assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import UserError
 from flow.runtime import files, step_names
 from flow.runtime.errors import cli_main
-from flow.sampling import digest, snapshot
+from flow.sampling import digest, locate, snapshot
 from flow.training import checkpoint
 
 TRIALS = 30  # damages to each file
@@ -49,7 +49,7 @@ def test_every_damage_to_a_checkpoint_is_found(tiny_run, tmp_path):
 
 def test_every_damage_to_a_snapshot_is_found(tiny_run, tmp_path):
     """But for one that hits the digest's own name, which leaves the weights as they were."""
-    path, whole = tmp_path / "a.safetensors", snapshot.find(tiny_run).read_bytes()
+    path, whole = tmp_path / "a.safetensors", locate.find(tiny_run).read_bytes()
     path.write_bytes(whole)
     right = snapshot.load(path)
     rng = np.random.default_rng(1)
@@ -75,7 +75,7 @@ def test_the_same_weights_are_the_same_file(tiny_run, tmp_path):
 
 
 def test_a_snapshot_of_before_there_were_digests_loads(tiny_run, tmp_path):
-    weights = load_file(snapshot.find(tiny_run))
+    weights = load_file(locate.find(tiny_run))
     header = {"config": "seed: 3", "image_shape": "[1, 8, 8]", "step": "3", "images": "96", "half_life_images": "500"}
     path = tmp_path / "a.safetensors"
     save_file(weights, path, metadata=header)

@@ -22,7 +22,7 @@ from configs import loading
 from configs.errors import UserError
 from flow.runtime import distributed, files, lock
 from flow.runtime.errors import cli_main
-from flow.sampling import snapshot
+from flow.sampling import locate, snapshot
 from flow.training import checkpoint
 from scripts.dev import fault_injection
 
@@ -59,7 +59,7 @@ def command(request, tiny_run, points, tmp_path):
             weights = ["--weights", folder / "net.safetensors"]
             if not weights[1].exists():
                 folder.mkdir(exist_ok=True)
-                weights[1].write_bytes(snapshot.find(tiny_run).read_bytes())
+                weights[1].write_bytes(locate.find(tiny_run).read_bytes())
         if name == "rectify":  # its chain ends with the first command, which marks where it begins and ends
             (tmp_path / "chain.sh").write_text(f"echo begin >> {folder}.txt; sleep 0.3; echo end >> {folder}.txt; exit 7")
             reflow = {"data": {"name": "pairs"}, "flow": {"coupling": "paired"}}

@@ -24,7 +24,7 @@ from datasets.folder import Folder
 from flow.evaluation import feature_cache, features, reference
 from flow.runtime import distributed, files
 from flow.runtime.errors import cli_main
-from flow.sampling import images, snapshot
+from flow.sampling import images, locate
 from flow.training import checkpoint
 from flow.training.data_loader import TrainingLoader
 
@@ -212,7 +212,7 @@ def test_yaml_makes_no_objects(error, pwned, tiny_run, tmp_path, yaml):
     (run / "config.yaml").write_text(f"seed: {yaml}")
     assert "config.yaml: not YAML" in error("train", "-e", run, "-r", "latest")
     header = {"config": f"seed: {yaml}", "image_shape": "[1, 8, 8]", "step": "1", "images": "1", "half_life_images": "1"}
-    save_file(load_file(snapshot.find(tiny_run)), tmp_path / "s.safetensors", metadata=header)
+    save_file(load_file(locate.find(tiny_run)), tmp_path / "s.safetensors", metadata=header)
     line = error("sample", "--weights", tmp_path / "s.safetensors", "--n_samples", "2", "--save_dir", tmp_path / "out")
     assert "s.safetensors: not YAML" in line
     with pytest.raises(UserError, match="holds no `key: value` lines"):

@@ -14,7 +14,7 @@ from configs import loading
 from configs.errors import UserError
 from configs.schema import Config
 from flow.runtime import files
-from flow.sampling import snapshot
+from flow.sampling import locate, snapshot
 from flow.training import checkpoint
 
 SHAPE = (1, 8, 8)
@@ -92,8 +92,8 @@ def test_published_snapshots_outlive_their_checkpoints(tmp_path):
     assert {p.name for p in (run / "snapshots").iterdir()} == {f"{name}.safetensors" for name in names}
 
     latest = run / "snapshots" / "step_00000011.safetensors"
-    assert snapshot.find(run) == latest and snapshot.find(latest) == latest and snapshot.find(run / "snapshots") == latest
-    assert snapshot.find(saved) == saved / "ema.safetensors"
+    assert locate.find(run) == latest and locate.find(latest) == latest and locate.find(run / "snapshots") == latest
+    assert locate.find(saved) == saved / "ema.safetensors"
     shutil.rmtree(run / "checkpoints")
     assert snapshot.load(run).step == 11 and snapshot.load(run).half_life_images == 500
     assert snapshot.load(run / "snapshots" / "step_00000010.ema_9000.safetensors").half_life_images == 9000
@@ -106,14 +106,28 @@ def test_snapshots_of_a_run(tmp_path):
     for step in (200, 1000, 30):
         for name in (f"step_{step:08d}.safetensors", f"step_{step:08d}.ema_9000.safetensors", f"step_{step:08d}.grids.json"):
             (folder / name).touch()
-    run, found = snapshot.of_run(tmp_path / "run", ["all"])
-    assert run == tmp_path / "run" and [p.name for p in found] == [f"step_{k:08d}.safetensors" for k in (30, 200, 1000)]
-    run, found = snapshot.of_run(folder / "step_00000030.ema_9000.safetensors", ["1000", "200"])
-    assert run == tmp_path / "run" and [p.name for p in found] == [f"step_{k:08d}.ema_9000.safetensors" for k in (200, 1000)]
+    found = locate.snapshots_of_run(tmp_path / "run", ["all"])
+    assert [p.name for p in found] == [f"step_{k:08d}.safetensors" for k in (30, 200, 1000)]
+    found = locate.snapshots_of_run(folder / "step_00000030.ema_9000.safetensors", ["1000", "200"])
+    assert [p.name for p in found] == [f"step_{k:08d}.ema_9000.safetensors" for k in (200, 1000)]
     with pytest.raises(UserError, match="--snapshots 31: must be all, or steps among 30, 200, 1000"):
-        snapshot.of_run(tmp_path / "run", ["30", "31"])
+        locate.snapshots_of_run(tmp_path / "run", ["30", "31"])
     with pytest.raises(UserError, match="neither a run folder with snapshots nor one of its snapshots"):
-        snapshot.of_run(folder, ["all"])
+        locate.snapshots_of_run(folder, ["all"])
+
+
+def test_results_lie_in_the_run_folder(tmp_path, monkeypatch):
+    """Those of a checkpoint, too, which the training may delete."""
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/first")
+    checkpoint = run / "checkpoints/step_00000003"
+    for file in (run / "snapshots/step_00000003.safetensors", checkpoint / locate.EMA_FILE, Path("other/ema.safetensors")):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (run / "config.yaml").touch()
+    for weights in (run, run / "snapshots/step_00000003.safetensors", checkpoint, checkpoint / locate.EMA_FILE):
+        assert locate.results_folder(weights) == run
+    assert locate.results_folder("other") == locate.results_folder("other/ema.safetensors") == Path("other")
 
 
 def test_publishing_without_hard_links_copies(tmp_path, monkeypatch):
@@ -123,7 +137,7 @@ def test_publishing_without_hard_links_copies(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     save_snapshot(tmp_path / "c" / "ema.safetensors", 4)
     checkpoint.link_ema_snapshots(tmp_path / "c", tmp_path / "snapshots", 4, [500], keep=0)
-    assert load_file(snapshot.find(tmp_path / "snapshots"))["weight"].tolist() == [4.5, 4.5]
+    assert load_file(locate.find(tmp_path / "snapshots"))["weight"].tolist() == [4.5, 4.5]
 
 
 def test_the_hash_is_that_of_the_file_that_was_read(tmp_path):
@@ -145,6 +159,6 @@ def test_pinned_weights_stay_those_that_were_read(tmp_path):
     snap = snapshot.load(run)
     save_snapshot(run / "snapshots/step_00000004.safetensors", 4)
     assert snapshot.load(run).step == 4
-    pinned = snapshot.pinned(str(run), snap)
+    pinned = locate.pinned(str(run), snap.path)
     assert pinned == str(run / "snapshots/step_00000003.safetensors") and snapshot.load(pinned).sha256 == snap.sha256
-    assert snapshot.pinned("hf:owner/name@main", snap) == "hf:owner/name@main"
+    assert locate.pinned("hf:owner/name@main", snap.path) == "hf:owner/name@main"

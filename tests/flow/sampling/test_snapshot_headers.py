@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY_TRAIN, stranger
 from safetensors.torch import load_file
 
-from flow.sampling import snapshot
+from flow.sampling import locate, snapshot
 
 
 def test_foreign_paths_need_repetition(error, here, tiny_run, tmp_path):
@@ -107,7 +107,7 @@ def test_source_in_a_header_is_checked(error, tiny_run, tmp_path, args, message)
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(error, tiny_run, tmp_path, number):
-    path, weights = tmp_path / "s.safetensors", load_file(snapshot.find(tiny_run))
+    path, weights = tmp_path / "s.safetensors", load_file(locate.find(tiny_run))
     weights["conv_in.weight"].view(-1)[3] = number
     whole = snapshot.load(tiny_run)
     snapshot.save(path, weights, whole.config, whole.image_shape, 1, 1)

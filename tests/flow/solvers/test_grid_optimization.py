@@ -11,7 +11,7 @@ import torch
 import models
 from configs import loading
 from flow import solvers
-from flow.sampling import grid_store, snapshot
+from flow.sampling import grid_store, locate, snapshot
 from flow.solvers import grid_optimization, time_grids
 
 
@@ -58,7 +58,7 @@ def test_descent_ends_closer_and_in_order():
 def test_commands(tmp_path, tiny_run, here, error):
     """optimize_grid stores beside the snapshot, sample.py uses it; grids of other weights and half files are refused."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
-    weights = snapshot.find(run)
+    weights = locate.find(run)
     tune = ["optimize_grid", "--weights", run, "--methods", "euler", "ab2", "--steps", "3"]
     tune += ["--n_images", "4", "--reference_steps", "16", "--evaluations", "5"]
     printed = here(*tune)
@@ -86,7 +86,7 @@ def test_commands(tmp_path, tiny_run, here, error):
 def test_one_bar_counts_all_evaluations(tmp_path, tiny_run, main_of, capsys):
     """From the first fine trajectory on, and it ends full although a descent may end early."""
     weights = tmp_path / "net.safetensors"
-    weights.write_bytes(snapshot.find(tiny_run).read_bytes())
+    weights.write_bytes(locate.find(tiny_run).read_bytes())
     tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "heun", "--steps", "2", "3"]
     main_of(*tune, "--n_images", "2", "--reference_steps", "16", "--evaluations", "3")()
     bars = re.findall(r"([^\r\n]+): +\d+%\|[^|]*\| (\d+)/(\d+)", capsys.readouterr().err)

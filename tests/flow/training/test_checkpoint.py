@@ -12,7 +12,7 @@ from torch import nn
 
 from configs.errors import UserError
 from flow.runtime import distributed, step_names
-from flow.sampling import snapshot
+from flow.sampling import locate
 from flow.training import checkpoint
 
 
@@ -26,7 +26,7 @@ def accelerator() -> Accelerator:
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path:
     """A checkpoint as train.py writes it, with an average of one tensor."""
     average = {"weight": torch.full((2,), float(step))}
-    write_average = lambda path: save_file(average, path / snapshot.EMA_FILE)  # noqa: E731
+    write_average = lambda path: save_file(average, path / locate.EMA_FILE)  # noqa: E731
     return checkpoint.save(accelerator, folder, step, {"updates": step}, write_average)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY_TRAIN, run_here
+from conftest import DROPOUT, TINY_TRAIN, run_here
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,12 +21,8 @@ from flow.training import checkpoint
 from flow.training.logging import read_metrics
 from flow.training.validation import by_time, validation_losses
 from scripts.dev import fault_injection
-from scripts.doctor.__main__ import num_checkpoints
+from scripts.doctor.configuration import num_checkpoints
 
-DROPOUT = (
-    "model.args={width: 16, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], head_channels: 16, "
-    "num_classes: 10, dropout: 0.1}"
-)
 TRAIN = [*TINY_TRAIN, DROPOUT, "data.args.split=train", "train.keep_checkpoints=0"]
 EVALUATE = [
     "evaluate.every_steps=3", "evaluate.n_samples=80", "evaluate.sampling_steps=1", "evaluate.feature_extractor=digits",

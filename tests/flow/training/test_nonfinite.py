@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import datasets
 from flow.runtime import distributed, step_names
-from flow.sampling import snapshot
+from flow.sampling import locate
 from flow.training import checkpoint, optimizer
 from flow.training.ema import Ema
 from flow.training.logging import read_metrics
@@ -78,7 +78,7 @@ def test_with_skip_such_a_step_leaves_no_trace(here, ruin, watched, tmp_path):
     assert watched["rates"] == [1, 2, 3, 4] and watched["averaged"] == 4
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1, 2, 2]
-    assert all(value.isfinite().all() for value in load_file(snapshot.find(run)).values())
+    assert all(value.isfinite().all() for value in load_file(locate.find(run)).values())
     state = checkpoint.load(distributed.build_accelerator(), checkpoint.list_checkpoints(run / "checkpoints")[-1])
     assert (state["step"], state["updates"]) == (6, 4)
 
@@ -144,7 +144,7 @@ def test_scaler_overflow_leaves_no_trace(here, ruin, watched, loss_scaler, tmp_p
     loss_scaler()  # the same steps left out without one: scales are powers of two, so that nothing is rounded
     ruin(1, 4)
     here("train", *MLP, "-e", tmp_path / "plain", *warm, "train.nonfinite_grad=skip")
-    a, b = (load_file(snapshot.find(tmp_path / name)) for name in ("run", "plain"))
+    a, b = (load_file(locate.find(tmp_path / name)) for name in ("run", "plain"))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 

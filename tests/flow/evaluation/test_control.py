@@ -1,0 +1,42 @@
+"""The row of real images: held-out ones, or one half of the reference against the other."""
+
+import pytest
+import torch
+from digits_features import write_folder
+
+import datasets
+from flow.evaluation import control, table
+
+
+def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run):
+    """Of real images: the folder of the held-out ones may be made anew."""
+    for name in ("train", "test"):
+        here("pack_images", "--source", "digits", "--split", name, "--save_dir", tmp_path / name)
+    command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--metrics", "fid", "--sampling_steps", 1]
+    command += ["--n_samples", 8, f"data.root={tmp_path}", "--out", tmp_path / "out", "data.name=packed"]
+    for name in ("test", "train", "test"):
+        here(*command, f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / name}}}")
+    rows = table.read_rows(tmp_path / "out")
+    assert [row["weights"] for row in rows] == ["real (held-out images)", "tiny@4", "real (held-out images)"]
+    assert rows[0]["metrics"] != rows[2]["metrics"]
+
+
+def test_choice_by_frequency():
+    """Classes are as frequent as in the reference; one that runs out is replaced, so that the number stays."""
+    pool, labels = [5, 4, 3, 2, 1, 0], torch.tensor([0, 0, 0, 1, 1, 1])
+    assert control.choose_by_frequency(pool, labels, torch.tensor([0, 0, 1]), 3) in ([2, 1, 5], [2, 5, 1])
+    assert sorted(control.choose_by_frequency(pool, labels, torch.tensor([0, 0, 1]), 6)) == sorted(pool)
+    assert control.choose_by_frequency(pool, labels, torch.tensor([0]), 4) == [2, 1, 0, 5]
+    assert control.choose_by_frequency(pool, None, None, 2) == [5, 4]
+
+
+@pytest.mark.slow
+def test_the_row_of_real_images_of_mnist(here, tmp_path, real_data):
+    """Test images against training ones, and the other way round."""
+    samples = write_folder(tmp_path / "samples", datasets.build("mnist", real_data, {"train": False}).images[:1000])
+    for name, kind in (("mnist", "test split"), ("mnist:test", "train split")):
+        out = tmp_path / kind
+        here("evaluate", "--samples", samples, "--reference", name, "--feature_extractor", "mnist", "--out", out)
+        control = next(row for row in table.read_rows(out) if table.is_control(row))
+        assert control["weights"] == f"real ({kind})" and control["n"] == 1000
+        assert 0.7 < control["metrics"]["FD-mnist"] < 1.8 and control["metrics"]["accuracy"] > 0.98

@@ -1,0 +1,91 @@
+"""Features of images: those of several processes and their moments in blocks, the classifiers, layers of Inception."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from conftest import run_script
+from digits_features import CPU, digits_extractor, feature_set, noisy_digits, write_folder
+
+import datasets
+from flow.evaluation import metrics, reference
+from flow.evaluation.classifiers import weights_file
+from flow.evaluation.comparison import Comparison
+from flow.evaluation.features import INCEPTION, BlockMoments, Extractor, FeatureSet, merge, merge_blocks
+
+extractor = pytest.fixture(digits_extractor, scope="module")
+
+
+def test_merging_processes_changes_nothing(extractor):
+    images = noisy_digits(300)
+    whole = feature_set(images, extractor)
+    parts = [FeatureSet(), FeatureSet()]
+    for number, first in enumerate(range(0, 300, 100)):
+        parts[number % 2].add(extractor.layer, range(first, first + 100), extractor(images[first : first + 100]))
+    merged = merge(parts)
+    assert torch.equal(merged.matrix("64"), whole.matrix("64"))  # in the order of the images
+    assert np.array_equal(merged.sigma, whole.sigma) and np.array_equal(merged.mu, whole.mu)
+    assert np.allclose(whole.sigma, np.cov(whole.matrix("64").double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_moments_of_blocks_equal_the_features(extractor):
+    """Also of two processes, and the standard error is about that of the features."""
+    images = noisy_digits(1797)
+    whole, parts = feature_set(images, extractor), [BlockMoments(), BlockMoments()]
+    for number, first in enumerate(range(0, 1797, 100)):
+        batch = images[first : first + 100]
+        parts[number % 2].add(extractor.layer, range(first, first + len(batch)), extractor(batch))
+    for part in parts:
+        part.flush()
+    merged = merge_blocks(parts)
+    assert merged.n == 1797
+    assert np.allclose(merged.mu, whole.mu, rtol=1e-8) and np.allclose(merged.sigma, whole.sigma, rtol=1e-8, atol=1e-8)
+    real = reference.from_features("digits", "x", feature_set(noisy_digits(1797, 0), extractor), extractor.layer)
+    blocks, rows = (Comparison(extractor, samples, real) for samples in (merged, whole))
+    a, b = (metrics.evaluate(c, ["fid"])["FD-digits"] for c in (blocks, rows))
+    assert a == pytest.approx(b, rel=1e-8)
+    assert blocks.standard_errors["FD-digits"] == pytest.approx(rows.standard_errors["FD-digits"], rel=0.4)
+    merged.bad = [117]
+    with pytest.raises(ValueError, match=r"of 1 of 1797 images of the samples are not finite .* the first is image 117"):
+        metrics.evaluate(blocks, ["fid"])
+
+
+@pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("mnist", 0.98), ("cifar10", 0.85)])
+def test_classifiers_know_their_classes(request, name, least):
+    """From a file under 1 MB; images of the test split, but for the digits, which have none."""
+    root = None if name == "digits" else request.getfixturevalue("real_data")
+    data = datasets.build(name, root, {} if name == "digits" else {"train": False})
+    extractor = Extractor(name, None, None, CPU)
+    logits = extractor(data.images[:500])["logits"]
+    assert (logits.argmax(1) == data.labels[:500]).float().mean() > least
+    assert weights_file(name).stat().st_size < 1e6
+
+
+def test_only_inception_2048_is_called_fid():
+    names = {}
+    for name, layer in ((INCEPTION, "2048"), (INCEPTION, "768"), ("mnist", "64")):
+        blank = Extractor.__new__(Extractor)
+        blank.name, blank.layer = name, layer
+        names[name, layer] = blank.distance_name
+    assert list(names.values()) == ["FID", "FD-inception-768", "FD-mnist"]
+
+
+@pytest.mark.slow
+def test_inception_768_gives_a_number_on_cifar10(tmp_path, real_data):
+    """Weights that end at layer 768, and the same number as torch-fidelity."""
+    weights = real_data / "inception-768.pth"
+    data = datasets.build("cifar10", real_data, {"train": False})
+    a, b = (write_folder(tmp_path / str(i), data.images[200 * i : 200 * i + 200]) for i in range(2))
+    result = run_script(
+        "evaluate.py", "--samples", a, "--reference", b, "--feature_layer", "768", "--feature_weights", weights, "--metrics",
+        "fid", "--no_control", f"data.root={tmp_path}", timeout=600, FLOW_NUM_THREADS="2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    ours = json.loads((tmp_path / "0_evaluation/results.jsonl").read_text())["metrics"]["FD-inception-768"]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(a), input2=str(b), cuda=False, fid=True, feature_layer_fid="768", verbose=False, cache=False,
+        feature_extractor_weights_path=str(weights),
+    )  # fmt: skip
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)

@@ -1,0 +1,65 @@
+"""Folders of samples: what `evaluate.py --samples DIR` reads and refuses."""
+
+import pytest
+import torch
+from digits_features import noisy_digits, write_folder
+
+import datasets
+from flow.evaluation import table
+
+
+@pytest.mark.parametrize(
+    ("n", "names", "rel"),
+    [(300, ["fid", "kid", "prc", "density_coverage"], 0), pytest.param(8300, ["fid"], 1e-8, marks=pytest.mark.slow)],
+    ids=["features", "moments"],
+)
+def test_two_processes_measure_a_folder(group, here, tmp_path, n, names, rel):
+    """The images being the same, so is every number, to the bit; moments in the place of many features are summed in another
+    order."""
+    samples = write_folder(tmp_path / "samples", noisy_digits(1797).repeat(5, 1, 1, 1)[:n])
+    command = [
+        "--samples",
+        samples,
+        "--reference",
+        "digits",
+        "--feature_extractor",
+        "digits",
+        "--metrics",
+        *names,
+        "--no_control",
+    ]
+    here("evaluate", *command, "--out", tmp_path / "one")
+    group("evaluate", *command, "--out", tmp_path / "two")
+    ([one], [two]) = (table.read_rows(tmp_path / name) for name in ("one", "two"))
+    for key in ("metrics", "standard_errors"):
+        assert one[key] and two[key] == pytest.approx(one[key], rel=rel, abs=0)
+
+
+def test_balanced_folder_is_warned_about(here, tmp_path, tiny_run):
+    """A warning names a folder whose classes take turns."""
+    here("sample", "--weights", tiny_run, "--n_samples", 66, "--sampling_steps", 1, "--save_dir", tmp_path / "samples")
+    command = ["evaluate", "--samples", tmp_path / "samples", "--reference", "digits", "--feature_extractor", "digits"]
+    assert "take turns over the classes, which are not equally frequent" in here(*command, f"data.root={tmp_path}")
+
+
+def test_labels_follow_the_number_of_an_image(here, error, tmp_path):
+    """Which is its name: a sample.py that was interrupted leaves gaps. The table of its folder lies in it."""
+    data, folder = datasets.build("digits", None, {}), tmp_path / "samples"
+    in_turn = torch.stack([data.images[data.labels == label][:7] for label in range(10)], dim=1).flatten(0, 1)
+    write_folder(folder / "images", in_turn)
+    (folder / "sampling.json").write_text('{"image_shape": [1, 8, 8], "labels": null, "num_classes": 10}')
+    (folder / "images/0003.png").unlink()
+    command = ["evaluate", "--samples", folder, "--reference", "digits", "--feature_extractor", "digits", "--no_control"]
+    command += ["--metrics", "accuracy", f"data.root={tmp_path}"]
+    here(*command)
+    (row,) = table.read_rows(folder / "evaluation")
+    assert row["n"] == 69 and row["metrics"]["accuracy"] > 0.9
+    (folder / "images/0004.png").rename(folder / "images/four.png")
+    assert f"--samples {folder}: not a file of sample.py" in error(*command)
+
+
+def test_points_are_no_folder_of_images(here, error, points_flow, tmp_path):
+    folder = tmp_path / "samples"
+    here("sample", "--weights", points_flow("moons", 1), "--n_samples", 2, "--sampling_steps", 1, "--save_dir", folder)
+    line = error("evaluate", "--samples", folder, "--reference", "toys:moons")
+    assert f"--samples {folder}: sampling.json cannot be used: it is of points" in line and "with --weights" in line

@@ -1,0 +1,185 @@
+"""The metrics of images: torch-fidelity's numbers, of whole sets and of classes, or no number at all."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from digits_features import digits_extractor, digits_reference, feature_set, noisy_digits, write_folder
+from torch_fidelity.defaults import DEFAULTS
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+import datasets
+from flow.evaluation import metrics, reference, table
+from flow.evaluation.comparison import Comparison
+from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
+from flow.evaluation.frechet import frechet_distance
+
+extractor = pytest.fixture(digits_extractor, scope="module")
+real = pytest.fixture(digits_reference, scope="module")
+
+
+def test_metrics_equal_torch_fidelity(tmp_path, here, monkeypatch):
+    """`evaluate.py --samples DIR --reference DIR` against `torch_fidelity.calculate_metrics` on both folders."""
+    ours = {"kid_subsets": metrics.KID_SUBSETS, "kid_subset_size": metrics.KID_SUBSET_SIZE}
+    assert ours.items() <= DEFAULTS.items()
+    monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 100)  # which takes a hundredth of the time
+    samples = write_folder(tmp_path / "samples", noisy_digits(400))
+    originals = write_folder(tmp_path / "real", noisy_digits(600, 0))
+    here(
+        "evaluate", "--samples", samples, "--reference", originals, "--feature_extractor", "digits", f"data.root={tmp_path}",
+        "--metrics", "fid", "kid", "prc", "--no_control",
+    )  # fmt: skip
+    ours = json.loads((tmp_path / "samples_evaluation/results.jsonl").read_text())["metrics"]
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(samples), input2=str(originals), feature_extractor="digits", cuda=False, fid=True, kid=True, prc=True,
+        kid_subset_size=100, verbose=False, save_cpu_ram=True, cache=False,
+    )  # fmt: skip
+    assert ours["FD-digits"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert ours["KD-digits"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
+    assert ours["precision"] == pytest.approx(theirs["precision"], rel=1e-4)
+    assert ours["recall"] == pytest.approx(theirs["recall"], rel=1e-4)
+
+
+def test_a_set_is_at_distance_zero_from_itself(extractor, real):
+    same = Comparison(extractor, feature_set(noisy_digits(1797, 0), extractor), real)
+    values = metrics.evaluate(same, ["fid", "prc"])
+    assert abs(values["FD-digits"]) < 1e-6
+    assert values["precision"] == values["recall"] == 1
+
+
+def test_frechet_distance_of_gaussians():
+    """Also for singular covariances, and for more features than images."""
+    mu = np.array([1.0, 2.0, 0.0])
+    a, b = np.diag([4.0, 1.0, 0.0]), np.diag([1.0, 1.0, 9.0])
+    assert frechet_distance(mu, a, mu * 0, b) == pytest.approx(5 + 1 + 9)
+    few = np.random.default_rng(0).normal(size=(20, 200))
+    sigma = np.cov(few, rowvar=False)
+    assert abs(frechet_distance(few.mean(0), sigma, few.mean(0), sigma)) < 1e-6
+
+
+def test_distance_grows_with_noise_and_accuracy_falls(extractor, real):
+    labels = datasets.build("digits", None, {}).labels.numpy()
+    found = [
+        metrics.evaluate(
+            Comparison(extractor, feature_set(noisy_digits(1797, s), extractor), real, labels), ["fid", "accuracy"]
+        )
+        for s in (0, 30, 90)
+    ]
+    assert found[0]["FD-digits"] < found[1]["FD-digits"] < found[2]["FD-digits"]
+    assert found[0]["accuracy"] > 0.99 and found[2]["accuracy"] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        ("", True), ("0 1 2 3 4 5 6 7 8 9", True), ("one two three four five six seven eight nine ten", False), ("3 7", False),
+        ("0,1,2,3 - three,4,5,6,7 - seven,8,9", True), ("T-shirt/top,1,2,3,4,5,6,7,8,9", False),
+    ],
+)  # fmt: skip
+def test_accuracy_needs_the_same_classes(extractor, real, names, known):
+    """Those of the classifier, as MNIST writes them, too; a reference without classes says nothing against them."""
+    data = datasets.build("digits", None, {})
+    like_ours = replace(real, class_names=tuple(names.split("," if "," in names else None)))
+    c = Comparison(extractor, feature_set(data.images[:100], extractor), like_ours, data.labels[:100].numpy())
+    assert list(metrics.evaluate(c, ["accuracy"])) == ["accuracy"] * known
+
+
+class PixelFeatures(FeatureExtractorBase):
+    """An extractor that knows no classes: the pixels of the first channel."""
+
+    def __init__(self, name: str, features_list: list[str], **unused):
+        super().__init__(name, features_list)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        return (images[:, 0].flatten(1).float() / 255,)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str]:
+        return ("64",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "64"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> torch.Tensor:
+        return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+
+
+def test_accuracy_beside_another_extractor(here, monkeypatch, tmp_path, tiny_run):
+    """By the classifier of the data set; what else has no value is named once."""
+    monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "pixels", PixelFeatures)
+    command = ["evaluate", "--weights", tiny_run, "--n_samples", 70, "--sampling_steps", 1, 2]
+    here(*command, "--feature_extractor", "digits", "--out", tmp_path / "digits")
+    printed = here(
+        *command, "--feature_extractor", "pixels", "--metrics", "fid", "accuracy", "isc", "--out", tmp_path / "pixels"
+    )
+    assert printed.count("note: no value of isc here") == 1
+    own, beside = ([row for row in table.read_rows(tmp_path / name) if row.get("NFE")] for name in ("digits", "pixels"))
+    assert [row["metrics"]["accuracy"] for row in beside] == [row["metrics"]["accuracy"] for row in own]
+    assert all(row["metrics"]["FD-pixels"] > 0 for row in beside) and len(beside) == 2
+
+
+def test_distances_of_classes(extractor, real, tmp_path):
+    """Each against the images of its class; a class with too few images has none, and the table says why."""
+    data = datasets.build("digits", None, {})
+    labels = data.labels.numpy()
+    real = replace(real, labels=labels, class_names=data.class_names)
+    kept = np.sort(np.concatenate([np.flatnonzero(labels != 7), np.flatnonzero(labels == 7)[:60]]))
+    samples = feature_set(noisy_digits(1797), extractor).select("64", kept)
+    c = Comparison(extractor, samples, real, labels[kept])
+    found = metrics.evaluate(c, ["fid", "per_class"])
+    assert set(found) == set(c.standard_errors) == {"FD-digits", *(f"FD-digits[{k}]" for k in range(10) if k != 7)}
+    threes = [features.matrix("64").double().numpy()[chosen == 3] for features, chosen in (
+        (samples, labels[kept]), (real.feature_set, labels))]  # fmt: skip
+    moments = [f(x) for x in threes for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))]
+    assert found["FD-digits[3]"] == pytest.approx(frechet_distance(*moments))
+    row = {"weights": "w", "n": len(kept), "identity": {}, "seconds": 1.0, "requested": ["fid"], "NFE": 1, "forwards": 1}
+    rows = [
+        {**row, "first": i, "identity": {"i": i}, "metrics": {**found, **more}}
+        for i, more in enumerate(({}, {"FD-digits[7]": 1.0}))
+    ]
+    printed = table.write(tmp_path, rows)
+    text = (tmp_path / "per_class.md").read_text()
+    assert text.strip() in printed and table.CLASS_NOTE in text and "FD-digits[3]" in text
+    assert "[3]" not in (tmp_path / "results.md").read_text() and "FD-digits[3]" in (tmp_path / "results.csv").read_text()
+
+
+def inception(n: int) -> tuple[Extractor, FeatureSet]:
+    """What Inception would give of n images, at random, with eight features."""
+    blank = Extractor.__new__(Extractor)
+    blank.name, blank.layer, blank.isc_layer = INCEPTION, "2048", "logits_unbiased"
+    blank.classifier, blank.class_layer = None, None
+    features, generator = FeatureSet(), torch.Generator().manual_seed(0)
+    outputs = {name: torch.randn(n, 8, generator=generator) for name in ("2048", "logits_unbiased")}
+    features.add("2048", range(n), outputs)
+    return blank, features
+
+
+@pytest.mark.parametrize("n", [9, 10, 25])
+def test_the_inception_score_is_a_number_or_absent(n):
+    extractor, features = inception(n)
+    real = reference.from_features("x", "x", inception(50)[1], "2048")
+    found = metrics.evaluate(Comparison(extractor, features, real), metrics.DEFAULT)
+    assert ("IS" in found) == (n >= 10) and all(math.isfinite(value) for value in found.values())
+    if n >= 10:
+        assert found["IS"] == isc_features_to_metric(features.matrix("logits_unbiased"))["inception_score_mean"]
+
+
+def test_features_that_are_not_finite_are_refused(extractor, real):
+    features = feature_set(noisy_digits(200), extractor)
+    features.rows["64"][1][17, 3] = np.nan
+    with pytest.raises(ValueError, match=r"of 1 of 200 images of the samples are not finite .* the first is image 117"):
+        metrics.evaluate(Comparison(extractor, features, real), ["fid"])
+    with pytest.raises(ValueError, match="of 1 of 200 images of mine are not finite"):
+        reference.from_features("mine", "x", features, "64")
