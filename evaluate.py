@@ -25,7 +25,6 @@ from flow.sampling import grid_store, guide, locate, output, posthoc_ema, snapsh
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
-from flow.source import GAUSSIAN
 
 GENERATION = (  # flags that say how images are made
     "methods", "sampling_steps", "nfe", "time_grid", "guidance_scale", "guidance_interval", "guide_weights", "source", "labels",
@@ -135,23 +134,27 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         for method in args.methods:
             options = cli.solver_options(args, method, args.methods)
             for steps in cli.num_steps(args, method):
-                times = grid_store.load(snap, method, steps) if args.time_grid == "optimized" else None
+                flags = commands.condition_flags(1 if args.guide_weights else scale, (prompts or ())[:8]) + args.overrides
+                times = grid_store.load(snap, method, steps, flags) if args.time_grid == "optimized" else None
                 sampler = SamplerSettings(
-                    method, steps, scale, args.seed, turns, prompts, args.time_grid, times=times, options=options,
-                    source=args.source,
+                    method, steps, scale, seed=args.seed, labels=turns, prompts=prompts, time_grid=args.time_grid, times=times,
+                    options=options, source=args.source,
                 )  # fmt: skip
                 if scale != 1 or not some:
                     sampler = replace(sampler, guidance_interval=tuple(args.guidance_interval), guide=guide_name)
                 with error_context("evaluate"):
                     validate(sampler, model)
                 plan.append(sampler)
-    for note in dict.fromkeys(filter(None, (guidance_note(sampler, model) for sampler in plan))):
+    notes = [guidance_note(sampler, model) for sampler in plan]
+    notes += [grid_store.scale_note(snap, s.method, s.steps, s.guidance_scale) for s in plan if s.times]
+    for note in dict.fromkeys(filter(None, notes)):
         accelerator.print(f"note: {note}")
     name = locate.name_of(path)
     out = args.out or locate.results_folder(path) / "evaluation"
     captions = (args.captions or "plain") if net.max_prompt_bytes else None
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
-    further = {} if model.source.name == GAUSSIAN else {"source": sources.fingerprint(model)}
+    source = sources.fingerprint(model)
+    further = {"source_fingerprint": source} if source else {}
     if args.config or any(key.startswith(("flow.", "model.")) for key in loading.overridden(args.overrides)):
         further |= output.network_record(snap.config)
     with lock.folder(out, accelerator):
@@ -200,9 +203,9 @@ def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> 
 
 def evaluation_settings(args, owner: str, n_samples: int) -> runner.EvaluationSettings:
     return runner.EvaluationSettings(
-        owner, n_samples, args.repeats, args.bspp, args.feature_extractor, args.feature_layer, args.feature_weights,
-        allow_remote_code=args.allow_remote_code, reference=args.reference, metrics=tuple(args.metrics),
-        control=not args.no_control,
+        owner=owner, n_samples=n_samples, repeats=args.repeats, batch_size=args.bspp, feature_extractor=args.feature_extractor,
+        feature_layer=args.feature_layer, feature_weights=args.feature_weights, allow_remote_code=args.allow_remote_code,
+        reference=args.reference, metrics=tuple(args.metrics), control=not args.no_control,
     )  # fmt: skip
 
 

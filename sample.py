@@ -56,9 +56,10 @@ def main() -> None:
     prompts = tuple(args.prompts) if args.prompts else None
     method = args.sampling_method
     [steps] = cli.num_steps(args, method)
+    grid_flags = commands.condition_flags(1 if args.guide_weights else args.guidance_scale, args.prompts) + args.overrides
     settings = SamplerSettings(
-        method, steps, args.guidance_scale, args.seed, labels, prompts, args.time_grid,
-        times=grid_store.load(snap, method, steps) if args.time_grid == "optimized" else None,
+        method, steps, args.guidance_scale, seed=args.seed, labels=labels, prompts=prompts, time_grid=args.time_grid,
+        times=grid_store.load(snap, method, steps, grid_flags) if args.time_grid == "optimized" else None,
         options=cli.solver_options(args, method, [method]),
         guidance_interval=tuple(args.guidance_interval), guide=guide_name, source=args.source,
     )  # fmt: skip
@@ -70,14 +71,18 @@ def main() -> None:
             )
         if args.grid_by_class and not (settings.prompts or net.num_classes):
             raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
-    for note in filter(None, (guidance_note(settings, model), source_note)):
+    grid_note = grid_store.scale_note(snap, method, steps, args.guidance_scale) if settings.times else None
+    for note in filter(None, (guidance_note(settings, model), source_note, grid_note)):
         accelerator.print(f"note: {note}")
     digest = snap.sha256  # on every process: each might have read another file
     with lock.folder(args.save_dir, accelerator):
         folder = args.save_dir / "images"
         if accelerator.is_main_process:
             shape, precision = snap.decoded_shape, accelerator.mixed_precision
-            output.check_output_dir(args.save_dir, digest, shape, settings, net.num_classes, precision, args.bspp, snap.config)
+            source = sources.fingerprint(model)
+            output.check_output_dir(
+                args.save_dir, digest, shape, settings, net.num_classes, precision, args.bspp, snap.config, source
+            )
             if not snap.space.is_points:
                 folder.mkdir(exist_ok=True)
         accelerator.wait_for_everyone()

@@ -57,6 +57,8 @@ class RectifyConfig:
                 raise UserError(f"stages.{name}: a name is letters, digits, _, + and -, as it names a folder")
             if (stage.config is None) == (stage.pairs is None):
                 raise UserError(f"stages.{name}: needs either config, for a training, or pairs")
+            if stage.pairs is not None:
+                self._check_pairs(f"stages.{name}.pairs", stage.pairs)
         for name, route in self.routes.items():
             self._check_route(name, route)
 
@@ -66,6 +68,15 @@ class RectifyConfig:
         trained = [name for name in earlier if self.stages[name].config is not None]
         paired = [name for name in earlier if self.stages[name].pairs is not None]
         return (trained[-1] if trained else None), (paired[-1] if paired else None)
+
+    def _check_pairs(self, key: str, pairs: PairsConfig) -> None:
+        """What make_pairs refuses."""
+        steps = pairs.sampling_steps
+        rule = f"less than sampling_steps={steps}, as a path has its states at the ends of its steps but the last"
+        check(self, f"{key}.keep_states", lambda v: v < steps, rule)
+        if pairs.keep_states:
+            rule = "0 with keep_states, as no path of the flow ends at a real image"
+            check(self, f"{key}.real_fraction", lambda v: v == 0, rule)
 
     def _check_route(self, name: str, route: RouteConfig) -> None:
         key = f"routes.{name}"

@@ -31,6 +31,7 @@ class Pairs(Images):
 
     seed: int  # of the noise of the generated ones
     source: dict[str, Any]  # {"name": ..., "args": ...} of what the paths start from, as flow.source
+    source_fingerprint: str | None = None  # of its samples, where it is a data set
     generated: int
     noise: Tensor | None  # float16 [N - generated, C, H, W]
     states: Tensor | None = None  # float16 [N, K, C, H, W], of each path from noise to image, between the two
@@ -59,6 +60,7 @@ def pairs(root: Path, path: str) -> Pairs:
         seed=manifest["seed"],
         generated=manifest["generated"],
         source=manifest.get("source", {"name": "gaussian", "args": {}}),
+        source_fingerprint=manifest.get("source_fingerprint"),
         noise=joined["noise"],
         states=joined["states"],
         state_times=tuple(manifest.get("state_times", ())),

@@ -21,7 +21,7 @@ class Coupling(Protocol):
 class IndependentCoupling:
     """A fresh sample each time: x0 of sample p in the stream of training images is a function of (seed, p)."""
 
-    def __init__(self, source: Source, seed: int, image_shape: tuple[int, ...], rows: int):
+    def __init__(self, source: Source, seed: int, image_shape: tuple[int, ...]):
         self.source, self.seed, self.image_shape = source, seed, image_shape
 
     def sample_x0(self, sample_ids: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
@@ -43,7 +43,7 @@ class OTCoupling:
             raise ValueError(f"block={block}: must be a whole number of at least 2")
         if rows % block:
             raise ValueError(f"block={block}: must divide the {rows} rows that a process takes at once")
-        self.independent, self.block = IndependentCoupling(source, seed, image_shape, rows), block
+        self.independent, self.block = IndependentCoupling(source, seed, image_shape), block
 
     def sample_x0(self, sample_ids: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
         """As Coupling.sample_x0, for a multiple of `block` samples."""
@@ -98,4 +98,5 @@ def build(
     Raises ValueError for an unknown name or argument and for a value out of range.
     """
     choices: dict[str, Callable[..., Coupling]] = {"independent": IndependentCoupling, "ot": OTCoupling}
-    return registry.pick("coupling", choices, name, args)(source or GaussianSource(), seed, image_shape, rows)
+    coupling, given = registry.pick("coupling", choices, name, args), (source or GaussianSource(), seed, image_shape)
+    return coupling(*given, rows=rows) if name == "ot" else coupling(*given)  # the others draw each sample on its own

@@ -23,6 +23,14 @@ def drop_labels(y: Tensor, rows: slice, seed: int, step: int, batch_size: int, p
     return torch.where(broadcast_over(dropped, y), null, y)
 
 
+def network_calls(scale: float) -> int:
+    """Network calls per image of an evaluation with classifier-free guidance.
+
+    v_u + w (v_c - v_u) is one of the two velocities where the scale w is 0 or 1.
+    """
+    return 1 if scale in (0, 1) else 2
+
+
 class GuidedVelocity:
     """A network as the velocity of a solver, on the linear path, with guidance.
 
@@ -83,15 +91,18 @@ class GuidedVelocity:
 
     def _cfg(self, x: Tensor, t: float, t_next: float, scale: float | Tensor) -> Tensor:
         """The network's prediction at x and its own time t, guided."""
-        self.forwards += 1
-        fixed = not isinstance(scale, Tensor)  # a tensor is an input of an exported graph: no branch depends on its value
-        if self.y is None or (fixed and scale == 1):
+        if self.y is None:
+            self.forwards += 1
+            return self._forward(x, t, t_next, None)
+        # a tensor is an input of an exported graph: no branch depends on its value
+        calls = 2 if isinstance(scale, Tensor) else network_calls(scale)
+        self.forwards += calls
+        if calls == 1 and scale == 1:
             return self._forward(x, t, t_next, self.y)
         assert self.null is not None
         y_null = torch.full_like(self.y, self.null)
-        if fixed and scale == 0:
+        if calls == 1:
             return self._forward(x, t, t_next, y_null)
-        self.forwards += 1
         v_c, v_u = self._forward(torch.cat([x, x]), t, t_next, torch.cat([self.y, y_null])).unflatten(0, (2, x.shape[0]))
         return v_u + scale * (v_c - v_u)
 

@@ -38,6 +38,7 @@ EXAMPLES = """\
   python -m scripts.animate --weights runs/mnist --trajectory_grids
   python -m scripts.animate --weights runs/mnist --trajectory_grids --guidance_scale 1 2 4 --frames 21"""
 FIGURES = ("flow", "density", "likelihood")  # of 2-D flows
+PROBES = 4  # random directions per point of likelihood.png
 FRAMES, GRIDS = 32, 11  # frames of a GIF; states of --trajectory_grids, from noise to data
 GRID_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)  # of guidance, of --trajectory_grids
 GRID_IMAGES = 30  # of --trajectory_grids
@@ -59,8 +60,8 @@ def parse_args():
     cli.add_count_flag(parser, "--frames", frames, least=2)
     cli.add_method_flag(parser, DETERMINISTIC, "heun")
     cli.add_count_flag(parser, "--steps_a_frame", "steps of the solver between frames", 2)
-    parser.add_argument("--figures", nargs="+", choices=FIGURES, default=FIGURES, help="of points (default: all)")
-    cli.add_count_flag(parser, "--hutchinson_samples", "random directions per point", 4)
+    parser.add_argument("--figures", nargs="+", choices=FIGURES, help="of points (default: all)")
+    cli.add_count_flag(parser, "--hutchinson_samples", f"random directions per point of likelihood.png (default: {PROBES})")
     cli.add_guidance_flags(parser, several=True)
     parser.set_defaults(guidance_scale=None)
     cli.add_prompts_flag(parser)
@@ -84,11 +85,12 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     snap = snapshot.load(args.weights, None, args.overrides)
+    plane = snap.space.is_points
+    check_figure_flags(args, plane)
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
     accelerator = distributed.build_single_process_accelerator("animate")
     sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, 0)
-    plane = snap.space.is_points
     scales = guidance_scales(args, model)
     settings = [
         SamplerSettings(
@@ -105,6 +107,7 @@ def main() -> None:
             validate(each, model)
         if plane and model.net.num_classes is not None:
             raise ValueError("--weights: a flow of points with labels has a field for each of them; train one without")
+    args.figures = args.figures or FIGURES
     if plane and "likelihood" in args.figures and model.source.name != GAUSSIAN:
         args.figures = [name for name in args.figures if name != "likelihood"]
         reason = f"the density of flow.source.name={model.source.name} is not known"
@@ -120,6 +123,17 @@ def main() -> None:
             draw_grids(args, out, accelerator, snap, model, settings)
         else:
             draw(args, accelerator, snap, model, settings[0])
+
+
+def check_figure_flags(args, plane: bool) -> None:
+    """Raises UserError for flags of figures that are not drawn."""
+    for flag in ("figures", "hutchinson_samples"):
+        if getattr(args, flag) is None:
+            continue
+        if args.trajectory_grids:
+            raise UserError(f"--{flag}: does not go with --trajectory_grids, which draws these grids alone")
+        if not plane:
+            raise UserError(f"--{flag}: is for flows of points, and --weights is a flow of images; leave it out")
 
 
 def guidance_scales(args, model: FlowModel) -> list[float]:
@@ -195,7 +209,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         if plane and "density" in args.figures:
             figures.append(strip(args.out, times, states))
     if plane and "likelihood" in args.figures:
-        figures.append(likelihood_map(args.out, accelerator, model, settings, snap, args.hutchinson_samples))
+        figures.append(likelihood_map(args.out, accelerator, model, settings, snap, args.hutchinson_samples or PROBES))
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
     flags = commands.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
     command = commands.command(*study, *flags, *args.overrides)

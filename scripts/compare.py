@@ -6,7 +6,6 @@ panel are its NFE, sliced Wasserstein-2 distance to the data and straightness de
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
@@ -21,9 +20,9 @@ from flow.evaluation.straightness import mean_straightness_deviation
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import snapshot, sources
+from flow.sampling import locate, snapshot, sources
 from flow.sampling.generate import trajectory
-from flow.sampling.settings import SamplerSettings, validate
+from flow.sampling.settings import SamplerSettings, build_time_grid, validate
 from flow.solvers import DETERMINISTIC
 from flow.solvers.time_grids import uniform
 from flow.solvers.torchdiffeq import ADAPTIVE
@@ -74,10 +73,12 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    names = args.names or [p.name if p.is_dir() else p.stem for p in (Path(path).resolve() for path in args.weights)]
+    names = args.names or [locate.name_of(path) for path in args.weights]
     if len(names) != len(args.weights):
         raise UserError(f"--names: {len(names)} for {len(args.weights)} weights; give one for each")
     snaps = [snapshot.load(path, None, args.overrides) for path in args.weights]
+    if not args.names and len(set(names)) < len(names):  # snapshots of one run
+        names = [snap.title(path) for path, snap in zip(args.weights, snaps, strict=True)]
     flows = [snap.model(decode=False) for snap in snaps]
     steps = cli.num_steps(args, args.sampling_method)
     reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]
@@ -137,7 +138,7 @@ def solve_flow(args, accelerator: Accelerator, name: str, model: FlowModel, real
         with error_context("compare"):
             validate(settings, model)
         adaptive = args.sampling_method in ADAPTIVE
-        times = uniform(args.frames - 1 if adaptive else n)
+        times = uniform(args.frames - 1) if adaptive else build_time_grid(settings, model.path)
         states, end = trajectory(accelerator, model, shape, indices, settings, times, SHOWN)
         if not panels:
             deviation, _ = mean_straightness_deviation(accelerator, model, shape, indices[:SHOWN], settings, STRAIGHTNESS_STEPS)

@@ -55,16 +55,19 @@ def main() -> None:
 
 
 def export(args, accelerator: Accelerator, data, into: Path) -> int:
-    """Write each image of the data set to the folder of its class, below `into`. The number of images."""
+    """Write each image of the data set to the folder of its class, below `into`, or there without classes. The number of
+    images."""
     count = min(args.n_images or len(data), len(data))
-    folders = [into / name.replace("/", "-") for name in data.class_names] or [into]
+    names = data.class_names if data.labels is not None else ()  # pairs without labels still name the classes of real images
+    folders = [into / name.replace("/", "-") for name in names]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(k: int) -> None:
         image, label = data[k]
         image = images.to_uint8(image) if image.is_floating_point() else image  # of pairs
-        images.write_png(folders[max(label, 0)] / f"{k:06d}.png", resized(image, args.size) if args.size else image)
+        folder = folders[label] if folders else into
+        images.write_png(folder / f"{k:06d}.png", resized(image, args.size) if args.size else image)
 
     with ThreadPoolExecutor(4) as pool, distributed.progress(accelerator, count, "images") as bar:
         for start in range(0, count, AHEAD):

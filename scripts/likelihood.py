@@ -5,21 +5,27 @@ Pixels are dequantized uniformly over bins of width one centered on their levels
 Points, which have no levels, get their log-likelihood in nats a point.
 """
 
+import math
 import sys
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 import datasets
 from configs.errors import UserError
+from datasets import DataSet
 from flow.evaluation.intervals import mean_standard_error
 from flow.likelihood import bits_per_dimension, check_density_known, dequantize, log_likelihood
+from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import cli, commands, distributed
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from flow.sampling.generate import build_velocity, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, validate
+from flow.sampling.space import Space
 
 EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 --test"
 
@@ -48,38 +54,54 @@ def main() -> None:
         check_density_known(model.source)
     if snap.codec:
         raise UserError("--weights: a flow on latents gives no likelihood of images")
+    data = real_images(args, accelerator, snap)
+    distributed.prepare_model(model.net, accelerator)
+    model.net.eval().requires_grad_(False)
+    log_p, nfe = log_likelihoods(args, accelerator, model, data)
+    parts = distributed.gather_to_main(accelerator, log_p)
+    if parts is not None:
+        print_result(args, torch.tensor([value for part in parts for value in part], dtype=torch.float64), nfe, data)
+
+
+def real_images(args, accelerator: Accelerator, snap: snapshot.Snapshot) -> DataSet:
+    """The images, or points, that the flow was trained on; with --test those that were held out. Raises UserError where there
+    are too few, and for those of another shape."""
     snap.check_data()
     source = snap.config.data
     with error_context("data"):
-        real = datasets.source_dataset(source.name, source.root, source.args)
+        named = datasets.source_dataset(source.name, source.root, source.args)
         if args.test:
-            other = datasets.held_out(real)
+            other = datasets.held_out(named)
             if other is None:
                 raise UserError(
-                    f"--test: data.name={real['name']}, data.args={real['args']} has no held-out images; leave it out"
+                    f"--test: data.name={named['name']}, data.args={named['args']} has no held-out images; leave it out"
                 )
-            real = other[1]
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(**real))
+            named = other[1]
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(**named))
     if data.image_shape != snap.image_shape:
-        raise UserError(f"data: {real['name']} has images of {data.image_shape}, --weights is of {snap.image_shape}")
+        raise UserError(f"data: {named['name']} has images of {data.image_shape}, --weights is of {snap.image_shape}")
     if args.n_images > len(data):
         raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}")
-    distributed.prepare_model(model.net, accelerator)
-    model.net.eval().requires_grad_(False)
+    return data
+
+
+def log_likelihoods(args, accelerator: Accelerator, model: FlowModel, data: DataSet) -> tuple[list[float], int]:
+    """log p, in nats, of the first images that are of this process, dequantized, or of its points; and the NFE of the last
+    batch."""
     batches = shard(accelerator, range(args.n_images), args.bspp)
-    results, nfe = [], 0
-    dimensions = int(np.prod(data.image_shape))
-    points = snap.space.is_points
+    points = Space(data.image_shape).is_points
+    values: list[float] = []
+    nfe = 0
     with distributed.progress(accelerator, sum(map(len, batches)), "likelihood (images of this process)") as bar:
         for batch in batches:
             with error_context("data"):
-                images, labels = zip(*(data[k] for k in batch), strict=True)
+                samples, labels = zip(*(data[k] for k in batch), strict=True)
             draws = [generator("likelihood", args.seed, k) for k in batch]
             u = torch.from_numpy(np.stack([g.random(data.image_shape) for g in draws]))
             signs = np.stack(
                 [g.integers(2, size=(args.hutchinson_samples, *data.image_shape)) * 2.0 - 1 for g in draws], axis=1
             )
-            real = torch.stack(images)
+            real = torch.stack(samples)
             x1 = to_solver_dtype(real if points else dequantize(real, u), accelerator.device)
             settings = SamplerSettings(labels=tuple(labels) if model.net.num_classes else None)
             with error_context("data"):
@@ -88,22 +110,26 @@ def main() -> None:
             probes = to_solver_dtype(torch.from_numpy(signs), accelerator.device)
             with error_context("likelihood"):
                 log_p, _, nfe = log_likelihood(velocity, x1, eps=probes, rtol=args.rtol, atol=args.atol)
-            results += (log_p if points else bits_per_dimension(log_p, dimensions)).tolist()
+            values += log_p.tolist()
             bar.update(len(batch))
-    everything = distributed.gather_to_main(accelerator, results)
-    if everything is not None:
-        values = torch.tensor([value for part in everything for value in part])
-        error = mean_standard_error(values.numpy())  # of two values at least
-        unit = "nats a point, log-likelihood" if points else "bits per dimension"
-        result = (
-            f"{values.mean().item():.4f} ± {error:.4f} {unit} (mean ± standard error over {len(values)} "
-            f"{'points' if points else 'images'}; dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe} for the last "
-            f"batch, {args.hutchinson_samples} Hutchinson sample(s)"
-            f"{'' if points else ', uniform dequantization, bins centered on the levels'})"
-        )
-        more = ["--hutchinson_samples", str(4 * args.hutchinson_samples)]
-        command = commands.command("-m", "scripts.likelihood", *sys.argv[1:], *more)
-        print(cli.summary(result, args.start, f"estimate the divergence more closely with: {command}"))
+    return values, nfe
+
+
+def print_result(args, log_p: Tensor, nfe: int, data: DataSet) -> None:
+    """The mean over all images in bits per dimension, or over points in nats, with its standard error."""
+    points = Space(data.image_shape).is_points
+    values = log_p if points else bits_per_dimension(log_p, math.prod(data.image_shape))
+    error = mean_standard_error(values.numpy())  # of two values at least
+    unit = "nats a point, log-likelihood" if points else "bits per dimension"
+    result = (
+        f"{values.mean().item():.4f} ± {error:.4f} {unit} (mean ± standard error over {len(values)} "
+        f"{'points' if points else 'images'}; dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe} for the last "
+        f"batch, {args.hutchinson_samples} Hutchinson sample(s)"
+        f"{'' if points else ', uniform dequantization, bins centered on the levels'})"
+    )
+    more = ["--hutchinson_samples", str(4 * args.hutchinson_samples)]
+    command = commands.command("-m", "scripts.likelihood", *sys.argv[1:], *more)
+    print(cli.summary(result, args.start, f"estimate the divergence more closely with: {command}"))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
-from flow.sampling import guide, snapshot
+from flow.sampling import guide, snapshot, sources
 from flow.sampling.generate import build_velocity, check_finite, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
 from flow.solvers import DETERMINISTIC
@@ -82,7 +82,7 @@ def main() -> None:
     labels = cli.labels_of(args.labels, snap.class_names)
     classes, prompts = conditions_of(labels, data, net)
     settings = SamplerSettings(
-        args.sampling_method, args.sampling_steps, args.guidance_scale, args.seed, classes, prompts,
+        args.sampling_method, args.sampling_steps, args.guidance_scale, seed=args.seed, labels=classes, prompts=prompts,
         guidance_interval=tuple(args.guidance_interval), guide=guide_name,
     )  # fmt: skip
     with error_context("make_pairs"):
@@ -95,7 +95,7 @@ def main() -> None:
             raise ValueError(f"data: has {classes_of}; use the data set that it was trained on")
         if inverted:
             snapshot.check_codec("data", snap, data.codec)
-        invertible_indices = invertible(data, labels, args.seed)
+        invertible_indices = invertible(data, labels, args.seed) if inverted else []
         if inverted > len(invertible_indices):
             raise ValueError(
                 f"--real_fraction {args.real_fraction}: {inverted} pairs of {len(invertible_indices)} real images; use less"
@@ -108,6 +108,8 @@ def main() -> None:
     if note := guidance_note(settings, model):
         accelerator.print(f"note: {note}")
 
+    with error_context("flow.source"):
+        drawn_from = sources.training_fingerprint(model.source)
     manifest = {
         "weights_sha256": snap.sha256,
         "sampling_method": args.sampling_method,
@@ -124,6 +126,7 @@ def main() -> None:
         "shard_pairs": args.shard_pairs,
         "state_times": [times[k] for k in kept_steps],
         **described(snap, data.class_names, real),
+        **({"source_fingerprint": drawn_from} if drawn_from else {}),
     }
     for network in model.networks:
         distributed.prepare_model(network, accelerator)
@@ -140,6 +143,8 @@ def conditions_of(labels: tuple[int, ...] | None, data, net: Network) -> tuple[t
     """(labels, prompts) that the pairs get in turn: a network with prompts reads those of the classes. Raises UserError."""
     if not net.max_prompt_bytes:
         return labels, None
+    if not data.class_names:
+        raise UserError("data: has no classes, whose names a network with text reads; use the data set that it was trained on")
     classes = labels or tuple(range(len(data.class_names)))
     if not all(0 <= label < len(data.class_names) for label in classes):
         raise UserError(f"--labels {labels}: the data set has classes 0 to {len(data.class_names) - 1}")
@@ -205,7 +210,10 @@ def check_output_dir(save_dir: Path, manifest: dict[str, Any]) -> None:
     existing = None
     if (save_dir / MANIFEST).is_file():
         with error_context("--save_dir"):
-            existing = [without_root(read_manifest(save_dir))]
+            before = read_manifest(save_dir)
+            if "source_fingerprint" in manifest:  # which folders of earlier versions do not have
+                before.setdefault("source_fingerprint", manifest["source_fingerprint"])
+            existing = [without_root(before)]
     check_same_settings(save_dir, existing, without_root(manifest), "pairs", "make_pairs")
     if existing is None:
         files.write_text(save_dir / MANIFEST, json.dumps(manifest, indent=1))
@@ -225,9 +233,14 @@ def states_to_keep(count: int, steps: int) -> list[int]:
 
 
 def invertible(data, labels: tuple[int, ...] | None, seed: int) -> list[int]:
-    """The indices of the real images of these classes, in an order that depends on the seed."""
+    """The indices of the real images of these classes, in an order that depends on the seed. Raises ValueError for classes of
+    images without labels."""
     order = generator("inverted", seed).permutation(len(data)).tolist()
-    return order if labels is None else [k for k in order if int(data.labels[k]) in labels]
+    if labels is None:
+        return order
+    if data.labels is None:
+        raise ValueError("--labels: the real images of --real_fraction have no labels; leave out one of the two flags")
+    return [k for k in order if int(data.labels[k]) in labels]
 
 
 @dataclass

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from configs.errors import UserError
 from flow import solvers
@@ -24,6 +25,8 @@ from flow.solvers import FIXED_GRID, grid_optimization, time_grids
 EXAMPLES = (
     "  python -m scripts.optimize_grid --weights runs/mnist --methods euler ab2 unipc --steps 4 5 6 8 10 --guidance_scale 1.5"
 )
+
+PARTS = TO_FIT, TO_DECIDE = 0, 1  # of the images
 
 
 def parse_args():
@@ -58,80 +61,102 @@ def main() -> None:
     distributed.prepare_model(model.net, accelerator)
     model.net.eval()
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():
-        tune(args, accelerator, snap, model, settings, stored)
+        saved = tune(args, accelerator, snap, model, settings, stored)
+    result = f"{len(saved)} optimized grid(s) in {grid_store.file_of(snap.path)}"
+    print(cli.summary(result, args.start, next_step(args, snap, saved)))
 
 
 def tune(
-    args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings, stored: dict
-) -> None:
-    """Fit, decide, save and print a line for each method and number of steps. A grid of an earlier call, among `stored` as
-    `grid_store.read` gives it, is only replaced by a better one."""
-    parts = [range(args.n_images), range(args.n_images, 2 * args.n_images)]  # to fit on, to decide on
-    noises = [
-        to_solver_dtype(model.source.draw("tuning", args.seed, part, snap.image_shape), accelerator.device) for part in parts
-    ]
-    velocities = [build_velocity(model, part, settings, accelerator.device) for part in parts]
-    by_formula = {
-        (name, n): build_time_grid(SamplerSettings(steps=n, time_grid=name), model.path)
-        for name in time_grids.GRIDS
+    args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings,
+    stored: grid_store.Grids,
+) -> list[tuple[str, int]]:  # fmt: skip
+    """Search, decide, save and print a line for each method and number of steps; those that were saved. A grid of an earlier
+    call, among `stored` as `grid_store.read` gives it, is only replaced by a better one."""
+    formulas = {
+        n: {name: build_time_grid(SamplerSettings(steps=n, time_grid=name), model.path) for name in time_grids.GRIDS}
         for n in args.steps
     }
     # Velocity evaluations, each on one part: of the fine trajectories, and of every method and number of steps at most.
-    fine_cost = len(parts) * grid_optimization.EVALUATIONS_A_STEP * args.reference_steps
+    fine_cost = len(PARTS) * grid_optimization.EVALUATIONS_A_STEP * args.reference_steps
     errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + bool(stored) + args.evaluations
     costs = {(method, n): errors * solvers.nfe(method, n) for method in args.methods for n in args.steps}
-    num_saved = 0
+    saved: list[tuple[str, int]] = []
     with distributed.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:
-
-        def velocity(part: int, x: Tensor, t: float, t_next: float) -> Tensor:
-            bar.update()
-            return velocities[part](x, t, t_next)
-
-        def error(part: int, method: str, times: list[float]) -> float:
-            """Root mean square distance to the fine solution, on images to fit on (0) or to decide on (1)."""
-            end = solvers.solve(partial(velocity, part), noises[part], times, method).x
-            return rms(end - fine[part][0][-1])
-
-        fine = [
-            grid_optimization.reference_trajectory(partial(velocity, i), x0, args.reference_steps)
-            for i, x0 in enumerate(noises)
-        ]
+        fine = FineSolution(args, accelerator, snap, model, settings, bar)
         bar.write("distance to the fine solution, on images that nothing was fitted to")
         bar.write(f"{'method':>10} {'steps':>5} {'uniform':>9} {'best formula':>24} {'tuned':>9}")
         finished = fine_cost
         for (method, n), cost in costs.items():
-            first = grid_optimization.dynamic_programming_grid(*fine[0], n)
-            starts = [first, *(by_formula[name, n] for name in time_grids.GRIDS)]
-            start = min(starts, key=partial(error, 0, method))
-            times = grid_optimization.refine_grid(partial(error, 0, method), start, args.evaluations)
-            held_out = {name: error(1, method, by_formula[name, n]) for name in time_grids.GRIDS}
+            times = search(fine, method, n, formulas[n], args.evaluations)
+            held_out = {name: fine.error(TO_DECIDE, method, grid) for name, grid in formulas[n].items()}
             best = min(held_out, key=held_out.__getitem__)
-            tuned = error(1, method, times)
+            tuned = fine.error(TO_DECIDE, method, times)
             old = stored.get(method, {}).get(str(n))
-            verdict = ""
             if tuned >= held_out[best]:
                 verdict = "  not saved"
-            elif old and error(1, method, old) <= tuned:
+            elif old and fine.error(TO_DECIDE, method, old) <= tuned:
                 verdict = "  the stored one is no worse"
             else:
-                grid_store.store(snap, method, times)
-                num_saved += 1
-                example = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
+                verdict = replaced(snap, method, n, args.guidance_scale)
+                grid_store.store(snap, method, times, args.guidance_scale)
+                saved.append((method, n))
             formula = f"{best} {held_out[best]:.4f}"
             bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
             finished += cost
             bar.update(finished - bar.n)  # a descent may end early
-    result = f"{num_saved} optimized grid(s) in {grid_store.file_of(snap.path)}"
-    if not num_saved:
-        more = ["--evaluations", str(4 * args.evaluations)]
-        longer = commands.command("-m", "scripts.optimize_grid", *sys.argv[1:], *more)
-        print(cli.summary(result, args.start, f"search longer with: {longer}"))
-        return
-    flags = commands.condition_flags(args.guidance_scale, args.prompts)
-    sample = commands.sample_command(
-        snap.path, f"{locate.name_of(args.weights)}_optimized", *example, *flags, *args.overrides
-    )
-    print(cli.summary(result, args.start, f"use one with: {sample}"))
+    return saved
+
+
+class FineSolution:
+    """Fine trajectories of the flow, and how far those of few steps end from them, on each part of the images."""
+
+    def __init__(
+        self, args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings, bar: tqdm
+    ):
+        parts = [range(args.n_images * part, args.n_images * (part + 1)) for part in PARTS]
+        draws = [model.source.draw("tuning", args.seed, part, snap.image_shape) for part in parts]
+        self.bar = bar
+        self.noises = [to_solver_dtype(noise, accelerator.device) for noise in draws]
+        self.velocities = [build_velocity(model, part, settings, accelerator.device) for part in parts]
+        self.trajectories = [
+            grid_optimization.reference_trajectory(partial(self.velocity, part), x0, args.reference_steps)
+            for part, x0 in enumerate(self.noises)
+        ]
+
+    def velocity(self, part: int, x: Tensor, t: float, t_next: float) -> Tensor:
+        self.bar.update()
+        return self.velocities[part](x, t, t_next)
+
+    def error(self, part: int, method: str, times: list[float]) -> float:
+        """Root mean square distance to the fine solution."""
+        end = solvers.solve(partial(self.velocity, part), self.noises[part], times, method).x
+        return rms(end - self.trajectories[part][0][-1])
+
+
+def search(fine: FineSolution, method: str, n: int, formulas: dict[str, list[float]], evaluations: int) -> list[float]:
+    """The times of n steps that a descent ends at; it starts at the best of the formulas and of the path through the fine
+    trajectory whose Euler steps leave it by the least."""
+    error = partial(fine.error, TO_FIT, method)
+    shortest = grid_optimization.dynamic_programming_grid(*fine.trajectories[TO_FIT], n)
+    start = min([shortest, *formulas.values()], key=error)
+    return grid_optimization.refine_grid(error, start, evaluations)
+
+
+def replaced(snap: snapshot.Snapshot, method: str, n: int, guidance_scale: float) -> str:
+    """A note on the stored grid, if that was fitted with another guidance scale: there is one for all scales."""
+    fitted = grid_store.fitted_scale(snap, method, n)
+    return "" if fitted in (None, guidance_scale) else f"  note: replaces the stored one, which was fitted at w = {fitted:g}"
+
+
+def next_step(args, snap: snapshot.Snapshot, saved: list[tuple[str, int]]) -> str:
+    """What to do with the grids, or how to find some."""
+    if not saved:
+        longer = ["--evaluations", str(4 * args.evaluations)]
+        return f"search longer with: {commands.command('-m', 'scripts.optimize_grid', *sys.argv[1:], *longer)}"
+    method, n = saved[-1]
+    flags = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
+    flags += commands.condition_flags(args.guidance_scale, args.prompts) + args.overrides
+    return f"use one with: {commands.sample_command(snap.path, f'{locate.name_of(args.weights)}_optimized', *flags)}"
 
 
 def rms(x: Tensor) -> float:

@@ -6,6 +6,7 @@ many, up to --n_samples. `--out` gets guidance.png, distance against scale, besi
 """
 
 import argparse
+import copy
 import math
 from dataclasses import replace
 from functools import cache
@@ -94,6 +95,8 @@ def main() -> None:
         raise UserError(f"--weights {args.weights}: is a flow of points; guidance is compared on images")
     model = snap.model(decode=False)
     left = candidates(args, model.net.null is not None)
+    for path in dict.fromkeys(c.guide for c in left if c.guide):
+        guide.attach(copy.copy(model), snap, path)  # one that does not fit is named before hours of rows
     prompts = tuple(map(captions.plain, snap.class_names)) if model.net.max_prompt_bytes else None  # as evaluate.py
     with error_context("optimize_guidance"):
         for scale, times, weights in left:

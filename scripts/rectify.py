@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from configs import loading
+import datasets
+from configs import loading, schema
 from configs.errors import UserError
 from configs.rectify import PairsConfig, RectifyConfig, RouteConfig
 from configs.schema import Config
@@ -29,6 +30,7 @@ from flow import path as paths
 from flow.evaluation import pictures, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.straightness import mean_straightness_deviation
+from flow.guidance import network_calls
 from flow.likelihood import T_MAX
 from flow.losses import FlowLoss
 from flow.model import FlowModel, why_no_score
@@ -39,6 +41,7 @@ from flow.runtime.subprocesses import run_command
 from flow.sampling import images, snapshot
 from flow.sampling.generate import generate
 from flow.sampling.settings import SamplerSettings
+from flow.sampling.space import Space
 from flow.training.logging import read_metrics
 from scripts.benchmark.trial import sampling_seconds, seconds_per_step, training_laps
 
@@ -262,8 +265,8 @@ def pair_passes(settings: PairsConfig, generated: float, inverted: float = 0) ->
     """Network passes of so many generated pairs, and of pairs of real images, whose noise comes from the flow solved backwards
     without guidance."""
     method, steps = settings.sampling_method, settings.sampling_steps
-    guided = 2 if settings.guidance_scale not in (0, 1) else 1
-    return generated * guided * solvers.nfe(method, steps) + inverted * solvers.nfe(method, steps, T_MAX)
+    calls = network_calls(settings.guidance_scale)
+    return generated * calls * solvers.nfe(method, steps) + inverted * solvers.nfe(method, steps, T_MAX)
 
 
 def build_loss(config: Config) -> FlowLoss:
@@ -277,17 +280,45 @@ def check_routes(cfg: RectifyConfig) -> None:
     for name, config in configs.items():
         with error_context(f"{cfg.stages[name].config}: loss"):
             build_loss(config)
+        shape = datasets.expected_shape(config.data.name, config.data.args)
+        if shape and Space(shape).is_points:
+            key = f"{cfg.stages[name].config}: data.name={config.data.name}"
+            raise UserError(f"{key}: routes are for images; flows of points are compared by scripts.compare")
+    resolve_classes(cfg, configs)
     for name, route in cfg.routes.items():
         for k, stage in enumerate(route.stages):
             check_stage(cfg, configs, f"routes.{name}: {stage}", stage, *cfg.before(route, k))
         for method in route.methods:
             with error_context(f"routes.{name}.methods"):
                 check_method(cfg, configs[route.stages[-1]], method)
-        if set(route.guidance_scale) != {1} and not configs[route.stages[-1]].model.args.get("num_classes"):
+        if set(route.guidance_scale) != {1} and not classes_of(configs[route.stages[-1]]):
             raise UserError(f"routes.{name}.guidance_scale={route.guidance_scale}: needs labels (model.args.num_classes)")
     if cfg.feature_extractor not in FEATURE_EXTRACTORS_REGISTRY:
         known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
         raise UserError(f"feature_extractor={cfg.feature_extractor}: unknown; choose one of {known}")
+
+
+def resolve_classes(cfg: RectifyConfig, configs: dict[str, Config]) -> None:
+    """Replace num_classes=auto by the number that each training of the routes will find in its data; pairs have the classes of
+    the network that made them."""
+    for route in cfg.routes.values():
+        for k, name in enumerate(route.stages):
+            config = configs.get(name)
+            if config is None or not schema.wants_auto_classes(config):
+                continue
+            pairs = cfg.before(route, k)[1]
+            if config.data.name != "pairs":
+                with error_context(f"{cfg.stages[name].config}: data"):
+                    data = datasets.build(config.data.name, config.data.root, config.data.args)
+                schema.set_auto_classes(config, data.class_names if data.labels is not None else ())
+            elif pairs:
+                maker = cfg.before(route, route.stages.index(pairs))[0]
+                config.model.args["num_classes"] = classes_of(configs[str(maker)])
+
+
+def classes_of(config: Config) -> int | None:
+    """Of the network's labels, once `resolve_classes` has counted them; None for a network without labels."""
+    return config.model.args.get("num_classes")
 
 
 def check_method(cfg: RectifyConfig, config: Config, method: str) -> None:
@@ -314,7 +345,7 @@ def check_stage(
                 )
             if cfg.minutes is not None and stage.pairs.sampling_method in solvers.HAS_TOLERANCES:
                 raise ValueError(f"{stage.pairs.sampling_method!r} chooses its own number of evaluations, which fits no budget")
-        if stage.pairs.guidance_scale != 1 and not configs[teacher].model.args.get("num_classes"):
+        if stage.pairs.guidance_scale != 1 and not classes_of(configs[teacher]):
             scale = stage.pairs.guidance_scale
             raise UserError(f"stages.{name}.pairs.guidance_scale={scale}: needs labels (model.args.num_classes)")
         return
@@ -336,8 +367,9 @@ def check_stage(
 
 def same_network(config: Config) -> tuple:
     """What networks must share for one to start from the other's weights; a flow may become a flow map, dropout may change."""
-    free = ("two_times", "dropout")
-    return config.model.name, {key: value for key, value in config.model.args.items() if key not in free}
+    free = ("two_times", "dropout", "num_classes")
+    args = {key: value for key, value in config.model.args.items() if key not in free}
+    return config.model.name, args, classes_of(config)  # no classes are the same as unset ones
 
 
 def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, Cost]) -> Row:
@@ -346,10 +378,10 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
     accelerator = distributed.build_accelerator(first.train.mixed_precision)
     titles, straight, panels = {}, {}, []
     nfes = [*SHOWN_NFE, max(cfg.nfe)]
-    classes = first.model.args.get("num_classes")
+    classes = snapshot.load(folder / rows[0].network).model(decode=False).net.num_classes
     shown = COLUMNS * classes if classes else 10 * COLUMNS
     each = cfg.straightness_images * cfg.straightness_steps + shown * sum(nfes)
-    total = sum(each * (2 if row.scale not in (0, 1) else 1) for row in rows)
+    total = sum(each * network_calls(row.scale) for row in rows)
     bar = distributed.progress(accelerator, total, "straightness deviation and figure (network calls)")
     for row in rows:
         snap = snapshot.load(folder / row.network)
@@ -389,7 +421,7 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
     note += (
         f"derivative too. Straightness deviation: its mean over {cfg.straightness_images} images ± standard error; 0: straight."
     )
-    if any(row.scale not in (0, 1) for row in rows):
+    if any(network_calls(row.scale) == 2 for row in rows):
         note += " With guidance (w) each velocity evaluation is two network calls, so NFE 2 costs four."
     files.write_text(folder / "comparison.md", f"{text}\n\n{note}\n")
     columns = [list(column) for column in zip(*panels, strict=True)]

@@ -100,7 +100,8 @@ def main() -> None:
             f"--weights: flow.source.name={model.source.name}: only flows that start at Gaussian noise restore images"
         )
     labels = cli.labels_of(args.labels, snap.class_names)
-    conditions = SamplerSettings("euler", 1, args.guidance_scale, args.seed, labels, tuple(args.prompts or ()) or None)
+    prompts = tuple(args.prompts) if args.prompts else None
+    conditions = SamplerSettings("euler", 1, args.guidance_scale, seed=args.seed, labels=labels, prompts=prompts)
     with error_context("restore"):
         validate(conditions, model)
         check_conditions(conditions, model, snap)

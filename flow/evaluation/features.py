@@ -91,10 +91,12 @@ class Extractor:
 
     @property
     def distance_name(self) -> str:
-        """FID for Inception's pooled features alone; the Frechet distance in any other space is not a FID."""
+        """FID for Inception's pooled features alone; the Frechet distance in any other space is not a FID. Its name holds the
+        layer where that is not the default one."""
         if self.name == INCEPTION:
             return "FID" if self.layer == INCEPTION_LAYER else f"FD-inception-{self.layer}"
-        return f"FD-{self.name}"
+        default = FEATURE_EXTRACTORS_REGISTRY[self.name].get_default_feature_layer_for_metric("fid")
+        return f"FD-{self.name}" + ("" if self.layer == default else f"-{self.layer}")
 
     def dimension(self, image_shape: tuple[int, int, int]) -> int:
         """Number of features; raises ValueError where the extractor does not take images of this shape."""

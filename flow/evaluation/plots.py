@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from flow.evaluation.table import GUIDANCE, distance_name, is_control, run_of
+from flow.evaluation.table import DRAWN, GUIDANCE, distance_name, is_control, run_of
 from flow.runtime import files
 
 matplotlib.use("Agg")
@@ -24,7 +24,7 @@ MARKERS = "osD^vPX"
 NFE = "velocity evaluations per image (NFE), each one network call"
 CALLS = "network calls per image (forwards), with guidance two for each NFE"
 WIDTH = 7.0  # of a figure, in inches
-MEASURED = ("n", "reference", "source")  # on which a distance depends, beside the samples
+MEASURED = ("n", "reference", "source", *DRAWN)  # on which a distance depends, beside network, solver and guidance
 MAX_LINES = 14  # whose names a legend has room for
 
 
@@ -150,10 +150,11 @@ def line_name(entry: dict, several: dict[str, bool]) -> str:
 
 
 def _settings(entry: dict, shown: dict[str, bool]) -> str:
-    """In a label: the guidance of an entry, the width of its average, its captions and with what its distance was measured, as
-    far as these columns are shown."""
+    """In a label: the guidance of an entry, the width of its average, its captions and MEASURED, as far as these columns are
+    shown."""
     guidance = {"guidance_scale": ", guidance {:g}", "guidance_interval": ", t from {}", "guide": " by {}"}
-    measured = {"n": ", n = {}", "reference": " to {}", "source": " from {}"}
+    measured = {"n": ", n = {}", "reference": " to {}", "source": " from {}", "labels": ", labels {}", "seed": ", seed {}"}
+    measured |= {"mixed_precision": ", precision {}", "times": ", times {}"}
 
     def told(form: dict[str, str]) -> list[str]:
         return [text.format(entry[key]) for key, text in form.items() if shown.get(key) and entry.get(key) is not None]

@@ -28,7 +28,7 @@ from flow.runtime.errors import error_context
 from flow.sampling.space import Space
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """What is measured, and against what."""
 

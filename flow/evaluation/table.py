@@ -1,6 +1,7 @@
 """The one table writer: rows as they come (results.jsonl), and their means over seed ranges as CSV and Markdown."""
 
 import csv
+import hashlib
 import json
 import math
 import re
@@ -15,8 +16,12 @@ from flow.evaluation.intervals import NORMAL_95
 from flow.runtime import files, jsonl
 
 GUIDANCE = ("guidance_scale", "guidance_interval", "guide")
+# How the samples were made, from the identity of a row: columns only where the samples of a table differ in them.
+DRAWN = ("labels", "seed", "mixed_precision", "times")
 # What a row is about, in the order of the columns.
-KEY_COLUMNS = ("weights", "ema_width", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "source", "n", "reference")
+KEY_COLUMNS = (
+    "weights", "ema_width", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "source", *DRAWN, "n", "reference",
+)  # fmt: skip
 # Rows that agree in these are repeats of one measurement, on ranges of images of their own.
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
@@ -26,6 +31,8 @@ NOTE = "±: 95% interval over samples, at this n (columns _inf: of the limit). s
 CLASS_NOTE = "Empty cells: no more images of the class than features, among the samples or in the reference."
 FOUR_DIGITS = ("KID", "SW2", "MMD", "energy", "memorization")
 THREE_DIGITS = ("accuracy", "precision", "recall", "density", "coverage")
+BY_FREQUENCY = "by frequency"  # how labels begin in an identity where the classes are as frequent as in the reference
+MAX_LABELS = 40  # characters
 CONTROL = "real"  # the prefix of the weights of a row of real images, e.g. "real (test split)"
 
 
@@ -136,9 +143,11 @@ def aggregate(rows: list[dict]) -> list[dict]:
         metrics["seconds"] = _statistics([row["seconds"] for row in members])
         cost = {key: _statistics([row.get(key) for row in members]) for key in COST}
         subject = {key: cost[key].mean if key in COST else members[-1].get(key) for key in KEY_COLUMNS}
+        subject |= _drawn(members[-1]["identity"])
         spreads = {key: value.std for key, value in cost.items()}
         images = members[-1].get("images")
         entries.append({**subject, "images": images, "ranges": len(members), "spreads": spreads, "metrics": metrics})
+    _leave_out_times(entries)
     return sorted(entries, key=_order)
 
 
@@ -175,7 +184,7 @@ def write(folder: Path, rows: list[dict]) -> str:
     columns_of = {name: [name, f"{name}_std", *([f"{name}_interval"] if name in known else [])] for name in names}
     with files.atomic_file(folder / "results.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        subject = [column for key in KEY_COLUMNS for column in ((key, f"{key}_std") if key in COST else (key,))]
+        subject = [column for key in _subject(entries) for column in ((key, f"{key}_std") if key in COST else (key,))]
         writer.writerow([*subject, "ranges", *(column for name in names for column in columns_of[name])])
         for e in entries:
             values = {**e, **{f"{key}_std": std for key, std in e["spreads"].items()}}
@@ -213,7 +222,7 @@ def _table(entries: list[dict], names: list[str]) -> str:
 def cells(entries: list[dict], names: list[str]) -> list[list[str]]:
     """The table of these metrics of the entries as text: the names of the columns, then a line an entry; columns of subject
     that are empty are left out."""
-    subject = [key for key in KEY_COLUMNS if any(e[key] is not None for e in entries)]
+    subject = [key for key in _subject(entries) if any(e[key] is not None for e in entries)]
     if all(e["NFE"] == e["forwards"] for e in entries):
         subject = [key for key in subject if key != "forwards"]
     lines = [[*subject, "ranges", *names]]
@@ -273,6 +282,47 @@ def _order(entry: dict) -> tuple:
     """By weights, run@200 before run@1000, then by guidance scale, method, NFE and width of the average."""
     weights = re.sub(r"\d+", lambda number: number.group().zfill(20), str(entry["weights"]))
     return weights, entry["guidance_scale"] or 0, str(entry["method"]), entry["NFE"] or 0, entry["ema_width"] or 0
+
+
+def _subject(entries: list[dict]) -> list[str]:
+    """The columns of subject: of DRAWN those in which the samples differ."""
+    samples = [e for e in entries if e["method"] is not None]  # others are of real images or a folder
+    return [key for key in KEY_COLUMNS if key not in DRAWN or len({e[key] for e in samples}) > 1]
+
+
+def _drawn(identity: dict) -> dict[str, str | None]:
+    """The columns DRAWN of a row, as text; None for what its identity does not hold."""
+    known = {key: None if identity.get(key) is None else str(identity[key]) for key in DRAWN}
+    if identity.get("labels") and isinstance(identity["labels"], list | tuple):
+        known["labels"] = _labels_cell(list(identity["labels"]))
+    elif known["labels"] and known["labels"].startswith(BY_FREQUENCY):  # what follows tells references apart
+        known["labels"] = BY_FREQUENCY
+    known["times"] = _digest(identity["times"]) if identity.get("times") else None
+    return known
+
+
+def _labels_cell(labels: list) -> str:
+    """Labels in turn, each turn once: captions of several wordings repeat it."""
+    n = len(labels)
+    periods = (p for p in range(1, n + 1) if n % p == 0 and labels == labels[:p] * (n // p))
+    turn = labels[: next(periods)]
+    text = " ".join(map(str, turn))
+    return text if len(text) <= MAX_LABELS else f"{len(turn)} labels {_digest(turn)}"
+
+
+def _leave_out_times(entries: list[dict]) -> None:
+    """Leave the times only where nothing else tells entries apart: each number of steps has times of its own."""
+    alike: dict[tuple, list[dict]] = {}
+    for e in entries:
+        alike.setdefault(tuple(e[key] for key in KEY_COLUMNS if key not in (*COST, "times")), []).append(e)
+    for members in alike.values():
+        if len({e["times"] for e in members}) == 1:
+            for e in members:
+                e["times"] = None
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 @cache  # rows are read again before each new one

@@ -27,7 +27,8 @@ class AlphaFlow(FlowMapLoss):
     bf16 10% (docs/few_steps.md).
 
     Example:
-        >>> loss = AlphaFlow(LinearPath(), "velocity", time_samplers.build("logit_normal"), anneal_end=0.5)
+        >>> times = time_samplers.build("logit_normal")
+        >>> loss = AlphaFlow(path=LinearPath(), prediction="velocity", time_sampler=times, anneal_end=0.5)
         >>> loss(net, eager, batch).per_sample.mean().backward()
     """
 

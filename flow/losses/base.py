@@ -95,6 +95,11 @@ class FlowLoss(ABC):
         if "name" in cls.__dict__:  # others are bases of losses
             LOSSES[cls.name] = cls
 
+    def check(self, key: str, holds: bool, rule: str) -> None:
+        """Raises ValueError that names the argument `key` and the rule where the rule does not hold."""
+        if not holds:
+            raise ValueError(f"{key}={getattr(self, key)!r}: must be {rule}")
+
     @abstractmethod
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses: ...
 

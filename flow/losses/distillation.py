@@ -1,15 +1,15 @@
 """Distillation of a rectified flow into one step, or a few."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flow.losses.flow_matching import FlowMatching
-from flow.path import Path
 
 
+@dataclass(kw_only=True)
 class Distillation(FlowMatching):
     """Flow matching at the times that N Euler steps evaluate, on the pairs (x0, x1) of a flow.
 
@@ -18,34 +18,24 @@ class Distillation(FlowMatching):
     those between, unless a share of the batch goes to flow matching at all times.
     """
 
-    name = "distillation"
-    needs_pairs = True
-    capturable = True
+    name: ClassVar[str] = "distillation"
+    needs_pairs: ClassVar[bool] = True
+    capturable: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        path: Path,
-        prediction: str,
-        time_sampler: Callable[[Tensor], Tensor],
-        distance: str = "mse",
-        distance_args: dict[str, Any] | None = None,
-        steps: int = 1,
-        flow_share: float = 0.0,
-    ):
-        """steps: Euler steps of the student. flow_share: share of the batch, in [0, 1), for flow matching at all times."""
-        super().__init__(path, prediction, time_sampler, distance, distance_args)
-        if prediction == "noise":
+    steps: int = 1  # Euler steps of the student
+    flow_share: float = 0.0  # share of the batch, in [0, 1), for flow matching at all times
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prediction == "noise":
             # There the network is given x0 (on the VP path x0 + 0.0066 x1) and asked for x0: the identity, which knows nothing
             # about x1, has a loss of 0 (4e-5).
             raise ValueError(
                 "distillation: flow.prediction=noise has nothing to learn at t = 0, where the input is the noise; "
                 "use velocity or data"
             )
-        if steps < 1 or steps != int(steps):
-            raise ValueError(f"steps={steps}: must be a whole number of at least 1")
-        if not 0 <= flow_share < 1:
-            raise ValueError(f"flow_share={flow_share}: must be 0 or more and less than 1")
-        self.steps, self.flow_share = steps, flow_share
+        self.check("steps", self.steps >= 1 and self.steps == int(self.steps), "a whole number of at least 1")
+        self.check("flow_share", 0 <= self.flow_share < 1, "0 or more and less than 1")
 
     def times(self, u: Tensor) -> Tensor:
         """The times [b], float32, of uniforms u [b]: below `flow_share` those of flow.time_sampler, above it the times 0, 1/N,

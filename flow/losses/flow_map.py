@@ -46,14 +46,10 @@ class FlowMapLoss(FlowLoss):
         self.check("guidance_scale", self.guidance_scale > 0, "more than 0; 1 is off")
         self.check("guidance_mix", 0 <= self.guidance_mix < 1, "0 or more and less than 1")
 
-    def check(self, key: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"{key}={getattr(self, key)!r}: must be {rule}")
-
     @property
     def guidance_passes(self) -> int:
         """Passes through the network that `guided` takes."""
-        return (self.guidance_scale != 1 or self.guidance_mix > 0) + (self.guidance_mix > 0)
+        return (self.guidance_scale != 1) + (self.guidance_mix > 0)
 
     @property
     def mean_map_share(self) -> float:
@@ -74,7 +70,8 @@ class FlowMapLoss(FlowLoss):
 
         w (1 - kappa) v + kappa u_c + (1 - kappa - w (1 - kappa)) u_u with the network's velocities with and without the
         condition, u_c = u(x, t, t, y) and u_u (MeanFlow, arXiv:2505.13447, section 4.2 and appendix; its omega is
-        w (1 - kappa), and w the effective scale). kappa > 0 takes part of v from the network, which has less variance.
+        w (1 - kappa), and w the effective scale). kappa > 0 takes part of v from the network, which has less variance. A
+        velocity whose factor is 0, as that of u_u at w = 1, is not computed.
         Samples whose condition was dropped keep v.
         """
         if self.guidance_scale == 1 and self.guidance_mix == 0:
@@ -82,7 +79,9 @@ class FlowMapLoss(FlowLoss):
         if y is None or eager.null is None:
             raise ValueError(f"{self.name}: guidance_scale={self.guidance_scale}: needs a network with labels or prompts")
         own, mix = self.guidance_scale * (1 - self.guidance_mix), self.guidance_mix
-        target = own * v + (1 - mix - own) * eager.as_trained(x, t, torch.full_like(y, eager.null), t)
+        target = own * v
+        if self.guidance_scale != 1:
+            target = target + (1 - mix - own) * eager.as_trained(x, t, torch.full_like(y, eager.null), t)
         if mix:
             target = target + mix * eager.as_trained(x, t, y, t)
         dropped = (y == eager.null).flatten(1).all(1) if y.dim() > 1 else y == eager.null

@@ -1,7 +1,8 @@
 """Conditional flow matching: regression on the velocity of the path, or on the data or the noise."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from flow.losses.base import Batch, Eager, FlowLoss, Losses
 from flow.path import Path
 
 
+@dataclass(kw_only=True)
 class FlowMatching(FlowLoss):
     """distance(net(x_t, t, y), target) with x_t = alpha(t) x1 + sigma(t) x0, in float32.
 
@@ -19,31 +21,26 @@ class FlowMatching(FlowLoss):
     1 / (d + c)^p without gradient; p = 1 is the loss normalization of Simple ReFlow (Kim et al. 2024, arXiv:2410.07815).
 
     Example:
-        >>> loss = FlowMatching(LinearPath(), "velocity", time_samplers.build("uniform"))
+        >>> times = time_samplers.build("uniform")
+        >>> loss = FlowMatching(path=LinearPath(), prediction="velocity", time_sampler=times)
         >>> loss(net, eager, batch).per_sample.mean().backward()
     """
 
-    name = "flow_matching"
-    capturable = True
+    name: ClassVar[str] = "flow_matching"
+    capturable: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        path: Path,
-        prediction: str,
-        time_sampler: Callable[[Tensor], Tensor],
-        distance: str = "mse",
-        distance_args: dict[str, Any] | None = None,
-        weight_power: float = 0.0,
-        weight_offset: float = 1e-6,
-    ):
-        """distance: a key of `distances.DISTANCES`, with its arguments. weight_power: p, 0 is off. weight_offset: c."""
-        if weight_power < 0:
-            raise ValueError(f"weight_power={weight_power}: must be 0 or more")
-        if weight_offset <= 0:
-            raise ValueError(f"weight_offset={weight_offset}: must be more than 0")
-        self.weight_power, self.weight_offset = weight_power, weight_offset
-        self.path, self.prediction, self.time_sampler = path, prediction, time_sampler
-        self.distance = distances.build(distance, distance_args or {})
+    path: Path
+    prediction: str
+    time_sampler: Callable[[Tensor], Tensor]
+    distance: str = "mse"  # a key of `distances.DISTANCES`
+    distance_args: dict[str, Any] | None = None
+    weight_power: float = 0.0  # p; 0 is off
+    weight_offset: float = 1e-6  # c
+
+    def __post_init__(self) -> None:
+        self.check("weight_power", self.weight_power >= 0, "0 or more")
+        self.check("weight_offset", self.weight_offset > 0, "more than 0")
+        self.distance_between = distances.build(self.distance, self.distance_args or {})
 
     def times(self, u: Tensor) -> Tensor:
         """The times [b] at which the network is trained, float32, of uniforms u [b]; at most `path.t_max`."""
@@ -54,7 +51,7 @@ class FlowMatching(FlowLoss):
         t = self.times(batch.u[:, 0])
         prediction = net(self.path.interpolate(batch.x0, batch.x1, t), t, batch.y)
         target = self.path.target(batch.x0, batch.x1, t, self.prediction)
-        d = self.distance(prediction.float(), target)
+        d = self.distance_between(prediction.float(), target)
         if not self.weight_power:
             return Losses(d, t)
         return Losses(d / (d.detach() + self.weight_offset) ** self.weight_power, t, {"unweighted": d})

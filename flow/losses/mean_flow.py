@@ -7,7 +7,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from flow.losses.base import Batch, Eager, Losses
-from flow.losses.flow_map import FlowMapLoss, jump, x_and_velocity
+from flow.losses.flow_map import FlowMapLoss, x_and_velocity
+from flow.path import broadcast_over
 
 TANGENTS = ("path", "network")
 DERIVATIVES = ("jvp", "difference")
@@ -26,7 +27,8 @@ class MeanFlow(FlowMapLoss):
     difference, two ordinary passes of the network in float32, as in Transition Models (Wang et al. 2025, arXiv:2509.04394).
 
     Example:
-        >>> loss = MeanFlow(LinearPath(), "velocity", time_samplers.build("logit_normal"), map_share=0.25)
+        >>> times = time_samplers.build("logit_normal")
+        >>> loss = MeanFlow(path=LinearPath(), prediction="velocity", time_sampler=times, map_share=0.25)
         >>> loss(net, eager, batch).per_sample.mean().backward()
     """
 
@@ -63,5 +65,6 @@ class MeanFlow(FlowMapLoss):
             along = t_next[rows], eager.as_trained(*at, at[1]) if self.tangent == "network" else v[rows]
             by_jvp = self.derivative == "jvp"
             du_dt = eager.jvp(*at, *along, self.jvp_precision)[1] if by_jvp else eager.difference(*at, *along)
-            target = v.index_copy(0, rows, jump(v[rows], t[rows], t_next[rows], du_dt))
+            correction = broadcast_over(t_next[rows] - t[rows], du_dt) * du_dt
+            target = v.index_copy(0, rows, v[rows] + correction)
         return self.weighted(prediction, target, t)

@@ -24,7 +24,8 @@ class Trajectory(FlowMapLoss):
     the teacher. The pairs (i, j) are uniform; flow.time_sampler is not used.
 
     Example:
-        >>> loss = Trajectory(LinearPath(), "velocity", time_samplers.build("uniform"), map_share=0.75)
+        >>> times = time_samplers.build("uniform")
+        >>> loss = Trajectory(path=LinearPath(), prediction="velocity", time_sampler=times, map_share=0.75)
         >>> loss(net, eager, batch).per_sample.mean().backward()  # with batch.states, of pairs made with --keep_states
     """
 

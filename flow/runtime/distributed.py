@@ -62,6 +62,11 @@ def build_accelerator(
         )
     except ValueError as error:  # e.g. bf16 on a GPU that has none
         raise UserError(f"train.mixed_precision={mixed_precision}, train.log_with={log_with}: {error}") from None
+    if accelerator.is_fsdp2:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # Accelerate's policy would cast the inputs, so t and the time features, to 16 bits; its autocast is enough.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise UserError(

@@ -19,7 +19,7 @@ def preview_settings(config: Config, net: Network, class_names: Sequence[str]) -
     """Those of the previews of a training; a network with prompts gets one for each class."""
     p = config.preview
     prompts = tuple(map(captions.plain, class_names)) if net.max_prompt_bytes else None
-    return SamplerSettings(p.sampling_method, p.sampling_steps, p.guidance_scale, p.seed, prompts=prompts)
+    return SamplerSettings(p.sampling_method, p.sampling_steps, p.guidance_scale, seed=p.seed, prompts=prompts)
 
 
 def labels_for(indices: Sequence[int], settings: SamplerSettings, num_classes: int | None) -> Tensor | None:

@@ -14,6 +14,7 @@ from configs import loading, schema
 from configs.errors import UserError
 from datasets import captions
 from flow.runtime import cli, commands, files, lock, step_names
+from flow.runtime.errors import error_context
 from flow.sampling import header, hub, images, locate, snapshot
 from flow.sampling.conditions import column_names, preview_settings
 from flow.sampling.sampler import Sampler
@@ -51,7 +52,8 @@ def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, sh
         shown: what the command in the card names as weights.
 
     Raises:
-        UserError: for a folder with something else, and an identifier that is none.
+        UserError: for a folder with something else, an identifier that is none, and settings of the preview that do not go with
+            the network.
     """
     if not _LICENSE.fullmatch(license_name):
         raise UserError(f"--license {license_name}: must be an identifier of the Hugging Face hub, e.g. mit, cc-by-4.0, other")
@@ -154,9 +156,10 @@ def _write_picture(path: Path, snap: Snapshot) -> None:
         return
     n, model = snap.config.preview.n_samples, snap.model()
     settings = preview_settings(snap.config, model.net, snap.class_names)
-    samples = Sampler(model, snap.image_shape).sample(
-        n, prompts=settings.prompts, method=settings.method, steps=settings.steps, guidance_scale=settings.guidance_scale,
-        seed=settings.seed, batch_size=snap.space.preview_batch_size,
-    )  # fmt: skip
+    with error_context("preview"):
+        samples = Sampler(model, snap.image_shape).sample(
+            n, prompts=settings.prompts, method=settings.method, steps=settings.steps, guidance_scale=settings.guidance_scale,
+            seed=settings.seed, batch_size=snap.space.preview_batch_size,
+        )  # fmt: skip
     names = column_names(settings, snap.class_names, model.net.num_classes)
     images.write_png(path, snap.space.picture(samples, len(names) or max(1, round(n**0.5)), names))

@@ -1,5 +1,6 @@
 """The guide of autoguidance: a weaker model whose velocity the guided one leads away from."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from configs.errors import UserError
@@ -25,9 +26,10 @@ def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str 
     if guide.image_shape != snap.image_shape:
         raise UserError(f"{key}: is a model of images of {guide.image_shape}, --weights of {snap.image_shape}")
     snapshot.check_codec(key, guide, snap.codec)
-    if guide.config.flow.source.name != snap.config.flow.source.name:
-        names = guide.config.flow.source.name, snap.config.flow.source.name
-        raise UserError(f"{key}: starts at {names[0]}, --weights at {names[1]}; give one of the same flow.source")
+    source, own_source = guide.config.flow.source, snap.config.flow.source
+    if asdict(source) != asdict(own_source):
+        starts = [" ".join([each.name, *([str(each.args)] if each.args else [])]) for each in (source, own_source)]
+        raise UserError(f"{key}: starts at {starts[0]}, --weights at {starts[1]}; give one of the same flow.source")
     weaker = guide.model(decode=False)
     if weaker.net.two_times != model.net.two_times:
         kinds = ["a flow map" if net.two_times else "a flow" for net in (weaker.net, model.net)]

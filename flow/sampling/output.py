@@ -28,13 +28,14 @@ GRID_IMAGES = 100  # at most
 
 def check_output_dir(
     folder: Path, digest: str, image_shape: tuple[int, ...], settings: SamplerSettings, num_classes: int | None,
-    mixed_precision: str, batch_size: int, config: Config,
+    mixed_precision: str, batch_size: int, config: Config, source: str | None,
 ) -> None:  # fmt: skip
     """Write sampling.json, or check that the existing one is of the same images.
 
     Args:
         digest: of the weights.
         config: theirs, with what the command line has changed.
+        source: fingerprint of the samples that a flow from data starts at; None for noise.
 
     Raises:
         UserError: for a folder of another run.
@@ -46,13 +47,15 @@ def check_output_dir(
         "mixed_precision": mixed_precision,
         "image_shape": image_shape,
         **({"bspp": batch_size} if settings.method in HAS_TOLERANCES else {}),
+        **({"source_fingerprint": source} if source else {}),
     }
     path, existing = folder / "sampling.json", None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
     record = json.loads(json.dumps(record | network_record(config)))
-    older = {"flow": record["flow"], "model": record["model"]}  # of folders from before they were recorded
+    later = ("flow", "model", "source_fingerprint")  # which folders of earlier versions do not have
+    older = {key: record[key] for key in later if key in record}
     check_same_settings(folder, None if existing is None else [older | existing], record, "images", "sample.py")
     if existing is None:
         files.write_text(path, json.dumps(record, indent=1))

@@ -161,8 +161,12 @@ class Sampler:
     ) -> Tensor:
         """log p(x1) in nats [b], float64, of data x1 [b, ...] as the network sees them: images in [-1, 1], latents, points.
 
-        hutchinson_samples: random directions of the divergence estimate; None is exact, at the price of a backward pass for
-        each element of x1. Raises ValueError where the source is not Gaussian noise, whose density is known.
+        labels, prompts: one for all, or one for each. hutchinson_samples: random directions of the divergence estimate; None is
+        exact, at the price of a backward pass for each element of x1.
+
+        Raises:
+            ValueError: where the source is not Gaussian noise, whose density is known, for data of another kind, and for
+                another number of labels or prompts.
         """
         likelihood.check_density_known(self.model.source)
         if not x1.is_floating_point() or tuple(x1.shape[1:]) != self.shape:
@@ -175,7 +179,7 @@ class Sampler:
         if hutchinson_samples is not None:
             noise = [gaussian_noise(f"hutchinson {i}", seed, range(len(x)), self.shape) for i in range(hutchinson_samples)]
             eps = torch.stack(noise).sign().to(x)
-        velocity = self._velocity(len(x), labels, prompts, 1.0)
+        velocity = self._velocity_of_data(len(x), labels, prompts)
         with self._autocast():
             return likelihood.log_likelihood(velocity, x, method, eps=eps, rtol=rtol, atol=atol)[0]
 
@@ -191,7 +195,8 @@ class Sampler:
     ) -> Tensor:
         """The x0 [b, ...], float64, that the flow would turn into x1: the ODE solved backwards, without guidance.
 
-        x1: uint8 images or floats as the network sees them, [b, ...]. Raises ValueError for those of another shape.
+        x1: uint8 images or floats as the network sees them, [b, ...]. labels, prompts: one for all, or one for each. Raises
+        ValueError for data of another shape, and for another number of labels or prompts.
         """
         if tuple(x1.shape[1:]) != self.shape:
             raise ValueError(f"x1 of shape {tuple(x1.shape)}: the flow works on {self.shape}")
@@ -200,7 +205,7 @@ class Sampler:
         if self.model.source.name == GAUSSIAN:
             noise = to_solver_dtype(gaussian_noise("inversion", seed, range(len(x)), self.shape), self.device)
         with torch.inference_mode(), self._autocast():
-            return likelihood.invert(self._velocity(len(x), labels, prompts, 1.0), x, noise, steps, method)
+            return likelihood.invert(self._velocity_of_data(len(x), labels, prompts), x, noise, steps, method)
 
     def transfer(
         self,
@@ -261,6 +266,17 @@ class Sampler:
     def _velocity(self, n: int, labels, prompts, guidance_scale: float) -> GuidedVelocity:
         settings = self._settings(labels, prompts, guidance_scale=guidance_scale)
         return build_velocity(self.model, range(n), settings, self.device)
+
+    def _velocity_of_data(self, n: int, labels, prompts) -> GuidedVelocity:
+        """Without guidance, of n given samples: labels do not take turns over what has a label of its own."""
+        velocity = self._velocity(n, labels, prompts, 1.0)
+        num_classes = self.model.net.num_classes
+        if num_classes is not None and labels is None:
+            raise ValueError(f"labels=None: this network has {num_classes} classes; give one label for all x1, or one for each")
+        for name, values in {"labels": labels, "prompts": prompts}.items():
+            if values is not None and len(values) not in (1, n):
+                raise ValueError(f"{name}: {len(values)} for {n} samples; give one for all x1, or one for each")
+        return velocity
 
     def _autocast(self) -> AbstractContextManager:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)

@@ -1,7 +1,7 @@
 """What, besides the weights and the index, decides an image; checked against the network."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from flow import solvers
 from flow.model import FlowModel
@@ -22,6 +22,7 @@ class SamplerSettings:
     method: str = "euler"  # a key of solvers.SOLVERS
     steps: int = 100
     guidance_scale: float = 1.0
+    _: KW_ONLY
     seed: int = 8888
     labels: tuple[int, ...] | None = None  # image k gets labels[k mod len]; None: all classes in turn
     prompts: tuple[str, ...] | None = None  # for networks that read them: image k gets prompts[k mod len]
@@ -57,7 +58,9 @@ def guidance_note(settings: SamplerSettings, model: FlowModel) -> str | None:
         return None
     if model.trained_guidance != 1:
         return f"{scale}: comes on top of the scale {model.trained_guidance:g} that the network was trained with"
-    if model.net.two_times and solvers.SOLVERS[settings.method].whole_step and settings.steps * LONG_STEP < 1:
+    # each evaluation of `consistency` leads to t = 1, however many steps there are
+    long_steps = settings.method == "consistency" or settings.steps * LONG_STEP < 1
+    if model.net.two_times and solvers.SOLVERS[settings.method].whole_step and long_steps:
         return f"{scale}: guides mean velocities of long steps, which is not the guided flow; loss.args.guidance_scale is"
     return None
 

@@ -82,11 +82,20 @@ def attach(
     return f"{source.name} has {count:,} samples, so after the first {count:,} images they come again" if n > count else None
 
 
-def fingerprint(model: FlowModel) -> str:
-    """Of the samples that a flow from data starts at, once `attach` has read them."""
+def fingerprint(model: FlowModel) -> str | None:
+    """Of the samples that a flow from data starts at, once `attach` has read them; None for noise."""
     own = model.source.held_out if isinstance(model.source, DataSource) else model.source
-    assert isinstance(own, OrderedSource) and isinstance(own.samples, DataSamples), "noise has no samples"
-    return own.samples.data.fingerprint()
+    return _fingerprint(own) if isinstance(own, OrderedSource) else None
+
+
+def training_fingerprint(source: Source) -> str | None:
+    """Of the samples that training and pairs draw from; None for noise."""
+    return _fingerprint(source.training) if isinstance(source, DataSource) else None
+
+
+def _fingerprint(source: OrderedSource) -> str:
+    assert isinstance(source.samples, DataSamples), "a data set"
+    return source.samples.data.fingerprint()
 
 
 def replace_by(model: FlowModel, text: str, root: str | None, shape: tuple[int, ...]) -> None:

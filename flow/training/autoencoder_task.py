@@ -49,6 +49,12 @@ class AutoencoderTask:
             )
             if not Space(self.data.image_shape, self.data.codec).is_pixels:
                 raise ValueError(f"data.name={config.data.name}: holds no images")
+            if self.data.access == "memory" and self.data.images.dtype != torch.uint8:  # those of files are uint8
+                kind = str(self.data.images.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"data.name={config.data.name}: holds images as {kind}, an autoencoder trains on uint8; use the data set "
+                    "that they were made from"
+                )
         torch.manual_seed(config.seed)  # of the initial weights
         self.net = self.build_network()
         with error_context("data"):
@@ -129,11 +135,12 @@ class ExportAutoencoder(Callback):
         folder = trainer.folder / "autoencoder"
         temporary = folder.with_name(f"{files.TEMPORARY}{folder.name}")
         shutil.rmtree(temporary, ignore_errors=True)
-        with trainer.ema.average_parameters() as vae:
-            assert isinstance(vae, VAE)
-            vae.save(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        files.atomic_rename_dir(temporary, folder)
+        with files.naming(folder):
+            with trainer.ema.average_parameters() as vae:
+                assert isinstance(vae, VAE)
+                vae.save(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            files.atomic_rename_dir(temporary, folder)
 
 
 def load_lpips(device: torch.device):

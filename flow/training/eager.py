@@ -44,8 +44,8 @@ class EagerNetwork:
 
     def start_micro_batch(self) -> None:
         """Remember the random state from which the masks of this micro-batch are drawn."""
-        cuda = self._device.type == "cuda"
-        self._state = torch.cuda.get_rng_state(self._device) if cuda else torch.get_rng_state()
+        on_cpu = self._device.type == "cpu"
+        self._state = torch.get_rng_state() if on_cpu else torch.get_device_module(self._device).get_rng_state(self._device)
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         """The output [b, ...], float32, without gradient."""
@@ -124,10 +124,11 @@ class EagerNetwork:
 
     @contextmanager
     def _plain(self, bf16: bool = False) -> Iterator[None]:
-        cuda = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), torch.autocast(self._device.type, torch.bfloat16, enabled=bf16):
-            if cuda:
-                torch.cuda.set_rng_state(self._state, self._device)
+        kind = self._device.type
+        others = [] if kind == "cpu" else [self._device]  # the state of the CPU is restored in any case
+        with torch.random.fork_rng(others, device_type=kind), torch.autocast(kind, torch.bfloat16, enabled=bf16):
+            if others:
+                torch.get_device_module(self._device).set_rng_state(self._state, self._device)
             else:
                 torch.set_rng_state(self._state)
             yield

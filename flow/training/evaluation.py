@@ -10,7 +10,7 @@ from configs.errors import UserError, did_you_mean
 from flow.evaluation import control, metrics, runner, snapshots, table
 from flow.evaluation.frechet import can_extrapolate
 from flow.evaluation.real_images import load_real_images
-from flow.runtime import cli, distributed, files, lock
+from flow.runtime import cli, distributed, files, lock, step_names
 from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.locate import BEST_FILE, EMA_FILE
@@ -52,7 +52,7 @@ class EvaluateSnapshots(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """The row of real images, whose columns show whether evaluate.keep_best is one."""
         row = control.add_control(self.evaluator.evaluation)
-        self._check_best_column(self._columns_of_samples(list(row["metrics"])) if row else [])
+        self._check_best_column(self._columns_of_samples(list(row["metrics"])) if row else None)
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if trainer.interrupted or not (trainer.finished or trainer.is_due(self.settings.every_steps)):
@@ -66,10 +66,11 @@ class EvaluateSnapshots(Callback):
             try:
                 rows = self.evaluator.evaluate(model, self.task.data.image_shape, digest, subject)
             except UserError as error:
-                raise UserError(f"{error}; the training goes on without rows with evaluate.every_steps=0") from error
+                without = "evaluate.every_steps=0" + (" evaluate.keep_best=null" if self.best_column else "")
+                raise UserError(f"{error}; the training goes on without rows with {without}") from error
         trainer.model.train()
         row, is_new = rows[0] if rows else (None, False)
-        self._check_best_column(list(row["metrics"]) if row else [])
+        self._check_best_column(list(row["metrics"]) if row else None)
         if row is None:
             return
         if is_new:
@@ -97,6 +98,11 @@ class EvaluateSnapshots(Callback):
         best = trainer.folder / BEST_FILE
         before = self._row_of(best, row) if best.exists() else None
         value = row["metrics"][column]
+        if best.exists() and (before is None or column not in before["metrics"]):
+            aside = trainer.folder / "snapshots" / f"best_before_{step_names.name_of(trainer.step, '.safetensors')}"
+            best.rename(aside)  # nobody knows which of the two is better
+            trainer.logger.info(f"note: {best.name} was chosen by other settings of the evaluation; it is now {aside}")
+            before = None
         if before and before["images"] <= row["images"]:  # later ones are of a training that was resumed from before them
             previous = before["metrics"][column]
             if not (value > previous if column in metrics.HIGHER_IS_BETTER else value < previous):
@@ -125,15 +131,16 @@ class EvaluateSnapshots(Callback):
             columns = [*columns, f"{extractor.distance_name}_inf"]
         return columns
 
-    def _check_best_column(self, columns: list[str]) -> None:
-        """Raises UserError on every process where the column of evaluate.keep_best is not among these, on the main process."""
+    def _check_best_column(self, columns: list[str] | None) -> None:
+        """Raises UserError on every process where the column of evaluate.keep_best is not among these, on the main process;
+        None: it does not know them."""
         settings = self.settings
 
         def check() -> None:
-            if self.best_column and columns and self.best_column not in columns:
+            if self.best_column and columns is not None and self.best_column not in columns:
                 raise UserError(
                     f"evaluate.keep_best={settings.keep_best}: evaluate.metrics={settings.metrics} gives no such column here; "
-                    f"choose from fid, {', '.join(columns)}"
+                    f"choose from {', '.join(['fid', *columns])}"
                 )
 
         distributed.decided_by_main(check)
@@ -160,14 +167,20 @@ def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings
     captions_of = snapshots.captions_by_class(None, None, task.accelerator, task.config, task.net)
     labels, prompts = conditions_in_turn(None, captions_of)
     sampler = SamplerSettings(
-        evaluate.sampling_method, evaluate.sampling_steps, evaluate.guidance_scale, evaluate.seed, labels, prompts
+        evaluate.sampling_method,
+        evaluate.sampling_steps,
+        evaluate.guidance_scale,
+        seed=evaluate.seed,
+        labels=labels,
+        prompts=prompts,
     )
     with error_context("evaluate"):
         validate(sampler, task.model)
     settings = runner.EvaluationSettings(
-        str(folder), evaluate.n_samples, 1, evaluate.batch_size, evaluate.feature_extractor, evaluate.feature_layer,
-        Path(evaluate.feature_weights) if evaluate.feature_weights else None, reference=evaluate.reference,
-        metrics=tuple(evaluate.metrics),
+        owner=str(folder), n_samples=evaluate.n_samples, batch_size=evaluate.batch_size,
+        feature_extractor=evaluate.feature_extractor, feature_layer=evaluate.feature_layer,
+        feature_weights=Path(evaluate.feature_weights) if evaluate.feature_weights else None,
+        reference=evaluate.reference, metrics=tuple(evaluate.metrics),
     )  # fmt: skip
     return settings, sampler, captions_of
 

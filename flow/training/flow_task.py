@@ -11,7 +11,7 @@ from torch import Tensor
 
 import datasets
 import models
-from configs import schema
+from configs import keys, schema
 from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSet, captions
@@ -23,7 +23,7 @@ from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import cli, commands, distributed, files
 from flow.runtime.errors import error_context
-from flow.sampling import snapshot
+from flow.sampling import snapshot, sources
 from flow.sampling.conditions import column_names, preview_settings
 from flow.sampling.generate import generate, shard
 from flow.sampling.header import PowerAverage
@@ -33,6 +33,7 @@ from flow.source import GAUSSIAN, Source
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 
 NAMED_CLASSES = 10  # in the log
+MEANING = ("flow.path", "flow.prediction")  # of what a network puts out, whatever its shape
 
 
 class FlowTask:
@@ -83,6 +84,7 @@ class FlowTask:
             with error_context("train.init_from"):
                 source = snapshot.load(init_from)
                 snapshot.check_codec(f"train.init_from={init_from}", source, self.data.codec)
+                check_same_flow(f"train.init_from={init_from}", source.config, self.config)
                 source.load_into(self.net, optional="step_embedding.")  # a flow may become a flow map
             before, now = source.config.model.args, self.config.model.args
             changed = [key for key in sorted({**before, **now}) if before.get(key) != now.get(key) and key != "two_times"]
@@ -214,6 +216,8 @@ def build_coupling(config: Config, data, source: Source, micro_batch_size: int) 
             )
         if (own := asdict(flow.source)) != data.source:
             raise UserError(f"flow.source={own}: must be that of the pairs, {data.source}")
+        if data.source_fingerprint not in (None, sources.training_fingerprint(source)):
+            raise UserError(f"flow.source={own}: its samples are not those that the pairs start from; make the pairs again")
         if flow.coupling_args:
             raise UserError(f"flow.coupling_args={flow.coupling_args}: paired takes none")
         return PairedCoupling(source, data.seed, data.generated, data.noise, data.image_shape)
@@ -230,6 +234,13 @@ def check_source(config: Config, model: FlowModel, image_shape: tuple[int, ...])
         model.source.draw("train", config.seed, [0], image_shape)
 
 
+def check_same_flow(key: str, before: Config, now: Config) -> None:
+    """Raises UserError where weights of the configuration `before` put out something else than those of `now`."""
+    for name in MEANING:
+        if (was := keys.get(before, name)) != (here := keys.get(now, name)):
+            raise UserError(f"{key}: was trained with {name}={was}, here it is {here}; set {name}={was}, or use other weights")
+
+
 def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
     """Raises UserError where the loss needs what network or data do not have."""
     name = f"loss.name={config.loss.name}"
@@ -242,6 +253,13 @@ def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
     for key, off in (("guidance_scale", 1), ("guidance_mix", 0)):
         if (value := getattr(loss, key, off)) != off and net.null is None:
             raise UserError(f"loss.args.{key}={value}: needs a network with labels (model.args.num_classes) or prompts")
+    scale, dropout = getattr(loss, "guidance_scale", 1), config.flow.label_dropout
+    if scale != 1 and not dropout:  # guidance_mix alone takes nothing from the null label
+        null = "prompt" if net.max_prompt_bytes else "label"
+        raise UserError(
+            f"flow.label_dropout={dropout:g}: loss.args.guidance_scale={scale} needs a null {null} that is trained; set it "
+            "above 0, such as 0.1"
+        )
 
 
 def validate_conditioning(data, net: Any) -> None:

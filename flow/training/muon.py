@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from flow.runtime.distributed import resolve_precision
 
-MIN_SIDE = 32  # inputs and outputs of a hidden layer: those that touch pixels have fewer
+MIN_SIDE = 32  # inputs and outputs of a hidden layer
 CONDITIONING = {"time_mlp", "step_embedding", "modulation"}  # layers of the embedding of time, by their names in `models`
+OUTER = (".embed", ".unembed", ".conv_in", ".conv_out", ".layers.0", ".last")  # ends of names of those that touch pixels
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """Orthogonalized momentum (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the weights of hidden linear layers
     and convolutions; AdamW for norms, biases, embeddings, the layers that touch pixels, and those of the embedding of time, on
-    which Muon would cost as much as on the rest of a small U-Net.
+    which Muon would cost as much as on the rest of a small U-Net. The last two kinds are known by their names (`OUTER`,
+    `CONDITIONING`), which layers of your own network may have as well.
 
     A convolution counts as the matrix [outputs, inputs * height * width]. An orthogonal step is scaled by
     0.2 sqrt(max(rows, columns)) to the root mean square of a usual step of AdamW, so that both take the same learning rate and
@@ -29,14 +31,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, net: nn.Module, lr: float, fused: bool, **options: Any):
         """options: of AdamW; Muon takes its weight_decay. Raises ValueError for a network without hidden matrices."""
         layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-        hidden = {
-            id(m.weight)
-            for name, m in layers.items()
-            if min(m.weight.shape[:2]) >= MIN_SIDE and not CONDITIONING & set(name.split("."))
-        }
+        hidden = {id(m.weight) for name, m in layers.items() if is_hidden(name, m)}
         self.matrices = [p for p in net.parameters() if id(p) in hidden]
         if not self.matrices:
-            raise ValueError(f"name=muon: the network has no layer with {MIN_SIDE} inputs and outputs; use adamw")
+            raise ValueError(f"name=muon: the network has no hidden layer with {MIN_SIDE} inputs and outputs; use adamw")
         others = [p for p in net.parameters() if id(p) not in hidden]
         super().__init__([{"params": self.matrices}, {"params": others}], {"lr": lr, **options})
         self.views = [nn.Parameter(as_matrix(p.detach())) for p in self.matrices]
@@ -70,6 +68,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def _with_momentum(self, state_dict: dict[str, Any], convert: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         momentum = {k: convert(entry["momentum_buffer"], self.matrices[k]) for k, entry in state_dict["state"].items()}
         return {**state_dict, "state": {k: {"momentum_buffer": value} for k, value in momentum.items()}}
+
+
+def is_hidden(name: str, layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether Muon trains the weight of the layer with this dotted name."""
+    outer, conditioning = f".{name}".endswith(OUTER), bool(CONDITIONING & set(name.split(".")))
+    return min(layer.weight.shape[:2]) >= MIN_SIDE and not outer and not conditioning
 
 
 def match_layout(optimizer: torch.optim.Optimizer) -> None:

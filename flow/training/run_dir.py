@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +32,9 @@ FIXED = (
     "flow.source.args", "flow.coupling", "flow.coupling_args", "loss.name", "loss.args", "optimizer.name",
     "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks",
 )  # fmt: skip
+# With a checkpoint a flow does not read this again, and config.yaml would name weights that it has not started from. Without
+# one it does. An autoencoder reads the shape of its network from it at every start, from wherever it lies by now.
+FIXED_BY_CHECKPOINT = (*FIXED, "train.init_from")
 
 
 @contextmanager
@@ -50,7 +53,8 @@ def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, 
             with _quiet_writer_threads():
                 yield run_dir, cfg, accelerator
         except OSError as error:
-            reason = f"{'' if error.filename else f'{run_dir}: '}{error}"
+            names_file = error.filename or str(error).startswith(str(run_dir))
+            reason = f"{'' if names_file else f'{run_dir}: '}{error}"
             raise UserError(f"{reason}; {checkpoint.latest_checkpoint_hint(run_dir / 'checkpoints')}") from error
 
 
@@ -111,13 +115,14 @@ def checkpoint_to_resume(resume: str, run_dir: Path, cfg: Any) -> Path | None:
         )
     if path:
         before = checkpoint.stored_config(path, type(cfg), stored.typed_values(cfg))
-        refuse_changes(before, cfg, f"the checkpoint {path} was made")
+        fixed = FIXED_BY_CHECKPOINT if isinstance(cfg, schema.Config) else FIXED
+        refuse_changes(before, cfg, f"the checkpoint {path} was made", fixed)
     return path
 
 
-def refuse_changes(stored: Any, cfg: Any, origin: str) -> None:
+def refuse_changes(stored: Any, cfg: Any, origin: str, fixed: Sequence[str] = FIXED) -> None:
     """Raises UserError for the first key that resuming cannot change and that differs; `origin` begins the reason."""
-    for key in filter(keys.all_keys(type(cfg)).__contains__, FIXED):
+    for key in filter(keys.all_keys(type(cfg)).__contains__, fixed):
         before, now = keys.get(stored, key), keys.get(cfg, key)
         if before != now:
             raise UserError(f"{key}={now}: {origin} with {before}, which resuming cannot change")

@@ -118,9 +118,11 @@ class Trainer:
         device = accelerator.device
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, accelerator))
+        sharded = accelerator.is_fsdp2
         reason = "a derivative needs float32, in which FSDP2 has no sharded network"
-        sharded = (reason, self.model) if accelerator.is_fsdp2 else ()
-        self.eager = EagerNetwork(task.net, *sharded)
+        self.eager = EagerNetwork(
+            task.net, derivative_error=reason if sharded else None, sharded=self.model if sharded else None
+        )
         if self.eager.derivative_error and getattr(task.loss, "needs_derivative", False):
             raise UserError(f"loss.name={config.loss.name}: {self.eager.derivative_error}; use loss.name=alpha_flow")
         self.half_lives = schema.half_lives(config)

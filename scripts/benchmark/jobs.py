@@ -223,8 +223,8 @@ def evaluate_job(job: dict) -> dict:
 
     timer, accelerator, snap, model, sampler = timed_flow(job)
     settings = EvaluationSettings(
-        "benchmark", job["n_samples"], batch_size=job["sampling_batch"], feature_extractor=job["feature_extractor"],
-        metrics=("fid",),
+        owner="benchmark", n_samples=job["n_samples"], batch_size=job["sampling_batch"],
+        feature_extractor=job["feature_extractor"], metrics=("fid",),
     )  # fmt: skip
     real_images = load_real_images(None, accelerator, snap.decoded_shape, snap.config)
     evaluation = Evaluation.build(settings, accelerator, Path(job["scratch"]), snap.decoded_shape, real_images, [])

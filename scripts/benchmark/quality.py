@@ -20,16 +20,21 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from accelerate import Accelerator
+
+import datasets
 from configs import loading
 from configs.errors import UserError
-from flow.evaluation import intervals, plots, table
+from flow.evaluation import intervals, plots, reference, runner, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
+from flow.evaluation.real_images import load_real_images
 from flow.runtime import cli, commands, files, lock, step_names
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command
 from flow.sampling import exported, snapshot
+from flow.sampling.space import Space
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
 from scripts.benchmark.trial import seconds_per_step, training_laps
@@ -85,6 +90,7 @@ def parse_args(argv: list[str] | None = None):
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     recipes = read_recipes(args.configs, args.overrides)
+    check_evaluation(args, recipes)
     with lock.folder(args.out):
         recipes = fitted(args, recipes)
         if args.jobs > 1:
@@ -127,6 +133,27 @@ def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
     return recipes
 
 
+def check_evaluation(args, recipes: list[Recipe]) -> None:
+    """Load the feature extractor and the reference once, as evaluate.py will after the first training, which may take hours.
+
+    Raises UserError where they are not to be had, or do not fit the images.
+    """
+    accelerator = Accelerator(cpu=True, mixed_precision="no")  # the GPU is for the runs
+    settings = runner.EvaluationSettings(
+        owner="benchmark quality", feature_extractor=args.feature_extractor, feature_layer=args.feature_layer,
+        feature_weights=args.feature_weights, reference=args.reference,
+    )  # fmt: skip
+    configs = [loading.load(recipe.config, recipe.overrides) for recipe in recipes]
+    for config in {str(config.data): config for config in configs}.values():
+        with error_context("data"):
+            data = datasets.build(config.data.name, config.data.root, config.data.args)
+        shape = Space(data.image_shape, data.codec).decoded_shape
+        extractor, dimension = runner.load_extractor(settings, accelerator, shape)
+        if load_real_images(args.reference, accelerator, shape, config) is None:
+            with error_context("evaluate"):
+                reference.from_npz(Path(args.reference), extractor, dimension)
+
+
 def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
     """The recipes with their steps: those of race.json, else of a trial now or of --images, which are written there."""
     path = args.out / "race.json"
@@ -145,7 +172,7 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
         if record["curve"] != args.curve:
             raise UserError(f"--curve {args.curve}: the runs in {args.out} have {record['curve']} points; name another folder")
         for flag, value in evaluation_flags(args).items():
-            if (before := record["evaluation"].get(flag)) != value:
+            if (before := record["evaluation"].get(flag)) != value and has_rows(args.out):
                 now, then = value or "left out", before or "its default"
                 raise UserError(f"--{flag} {now}: the rows in {args.out} were measured with {then}; name another folder")
     for recipe in recipes:
@@ -176,6 +203,11 @@ def evaluation_flags(args) -> dict[str, str | None]:
     """What all distances of a race are measured with, by flag."""
     flags = ("feature_extractor", "feature_layer", "feature_weights", "reference")
     return {flag: None if getattr(args, flag) is None else str(getattr(args, flag)) for flag in flags}
+
+
+def has_rows(out: Path) -> bool:
+    """Whether any run of the race has been measured."""
+    return any(table.read_rows(path.parent) for path in out.glob("*/seed_*/*/results.jsonl"))
 
 
 def batch_size(recipe: Recipe) -> int:

@@ -210,7 +210,7 @@ def _row(index: int, run: Run, figures: list[dict]) -> dict[str, Any]:
         "rate_text": "" if run.images_per_second is None else f"{run.images_per_second:,.0f}",
         "best": statistic.mean if statistic else None,
         "best_text": f"{run.distance} {table.cell(run.distance, statistic)}" if statistic else "not evaluated",
-        "best_cost": "" if not best or best["NFE"] is None else f"at NFE {best['NFE']:g}",
+        "best_cost": "" if not best else ("" if best["NFE"] is None else f"at NFE {best['NFE']:g}, ") + f"n = {best['n']}",
         "loss": run.loss,
         "jump": run.jump,
         "loss_text": "" if run.loss is None else f"{run.loss:.4g}",
@@ -275,7 +275,8 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
     for run in runs:
         for e in run.entries:
             if e["method"] is not None and metrics[0] in e["metrics"]:  # else it is of real images or a folder
-                key = tuple(e[name] for name in table.KEY_COLUMNS if name not in ("weights", *table.COST))
+                # optimized times are fitted to the weights, so that every run has its own
+                key = tuple(e[name] for name in table.KEY_COLUMNS if name not in ("weights", "times", *table.COST))
                 of_runs = settings.setdefault(key, {})
                 if run.name not in of_runs or (e["images"] or 0) >= (of_runs[run.name]["images"] or 0):
                     of_runs[run.name] = e

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -106,11 +107,15 @@ class Run:
 
     @property
     def best(self) -> dict | None:
-        """The entry with the smallest distance."""
+        """The entry with the smallest distance: among those of the most images on the most common reference, as distances of
+        other n or to other images do not compare."""
         name = self.distance
         measured = [e for e in self.entries if e["method"] is not None and name in e["metrics"]]
         finite = [e for e in measured if math.isfinite(e["metrics"][name].mean)]
-        return min(finite, key=lambda e: e["metrics"][name].mean, default=None)
+        common = Counter(e["reference"] for e in finite).most_common(1)
+        alike = [e for e in finite if e["reference"] == common[0][0]]
+        most = max((e["n"] for e in alike), default=0)
+        return min((e for e in alike if e["n"] == most), key=lambda e: e["metrics"][name].mean, default=None)
 
 
 def find_runs(paths: list[Path]) -> list[Path]:

@@ -17,6 +17,11 @@ def cost(x0: torch.Tensor, x1: torch.Tensor) -> float:
     return (x0 - x1).square().sum().item()
 
 
+def test_fresh_noise_by_position():
+    x0 = couplings.build("independent", 3, SHAPE, 8, {}).sample_x0([5, 2], [0, 1], torch.zeros(2, *SHAPE), None)
+    assert torch.equal(x0, gaussian_noise("train", 3, [5, 2], SHAPE))
+
+
 def test_the_assignment_is_the_cheapest_of_all():
     x1 = torch.randn(6, *SHAPE)
     ot = couplings.build("ot", 0, SHAPE, 6, {"block": 6})

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flow.guidance import GuidedVelocity, drop_labels
+from flow.guidance import GuidedVelocity, drop_labels, network_calls
 from flow.solvers import solve
 
 
@@ -54,6 +54,7 @@ def test_guidance_is_the_formula(scale, forwards):
     velocity(x, 0.4)
     # network evaluations per image: both halves go as one batch, and count as two
     assert velocity.forwards == 2 * forwards == sum(net.calls) / 4 and len(net.calls) == 2
+    assert network_calls(scale) == forwards
 
 
 def test_without_labels_there_is_nothing_to_guide():

@@ -87,6 +87,10 @@ def test_what_a_sampler_refuses(transfer_run, tiny_run):
             lambda: noise.log_likelihood(torch.zeros(2, 1, 8, 7), labels=[3]),
             r"x1 of torch\.float32 and shape \(2, 1, 8, 7\): must be floats as the network sees them, \[b, \*\(1, 8, 8\)\]",
         ),
+        (lambda: noise.encode(torch.zeros(4, 1, 8, 8)), "labels=None: this network has 10 classes; give one label for all x1"),
+        (lambda: noise.log_likelihood(torch.zeros(4, 1, 8, 8)), "labels=None: this network has 10 classes"),
+        (lambda: noise.encode(torch.zeros(4, 1, 8, 8), labels=[3, 4]), "labels: 2 for 4 samples; give one for all x1, or one"),
+        (lambda: noise.log_likelihood(torch.zeros(4, 1, 8, 8), labels=[]), "labels: 0 for 4 samples"),
         (lambda: noise.sample(0), "n=0: must be a whole number of at least 1"),
         (lambda: noise.sample(2.5), "n=2.5: must be a whole number"),
         (lambda: noise.sample(2, batch_size=0), "batch_size=0: must be a whole number of at least 1"),
@@ -141,6 +145,19 @@ def test_reflow_starts_at_the_same_source(transfer_run, tmp_path, error):
     )
 
 
+def test_pairs_of_a_source_that_has_changed(transfer_run, tmp_path, error):
+    """Which of its samples a pair starts from depends on all of them."""
+    make = ["make_pairs", "--weights", transfer_run, "--n_pairs", 64, "--sampling_steps", 2, "--save_dir", tmp_path / "pairs"]
+    run_here(*make)
+    manifest = tmp_path / "pairs/manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "source_fingerprint": "0123"}))
+    reflow = [*MODEL, "data.name=pairs", f"data.args.path={tmp_path / 'pairs'}", "flow.coupling=paired", *TINY_RUN, *RING]
+    line = error("train", "-e", tmp_path / "reflow", *reflow)
+    assert "its samples are not those that the pairs start from; make the pairs again" in line
+    assert "source_fingerprint" in error(*make)
+
+
 def test_what_such_a_flow_does_not_give(transfer_run, tmp_path, error):
     sample = ["sample", "--weights", transfer_run, "--n_samples", 4, "--save_dir", tmp_path / "samples"]
     assert "does not start at Gaussian noise); use an ODE solver" in error(*sample, "--sampling_method", "euler_maruyama")
@@ -190,6 +207,8 @@ def test_images_from_a_folder_keep_their_order(tmp_path, here, error):
     assert json.loads((tmp_path / "a" / "sampling.json").read_text())["source"] == str(folder)
     assert "source" in error(*command, "--save_dir", tmp_path / "a")
     assert "must be a folder of images or one of digits" in error(*command, "--save_dir", tmp_path / "b", "--source", "nowhere")
+    Image.new("L", (8, 8)).save(folder / "0a.png")  # which moves the others back by one
+    assert "source_fingerprint" in error(*command, "--save_dir", tmp_path / "a", "--source", folder)
 
 
 def test_a_flow_from_noise_takes_no_source(tiny_run, tmp_path, error):

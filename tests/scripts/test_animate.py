@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from scripts import animate
@@ -25,3 +26,12 @@ def test_likelihood_by_both_divergences(points_flow, tmp_path, here, monkeypatch
     exact, estimate = (float(x) for x in re.findall(r"mean absolute error ([\d.]+) nats", printed))
     assert exact > 0.3 and exact != estimate  # of a flow that has not been trained
     assert [p.name for p in out.iterdir()] == ["likelihood.png"]
+
+
+@pytest.mark.parametrize("flag", [["--figures", "flow"], ["--hutchinson_samples", "2"]])
+def test_flags_of_figures_that_are_not_drawn(flag, points_flow, tiny_run, tmp_path, error):
+    out = ["--out", tmp_path / "out"]
+    assert f"{flag[0]}: is for flows of points" in error("animate", "--weights", tiny_run, *out, *flag)
+    grids = ["animate", "--weights", points_flow("moons", 1), *out, "--trajectory_grids", *flag]
+    assert f"{flag[0]}: does not go with --trajectory_grids" in error(*grids)
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """compare: flows of points side by side, and what it refuses."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -29,6 +30,24 @@ def test_flows_side_by_side(points_flow, tmp_path, here):
     assert "straightness deviation" in printed and rows[0][5] == rows[2][5] != rows[1][5]  # of the flow, whatever the steps
     printed = here("compare", "--weights", a, *flags[:4], "--sampling_method", "scipy_solver", "--out", out)
     assert re.search(r"moons_1 +\| scipy_solver +\| +\| +\d\d+ ", printed)
+
+
+def test_times_and_names_are_those_of_other_commands(points_flow, tmp_path, here):
+    """On a path with a time of its own; of a run, whose snapshots are told apart by their steps."""
+    weights, out, path = points_flow("moons", 1), tmp_path / "out", "flow.path=cosine"
+    run = tmp_path / "run"
+    (run / "snapshots").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    ours = shutil.copy(weights, run / "snapshots" / "step_00000010.safetensors")
+    flags = ["--n_samples", "300", "--sampling_steps", "4", path]
+    printed = here("compare", "--weights", ours, weights, *flags, "--frames", "2", "--out", out)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")][2:]
+    assert [row[0] for row in rows] == ["run", "moons_1"]
+    here("sample", "--weights", weights, *flags, "--save_dir", tmp_path / "s", "--bspp", "300")
+    points = torch.from_numpy(np.load(tmp_path / "s" / "samples.npz")["arr_0"])
+    real = datasets.build("toys", None, {"name": "moons", "n": POINTS}).images
+    assert [float(row[4]) for row in rows] == pytest.approx([sliced_wasserstein(points, real)] * 2, abs=1e-4)
+    assert "| run@10 " in here("compare", "--weights", ours, run, *flags, "--frames", "2", "--out", out)
 
 
 def test_particles_go_straight_within_a_step():

@@ -62,3 +62,10 @@ def test_the_command_names_the_folder_of_the_source(here, tmp_path):
     here("export", "--weights", run, "--to", card)
     readme = (card / "README.md").read_text()
     assert "flow.source.args.path=PATH" in readme and str(photos) not in readme
+
+
+def test_guided_picture_needs_labels(error, points_flow, tmp_path):
+    """There is no preview, as the weights lie in no run."""
+    line = error("export", "--weights", points_flow("moons", 1), "--to", tmp_path / "out", "preview.guidance_scale=3")
+    assert "preview: guidance_scale=3.0: needs a network with labels (model.args.num_classes)" in line
+    assert not (tmp_path / "out").exists()

@@ -1,9 +1,12 @@
 """Data sets as folders of PNG files: the same images, and a folder that is whole or absent."""
 
+import json
+
 import torch
 from PIL import Image
 
 import datasets
+from datasets.shards import MANIFEST, save_shard
 
 
 def test_broken_image_leaves_no_folder(here, error, tmp_path):
@@ -23,3 +26,16 @@ def test_broken_image_leaves_no_folder(here, error, tmp_path):
     before, after = (datasets.build("folder", None, {"path": str(path), "channels": 1}) for path in (source, out))
     assert len(after) == 3 and all(torch.equal(after[k][0], before[k][0]) for k in range(3))
     assert f"--save_dir {out}: exists already" in error(*command)
+
+
+def test_unlabelled_pairs_have_no_class_folders(here, tmp_path):
+    """Their manifest names the classes of the real images all the same."""
+    pairs, out = tmp_path / "pairs", tmp_path / "out"
+    pairs.mkdir()
+    save_shard(pairs / "generated_00000.safetensors", {"images": torch.zeros(2, 1, 8, 8, dtype=torch.float16)})
+    manifest = {"seed": 0, "generated": 2, "inverted": 0, "shard_pairs": 2, "class_names": ["cat", "dog"]}
+    manifest |= {"data": {"name": "digits", "root": None, "args": {}}}
+    (pairs / MANIFEST).write_text(json.dumps(manifest))
+    assert f"2 images in {out}" in here("export_images", "--save_dir", out, "data.name=pairs", f"data.args.path={pairs}")
+    assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png"]
+    assert datasets.build("folder", None, {"path": str(out), "channels": 1}).labels is None

@@ -12,9 +12,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import POINTS, REPOSITORY, TINY_TRAIN, run_here, succeed
+from PIL import Image
 from safetensors.torch import load_file
 
 import datasets
+import models
+from configs import loading
+from datasets.images import Images
 from datasets.pairs import Pairs
 from flow.couplings import PairedCoupling
 from flow.noise import gaussian_noise
@@ -22,6 +26,7 @@ from flow.sampling import locate, snapshot
 from flow.sampling.generate import generate, index_batches
 from flow.sampling.settings import SamplerSettings
 from flow.source import GaussianSource
+from scripts import make_pairs
 
 ARGUMENTS = [
     "--n_pairs", "50", "--shard_pairs", "15", "--bspp", "5", "--sampling_steps", "3", "--guidance_scale", "2", "--seed", "4",
@@ -166,6 +171,30 @@ def test_mistakes(error, tmp_path, tiny_run, folder):
     paired = ["data.name=pairs", f"data.args.path={folder}", "flow.coupling=paired", "flow.coupling_args={block: 4}"]
     assert "flow.coupling_args={'block': 4}: paired takes none" in error(*train, *paired)
     assert "holds no pairs (manifest.json is not there)" in error(*train, "data.name=pairs", f"data.args.path={tmp_path}")
+
+
+def test_data_without_classes(here, error, tmp_path, tiny_run):
+    """Generated images get the labels that are asked for; a network with text has no words for them."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("L", (8, 8), 40).save(folder / "0.png")
+    data = ["data.name=folder", f"data.args={{path: {folder}, channels: 1}}"]
+    few = ["--n_pairs", "4", "--sampling_steps", "1"]
+    here("make_pairs", "--weights", tiny_run, "--save_dir", tmp_path / "pairs", *few, "--labels", "3", *data)
+    assert datasets.build("pairs", None, {"path": str(tmp_path / "pairs")}).labels.tolist() == [3] * 4
+    args = {"width": 8, "head_channels": 8, "max_prompt_bytes": 16}
+    net = models.build("mini_unet", (1, 8, 8), args)
+    cfg = loading.load(None, ["model.name=mini_unet", f"model.args={json.dumps(args)}"])
+    snapshot.save(tmp_path / "text.safetensors", net.state_dict(), cfg, (1, 8, 8), 1, 100)
+    line = error("make_pairs", "--weights", tmp_path / "text.safetensors", "--save_dir", tmp_path / "text", *few, *data)
+    assert "data: has no classes, whose names a network with text reads" in line and not (tmp_path / "text").exists()
+
+
+def test_labels_need_labelled_real_images():
+    data = Images(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), None, ())
+    assert sorted(make_pairs.invertible(data, None, 0)) == [0, 1, 2]
+    with pytest.raises(ValueError, match="--labels: the real images of --real_fraction have no labels"):
+        make_pairs.invertible(data, (1,), 0)
 
 
 def test_training_on_pairs_resumes_exactly(here, tmp_path, folder, tiny_run):

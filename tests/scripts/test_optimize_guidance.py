@@ -89,3 +89,10 @@ def test_floor_of_fewer_real_images_is_drawn(optimize, monkeypatch):
     monkeypatch.setattr(plots, "distance_against_scale", lambda path, lines, floors: drawn.extend(floors))
     optimize("--guidance_scale", "1", "2", "--n_samples", "900", "--sampling_steps", "1")
     assert [(floor["weights"], floor["n"]) for floor in drawn] == [("real (half against half)", 898)]
+
+
+def test_unfit_guide_is_named_before_any_row(error, points_flow, tiny_run, tmp_path):
+    weak, out = points_flow("moons", 1), tmp_path / "out"
+    flags = [*FLAGS, "--out", out, "--guidance_scale", "1", "2", "--guide_weights", weak]
+    line = error("optimize_guidance", "--weights", tiny_run, *flags)
+    assert f"--guide_weights {weak}: is a model of images of (2,), --weights of (1, 8, 8)" in line and not out.exists()

@@ -4,9 +4,10 @@ import json
 import shlex
 
 import pytest
-from conftest import TINY, run_here
+from conftest import REPOSITORY, TINY, run_here
 from PIL import Image
 
+from configs.errors import UserError
 from flow.evaluation import table
 from flow.runtime import step_names
 from flow.training import checkpoint
@@ -15,6 +16,7 @@ from scripts.benchmark import quality
 RECIPE = ["configs/digits.yaml", *TINY, "train.batch_size=32", "preview.n_samples=4", "preview.sampling_steps=1"]
 FLAGS = ["--minutes", "0.005", "--curve", "2", "--trial_rounds", "1", "--feature_extractor", "digits", "--n_samples", "80"]
 FLAGS += ["--sampling_steps", "1", "--guidance_scale", "1", "1.3333333", "--metrics", "fid", "accuracy"]
+ROW = {"weights": "w", "n": 8, "identity": {}, "metrics": {}, "seconds": 1.0, "requested": []}
 
 
 @pytest.fixture
@@ -109,16 +111,41 @@ def test_mistakes(error, tmp_path):
     assert "'0': must be a finite number above 0" in refused("configs/digits.yaml", "--minutes", "0")
     assert "--configs '\"': No closing quotation" in refused('"')
     assert "--configs '': must be a YAML" in refused("")
+    missing, other = ["--feature_weights", tmp_path / "none"], ["--reference", "digits:test"]
+    assert f"--feature_weights {tmp_path / 'none'}: there is no such file" in refused("configs/digits.yaml", *missing)
+    assert "--reference: digits:test: must be NAME" in refused("configs/digits.yaml", *other)
+    npz = ["--reference", tmp_path / "none.npz"]
+    assert f"--reference {tmp_path / 'none.npz'}: not an npz file" in refused("configs/digits.yaml", *npz)
     assert not (tmp_path / "race").exists()
     (tmp_path / "race").mkdir()
     record = {"budget": "3 minutes of steps", "curve": 2, "evaluation": {"feature_extractor": "mnist"}, "recipes": []}
     (tmp_path / "race" / "race.json").write_text(json.dumps(record))
     assert "holds a race of 3 minutes of steps, not 0.005 minutes of steps" in refused("configs/digits.yaml")
     (tmp_path / "race" / "race.json").write_text(json.dumps({**record, "budget": "0.005 minutes of steps"}))
+    table.append_row(tmp_path / "race/digits/seed_0/evaluation", ROW)
     assert "--feature_extractor digits: the rows in " in refused("configs/digits.yaml")
     line = refused("configs/digits.yaml", "--curve", "3")
     assert f"--curve 3: the runs in {tmp_path / 'race'} have 2 points" in line
     assert "--metrics kid: needs fid" in refused("configs/digits.yaml", "--metrics", "kid")
+
+
+def test_flags_may_change_until_there_are_rows(monkeypatch, tmp_path):
+    """A first evaluation that fails leaves none; the flags of the next call are then those of the race."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def fitted(*flags: str) -> dict:
+        words = ["--images", "64", "--configs", "configs/digits.yaml", "--out", str(tmp_path), *flags]
+        args = quality.parse_args(words)
+        quality.fitted(args, quality.read_recipes(args.configs, args.overrides))
+        return json.loads((tmp_path / "race.json").read_text())["evaluation"]
+
+    assert fitted("--feature_weights", "missing")["feature_weights"] == "missing"
+    changed = fitted("--feature_extractor", "digits")
+    assert (changed["feature_extractor"], changed["feature_weights"]) == ("digits", None)
+    table.append_row(tmp_path / "digits/seed_0/curve", ROW)
+    with pytest.raises(UserError, match=r"--feature_extractor mnist: the rows in .* were measured with digits"):
+        fitted("--feature_extractor", "mnist")
+    assert fitted("--feature_extractor", "digits") == changed
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", "budget", "curve", "evaluation", "recipes"])

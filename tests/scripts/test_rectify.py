@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from configs import loading
-from configs.rectify import PairsConfig, RectifyConfig
+from configs.errors import UserError
+from configs.rectify import PairsConfig, RectifyConfig, RouteConfig, StageConfig
 from flow.evaluation import table
 from flow.sampling import locate, snapshot
 from flow.training import checkpoint
@@ -45,7 +46,7 @@ def config(tmp_path_factory) -> Path:
     on_pairs = STAGE | ON_PAIRS | {"flow": {"coupling": "paired", "label_dropout": 0.0}}
     flow_map = {"model": {**STAGE["model"], "args": {**STAGE["model"]["args"], "two_times": True}}}
     trainings = {
-        "1-rf": STAGE,
+        "1-rf": STAGE | {"model": {**STAGE["model"], "args": {**STAGE["model"]["args"], "num_classes": "auto"}}},
         "2-rf": on_pairs,
         "distilled": on_pairs | {"loss": {"name": "distillation"}},
         "on_paths": on_pairs | flow_map | {"loss": {"name": "trajectory"}},
@@ -199,6 +200,10 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
         "stages", "paths", "pairs", "sampling_method", "hen"
     )
     assert "needs stages.paths.pairs.keep_states" in refused("stages", "paths", "pairs", "keep_states", 0)
+    pairs_of_paths = ("stages", "paths", "pairs")
+    assert "keep_states=3: must be less than sampling_steps=3" in refused(*pairs_of_paths, "keep_states", 3)
+    assert "paths.pairs.real_fraction=0.5: must be 0 with keep_states" in refused(*pairs_of_paths, "real_fraction", 0.5)
+    assert "data.name=toys: routes are for images" in refused("stages", "1-rf", "config", "configs/toy.yaml")
     assert "feature_extractor=mnst: unknown; choose one of" in refused("feature_extractor", "mnst")
     assert "use velocity or data" in refused("stages", "distilled", "overrides", ["flow.prediction=noise"])
     assert "shares of the minutes add up to 0, not to 1" in refused("minutes", 3)
@@ -220,6 +225,27 @@ def test_stage_with_other_weights_than_the_teacher(config, weights):
     cfg = loading.load(config, kind=RectifyConfig)
     cfg.stages["distilled"].overrides = ["model.args.width=32", f"train.init_from={weights}"]
     rectify.check_routes(cfg)
+
+
+@pytest.mark.parametrize("given", [{}, {"num_classes": "auto"}])
+@pytest.mark.parametrize(("subfolders", "labelled"), [(("a", "b"), True), ((".",), False)])
+def test_guidance_on_a_folder(tmp_path, given, subfolders, labelled):
+    """num_classes is auto, which is its default there: the subfolders decide, and a reflow has the classes of its pairs."""
+    for name in subfolders:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    args = {key: value for key, value in STAGE["model"]["args"].items() if key != "num_classes"}
+    data = {"data": {"name": "folder", "args": {"path": str(tmp_path / "images"), "channels": 1}}}
+    flow = STAGE | data | {"model": {"name": "mini_unet", "args": args | given}}
+    reflow = STAGE | ON_PAIRS | {"model": {"name": "mini_unet", "args": args | {"num_classes": "auto"}}}
+    for name, stage in {"flow": flow, "reflow": reflow | {"flow": {"coupling": "paired"}}}.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(stage))
+    stages = {name: StageConfig(str(tmp_path / f"{name}.yaml")) for name in ("flow", "reflow")}
+    stages["pairs"] = StageConfig(pairs=PairsConfig(guidance_scale=1.5))
+    route = RouteConfig(["flow", "pairs", "reflow"], [1.5])
+    cfg = RectifyConfig(stages=stages, routes={"reflow": route})
+    with nullcontext() if labelled else pytest.raises(UserError, match=r"guidance_scale=1\.5: needs labels"):
+        rectify.check_routes(cfg)
 
 
 def test_sets_of_pairs_keep_their_seeds(tmp_path, config):

@@ -21,6 +21,7 @@ import evaluate
 import sample
 import train
 from configs.errors import UserError
+from flow.evaluation import table
 from flow.runtime import files, lock
 from flow.sampling import trajectory_grids
 from scripts import animate
@@ -114,7 +115,7 @@ def add_grids(run: Path, steps: int = 4, scales: tuple[float, ...] = (1.0, 2.0))
             pictures[file] = torch.full((1, 8, 8), int(40 * step + 5 * (scale or 0)) % 256, dtype=torch.uint8)
     content = trajectory_grids.TrajectoryGrids("run@10", "heun", steps, 8888, 30, ("zero", HOSTILE), tuple(grids))
     folder = run / trajectory_grids.FOLDER
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     trajectory_grids.write(folder, content, pictures)
 
 
@@ -169,6 +170,36 @@ def test_runs_are_compared_at_equal_settings(report, tmp_path):
     assert "Best run at each setting" not in report(tmp_path / "a").sections["quality"]
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "compared"),
+    [
+        ("seed", (1, 2), False),
+        ("labels", ([3], None), False),
+        ("mixed_precision", ("no", "bf16"), False),
+        ("times", ([0, 0.3, 1], [0, 0.4, 1]), True),  # fitted to the weights: every run has its own
+    ],
+)
+def test_other_samples_are_not_compared(report, tmp_path, key, values, compared):
+    for name, value in zip("ab", values, strict=True):
+        row = {**ROW, "weights": f"{name}@10", "identity": {key: value}}
+        (make_run(tmp_path / name) / "evaluation/results.jsonl").write_text(json.dumps(row) + "\n")
+    quality = report(tmp_path / "a", tmp_path / "b").sections["quality"]
+    assert ("Best run at each setting" in quality) == compared
+    assert (key in quality) == (not compared)  # a column tells the two apart
+
+
+def test_best_distance_is_of_the_most_images():
+    """Of those on the reference that most entries have."""
+    measured = [(100, "digits", 1.0), (1000, "digits", 3.0), (1000, "digits", 2.0), (9000, "other", 0.5)]
+    rows = [
+        {**ROW, "n": n, "reference": reference, "metrics": {"FD-digits": distance}, "identity": {"k": k}}
+        for k, (n, reference, distance) in enumerate(measured)
+    ]
+    best = runs.Run(Path("run"), "run", entries=table.aggregate(rows)).best
+    assert (best["n"], best["reference"], best["metrics"]["FD-digits"].mean) == (1000, "digits", 2.0)
+    assert runs.Run(Path("run"), "run").best is None
+
+
 def test_only_distances_have_a_best_run(report, tmp_path):
     """Of precision or accuracy the largest value is the best."""
     for name, share in {"a": 0.5, "b": 0.75}.items():
@@ -194,7 +225,7 @@ def test_more_images_by_the_best_solver(report, tmp_path):
     assert re.search(
         r"sample\.py --weights \S+/a --n_samples 64 --save_dir samples/a --sampling_method heun --sampling_steps 5", samples
     )
-    assert "FD-digits 4.25 ± 0.98at NFE 9" in report(a).sections["overview"]
+    assert "FD-digits 4.25 ± 0.98at NFE 9, n = 100" in report(a).sections["overview"]
     row = {**ROW, "guidance_interval": "0.3 to 1", "guidance_scale": 2.0}  # which a scale alone does not say
     (a / "evaluation/results.jsonl").write_text(json.dumps(row) + "\n")
     assert "--save_dir samples/aCopy" in report(a).sections["samples"]
@@ -392,6 +423,16 @@ def test_manifest_names_only_files_beside_it(report, tmp_path):
         shown = report(run)
         assert f"{MANIFEST}: grids[2]: {key}={value!r}" in shown.sections["samples"]
         assert shown.data["runs"][0]["grids"] == []
+
+
+def test_new_grids_leave_other_pictures(tmp_path):
+    """Those of the set before them go, what somebody else put there stays."""
+    add_grids(tmp_path, steps=4)
+    folder = tmp_path / trajectory_grids.FOLDER
+    (folder / "mine.webp").touch()
+    add_grids(tmp_path, steps=2, scales=())
+    names = {*(f"step_{step}_None.webp" for step in range(3)), trajectory_grids.MANIFEST, "mine.webp"}
+    assert {path.name for path in folder.iterdir()} == names
 
 
 def test_grids_of_two_runs(report, tmp_path):

@@ -40,3 +40,12 @@ def test_the_row_of_real_images_of_mnist(here, tmp_path, real_data):
         control = next(row for row in table.read_rows(out) if table.is_control(row))
         assert control["weights"] == f"real ({kind})" and control["n"] == 1000
         assert 0.7 < control["metrics"]["FD-mnist"] < 1.8 and control["metrics"]["accuracy"] > 0.98
+
+
+def test_no_row_of_a_reference_too_small(here, tmp_path, tiny_run):
+    """A half of three images is one, from which no distance is to be had."""
+    folder = write_folder(tmp_path / "three", datasets.build("digits", None, {}).images[:3])
+    command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 8]
+    printed = here(*command, "--reference", folder, f"data.root={tmp_path}", "--out", tmp_path / "out")
+    assert f"note: no row of real images: {folder} has too few" in printed
+    assert [table.is_control(row) for row in table.read_rows(tmp_path / "out")] == [False]

@@ -65,11 +65,11 @@ def test_classifiers_know_their_classes(request, name, least):
 
 def test_only_inception_2048_is_called_fid():
     names = {}
-    for name, layer in ((INCEPTION, "2048"), (INCEPTION, "768"), ("mnist", "64")):
+    for name, layer in ((INCEPTION, "2048"), (INCEPTION, "768"), ("mnist", "64"), ("mnist", "logits")):
         blank = Extractor.__new__(Extractor)
         blank.name, blank.layer = name, layer
         names[name, layer] = blank.distance_name
-    assert list(names.values()) == ["FID", "FD-inception-768", "FD-mnist"]
+    assert list(names.values()) == ["FID", "FD-inception-768", "FD-mnist", "FD-mnist-logits"]
 
 
 @pytest.mark.slow

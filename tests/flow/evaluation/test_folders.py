@@ -63,3 +63,33 @@ def test_points_are_no_folder_of_images(here, error, points_flow, tmp_path):
     here("sample", "--weights", points_flow("moons", 1), "--n_samples", 2, "--sampling_steps", 1, "--save_dir", folder)
     line = error("evaluate", "--samples", folder, "--reference", "toys:moons")
     assert f"--samples {folder}: sampling.json cannot be used: it is of points" in line and "with --weights" in line
+
+
+def test_subfolders_are_labels_if_they_are_classes(here, tmp_path):
+    """Others say nothing about classes: the folders of a generator that fills one after the other."""
+    data = datasets.build("digits", None, {})
+    for label in range(10):
+        for name in (str(label), f"{label:06d}"):
+            layout = "by_class" if name == str(label) else "in_turn"
+            write_folder(tmp_path / layout / name, data.images[data.labels == label][:8])
+    command = ["--reference", "digits", "--feature_extractor", "digits", "--no_control", "--metrics", "accuracy"]
+    for layout in ("by_class", "in_turn"):
+        here(
+            "evaluate", "--samples", tmp_path / layout, *command, f"data.root={tmp_path}", "--out", tmp_path / f"{layout}_table"
+        )
+    by_class, in_turn = (table.read_rows(tmp_path / f"{layout}_table")[0]["metrics"] for layout in ("by_class", "in_turn"))
+    assert by_class["accuracy"] > 0.95 and in_turn == {}
+
+
+def test_folders_refuse_flags_of_sampling(error, tmp_path):
+    line = error("evaluate", "--samples", tmp_path, "--reference", "digits", "--n_samples", 100)
+    assert "--n_samples: does not go with --samples" in line
+    assert "--methods: does not go" in error("evaluate", "--samples", tmp_path, "--reference", "digits", "--methods", "heun")
+
+
+def test_wide_images_have_a_wide_reference(error, tmp_path):
+    """A folder of images that are not square is not cropped."""
+    wide = torch.randint(0, 256, (30, 1, 8, 12), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    a, b = (write_folder(tmp_path / name, images) for name, images in (("a", wide[:15]), ("b", wide[15:])))
+    line = error("evaluate", "--samples", a, "--reference", b, "--feature_extractor", "digits", f"data.root={tmp_path}")
+    assert "the extractor takes 8x8 images, not 8x12" in line

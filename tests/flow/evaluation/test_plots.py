@@ -135,6 +135,9 @@ def test_odd_distances_are_drawn(figures, tmp_path, values):
         ("n", (1000, 50_000), ["euler, n = 1000", "euler, n = 50000"]),
         ("reference", ("mnist", "mnist:test"), ["euler to mnist", "euler to mnist:test"]),
         ("source", (None, "digits:test"), ["euler", "euler from digits:test"]),
+        ("labels", (None, "3 5"), ["euler", "euler, labels 3 5"]),
+        ("seed", ("0", "1"), ["euler, seed 0", "euler, seed 1"]),
+        ("mixed_precision", ("no", "bf16"), ["euler, precision no", "euler, precision bf16"]),
     ],
 )
 def test_distances_of_another_kind_are_another_line(figures, tmp_path, column, values, names):

@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import run_here
-from digits_features import digits_extractor, feature_set
+from digits_features import digits_extractor, feature_set, write_folder
 
 import datasets
 from flow.evaluation import control, table
@@ -92,3 +92,26 @@ def test_real_row_without_splits(evaluated, extractor):
     expected = frechet_distance(a.mu, a.sigma, b.mu, b.sigma)
     assert row_of_real["metrics"]["FD-digits"] == pytest.approx(expected, rel=1e-6)
     assert row_of_real["metrics"]["accuracy"] > 0.95
+
+
+def test_rows_of_a_changed_network_are_other_rows(here, tmp_path, tiny_run):
+    """Keys of the command line change what the same weights are; the same keys again compute nothing."""
+    command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 8]
+    command += ["--metrics", "fid", "--no_control", "--out", tmp_path]
+    for keys in ([], ["flow.prediction=data"], [], ["flow.prediction=data"]):
+        here(*command, *keys)
+    plain, changed = table.read_rows(tmp_path)
+    assert plain["metrics"] != changed["metrics"]
+
+
+def test_other_classes_give_no_labels(here, tmp_path, tiny_run):
+    """A reference with as many classes of other names: classes are as frequent as in the training set, and none is compared."""
+    data = datasets.build("digits", None, {})
+    for label in range(10):
+        write_folder(tmp_path / "named" / "zyxwvutsrq"[label], data.images[data.labels == label][: 4 + label])
+    command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 12]
+    command += ["--no_control", "--metrics", "fid", "--out", tmp_path / "out", f"data.root={tmp_path}"]
+    here(*command, "--reference", tmp_path / "named")
+    here(*command, "--reference", "digits")
+    named, own = table.read_rows(tmp_path / "out")
+    assert named["identity"]["labels"] == own["identity"]["labels"]

@@ -272,7 +272,8 @@ def test_derivative_weights():
 
 
 def test_guidance_inside():
-    """w v + (1 - w) u_null without a mix; a mix moves part of v to the network; dropped labels keep v."""
+    """w v + (1 - w) u_null without a mix; a mix moves part of v to the network; dropped labels keep v. What has the factor 0
+    is not computed."""
     torch.manual_seed(0)
     net = models.build("mlp", (1, 1, 1), {"width": 16, "depth": 1, "num_classes": 2, "two_times": True})
     for p in net.parameters():
@@ -281,11 +282,18 @@ def test_guidance_inside():
     x, v = (torch.randn(6, 1, 1, 1, generator=g) for _ in range(2))
     t, y = torch.rand(6, generator=g), torch.tensor([0, 1, 2, 0, 1, 2])
     null, own = eager(x, t, torch.full_like(y, 2), t), eager(x, t, y, t)
-    dropped = (y == 2).view(-1, 1, 1, 1)
-    for mix, expected in [(0.0, 3 * v - 2 * null), (0.5, 1.5 * v + 0.5 * own - null)]:
-        loss = build_loss("mean_flow", guidance_scale=3.0, guidance_mix=mix)
+    dropped, calls = (y == 2).view(-1, 1, 1, 1), []
+    net.register_forward_hook(lambda *_: calls.append(1))
+    for scale, mix, passes, expected in [
+        (3.0, 0.0, 1, 3 * v - 2 * null),
+        (3.0, 0.5, 2, 1.5 * v + 0.5 * own - null),
+        (1.0, 0.5, 1, 0.5 * v + 0.5 * own),
+    ]:
+        loss = build_loss("mean_flow", guidance_scale=scale, guidance_mix=mix)
         assert torch.allclose(loss.guided(eager, x, t, y, v), torch.where(dropped, v, expected))
-    assert build_loss("mean_flow").guided(eager, x, t, y, v) is v
+        assert len(calls) == loss.guidance_passes == passes
+        calls.clear()
+    assert build_loss("mean_flow").guided(eager, x, t, y, v) is v and not calls
 
 
 @pytest.mark.parametrize("name", ["mean_flow", "alpha_flow"])

@@ -1,6 +1,7 @@
 """Networks with two times, and the eager network that losses take targets from."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +163,27 @@ def test_eager_replays_dropout():
     assert torch.equal(before, trained) and torch.equal(after, trained) and not before.requires_grad
     eager.start_micro_batch()
     assert not torch.equal(eager(x, t, y), trained)
+
+
+def test_eager_replays_dropout_of_mps(monkeypatch):
+    """Devices other than the CPU have a random state of their own; here a generator stands in for that of mps."""
+    state = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda device: state.get_state())
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda new_state, device: state.set_state(new_state))
+
+    class Masked(torch.nn.Module):
+        def parameters(self, recurse=True):
+            yield SimpleNamespace(device=torch.device("mps"))
+
+        def forward(self, x, t, y=None, t_next=None):
+            return x * torch.bernoulli(torch.full_like(x, 0.5), generator=state)
+
+    net, (x, t, _) = Masked(), inputs()
+    eager = EagerNetwork(net)
+    before, trained, after = eager(x, t), net(x, t), eager(x, t)
+    assert torch.equal(before, trained) and torch.equal(after, trained)
+    eager.start_micro_batch()
+    assert not torch.equal(eager(x, t), trained)
 
 
 def test_eager_is_not_autocast():

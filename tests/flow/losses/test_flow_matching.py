@@ -15,7 +15,8 @@ from flow.losses.flow_matching import FlowMatching
 from flow.path import LinearPath
 
 PATH = LinearPath()
-LOSS = FlowMatching(PATH, "velocity", time_samplers.build("uniform"))
+GIVEN = {"path": PATH, "prediction": "velocity", "time_sampler": time_samplers.build("uniform")}
+LOSS = FlowMatching(**GIVEN)
 
 
 def test_the_loss_by_hand():
@@ -36,7 +37,7 @@ def test_the_loss_by_hand():
 
 def test_weight_of_a_sample():
     """With p = 1 the gradient of each sample is that of the logarithm of its loss, whatever its size."""
-    loss = FlowMatching(PATH, "velocity", time_samplers.build("uniform"), weight_power=1.0, weight_offset=1e-9)
+    loss = FlowMatching(**GIVEN, weight_power=1.0, weight_offset=1e-9)
     x0, x1, t = torch.zeros(2, 1), torch.tensor([[3.0], [0.01]]), torch.tensor([0.5, 0.25])
     scale = torch.tensor(0.5, requires_grad=True)
     weighted = loss_at(loss, lambda x, t, y: scale * x, x0, x1, t)
@@ -52,7 +53,7 @@ def test_weight_of_a_sample():
 def test_wrong_weight(args):
     (name,) = args
     with pytest.raises(ValueError, match=f"{name}="):
-        FlowMatching(PATH, "velocity", time_samplers.build("uniform"), **args)
+        FlowMatching(**GIVEN, **args)
 
 
 def test_loss_is_float32():

@@ -65,6 +65,7 @@ def test_distances():
         ),
         (lambda: build("distillation", steps=1.5), "steps=1.5: must be a whole number"),
         (lambda: build("distillation", flow_share=1), "flow_share=1: must be 0 or more"),
+        (lambda: build("distillation", weight_power=-1), "weight_power=-1: must be 0 or more"),
     ],
 )
 def test_errors_name_the_value_and_what_would_be_right(make, message):

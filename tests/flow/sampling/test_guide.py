@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import models
 from configs import loading
+from configs.errors import UserError
 from flow.model import FlowModel
 from flow.path import LinearPath
-from flow.sampling import snapshot
+from flow.sampling import guide, snapshot
 from flow.sampling.generate import sample_batch
 from flow.sampling.images import read_png
 from flow.sampling.sampler import Sampler
@@ -115,3 +116,16 @@ def test_guides_that_do_not_fit(flags, message, error, tmp_path):
     flags = [guides[flag](tmp_path / "guide.safetensors") if flag in guides else flag for flag in flags]
     line = error("sample", "--weights", strong, "--n_samples", "2", "--save_dir", tmp_path / "out", *flags)
     assert message in line
+
+
+def test_guide_from_another_part_of_the_source(tmp_path):
+    source = "flow.source.name=digits"
+    parts = [
+        save(tmp_path / f"{split}.safetensors", network(0), SHAPE, (), source, f"flow.source.args.split={split}")
+        for split in ("train", "test")
+    ]
+    snap = snapshot.load(parts[0])
+    model = snap.model()
+    assert guide.attach(model, snap, parts[0]) and model.guide
+    with pytest.raises(UserError, match=r"starts at digits \{'split': 'test'\}, --weights at digits \{'split': 'train'\}"):
+        guide.attach(model, snap, parts[1])

@@ -135,6 +135,18 @@ def test_best_snapshot_outlives_worse_ones(here, copy):
     assert snapshot.load(copy / "best.safetensors").step == 3
 
 
+def test_best_by_other_settings_is_set_aside(here, copy):
+    """Nobody knows whether it is better than what the settings of the resume choose."""
+    shutil.rmtree(copy / "checkpoints/step_00000004")
+    shutil.copy(copy / "snapshots/step_00000004.safetensors", copy / "best.safetensors")
+    here("train", "-e", copy, "-r", "latest", "evaluate.seed=1")
+    aside = copy / "snapshots/best_before_step_00000003.safetensors"
+    assert snapshot.load(aside).step == 4 and f"it is now {aside}" in (copy / "log.txt").read_text()
+    rows = {row["images"]: row for row in results(copy) if row["identity"].get("seed") == 1}
+    best = min(rows.values(), key=lambda row: row["metrics"][FD])
+    assert len(rows) == 2 and snapshot.load(copy / "best.safetensors").images == best["images"]
+
+
 def test_two_processes_find_the_same_numbers(group, tmp_path, run):
     """With weights that do not move."""
     still = [*TRAIN, *EVALUATE, "optimizer.lr=1e-30", f"data.root={run.parent}"]
@@ -182,6 +194,7 @@ def test_validation_loss_of_zero():
         (["evaluate.keep_best=fid"], "keep_best=fid: must be null where evaluate.every_steps is 0"),
         (["evaluate.every_steps=2", "evaluate.metrics=[fd]"], "evaluate.metrics=['fd']: unknown metric 'fd'; choose from"),
         (["evaluate.every_steps=2", "evaluate.feature_extractor=x"], "evaluate.feature_extractor=x: unknown; choose one of"),
+        ([*EVALUATE, "evaluate.metrics=[]"], "keep_best=fid: evaluate.metrics=[] gives no such column here"),
         ([*EVALUATE, "evaluate.keep_best=recall"], "keep_best=recall: evaluate.metrics=['fid', 'accuracy', 'memo"),
         (["evaluate.loss_every_steps=2", "data.args.split=all"], "evaluate.loss_every_steps=2: data.name=digits with data."),
     ],

@@ -90,6 +90,21 @@ def test_training_in_shards_is_training(tmp_path):
 
 
 @pytest.mark.slow
+def test_times_stay_float32_in_shards(tmp_path):
+    """With bf16 the network gets x and t as without shards: the losses are the same up to the rounding of the network."""
+    sharded, whole = tmp_path / "sharded", tmp_path / "whole"
+    train = [*TRAIN, "train.log_every_steps=1", "-mp", "bf16"]
+    succeed("train.py", *train, "-e", sharded, processes=2, **fsdp_environment())
+    succeed("train.py", *train, "-e", whole, processes=2)
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (sharded, whole)]
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in rows[0]] == pytest.approx([row[name] for row in rows[1]], rel=2e-3)
+    for name, weights in snapshots(whole).items():
+        for key, value in weights.items():
+            torch.testing.assert_close(snapshots(sharded)[name][key], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
 def test_convolutions_in_shards(here, tmp_path):
     """The same weights as without shards on one process, whose convolutions have their channels side by side."""
     unet = [word for word in TRAIN if word not in ("model.name=dit", DIT)]

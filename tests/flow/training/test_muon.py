@@ -140,6 +140,25 @@ def test_pixels_and_embeddings_stay_with_adamw(name):
     assert sum(p.numel() for p in optimizer.matrices) > 0.5 * sum(p.numel() for p in net.parameters())
 
 
+@pytest.mark.parametrize("wrapped", [{}, {"data_std": 0.5}])
+@pytest.mark.parametrize(
+    ("name", "args", "outer"),
+    [
+        ("unet", {"width": 32, "head_channels": 32, "patch": 4, "attention_resolutions": []}, {"conv_in", "conv_out"}),
+        ("mini_unet", {"width": 32, "patch": 4}, {"conv_in", "conv_out"}),
+        ("dit", {"width": 64, "depth": 1, "heads": 2, "patch": 4}, {"embed", "unembed"}),
+        ("mlp", {"width": 32, "depth": 3}, {"layers.0", "last"}),
+    ],
+)
+def test_layers_of_large_patches_are_of_adamw(name, args, outer, wrapped):
+    """Here they have 48 channels or more, as a hidden layer has; a wrapped network has longer names."""
+    net = models.build(name, (3, 32, 32), {**args, **wrapped})
+    of_muon = {id(p) for p in optimizer_of(net).matrices}
+    prefix = "net." if wrapped else ""
+    weights = [net.get_submodule(prefix + layer).weight for layer in outer]
+    assert all(min(p.shape[:2]) >= 32 and id(p) not in of_muon for p in weights)
+
+
 def test_nothing_for_muon():
-    with pytest.raises(ValueError, match="name=muon: the network has no layer with 32 inputs and outputs; use adamw"):
+    with pytest.raises(ValueError, match="name=muon: the network has no hidden layer with 32 inputs and outputs; use adamw"):
         optimizer_of(nn.Linear(2, 2))
