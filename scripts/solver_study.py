@@ -76,6 +76,9 @@ def main() -> None:
         for n in cli.num_steps(args, method, args.t_end)
     ]  # fmt: skip
     accelerator = distributed.build_single_process_accelerator("solver_study")
+    notes = [grid_store.scale_note(snap, s.method, s.steps, args.guidance_scale) for s in plan if s.times]
+    for note in filter(None, notes):
+        accelerator.print(f"note: {note}")
     with lock.folder(args.out, accelerator):
         study(args, accelerator, snap, base, plan)
 

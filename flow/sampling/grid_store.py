@@ -64,7 +64,7 @@ def scale_note(snap: Snapshot, method: str, steps: int, guidance_scale: float) -
     if fitted in (None, guidance_scale):
         return None
     grid = f"the grid of {method} with {steps} steps"
-    return f"--time_grid optimized: {grid} was fitted at w = {fitted:g}, not at --guidance_scale {guidance_scale:g}"
+    return f"--time_grid optimized: {grid} was fitted at w = {fitted:g}, not at w = {guidance_scale:g}"
 
 
 def read(snap: Snapshot) -> Grids:

@@ -254,7 +254,10 @@ class Sampler:
         if sampler.time_grid == "optimized":
             if self.snapshot is None:
                 raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")
-            sampler = replace(sampler, times=grid_store.load(self.snapshot, sampler.method, sampler.steps))
+            grid = self.snapshot, sampler.method, sampler.steps
+            sampler = replace(sampler, times=grid_store.load(*grid))
+            if note := grid_store.scale_note(*grid, sampler.guidance_scale):
+                warnings.warn(note, stacklevel=3)
         validate(sampler, self.model)
         if note := guidance_note(sampler, self.model):
             warnings.warn(note, stacklevel=3)

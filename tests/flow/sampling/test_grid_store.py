@@ -23,7 +23,7 @@ def test_another_guidance_scale_is_noted(weights, here, tmp_path):
     """By sample.py and evaluate.py; a file of an earlier version, which does not say, is used without a note."""
     grid_store.store(snapshot.load(weights), "heun", [0.0, 0.3, 1.0], guidance_scale=1.5)
     use = ["--weights", weights, "--time_grid", "optimized", "--sampling_steps", 2]
-    note = "note: --time_grid optimized: the grid of heun with 2 steps was fitted at w = 1.5, not at --guidance_scale 2\n"
+    note = "note: --time_grid optimized: the grid of heun with 2 steps was fitted at w = 1.5, not at w = 2\n"
 
     def sample(scale: float, folder: str) -> str:
         flags = ["--sampling_method", "heun", "--n_samples", 1, "--guidance_scale", scale, "--save_dir", tmp_path / folder]
