@@ -19,6 +19,7 @@ from configs import loading
 from configs.errors import UserError
 from flow.evaluation import control, folders, metrics, runner, snapshots
 from flow.evaluation.features import INCEPTION
+from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, guide, locate, output, posthoc_ema, snapshot, sources
@@ -128,23 +129,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     labels = cli.labels_of(args.labels, snap.class_names)
     captions_of = snapshots.captions_by_class(args.captions, labels, accelerator, snap.config, net)
     turns, prompts = conditions_in_turn(labels, captions_of)
-    plan = []
-    some = any(w != 1 for w in args.guidance_scale)  # else the flags of guidance are errors
-    for scale in args.guidance_scale:
-        for method in args.methods:
-            options = cli.solver_options(args, method, args.methods)
-            for steps in cli.num_steps(args, method):
-                flags = commands.condition_flags(1 if args.guide_weights else scale, (prompts or ())[:8]) + args.overrides
-                times = grid_store.load(snap, method, steps, flags) if args.time_grid == "optimized" else None
-                sampler = SamplerSettings(
-                    method, steps, scale, seed=args.seed, labels=turns, prompts=prompts, time_grid=args.time_grid, times=times,
-                    options=options, source=args.source,
-                )  # fmt: skip
-                if scale != 1 or not some:
-                    sampler = replace(sampler, guidance_interval=tuple(args.guidance_interval), guide=guide_name)
-                with error_context("evaluate"):
-                    validate(sampler, model)
-                plan.append(sampler)
+    plan = plan_of(args, snap, model, turns, prompts, guide_name)
     notes = [guidance_note(sampler, model) for sampler in plan]
     notes += [grid_store.scale_note(snap, s.method, s.steps, s.guidance_scale) for s in plan if s.times]
     for note in dict.fromkeys(filter(None, notes)):
@@ -171,15 +156,45 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
             evaluator.evaluate(model, snap.image_shape, snap.sha256, subject)
         accelerator.print(evaluator.evaluation.write_report())
         accelerator.wait_for_everyone()
-    row = plan[-1]
+    print_summary(args, accelerator, out, f"sample as in the last row with: {suggested_sample(args, paths[-1], plan[-1])}")
+
+
+def plan_of(
+    args, snap: snapshot.Snapshot, model: FlowModel, labels: tuple[int, ...] | None, prompts: tuple[str, ...] | None,
+    guide_name: str | None,
+) -> list[SamplerSettings]:  # fmt: skip
+    """The sampler of each row. Raises UserError for what does not fit the network."""
+    plan = []
+    some_guided = any(w != 1 for w in args.guidance_scale)  # else the flags of guidance are errors
+    for scale in args.guidance_scale:
+        for method in args.methods:
+            options = cli.solver_options(args, method, args.methods)
+            for steps in cli.num_steps(args, method):
+                flags = commands.condition_flags(1 if args.guide_weights else scale, (prompts or ())[:8]) + args.overrides
+                times = grid_store.load(snap, method, steps, flags) if args.time_grid == "optimized" else None
+                sampler = SamplerSettings(
+                    method, steps, scale, seed=args.seed, labels=labels, prompts=prompts, time_grid=args.time_grid, times=times,
+                    options=options, source=args.source,
+                )  # fmt: skip
+                if scale != 1 or not some_guided:
+                    sampler = replace(sampler, guidance_interval=tuple(args.guidance_interval), guide=guide_name)
+                with error_context("evaluate"):
+                    validate(sampler, model)
+                plan.append(sampler)
+    return plan
+
+
+def suggested_sample(args, weights: Path, row: SamplerSettings) -> str:
+    """The command that samples as in this row."""
     flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
     flags += commands.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
     flags += commands.guidance_flags(args) if row.guidance_scale != 1 else []
     flags += commands.source_flags(args) + commands.option_flags(row.options)
     flags += ["--labels", *args.labels] if args.labels and not row.prompts else []
     flags += ["--seed", str(args.seed)]
-    sample = commands.sample_command(paths[-1], f"{paths[-1].stem}_{row.method}_{row.steps}", *flags, *args.overrides)
-    print_summary(args, accelerator, out, f"sample as in the last row with: {sample}")
+    flags += ["-c", str(args.config)] if args.config else []
+    flags += ["-mp", args.mixed_precision] if args.mixed_precision != "no" else []
+    return commands.sample_command(weights, f"{weights.stem}_{row.method}_{row.steps}", *flags, *args.overrides)
 
 
 def evaluate_folder(args, accelerator: Accelerator) -> None:
@@ -190,7 +205,7 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
     out = args.out or (folder / "evaluation" if stored else folder.with_name(f"{folder.name}_evaluation"))
     with lock.folder(out, accelerator):
         config = loading.load(args.config, args.overrides)
-        folders.evaluate_folder(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))
+        folders.write_row(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))
     show = f"cat {shlex.quote(str(out / 'results.md'))}"
     print_summary(args, accelerator, out, f"see the table again with: {show}")
 

@@ -5,10 +5,16 @@ little on its batch, so --bspp must stay the same). An interrupted run resumes. 
 (PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context, printable
 from flow.sampling import grid_store, guide, images, output, snapshot, sources
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
+from flow.sampling.snapshot import Snapshot
 from flow.solvers import SOLVERS
 
 EXAMPLES = """\
@@ -49,73 +55,105 @@ def main() -> None:
     accelerator = distributed.build_accelerator(args.mixed_precision)  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model()
-    net = model.net
     guide_name = guide.attach(model, snap, args.guide_weights)
     source_note = sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, args.n_samples)
+    settings = settings_of(args, snap, guide_name)
+    with error_context("sample"):
+        check_request(args, snap, model, settings)
+    for note in filter(None, (guidance_note(settings, model), source_note, grid_note(snap, settings))):
+        accelerator.print(f"note: {note}")
+    digest = snap.sha256  # on every process: each might have read another file
+    with lock.folder(args.save_dir, accelerator):
+        if accelerator.is_main_process:
+            start_folder(args, snap, model, settings, digest, accelerator.mixed_precision)
+        accelerator.wait_for_everyone()
+        for network in model.networks:
+            distributed.prepare_model(network, accelerator, args.compile)
+        write = write_points if snap.space.is_points else write_image_folder
+        write(args, accelerator, snap, model, settings)
+
+
+def settings_of(args, snap: Snapshot, guide_name: str | None) -> SamplerSettings:
     labels = cli.labels_of(args.labels, snap.class_names)
-    prompts = tuple(args.prompts) if args.prompts else None
     method = args.sampling_method
     [steps] = cli.num_steps(args, method)
     grid_flags = commands.condition_flags(1 if args.guide_weights else args.guidance_scale, args.prompts) + args.overrides
-    settings = SamplerSettings(
-        method, steps, args.guidance_scale, seed=args.seed, labels=labels, prompts=prompts, time_grid=args.time_grid,
+    return SamplerSettings(
+        method, steps, args.guidance_scale, seed=args.seed, labels=labels,
+        prompts=tuple(args.prompts) if args.prompts else None, time_grid=args.time_grid,
         times=grid_store.load(snap, method, steps, grid_flags) if args.time_grid == "optimized" else None,
         options=cli.solver_options(args, method, [method]),
         guidance_interval=tuple(args.guidance_interval), guide=guide_name, source=args.source,
     )  # fmt: skip
-    with error_context("sample"):
-        validate(settings, model)
-        if prompts and labels and not all(0 <= label < len(snap.class_names) for label in labels):
-            raise ValueError(
-                f"--labels {' '.join(args.labels)}: with --prompts they are classes, from 0 to {len(snap.class_names) - 1}"
-            )
-        if args.grid_by_class and not (settings.prompts or net.num_classes):
-            raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
-    grid_note = grid_store.scale_note(snap, method, steps, args.guidance_scale) if settings.times else None
-    for note in filter(None, (guidance_note(settings, model), source_note, grid_note)):
-        accelerator.print(f"note: {note}")
-    digest = snap.sha256  # on every process: each might have read another file
-    with lock.folder(args.save_dir, accelerator):
-        folder = args.save_dir / "images"
-        if accelerator.is_main_process:
-            shape, precision = snap.decoded_shape, accelerator.mixed_precision
-            source = sources.fingerprint(model)
-            output.check_output_dir(
-                args.save_dir, digest, shape, settings, net.num_classes, precision, args.bspp, snap.config, source
-            )
-            if not snap.space.is_points:
-                folder.mkdir(exist_ok=True)
-        accelerator.wait_for_everyone()
-        for network in model.networks:
-            distributed.prepare_model(network, accelerator, args.compile)
-        work = accelerator, model, snap.image_shape, range(args.n_samples), args.bspp, settings
-        if snap.space.is_points:
-            points, nfe = output.sample_points(*work)
-            if points is not None:
-                output.write_npz(args.save_dir / "samples.npz", points.numpy(), settings, net.num_classes)
-                images.write_png(args.save_dir / "grid.png", images.scatter_image(points))
-                study = files.free_folder(args.save_dir / "study")
-                compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study, *args.overrides]
-                result = f"{args.n_samples} points in {args.save_dir / 'samples.npz'} and grid.png, NFE {nfe}"
-                print(cli.summary(result, args.start, f"compare solvers with: {commands.command(*compare)}"))
-            return
-        nfe, forwards = output.write_images(*work, folder)
-        if accelerator.is_main_process:
-            write_grid_and_npz(args, snap, settings, net.num_classes)
-            cost = f"NFE {nfe} ({forwards} network calls) per image" if nfe else "none of them new"
-            result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
-            animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
-            flags = [
-                *commands.condition_flags(args.guidance_scale, args.prompts), *commands.guidance_flags(args),
-                *commands.source_flags(args),
-            ]  # fmt: skip
-            command = commands.command(*animate, *flags, *args.overrides)
-            print(cli.summary(result, args.start, f"watch images form with: {command}"))
 
 
-def write_grid_and_npz(args, snap: snapshot.Snapshot, settings: SamplerSettings, num_classes: int | None) -> None:
+def check_request(args, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
+    """Raises ValueError for settings and flags that the network cannot serve."""
+    validate(settings, model)
+    labels, classes = settings.labels, len(snap.class_names)
+    if settings.prompts and labels and not all(0 <= label < classes for label in labels):
+        raise ValueError(f"--labels {' '.join(args.labels)}: with --prompts they are classes, from 0 to {classes - 1}")
+    if args.grid_by_class and not (settings.prompts or model.net.num_classes):
+        raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
+
+
+def grid_note(snap: Snapshot, settings: SamplerSettings) -> str | None:
+    """Where an optimized grid was fitted with another guidance scale, a note that says so."""
+    if not settings.times:
+        return None
+    return grid_store.scale_note(snap, settings.method, settings.steps, settings.guidance_scale)
+
+
+def start_folder(args, snap: Snapshot, model: FlowModel, settings: SamplerSettings, digest: str, mixed_precision: str) -> None:
+    """Write sampling.json and make images/, or check that the folder is that of the same images."""
+    source = sources.fingerprint(model)
+    output.check_output_dir(
+        args.save_dir, digest, snap.decoded_shape, settings, model.net.num_classes, mixed_precision, args.bspp, snap.config,
+        source,
+    )  # fmt: skip
+    if not snap.space.is_points:
+        images_folder(args).mkdir(exist_ok=True)
+
+
+def images_folder(args) -> Path:
+    return args.save_dir / "images"
+
+
+def write_points(args, accelerator: Accelerator, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
+    """Write samples.npz and grid.png of a flow of points."""
+    indices = range(args.n_samples)
+    points, nfe = output.sample_points(accelerator, model, snap.image_shape, indices, args.bspp, settings)
+    if points is None:  # not the main process
+        return
+    output.write_npz(args.save_dir / "samples.npz", points.numpy(), settings, model.net.num_classes)
+    images.write_png(args.save_dir / "grid.png", images.scatter_image(points))
+    study = files.free_folder(args.save_dir / "study")
+    compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study, *args.overrides]
+    result = f"{args.n_samples} points in {args.save_dir / 'samples.npz'} and grid.png, NFE {nfe}"
+    print(cli.summary(result, args.start, f"compare solvers with: {commands.command(*compare)}"))
+
+
+def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
+    """Write images/, grid.png and, with --npz, samples.npz."""
+    folder, indices = images_folder(args), range(args.n_samples)
+    nfe, forwards = output.write_images(accelerator, model, snap.image_shape, indices, args.bspp, settings, folder)
+    if not accelerator.is_main_process:
+        return
+    write_grid_and_npz(args, snap, settings, model.net.num_classes)
+    cost = f"NFE {nfe} ({forwards} network calls) per image" if nfe else "none of them new"
+    result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
+    animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
+    flags = [
+        *commands.condition_flags(args.guidance_scale, args.prompts), *commands.guidance_flags(args),
+        *commands.source_flags(args),
+    ]  # fmt: skip
+    command = commands.command(*animate, *flags, *args.overrides)
+    print(cli.summary(result, args.start, f"watch images form with: {command}"))
+
+
+def write_grid_and_npz(args, snap: Snapshot, settings: SamplerSettings, num_classes: int | None) -> None:
     """Write grid.png and, with --npz, samples.npz of the images."""
-    folder, indices = args.save_dir / "images", range(args.n_samples)
+    folder, indices = images_folder(args), range(args.n_samples)
     files.clean_temporaries(folder)
     grid = args.save_dir / "grid.png"
     for line in output.write_grid(grid, folder, indices, settings, snap.class_names, num_classes, args.grid_by_class):

@@ -1,4 +1,4 @@
-"""The keys of scripts/rectify.py, which trains models by several routes to few steps and compares them."""
+"""The keys of scripts/rectify/, which trains models by several routes to few steps and compares them."""
 
 import re
 from dataclasses import dataclass, field

@@ -24,6 +24,7 @@ from datasets.packed import packed
 from datasets.pairs import pairs
 from datasets.pairs import source as pairs_source
 from datasets.toys import TOYS, toys
+from flow import registry
 
 DATASETS: dict[str, Callable[..., "DataSet"]] = {
     "digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10, "folder": folder, "packed": packed,
@@ -158,13 +159,8 @@ def build(name: str, root: str | Path | None, args: dict[str, Any]) -> DataSet:
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
-    parameters = dict(list(inspect.signature(DATASETS[name]).parameters.items())[1:])
-    for key, value in args.items():
-        if key not in parameters:
-            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(parameters) or 'none'}")
-        truth = parameters[key].annotation in (bool, "bool")
-        if isinstance(value, bool) != truth:
-            raise ValueError(f"{key}={value!r}: must be {'true or false' if truth else 'something else than true or false'}")
+    allowed = dict(list(inspect.signature(DATASETS[name]).parameters.items())[1:])  # the first one is the root
+    registry.check_arguments(name, args, allowed, registry.bool_where_declared)
     return _call(name, DATASETS[name], root, args)
 
 

@@ -27,11 +27,6 @@ class Profile(NamedTuple):
     time: float  # above 0
 
 
-def width_of(gamma: float) -> float:
-    """sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), the width of the profile with exponent `gamma` >= 0."""
-    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
-
-
 @cache  # asked at every update
 def gamma_of(width: float) -> float:
     """The exponent gamma > 0 of a width: the largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2.

@@ -6,6 +6,32 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+# Of an argument of a function and its value: what the value must be, or None where it is that
+Rule = Callable[[inspect.Parameter, Any], str | None]
+
+
+def check_arguments(name: str, args: Mapping[str, Any], allowed: Mapping[str, inspect.Parameter], rule: Rule) -> None:
+    """Raises ValueError for an argument of `name` that is not `allowed`, naming those that are, and for a value that breaks the
+    rule."""
+    for key, value in args.items():
+        if key not in allowed:
+            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(allowed) or 'none'}")
+        if expected := rule(allowed[key], value):
+            raise ValueError(f"{key}={value!r}: must be {expected}")
+
+
+def bool_where_declared(parameter: inspect.Parameter, value: Any) -> str | None:
+    """The rule that an argument is true or false where its annotation is bool, and only there."""
+    truth = parameter.annotation in (bool, "bool")
+    if isinstance(value, bool) == truth:
+        return None
+    return "true or false" if truth else "something else than true or false"
+
+
+def finite_number(parameter: inspect.Parameter, value: Any) -> str | None:
+    """The rule that every argument is a finite number."""
+    return None if is_finite_number(value) else "a finite number"
+
 
 def pick(kind: str, registry: Mapping[str, Callable], name: str, args: dict[str, Any]) -> Callable:
     """registry[name] with `args` for those of its parameters whose default is a number.
@@ -15,13 +41,9 @@ def pick(kind: str, registry: Mapping[str, Callable], name: str, args: dict[str,
     """
     if name not in registry:
         raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(registry)}")
-    parameters = inspect.signature(registry[name]).parameters.values()
-    numbers = [p.name for p in parameters if isinstance(p.default, int | float)]
-    for key, value in args.items():
-        if key not in numbers:
-            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(numbers) or 'none'}")
-        if not is_finite_number(value):
-            raise ValueError(f"{key}={value!r}: must be a finite number")
+    parameters = inspect.signature(registry[name]).parameters
+    numbers = {key: p for key, p in parameters.items() if isinstance(p.default, int | float)}
+    check_arguments(name, args, numbers, finite_number)
     return partial(registry[name], **args)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from flow import registry
 from models.autoencoder import build_codec
 from models.dit import DiT
 from models.mini_unet import MiniUNet
@@ -32,14 +33,10 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
     if name not in MODELS:
         raise ValueError(f"unknown network {name!r}; choose from {', '.join(MODELS)}")
     allowed = {key: p for key, p in inspect.signature(MODELS[name]).parameters.items() if key != "image_shape"}
+    allowed["data_std"] = inspect.signature(Preconditioned).parameters["data_std"]  # which checks its value itself
     args = dict(args)
     data_std = args.pop("data_std", None)
-    for key, value in args.items():
-        if key not in allowed:
-            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join([*allowed, 'data_std'])}")
-        truth = allowed[key].annotation in (bool, "bool")
-        if isinstance(value, bool) != truth:
-            raise ValueError(f"{key}={value!r}: must be {'true or false' if truth else 'something else than true or false'}")
+    registry.check_arguments(name, args, allowed, registry.bool_where_declared)
     if len(image_shape) != 3 and name != "mlp":
         raise ValueError(f"{name} is a network for images; for points use mlp")
     try:

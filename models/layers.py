@@ -175,7 +175,7 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         optional = name in ("num_classes", "max_prompt_bytes")
         if not (optional and value is None) and not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1{', or null' * optional}")
+            raise ValueError(f"{name}={value!r}: must be a whole number of at least 1{', or null' if optional else ''}")
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -60,20 +60,9 @@ class UNet(nn.Module):
         super().__init__()
         check_time_frequency(time_frequency, min_time_frequency)
         _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes)
-        channels, height = image_shape[0] * patch**2, image_shape[1] // patch
-        resolutions = [height // 2**level for level in range(len(channel_mult))]
-        for resolution in attention_resolutions:
-            if resolution not in resolutions:
-                raise ValueError(
-                    f"attention_resolutions={list(attention_resolutions)}: no level has {resolution} pixels; "
-                    f"the levels of {image_shape[1]}x{image_shape[2]} images have {', '.join(map(str, resolutions))}"
-                )
-        for resolution, mult in zip(resolutions, channel_mult, strict=True):
-            if resolution in attention_resolutions and width * mult % head_channels:
-                raise ValueError(
-                    f"head_channels={head_channels}: must divide the {width * mult} channels of the level with attention at "
-                    f"{resolution} pixels"
-                )
+        channels = image_shape[0] * patch**2
+        resolutions = [image_shape[1] // patch // 2**level for level in range(len(channel_mult))]
+        with_attention = _check_attention(image_shape, resolutions, width, channel_mult, attention_resolutions, head_channels)
         deepest = width * channel_mult[-1]
         if middle_attention and deepest % head_channels:
             raise ValueError(f"head_channels={head_channels}: must divide the {deepest} channels of the middle, with attention")
@@ -94,24 +83,23 @@ class UNet(nn.Module):
                 return ConvResampling(channels, direction)
             return Block(channels, channels, embedding, dropout, resampling=direction, scale_shift=scale_shift_norm)
 
-        attends = [resolution in attention_resolutions for resolution in resolutions]
         c = width
         self.conv_in = nn.Conv2d(channels, c, 3, padding=1)
         self.down = nn.ModuleList()
         skips = [c]
         for level, mult in enumerate(channel_mult):
             for _ in range(blocks_per_level):
-                self.down.append(block(c, width * mult, attends[level]))
+                self.down.append(block(c, width * mult, with_attention[level]))
                 c = width * mult
                 skips.append(c)
             if level + 1 < len(channel_mult):
                 self.down.append(resampling(c, "down"))
                 skips.append(c)
-        self.middle = nn.ModuleList([block(c, c, middle_attention or attends[-1]), block(c, c, False)])
+        self.middle = nn.ModuleList([block(c, c, middle_attention or with_attention[-1]), block(c, c, False)])
         self.up = nn.ModuleList()
         for level, mult in reversed(list(enumerate(channel_mult))):
             for _ in range(blocks_per_level + 1):
-                self.up.append(block(c + skips.pop(), width * mult, attends[level]))
+                self.up.append(block(c + skips.pop(), width * mult, with_attention[level]))
                 c = width * mult
             if level > 0:
                 self.up.append(resampling(c, "up"))
@@ -156,3 +144,20 @@ def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dr
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be in [0, 1)")
+
+
+def _check_attention(image_shape, resolutions, width, channel_mult, attention_resolutions, head_channels) -> list[bool]:
+    """Whether each level has attention. Raises ValueError for a resolution of no level, and for heads that do not fit."""
+    for resolution in attention_resolutions:
+        if resolution not in resolutions:
+            raise ValueError(
+                f"attention_resolutions={list(attention_resolutions)}: no level has {resolution} pixels; "
+                f"the levels of {image_shape[1]}x{image_shape[2]} images have {', '.join(map(str, resolutions))}"
+            )
+    for resolution, mult in zip(resolutions, channel_mult, strict=True):
+        if resolution in attention_resolutions and width * mult % head_channels:
+            raise ValueError(
+                f"head_channels={head_channels}: must divide the {width * mult} channels of the level with attention at "
+                f"{resolution} pixels"
+            )
+    return [resolution in attention_resolutions for resolution in resolutions]

@@ -19,12 +19,13 @@ from torch import Tensor
 import datasets
 from configs import loading, schema
 from configs.errors import UserError
+from datasets import DataSet
 from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 from flow.evaluation.frechet import frechet_distance
 from flow.evaluation.intervals import mean_standard_error
-from flow.evaluation.reading import Data, read_images
+from flow.evaluation.reading import read_images
 from flow.noise import generator
 from flow.runtime import cli, commands, distributed, files, lock
 from flow.runtime.errors import cli_main, error_context
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def cache(
-    args, accelerator: Accelerator, source: schema.DataConfig, data: Data, vae: VAE, latent_shape: tuple[int, int, int]
+    args, accelerator: Accelerator, source: schema.DataConfig, data: DataSet, vae: VAE, latent_shape: tuple[int, int, int]
 ) -> int:
     """Write the shards that are missing or damaged, then the manifest. The number of images that were encoded."""
     settings = distributed.decided_by_main(lambda: settings_of(args, data, vae, latent_shape))
@@ -103,7 +104,7 @@ def cache(
     return num_encoded
 
 
-def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]) -> str:
+def train_command(save_dir: Path, data: DataSet, latent_shape: tuple[int, int, int]) -> str:
     """The command that trains a small transformer on the latents."""
     overrides = {"data.args.path": str(save_dir), "model.args.num_classes": schema.AUTO}
     if data.labels is None or len(data.class_names) < 2:
@@ -115,7 +116,7 @@ def train_command(save_dir: Path, data: Data, latent_shape: tuple[int, int, int]
     return commands.command("train.py", "-c", config, "-e", folder, *(commands.override(k, v) for k, v in overrides.items()))
 
 
-def settings_of(args, data: Data, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+def settings_of(args, data: DataSet, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
     """The settings that determine every shard, which are part of its header."""
     settings = {
         "autoencoder": vae.digest,
@@ -145,7 +146,7 @@ def check_output_dir(save_dir: Path, settings: dict[str, Any]) -> None:
 
 
 def write_shard(
-    accelerator: Accelerator, args, vae: VAE, data: Data, path: Path, cut: range, settings: dict[str, Any], bar
+    accelerator: Accelerator, args, vae: VAE, data: DataSet, path: Path, cut: range, settings: dict[str, Any], bar
 ) -> None:
     """Encode the images `cut` and write them as one file."""
     parts: dict[str, list[Tensor]] = {}
@@ -177,7 +178,7 @@ def sums_of(tensors: dict[str, Tensor]) -> list[list[float]]:
     return [first.tolist(), second.tolist()]
 
 
-def write_manifest(args, source: schema.DataConfig, data: Data, settings: dict[str, Any], plan: dict[Path, range]) -> None:
+def write_manifest(args, source: schema.DataConfig, data: DataSet, settings: dict[str, Any], plan: dict[Path, range]) -> None:
     """manifest.json, last of all, with mean (shift) and standard deviation (scale) of each channel over the data set.
 
     The sums of the shards are added by math.fsum, whose result does not depend on their order.
@@ -203,7 +204,7 @@ def write_manifest(args, source: schema.DataConfig, data: Data, settings: dict[s
     files.write_text(args.save_dir / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def check_extractor(args, accelerator: Accelerator, data: Data) -> Extractor:
+def check_extractor(args, accelerator: Accelerator, data: DataSet) -> Extractor:
     """The feature extractor of --check. Raises UserError for one that is not there or does not take these images."""
     with error_context("--check"):
         extractor = distributed.main_process_first(
@@ -216,7 +217,7 @@ def check_extractor(args, accelerator: Accelerator, data: Data) -> Extractor:
     return extractor
 
 
-def check(args, accelerator: Accelerator, data: Data, extractor: Extractor) -> None:
+def check(args, accelerator: Accelerator, data: DataSet, extractor: Extractor) -> None:
     """Write reconstructions.png and reconstructions.json: latents as training reads them, decoded, against their images."""
     with error_context("--check"):
         latents = datasets.build("latents", None, {"path": str(args.save_dir)})

@@ -35,7 +35,7 @@ from flow.sampling import guide, snapshot, sources
 from flow.sampling.generate import build_velocity, check_finite, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
 from flow.solvers import DETERMINISTIC
-from flow.source import GAUSSIAN, DataSource
+from flow.source import GAUSSIAN, DataSource, Source
 
 EXAMPLES = """\
   python -m scripts.make_pairs --weights runs/mnist_mini_cond --n_pairs 20000 --save_dir runs/pairs --guidance_scale 1.5
@@ -67,67 +67,29 @@ def main() -> None:
     accelerator = distributed.build_accelerator(args.mixed_precision)  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model()
-    net = model.net
     guide_name = guide.attach(model, snap, args.guide_weights)
     snap.check_data()
-    source = snap.config.data
-    with error_context("data"):
-        # in a second reflow the real images of the first
-        real = datasets.source_dataset(source.name, source.root, source.args, derived=["pairs"])
-    if isinstance(data_source := model.source, DataSource):
-        with error_context("flow.source"):
-            distributed.main_process_first(accelerator, lambda: data_source.training)
-    with error_context("data"):
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
+    real, data = read_real_images(accelerator, snap, model)
     labels = cli.labels_of(args.labels, snap.class_names)
-    classes, prompts = conditions_of(labels, data, net)
+    classes, prompts = conditions_of(labels, data, model.net)
     settings = SamplerSettings(
         args.sampling_method, args.sampling_steps, args.guidance_scale, seed=args.seed, labels=classes, prompts=prompts,
         guidance_interval=tuple(args.guidance_interval), guide=guide_name,
     )  # fmt: skip
+    inverted = round(args.real_fraction * args.n_pairs)
     with error_context("make_pairs"):
         validate(settings, model)
-        if data.image_shape != snap.image_shape:
-            raise ValueError(f"the data set has images of {data.image_shape}, the network makes {snap.image_shape}")
-        inverted = round(args.real_fraction * args.n_pairs)
-        if inverted and net.num_classes is not None and not 0 < len(data.class_names) <= net.num_classes:
-            classes_of = f"{len(data.class_names)} classes, the network num_classes={net.num_classes}"
-            raise ValueError(f"data: has {classes_of}; use the data set that it was trained on")
-        if inverted:
-            snapshot.check_codec("data", snap, data.codec)
-        invertible_indices = invertible(data, labels, args.seed) if inverted else []
-        if inverted > len(invertible_indices):
-            raise ValueError(
-                f"--real_fraction {args.real_fraction}: {inverted} pairs of {len(invertible_indices)} real images; use less"
-            )
+        check_real_images(snap, model.net, data, inverted)
+        invertible_indices = indices_to_invert(args, data, labels, inverted)
         times = build_time_grid(settings, model.path)
         kept_steps = states_to_keep(args.keep_states or 0, len(times) - 1)
         if kept_steps and inverted:
             raise ValueError("--keep_states: no path of the flow ends at a real image; not with --real_fraction")
-
     if note := guidance_note(settings, model):
         accelerator.print(f"note: {note}")
-
-    with error_context("flow.source"):
-        drawn_from = sources.training_fingerprint(model.source)
-    manifest = {
-        "weights_sha256": snap.sha256,
-        "sampling_method": args.sampling_method,
-        "sampling_steps": args.sampling_steps,
-        "guidance_scale": args.guidance_scale,
-        "guidance_interval": args.guidance_interval,
-        "guide": settings.guide,
-        "seed": args.seed,
-        "labels": labels,
-        "mixed_precision": accelerator.mixed_precision,
-        "bspp": args.bspp,
-        "generated": args.n_pairs - inverted,
-        "inverted": inverted,
-        "shard_pairs": args.shard_pairs,
-        "state_times": [times[k] for k in kept_steps],
-        **described(snap, data.class_names, real),
-        **({"source_fingerprint": drawn_from} if drawn_from else {}),
-    }
+    state_times = [times[k] for k in kept_steps]
+    requested = request_of(args, accelerator.mixed_precision, settings.guide, labels, inverted, state_times)
+    manifest = {"weights_sha256": snap.sha256, **requested, **described(snap, model.source, data.class_names, real)}
     for network in model.networks:
         distributed.prepare_model(network, accelerator)
     model.eval()
@@ -137,6 +99,44 @@ def main() -> None:
     train = train_command(args.weights, args.save_dir, snap.config, bool(kept_steps))
     result = f"{args.n_pairs} pairs in {args.save_dir}, {num_written} of them new"
     accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
+
+
+def read_real_images(accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel) -> tuple[dict[str, Any], Any]:
+    """The real images of the training: {"name": ..., "root": ..., "args": ...} and the data set. What a flow between two data
+    sets starts from is read, too."""
+    config = snap.config.data
+    with error_context("data"):
+        # in a second reflow the real images of the first
+        real = datasets.source_dataset(config.name, config.root, config.args, derived=["pairs"])
+    if isinstance(source := model.source, DataSource):
+        with error_context("flow.source"):
+            distributed.main_process_first(accelerator, lambda: source.training)
+    with error_context("data"):
+        data = distributed.main_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
+    return real, data
+
+
+def check_real_images(snap: snapshot.Snapshot, net: Network, data, inverted: int) -> None:
+    """Raises ValueError for a data set whose images the network does not make, or, where some are to be inverted, whose classes
+    or latents are not those of the network."""
+    if data.image_shape != snap.image_shape:
+        raise ValueError(f"the data set has images of {data.image_shape}, the network makes {snap.image_shape}")
+    if not inverted:
+        return
+    if net.num_classes is not None and not 0 < len(data.class_names) <= net.num_classes:
+        classes_of = f"{len(data.class_names)} classes, the network num_classes={net.num_classes}"
+        raise ValueError(f"data: has {classes_of}; use the data set that it was trained on")
+    snapshot.check_codec("data", snap, data.codec)
+
+
+def indices_to_invert(args, data, labels: tuple[int, ...] | None, inverted: int) -> list[int]:
+    """The indices of the real images in the order of the inverted pairs. Raises ValueError where there are too few."""
+    if not inverted:
+        return []
+    indices = invertible(data, labels, args.seed)
+    if inverted > len(indices):
+        raise ValueError(f"--real_fraction {args.real_fraction}: {inverted} pairs of {len(indices)} real images; use less")
+    return indices
 
 
 def conditions_of(labels: tuple[int, ...] | None, data, net: Network) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
@@ -151,15 +151,40 @@ def conditions_of(labels: tuple[int, ...] | None, data, net: Network) -> tuple[t
     return classes, tuple(captions.plain(data.class_names[label]) for label in classes)
 
 
-def described(snap: snapshot.Snapshot, class_names: Sequence[str], real: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says of the flow and of the real images `real` {"name": ..., "root": ..., "args": ...}."""
+def request_of(
+    args, mixed_precision: str, guide_name: str | None, labels: tuple[int, ...] | None, inverted: int, state_times: list[float]
+) -> dict[str, Any]:
+    """What a manifest says of the flags."""
+    return {
+        "sampling_method": args.sampling_method,
+        "sampling_steps": args.sampling_steps,
+        "guidance_scale": args.guidance_scale,
+        "guidance_interval": args.guidance_interval,
+        "guide": guide_name,
+        "seed": args.seed,
+        "labels": labels,
+        "mixed_precision": mixed_precision,
+        "bspp": args.bspp,
+        "generated": args.n_pairs - inverted,
+        "inverted": inverted,
+        "shard_pairs": args.shard_pairs,
+        "state_times": state_times,
+    }
+
+
+def described(snap: snapshot.Snapshot, starts: Source, class_names: Sequence[str], real: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the flow, which starts at `starts`, and of the real images `real` {"name": ..., "root": ...,
+    "args": ...}."""
     source = snap.config.flow.source
+    with error_context("flow.source"):
+        drawn_from = sources.training_fingerprint(starts)
     return {
         "image_shape": snap.image_shape,
         "class_names": class_names,
         "data": real,
         **({"source": asdict(source)} if source.name != GAUSSIAN else {}),
         **({"codec": snap.codec} if snap.codec else {}),
+        **({"source_fingerprint": drawn_from} if drawn_from else {}),
     }
 
 

@@ -36,7 +36,7 @@ memorization.PAIRS = 4  # a figure of 24 pairs takes a second
 ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 MAINS = {  # scripts whose main is not that of the module scripts.NAME
     **{name: name for name in ENTRY_SCRIPTS},
-    **{name: f"scripts.{name}.__main__" for name in ("benchmark", "doctor", "report")},
+    **{name: f"scripts.{name}.__main__" for name in ("benchmark", "doctor", "rectify", "report")},
     **{name: f"scripts.dev.{name}" for name in ("fault_injection", "gallery", "train_classifier")},
 }
 REPOSITORY = Path(__file__).parent.parent

@@ -65,17 +65,17 @@ def add_control(ev: Evaluation) -> dict | None:
         seconds = time.perf_counter() - start
         if samples is None:
             return None
-        results = ev.compute_metrics(samples, ref, None if data.labels is None else data.labels[positions], training)
+        measured = ev.compute_metrics(samples, ref, None if data.labels is None else data.labels[positions], training)
         points: Any = data
         if getattr(points, "log_density", None):
-            results["metrics"]["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()
-        return {**results, "seconds": seconds}
+            measured.metrics["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()
+        return {**measured.columns, "seconds": seconds}
 
     kind = other[0] if other else "half against half"
     subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
     subject = {"weights": f"{table.CONTROL} ({kind})", **subject, "n": n, "first": 0}
     result = ev.evaluate_row(subject, {"control": kind, **({"images": data.fingerprint()} if other else {})}, compute)
-    return result and result[0]
+    return result[0] if result else None
 
 
 def choose_by_frequency(pool: Sequence[int], labels: Tensor | None, reference_labels: Tensor | None, n: int) -> list[int]:

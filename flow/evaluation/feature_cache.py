@@ -1,67 +1,19 @@
-"""Features of images as they come or from a data set, gathered over processes, and their cache on disk."""
+"""The cache of features of real images on disk."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from configs.errors import first_line
 from datasets import DataSet
-from flow.evaluation.features import BlockMoments, Extractor, FeatureSet, merge, merge_blocks
+from flow.evaluation import collecting
+from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointExtractor
-from flow.evaluation.reading import read_images
 from flow.runtime import distributed, files
-from flow.sampling.generate import shard
-
-
-def read(
-    data: DataSet, accelerator: Accelerator, batch_size: int, what: str, order: Sequence[int] | None = None
-) -> Iterator[tuple[range, Tensor]]:
-    """This process's share of the images of a data set, without augmentation, under a bar that says `what`.
-
-    Image k is data[order[k]]; None: data[k].
-    """
-    order = range(len(data)) if order is None else order
-    batches = shard(accelerator, range(len(order)), batch_size)
-    with distributed.progress(accelerator, sum(map(len, batches)), what) as bar:
-        images = read_images(data, [[order[k] for k in batch] for batch in batches])
-        for batch, (_, pixels) in zip(batches, images, strict=True):
-            yield batch, pixels
-            bar.update(len(batch))
-
-
-def collect(
-    accelerator: Accelerator,
-    extractor: Extractor | PointExtractor,
-    stream: Iterable[tuple[range, Tensor]],
-    layers: Sequence[str] | None = None,
-) -> FeatureSet | None:
-    """The features of all images of all processes, on the main process; None on the others. `layers`: which ones are
-    retained (None: all)."""
-    features = FeatureSet()
-    for indices, images in stream:
-        outputs = extractor(images)
-        features.add(extractor.layer, indices, {name: outputs[name] for name in layers or outputs})
-    parts = distributed.gather_to_main(accelerator, features)
-    if parts is None:
-        return None
-    return merge(parts)
-
-
-def collect_moments(
-    accelerator: Accelerator, extractor: Extractor, stream: Iterable[tuple[range, Tensor]]
-) -> BlockMoments | None:
-    """The moments of the features of all images of all processes, on the main process; None on the others."""
-    moments = BlockMoments()
-    for indices, images in stream:
-        moments.add(extractor.layer, indices, extractor(images))
-    moments.flush()
-    parts = distributed.gather_to_main(accelerator, moments)
-    return None if parts is None else merge_blocks(parts)
 
 
 def cached(
@@ -80,7 +32,7 @@ def cached(
             accelerator.print(f"warning: {path}: damaged cache of features ({error}); computing them again")
     if distributed.any_process(accelerator, features is not None):
         return features
-    features = collect(accelerator, extractor, read(data, accelerator, batch_size, what, order), layers)
+    features = collecting.collect(accelerator, extractor, collecting.read(data, accelerator, batch_size, what, order), layers)
     if features is not None:
         try:
             with files.atomic_file(path) as temporary:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 import datasets
 from configs.schema import Config
 from datasets.folder import EncodedImages
-from flow.evaluation import feature_cache
+from flow.evaluation import collecting
 from flow.evaluation.control import add_control
 from flow.evaluation.real_images import load_real_images
 from flow.evaluation.reference import same_classes
@@ -22,7 +22,7 @@ from flow.sampling.conditions import labels_for
 from flow.sampling.settings import SamplerSettings
 
 
-def evaluate_folder(
+def write_row(
     settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: EncodedImages,
     stored: dict[str, Any] | None, trained: bool,
 ) -> None:  # fmt: skip
@@ -58,12 +58,12 @@ def evaluate_folder(
         )
     add_control(ev)
     subject = {"weights": samples.name, "n": len(data), "first": 0}
-    images = partial(feature_cache.read, data, accelerator, settings.batch_size, "samples")
+    images = partial(collecting.read, data, accelerator, settings.batch_size, "samples")
 
     def compute() -> dict | None:
-        row = ev.measure(images(), labels)
-        ev.draw_closest(samples.name, lambda positions: torch.stack([data[k][0] for k in positions]))
-        return row
+        measured, seconds = ev.measure(images(), labels)
+        ev.draw_closest(measured, samples.name, lambda positions: torch.stack([data[k][0] for k in positions]))
+        return {**measured.columns, "seconds": seconds} if measured else None
 
     ev.evaluate_row(subject, {"images": data.fingerprint()}, compute)
     accelerator.print(ev.write_report())

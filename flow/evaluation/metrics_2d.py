@@ -9,6 +9,7 @@ from flow.likelihood import log_likelihood
 from flow.solvers import Velocity
 
 DIRECTIONS = 128
+BANDWIDTH = 0.5  # of the kernel of the MMD
 PAIRWISE = 4000  # points a set, at most, for distances that look at all pairs
 
 
@@ -55,13 +56,13 @@ def energy_distance(a: Tensor, b: Tensor) -> float:
     return 2 * torch.cdist(a, b).mean().item() - _mean_of_pairs(torch.cdist(a, a)) - _mean_of_pairs(torch.cdist(b, b))
 
 
-def mmd(a: Tensor, b: Tensor, bandwidth: float = 0.5) -> float:
-    """Unbiased squared maximum mean discrepancy of points [N, 2] and [M, 2] with the kernel exp(-|x - y|^2 / (2 bandwidth^2))
+def mmd(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy of points [N, 2] and [M, 2] with the kernel exp(-|x - y|^2 / (2 BANDWIDTH^2))
     (Gretton et al. 2012, JMLR 13, eq. 3)."""
     a, b = a[:PAIRWISE].double(), b[:PAIRWISE].double()
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return torch.exp(-torch.cdist(x, y).square() / (2 * bandwidth**2))
+        return torch.exp(-torch.cdist(x, y).square() / (2 * BANDWIDTH**2))
 
     return _mean_of_pairs(kernel(a, a)) + _mean_of_pairs(kernel(b, b)) - 2 * kernel(a, b).mean().item()
 

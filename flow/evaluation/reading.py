@@ -7,13 +7,13 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor
 
-from datasets import DataSet as Data
+from datasets import DataSet
 from flow.runtime.errors import error_context
 
 THREADS = 4
 
 
-def read_images(data: Data, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:
+def read_images(data: DataSet, batches: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], Tensor]]:
     """The given batches of indices, each with its images [b, C, H, W]. Raises UserError that names an unreadable file."""
     with ThreadPoolExecutor(THREADS) as pool:
         submitted = ((batch, [pool.submit(data.__getitem__, k) for k in batch]) for batch in batches)

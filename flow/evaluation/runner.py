@@ -16,7 +16,7 @@ from torch import Tensor
 import datasets
 from configs.schema import Config
 from datasets import DataSet
-from flow.evaluation import classifiers, feature_cache, memorization, metrics, metrics_2d, pictures, plots, reference, table
+from flow.evaluation import classifiers, collecting, memorization, metrics, metrics_2d, pictures, plots, reference, table
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import CLASS_LAYER, INCEPTION, BlockMoments, Extractor, FeatureSet
 from flow.evaluation.intervals import BLOCKS
@@ -46,6 +46,22 @@ class EvaluationSettings:
 
 
 @dataclass
+class Measurement:
+    """Metrics of one set of samples."""
+
+    metrics: dict[str, float]
+    standard_errors: dict[str, float] | None  # of the metrics that know theirs; None: no metric of points does
+    not_applicable: list[str]  # requested metrics without a value
+    closest: memorization.Closest | None = None  # what `memorization` found
+
+    @property
+    def columns(self) -> dict[str, dict[str, float]]:
+        """Of a row of the table."""
+        errors = {} if self.standard_errors is None else {"standard_errors": self.standard_errors}
+        return {"metrics": self.metrics, **errors}
+
+
+@dataclass
 class Evaluation:
     """The table in a folder, and what its rows are measured with."""
 
@@ -58,9 +74,7 @@ class Evaluation:
     dimension: int  # of the features
     training: memorization.TrainingSet | None = None  # of the weights, on the main process
     training_identity: dict[str, str] = field(default_factory=dict)  # where it is another data set than the reference
-    closest: memorization.Closest | None = None  # of the last comparison, on the main process
-    not_applicable: list[str] = field(default_factory=list)  # metrics without a value in the last comparison
-    noted: list[str] = field(default_factory=list)  # those that a note has named
+    noted: list[str] = field(default_factory=list)  # metrics without a value that a note has named
     draw: Callable[[], None] | None = None  # the figure of the last row of samples
 
     @classmethod
@@ -85,7 +99,7 @@ class Evaluation:
                     accelerator, extractor, settings.batch_size, source.data, source, what, real_layers(extractor)
                 )
                 real = reference.from_features(source.name, identity, features, extractor.layer)
-                real.labels, real.class_names = labels_of(source.data), source.data.class_names
+                real.labels, real.class_names = label_array(source.data), source.data.class_names
         counts = {"samples": settings.n_samples, "reference": dimension + 1 if source is None else len(source.data)}
         for name, n in counts.items():
             if n <= dimension and not points:
@@ -123,12 +137,12 @@ class Evaluation:
         if features is not None:
             self.training = memorization.training_set(source.data, features, held_out_features)
 
-    def draw_closest(self, title: str, images_of: Callable[[list[int]], Tensor]) -> None:
-        """Have the report draw memorization.png: the samples just compared that are nearest to a training image.
+    def draw_closest(self, measured: Measurement | None, title: str, images_of: Callable[[list[int]], Tensor]) -> None:
+        """Have the report draw memorization.png: the measured samples that are nearest to a training image.
 
         `images_of` gives samples by their positions; it is called here, where the network still has the weights of the row.
         """
-        closest, training = self.closest, self.training
+        closest, training = measured.closest if measured else None, self.training
         if closest is None or training is None:
             return
         samples = images_of(closest.samples)
@@ -160,44 +174,45 @@ class Evaluation:
         existing = table.find(self.out, row) if main else None
         return (existing, False) if existing else None
 
-    def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> dict | None:
-        """Metrics of a stream of images and the seconds it took, on the main process; None on the others."""
+    def measure(
+        self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None
+    ) -> tuple[Measurement | None, float]:  # fmt: skip
+        """Metrics of a stream of images, on the main process (None on the others), and the seconds that the stream took."""
         start = time.perf_counter()
         samples: FeatureSet | BlockMoments | None
         # Moments of all blocks on all processes, in float64, take less memory than the features in float32
         smaller = self.settings.n_samples > 2 * BLOCKS * self.dimension * self.accelerator.num_processes
         suffice = set(self.settings.metrics) <= set(metrics.FROM_MOMENTS)
         if smaller and suffice and not isinstance(self.extractor, PointExtractor):
-            samples = feature_cache.collect_moments(self.accelerator, self.extractor, stream)
+            samples = collecting.collect_moments(self.accelerator, self.extractor, stream)
         else:
-            samples = feature_cache.collect(self.accelerator, self.extractor, stream)
+            samples = collecting.collect(self.accelerator, self.extractor, stream)
         seconds = time.perf_counter() - start
         if samples is None:
-            return None
-        results = self.compute_metrics(samples, self.reference, labels, self.training)
+            return None, seconds
+        measured = self.compute_metrics(samples, self.reference, labels, self.training)
         chosen = self.settings.metrics != metrics.DEFAULT
-        if chosen and (new := [name for name in self.not_applicable if name not in self.noted]):
+        if chosen and (new := [name for name in measured.not_applicable if name not in self.noted]):
             self.accelerator.print(f"note: no value of {', '.join(new)} here; what each metric needs: docs/evaluation.md")
             self.noted += new
-        return {**results, "seconds": seconds}
+        return measured, seconds
 
     def compute_metrics(
         self, samples: FeatureSet | BlockMoments, ref: Reference, labels: Tensor | None,
         training: memorization.TrainingSet | None,
-    ) -> dict[str, dict]:  # fmt: skip
-        """{"metrics": those requested, "standard_errors": where they are known}, under a bar of their own."""
+    ) -> Measurement:  # fmt: skip
+        """The requested metrics, under a bar of their own."""
         with error_context(self.settings.owner):
             if isinstance(self.extractor, PointExtractor):
                 assert ref.features is not None and isinstance(samples, FeatureSet), "points are compared with points"
-                self.not_applicable = [name for name in self.settings.metrics if name != "fid"]
-                return {"metrics": metrics_2d.evaluate(samples.matrix(self.extractor.layer), ref.features)}
+                values = metrics_2d.evaluate(samples.matrix(self.extractor.layer), ref.features)
+                return Measurement(values, None, [name for name in self.settings.metrics if name != "fid"])
             y = None if labels is None else labels.numpy()
             with distributed.progress(self.accelerator, 0, "metrics") as bar:
                 bar.leave = False
                 comparison = Comparison(self.extractor, samples, ref, y, training, bar=bar)
                 values = metrics.evaluate(comparison, self.settings.metrics)
-                self.closest, self.not_applicable = comparison.closest, comparison.not_applicable
-                return {"metrics": values, "standard_errors": comparison.standard_errors}
+                return Measurement(values, comparison.standard_errors, comparison.not_applicable, comparison.closest)
 
     def write_report(self) -> str:
         """Write the table and draw the figures; returns the table, on the main process."""
@@ -242,6 +257,6 @@ def real_layers(extractor: Extractor | PointExtractor) -> list[str]:
     return [name for name in extractor.layers if name not in others]
 
 
-def labels_of(data: DataSet) -> np.ndarray | None:
+def label_array(data: DataSet) -> np.ndarray | None:
     """int64 [N]; None without classes."""
     return None if data.labels is None else data.labels.numpy()

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import count
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,58 +91,62 @@ class SnapshotEvaluator:
             weights_sha256: of the snapshot that it comes from; the main process needs it.
             subject: "weights", "images" and "captions" of the rows.
         """
-        ev, net, plan = self.evaluation, model.net, self.plan
-        settings, accelerator = ev.settings, ev.accelerator
+        ev, net, settings = self.evaluation, model.net, self.evaluation.settings
         identity = {"weights_sha256": weights_sha256, **self.identity}
-        log_density = log_density_of(accelerator, model, ev.real_images)
+        log_density = log_density_of(ev.accelerator, model, ev.real_images)
         if log_density:
             identity["held_out_points"] = HELD_OUT_POINTS
-
-        def compute(sampler: SamplerSettings, indices: range, number: int) -> dict | None:
-            counter = NFECounter()
-            batches = shard(accelerator, indices, settings.batch_size)
-            local = sum(map(len, batches))
-            total, name = len(plan) * settings.repeats, "images of this process"
-            bar = distributed.progress(accelerator, local * total, f"{name}, row {number + 1} of {total}", local * number)
-            bar.leave = False  # the next bar takes its place
-
-            def stream() -> Iterator[tuple[range, Tensor]]:
-                with bar:
-                    for batch in generate(accelerator, model, image_shape, batches, sampler):
-                        counter.add(batch)
-                        yield batch.indices, batch.images
-                        bar.update(len(batch.indices))
-
-            def images_of(positions: list[int]) -> Tensor:
-                again = [indices[k : k + 1] for k in positions]
-                return torch.cat([batch.images for batch in generate(accelerator, model, image_shape, again, sampler)])
-
-            row = ev.measure(stream(), labels_for(indices, sampler, net.num_classes))
-            steps = "" if sampler.method in ADAPTIVE else f", {sampler.steps} steps"
-            ev.draw_closest(f"{subject['weights']}, {sampler.title}{steps}", images_of)
-            nfe, forwards = counter.mean(accelerator)
-            if row and log_density:
-                row["metrics"]["held_out_log_p"] = log_density(sampler)
-            return row and {"NFE": nfe, "forwards": forwards, **row}
-
-        numbers, rows = count(), []
-        for sampler in plan:
-            for repeat in range(settings.repeats):
-                indices = range(repeat * settings.n_samples, (repeat + 1) * settings.n_samples)
-                row = {
-                    **subject,
-                    "method": sampler.title,
-                    "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
-                    "guidance_scale": sampler.guidance_scale if net.null is not None or sampler.guide else None,
-                    **columns_of(sampler),
-                    "n": settings.n_samples,
-                    "first": indices.start,
-                }
-                row_identity = {**identity, **columns_of(sampler), "times": sampler.times}  # may be optimized again
-                if sampler.method in HAS_TOLERANCES:
-                    row_identity["bspp"] = settings.batch_size
-                rows.append(ev.evaluate_row(row, row_identity, partial(compute, sampler, indices, next(numbers))))
+        rows = []
+        for number, (sampler, repeat) in enumerate(product(self.plan, range(settings.repeats))):
+            indices = range(repeat * settings.n_samples, (repeat + 1) * settings.n_samples)
+            row = {
+                **subject,
+                "method": sampler.title,
+                "steps": sampler.steps if sampler.method not in ADAPTIVE else None,
+                "guidance_scale": sampler.guidance_scale if net.null is not None or sampler.guide else None,
+                **columns_of(sampler),
+                "n": settings.n_samples,
+                "first": indices.start,
+            }
+            row_identity = {**identity, **columns_of(sampler), "times": sampler.times}  # may be optimized again
+            if sampler.method in HAS_TOLERANCES:
+                row_identity["bspp"] = settings.batch_size
+            compute = partial(self._compute, model, image_shape, sampler, indices, number, subject["weights"], log_density)
+            rows.append(ev.evaluate_row(row, row_identity, compute))
         return [row for row in rows if row is not None]
+
+    def _compute(
+        self, model: FlowModel, image_shape: tuple[int, ...], sampler: SamplerSettings, indices: range, number: int,
+        weights: str, log_density: Callable[[SamplerSettings], float] | None,
+    ) -> dict | None:  # fmt: skip
+        """The columns of row `number`, of the images `indices`, on the main process; None on the others."""
+        ev, accelerator, settings = self.evaluation, self.evaluation.accelerator, self.evaluation.settings
+        counter, batches = NFECounter(), shard(accelerator, indices, settings.batch_size)
+        local, total = sum(map(len, batches)), len(self.plan) * settings.repeats
+        name = f"images of this process, row {number + 1} of {total}"
+        bar = distributed.progress(accelerator, local * total, name, local * number)
+        bar.leave = False  # the next bar takes its place
+
+        def stream() -> Iterator[tuple[range, Tensor]]:
+            with bar:
+                for batch in generate(accelerator, model, image_shape, batches, sampler):
+                    counter.add(batch)
+                    yield batch.indices, batch.images
+                    bar.update(len(batch.indices))
+
+        def images_of(positions: list[int]) -> Tensor:
+            again = [indices[k : k + 1] for k in positions]
+            return torch.cat([batch.images for batch in generate(accelerator, model, image_shape, again, sampler)])
+
+        measured, seconds = ev.measure(stream(), labels_for(indices, sampler, model.net.num_classes))
+        steps = "" if sampler.method in ADAPTIVE else f", {sampler.steps} steps"
+        ev.draw_closest(measured, f"{weights}, {sampler.title}{steps}", images_of)
+        nfe, forwards = counter.mean(accelerator)
+        if measured is None:
+            return None
+        if log_density:
+            measured.metrics["held_out_log_p"] = log_density(sampler)
+        return {"NFE": nfe, "forwards": forwards, **measured.columns, "seconds": seconds}
 
 
 def columns_of(sampler: SamplerSettings) -> dict[str, str]:

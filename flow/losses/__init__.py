@@ -34,14 +34,17 @@ def build(name: str, path: Path, prediction: str, time_sampler: Callable[[Tensor
     if prediction not in PREDICTIONS:
         raise ValueError(f"unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}")
     allowed = {key: p for key, p in inspect.signature(LOSSES[name]).parameters.items() if key not in GIVEN}
-    for key, value in args.items():
-        if key not in allowed:
-            raise ValueError(f"{name} has no argument {key!r}; it takes {', '.join(allowed) or 'none'}")
-        if allowed[key].annotation in (int, float, "int", "float") and not registry.is_finite_number(value):
-            raise ValueError(f"{key}={value!r}: must be a finite number")
-        if key == "distance_args" and not isinstance(value, dict):
-            raise ValueError(f"{key}={value!r}: must be arguments of the distance, as in {{c: 0.01}}")
+    registry.check_arguments(name, args, allowed, _rule)
     try:
         return LOSSES[name](path=path, prediction=prediction, time_sampler=time_sampler, **args)  # type: ignore[call-arg]
     except TypeError as error:  # a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
+
+
+def _rule(parameter: inspect.Parameter, value: Any) -> str | None:
+    """Numbers are finite where the annotation says so, and distance_args are arguments."""
+    if parameter.annotation in (int, float, "int", "float"):
+        return registry.finite_number(parameter, value)
+    if parameter.name == "distance_args" and not isinstance(value, dict):
+        return "arguments of the distance, as in {c: 0.01}"
+    return None

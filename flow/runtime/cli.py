@@ -154,9 +154,10 @@ def add_methods_flag(parser: argparse.ArgumentParser, choices: Iterable[str], de
     parser.add_argument("--methods", nargs="+", choices=choices, default=default, help=f"solvers (default: {shown})")
 
 
-def add_extractor_flag(parser: argparse.ArgumentParser, default: str, use: str = "network of the Frechet distance") -> None:
+def add_extractor_flag(parser: argparse.ArgumentParser, default: str) -> None:
     """--feature_extractor, by name."""
-    parser.add_argument("--feature_extractor", default=default, metavar="NAME", help=f"{use} (default: {default})")
+    use = f"network of the Frechet distance (default: {default})"
+    parser.add_argument("--feature_extractor", default=default, metavar="NAME", help=use)
 
 
 def add_feature_flags(parser: argparse.ArgumentParser, default: str) -> None:

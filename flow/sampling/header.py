@@ -45,7 +45,8 @@ def power_average(metadata: Mapping[str, str]) -> PowerAverage | None:
         whole = type(average.updates) is int and 0 <= average.updates < 10**18 and isinstance(average.inputs, str)
         if whole and type(average.width) is float and 0 < average.width < MAX_EMA_WIDTH:
             return average
-    raise ValueError("power_average: must have a width between 0 and 0.2887, a number of updates and the text inputs")
+    rule = f"must have a width between 0 and {MAX_EMA_WIDTH:.4f}, a number of updates and the text inputs"
+    raise ValueError(f"power_average: {rule}")
 
 
 def take_places(config: Config, typed: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,9 +110,12 @@ def from_pil(image: Image.Image) -> Tensor:
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 
 
-def scatter_image(points: Tensor, side: int = 400, extent: float = 2.5) -> Tensor:
-    """Points [N, 2] as a picture uint8 [1, side, side] of the square from -extent to extent: the darker, the more of them."""
-    cell = ((points.double().cpu() + extent) * (side / (2 * extent))).floor().long()
+EXTENT = 2.5  # of pictures of points, whose data sets have about unit variance
+
+
+def scatter_image(points: Tensor, side: int = 400) -> Tensor:
+    """Points [N, 2] as a picture uint8 [1, side, side] of the square from -EXTENT to EXTENT: the darker, the more of them."""
+    cell = ((points.double().cpu() + EXTENT) * (side / (2 * EXTENT))).floor().long()
     x, y = cell[((cell >= 0) & (cell < side)).all(1)].T
     count = torch.zeros(side, side, dtype=torch.float64)
     count.index_put_((side - 1 - y, x), torch.ones_like(x, dtype=torch.float64), accumulate=True)

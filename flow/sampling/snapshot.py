@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -96,16 +97,16 @@ class Snapshot:
         Raises:
             UserError: that names the first weight that does not fit.
         """
-        if optional:
-            missing = {k: v for k, v in net.state_dict().items() if optional in k and k not in self.weights}
-            self = replace(self, weights={**self.weights, **missing})
-        self.check_fit(net)
-        net.load_state_dict(self.weights)
+        own = net.state_dict()
+        absent = {k: v for k, v in own.items() if optional in k and k not in self.weights} if optional else {}
+        self.check_fit(net, absent)
+        net.load_state_dict({**self.weights, **absent})
 
-    def check_fit(self, net: nn.Module) -> None:
-        """Raises UserError that names the first weight whose shape or kind is not that of the network."""
+    def check_fit(self, net: nn.Module, absent: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Raises UserError that names the first weight whose shape or kind is not that of the network; those that may be
+        `absent` are taken from there."""
         expected = {name: _kind_of(value) for name, value in net.state_dict().items()}
-        actual = {name: _kind_of(value) for name, value in self.weights.items()}
+        actual = {name: _kind_of(value) for name, value in {**self.weights, **absent}.items()}
         for name in sorted(expected.keys() | actual.keys()):
             if actual.get(name, "absent") != expected.get(name, "absent"):
                 raise UserError(

@@ -49,9 +49,9 @@ def build(name: str, root: str | None, args: dict[str, Any]) -> Source:
     return DataSource(name, partial(_read, own), partial(_read_held_out, own))
 
 
-def given(x0: Tensor, name: str = "x0") -> OrderedSource:
+def given(x0: Tensor) -> OrderedSource:
     """These samples [N, ...]: uint8 images, or floats as networks see them."""
-    return OrderedSource(DataSamples(Images(x0.cpu(), None, ()), name), name)
+    return OrderedSource(DataSamples(Images(x0.cpu(), None, ()), "x0"), "x0")
 
 
 def attach(

@@ -1,5 +1,6 @@
 """The log of a run: log.txt, metrics.jsonl, trackers; and the running means of the training loss."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from configs.errors import UserError, first_line
 from flow.losses import Losses
-from flow.runtime import files, jsonl
+from flow.runtime import cli, files, jsonl
 from flow.training import trackers
 
 TIME_BINS = 10
@@ -74,6 +75,45 @@ class Logger:
         retained = [line for line in lines if line.row is not None and line.row["step"] <= step]
         if len(retained) < len(lines):
             files.write_bytes(self.metrics_file, b"".join(line.raw + b"\n" for line in retained))
+
+
+def log_summary(logger: Logger, lines: list[str], unit: str, config: Any, step: int, graphed: bool) -> None:
+    """The start of the log: the `lines` of a task, then batch and device.
+
+    unit: what a batch holds. config: the section train. step: the training starts from it. graphed: a step is a CUDA graph.
+    """
+    for line in lines:
+        logger.info(line)
+    accelerator, micro = logger.accelerator, config.gradient_accumulation_steps
+    rows = config.batch_size // (accelerator.num_processes * micro)
+    logger.info(
+        f"batch: {config.batch_size} {unit} = {accelerator.num_processes} process(es) x {micro} micro-batch(es) x {rows}; "
+        f"{config.steps:,} steps = {config.steps * config.batch_size:,} {unit}"
+    )
+    logger.info(
+        f"device: {accelerator.device.type}, precision {accelerator.mixed_precision}, "
+        f"{torch.get_num_threads()} thread(s); run directory: {logger.folder}"
+        + ("; a step is one CUDA graph" if graphed else "")
+        + (f"; resuming from step {step}" if step else "")
+    )
+
+
+def show_beside_bar(bar: tqdm, metrics: dict[str, float], unit: str) -> None:
+    """Metrics in a terminal."""
+    rate = f"{metrics['images_per_second']:.0f} {unit}/s"
+    bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
+
+
+def print_row(accelerator: Accelerator, step: int, config: Any, metrics: dict[str, float], unit: str) -> None:
+    """Metrics on a line of a file or pipe, where a bar would be a heap of carriage returns. config: the section train."""
+    rate = metrics["images_per_second"]
+    left = (config.steps - step) * config.batch_size / rate if rate > 0 else math.nan
+    accelerator.print(
+        f"step {step:{len(str(config.steps))}} of {config.steps}  loss {metrics['loss']:.4f}  "
+        f"gradient norm {metrics['grad_norm']:.3g}  lr {metrics['learning_rate']:.2e}  {rate:.0f} {unit}/s  "
+        f"{cli.duration(left)} left",
+        flush=True,
+    )
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -1,31 +1,30 @@
 """The training loop: one for flows, reflow, distillation and autoencoders. What differs between them is the `Task`."""
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from configs import schema
 from configs.errors import UserError
 from flow.losses import Batch, Loss, Losses
 from flow.noise import generator
 from flow.runtime import cli, distributed, step_names
 from flow.runtime.shutdown import StopSignal
-from flow.sampling import images, posthoc_ema, snapshot
+from flow.sampling import images, posthoc_ema
 from flow.sampling.header import PowerAverage
 from flow.training import checkpoint, cuda_graph, run_dir, trackers
+from flow.training.averages import RunAverages
 from flow.training.cuda_graph import GraphedUpdate, Update
 from flow.training.data_loader import prefetch
 from flow.training.eager import EagerNetwork
-from flow.training.ema import Averages, Ema, PowerEma
-from flow.training.logging import Logger, LossStatistics, Throughput
+from flow.training.ema import Ema
+from flow.training.logging import Logger, LossStatistics, Throughput, log_summary, print_row, show_beside_bar
 from flow.training.optimizer import StepGuard, build_optimizer, lr_at, set_options
 
 
@@ -125,9 +124,7 @@ class Trainer:
         )
         if self.eager.derivative_error and getattr(task.loss, "needs_derivative", False):
             raise UserError(f"loss.name={config.loss.name}: {self.eager.derivative_error}; use loss.name=alpha_flow")
-        self.half_lives = schema.half_lives(config)
-        self.ema = Ema(task.net, self.half_lives, config.ema.warmup_ratio, task.build_network)
-        self.power_ema = PowerEma(task.net, schema.power_widths(config), task.build_network)
+        self.averages = RunAverages(task, config, folder, accelerator)
         self.statistics = LossStatistics(device, config.train.nonfinite_grad)
         self.guard = StepGuard(accelerator, config.train.nonfinite_grad)
         self.learning_rate = 0.0
@@ -150,6 +147,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     @property
+    def ema(self) -> Ema:
+        """The averages of previews and snapshots."""
+        return self.averages.ema
+
+    @property
     def finished(self) -> bool:
         return self.step == self.config.train.steps
 
@@ -163,53 +165,30 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step. SIGTERM and Ctrl-C end the process after the step, with a checkpoint."""
-        config, start = self.config.train, time.perf_counter()
-        self._log_summary()
+        config, unit, start = self.config.train, self.task.unit, time.perf_counter()
+        log_summary(self.logger, self.task.summary(), unit, config, self.step, self.graphed)
         self.model.train()
-        # A GPU computes one step while the CPU draws the noise of the next; a CPU that computes has no time to spare, and two
-        # threads that use mps at once end the process (github.com/pytorch/pytorch/issues/197805).
-        batches = prefetch(self.task.batches(self.step), depth=0 if self.accelerator.device.type in ("cpu", "mps") else 1)
-        terminal = sys.stderr.isatty()
+        batches, terminal = self._batches(), sys.stderr.isatty()
         bar = distributed.progress(self.accelerator, config.steps, "training", self.step, shown=terminal)
-        checkpoint_steps = [config.checkpoint_every_steps, *(callback.checkpoint_every_steps for callback in self.callbacks)]
         with self.logger.recording_errors(), StopSignal() as stop, bar, closing(batches):
-            for callback in self.callbacks:
-                callback.on_start(self)
-            if self.last_checkpoint:  # a kill may have come between it and what follows it
-                if self.finished and self._power_averages_are_due():
-                    self.store_power_averages()
-                self._follow_checkpoint(self.last_checkpoint)
-                if self._preview_is_missing():
-                    self.write_preview()
-            self.throughput = Throughput(config.batch_size, self.step)
-            while not (self.finished or self.interrupted or self.stop_requested):
+            self._start()
+            while not self._ends():
                 with self.timed("data"):
                     micro_batches = next(batches)
                 self.training_step(micro_batches)
                 bar.update()
-                if self.finished or self.step % config.log_every_steps == 0:
+                if self.finished or self.is_due(config.log_every_steps):
                     metrics = self.log()
                     if terminal:
-                        rate = f"{metrics['images_per_second']:.0f} {self.task.unit}/s"
-                        bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
+                        show_beside_bar(bar, metrics, unit)
                     else:
-                        self._print_row(metrics)
+                        print_row(self.accelerator, self.step, config, metrics, unit)
                 signaled = distributed.any_process(self.accelerator, stop.received is not None)
                 self.interrupted = signaled and not self.finished  # nothing is left to stop after the last step
                 with self.throughput.paused():
-                    ends = self.finished or self.interrupted or self.stop_requested
-                    if self._power_averages_are_due():  # before the checkpoint, which says that they are there
-                        self.store_power_averages()
-                    if saves := ends or any(map(self.is_due, checkpoint_steps)):
-                        self.save_checkpoint()
-                    if self._preview_is_due():
-                        self.write_preview()
-                    if self.stop_requested and not saves:  # a callback has seen the preview
-                        self.save_checkpoint()
+                    self._write_what_is_due()
         if not (self.finished or self.stop_requested):
-            self.accelerator.end_training()
-            command = run_dir.resume_command(self.folder, self.task.script, self.config)
-            stop.leave(self.logger.info, f"{self._checkpoint_hint()}; resume with: {command}")
+            self._leave(stop)
         result = f"{self.folder}: {'finished' if self.finished else 'stopped at'} step {self.step}"
         self.logger.info(cli.summary(result, start, self.task.next_command(self.folder)))
 
@@ -227,8 +206,7 @@ class Trainer:
         if updated:
             self.num_updates += 1
             with self.timed("ema"):
-                self.ema.update(config.train.batch_size, self.step * config.train.batch_size)
-                self.power_ema.update(self.num_updates)
+                self.averages.update(self.step, self.num_updates)
         for callback in self.callbacks:
             callback.on_step(self)
 
@@ -272,25 +250,11 @@ class Trainer:
         """Write a checkpoint with its snapshots, and delete the oldest ones."""
         self.statistics.check(self.accelerator, self._checkpoint_hint())
         state = {"updates": self.num_updates, "statistics": self.statistics.state(self.accelerator)}
-        averages, power_averages = self._gather(self.ema), self._gather(self.power_ema)
-
-        def write_averages(path: Path) -> None:
-            for weights, half_life, name in zip(averages, self.half_lives, checkpoint.ema_files(self.half_lives), strict=True):
-                self.task.write_snapshot(path / name, weights, self.step, half_life)
-            widths = self.power_ema.widths
-            for weights, width, name in zip(power_averages, widths, checkpoint.power_files(widths), strict=True):
-                self._write_power_average(path / name, weights, width)
-
+        write_averages = self.averages.gather(self.step, self.num_updates, self._checkpoint_hint())
         checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = checkpoint.save(self.accelerator, checkpoints, self.step, state, write_averages)
         self._follow_checkpoint(self.last_checkpoint)
         return self.last_checkpoint
-
-    def store_power_averages(self) -> None:
-        """Write power_averages/width_*/step_XXXXXXXX.safetensors, which averages of other widths are made of later."""
-        for weights, width in zip(self._gather(self.power_ema), self.power_ema.widths, strict=True):
-            if self.accelerator.is_main_process:
-                self._write_power_average(posthoc_ema.stored_path(self.folder, width, self.step), weights, width)
 
     def write_preview(self) -> None:
         """Write samples/step_XXXXXXXX.png from the averaged weights, and send it to the trackers."""
@@ -306,41 +270,66 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_preview(self, picture)
 
+    def _batches(self) -> Generator[list[Batch], None, None]:
+        """The micro-batches of each step."""
+        # A GPU computes one step while the CPU draws the noise of the next; a CPU that computes has no time to spare, and two
+        # threads that use mps at once end the process (github.com/pytorch/pytorch/issues/197805).
+        return prefetch(self.task.batches(self.step), depth=0 if self.accelerator.device.type in ("cpu", "mps") else 1)
+
+    def _start(self) -> None:
+        """Start the callbacks, and write what a kill has left out after the checkpoint that the run resumes from."""
+        for callback in self.callbacks:
+            callback.on_start(self)
+        if self.last_checkpoint:
+            if self.finished:
+                self._store_power_averages_if_due()
+            self._follow_checkpoint(self.last_checkpoint)
+            if self._preview_is_missing():
+                self.write_preview()
+        self.throughput = Throughput(self.config.train.batch_size, self.step)
+
+    def _ends(self) -> bool:
+        """Whether the step is the last one of this process."""
+        return self.finished or self.interrupted or self.stop_requested
+
+    def _write_what_is_due(self) -> None:
+        """Power averages, checkpoint and preview of the step."""
+        saves = self._ends() or self._checkpoint_is_due()
+        self._store_power_averages_if_due()  # before the checkpoint, which says that they are there
+        if saves:
+            self.save_checkpoint()
+        if self._preview_is_due():
+            self.write_preview()
+        if self.stop_requested and not saves:  # a callback has seen the preview
+            self.save_checkpoint()
+
+    def _store_power_averages_if_due(self) -> None:
+        if self.averages.power_averages_are_due(self.step, self.num_updates):
+            self.averages.store_power_averages(self.step, self.num_updates, self._checkpoint_hint())
+
+    def _leave(self, stop: StopSignal) -> NoReturn:
+        """End the process that a signal has stopped."""
+        self.accelerator.end_training()
+        command = run_dir.resume_command(self.folder, self.task.script, self.config)
+        stop.leave(self.logger.info, f"{self._checkpoint_hint()}; resume with: {command}")
+
     def _load_checkpoint(self, path: Path) -> None:
         with checkpoint.reading(path):
             state = checkpoint.load(self.accelerator, path)
             self.step, self.num_updates, self.last_checkpoint = state["step"], state["updates"], path
             self.statistics.load_state(self.accelerator, state["statistics"])
-            for i, name in enumerate(checkpoint.ema_files(self.half_lives)):
-                self.ema.load_state_dict(i, self.task.read_snapshot(path / name))
-            for i, name in enumerate(checkpoint.power_files(self.power_ema.widths)):
-                self.power_ema.load_state_dict(i, self.task.read_snapshot(path / name))
+            self.averages.load(path)
         if self.step > self.config.train.steps:
             raise UserError(f"train.steps={self.config.train.steps}: the run is at step {self.step} already")
         set_options(self.optimizer, self.config.optimizer, self.accelerator)
 
     def _follow_checkpoint(self, saved: Path) -> None:
         """What a checkpoint is followed by: its snapshots, the work of the callbacks, and that older ones are deleted."""
-        if self.accelerator.is_main_process:
-            keep = self.config.train.keep_snapshots
-            checkpoint.link_ema_snapshots(saved, self.folder / "snapshots", self.step, self.half_lives, keep)
+        self.averages.link_snapshots(saved, self.step)
         for callback in self.callbacks:
             callback.on_checkpoint(self, saved)
         if self.accelerator.is_main_process:
             checkpoint.prune(self.folder / "checkpoints", self.config.train.keep_checkpoints)
-
-    def _gather(self, averages: Averages) -> list[dict[str, Tensor]]:
-        """State dicts of all averages, gathered by all processes where they are sharded. Raises UserError for NaN in one."""
-        states = [averages.state_dict(i) for i in range(len(averages.shadow))]
-        if name := next(filter(None, map(snapshot.first_nonfinite, states)), None):
-            raise UserError(
-                f"the average of {name} is not finite after step {self.step}; {self._checkpoint_hint()}. "
-                "A smaller optimizer.lr may help"
-            )
-        return states
-
-    def _write_power_average(self, path: Path, weights: dict[str, Tensor], width: float) -> None:
-        self.task.write_snapshot(path, weights, self.step, 0, PowerAverage(width, self.num_updates))
 
     def _seed_dropout(self) -> None:
         key = ("dropout", self.config.seed, self.step, self.accelerator.process_index)
@@ -348,6 +337,10 @@ class Trainer:
 
     def _preview_path(self) -> Path:
         return self.folder / "samples" / step_names.name_of(self.step, ".png")
+
+    def _checkpoint_is_due(self) -> bool:
+        every = [self.config.train.checkpoint_every_steps, *(callback.checkpoint_every_steps for callback in self.callbacks)]
+        return any(map(self.is_due, every))
 
     def _preview_is_due(self) -> bool:
         return self.finished or self.is_due(self.config.train.sample_every_steps)
@@ -357,38 +350,5 @@ class Trainer:
         missing = self._preview_is_due() and not self._preview_path().exists()
         return distributed.any_process(self.accelerator, self.accelerator.is_main_process and missing)
 
-    def _power_averages_are_due(self) -> bool:
-        if not self.power_ema.widths or not self.num_updates:
-            return False
-        return self.finished or self.is_due(self.config.ema.power_every_steps)
-
-    def _print_row(self, metrics: dict[str, float]) -> None:
-        """Metrics on a line of a file or pipe, where a bar would be a heap of carriage returns."""
-        config, rate = self.config.train, metrics["images_per_second"]
-        left = (config.steps - self.step) * config.batch_size / rate if rate > 0 else math.nan
-        self.accelerator.print(
-            f"step {self.step:{len(str(config.steps))}} of {config.steps}  loss {metrics['loss']:.4f}  "
-            f"gradient norm {metrics['grad_norm']:.3g}  lr {metrics['learning_rate']:.2e}  {rate:.0f} {self.task.unit}/s  "
-            f"{cli.duration(left)} left",
-            flush=True,
-        )
-
     def _checkpoint_hint(self) -> str:
         return checkpoint.checkpoint_hint(self.last_checkpoint)
-
-    def _log_summary(self) -> None:
-        config, accelerator = self.config.train, self.accelerator
-        for line in self.task.summary():
-            self.logger.info(line)
-        micro = config.gradient_accumulation_steps
-        rows, unit = config.batch_size // (accelerator.num_processes * micro), self.task.unit
-        self.logger.info(
-            f"batch: {config.batch_size} {unit} = {accelerator.num_processes} process(es) x {micro} micro-batch(es) x {rows}; "
-            f"{config.steps:,} steps = {config.steps * config.batch_size:,} {unit}"
-        )
-        self.logger.info(
-            f"device: {accelerator.device.type}, precision {accelerator.mixed_precision}, "
-            f"{torch.get_num_threads()} thread(s); run directory: {self.folder}"
-            + ("; a step is one CUDA graph" if self.graphed else "")
-            + (f"; resuming from step {self.step}" if self.step else "")
-        )

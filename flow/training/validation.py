@@ -59,10 +59,10 @@ def load_held_out(config: Config, accelerator: Accelerator) -> DataSet:
     held_out = datasets.held_out({"name": data.name, "root": data.root, "args": data.args})
     if held_out is None:
         args = f" with data.args={data.args}" if data.args else ""
+        ways = {"digits": ", or train on data.args.split=train", "packed": ", or name such images as data.args.held_out"}
         raise UserError(
             f"{KEY}={config.evaluate.loss_every_steps}: data.name={data.name}{args} has no held-out part; set it to 0"
-            + ", or train on data.args.split=train" * (data.name == "digits")
-            + ", or name a folder of such images as data.args.held_out" * (data.name == "packed")
+            f"{ways.get(data.name, '')}"
         )
     with error_context(KEY):
         return distributed.main_process_first(accelerator, lambda: datasets.build(**held_out[1]))

@@ -26,7 +26,7 @@ line starts from empty arguments. Keys are fields of dataclasses in `configs/`, 
 SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("Training a flow", "`train.py`, `configs/schema.py`", schema.Config),
     ("Training an autoencoder", "`scripts/train_vae.py`, `configs/vae.py`", vae.VaeConfig),
-    ("Routes to few steps", "`scripts/rectify.py`, `configs/rectify.py`", rectify.RectifyConfig),
+    ("Routes to few steps", "`scripts/rectify/`, `configs/rectify.py`", rectify.RectifyConfig),
 )
 
 

@@ -26,7 +26,6 @@ from scripts import (  # fmt: skip
     pack_images,
     plot_loss,
     posthoc_ema,
-    rectify,
     restore,
     solver_study,
     train_vae,
@@ -35,6 +34,7 @@ from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark import baseline, quality
 from scripts.dev import fault_injection, gallery, write_configuration
 from scripts.doctor import __main__ as doctor
+from scripts.rectify import __main__ as rectify
 from scripts.report import __main__ as report
 
 SCRIPTS = {

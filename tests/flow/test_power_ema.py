@@ -9,8 +9,13 @@ from conftest import TwoWeights
 
 from configs import schema
 from flow import power_ema
-from flow.power_ema import Profile, fit, gamma_of, inner_products, share, width_of
+from flow.power_ema import Profile, fit, gamma_of, inner_products, share
 from flow.training.ema import PowerEma
+
+
+def width_of(gamma: float) -> float:
+    """sigma_rel of the profile with this exponent, in closed form."""
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def density(profile: Profile, tau: np.ndarray) -> np.ndarray:

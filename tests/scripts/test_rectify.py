@@ -25,7 +25,8 @@ from configs.rectify import PairsConfig, RectifyConfig, RouteConfig, StageConfig
 from flow.evaluation import table
 from flow.sampling import locate, snapshot
 from flow.training import checkpoint
-from scripts import rectify
+from scripts.rectify import __main__ as rectify
+from scripts.rectify import routes
 
 STAGE = {
     "data": {"name": "digits"},
@@ -165,8 +166,8 @@ def test_costs_of_a_route(rectified, config):
 
 def test_pairs_of_real_images_cost_less():
     settings = PairsConfig(sampling_method="heun", sampling_steps=8, guidance_scale=1.2)
-    assert rectify.pair_passes(settings, 1) == 2 * 15  # Euler in the last step, at the data
-    assert rectify.pair_passes(settings, 0, 1) == 16
+    assert routes.pair_passes(settings, 1) == 2 * 15  # Euler in the last step, at the data
+    assert routes.pair_passes(settings, 0, 1) == 16
 
 
 def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
@@ -224,7 +225,7 @@ def test_stage_with_other_weights_than_the_teacher(config, weights):
     """Only a network that starts from the teacher must be like it."""
     cfg = loading.load(config, kind=RectifyConfig)
     cfg.stages["distilled"].overrides = ["model.args.width=32", f"train.init_from={weights}"]
-    rectify.check_routes(cfg)
+    routes.check_routes(cfg)
 
 
 @pytest.mark.parametrize("given", [{}, {"num_classes": "auto"}])
@@ -245,7 +246,7 @@ def test_guidance_on_a_folder(tmp_path, given, subfolders, labelled):
     route = RouteConfig(["flow", "pairs", "reflow"], [1.5])
     cfg = RectifyConfig(stages=stages, routes={"reflow": route})
     with nullcontext() if labelled else pytest.raises(UserError, match=r"guidance_scale=1\.5: needs labels"):
-        rectify.check_routes(cfg)
+        routes.check_routes(cfg)
 
 
 def test_sets_of_pairs_keep_their_seeds(tmp_path, config):
@@ -360,4 +361,4 @@ def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
 
 @pytest.mark.parametrize("name", ["digits_few_steps", "digits_simple_reflow", "mnist_few_steps", "mnist_rectify"])
 def test_shipped_routes_fit_together(name):
-    rectify.check_routes(loading.load(f"configs/{name}.yaml", kind=RectifyConfig))
+    routes.check_routes(loading.load(f"configs/{name}.yaml", kind=RectifyConfig))

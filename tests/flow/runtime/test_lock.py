@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ENTRY_SCRIPTS, REPOSITORY, TINY_TRAIN, fail, run_script, succeed
+from conftest import MAINS, REPOSITORY, TINY_TRAIN, fail, run_script, succeed
 
 import models
 from configs import loading
@@ -288,7 +288,7 @@ def rows(folder: Path) -> list[dict]:
 def test_simultaneous_starts_mix_nothing(name, command, monkeypatch, tmp_path):
     """Of each pair one command writes what it writes alone; the other is refused, or comes after it and changes nothing."""
     monkeypatch.setenv("FLOW_NUM_THREADS", "1")
-    modules = {name: name if name in ENTRY_SCRIPTS else f"scripts.{name}" for name in COMMANDS}
+    modules = {name: MAINS.get(name, f"scripts.{name}") for name in COMMANDS}
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["sklearn.datasets", "diffusers", *modules.values()])
     rng, log = random.Random(name), str(tmp_path / "log.txt")

@@ -1,0 +1,1 @@
+"""Routes to few steps, compared: `python -m scripts.rectify`."""
