@@ -29,7 +29,7 @@ from flow.solvers import SOLVERS
 
 GENERATION = (  # flags that say how images are made
     "methods", "sampling_steps", "nfe", "time_grid", "guidance_scale", "guidance_interval", "guide_weights", "source", "labels",
-    "captions", "n_samples", "repeats", "seed",
+    "captions", "n_samples", "repeats", "seed", "rtol", "atol", "sde_noise_scale", "eta", "diffusion", "compile",
 )  # fmt: skip
 EXAMPLES = """\
   accelerate-launch evaluate.py --weights runs/mnist --feature_extractor mnist --methods euler heun --sampling_steps 5 10 50
@@ -138,13 +138,11 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     out = args.out or locate.results_folder(path) / "evaluation"
     captions = (args.captions or "plain") if net.max_prompt_bytes else None
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
-    source = sources.fingerprint(model)
-    further = {"source_fingerprint": source} if source else {}
-    if args.config or any(key.startswith(("flow.", "model.")) for key in loading.overridden(args.overrides)):
-        further |= output.network_record(snap.config)
+    changed = args.config or any(key.startswith(("flow.", "model.")) for key in loading.overridden(args.overrides))
+    further = output.network_record(snap.config) if changed else {}
     with lock.folder(out, accelerator):
         evaluator = snapshots.SnapshotEvaluator.build(
-            settings, accelerator, out, snap.config, snap.space, net, snap.class_names, plan, captions_of, not labels, further
+            settings, accelerator, out, snap.config, snap.space, model, snap.class_names, plan, captions_of, not labels, further
         )
         control.add_control(evaluator.evaluation)
         for file in paths:

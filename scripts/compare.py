@@ -79,6 +79,8 @@ def main() -> None:
     snaps = [snapshot.load(path, None, args.overrides) for path in args.weights]
     if not args.names and len(set(names)) < len(names):  # snapshots of one run
         names = [snap.title(path) for path, snap in zip(args.weights, snaps, strict=True)]
+    if not args.names and len(set(names)) < len(names):  # runs of one name in different folders
+        names = [str(path) for path in args.weights]
     flows = [snap.model(decode=False) for snap in snaps]
     steps = cli.num_steps(args, args.sampling_method)
     reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]

@@ -103,8 +103,9 @@ def write_graphs(args, snap: Snapshot) -> list[str]:
     """Write the graph in each form; what became of them."""
     method, steps, time_grid = args.sampling_method or "euler", args.sampling_steps, args.time_grid or "uniform"
     times = grid_store.load(snap, method, steps) if time_grid == "optimized" else None
-    if times and (note := grid_store.scale_note(snap, method, steps, 1.0)):
-        print(f"note: {note}")
+    scale = grid_store.fitted_scale(snap, method, steps) if times else None
+    if scale is not None:
+        print(f"note: the grid of {method} with {steps} steps was fitted at w = {scale:g}; give the graph this guidance_scale")
     settings = SamplerSettings(method, steps, time_grid=time_grid, times=times)
     with error_context("export"):
         model, program = graph.build(snap, settings)

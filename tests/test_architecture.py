@@ -1,4 +1,4 @@
-"""Who imports whom, and what every file owes its reader. DESIGN.md, section 1, as a table."""
+"""Who imports whom, and what every file owes its reader. docs/development.md, "Packages", as a table."""
 
 import ast
 import functools

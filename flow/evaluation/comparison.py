@@ -1,5 +1,6 @@
 """What a metric sees: samples beside a reference."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ class Comparison:
     samples: FeatureSet | BlockMoments  # moments alone where the Frechet distance is the only metric
     reference: Reference
     labels: np.ndarray | None = None  # int64 [n], the requested classes of the samples
+    class_names: Sequence[str] = ()  # of these labels, where somebody knows them
     training: TrainingSet | None = None  # of the weights
     requested: tuple[str, ...] = ()  # the metrics
     standard_errors: dict[str, float] = field(default_factory=dict)  # by column, of the metrics that know theirs

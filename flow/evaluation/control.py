@@ -65,7 +65,8 @@ def add_control(ev: Evaluation) -> dict | None:
         seconds = time.perf_counter() - start
         if samples is None:
             return None
-        measured = ev.compute_metrics(samples, ref, None if data.labels is None else data.labels[positions], training)
+        labels = None if data.labels is None else data.labels[positions]
+        measured = ev.compute_metrics(samples, ref, labels, data.class_names, training)
         points: Any = data
         if getattr(points, "log_density", None):
             measured.metrics["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()

@@ -26,7 +26,7 @@ def write_row(
     settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: EncodedImages,
     stored: dict[str, Any] | None, trained: bool,
 ) -> None:  # fmt: skip
-    """One row for the images `data` of a folder, then the report.
+    """The row of the images `data` of a folder, beside that of real images, then the report.
 
     Args:
         stored: its sampling.json, which tells the labels.
@@ -40,6 +40,9 @@ def write_row(
         with error_context(f"--samples {samples}: not a file of sample.py"):
             indices = [int(Path(data.name_of(k)).stem) for k in range(len(data))]  # an interrupted run leaves gaps
         labels = labels_for(indices, SamplerSettings(labels=turns), stored["num_classes"])
+    matching = len(class_names) == stored["num_classes"] if stored else labels is not None
+    if real_images and not matching:  # the labels are of other classes
+        labels = None
     classes_of = [real_images.build["name"]] if real_images and labels is not None else []
     ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images, classes_of)
     if trained:
@@ -47,7 +50,6 @@ def write_row(
     elif "memorization" in settings.metrics:
         accelerator.print("note: no memorization: the training set of these images is not known; name it with -c")
         ev.settings = replace(settings, metrics=tuple(name for name in settings.metrics if name != "memorization"))
-    matching = len(class_names) == stored["num_classes"] if stored else labels is not None
     real_labels = real_images.data.labels if real_images and matching else None
     if not matching:
         ev.reference.labels = None

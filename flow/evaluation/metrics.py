@@ -176,12 +176,12 @@ def isc(c: Comparison) -> dict[str, float]:
 def accuracy(c: Comparison) -> dict[str, float]:
     """Share of samples that the classifier puts into the requested class; interval: of a share of n samples.
 
-    Where the reference has classes of other names, it is another data set, and there is none.
+    Where the labels are of classes of other names, or, if nobody knows these, the reference has others, there is none.
     """
     layer, classifier = c.extractor.class_layer, c.extractor.classifier
     if not classifier or layer not in c.layers or c.labels is None:
         return {}
-    names = c.reference.class_names
+    names = c.class_names or c.reference.class_names
     if names and not same_classes(names, CLASS_NAMES[classifier]):
         return {}
     share = float((c.matrix(layer).argmax(1).numpy() == c.labels).mean())

@@ -17,6 +17,7 @@ from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointExtractor
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
+from flow.sampling.space import Space
 
 
 @dataclass
@@ -50,6 +51,8 @@ def load_real_images(
         elif is_packed(Path(choice)):
             build = {"name": "packed", "root": root, "args": {"path": choice}}
         else:
+            if Space(image_shape).is_points:
+                raise ValueError(f"{choice}: points are compared with toys:SHAPE")
             channels, height, width = image_shape
             folder = {"path": choice, "size": width if height == width else None, "channels": channels}
             build = {"name": "folder", "root": root, "args": folder}

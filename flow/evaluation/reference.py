@@ -31,8 +31,8 @@ class Reference:
 
 
 def same_classes(names: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether two data sets have the same classes, by the first words of their names: MNIST's "3 - three" is "3"."""
-    return [name.partition(" ")[0] for name in names] == [name.partition(" ")[0] for name in others]
+    """Whether two data sets have the same classes, by their names; MNIST's "3 - three" is "3"."""
+    return [name.partition(" - ")[0] for name in names] == [name.partition(" - ")[0] for name in others]
 
 
 def from_npz(path: Path, extractor: Extractor | PointExtractor, dimension: int) -> Reference:

@@ -72,6 +72,7 @@ class Evaluation:
     reference: Reference
     real_images: RealImages | None  # of the reference; None for statistics of an npz file
     dimension: int  # of the features
+    class_names: Sequence[str] = ()  # of the labels of samples, where somebody knows them
     training: memorization.TrainingSet | None = None  # of the weights, on the main process
     training_identity: dict[str, str] = field(default_factory=dict)  # where it is another data set than the reference
     noted: list[str] = field(default_factory=list)  # metrics without a value that a note has named
@@ -80,12 +81,13 @@ class Evaluation:
     @classmethod
     def build(
         cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, image_shape: tuple[int, ...],
-        source: RealImages | None, classes_of: Sequence[str],
+        source: RealImages | None, classes_of: Sequence[str], class_names: Sequence[str] = (),
     ) -> "Evaluation":  # fmt: skip
         """The feature extractor, checked on a blank image of the shape to come, and the reference, cached or computed.
 
         Args:
             classes_of: the data sets whose classes the samples may have, for the class accuracy; none: they have no classes.
+            class_names: of the labels of samples; () where nobody knows them.
         """
         classifier = classifier_of(classes_of, image_shape) if "accuracy" in settings.metrics else None
         extractor, dimension = load_extractor(settings, accelerator, image_shape, classifier)
@@ -107,7 +109,7 @@ class Evaluation:
                     f"warning: {n} images ({name}) are too few for a Frechet distance of {dimension} features: with n <= "
                     f"{dimension} the covariance is singular and the distance far too large; take more, better 10,000"
                 )
-        return cls(settings, accelerator, out, extractor, real, source, dimension)
+        return cls(settings, accelerator, out, extractor, real, source, dimension, class_names)
 
     def load_training(self, config: Config, image_shape: tuple[int, ...]) -> None:
         """The training set of the weights of this configuration, for `memorization`. Raises UserError where it is not here."""
@@ -174,9 +176,7 @@ class Evaluation:
         existing = table.find(self.out, row) if main else None
         return (existing, False) if existing else None
 
-    def measure(
-        self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None
-    ) -> tuple[Measurement | None, float]:  # fmt: skip
+    def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> tuple[Measurement | None, float]:
         """Metrics of a stream of images, on the main process (None on the others), and the seconds that the stream took."""
         start = time.perf_counter()
         samples: FeatureSet | BlockMoments | None
@@ -190,7 +190,7 @@ class Evaluation:
         seconds = time.perf_counter() - start
         if samples is None:
             return None, seconds
-        measured = self.compute_metrics(samples, self.reference, labels, self.training)
+        measured = self.compute_metrics(samples, self.reference, labels, self.class_names, self.training)
         chosen = self.settings.metrics != metrics.DEFAULT
         if chosen and (new := [name for name in measured.not_applicable if name not in self.noted]):
             self.accelerator.print(f"note: no value of {', '.join(new)} here; what each metric needs: docs/evaluation.md")
@@ -198,7 +198,7 @@ class Evaluation:
         return measured, seconds
 
     def compute_metrics(
-        self, samples: FeatureSet | BlockMoments, ref: Reference, labels: Tensor | None,
+        self, samples: FeatureSet | BlockMoments, ref: Reference, labels: Tensor | None, class_names: Sequence[str],
         training: memorization.TrainingSet | None,
     ) -> Measurement:  # fmt: skip
         """The requested metrics, under a bar of their own."""
@@ -210,7 +210,7 @@ class Evaluation:
             y = None if labels is None else labels.numpy()
             with distributed.progress(self.accelerator, 0, "metrics") as bar:
                 bar.leave = False
-                comparison = Comparison(self.extractor, samples, ref, y, training, bar=bar)
+                comparison = Comparison(self.extractor, samples, ref, y, class_names, training, bar=bar)
                 values = metrics.evaluate(comparison, self.settings.metrics)
                 return Measurement(values, comparison.standard_errors, comparison.not_applicable, comparison.closest)
 

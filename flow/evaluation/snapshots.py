@@ -24,6 +24,7 @@ from flow.evaluation.runner import Evaluation, EvaluationSettings
 from flow.model import FlowModel, Network
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
+from flow.sampling import sources
 from flow.sampling.conditions import conditions_by_frequency, labels_for
 from flow.sampling.generate import NFECounter, build_velocity, generate, shard, to_solver_dtype
 from flow.sampling.settings import ALL_TIMES, SamplerSettings
@@ -45,24 +46,27 @@ class SnapshotEvaluator:
 
     @classmethod
     def build(
-        cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, config: Config, space: Space, net: Network,
+        cls, settings: EvaluationSettings, accelerator: Accelerator, out: Path, config: Config, space: Space, model: FlowModel,
         class_names: Sequence[str], plan: list[SamplerSettings], captions_of: list[list[str]] | None, by_frequency: bool,
         further_identity: dict[str, Any] | None = None,
     ) -> "SnapshotEvaluator":  # fmt: skip
-        """class_names: those of the training; () where nobody knows them.
+        """Load the reference and the extractor.
 
-        plan: a row for each, and each range of images.
-
-        by_frequency: replace the labels of the plan by the frequency of the classes in the reference.
-
-        further_identity: what else distinguishes these rows from those of the same weights.
+        Args:
+            class_names: those of the training; () where nobody knows them.
+            plan: a row for each, and each range of images.
+            by_frequency: replace the labels of the plan by the frequency of the classes in the reference.
+            further_identity: what else distinguishes these rows from those of the same weights.
         """
+        net = model.net
+        source = distributed.main_process_first(accelerator, lambda: sources.fingerprint(model))
         real_images = load_real_images(settings.reference, accelerator, space.decoded_shape, config)
         identity: dict[str, Any] = {
             "seed": plan[0].seed,
             "labels": plan[0].labels,
             "prompts": plan[0].prompts,
             "mixed_precision": accelerator.mixed_precision,
+            **({"source_fingerprint": source} if source else {}),
             **(further_identity or {}),
         }
         num_classes = len(captions_of) if captions_of else net.num_classes
@@ -74,8 +78,10 @@ class SnapshotEvaluator:
             counts = class_counts(accelerator, config, real_images, num_classes, has_classes)
             plan, names = resolve_conditions(plan, counts, settings.n_samples * settings.repeats, captions_of)
             identity |= names
-        classes_of = [config.data.name, *([real_images.build["name"]] if real_images else [])] if num_classes else []
-        evaluation = Evaluation.build(settings, accelerator, out, space.decoded_shape, real_images, classes_of)
+        classes_of = [config.data.name] if num_classes else []
+        if real_images and has_classes(real_images.data.class_names):
+            classes_of.append(real_images.build["name"])
+        evaluation = Evaluation.build(settings, accelerator, out, space.decoded_shape, real_images, classes_of, class_names)
         if not has_classes(evaluation.reference.class_names):
             evaluation.reference.labels = None
         evaluation.load_training(config, space.decoded_shape)

@@ -65,7 +65,7 @@ def build_accelerator(
     if accelerator.is_fsdp2:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
-        # Accelerate's policy would cast the inputs, so t and the time features, to 16 bits; its autocast is enough.
+        # Accelerate's policy would cast the inputs, so t and the time features, to 16 bits; see `autocast_forward`.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
@@ -137,6 +137,20 @@ def prepare_model(net: nn.Module, accelerator: Accelerator, compiled: bool = Fal
     net.to(accelerator.device).to(memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
     if compiled:
         net.compile()
+
+
+def autocast_forward(model: nn.Module, accelerator: Accelerator) -> None:
+    """Let the forward pass of a network that FSDP2 has sharded run in mixed precision, with float32 inputs and outputs, as
+    Accelerate does for other networks."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def in_mixed_precision(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with accelerator.autocast():
+            output = forward(*args, **kwargs)
+        return output.float()
+
+    model.forward = in_mixed_precision
 
 
 def build_single_process_accelerator(script: str) -> Accelerator:

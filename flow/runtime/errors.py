@@ -1,5 +1,6 @@
 """Errors of a user are one line and exit code 2."""
 
+import atexit
 import os
 import re
 import sys
@@ -46,15 +47,17 @@ def cli_main(main: Callable[[], None]) -> None:
         if rank and isinstance(error, UserError | OSError):
             time.sleep(2)  # an error of all processes is printed once: the launcher ends the others when rank 0 leaves
         print(f"{f'[process {rank}] ' if rank else ''}error: {message}", file=sys.stderr, flush=True)
-    if dist.is_available() and dist.is_initialized():
+    grouped = dist.is_available() and dist.is_initialized()
+    if grouped and status == 0:  # else this would wait for a lost process
+        dist.destroy_process_group()
+    if grouped or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Once in eight or ten times threads of gloo abort the interpreter while it takes itself down, with all work done, and
+        # the launcher would report that signal: leave as the children of `multiprocessing` do.
         if status == 0:
-            dist.destroy_process_group()
-        else:
-            # Leaving in order would wait for a lost process, and sometimes aborts in the threads of gloo: the launcher would
-            # report that signal.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

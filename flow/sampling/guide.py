@@ -1,11 +1,12 @@
 """The guide of autoguidance: a weaker model whose velocity the guided one leads away from."""
 
-from dataclasses import asdict
+from copy import deepcopy
 from pathlib import Path
 
 from configs.errors import UserError
+from configs.schema import Config, SourceConfig
 from flow.model import FlowModel
-from flow.sampling import snapshot
+from flow.sampling import header, snapshot
 from flow.sampling.snapshot import Snapshot
 
 
@@ -26,8 +27,8 @@ def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str 
     if guide.image_shape != snap.image_shape:
         raise UserError(f"{key}: is a model of images of {guide.image_shape}, --weights of {snap.image_shape}")
     snapshot.check_codec(key, guide, snap.codec)
-    source, own_source = guide.config.flow.source, snap.config.flow.source
-    if asdict(source) != asdict(own_source):
+    source, own_source = (_source_without_places(each.config) for each in (guide, snap))
+    if source != own_source:
         starts = [" ".join([each.name, *([str(each.args)] if each.args else [])]) for each in (source, own_source)]
         raise UserError(f"{key}: starts at {starts[0]}, --weights at {starts[1]}; give one of the same flow.source")
     weaker = guide.model(decode=False)
@@ -39,6 +40,13 @@ def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str 
         raise UserError(f"{key}: was trained with other classes or prompts than --weights")
     model.guide = weaker
     return name_of(guide, weights)
+
+
+def _source_without_places(config: Config) -> SourceConfig:
+    """flow.source, but for where it lies: a run and its export, or two machines, have it in other places."""
+    copy = deepcopy(config)
+    header.take_places(copy, {})
+    return copy.flow.source
 
 
 def name_of(guide: Snapshot, weights: str | Path) -> str:

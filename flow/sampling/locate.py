@@ -87,6 +87,8 @@ def results_folder(weights: str | Path) -> Path:
     if hub.is_reference(weights):
         return Path(hub.name_of(weights))
     path = Path(weights)
+    if (path / "config.yaml").is_file():
+        return path
     run = run_of(find(path))
     if run is not None:
         return next((folder for folder in (path, *path.parents) if folder.resolve() == run), run)  # as it was typed

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from configs.errors import UserError, did_you_mean
@@ -42,7 +43,7 @@ class EvaluateSnapshots(Callback):
         settings, sampler, captions_of = settings_of(task, folder)
         with _keys_for_flags():
             self.evaluator = snapshots.SnapshotEvaluator.build(
-                settings, task.accelerator, folder / "evaluation", task.config, task.space, task.net, task.data.class_names,
+                settings, task.accelerator, folder / "evaluation", task.config, task.space, task.model, task.data.class_names,
                 [sampler], captions_of, by_frequency=True,
             )  # fmt: skip
         name = self.settings.keep_best
@@ -99,7 +100,8 @@ class EvaluateSnapshots(Callback):
         before = self._row_of(best, row) if best.exists() else None
         value = row["metrics"][column]
         if best.exists() and (before is None or column not in before["metrics"]):
-            aside = trainer.folder / "snapshots" / f"best_before_{step_names.name_of(trainer.step, '.safetensors')}"
+            names = (f"best_before_{step_names.name_of(trainer.step)}{f'_{k}' if k > 1 else ''}.safetensors" for k in count(1))
+            aside = next(path for name in names if not (path := trainer.folder / "snapshots" / name).exists())
             best.rename(aside)  # nobody knows which of the two is better
             trainer.logger.info(f"note: {best.name} was chosen by other settings of the evaluation; it is now {aside}")
             before = None
@@ -122,7 +124,7 @@ class EvaluateSnapshots(Callback):
         extractor, requested = self.evaluator.evaluation.extractor, self.settings.metrics
         if self.task.net.num_classes is None and not self.captions:
             columns = [name for name in columns if name != "accuracy" and not table.is_class_column(name)]
-        elif "accuracy" in requested and extractor.classifier and "accuracy" not in columns:
+        elif "accuracy" in requested and extractor.second_net is not None and "accuracy" not in columns:
             columns = [*columns, "accuracy"]
         if "isc" in requested and extractor.isc_layer:
             columns = [*columns, "IS"]

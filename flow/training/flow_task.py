@@ -257,8 +257,8 @@ def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
     if scale != 1 and not dropout:  # guidance_mix alone takes nothing from the null label
         null = "prompt" if net.max_prompt_bytes else "label"
         raise UserError(
-            f"flow.label_dropout={dropout:g}: loss.args.guidance_scale={scale} needs a null {null} that is trained; set it "
-            "above 0, such as 0.1"
+            f"flow.label_dropout={dropout:g}: loss.args.guidance_scale={scale} needs a null {null} that is trained; set "
+            "flow.label_dropout above 0, such as 0.1"
         )
 
 

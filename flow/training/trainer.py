@@ -118,6 +118,8 @@ class Trainer:
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, accelerator))
         sharded = accelerator.is_fsdp2
+        if sharded:
+            distributed.autocast_forward(self.model, accelerator)
         reason = "a derivative needs float32, in which FSDP2 has no sharded network"
         self.eager = EagerNetwork(
             task.net, derivative_error=reason if sharded else None, sharded=self.model if sharded else None

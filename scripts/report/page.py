@@ -210,7 +210,7 @@ def _row(index: int, run: Run, figures: list[dict]) -> dict[str, Any]:
         "rate_text": "" if run.images_per_second is None else f"{run.images_per_second:,.0f}",
         "best": statistic.mean if statistic else None,
         "best_text": f"{run.distance} {table.cell(run.distance, statistic)}" if statistic else "not evaluated",
-        "best_cost": "" if not best else ("" if best["NFE"] is None else f"at NFE {best['NFE']:g}, ") + f"n = {best['n']}",
+        "best_cost": "" if not best else ("" if best["NFE"] is None else f"at NFE {best['NFE']:g}, ") + f"n = {best['n']:,}",
         "loss": run.loss,
         "jump": run.jump,
         "loss_text": "" if run.loss is None else f"{run.loss:.4g}",
@@ -271,6 +271,10 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
     if not any(map(table.is_distance, metrics)):
         return []
     settings: dict[tuple, dict[str, dict]] = {}
+
+    def rank(entry: dict) -> tuple[float, float]:  # the latest snapshot, and of its grids the best one
+        return entry["images"] or 0, -(entry["metrics"][metrics[0]].mean or math.inf)
+
     distinct = {**plots.several_of([e for run in runs for e in run.entries if e["method"] is not None]), "weights": False}
     for run in runs:
         for e in run.entries:
@@ -278,7 +282,7 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
                 # optimized times are fitted to the weights, so that every run has its own
                 key = tuple(e[name] for name in table.KEY_COLUMNS if name not in ("weights", "times", *table.COST))
                 of_runs = settings.setdefault(key, {})
-                if run.name not in of_runs or (e["images"] or 0) >= (of_runs[run.name]["images"] or 0):
+                if run.name not in of_runs or rank(e) > rank(of_runs[run.name]):
                     of_runs[run.name] = e
     lines = []
     for of_runs in settings.values():

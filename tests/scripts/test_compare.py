@@ -47,7 +47,11 @@ def test_times_and_names_are_those_of_other_commands(points_flow, tmp_path, here
     points = torch.from_numpy(np.load(tmp_path / "s" / "samples.npz")["arr_0"])
     real = datasets.build("toys", None, {"name": "moons", "n": POINTS}).images
     assert [float(row[4]) for row in rows] == pytest.approx([sliced_wasserstein(points, real)] * 2, abs=1e-4)
-    assert "| run@10 " in here("compare", "--weights", ours, run, *flags, "--frames", "2", "--out", out)
+    later = shutil.copy(weights, run / "snapshots" / "step_00000020.safetensors")
+    for both in ([ours, later], [ours, run / "snapshots/../snapshots/step_00000010.safetensors"]):
+        printed = here("compare", "--weights", *both, *flags, "--frames", "2", "--out", out)
+        names = {line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")} - {"flow"}
+        assert len({name for name in names if name.strip("- ")}) == 2
 
 
 def test_particles_go_straight_within_a_step():

@@ -21,14 +21,14 @@ HEALTHY = [
 ]  # fmt: skip
 
 
-def patient(*overrides: str, device: str = "cpu", processes: int = 1, **made) -> SimpleNamespace:
+def patient(*overrides: str, device: str = "cpu", processes: int = 1, **given) -> SimpleNamespace:
     accelerator = SimpleNamespace(device=torch.device(device), num_processes=processes, mixed_precision="no")
     cfg = loading.load(None, list(overrides))
-    return SimpleNamespace(**({"cfg": cfg, "accelerator": accelerator, "data": None, "trial": None, "lines": []} | made))
+    return SimpleNamespace(**({"cfg": cfg, "accelerator": accelerator, "data": None, "trial": None, "lines": []} | given))
 
 
-def found(check, *overrides: str, **made) -> list[tuple[str, str]]:
-    return list(check(patient(*overrides, **made)))
+def results_of(check, *overrides: str, **given) -> list[tuple[str, str]]:
+    return list(check(patient(*overrides, **given)))
 
 
 def test_a_healthy_run_passes_and_leaves_nothing(here, tmp_path):
@@ -81,13 +81,13 @@ def test_every_obstacle_is_reported(main_of, capsys, tmp_path):
         ))  # fmt: skip
     said = capsys.readouterr().out
     assert left.value.code == 2
-    for told in (
+    for message in (
         "fail  folder: -e ", "fail  network: model: attention_resolutions=[5]: no level has 5 pixels",
         "fail  batch: train.batch_size=33: must be divisible by 1 process(es) x train.gradient_accumulation_steps=2; 32 would",
         "warn  learning rate: optimizer.warmup_steps=1200 of train.steps=1200", "warn  ema: half-life 1,000,000",
         "warn  trial: skipped", "3 failed",
     ):  # fmt: skip
-        assert told in said, said
+        assert message in said, said
 
 
 def test_a_trial_that_fails_is_a_line(main_of, capsys, tmp_path):
@@ -112,9 +112,9 @@ def test_share_of_the_start_in_the_average(half_life, ratio):
 
 def test_half_life_that_is_not_reached():
     run = ["train.steps=100", "train.batch_size=10", "ema.warmup_ratio=0.05"]
-    ((_, text),) = found(configuration.ema, *run, "ema.half_life_images=1000")
+    ((_, text),) = results_of(configuration.ema, *run, "ema.half_life_images=1000")
     assert text.startswith("half-life 50 of 1,000 images (ema.warmup_ratio allows no more; ema.half_life_images=1000 is not")
-    ((_, text),) = found(configuration.ema, *run, "ema.half_life_images=40")
+    ((_, text),) = results_of(configuration.ema, *run, "ema.half_life_images=40")
     assert text.startswith("half-life 40 of 1,000 images, ")
 
 
@@ -127,7 +127,7 @@ def test_processes_against_gpus(monkeypatch, gpus, processes, level, told):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    (first, text), (second, _) = found(machine.devices, device="cuda", processes=processes)
+    (first, text), (second, _) = results_of(machine.devices, device="cuda", processes=processes)
     assert first == level and told in text
     assert second == "warn"  # fp32 where bf16 is to be had
 
@@ -136,9 +136,9 @@ def test_memory_and_disk(tmp_path):
     def trial(checkpoint: int, peak: int) -> dict:
         return {"trial": Trial(1.0, 1.0, 1.0, 1.0, checkpoint, checkpoint // 4, peak), "run_dir": tmp_path / "a" / "run"}
 
-    def examined(check, **made) -> list[tuple[str, str]]:
+    def examined(check, **given) -> list[tuple[str, str]]:
         sick = patient("train.checkpoint_every_steps=1000")
-        vars(sick).update(made)
+        vars(sick).update(given)
         return list(check(sick))
 
     assert [level for level, _ in examined(machine.disk, **trial(10**6, 0))] == ["pass"]
@@ -158,17 +158,17 @@ def test_checkpoints_of_evaluations_are_counted(tmp_path, own, evaluation, count
     intervals = [f"train.checkpoint_every_steps={own}", f"evaluate.every_steps={evaluation}", "train.steps=1200"]
     assert configuration.num_checkpoints(loading.load(None, intervals)) == count
     trial = Trial(1.0, 1.0, 1.0, 1.0, 10**6, 10**5, 0)
-    ((_, text),) = found(machine.disk, *intervals, "train.keep_snapshots=0", trial=trial, run_dir=tmp_path)
+    ((_, text),) = results_of(machine.disk, *intervals, "train.keep_snapshots=0", trial=trial, run_dir=tmp_path)
     assert f" and {count} snapshot(s) need" in text
 
 
 @pytest.mark.parametrize(("every", "level"), [(30, "pass"), (300, "warn"), (0, "warn")])
 def test_stored_averages_are_counted(tmp_path, every, level):
     averages = ["ema.power_widths=[0.05, 0.1]", f"ema.power_every_steps={every}", "train.steps=1200", "train.batch_size=32"]
-    result, text = found(configuration.ema, *averages, "ema.half_life_images=3000")[-1]
+    result, text = results_of(configuration.ema, *averages, "ema.half_life_images=3000")[-1]
     assert result == level and ("set ema.power_every_steps=30" in text) == (level == "warn")
     trial = Trial(1.0, 1.0, 1.0, 1.0, 10**6, 10**5, 0)
-    ((_, text),) = found(machine.disk, *averages, trial=trial, run_dir=tmp_path)
+    ((_, text),) = results_of(machine.disk, *averages, trial=trial, run_dir=tmp_path)
     assert f"and {2 * (1200 // every if every else 1)} stored averages need" in text
 
 
@@ -181,9 +181,9 @@ def test_stored_averages_are_counted(tmp_path, every, level):
     ],
 )
 def test_long_steps_of_a_flow_map(overrides, level, told):
-    (line,) = found(configuration.long_steps, "loss.name=mean_flow", *overrides)
+    (line,) = results_of(configuration.long_steps, "loss.name=mean_flow", *overrides)
     assert line[0] == level and line[1].startswith(told), line
-    assert not found(configuration.long_steps, *overrides)
+    assert not results_of(configuration.long_steps, *overrides)
 
 
 def test_files_of_a_folder_are_opened(main_of, capsys, tmp_path):

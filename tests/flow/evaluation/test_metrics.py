@@ -65,14 +65,14 @@ def test_frechet_distance_of_gaussians():
 
 def test_distance_grows_with_noise_and_accuracy_falls(extractor, real):
     labels = datasets.build("digits", None, {}).labels.numpy()
-    found = [
+    by_noise = [
         metrics.evaluate(
             Comparison(extractor, feature_set(noisy_digits(1797, s), extractor), real, labels), ["fid", "accuracy"]
         )
         for s in (0, 30, 90)
     ]
-    assert found[0]["FD-digits"] < found[1]["FD-digits"] < found[2]["FD-digits"]
-    assert found[0]["accuracy"] > 0.99 and found[2]["accuracy"] < 0.9
+    assert by_noise[0]["FD-digits"] < by_noise[1]["FD-digits"] < by_noise[2]["FD-digits"]
+    assert by_noise[0]["accuracy"] > 0.99 and by_noise[2]["accuracy"] < 0.9
 
 
 @pytest.mark.parametrize(
@@ -135,18 +135,18 @@ def test_distances_of_classes(extractor, real, tmp_path):
     data = datasets.build("digits", None, {})
     labels = data.labels.numpy()
     real = replace(real, labels=labels, class_names=data.class_names)
-    kept = np.sort(np.concatenate([np.flatnonzero(labels != 7), np.flatnonzero(labels == 7)[:60]]))
-    samples = feature_set(noisy_digits(1797), extractor).select("64", kept)
-    c = Comparison(extractor, samples, real, labels[kept])
-    found = metrics.evaluate(c, ["fid", "per_class"])
-    assert set(found) == set(c.standard_errors) == {"FD-digits", *(f"FD-digits[{k}]" for k in range(10) if k != 7)}
+    chosen_rows = np.sort(np.concatenate([np.flatnonzero(labels != 7), np.flatnonzero(labels == 7)[:60]]))
+    samples = feature_set(noisy_digits(1797), extractor).select("64", chosen_rows)
+    c = Comparison(extractor, samples, real, labels[chosen_rows])
+    columns = metrics.evaluate(c, ["fid", "per_class"])
+    assert set(columns) == set(c.standard_errors) == {"FD-digits", *(f"FD-digits[{k}]" for k in range(10) if k != 7)}
     threes = [features.matrix("64").double().numpy()[chosen == 3] for features, chosen in (
-        (samples, labels[kept]), (real.feature_set, labels))]  # fmt: skip
+        (samples, labels[chosen_rows]), (real.feature_set, labels))]  # fmt: skip
     moments = [f(x) for x in threes for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))]
-    assert found["FD-digits[3]"] == pytest.approx(frechet_distance(*moments))
-    row = {"weights": "w", "n": len(kept), "identity": {}, "seconds": 1.0, "requested": ["fid"], "NFE": 1, "forwards": 1}
+    assert columns["FD-digits[3]"] == pytest.approx(frechet_distance(*moments))
+    row = {"weights": "w", "n": len(chosen_rows), "identity": {}, "seconds": 1.0, "requested": ["fid"], "NFE": 1, "forwards": 1}
     rows = [
-        {**row, "first": i, "identity": {"i": i}, "metrics": {**found, **more}}
+        {**row, "first": i, "identity": {"i": i}, "metrics": {**columns, **more}}
         for i, more in enumerate(({}, {"FD-digits[7]": 1.0}))
     ]
     printed = table.write(tmp_path, rows)
@@ -170,10 +170,10 @@ def inception(n: int) -> tuple[Extractor, FeatureSet]:
 def test_the_inception_score_is_a_number_or_absent(n):
     extractor, features = inception(n)
     real = reference.from_features("x", "x", inception(50)[1], "2048")
-    found = metrics.evaluate(Comparison(extractor, features, real), metrics.DEFAULT)
-    assert ("IS" in found) == (n >= 10) and all(math.isfinite(value) for value in found.values())
+    columns = metrics.evaluate(Comparison(extractor, features, real), metrics.DEFAULT)
+    assert ("IS" in columns) == (n >= 10) and all(math.isfinite(value) for value in columns.values())
     if n >= 10:
-        assert found["IS"] == isc_features_to_metric(features.matrix("logits_unbiased"))["inception_score_mean"]
+        assert columns["IS"] == isc_features_to_metric(features.matrix("logits_unbiased"))["inception_score_mean"]
 
 
 def test_features_that_are_not_finite_are_refused(extractor, real):

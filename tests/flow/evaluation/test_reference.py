@@ -17,9 +17,9 @@ def test_npz_reference_serves_the_distance_alone(tmp_path, extractor, real):
     np.savez(tmp_path / "stats.npz", mu=real.mu, sigma=real.sigma)
     loaded = reference.from_npz(tmp_path / "stats.npz", extractor, 64)
     samples = feature_set(noisy_digits(500), extractor)
-    found = metrics.evaluate(Comparison(extractor, samples, loaded), metrics.METRICS)
+    columns = metrics.evaluate(Comparison(extractor, samples, loaded), metrics.METRICS)
     expected = metrics.evaluate(Comparison(extractor, samples, real), ["fid"])
-    assert found == pytest.approx(expected)
+    assert columns == pytest.approx(expected)
 
 
 def damaged_statistics(kind: str, mu: np.ndarray, sigma: np.ndarray, path) -> None:

@@ -1,6 +1,8 @@
-"""Rows that scripts pick from a table, and what tells its lines apart."""
+"""The table of an evaluation: its rows and lines, its files, and what tells its lines apart."""
 
 import csv
+import math
+from contextlib import ExitStack
 
 import pytest
 
@@ -91,3 +93,70 @@ def test_only_refitted_times_are_named():
     assert names(first, other) == ["euler", "euler"]
     one, two, three = names(first, again, other)
     assert one.startswith("euler, times ") and two.startswith("euler, times ") and one != two and three == "euler"
+
+
+def test_aggregate_mean_and_spread():
+    """The aggregate is the mean and spread of the ranges."""
+    common = {"weights": "w", "method": "euler", "steps": 2, "NFE": 2, "forwards": 2, "guidance_scale": None, "n": 9}
+    rows = [{**common, "first": i, "identity": {}, "metrics": {"FID": v}, "seconds": 1.0} for i, v in enumerate((3.0, 5.0))]
+    (entry,) = table.aggregate(rows)
+    assert entry["metrics"]["FID"][:2] == pytest.approx((4.0, math.sqrt(2)))
+    assert entry["ranges"] == 2
+
+
+def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
+    """Its NFE is measured: every repeat has its own, and the table their mean and spread."""
+    row = {"weights": "w", "method": "dopri5", "steps": None, "guidance_scale": 2.0, "n": 9, "identity": {"seed": 1}}
+    for first, nfe in ((0, 72), (9, 74), (18, 79)):
+        cost = {"NFE": nfe, "forwards": 2 * nfe, "metrics": {"FID": nfe / 10}, "seconds": 1.0}
+        table.append_row(tmp_path, {**row, "first": first, **cost, "requested": ["fid"]})
+    assert table.contains(tmp_path, {**row, "first": 9, "requested": ["fid"]})  # what is measured is no part of the question
+    rows = table.read_rows(tmp_path)
+    (entry,) = table.aggregate(rows)
+    assert (entry["ranges"], entry["NFE"], entry["forwards"]) == (3, 75, 150)
+    assert entry["metrics"]["FID"][:2] == pytest.approx((7.5, 0.36056), abs=1e-5)
+    assert "| 75 (sd 3.6) | 150 (sd 7.2) |" in table.write(tmp_path, rows)
+    assert "NFE,NFE_std,forwards,forwards_std" in (tmp_path / "results.csv").read_text()
+
+
+def test_table_shows_intervals(tmp_path):
+    """Of one range its own, of two that of their mean; none where a range does not know its error."""
+    common = {"weights": "a", "method": "euler", "steps": 5, "NFE": 5, "forwards": 5, "n": 100, "seconds": 1.0}
+    common |= {"requested": ["fid"]}
+    rows = [
+        {**common, "identity": {"seed": seed}, "first": first, "metrics": {"FID": value}, "standard_errors": errors}
+        for seed, first, value, errors in (
+            (0, 0, 3.0, {"FID": 0.5}), (1, 0, 3.0, {"FID": 0.3}), (1, 100, 5.0, {"FID": 0.4}), (2, 0, 3.0, {"FID": 0.3}),
+            (2, 100, 5.0, {}),
+        )
+    ]  # fmt: skip
+    for row in rows:
+        table.append_row(tmp_path, row)
+    intervals = [entry["metrics"]["FID"].interval for entry in table.aggregate(table.read_rows(tmp_path))]
+    assert intervals == pytest.approx([1.96 * 0.5, 1.96 * 0.25, math.nan], nan_ok=True)
+    text = table.write(tmp_path, rows)
+    assert "3.00 ± 0.98 |" in text and "4.00 ± 0.49 (sd 1.41) |" in text and text.endswith(table.NOTE)
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert [line["FID_interval"][:4] for line in csv.DictReader(file)] == ["0.98", "0.49", ""]
+
+
+def test_cells_may_hold_bars():
+    text = table.markdown([["weights", "FID"], ["a|b", "9.00"], ["c", "10.00"]])
+    assert text.splitlines() == [r"| weights |   FID |", "| ------- | ----: |", r"| a\|b    |  9.00 |", "| c       | 10.00 |"]
+
+
+def test_a_table_takes_the_place_of_the_one_before(tmp_path):
+    """Whole: who reads while it is written reads the one before to its end."""
+    row = {"weights": "a", "n": 9, "identity": {}, "seconds": 1.0, "requested": ["fid"]}
+    rows = [{**row, "first": 9 * k, "metrics": {"FID": 3.0, "FID[3]": 1.0}} for k in range(2)]
+    text = table.write(tmp_path, rows)
+    names = ["per_class.md", "results.csv", "results.md"]
+    before = [(tmp_path / name).read_text() for name in names]
+    assert text == f"{before[2]}\n{before[0]}"[:-1]
+    with ExitStack() as stack:
+        readers = [stack.enter_context(open(tmp_path / name)) for name in names]
+        table.write(tmp_path, rows[:1])
+        assert [reader.read() for reader in readers] == before
+    after = [(tmp_path / name).read_text() for name in names]
+    assert all(a != b for a, b in zip(after, before, strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == names

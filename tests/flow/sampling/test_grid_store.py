@@ -68,6 +68,6 @@ def test_suggested_command_has_prompts(tmp_path):
     config, path = loading.load(None, ["model.name=mini_unet", args]), tmp_path / "net.safetensors"
     snapshot.save(path, {"weight": torch.zeros(1)}, config, (1, 8, 8), 1, 1, class_names=["3 - three", "4 - four"])
     for flags, prompts in (([], "'a handwritten three'"), (["--prompts", "my own", "--guidance_scale", "2"], "'my own'")):
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as refusal:
             grid_store.load(snapshot.load(path), "euler", 4, flags)
-        assert re.findall(r"--prompts ('[^']*')", str(told.value)) == [prompts]
+        assert re.findall(r"--prompts ('[^']*')", str(refusal.value)) == [prompts]

@@ -1,5 +1,6 @@
-"""Settings of a sampler: the notes about guidance."""
+"""Settings of a sampler: what tables call them, and the notes about guidance."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,3 +20,11 @@ def test_note_about_long_steps_of_a_flow_map(method, steps, noted):
     note = guidance_note(SamplerSettings(method, steps, 2.0), flow_map)
     assert (note is not None) == noted and (not noted or "guides mean velocities of long steps" in note)
     assert guidance_note(SamplerSettings(method, steps), flow_map) is None
+
+
+def test_rows_of_other_solver_options_are_other_rows():
+    """A stochastic row must not be taken for one of another noise scale, nor a tuned grid for the uniform one."""
+    plain = SamplerSettings("euler_maruyama", 5)
+    assert plain.title == "euler_maruyama"
+    assert replace(plain, options=(("noise_scale", 0.5),)).title == "euler_maruyama, noise_scale=0.5"
+    assert SamplerSettings("ab2", 5, time_grid="optimized", times=(0.0, 1.0)).title == "ab2, optimized grid"

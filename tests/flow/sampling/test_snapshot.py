@@ -106,10 +106,10 @@ def test_snapshots_of_a_run(tmp_path):
     for step in (200, 1000, 30):
         for name in (f"step_{step:08d}.safetensors", f"step_{step:08d}.ema_9000.safetensors", f"step_{step:08d}.grids.json"):
             (folder / name).touch()
-    found = locate.snapshots_of_run(tmp_path / "run", ["all"])
-    assert [p.name for p in found] == [f"step_{k:08d}.safetensors" for k in (30, 200, 1000)]
-    found = locate.snapshots_of_run(folder / "step_00000030.ema_9000.safetensors", ["1000", "200"])
-    assert [p.name for p in found] == [f"step_{k:08d}.ema_9000.safetensors" for k in (200, 1000)]
+    snapshots = locate.snapshots_of_run(tmp_path / "run", ["all"])
+    assert [p.name for p in snapshots] == [f"step_{k:08d}.safetensors" for k in (30, 200, 1000)]
+    snapshots = locate.snapshots_of_run(folder / "step_00000030.ema_9000.safetensors", ["1000", "200"])
+    assert [p.name for p in snapshots] == [f"step_{k:08d}.ema_9000.safetensors" for k in (200, 1000)]
     with pytest.raises(UserError, match="--snapshots 31: must be all, or steps among 30, 200, 1000"):
         locate.snapshots_of_run(tmp_path / "run", ["30", "31"])
     with pytest.raises(UserError, match="neither a run folder with snapshots nor one of its snapshots"):

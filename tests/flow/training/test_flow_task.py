@@ -23,7 +23,8 @@ def test_guidance_needs_a_trained_null_label(prompt_bytes):
         check_loss(config, loss, net, None)
 
     null = "prompt" if prompt_bytes else "label"
-    message = rf"flow\.label_dropout=0: loss\.args\.guidance_scale=1\.2 needs a null {null} that is trained; set it above 0"
+    needed = rf"loss\.args\.guidance_scale=1\.2 needs a null {null} that is trained; set flow\.label_dropout above 0"
+    message = rf"flow\.label_dropout=0: {needed}"
     with pytest.raises(UserError, match=message):
         check(0, guidance_scale=1.2)
     check(0.1, guidance_scale=1.2)

@@ -91,14 +91,17 @@ def test_training_in_shards_is_training(tmp_path):
 
 @pytest.mark.slow
 def test_times_stay_float32_in_shards(tmp_path):
-    """With bf16 the network gets x and t as without shards: the losses are the same up to the rounding of the network."""
-    sharded, whole = tmp_path / "sharded", tmp_path / "whole"
-    train = [*TRAIN, "train.log_every_steps=1", "-mp", "bf16"]
-    succeed("train.py", *train, "-e", sharded, processes=2, **fsdp_environment())
-    succeed("train.py", *train, "-e", whole, processes=2)
-    rows = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (sharded, whole)]
+    """The network gets x and t as without shards and computes in bf16: nearer to bf16 without shards than to float32."""
+    sharded, whole, exact = (tmp_path / name for name in ("sharded", "whole", "exact"))
+    train = [*TRAIN, "train.log_every_steps=1"]
+    succeed("train.py", *train, "-e", sharded, "-mp", "bf16", processes=2, **fsdp_environment())
+    succeed("train.py", *train, "-e", whole, "-mp", "bf16", processes=2)
+    succeed("train.py", *train, "-e", exact, "-mp", "no", processes=2)
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (sharded, whole, exact)]
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in rows[0]] == pytest.approx([row[name] for row in rows[1]], rel=2e-3)
+    rounded = [abs(other["grad_norm"] - rows[1][1]["grad_norm"]) for other in (rows[0][1], rows[2][1])]
+    assert rounded[0] < rounded[1] / 5
     for name, weights in snapshots(whole).items():
         for key, value in weights.items():
             torch.testing.assert_close(snapshots(sharded)[name][key], value, atol=1e-4, rtol=1e-3)
