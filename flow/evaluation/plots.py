@@ -1,5 +1,6 @@
 """Figures of tables and losses."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ CALLS = "network calls per image (forwards), with guidance two for each NFE"
 WIDTH = 7.0  # of a figure, in inches
 MEASURED = ("n", "reference", "source", *DRAWN)  # on which a distance depends, beside network, solver and guidance
 MAX_LINES = 14  # whose names a legend has room for
+HEIGHT = 4.2  # inches of the axes; the names below add to them
+TWO_COLUMNS = 44  # letters of the longest name up to which two fit side by side
 
 
 def distance_against_nfe(path: Path, entries: list[dict]) -> None:
@@ -49,7 +52,7 @@ def distance_against_nfe(path: Path, entries: list[dict]) -> None:
     if len(points) < 2:
         path.unlink(missing_ok=True)  # of a smaller table
         return
-    figure, axes = _figure(len(lines))
+    figure, axes = _figure()
     cost, title = _cost_axis(points)
     _distance_lines(axes, lines, cost, name)
     _floors(axes, entries, name)
@@ -76,7 +79,7 @@ def distance_against_images(path: Path, entries: list[dict]) -> None:
     lines = {label: line for label, line in lines.items() if len({e["images"] for e in line}) > 1}
     if not lines:
         return
-    figure, axes = _figure(len(lines))
+    figure, axes = _figure()
     _distance_lines(axes, lines, "images", name)
     _floors(axes, entries, name)
     axes.set_xlim(left=0)
@@ -87,7 +90,7 @@ def distance_against_images(path: Path, entries: list[dict]) -> None:
 def distance_against_scale(path: Path, lines: dict[str, list[dict]], floors: list[dict]) -> None:
     """The first Frechet distance of entries against their guidance scale, a line a name, and those of real images; a PNG."""
     name = distance_name([entry for line in lines.values() for entry in line])
-    figure, axes = _figure(len(lines))
+    figure, axes = _figure()
     _distance_lines(axes, lines, "guidance_scale", name)
     _floors(axes, floors, name)
     axes.set_xlabel("guidance scale w")
@@ -116,7 +119,7 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
     lines = {label: line for label, line in lines.items() if len({e["ema_width"] for e in line}) > 1}
     if not lines:
         return
-    figure, axes = _figure(2 * len(lines))
+    figure, axes = _figure()
     _distance_lines(axes, lines, "ema_width", name)
     for i, label in enumerate(lines):
         if label in others:
@@ -189,7 +192,7 @@ def distance_in_training(
 ) -> None:
     """Curves {recipe: [(cost so far, distance of each seed), ...]} as a PNG: means, bars from the smallest to the largest seed,
     and a dashed line for real images. `cost` names the unit, e.g. "minutes of training steps"."""
-    figure, axes = _figure(len(curves))
+    figure, axes = _figure()
     for i, (name, points) in enumerate(curves.items()):
         means = [sum(values) / len(values) for _, values in points]
         bars = [
@@ -199,7 +202,7 @@ def distance_in_training(
         axes.errorbar([spent for spent, _ in points], means, yerr=bars, capsize=3, label=_shown(name), **_look(i))
     for floor in floors:
         axes.axhline(floor, color="0.4", linestyle="--", linewidth=1, label="real images")
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.03 * max((spent for points in curves.values() for spent, _ in points), default=1))
     axes.set_xlabel(cost)
     _finish(path, figure, axes, f"{distance}, lower is better")
 
@@ -211,7 +214,7 @@ def error_against_nfe(path: Path, rows: list[dict], key: str, label: str) -> Non
     cost, title = _cost_axis(rows)
     for row in rows:
         lines.setdefault(f"{row['method']}, {row['grid']}" if several else row["method"], []).append(row)
-    figure, axes = _figure(len(lines))
+    figure, axes = _figure()
     for i, (name, line) in enumerate(lines.items()):
         line.sort(key=lambda row: row[cost])
         axes.plot([row[cost] for row in line], [row[key] for row in line], label=_shown(name), linewidth=1, **_look(i))
@@ -226,9 +229,9 @@ def _count_scale(axes: Axes, title: str) -> None:
     axes.set_xlabel(title)
 
 
-def _figure(lines: int) -> tuple[Figure, Axes]:
-    """A figure for so many lines, with room for their names below."""
-    figure = Figure(figsize=(WIDTH, 4.2 + 0.2 * -(-lines // 2)), dpi=150, layout="constrained")
+def _figure() -> tuple[Figure, Axes]:
+    """A figure that `_finish` gives its height."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=150, layout="constrained")
     return figure, figure.subplots()
 
 
@@ -237,7 +240,9 @@ def _finish(path: Path, figure: Figure, axes: Axes, title: str) -> None:
     _value_scale(axes)
     axes.set_ylabel(title)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    columns = 2 if max(map(len, labels), default=0) <= TWO_COLUMNS else 1
+    figure.set_figheight(HEIGHT + 0.2 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=columns)
     save(path, figure)
 
 
