@@ -16,7 +16,8 @@ def limited(default: Any, **limits: Any) -> Any:
     return field(default=default, metadata=limits)
 
 
-def check(config: Any, key: str, holds, rule: str) -> None:
+def check(config: Any, key: str, holds: Callable[[Any], object], rule: str) -> None:
+    """Raises UserError with the key, its value and the rule where the value does not hold."""
     value = get(config, key)
     with contextlib.suppress(TypeError):  # e.g. a section among the numbers of a list
         if holds(value):

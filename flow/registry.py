@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-# Of an argument of a function and its value: what the value must be, or None where it is that
+# (argument of a function, value) -> None where the value is allowed, else what it must be
 Rule = Callable[[inspect.Parameter, Any], str | None]
 
 
