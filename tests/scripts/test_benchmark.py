@@ -53,7 +53,7 @@ def test_every_job(tmp_path):
     result = json.loads((tmp_path / "benchmark.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["train, eager, fp32", "train, fp32", "sample, eager, fp32", "sample, fp32", "evaluate, fp32"]
-    assert {"data", "noise", "forward", "backward", "optimizer", "EMA", "logging"} <= rows["train, fp32"]["shares"].keys()
+    assert {"data", "forward", "backward", "optimizer", "ema"} <= rows["train, fp32"]["shares"].keys()
     assert sum(rows["train, fp32"]["shares"].values()) == pytest.approx(1)
     assert 0 < rows["train, fp32"]["outside"] < 1 and rows["train, fp32"]["seconds_to_first_step"] > 0.5
     [cost] = result["costs"].values()
