@@ -104,7 +104,7 @@ def write_graphs(args, snap: Snapshot) -> list[str]:
     method, steps, time_grid = args.sampling_method or "euler", args.sampling_steps, args.time_grid or "uniform"
     times = grid_store.load(snap, method, steps) if time_grid == "optimized" else None
     scale = grid_store.fitted_scale(snap, method, steps) if times else None
-    if scale is not None:
+    if scale is not None and snap.config.model.args.get("num_classes"):  # else the graph takes no scale
         print(f"note: the grid of {method} with {steps} steps was fitted at w = {scale:g}; give the graph this guidance_scale")
     settings = SamplerSettings(method, steps, time_grid=time_grid, times=times)
     with error_context("export"):

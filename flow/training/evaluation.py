@@ -169,13 +169,9 @@ def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings
     captions_of = snapshots.captions_by_class(None, None, task.accelerator, task.config, task.net)
     labels, prompts = conditions_in_turn(None, captions_of)
     sampler = SamplerSettings(
-        evaluate.sampling_method,
-        evaluate.sampling_steps,
-        evaluate.guidance_scale,
-        seed=evaluate.seed,
-        labels=labels,
+        evaluate.sampling_method, evaluate.sampling_steps, evaluate.guidance_scale, seed=evaluate.seed, labels=labels,
         prompts=prompts,
-    )
+    )  # fmt: skip
     with error_context("evaluate"):
         validate(sampler, task.model)
     settings = runner.EvaluationSettings(

@@ -83,9 +83,9 @@ def test_inception_768_gives_a_number_on_cifar10(tmp_path, real_data):
         "fid", "--no_control", f"data.root={tmp_path}", timeout=600, FLOW_NUM_THREADS="2",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    ours = json.loads((tmp_path / "0_evaluation/results.jsonl").read_text())["metrics"]["FD-inception-768"]
-    theirs = torch_fidelity.calculate_metrics(
+    by_evaluate = json.loads((tmp_path / "0_evaluation/results.jsonl").read_text())["metrics"]["FD-inception-768"]
+    by_torch_fidelity = torch_fidelity.calculate_metrics(
         input1=str(a), input2=str(b), cuda=False, fid=True, feature_layer_fid="768", verbose=False, cache=False,
         feature_extractor_weights_path=str(weights),
     )  # fmt: skip
-    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert by_evaluate == pytest.approx(by_torch_fidelity["frechet_inception_distance"], rel=1e-4)

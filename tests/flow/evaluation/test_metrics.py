@@ -26,8 +26,8 @@ real = pytest.fixture(digits_reference, scope="module")
 
 def test_metrics_equal_torch_fidelity(tmp_path, here, monkeypatch):
     """`evaluate.py --samples DIR --reference DIR` against `torch_fidelity.calculate_metrics` on both folders."""
-    ours = {"kid_subsets": metrics.KID_SUBSETS, "kid_subset_size": metrics.KID_SUBSET_SIZE}
-    assert ours.items() <= DEFAULTS.items()
+    by_evaluate = {"kid_subsets": metrics.KID_SUBSETS, "kid_subset_size": metrics.KID_SUBSET_SIZE}
+    assert by_evaluate.items() <= DEFAULTS.items()
     monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 100)  # which takes a hundredth of the time
     samples = write_folder(tmp_path / "samples", noisy_digits(400))
     originals = write_folder(tmp_path / "real", noisy_digits(600, 0))
@@ -35,15 +35,15 @@ def test_metrics_equal_torch_fidelity(tmp_path, here, monkeypatch):
         "evaluate", "--samples", samples, "--reference", originals, "--feature_extractor", "digits", f"data.root={tmp_path}",
         "--metrics", "fid", "kid", "prc", "--no_control",
     )  # fmt: skip
-    ours = json.loads((tmp_path / "samples_evaluation/results.jsonl").read_text())["metrics"]
-    theirs = torch_fidelity.calculate_metrics(
+    by_evaluate = json.loads((tmp_path / "samples_evaluation/results.jsonl").read_text())["metrics"]
+    by_torch_fidelity = torch_fidelity.calculate_metrics(
         input1=str(samples), input2=str(originals), feature_extractor="digits", cuda=False, fid=True, kid=True, prc=True,
         kid_subset_size=100, verbose=False, save_cpu_ram=True, cache=False,
     )  # fmt: skip
-    assert ours["FD-digits"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    assert ours["KD-digits"] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)
-    assert ours["precision"] == pytest.approx(theirs["precision"], rel=1e-4)
-    assert ours["recall"] == pytest.approx(theirs["recall"], rel=1e-4)
+    assert by_evaluate["FD-digits"] == pytest.approx(by_torch_fidelity["frechet_inception_distance"], rel=1e-4)
+    assert by_evaluate["KD-digits"] == pytest.approx(by_torch_fidelity["kernel_inception_distance_mean"], rel=1e-4)
+    assert by_evaluate["precision"] == pytest.approx(by_torch_fidelity["precision"], rel=1e-4)
+    assert by_evaluate["recall"] == pytest.approx(by_torch_fidelity["recall"], rel=1e-4)
 
 
 def test_a_set_is_at_distance_zero_from_itself(extractor, real):

@@ -37,12 +37,12 @@ def test_equal_to_the_authors_packages(n, m, monkeypatch):
     samples, real = gaussians(n, 5, 0), gaussians(m, 5, 1)
     c = comparison(samples, real)
     found = metrics.evaluate(c, ["prc", "density_coverage"])
-    theirs = prc_features_to_metric(
+    by_torch_fidelity = prc_features_to_metric(
         samples.double(), real.double(), prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
     )
     by_prdc = compute_prdc(real.double().numpy(), samples.double().numpy(), nearest_k=5)
     assert found == pytest.approx({
-        "precision": theirs["precision"], "recall": theirs["recall"], "density": by_prdc["density"],
+        "precision": by_torch_fidelity["precision"], "recall": by_torch_fidelity["recall"], "density": by_prdc["density"],
         "coverage": by_prdc["coverage"],
     }, abs=1e-6)  # fmt: skip
     assert set(c.standard_errors) == set(SHARES)
