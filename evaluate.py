@@ -20,7 +20,7 @@ from configs.errors import UserError
 from flow.evaluation import control, folders, metrics, runner, snapshots
 from flow.evaluation.features import INCEPTION
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, guide, locate, output, posthoc_ema, snapshot, sources
 from flow.sampling.conditions import conditions_in_turn
@@ -40,31 +40,31 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_config_flag(parser)
-    cli.add_weights_flag(parser, required=False)
-    cli.add_widths_flag(
+    flags.add_config_flag(parser)
+    flags.add_weights_flag(parser, required=False)
+    flags.add_widths_flag(
         parser, "--ema_width", "instead of the weights of the run, averages of these widths (scripts.posthoc_ema)"
     )
     parser.add_argument(
         "--snapshots", nargs="+", metavar="all|STEP", help="rows for these snapshots of the run that --weights names"
     )
     parser.add_argument("--samples", type=Path, metavar="DIR", help="score this folder of images, no weights needed")
-    cli.add_methods_flag(parser, SOLVERS, ["euler"])
-    cli.add_step_flags(parser, [100], several=True)
-    cli.add_solver_flags(parser)
-    cli.add_guidance_flags(parser, several=True)
-    cli.add_source_flag(parser)
-    cli.add_labels_flag(parser, "each as often as in the reference or training set")
+    flags.add_methods_flag(parser, SOLVERS, ["euler"])
+    flags.add_step_flags(parser, [100], several=True)
+    flags.add_solver_flags(parser)
+    flags.add_guidance_flags(parser, several=True)
+    flags.add_source_flag(parser)
+    flags.add_labels_flag(parser, "each as often as in the reference or training set")
     parser.add_argument(
         "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
     )
-    cli.add_count_flag(parser, "--n_samples", "images per row", 50_000, least=2)
-    cli.add_count_flag(parser, "--repeats", "image ranges that a row is repeated on", 1)
-    cli.add_seed_flag(parser)
-    cli.add_batch_size_flag(parser)
-    cli.add_precision_flag(parser)
-    cli.add_compile_flag(parser)
-    cli.add_feature_flags(parser, INCEPTION)
+    flags.add_count_flag(parser, "--n_samples", "images per row", 50_000, least=2)
+    flags.add_count_flag(parser, "--repeats", "image ranges that a row is repeated on", 1)
+    flags.add_seed_flag(parser)
+    flags.add_batch_size_flag(parser)
+    flags.add_precision_flag(parser)
+    flags.add_compile_flag(parser)
+    flags.add_feature_flags(parser, INCEPTION)
     parser.add_argument(
         "--reference",
         metavar="DIR|NPZ|NAME",
@@ -75,7 +75,7 @@ def parse_args():
         help=f"(default: {' '.join(metrics.DEFAULT)}, which take seconds; what each measures and costs: docs/evaluation.md)",
     )  # fmt: skip
     parser.add_argument("--no_control", action="store_true", help="leave out the row of real images that shows the floor")
-    cli.add_output_flag(
+    flags.add_output_flag(
         parser,
         use="(default: evaluation/ in the run folder, beside other weights or in the folder of sample.py; DIR_evaluation "
         "beside other folders; of hf:owner/NAME: NAME/evaluation)",
@@ -126,7 +126,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     n = args.n_samples * args.repeats
     if note := sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, n):
         accelerator.print(f"note: {note}")
-    labels = cli.labels_of(args.labels, snap.class_names)
+    labels = flags.labels_of(args.labels, snap.class_names)
     captions_of = snapshots.captions_by_class(args.captions, labels, accelerator, snap.config, net)
     turns, prompts = conditions_in_turn(labels, captions_of)
     plan = plan_of(args, snap, model, turns, prompts, guide_name)
@@ -166,10 +166,10 @@ def plan_of(
     some_guided = any(w != 1 for w in args.guidance_scale)  # else the flags of guidance are errors
     for scale in args.guidance_scale:
         for method in args.methods:
-            options = cli.solver_options(args, method, args.methods)
-            for steps in cli.num_steps(args, method):
-                flags = commands.condition_flags(1 if args.guide_weights else scale, (prompts or ())[:8]) + args.overrides
-                times = grid_store.load(snap, method, steps, flags) if args.time_grid == "optimized" else None
+            options = flags.solver_options(args, method, args.methods)
+            for steps in flags.num_steps(args, method):
+                words = commands.condition_flags(1 if args.guide_weights else scale, (prompts or ())[:8]) + args.overrides
+                times = grid_store.load(snap, method, steps, words) if args.time_grid == "optimized" else None
                 sampler = SamplerSettings(
                     method, steps, scale, seed=args.seed, labels=labels, prompts=prompts, time_grid=args.time_grid, times=times,
                     options=options, source=args.source,
@@ -184,15 +184,15 @@ def plan_of(
 
 def suggested_sample(args, weights: Path, row: SamplerSettings) -> str:
     """The command that samples as in this row."""
-    flags = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
-    flags += commands.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
-    flags += commands.guidance_flags(args) if row.guidance_scale != 1 else []
-    flags += commands.source_flags(args) + commands.option_flags(row.options)
-    flags += ["--labels", *args.labels] if args.labels and not row.prompts else []
-    flags += ["--seed", str(args.seed)]
-    flags += ["-c", str(args.config)] if args.config else []
-    flags += ["-mp", args.mixed_precision] if args.mixed_precision != "no" else []
-    return commands.sample_command(weights, f"{weights.stem}_{row.method}_{row.steps}", *flags, *args.overrides)
+    words = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
+    words += commands.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
+    words += commands.guidance_flags(args) if row.guidance_scale != 1 else []
+    words += commands.source_flags(args) + commands.option_flags(row.options)
+    words += ["--labels", *args.labels] if args.labels and not row.prompts else []
+    words += ["--seed", str(args.seed)]
+    words += ["-c", str(args.config)] if args.config else []
+    words += ["-mp", args.mixed_precision] if args.mixed_precision != "no" else []
+    return commands.sample_command(weights, f"{weights.stem}_{row.method}_{row.steps}", *words, *args.overrides)
 
 
 def evaluate_folder(args, accelerator: Accelerator) -> None:

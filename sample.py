@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context, printable
 from flow.sampling import grid_store, guide, images, output, snapshot, sources
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
@@ -30,21 +30,21 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_config_flag(parser)
-    cli.add_weights_flag(parser)
-    cli.add_count_flag(parser, "--n_samples", "number of images", required=True)
-    cli.add_output_flag(parser, "--save_dir")
-    cli.add_method_flag(parser, SOLVERS, "euler")
-    cli.add_step_flags(parser, [100], several=False)
-    cli.add_solver_flags(parser)
-    cli.add_batch_size_flag(parser)
-    cli.add_seed_flag(parser)
-    cli.add_source_flag(parser)
-    cli.add_labels_flag(parser)
-    cli.add_prompts_flag(parser)
-    cli.add_guidance_flags(parser)
-    cli.add_precision_flag(parser)
-    cli.add_compile_flag(parser)
+    flags.add_config_flag(parser)
+    flags.add_weights_flag(parser)
+    flags.add_count_flag(parser, "--n_samples", "number of images", required=True)
+    flags.add_output_flag(parser, "--save_dir")
+    flags.add_method_flag(parser, SOLVERS, "euler")
+    flags.add_step_flags(parser, [100], several=False)
+    flags.add_solver_flags(parser)
+    flags.add_batch_size_flag(parser)
+    flags.add_seed_flag(parser)
+    flags.add_source_flag(parser)
+    flags.add_labels_flag(parser)
+    flags.add_prompts_flag(parser)
+    flags.add_guidance_flags(parser)
+    flags.add_precision_flag(parser)
+    flags.add_compile_flag(parser)
     parser.add_argument("--grid_by_class", action="store_true", help="grid.png: a row, not a column, for each class or prompt")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz: arr_0 [N, H, W, C], labels [N]")
     return parser.parse()
@@ -74,15 +74,15 @@ def main() -> None:
 
 
 def settings_of(args, snap: Snapshot, guide_name: str | None) -> SamplerSettings:
-    labels = cli.labels_of(args.labels, snap.class_names)
+    labels = flags.labels_of(args.labels, snap.class_names)
     method = args.sampling_method
-    [steps] = cli.num_steps(args, method)
+    [steps] = flags.num_steps(args, method)
     grid_flags = commands.condition_flags(1 if args.guide_weights else args.guidance_scale, args.prompts) + args.overrides
     return SamplerSettings(
         method, steps, args.guidance_scale, seed=args.seed, labels=labels,
         prompts=tuple(args.prompts) if args.prompts else None, time_grid=args.time_grid,
         times=grid_store.load(snap, method, steps, grid_flags) if args.time_grid == "optimized" else None,
-        options=cli.solver_options(args, method, [method]),
+        options=flags.solver_options(args, method, [method]),
         guidance_interval=tuple(args.guidance_interval), guide=guide_name, source=args.source,
     )  # fmt: skip
 
@@ -143,11 +143,11 @@ def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: Fl
     cost = f"NFE {nfe} ({forwards} network calls) per image" if nfe else "none of them new"
     result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
     animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
-    flags = [
+    words = [
         *commands.condition_flags(args.guidance_scale, args.prompts), *commands.guidance_flags(args),
         *commands.source_flags(args),
     ]  # fmt: skip
-    command = commands.command(*animate, *flags, *args.overrides)
+    command = commands.command(*animate, *words, *args.overrides)
     print(cli.summary(result, args.start, f"watch images form with: {command}"))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.schema import Config
-from flow.runtime import cli
+from flow.runtime import cli, flags
 from flow.runtime.errors import cli_main
 from flow.training.flow_task import FlowTask
 from flow.training.run_dir import checkpoint_to_resume, locked_run
@@ -19,7 +19,7 @@ EXAMPLES = """\
 
 
 def parse_args():
-    return cli.parse_training(cli.add_resume_flag(cli.Parser(__doc__, EXAMPLES)))
+    return flags.parse_training(flags.add_resume_flag(cli.Parser(__doc__, EXAMPLES)))
 
 
 def main(callbacks: Sequence[Callback] = ()) -> None:

@@ -21,7 +21,7 @@ from flow.evaluation import animation, plots_2d
 from flow.likelihood import log_likelihood
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, images, snapshot, sources, trajectory_grids
 from flow.sampling.conditions import column_names
@@ -51,22 +51,22 @@ MASS = 0.01  # densities above this share of the highest count as inside the mas
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_weights_flag(parser)
-    cli.add_output_flag(parser, use="output folder; --trajectory_grids has its own in the run folder", required=False)
-    cli.add_count_flag(
+    flags.add_weights_flag(parser)
+    flags.add_output_flag(parser, use="output folder; --trajectory_grids has its own in the run folder", required=False)
+    flags.add_count_flag(
         parser, "--n", f"particles, or images of the grid (default: 20000, 50, or {GRID_IMAGES} of --trajectory_grids)"
     )
     frames = f"frames of a GIF (default: {FRAMES}), or states of --trajectory_grids (default: {GRIDS})"
-    cli.add_count_flag(parser, "--frames", frames, least=2)
-    cli.add_method_flag(parser, DETERMINISTIC, "heun")
-    cli.add_count_flag(parser, "--steps_a_frame", "steps of the solver between frames", 2)
+    flags.add_count_flag(parser, "--frames", frames, least=2)
+    flags.add_method_flag(parser, DETERMINISTIC, "heun")
+    flags.add_count_flag(parser, "--steps_a_frame", "steps of the solver between frames", 2)
     parser.add_argument("--figures", nargs="+", choices=FIGURES, help="of points (default: all)")
-    cli.add_count_flag(parser, "--hutchinson_samples", f"random directions per point of likelihood.png (default: {PROBES})")
-    cli.add_guidance_flags(parser, several=True)
+    flags.add_count_flag(parser, "--hutchinson_samples", f"random directions per point of likelihood.png (default: {PROBES})")
+    flags.add_guidance_flags(parser, several=True)
     parser.set_defaults(guidance_scale=None)
-    cli.add_prompts_flag(parser)
-    cli.add_source_flag(parser)
-    cli.add_seed_flag(parser)
+    flags.add_prompts_flag(parser)
+    flags.add_source_flag(parser)
+    flags.add_seed_flag(parser)
     shown = " ".join(f"{scale:g}" for scale in GRID_SCALES)
     parser.add_argument(
         "--trajectory_grids", action="store_true",
@@ -211,8 +211,8 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     if plane and "likelihood" in args.figures:
         figures.append(likelihood_map(args.out, accelerator, model, settings, snap, args.hutchinson_samples or PROBES))
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
-    flags = commands.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
-    command = commands.command(*study, *flags, *args.overrides)
+    words = commands.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
+    command = commands.command(*study, *words, *args.overrides)
     print(cli.summary(f"{' '.join(figures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 

@@ -27,7 +27,7 @@ from flow.evaluation.frechet import frechet_distance
 from flow.evaluation.intervals import mean_standard_error
 from flow.evaluation.reading import read_images
 from flow.noise import generator
-from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import images
@@ -47,15 +47,15 @@ SHOWN = 32  # pairs of the picture of --check
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_config_flag(parser, "its data section names the images")
+    flags.add_config_flag(parser, "its data section names the images")
     parser.add_argument("--vae", required=True, metavar="FOLDER|ID", help="AutoencoderKL: a folder, or owner/name on the hub")
-    cli.add_output_flag(parser, "--save_dir")
+    flags.add_output_flag(parser, "--save_dir")
     parser.add_argument("--flipped", choices=("yes", "no"), default="yes", help="also encode mirror images (default: yes)")
-    cli.add_batch_size_flag(parser, 32)
-    cli.add_count_flag(parser, "--shard_images", "images per file", 1024)
-    cli.add_count_flag(parser, "--check", "decode N latents and compare with their images, also by features", least=2)
-    cli.add_feature_flags(parser, INCEPTION)
-    cli.add_precision_flag(parser)
+    flags.add_batch_size_flag(parser, 32)
+    flags.add_count_flag(parser, "--shard_images", "images per file", 1024)
+    flags.add_count_flag(parser, "--check", "decode N latents and compare with their images, also by features", least=2)
+    flags.add_feature_flags(parser, INCEPTION)
+    flags.add_precision_flag(parser)
     return parser.parse()
 
 

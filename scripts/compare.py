@@ -18,7 +18,7 @@ from flow.evaluation import animation, plots_2d, table
 from flow.evaluation.metrics_2d import sliced_wasserstein
 from flow.evaluation.straightness import mean_straightness_deviation
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import locate, snapshot, sources
 from flow.sampling.generate import trajectory
@@ -61,13 +61,13 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", nargs="+", required=True, metavar="PATH", help="run folders or .safetensors files")
     parser.add_argument("--names", nargs="+", metavar="TEXT", help="titles, one for each (default: names of the runs)")
-    cli.add_output_flag(parser)
-    cli.add_method_flag(parser, DETERMINISTIC, "euler")
-    cli.add_step_flags(parser, [2, 100], several=True)
-    cli.add_count_flag(parser, "--n_samples", "points of the distance", 10_000, least=2)
-    cli.add_count_flag(parser, "--frames", "frames of the GIF", 32, least=2)
-    cli.add_source_flag(parser)
-    cli.add_seed_flag(parser)
+    flags.add_output_flag(parser)
+    flags.add_method_flag(parser, DETERMINISTIC, "euler")
+    flags.add_step_flags(parser, [2, 100], several=True)
+    flags.add_count_flag(parser, "--n_samples", "points of the distance", 10_000, least=2)
+    flags.add_count_flag(parser, "--frames", "frames of the GIF", 32, least=2)
+    flags.add_source_flag(parser)
+    flags.add_seed_flag(parser)
     return parser.parse()
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     if not args.names and len(set(names)) < len(names):  # runs of one name in different folders
         names = [str(path) for path in args.weights]
     flows = [snap.model(decode=False) for snap in snaps]
-    steps = cli.num_steps(args, args.sampling_method)
+    steps = flags.num_steps(args, args.sampling_method)
     reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]
     accelerator = distributed.build_single_process_accelerator("compare")
     for model, snap in zip(flows, snaps, strict=True):

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from configs.errors import UserError
-from flow.runtime import cli, commands
+from flow.runtime import cli, commands, flags
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import exported, graph, grid_store, hub, locate, snapshot
 from flow.sampling.settings import SamplerSettings
@@ -31,17 +31,17 @@ FLAGS_OF = {  # the targets that each flag is for
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_weights_flag(parser)
-    cli.add_output_flag(parser, use="a new .safetensors file", metavar="FILE", required=False)
-    cli.add_output_flag(parser, "--to", use="a new folder in the form of the Hugging Face hub", required=False)
+    flags.add_weights_flag(parser)
+    flags.add_output_flag(parser, use="a new .safetensors file", metavar="FILE", required=False)
+    flags.add_output_flag(parser, "--to", use="a new folder in the form of the Hugging Face hub", required=False)
     parser.add_argument("--push", metavar="hf:OWNER/NAME", help="upload that folder; needs `hf auth login` or HF_TOKEN")
     parser.add_argument("--private", action="store_true", help="--push: a new repository is private")
     parser.add_argument("--license", metavar="ID", help="--to, --push: of the weights (default: unknown)")
     parser.add_argument("--dtype", choices=exported.DTYPES, help=f"--out, --to, --push: precision (default: {DTYPE})")
     use = "a new .onnx file of the sampler; needs requirements-onnx.txt"
-    cli.add_output_flag(parser, "--onnx", use, "FILE", required=False)
-    cli.add_output_flag(parser, "--torch_export", use="a new .pt2 file of the sampler", metavar="FILE", required=False)
-    cli.add_count_flag(parser, "--sampling_steps", "steps of the graph")
+    flags.add_output_flag(parser, "--onnx", use, "FILE", required=False)
+    flags.add_output_flag(parser, "--torch_export", use="a new .pt2 file of the sampler", metavar="FILE", required=False)
+    flags.add_count_flag(parser, "--sampling_steps", "steps of the graph")
     parser.add_argument("--sampling_method", choices=FIXED_GRID, help="solver of the graph (default: euler)")
     parser.add_argument("--time_grid", choices=[*time_grids.GRIDS, "optimized"], help="times of the graph (default: uniform)")
     return parser.parse()
@@ -80,8 +80,8 @@ def main() -> None:
     moved = weights != args.weights and snap.codec is not None
     autoencoder = (snap.config.data.autoencoder or snap.codec["source"]) if moved and snap.codec else None
     places = exported.source_overrides(snap) if weights != args.weights else []
-    flags = [*exported.sample_flags(snap, autoencoder), *dict.fromkeys([*places, *([] if moved else args.overrides)])]
-    sample = commands.sample_command(weights, locate.name_of(weights), *flags)
+    words = [*exported.sample_flags(snap, autoencoder), *dict.fromkeys([*places, *([] if moved else args.overrides)])]
+    sample = commands.sample_command(weights, locate.name_of(weights), *words)
     print(cli.summary(", ".join(results), args.start, f"sample from it with: {sample}"))
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import datasets
 from configs import loading
 from configs.errors import UserError
-from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
 from flow.sampling.space import Space
@@ -25,9 +25,9 @@ AHEAD = 1000  # images a round
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_output_flag(parser, "--save_dir")
-    cli.add_count_flag(parser, "--size", "side in pixels (default: that of the data set)")
-    cli.add_count_flag(parser, "--n_images", "the first N (default: all)")
+    flags.add_output_flag(parser, "--save_dir")
+    flags.add_count_flag(parser, "--size", "side in pixels (default: that of the data set)")
+    flags.add_count_flag(parser, "--n_images", "the first N (default: all)")
     return parser.parse()
 
 

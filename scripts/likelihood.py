@@ -20,7 +20,7 @@ from flow.evaluation.intervals import mean_standard_error
 from flow.likelihood import bits_per_dimension, check_density_known, dequantize, log_likelihood
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import cli, commands, distributed
+from flow.runtime import cli, commands, distributed, flags
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from flow.sampling.generate import build_velocity, shard, to_solver_dtype
@@ -32,14 +32,14 @@ EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 -
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_weights_flag(parser)
-    cli.add_count_flag(parser, "--n_images", "the first of the data set", 100, least=2)
-    cli.add_count_flag(parser, "--hutchinson_samples", "random directions per image", 1)
+    flags.add_weights_flag(parser)
+    flags.add_count_flag(parser, "--n_images", "the first of the data set", 100, least=2)
+    flags.add_count_flag(parser, "--hutchinson_samples", "random directions per image", 1)
     parser.add_argument("--rtol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--atol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--test", action="store_true", help="images that were held out of the training")
-    cli.add_batch_size_flag(parser, 50)
-    cli.add_seed_flag(parser, 0, "dequantization and probes")
+    flags.add_batch_size_flag(parser, 50)
+    flags.add_seed_flag(parser, 0, "dequantization and probes")
     return parser.parse()
 
 

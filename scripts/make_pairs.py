@@ -28,7 +28,7 @@ from datasets.shards import MANIFEST, save_shard, verify_shard
 from flow.likelihood import invert
 from flow.model import FlowModel, Network
 from flow.noise import gaussian_noise, generator
-from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, snapshot, sources
@@ -45,20 +45,22 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_config_flag(parser)
-    cli.add_weights_flag(parser)
-    cli.add_count_flag(parser, "--n_pairs", "number of pairs", required=True)
-    cli.add_output_flag(parser, "--save_dir")
-    cli.add_method_flag(parser, DETERMINISTIC, "heun")
-    cli.add_count_flag(parser, "--sampling_steps", "steps of the solver", 50)
-    cli.add_guidance_flags(parser)
-    cli.add_labels_flag(parser)
-    parser.add_argument("--real_fraction", type=cli.fraction, default=0.0, help="share of pairs from real images (default: 0)")
-    cli.add_count_flag(parser, "--keep_states", "also store N states of each path, for loss.name=trajectory", least=1)
-    cli.add_seed_flag(parser, 0)
-    cli.add_batch_size_flag(parser)
-    cli.add_count_flag(parser, "--shard_pairs", "pairs per file", 1000)
-    cli.add_precision_flag(parser)
+    flags.add_config_flag(parser)
+    flags.add_weights_flag(parser)
+    flags.add_count_flag(parser, "--n_pairs", "number of pairs", required=True)
+    flags.add_output_flag(parser, "--save_dir")
+    flags.add_method_flag(parser, DETERMINISTIC, "heun")
+    flags.add_count_flag(parser, "--sampling_steps", "steps of the solver", 50)
+    flags.add_guidance_flags(parser)
+    flags.add_labels_flag(parser)
+    parser.add_argument(
+        "--real_fraction", type=flags.fraction, default=0.0, help="share of pairs from real images (default: 0)"
+    )
+    flags.add_count_flag(parser, "--keep_states", "also store N states of each path, for loss.name=trajectory", least=1)
+    flags.add_seed_flag(parser, 0)
+    flags.add_batch_size_flag(parser)
+    flags.add_count_flag(parser, "--shard_pairs", "pairs per file", 1000)
+    flags.add_precision_flag(parser)
     return parser.parse()
 
 
@@ -70,7 +72,7 @@ def main() -> None:
     guide_name = guide.attach(model, snap, args.guide_weights)
     snap.check_data()
     real, data = read_real_images(accelerator, snap, model)
-    labels = cli.labels_of(args.labels, snap.class_names)
+    labels = flags.labels_of(args.labels, snap.class_names)
     classes, prompts = conditions_of(labels, data, model.net)
     settings = SamplerSettings(
         args.sampling_method, args.sampling_steps, args.guidance_scale, seed=args.seed, labels=classes, prompts=prompts,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from configs.errors import UserError
 from flow import solvers
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, lock
+from flow.runtime import cli, commands, distributed, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, hub, locate, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
@@ -31,15 +31,15 @@ PARTS = TO_FIT, TO_DECIDE = 0, 1  # of the images
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_weights_flag(parser)
-    cli.add_methods_flag(parser, FIXED_GRID, ["euler", "ab2", "unipc"])
-    parser.add_argument("--steps", nargs="+", type=cli.at_least(2), default=[4, 5, 6, 8, 10], help="(default: 4 5 6 8 10)")
-    cli.add_guidance_flag(parser)
-    cli.add_prompts_flag(parser)
-    cli.add_count_flag(parser, "--n_images", "images to fit on, and as many to decide on", 32, least=2)
-    cli.add_count_flag(parser, "--reference_steps", "steps of the fine trajectories", 64, least=16)
-    cli.add_count_flag(parser, "--evaluations", "evaluations of the error in a descent", 100)
-    cli.add_seed_flag(parser, 1)
+    flags.add_weights_flag(parser)
+    flags.add_methods_flag(parser, FIXED_GRID, ["euler", "ab2", "unipc"])
+    parser.add_argument("--steps", nargs="+", type=flags.at_least(2), default=[4, 5, 6, 8, 10], help="(default: 4 5 6 8 10)")
+    flags.add_guidance_flag(parser)
+    flags.add_prompts_flag(parser)
+    flags.add_count_flag(parser, "--n_images", "images to fit on, and as many to decide on", 32, least=2)
+    flags.add_count_flag(parser, "--reference_steps", "steps of the fine trajectories", 64, least=16)
+    flags.add_count_flag(parser, "--evaluations", "evaluations of the error in a descent", 100)
+    flags.add_seed_flag(parser, 1)
     return parser.parse()
 
 
@@ -154,9 +154,9 @@ def next_step(args, snap: snapshot.Snapshot, saved: list[tuple[str, int]]) -> st
         longer = ["--evaluations", str(4 * args.evaluations)]
         return f"search longer with: {commands.command('-m', 'scripts.optimize_grid', *sys.argv[1:], *longer)}"
     method, n = saved[-1]
-    flags = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
-    flags += commands.condition_flags(args.guidance_scale, args.prompts) + args.overrides
-    return f"use one with: {commands.sample_command(snap.path, f'{locate.name_of(args.weights)}_optimized', *flags)}"
+    words = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
+    words += commands.condition_flags(args.guidance_scale, args.prompts) + args.overrides
+    return f"use one with: {commands.sample_command(snap.path, f'{locate.name_of(args.weights)}_optimized', *words)}"
 
 
 def rms(x: Tensor) -> float:

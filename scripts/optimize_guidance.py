@@ -16,7 +16,7 @@ from configs.errors import UserError
 from datasets import captions
 from flow.evaluation import plots, table
 from flow.evaluation.snapshots import columns_of
-from flow.runtime import cli, commands, distributed, lock, subprocesses
+from flow.runtime import cli, commands, distributed, flags, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, locate, snapshot
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
@@ -50,27 +50,27 @@ class Guidance(NamedTuple):
     def flags(self) -> list[str]:
         """Of sample.py."""
         interval = [f"{t:g}" for t in self.interval]
-        flags = ["--guidance_interval", *interval] if self.interval != ALL_TIMES else []
-        return [*commands.condition_flags(self.scale), *flags, *(["--guide_weights", self.guide] if self.guide else [])]
+        words = ["--guidance_interval", *interval] if self.interval != ALL_TIMES else []
+        return [*commands.condition_flags(self.scale), *words, *(["--guide_weights", self.guide] if self.guide else [])]
 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_weights_flag(parser)
-    cli.add_guidance_flag(parser, several=True)
+    flags.add_weights_flag(parser)
+    flags.add_guidance_flag(parser, several=True)
     parser.add_argument(
         "--intervals", nargs="+", type=interval, default=[ALL_TIMES], metavar="LO:HI", help="times t of it (default: 0:1)"
     )
     parser.add_argument("--guide_weights", nargs="+", default=[], metavar="PATH", help="guides of autoguidance, weaker models")
     parser.add_argument("--halving", action="store_true", help="leave the worse half behind, with each doubling of the images")
-    cli.add_method_flag(parser, SOLVERS, "heun")
-    cli.add_count_flag(parser, "--sampling_steps", "steps of the solver", 10)
-    cli.add_count_flag(parser, "--n_samples", "images per row", 5000, least=2)
-    cli.add_seed_flag(parser)
-    cli.add_extractor_flag(parser, "mnist")
-    cli.add_precision_flag(parser)
+    flags.add_method_flag(parser, SOLVERS, "heun")
+    flags.add_count_flag(parser, "--sampling_steps", "steps of the solver", 10)
+    flags.add_count_flag(parser, "--n_samples", "images per row", 5000, least=2)
+    flags.add_seed_flag(parser)
+    flags.add_extractor_flag(parser, "mnist")
+    flags.add_precision_flag(parser)
     parser.add_argument("--launcher", metavar="COMMAND", help="what starts evaluate.py (default: this Python)")
-    cli.add_output_flag(parser)
+    flags.add_output_flag(parser)
     return parser.parse()
 
 
@@ -85,7 +85,7 @@ def interval(text: str) -> tuple[float, float]:
     low, colon, high = text.partition(":")
     if not colon:
         raise argparse.ArgumentTypeError(f"{text!r}: must be LO:HI, two numbers from 0 to 1")
-    return cli.fraction(low), cli.fraction(high)
+    return flags.fraction(low), flags.fraction(high)
 
 
 def main() -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     best = left[0]
     reached = results[best]["metrics"][distance]
     value = f"{distance} {table.cell(distance, reached)}"
-    flags = [
+    words = [
         *best.flags,
         *commands.condition_flags(prompts=prompts and prompts[:8]),
         "--sampling_method",
@@ -127,7 +127,7 @@ def main() -> None:
         str(args.sampling_steps),
     ]
     result = f"best: guidance {best.scale:g}, {best.curve}: {value}; table and guidance.png in {args.out}"
-    sample = commands.sample_command(args.weights, "best_guidance", *flags, *args.overrides)
+    sample = commands.sample_command(args.weights, "best_guidance", *words, *args.overrides)
     print(cli.summary(result, args.start, f"sample with it: {sample}"))
 
 

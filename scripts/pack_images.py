@@ -26,7 +26,7 @@ from datasets.folder import EncodedImages, Folder, UnreadableImage
 from datasets.packed import PATTERN
 from datasets.parquet import NO_LABELS, Parquet, select_files
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
-from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 
@@ -56,8 +56,10 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     names = "|".join(BUILT_IN)
     parser.add_argument("--source", required=True, metavar="FOLDER|FILE|hf:OWNER/NAME|NAME", help=f"the images; NAME: {names}")
-    cli.add_output_flag(parser, "--save_dir")
-    cli.add_count_flag(parser, "--size", "side of the central square in pixels (default: images as they are, all of one size)")
+    flags.add_output_flag(parser, "--save_dir")
+    flags.add_count_flag(
+        parser, "--size", "side of the central square in pixels (default: images as they are, all of one size)"
+    )
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: grey, 3: RGB (default: 3)")
     parser.add_argument("--split", metavar="NAME", help="of Parquet files and data sets (default: train, or the only one)")
     parser.add_argument("--files", metavar="PATTERN", help="of the paths of Parquet files, where there are several data sets")
@@ -65,7 +67,7 @@ def parse_args():
     parser.add_argument("--image_column", metavar="NAME", help="of Parquet files (default: the only one with images)")
     parser.add_argument("--label_column", metavar="NAME", help=f"of Parquet files (default: found); {NO_LABELS}: no labels")
     parser.add_argument("--skip_damaged", action="store_true", help="leave out images that cannot be decoded, and count them")
-    cli.add_count_flag(parser, "--shard_images", "images per file (default: 16 to 512 MiB of pixels)")
+    flags.add_count_flag(parser, "--shard_images", "images per file (default: 16 to 512 MiB of pixels)")
     return parser.parse()
 
 

@@ -16,7 +16,7 @@ from configs.schema import LossConfig
 from configs.vae import VaeConfig
 from flow import losses
 from flow.evaluation import plots
-from flow.runtime import cli, commands, jsonl
+from flow.runtime import cli, commands, flags, jsonl
 from flow.runtime.errors import cli_main
 from flow.training.logging import read_metrics
 
@@ -31,8 +31,8 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--runs", nargs="+", type=Path, required=True, metavar="DIR", help="run folders")
     parser.add_argument("--against", choices=("step", "images"), default="step", help="horizontal axis (default: step)")
-    cli.add_count_flag(parser, "--smooth", "mean over N rows", 1)
-    cli.add_output_flag(parser, use="picture to write", metavar="PNG")
+    flags.add_count_flag(parser, "--smooth", "mean over N rows", 1)
+    flags.add_output_flag(parser, use="picture to write", metavar="PNG")
     return parser.parse(takes_keys=False)
 
 

@@ -7,7 +7,7 @@ snapshot, RUN/posthoc_ema/width_0.020_step_00004000.safetensors, that every scri
 
 from pathlib import Path
 
-from flow.runtime import cli, commands, distributed
+from flow.runtime import cli, commands, distributed, flags
 from flow.runtime.errors import cli_main
 from flow.sampling import exported, posthoc_ema, snapshot
 
@@ -20,8 +20,8 @@ EXAMPLES = """\
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--weights", type=Path, required=True, metavar="RUN", help="run folder")
-    cli.add_widths_flag(parser, "--width", "relative standard deviations, each a snapshot", required=True)
-    cli.add_count_flag(parser, "--step", "training step whose averages were stored; without it the last")
+    flags.add_widths_flag(parser, "--width", "relative standard deviations, each a snapshot", required=True)
+    flags.add_count_flag(parser, "--step", "training step whose averages were stored; without it the last")
     return parser.parse()
 
 
@@ -30,8 +30,8 @@ def main() -> None:
     accelerator = distributed.build_single_process_accelerator("posthoc_ema")
     paths = posthoc_ema.reconstruct(accelerator, args.weights, args.width, args.step)
     names = " ".join(path.name for path in paths)
-    flags = exported.sample_flags(snapshot.load(paths[0], None, args.overrides), None)
-    sample = commands.sample_command(paths[0], f"{args.weights.name}_{paths[0].stem}", *flags, *args.overrides)
+    words = exported.sample_flags(snapshot.load(paths[0], None, args.overrides), None)
+    sample = commands.sample_command(paths[0], f"{args.weights.name}_{paths[0].stem}", *words, *args.overrides)
     print(cli.summary(f"{names} in {paths[0].parent}", args.start, f"sample from the first with: {sample}"))
 
 

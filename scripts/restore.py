@@ -38,7 +38,7 @@ from flow.restoration import (
     random_masks,
     restore,
 )  # fmt: skip
-from flow.runtime import cli, commands, distributed, files, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images, snapshot
@@ -59,31 +59,33 @@ SHOWN = 10  # images of restore.png
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_weights_flag(parser)
+    flags.add_weights_flag(parser)
     parser.add_argument("--task", choices=TASKS, required=True, help="what was done to the images")
-    cli.add_output_flag(parser, "--save_dir")
-    cli.add_count_flag(parser, "--n_images", "the first of the data set or folder", 100)
+    flags.add_output_flag(parser, "--save_dir")
+    flags.add_count_flag(parser, "--n_images", "the first of the data set or folder", 100)
     parser.add_argument("--images", type=Path, metavar="DIR", help="images to degrade (default: held out of the training)")
-    parser.add_argument("--noise", type=cli.nonnegative, default=0.05, metavar="STD", help="of the degraded images, whose "
+    parser.add_argument("--noise", type=flags.nonnegative, default=0.05, metavar="STD", help="of the degraded images, whose "
                         "pixels are in [-1, 1] (default: 0.05)")  # fmt: skip
     missing = parser.add_mutually_exclusive_group()
     missing.add_argument("--mask", type=Path, metavar="PNG", help="inpaint: white pixels are missing")
-    missing.add_argument("--mask_box", type=cli.at_least(1), metavar="SIZE", help="inpaint: side of a centered square")
+    missing.add_argument("--mask_box", type=flags.at_least(1), metavar="SIZE", help="inpaint: side of a centered square")
     missing.add_argument(
-        "--mask_fraction", type=cli.fraction, metavar="X", help="inpaint: share of random pixels (default: 0.7)"
+        "--mask_fraction", type=flags.fraction, metavar="X", help="inpaint: share of random pixels (default: 0.7)"
     )
-    parser.add_argument("--factor", type=cli.at_least(2), metavar="N", help="super_resolution (default: 4)")
-    parser.add_argument("--blur", type=cli.positive, metavar="SIGMA", help="deblur: of the Gaussian, in pixels (default: 2)")
-    cli.add_count_flag(parser, "--steps", "of t, from 0 to 1", 100)
-    cli.add_count_flag(parser, "--draws", "of noise in each step, in pairs of opposite signs", 2)
-    parser.add_argument("--step_size", type=cli.positive, metavar="X", help="of gradient steps at most, below 2 (default: 1.9)")
-    cli.add_count_flag(parser, "--data_steps", "gradient steps at each time (default: 16 for deblur, else 1)")
-    cli.add_batch_size_flag(parser)
-    cli.add_seed_flag(parser, use="noise and random masks")
-    cli.add_labels_flag(parser, "none, the velocity without labels")
-    cli.add_prompts_flag(parser)
-    cli.add_guidance_flag(parser)
-    cli.add_precision_flag(parser)
+    parser.add_argument("--factor", type=flags.at_least(2), metavar="N", help="super_resolution (default: 4)")
+    parser.add_argument("--blur", type=flags.positive, metavar="SIGMA", help="deblur: of the Gaussian, in pixels (default: 2)")
+    flags.add_count_flag(parser, "--steps", "of t, from 0 to 1", 100)
+    flags.add_count_flag(parser, "--draws", "of noise in each step, in pairs of opposite signs", 2)
+    parser.add_argument(
+        "--step_size", type=flags.positive, metavar="X", help="of gradient steps at most, below 2 (default: 1.9)"
+    )
+    flags.add_count_flag(parser, "--data_steps", "gradient steps at each time (default: 16 for deblur, else 1)")
+    flags.add_batch_size_flag(parser)
+    flags.add_seed_flag(parser, use="noise and random masks")
+    flags.add_labels_flag(parser, "none, the velocity without labels")
+    flags.add_prompts_flag(parser)
+    flags.add_guidance_flag(parser)
+    flags.add_precision_flag(parser)
     return parser.parse()
 
 
@@ -99,7 +101,7 @@ def main() -> None:
         raise UserError(
             f"--weights: flow.source.name={model.source.name}: only flows that start at Gaussian noise restore images"
         )
-    labels = cli.labels_of(args.labels, snap.class_names)
+    labels = flags.labels_of(args.labels, snap.class_names)
     prompts = tuple(args.prompts) if args.prompts else None
     conditions = SamplerSettings("euler", 1, args.guidance_scale, seed=args.seed, labels=labels, prompts=prompts)
     with error_context("restore"):

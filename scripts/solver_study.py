@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from configs.errors import UserError
 from flow import solvers
 from flow.evaluation import plots, table
-from flow.runtime import cli, commands, distributed, files, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, flags, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, hub, locate, snapshot
 from flow.sampling.generate import build_velocity, to_solver_dtype
@@ -33,25 +33,25 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_weights_flag(parser)
+    flags.add_weights_flag(parser)
     methods = [m for m in FIXED_GRID if m not in ("ddim", "heun2")]  # which are euler and heun
-    cli.add_methods_flag(parser, FIXED_GRID, methods)
+    flags.add_methods_flag(parser, FIXED_GRID, methods)
     parser.add_argument(
         "--grids", nargs="+", choices=[*time_grids.GRIDS, "optimized"], default=["uniform"], help="(default: uniform)"
     )
-    cli.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)
-    cli.add_guidance_flag(parser)
-    cli.add_prompts_flag(parser)
-    cli.add_count_flag(parser, "--n_images", "number of images", 32)
-    cli.add_seed_flag(parser)
+    flags.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)
+    flags.add_guidance_flag(parser)
+    flags.add_prompts_flag(parser)
+    flags.add_count_flag(parser, "--n_images", "number of images", 32)
+    flags.add_seed_flag(parser)
     parser.add_argument(
-        "--t_end", type=cli.fraction, default=1.0, metavar="T", help="stop there: near the data the order hides (default: 1)"
+        "--t_end", type=flags.fraction, default=1.0, metavar="T", help="stop there: near the data the order hides (default: 1)"
     )
     parser.add_argument("--float64", action="store_true", help="the network in float64, to see small distances")
-    cli.add_count_flag(parser, "--num_fid_images", "Frechet distance of N images (default: none)", least=2)
-    cli.add_extractor_flag(parser, "mnist")
-    cli.add_precision_flag(parser, "--num_fid_images")
-    cli.add_output_flag(parser)
+    flags.add_count_flag(parser, "--num_fid_images", "Frechet distance of N images (default: none)", least=2)
+    flags.add_extractor_flag(parser, "mnist")
+    flags.add_precision_flag(parser, "--num_fid_images")
+    flags.add_output_flag(parser)
     return parser.parse()
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         )
         for method in args.methods
         for name in args.grids
-        for n in cli.num_steps(args, method, args.t_end)
+        for n in flags.num_steps(args, method, args.t_end)
     ]  # fmt: skip
     accelerator = distributed.build_single_process_accelerator("solver_study")
     notes = [grid_store.scale_note(snap, s.method, s.steps, args.guidance_scale) for s in plan if s.times]

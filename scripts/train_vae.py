@@ -5,7 +5,7 @@ weights in the format of diffusers, for scripts.cache_latents and everything els
 """
 
 from configs.vae import VaeConfig
-from flow.runtime import cli
+from flow.runtime import cli, flags
 from flow.runtime.errors import cli_main
 from flow.training.autoencoder_task import AutoencoderTask, ExportAutoencoder
 from flow.training.run_dir import checkpoint_to_resume, locked_run
@@ -19,7 +19,7 @@ EXAMPLES = """\
 
 
 def parse_args():
-    return cli.parse_training(cli.add_resume_flag(cli.Parser(__doc__, EXAMPLES, kind=VaeConfig, keys="configs/vae.py")))
+    return flags.parse_training(flags.add_resume_flag(cli.Parser(__doc__, EXAMPLES, kind=VaeConfig, keys="configs/vae.py")))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch
 from configs import loading, schema
 from configs.errors import UserError
 from flow.evaluation import table
-from flow.runtime import cli, commands, files
+from flow.runtime import cli, commands, files, flags
 from flow.runtime.errors import cli_main
 from scripts.benchmark import quality
 from scripts.benchmark.trial import name_of, start_job
@@ -42,22 +42,22 @@ COMPUTE = ("forward", "backward", "graph", "network", "decoder", "features")  # 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_config_flag(parser, "of the training that is measured")
+    flags.add_config_flag(parser, "of the training that is measured")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["train", "sample"], help="(default: train sample)")
     parser.add_argument("--precisions", nargs="+", choices=schema.MIXED_PRECISIONS, default=["no", "bf16"])
     parser.add_argument("--against", choices=("eager",), help="also the loop that a user would write, in fp32")
-    cli.add_count_flag(parser, "--steps", "training steps per round", 10)
-    cli.add_count_flag(parser, "--warmup", "steps or batches that do not count", 2)
-    cli.add_count_flag(parser, "--rounds", "turns of each job", 3)
-    cli.add_count_flag(parser, "--sampling_batch", "images per batch of sample", 32)
-    cli.add_count_flag(parser, "--sampling_batches", "batches per round", 3)
-    cli.add_count_flag(parser, "--sampling_steps", "Euler steps", 5)
-    cli.add_count_flag(parser, "--n_samples", "images of evaluate", 500, least=4)
-    cli.add_extractor_flag(parser, "mnist")
-    parser.add_argument("--processes", nargs="+", type=cli.at_least(1), default=[1, 2], help="of scaling (default: 1 2)")
+    flags.add_count_flag(parser, "--steps", "training steps per round", 10)
+    flags.add_count_flag(parser, "--warmup", "steps or batches that do not count", 2)
+    flags.add_count_flag(parser, "--rounds", "turns of each job", 3)
+    flags.add_count_flag(parser, "--sampling_batch", "images per batch of sample", 32)
+    flags.add_count_flag(parser, "--sampling_batches", "batches per round", 3)
+    flags.add_count_flag(parser, "--sampling_steps", "Euler steps", 5)
+    flags.add_count_flag(parser, "--n_samples", "images of evaluate", 500, least=4)
+    flags.add_extractor_flag(parser, "mnist")
+    parser.add_argument("--processes", nargs="+", type=flags.at_least(1), default=[1, 2], help="of scaling (default: 1 2)")
     parser.add_argument("--vary", nargs="+", metavar=("KEY", "VALUE"), default=[], help="all of it for each value of a key")
-    cli.add_compile_flag(parser)
-    cli.add_output_flag(parser, use="output folder (default: only printed)", required=False)
+    flags.add_compile_flag(parser)
+    flags.add_output_flag(parser, use="output folder (default: only printed)", required=False)
     args = parser.parse()
     if len(args.vary) == 1:
         raise UserError(f"--vary {args.vary[0]}: give a key and its values")

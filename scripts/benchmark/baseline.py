@@ -22,7 +22,7 @@ import models
 from configs import loading, schema
 from configs.errors import UserError
 from configs.schema import Config
-from flow.runtime import cli, commands, distributed
+from flow.runtime import cli, commands, distributed, flags
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 
@@ -31,9 +31,9 @@ EXAMPLES = "  python -m scripts.benchmark.baseline -c configs/cifar10_fast.yaml 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_config_flag(parser, "its data, network, batch size and learning rate", required=True)
-    parser.add_argument("--minutes", type=cli.positive, required=True, help="of training")
-    cli.add_output_flag(parser, use="the new .safetensors file", metavar="FILE")
+    flags.add_config_flag(parser, "its data, network, batch size and learning rate", required=True)
+    parser.add_argument("--minutes", type=flags.positive, required=True, help="of training")
+    flags.add_output_flag(parser, use="the new .safetensors file", metavar="FILE")
     return parser.parse()
 
 

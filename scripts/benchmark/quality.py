@@ -29,7 +29,7 @@ from flow.evaluation import intervals, plots, reference, runner, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.evaluation.real_images import load_real_images
-from flow.runtime import cli, commands, files, lock, step_names
+from flow.runtime import cli, commands, files, flags, lock, step_names
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command
@@ -63,22 +63,24 @@ def parse_args(argv: list[str] | None = None):
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--configs", nargs="+", required=True, metavar="RECIPE", help='a YAML, or "YAML key=value ..."')
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--minutes", type=cli.positive, help="of training steps, for each run")
-    budget.add_argument("--images", type=cli.at_least(1), help="that each run sees")
-    parser.add_argument("--jobs", type=cli.at_least(1), default=1, help="runs at the same time, with --images (default: 1)")
-    parser.add_argument("--seeds", type=cli.at_least(1), default=3, help="runs of each recipe, seeds 0, 1, ... (default: 3)")
-    parser.add_argument("--curve", type=cli.at_least(1), default=4, help="points of the distance in training (default: 4)")
-    parser.add_argument("--trial_rounds", type=cli.at_least(1), default=3, help="turns of the trial (default: 3)")
-    cli.add_methods_flag(parser, SOLVERS, ["euler"])
-    parser.add_argument("--sampling_steps", nargs="+", type=cli.at_least(1), default=[20], help="of the solvers (default: 20)")
-    cli.add_guidance_flag(parser, several=True)
-    parser.add_argument("--n_samples", type=cli.at_least(2), default=5_000, help="images a row (default: 5000)")
+    budget.add_argument("--minutes", type=flags.positive, help="of training steps, for each run")
+    budget.add_argument("--images", type=flags.at_least(1), help="that each run sees")
+    parser.add_argument("--jobs", type=flags.at_least(1), default=1, help="runs at the same time, with --images (default: 1)")
+    parser.add_argument("--seeds", type=flags.at_least(1), default=3, help="runs of each recipe, seeds 0, 1, ... (default: 3)")
+    parser.add_argument("--curve", type=flags.at_least(1), default=4, help="points of the distance in training (default: 4)")
+    parser.add_argument("--trial_rounds", type=flags.at_least(1), default=3, help="turns of the trial (default: 3)")
+    flags.add_methods_flag(parser, SOLVERS, ["euler"])
+    parser.add_argument(
+        "--sampling_steps", nargs="+", type=flags.at_least(1), default=[20], help="of the solvers (default: 20)"
+    )
+    flags.add_guidance_flag(parser, several=True)
+    parser.add_argument("--n_samples", type=flags.at_least(2), default=5_000, help="images a row (default: 5000)")
     parser.add_argument("--feature_extractor", choices=FEATURE_EXTRACTORS_REGISTRY, default="mnist", help="(default: mnist)")
     parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
     parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
     parser.add_argument("--reference", metavar="DIR|NPZ|NAME", help="real images (default: the training set)")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["fid", "prc", "accuracy"])
-    cli.add_output_flag(parser)
+    flags.add_output_flag(parser)
     args = parser.parse(argv)
     if "fid" not in args.metrics:
         raise UserError(f"--metrics {' '.join(args.metrics)}: needs fid, by which recipes are compared")
@@ -201,8 +203,8 @@ def budget(args) -> str:
 
 def evaluation_flags(args) -> dict[str, str | None]:
     """What all distances of a race are measured with, by flag."""
-    flags = ("feature_extractor", "feature_layer", "feature_weights", "reference")
-    return {flag: None if getattr(args, flag) is None else str(getattr(args, flag)) for flag in flags}
+    names = ("feature_extractor", "feature_layer", "feature_weights", "reference")
+    return {flag: None if getattr(args, flag) is None else str(getattr(args, flag)) for flag in names}
 
 
 def has_rows(out: Path) -> bool:

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from configs.errors import UserError
-from flow.runtime import cli, commands, files
+from flow.runtime import cli, commands, files, flags
 from flow.runtime.errors import cli_main
 from flow.runtime.files import TEMPORARY
 from flow.training.logging import read_metrics
@@ -107,10 +107,10 @@ JOBS = {
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    cli.add_count_flag(parser, "--kills", "number of kills", 100)
+    flags.add_count_flag(parser, "--kills", "number of kills", 100)
     parser.add_argument("--script", choices=JOBS, default="train", help="script to kill (default: train)")
-    cli.add_seed_flag(parser, 0, "moments")
-    cli.add_output_flag(parser, use="folder that keeps everything (default: a temporary one)", required=False)
+    flags.add_seed_flag(parser, 0, "moments")
+    flags.add_output_flag(parser, use="folder that keeps everything (default: a temporary one)", required=False)
     return parser.parse()
 
 

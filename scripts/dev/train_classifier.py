@@ -14,7 +14,7 @@ from tqdm import trange
 import datasets
 from flow.evaluation import classifiers
 from flow.evaluation.classifiers import SIDES, weights_file
-from flow.runtime import cli, commands
+from flow.runtime import cli, commands, flags
 from flow.runtime.errors import cli_main
 from flow.training.muon import MuonWithAdamW
 
@@ -28,8 +28,8 @@ def main() -> None:
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument("--name", choices=tuple(SIDES), required=True)
     epochs_text = ", ".join(f"{count} for {name}" for name, count in EPOCHS.items())
-    cli.add_count_flag(parser, "--epochs", f"passes over the data (default: {epochs_text})")
-    cli.add_seed_flag(parser, 0, "weights and order")
+    flags.add_count_flag(parser, "--epochs", f"passes over the data (default: {epochs_text})")
+    flags.add_seed_flag(parser, 0, "weights and order")
     args = parser.parse(takes_keys=False)
     epochs = args.epochs or EPOCHS[args.name]
     train_x, train_y, test_x, test_y = split(args.name, args.seed)

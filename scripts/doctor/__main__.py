@@ -11,7 +11,7 @@ from pathlib import Path
 
 from configs import loading
 from configs.errors import UserError
-from flow.runtime import cli, commands, distributed
+from flow.runtime import cli, commands, distributed, flags
 from flow.runtime.errors import cli_main
 from flow.training.trackers import TRACKERS
 from scripts.doctor import configuration, machine
@@ -24,7 +24,7 @@ EXAMPLES = """\
 
 
 def parse_args():
-    return cli.parse_training(cli.Parser(__doc__, EXAMPLES))
+    return flags.parse_training(cli.Parser(__doc__, EXAMPLES))
 
 
 def main() -> None:

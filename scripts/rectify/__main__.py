@@ -17,7 +17,7 @@ from pathlib import Path
 from configs import loading
 from configs.errors import UserError
 from configs.rectify import RectifyConfig, RouteConfig
-from flow.runtime import cli, commands, files, lock
+from flow.runtime import cli, commands, files, flags, lock
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.subprocesses import run_command
@@ -34,7 +34,7 @@ TRIAL_ROUNDS = 3
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES, kind=RectifyConfig, keys="configs/rectify.py")
-    cli.add_config_flag(parser, "e.g. configs/mnist_rectify.yaml", required=True)
+    flags.add_config_flag(parser, "e.g. configs/mnist_rectify.yaml", required=True)
     parser.add_argument("--launcher", metavar="COMMAND", help="what starts each script (default: this Python)")
     return parser.parse()
 
@@ -71,8 +71,8 @@ class Rectify:
         best = compare(self.cfg, self.folder, self.rows, {row.network: self.route_cost(row.route) for row in self.rows})
         result = f"comparison.md and comparison.png in {self.folder}"
         steps = min(self.cfg.nfe)
-        flags = ["--sampling_method", best.method, "--sampling_steps", str(steps), *commands.condition_flags(best.scale)]
-        sample = commands.sample_command(self.folder / best.network, f"{self.folder.name}_{best.network}", *flags)
+        words = ["--sampling_method", best.method, "--sampling_steps", str(steps), *commands.condition_flags(best.scale)]
+        sample = commands.sample_command(self.folder / best.network, f"{self.folder.name}_{best.network}", *words)
         print(cli.summary(result, self.start, f"{best.title} is best at NFE {steps}; sample with: {sample}"))
 
     def announce(self, title: str) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from configs.errors import UserError
-from flow.runtime import cli, lock
+from flow.runtime import cli, flags, lock
 from flow.runtime.errors import cli_main
 from scripts.report import page
 from scripts.report.runs import MARKS, Run, find_runs, names_of, read_run
@@ -30,7 +30,7 @@ def parse_args():
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="run folders, or folders of runs")
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="output folder (default: report)")
     parser.add_argument(
-        "--watch", nargs="?", type=cli.at_least(1), const=WATCH_SECONDS, metavar="SECONDS",
+        "--watch", nargs="?", type=flags.at_least(1), const=WATCH_SECONDS, metavar="SECONDS",
         help=f"build it again every so many seconds (default: {WATCH_SECONDS}) until Ctrl-C",
     )  # fmt: skip
     parser.add_argument("--linked", action="store_true", help="figures as files beside the page, all of them")
