@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import StepEmbedding, attention, check_counts, check_time_frequency, sinusoidal_embedding, zero_init
+from models.conditioning import Conditioning
+from models.layers import attention, check_counts, zero_init
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
@@ -46,19 +47,15 @@ class DiT(nn.Module):
         two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
         """
         super().__init__()
-        check_time_frequency(time_frequency)
         if size not in SIZES:
             raise ValueError(f"size={size!r}: must be one of {', '.join(SIZES)}")
         width, depth, heads = (p if g is None else g for g, p in zip((width, depth, heads), SIZES[size], strict=True))
         _check(image_shape, width, depth, heads, patch, positions, dropout, num_classes, cross_attention)
-        self.num_classes, self.null, self.patch, self.width = num_classes, num_classes, patch, width
-        self.time_frequency = time_frequency
+        self.num_classes, self.null, self.patch = num_classes, num_classes, patch
         channels = image_shape[0] * patch**2
         self.embed = nn.Linear(channels, width)
-        self.time_mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.two_times = two_times
-        self.step_embedding = StepEmbedding(width, width, time_frequency) if two_times else None
-        self.label_embedding = nn.Embedding(num_classes + 1, width) if num_classes is not None else None
+        self.conditioning = Conditioning(width, num_classes, two_times, time_frequency, features=width)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, dropout, cross_attention, qk_norm) for _ in range(depth))
         self.cross_attention = cross_attention
         self.modulation = zero_init(nn.Linear(width, 2 * width))
@@ -70,17 +67,10 @@ class DiT(nn.Module):
         self.register_buffer("position_features", None if rope else features(angles(rows, columns, width)), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
-        emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, width]
-        if self.step_embedding is not None:
-            emb = emb + self.step_embedding(t, t_next)
-        context = None
-        if self.label_embedding is not None:
-            if y is None:
-                raise ValueError("this network is class-conditional: it needs labels y [B]")
-            label = self.label_embedding(y)
-            context = torch.stack([label, emb], dim=1) if self.cross_attention else None  # [B, 2, width]
-            emb = emb + label
-        emb = F.silu(emb)
+        time, label = self.conditioning.parts(t, y, t_next)  # [B, width]
+        attends = self.cross_attention and label is not None
+        context = torch.stack([label, time], dim=1) if attends else None  # [B, 2, width]
+        emb = F.silu(time if label is None else time + label)
         h = self.embed(F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2))  # [B, tokens, width]
         if self.position_features is not None:
             h = h + self.position_features

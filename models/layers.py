@@ -1,6 +1,4 @@
-"""Pieces that networks are made of: residual blocks, attention, the embedding of time."""
-
-import math
+"""Pieces that networks are made of: residual blocks, attention, dropout."""
 
 import torch
 import torch.nn.functional as F
@@ -132,42 +130,6 @@ class Dropout(nn.Module):
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         mask = bits.view(torch.int16)[: x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
         return x * mask.to(x.dtype).div_(1 - self.p)
-
-
-def sinusoidal_embedding(t: Tensor, dim: int, fastest: float, slowest: float = 0.1) -> Tensor:
-    """Features [B, dim] of t [B] in [0, 1]: cosines and sines of t times geometric frequencies, from `fastest` down towards
-    `slowest` radians.
-
-    The positions of Vaswani et al. 2017 (arXiv:1706.03762, section 3.5); DDPM's, for 1000 timesteps, are fastest = 1000.
-    A flow is only as smooth in time as these features: solvers reach their order on steps well below 1 / fastest.
-    """
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(fastest / slowest) / half))
-    angles = fastest * t[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-class StepEmbedding(nn.Module):
-    """The length of a step, t_next - t [B], as an embedding [B, width]; zero at the start of training.
-
-    It is in the graph of every pass, with t_next = None too (a step of length 0), so that DDP always finds its gradient.
-    """
-
-    def __init__(self, features: int, width: int, max_frequency: float):
-        super().__init__()
-        self.features, self.max_frequency = features, max_frequency
-        self.linear = zero_init(nn.Linear(features, width))
-
-    def forward(self, t: Tensor, t_next: Tensor | None) -> Tensor:
-        length = torch.zeros_like(t) if t_next is None else t_next - t
-        return self.linear(sinusoidal_embedding(length, self.features, self.max_frequency))
-
-
-def check_time_frequency(value: float, slowest: float = 0.1) -> None:
-    if not isinstance(slowest, int | float) or not 0 < slowest < math.inf:
-        raise ValueError(f"min_time_frequency={slowest!r}: must be a finite number above 0, in radians")
-    if not isinstance(value, int | float) or not slowest < value < math.inf:
-        raise ValueError(f"time_frequency={value!r}: must be a number above {slowest:g}, in radians")
 
 
 def check_counts(**counts: int | None) -> None:

@@ -6,14 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import text_encoder
+from models.conditioning import Conditioning
 from models.layers import (
     Block,
     CrossAttention,
-    StepEmbedding,
     check_counts,
-    check_time_frequency,
     group_norm,
-    sinusoidal_embedding,
     zero_init,
 )
 from models.text_encoder import TextEncoder
@@ -44,16 +42,12 @@ class MiniUNet(nn.Module):
         dropout: share of the features that each block sets to 0 in training.
         """
         super().__init__()
-        check_time_frequency(time_frequency)
         _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, max_prompt_bytes, dropout)
-        self.num_classes, self.max_prompt_bytes, self.patch, self.width = num_classes, max_prompt_bytes, patch, width
-        self.time_frequency = time_frequency
+        self.num_classes, self.max_prompt_bytes, self.patch = num_classes, max_prompt_bytes, patch
         self.null = text_encoder.PADDING if max_prompt_bytes else num_classes
         channels, emb, deep = image_shape[0] * patch**2, 4 * width, 2 * width
-        self.time_mlp = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.two_times = two_times
-        self.step_embedding = StepEmbedding(width, emb, time_frequency) if two_times else None
-        self.label_embedding = nn.Embedding(num_classes + 1, emb) if num_classes else None
+        self.conditioning = Conditioning(emb, num_classes, two_times, time_frequency, features=width)
         if max_prompt_bytes:
             self.text_encoder = TextEncoder(max_prompt_bytes, deep)
             self.text_summary = nn.Linear(deep, emb)
@@ -72,14 +66,10 @@ class MiniUNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
-        if y is None and (self.num_classes or self.max_prompt_bytes):
-            raise ValueError("this network is conditional: it needs labels [B] or tokens [B, max_prompt_bytes]")
-        emb = self.time_mlp(sinusoidal_embedding(t, self.width, self.time_frequency))  # [B, 4 width]
-        if self.step_embedding is not None:
-            emb = emb + self.step_embedding(t, t_next)
-        if self.label_embedding is not None:
-            emb = emb + self.label_embedding(y)
+        emb = self.conditioning(t, y, t_next)  # [B, 4 width]
         if self.max_prompt_bytes:
+            if y is None:
+                raise ValueError("this network reads prompts: it needs tokens y [B, max_prompt_bytes]")
             states, mask = self.text_encoder(y)
             emb = emb + self.text_summary(states[:, 0])
         emb = F.silu(emb)

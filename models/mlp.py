@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import StepEmbedding, check_counts, check_time_frequency, sinusoidal_embedding, zero_init
+from models.conditioning import Conditioning
+from models.layers import check_counts, zero_init
 
 TIME_FEATURES = 32
 
@@ -38,31 +39,23 @@ class MLP(nn.Module):
         two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
         """
         super().__init__()
-        check_time_frequency(time_frequency)
         check_counts(width=width, depth=depth, num_classes=num_classes)
         if not isinstance(num_frequencies, int) or not 0 <= num_frequencies <= 20:
             raise ValueError(f"num_frequencies={num_frequencies!r}: must be a whole number from 0 to 20")
         self.num_classes, self.null = num_classes, num_classes
-        self.num_frequencies, self.time_frequency = num_frequencies, time_frequency
+        self.num_frequencies = num_frequencies
         size = math.prod(image_shape)
         sizes = [(1 + 2 * num_frequencies) * size, *[width] * depth]
         self.layers = nn.ModuleList(nn.Linear(n_in, n_out) for n_in, n_out in pairwise(sizes))
         self.modulation = nn.Linear(TIME_FEATURES, 2 * width * depth)  # of all layers at once
-        self.label_embedding = nn.Embedding(num_classes + 1, TIME_FEATURES) if num_classes is not None else None
         self.two_times = two_times
-        self.step_embedding = StepEmbedding(TIME_FEATURES, TIME_FEATURES, time_frequency) if two_times else None
+        self.conditioning = Conditioning(TIME_FEATURES, num_classes, two_times, time_frequency)
         self.last = zero_init(nn.Linear(width, size))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         positions = x.flatten(1)
         fourier_features = [f(2**k * positions) for k in range(self.num_frequencies) for f in (torch.sin, torch.cos)]
-        condition = sinusoidal_embedding(t, TIME_FEATURES, self.time_frequency)
-        if self.step_embedding is not None:
-            condition = condition + self.step_embedding(t, t_next)
-        if self.label_embedding is not None:
-            if y is None:
-                raise ValueError("this network is class-conditional: it needs labels y [B]")
-            condition = condition + self.label_embedding(y)
+        condition = self.conditioning(t, y, t_next)
         h = torch.cat([positions, *fourier_features], dim=1)
         scales, shifts = self.modulation(condition).unflatten(1, (2, len(self.layers), -1)).unbind(1)  # [B, depth, width]
         for i, layer in enumerate(self.layers):

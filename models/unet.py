@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.conditioning import Conditioning
 from models.layers import (
     Block,
     ConvResampling,
-    StepEmbedding,
     check_counts,
-    check_time_frequency,
     group_norm,
-    sinusoidal_embedding,
     zero_init,
 )
 
@@ -58,7 +56,6 @@ class UNet(nn.Module):
         min_time_frequency: slowest feature of t in radians.
         """
         super().__init__()
-        check_time_frequency(time_frequency, min_time_frequency)
         _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dropout, patch, num_classes)
         channels = image_shape[0] * patch**2
         resolutions = [image_shape[1] // patch // 2**level for level in range(len(channel_mult))]
@@ -68,11 +65,8 @@ class UNet(nn.Module):
             raise ValueError(f"head_channels={head_channels}: must divide the {deepest} channels of the middle, with attention")
         self.num_classes, self.null, self.patch = num_classes, num_classes, patch
         embedding = 4 * width
-        self.width, self.time_frequency, self.min_time_frequency = width, time_frequency, min_time_frequency
-        self.time_mlp = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         self.two_times = two_times
-        self.step_embedding = StepEmbedding(width, embedding, time_frequency) if two_times else None
-        self.label_embedding = nn.Embedding(num_classes + 1, embedding) if num_classes is not None else None
+        self.conditioning = Conditioning(embedding, num_classes, two_times, time_frequency, min_time_frequency, features=width)
 
         def block(c_in: int, c_out: int, attention: bool) -> Block:
             heads = c_out // head_channels if attention else 0
@@ -107,15 +101,7 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(c, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
-        features = sinusoidal_embedding(t, self.width, self.time_frequency, self.min_time_frequency)
-        emb = self.time_mlp(features)  # [B, 4 width]
-        if self.step_embedding is not None:
-            emb = emb + self.step_embedding(t, t_next)
-        if self.label_embedding is not None:
-            if y is None:
-                raise ValueError("this network is class-conditional: it needs labels y [B]")
-            emb = emb + self.label_embedding(y)
-        emb = F.silu(emb)
+        emb = F.silu(self.conditioning(t, y, t_next))  # [B, 4 width]
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for block in self.down:

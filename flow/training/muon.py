@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flow.runtime.distributed import resolve_precision
 
 MIN_SIDE = 32  # inputs and outputs of a hidden layer
-CONDITIONING = {"time_mlp", "step_embedding", "modulation"}  # layers of the embedding of time, by their names in `models`
+CONDITIONING = {"conditioning", "modulation"}  # layers of the embedding of time and label, by their names in `models`
 OUTER = (".embed", ".unembed", ".conv_in", ".conv_out", ".layers.0", ".last")  # ends of names of those that touch pixels
 
 

@@ -6,8 +6,9 @@ from torch import nn
 
 import models
 from configs import loading
+from models.conditioning import sinusoidal_embedding
 from models.dit import angles, rotate
-from models.layers import Attention, sinusoidal_embedding
+from models.layers import Attention
 
 SMALL = {"width": 16, "channel_mult": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4], "head_channels": 16}
 
@@ -166,8 +167,8 @@ def test_the_gradient_reaches_every_parameter(args):
     net(torch.randn(3, 1, 16, 16), torch.rand(3), y).square().mean().backward()
     without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
-    if net.label_embedding is not None:
-        assert net.label_embedding.weight.grad.any(dim=1).all()
+    if net.conditioning.label_embedding is not None:
+        assert net.conditioning.label_embedding.weight.grad.any(dim=1).all()
 
 
 def test_dropout_acts_in_training_only():
@@ -210,7 +211,7 @@ def test_a_lower_time_frequency_is_smoother_in_time(name, args):
         roughness.append((v.diff(dim=0).diff(dim=0).square().mean() / v.square().mean()).item())
     assert roughness[1] < roughness[0] / 100
     with pytest.raises(ValueError, match="time_frequency=0"):
-        models.build(name, (1, 8, 8), {"time_frequency": 0})
+        models.build(name, (1, 8, 8), {**args, "time_frequency": 0})
 
 
 @pytest.mark.parametrize(

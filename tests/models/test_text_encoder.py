@@ -44,7 +44,7 @@ def test_network_reads_its_prompt(net):
     assert empty.isfinite().all() and not torch.allclose(empty[0], a, atol=1e-3)
     # the same words in another place are other words: positions are seen
     assert not torch.allclose(net(x[:1], t[:1], net.encode(["seven a"]))[0], a, atol=1e-4)
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(ValueError, match="this network reads prompts: it needs tokens"):
         net(x, t)
 
 

@@ -47,13 +47,13 @@ def test_second_time_changes_nothing_at_the_start(name):
     """Its embedding is zero; with t_next=None it still gets a gradient, which DDP waits for."""
     one, two = (models.build(name, (1, 8, 8), {**SMALL[name], "num_classes": 3, "two_times": flag}) for flag in (False, True))
     missing, unexpected = two.load_state_dict(one.state_dict(), strict=False)
-    assert not unexpected and missing and all(key.startswith("step_embedding.") for key in missing)
+    assert not unexpected and missing and all(key.startswith("conditioning.step_embedding.") for key in missing)
     x, t, y = inputs()
     assert torch.equal(one(x, t, y), two(x, t, y)) and torch.equal(one(x, t, y), two(x, t, y, t + 0.3))
     for p in two.parameters():
         torch.nn.init.normal_(p, std=0.1)
     two(x, t, y).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in two.step_embedding.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in two.conditioning.step_embedding.parameters())
     assert not torch.allclose(two(x, t, y), two(x, t, y, t + 0.3))
     assert torch.allclose(two(x, t, y), two(x, t, y, t))
 
@@ -88,7 +88,7 @@ def test_flow_weights_start_a_flow_map(here, tmp_path, tiny_run):
     start = [f"train.init_from={tiny_run}", "model.args.two_times=true", "train.steps=1", "optimizer.lr=1e-12"]
     here("train", *TINY_TRAIN, *start, "-e", tmp_path / "run")
     before, after = (load_file(locate.find(run)) for run in (tiny_run, tmp_path / "run"))
-    assert {key for key in after if key not in before} == {"step_embedding.linear.weight", "step_embedding.linear.bias"}
+    assert {key for key in after if key not in before} == {f"conditioning.step_embedding.linear.{part}" for part in ("weight", "bias")}
     assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
 
 
