@@ -10,8 +10,9 @@ accelerate imports these two names from whatever package is called `datasets`, a
 import inspect
 import os
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -83,65 +84,90 @@ def default_root() -> Path:
     return Path(os.environ.get("FLOW_DATA") or "data")
 
 
-def source_dataset(
-    name: str, root: str | Path | None, args: dict[str, Any], derived: Collection[str] = ("pairs", "latents")
-) -> dict[str, Any]:
-    """{"name": ..., "root": ..., "args": ...}: the real data behind a set of a kind that is `derived`: behind pairs what their
-    flow was trained on, behind latents the images; others are that themselves. Raises as `build` does for a set that is not
-    there.
-    """
-    if name not in derived:
-        return {"name": name, "root": root, "args": dict(args)}
-    source = _call(name, _SOURCES[name], root, args)
-    return source_dataset(source["name"], source["root"] or root, source["args"], derived)
-
-
 def has_test_split(name: str) -> bool:
     """Whether the data set comes in a part for training and one for tests."""
     return name in DATASETS and "train" in inspect.signature(DATASETS[name]).parameters
 
 
-def named_split(text: str) -> tuple[str, dict[str, Any]] | None:
-    """(name, arguments) of the data set that NAME, NAME:train, NAME:test or toys:SHAPE stands for; None where NAME is no data
-    set.
+@dataclass(frozen=True)
+class DataSpec:
+    """Which data set: the arguments of `build`."""
 
-    Raises ValueError for another split or shape and for a data set without splits.
-    """
-    name, colon, split = text.partition(":")
-    if name not in DATASETS:
+    name: str
+    root: str | Path | None
+    args: dict[str, Any]
+
+    @classmethod
+    def of(cls, data: Any) -> "DataSpec":
+        """That of the section `data` of a configuration."""
+        return cls(data.name, data.root, dict(data.args))
+
+    @classmethod
+    def of_folder(cls, path: str | Path, image_shape: tuple[int, ...]) -> "DataSpec":
+        """The images below a folder as images of this shape (C, H, W); square ones are cropped and resized."""
+        channels, height, width = image_shape
+        return cls("folder", None, {"path": str(path), "size": width if height == width else None, "channels": channels})
+
+    @classmethod
+    def parse(cls, text: str, root: str | Path | None) -> "DataSpec | None":
+        """The data set that NAME, NAME:train, NAME:test or toys:SHAPE stands for; None where NAME is no data set.
+
+        Raises ValueError for another split or shape and for a data set without splits.
+        """
+        name, colon, split = text.partition(":")
+        if name not in DATASETS:
+            return None
+        if name == "toys":
+            if split not in TOYS:
+                raise ValueError(f"{text}: must be toys:SHAPE, SHAPE one of {', '.join(TOYS)}")
+            return cls(name, root, {"name": split})
+        if not colon:
+            return cls(name, root, {})
+        if not has_test_split(name) or split not in ("train", "test"):
+            able = ", ".join(filter(has_test_split, DATASETS))
+            raise ValueError(f"{text}: must be NAME, NAME:train or NAME:test; data sets with these splits: {able}")
+        return cls(name, root, {"train": split == "train"})
+
+    def build(self) -> DataSet:
+        """The data set; raises what `build` raises."""
+        return build(self.name, self.root, self.args)
+
+    def behind(self, derived: Collection[str] = ("pairs", "latents")) -> "DataSpec":
+        """The real data behind a set of a kind that is `derived`: behind pairs what their flow was trained on, behind latents
+        the images; others are that themselves. Raises as `build` does for a set that is not there.
+        """
+        if self.name not in derived:
+            return self
+        source = _call(self.name, _SOURCES[self.name], self.root, self.args)
+        return DataSpec(source["name"], source["root"] or self.root, source["args"]).behind(derived)
+
+    def held_out(self) -> "HeldOut | None":
+        """Real data that are not in these: the other split, the folder `held_out` of packed images, or for toys points of
+        another seed. None where there are none.
+
+        Raises ValueError for a seed that is no number, as in the header of a stranger's snapshot.
+        """
+        name, args = self.name, self.args
+        if name == "digits" and (other := {"train": "test", "test": "train"}.get(str(args.get("split", "all")))):
+            return HeldOut(f"{other} split", replace(self, args={**args, "split": other}))
+        if has_test_split(name):
+            train = bool(args.get("train", True))
+            return HeldOut("test split" if train else "train split", replace(self, args={**args, "train": not train}))
+        if name == "packed" and args.get("held_out"):
+            return HeldOut("held-out images", replace(self, args={"path": args["held_out"]}))
+        if name == "toys":
+            seed = args.get("seed", 0)
+            if not isinstance(seed, int):
+                raise ValueError(f"seed={seed!r}: must be a whole number")
+            return HeldOut("new points", replace(self, args={**args, "seed": seed + 1}))
         return None
-    if name == "toys":
-        if split not in TOYS:
-            raise ValueError(f"{text}: must be toys:SHAPE, SHAPE one of {', '.join(TOYS)}")
-        return name, {"name": split}
-    if not colon:
-        return name, {}
-    if not has_test_split(name) or split not in ("train", "test"):
-        able = ", ".join(filter(has_test_split, DATASETS))
-        raise ValueError(f"{text}: must be NAME, NAME:train or NAME:test; data sets with these splits: {able}")
-    return name, {"train": split == "train"}
 
 
-def held_out(source: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """(what they are called, their source) of real data that are not in `source` {"name": ..., "root": ..., "args": ...}: the
-    other split, the folder `held_out` of packed images, or for toys points of another seed. None where there are none.
+class HeldOut(NamedTuple):
+    """Real data outside of a data set."""
 
-    Raises ValueError for a seed that is no number, as in the header of a stranger's snapshot.
-    """
-    name, args = source["name"], source["args"]
-    if name == "digits" and (other := {"train": "test", "test": "train"}.get(str(args.get("split", "all")))):
-        return f"{other} split", {**source, "args": {**args, "split": other}}
-    if has_test_split(name):
-        train = bool(args.get("train", True))
-        return ("test split" if train else "train split"), {**source, "args": {**args, "train": not train}}
-    if name == "packed" and args.get("held_out"):
-        return "held-out images", {**source, "args": {"path": args["held_out"]}}
-    if name == "toys":
-        seed = args.get("seed", 0)
-        if not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r}: must be a whole number")
-        return "new points", {**source, "args": {**args, "seed": seed + 1}}
-    return None
+    title: str  # what they are called, as in "test split"
+    spec: DataSpec
 
 
 def expected_shape(name: str, args: dict[str, Any]) -> tuple[int, ...] | None:

@@ -83,7 +83,7 @@ class _File:
 def packed(root: Path, path: str, held_out: str | None = None) -> Packed:
     """The images in the folder `path` (as it is, or below `root`).
 
-    held_out: another such folder, with images that training does not see; see `datasets.held_out`.
+    held_out: another such folder, with images that training does not see; see `DataSpec.held_out`.
 
     Raises FileNotFoundError for a folder without a manifest and ValueError that names the first shard that is not what the
     manifest says (see `open_shards`).

@@ -9,14 +9,15 @@ scripts.report shows with sliders.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import datasets
 from configs.errors import UserError
+from datasets import DataSpec
 from flow.evaluation import animation, plots_2d
 from flow.likelihood import log_likelihood
 from flow.model import FlowModel
@@ -277,10 +278,8 @@ def likelihood_map(
 def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
     """The log-density of the real data at points [N, 2], where it has a formula."""
     snap.check_data()
-    source = snap.config.data
     with error_context("data"):
-        real = datasets.source_dataset(source.name, source.root, source.args)
-        data = datasets.build(real["name"], real["root"], real["args"])
+        data: Any = DataSpec.of(snap.config.data).behind().build()
     return data.log_density(at) if getattr(data, "log_density", None) else None
 
 

@@ -9,6 +9,7 @@ writes originals beside reconstructions, PSNR and the Frechet distance between t
 import hashlib
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 import datasets
 from configs import loading, schema
 from configs.errors import UserError
-from datasets import DataSet
+from datasets import DataSet, DataSpec
 from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
@@ -65,7 +66,7 @@ def main() -> None:
     source = loading.load(args.config, args.overrides).data
     accelerator = distributed.build_accelerator(args.mixed_precision)
     with error_context("data"):
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
+        data = distributed.main_process_first(accelerator, DataSpec.of(source).build)
         if not Space(data.image_shape, data.codec).is_pixels:
             raise ValueError(f"data.name={source.name}: holds no images to encode")
     for note in data.notes:
@@ -198,7 +199,7 @@ def write_manifest(args, source: schema.DataConfig, data: DataSet, settings: dic
             "image_shape": settings["image_shape"],
         },
         "class_names": data.class_names,
-        "data": {"name": source.name, "root": source.root, "args": source.args},
+        "data": asdict(DataSpec.of(source)),
         **listed,
     }  # fmt: skip
     files.write_text(args.save_dir / MANIFEST, json.dumps(manifest, indent=1))

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import datasets
 from configs.errors import UserError
+from datasets import DataSpec
 from flow.evaluation import animation, plots_2d, table
 from flow.evaluation.metrics_2d import sliced_wasserstein
 from flow.evaluation.straightness import mean_straightness_deviation
@@ -125,10 +125,8 @@ def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:
     if not snap.space.is_points or model.net.num_classes is not None:
         raise UserError(f"--weights {path}: is not a flow of points without labels; to compare images use evaluate.py")
     snap.check_data()
-    source = snap.config.data
     with error_context("data"):
-        real = datasets.source_dataset(source.name, source.root, source.args)
-        return datasets.build(real["name"], real["root"], real["args"]).images
+        return DataSpec.of(snap.config.data).behind().build().images
 
 
 def solve_flow(args, accelerator: Accelerator, name: str, model: FlowModel, real: Tensor, steps: list[int]) -> list[Panel]:

@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-import datasets
 from configs import loading
 from configs.errors import UserError
+from datasets import DataSpec
 from flow.runtime import cli, commands, distributed, files, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
@@ -36,7 +36,7 @@ def main() -> None:
     source = loading.load(None, args.overrides).data
     accelerator = distributed.build_single_process_accelerator("export_images")
     with error_context("data"):
-        data = datasets.build(source.name, source.root, source.args)
+        data = DataSpec.of(source).build()
         if not Space(data.image_shape, data.codec).is_pixels:
             raise ValueError(f"data.name={source.name}: holds no images")
     if args.save_dir.is_symlink():  # the folder behind it is replaced

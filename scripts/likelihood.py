@@ -13,9 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import datasets
 from configs.errors import UserError
-from datasets import DataSet
+from datasets import DataSet, DataSpec
 from flow.evaluation.intervals import mean_standard_error
 from flow.likelihood import bits_per_dimension, check_density_known, dequantize, log_likelihood
 from flow.model import FlowModel
@@ -67,19 +66,16 @@ def real_images(args, accelerator: Accelerator, snap: snapshot.Snapshot) -> Data
     """The images, or points, that the flow was trained on; with --test those that were held out. Raises UserError where there
     are too few, and for those of another shape."""
     snap.check_data()
-    source = snap.config.data
     with error_context("data"):
-        named = datasets.source_dataset(source.name, source.root, source.args)
+        spec = DataSpec.of(snap.config.data).behind()
         if args.test:
-            other = datasets.held_out(named)
+            other = spec.held_out()
             if other is None:
-                raise UserError(
-                    f"--test: data.name={named['name']}, data.args={named['args']} has no held-out images; leave it out"
-                )
-            named = other[1]
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(**named))
+                raise UserError(f"--test: data.name={spec.name}, data.args={spec.args} has no held-out images; leave it out")
+            spec = other.spec
+        data = distributed.main_process_first(accelerator, spec.build)
     if data.image_shape != snap.image_shape:
-        raise UserError(f"data: {named['name']} has images of {data.image_shape}, --weights is of {snap.image_shape}")
+        raise UserError(f"data: {spec.name} has images of {data.image_shape}, --weights is of {snap.image_shape}")
     if args.n_images > len(data):
         raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}")
     return data

@@ -18,10 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-import datasets
 from configs import keys, schema
 from configs.errors import UserError
-from datasets import captions
+from datasets import DataSet, DataSpec, captions
 from datasets.images import to_float
 from datasets.pairs import Shard, read_manifest, shards_of
 from datasets.shards import MANIFEST, save_shard, verify_shard
@@ -71,7 +70,7 @@ def main() -> None:
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
     snap.check_data()
-    real, data = read_real_images(accelerator, snap, model)
+    spec, data = read_real_images(accelerator, snap, model)
     labels = flags.labels_of(args.labels, snap.class_names)
     classes, prompts = conditions_of(labels, data, model.net)
     settings = SamplerSettings(
@@ -91,7 +90,7 @@ def main() -> None:
         accelerator.print(f"note: {note}")
     state_times = [times[k] for k in kept_steps]
     requested = request_of(args, accelerator.mixed_precision, settings.guide, labels, inverted, state_times)
-    manifest = {"weights_sha256": snap.sha256, **requested, **described(snap, model.source, data.class_names, real)}
+    manifest = {"weights_sha256": snap.sha256, **requested, **described(snap, model.source, data.class_names, spec)}
     for network in model.networks:
         distributed.prepare_model(network, accelerator)
     model.eval()
@@ -103,19 +102,15 @@ def main() -> None:
     accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
 
 
-def read_real_images(accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel) -> tuple[dict[str, Any], Any]:
-    """The real images of the training: {"name": ..., "root": ..., "args": ...} and the data set. What a flow between two data
-    sets starts from is read, too."""
-    config = snap.config.data
+def read_real_images(accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel) -> tuple[DataSpec, DataSet]:
+    """The real images of the training. What a flow between two data sets starts from is read, too."""
     with error_context("data"):
-        # in a second reflow the real images of the first
-        real = datasets.source_dataset(config.name, config.root, config.args, derived=["pairs"])
+        spec = DataSpec.of(snap.config.data).behind(["pairs"])  # in a second reflow the real images of the first
     if isinstance(source := model.source, DataSource):
         with error_context("flow.source"):
             distributed.main_process_first(accelerator, lambda: source.training)
     with error_context("data"):
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(real["name"], real["root"], real["args"]))
-    return real, data
+        return spec, distributed.main_process_first(accelerator, spec.build)
 
 
 def check_real_images(snap: snapshot.Snapshot, net: Network, data, inverted: int) -> None:
@@ -174,16 +169,15 @@ def request_of(
     }
 
 
-def described(snap: snapshot.Snapshot, starts: Source, class_names: Sequence[str], real: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest says of the flow, which starts at `starts`, and of the real images `real` {"name": ..., "root": ...,
-    "args": ...}."""
+def described(snap: snapshot.Snapshot, starts: Source, class_names: Sequence[str], real: DataSpec) -> dict[str, Any]:
+    """What a manifest says of the flow, which starts at `starts`, and of the real images `real`."""
     source = snap.config.flow.source
     with error_context("flow.source"):
         drawn_from = sources.training_fingerprint(starts)
     return {
         "image_shape": snap.image_shape,
         "class_names": class_names,
-        "data": real,
+        "data": asdict(real),
         **({"source": asdict(source)} if source.name != GAUSSIAN else {}),
         **({"codec": snap.codec} if snap.codec else {}),
         **({"source_fingerprint": drawn_from} if drawn_from else {}),

@@ -16,8 +16,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import datasets
 from configs.errors import UserError
+from datasets import DataSpec
 from datasets.folder import read_image
 from datasets.images import to_float
 from flow.evaluation import restoration as scoring
@@ -201,25 +201,22 @@ def settings_of(args) -> RestorationSettings:
 
 def load_images(args, snap: snapshot.Snapshot, accelerator: Accelerator) -> tuple[str, Tensor]:
     """(what they are called, the first images uint8 [N, C, H, W]) of --images, else held out of the training."""
-    channels, height, width = snap.image_shape
     if args.images:
-        name, size = str(args.images), height if height == width else None
-        source = {"name": "folder", "root": None, "args": {"path": str(args.images), "size": size, "channels": channels}}
+        name, spec = str(args.images), DataSpec.of_folder(args.images, snap.image_shape)
     else:
         snap.check_data()
-        data = snap.config.data
         with error_context("data"):
-            source = datasets.source_dataset(data.name, data.root, data.args)
-            held_out = datasets.held_out(source)
-        name = f"{source['name']}, {held_out[0] if held_out else 'training images'}"
-        source = held_out[1] if held_out else source
+            spec = DataSpec.of(snap.config.data).behind()
+            held_out = spec.held_out()
+        name = f"{spec.name}, {held_out.title if held_out else 'training images'}"
+        spec = held_out.spec if held_out else spec
         if not held_out:
             accelerator.print(
                 "note: this data set has no held-out part: these are images of the training (--images takes others)"
             )
     flag = "--images" if args.images else "data"
     with error_context(flag):
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(**source))
+        data = distributed.main_process_first(accelerator, spec.build)
     if tuple(data.image_shape) != snap.image_shape:
         raise UserError(f"{flag}: {name} has images of {list(data.image_shape)}, the flow {list(snap.image_shape)}")
     if args.n_images > len(data):

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import datasets
 from flow.evaluation import memorization, reference, table
 from flow.evaluation.real_images import build_if_present, load_features
 from flow.evaluation.runner import Evaluation
@@ -30,9 +29,9 @@ def add_control(ev: Evaluation) -> dict | None:
     if source is None:
         accelerator.print("note: no row of real images: an npz file of statistics holds none")
         return None
-    other, data = datasets.held_out(source.build), source.data
+    other, data = source.spec.held_out(), source.data
     if other:
-        held_out = build_if_present(accelerator, other[1], "row of real images")
+        held_out = build_if_present(accelerator, other.spec, "row of real images")
         if held_out is None:
             return None
         data = held_out
@@ -72,7 +71,7 @@ def add_control(ev: Evaluation) -> dict | None:
             measured.metrics["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()
         return {**measured.columns, "seconds": seconds}
 
-    kind = other[0] if other else "half against half"
+    kind = other.title if other else "half against half"
     subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
     subject = {"weights": f"{table.CONTROL} ({kind})", **subject, "n": n, "first": 0}
     result = ev.evaluate_row(subject, {"control": kind, **({"images": data.fingerprint()} if other else {})}, compute)

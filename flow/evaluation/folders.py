@@ -43,7 +43,7 @@ def write_row(
     matching = len(class_names) == stored["num_classes"] if stored else labels is not None
     if real_images and not matching:  # the labels are of other classes
         labels = None
-    classes_of = [real_images.build["name"]] if real_images and labels is not None else []
+    classes_of = [real_images.spec.name] if real_images and labels is not None else []
     ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images, classes_of)
     if trained:
         ev.load_training(config, data.image_shape)

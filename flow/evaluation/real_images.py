@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 import datasets
 from configs.schema import Config
-from datasets import DataSet
+from datasets import DataSet, DataSpec
 from datasets.packed import is_packed
 from flow.evaluation import feature_cache
 from flow.evaluation.features import Extractor, FeatureSet
@@ -25,7 +25,7 @@ class RealImages:
     """The real images of a reference."""
 
     name: str  # in tables
-    build: dict  # arguments of datasets.build
+    spec: DataSpec
     data: DataSet
     root: Path  # of the cache
 
@@ -44,23 +44,21 @@ def load_real_images(
         return None
     with error_context(flag):
         if choice is None:
-            build = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
-            root = Path(build["root"]) if build["root"] else root
-        elif split := datasets.named_split(choice):
-            build = {"name": split[0], "root": root, "args": split[1]}
+            spec = DataSpec.of(config.data).behind()
+            root = Path(spec.root) if spec.root else root
+        elif named := DataSpec.parse(choice, root):
+            spec = named
         elif is_packed(Path(choice)):
-            build = {"name": "packed", "root": root, "args": {"path": choice}}
+            spec = DataSpec("packed", root, {"path": choice})
         else:
             if Space(image_shape).is_points:
                 raise ValueError(f"{choice}: points are compared with toys:SHAPE")
-            channels, height, width = image_shape
-            folder = {"path": choice, "size": width if height == width else None, "channels": channels}
-            build = {"name": "folder", "root": root, "args": folder}
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(**build))
-        name = choice or (f"toys {build['args']['name']}" if build["name"] == "toys" else build["name"])
+            spec = replace(DataSpec.of_folder(choice, image_shape), root=root)  # a path may be relative to it
+        data = distributed.main_process_first(accelerator, spec.build)
+        name = choice or (f"toys {spec.args['name']}" if spec.name == "toys" else spec.name)
         if data.image_shape[1:] != image_shape[1:]:
             raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
-    return RealImages(name, build, data, root)
+    return RealImages(name, spec, data, root)
 
 
 def load_features(
@@ -72,16 +70,16 @@ def load_features(
         "" if order is None else f" {hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:16]}"
     )
     identity = feature_cache.identity_of(fingerprint, extractor, layers)
-    path = source.root / "features" / f"{source.build['name']}-{extractor.name}-{extractor.layer}-{identity}.npz"
+    path = source.root / "features" / f"{source.spec.name}-{extractor.name}-{extractor.layer}-{identity}.npz"
     return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, layers, order)
 
 
-def build_if_present(accelerator: Accelerator, source: dict, purpose: str) -> DataSet | None:
-    """datasets.build of `source`; None on every process where one lacks its files, with a warning: "no `purpose`"."""
+def build_if_present(accelerator: Accelerator, spec: DataSpec, purpose: str) -> DataSet | None:
+    """The data set; None on every process where one lacks its files, with a warning: "no `purpose`"."""
 
     def load() -> DataSet | None:
         try:
-            return datasets.build(**source)
+            return spec.build()
         except FileNotFoundError as error:
             accelerator.print(f"warning: no {purpose}: {error}")
             return None

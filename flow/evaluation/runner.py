@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import datasets
 from configs.schema import Config
 from datasets import DataSet
 from flow.evaluation import classifiers, collecting, memorization, metrics, metrics_2d, pictures, plots, reference, table
@@ -124,8 +123,8 @@ class Evaluation:
             _, features = load_features(accelerator, extractor, batch_size, data, source, what, layers)
             return None if features is None else features.matrix(extractor.layer)
 
-        other = datasets.held_out(source.build)
-        held_out = build_if_present(accelerator, other[1], "held-out images for memorization") if other else None
+        other = source.spec.held_out()
+        held_out = build_if_present(accelerator, other.spec, "held-out images for memorization") if other else None
         if held_out is None:
             accelerator.print(
                 f"note: memorization: {source.name} has no held-out images; its threshold is that of training images, each "

@@ -13,10 +13,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import datasets
 from configs.errors import UserError
 from configs.schema import Config
-from datasets import DataSet, captions
+from datasets import DataSet, DataSpec, captions
 from flow.evaluation import metrics_2d
 from flow.evaluation.real_images import RealImages, load_real_images
 from flow.evaluation.reference import same_classes
@@ -80,7 +79,7 @@ class SnapshotEvaluator:
             identity |= names
         classes_of = [config.data.name] if num_classes else []
         if real_images and has_classes(real_images.data.class_names):
-            classes_of.append(real_images.build["name"])
+            classes_of.append(real_images.spec.name)
         evaluation = Evaluation.build(settings, accelerator, out, space.decoded_shape, real_images, classes_of, class_names)
         if not has_classes(evaluation.reference.class_names):
             evaluation.reference.labels = None
@@ -185,9 +184,8 @@ def captions_by_class(
         raise UserError(f"--captions {kind}: this network was trained without prompts (model.args.max_prompt_bytes)")
     if not net.max_prompt_bytes:
         return None
-    source = config.data
     with error_context("data"):
-        data = distributed.main_process_first(accelerator, lambda: datasets.build(source.name, source.root, source.args))
+        data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
     for label in labels or ():
         if not 0 <= label < len(data.class_names):
             raise UserError(f"--labels {label}: is out of range; the data set has classes 0 to {len(data.class_names) - 1}")
@@ -204,8 +202,7 @@ def class_counts(
 
     def training_set() -> DataSet | None:
         try:
-            real = datasets.source_dataset(config.data.name, config.data.root, config.data.args)
-            return datasets.build(**real)
+            return DataSpec.of(config.data).behind().build()
         except (ValueError, FileNotFoundError):
             return None
 
@@ -226,12 +223,12 @@ def log_density_of(
     """For flows of points: a function of the sampler, the mean log-density of held-out points under the flow with its guidance,
     which depends on no solver; None where there are no such points, where labels are needed, and where the flow starts at
     data, whose density is not known."""
-    other = datasets.held_out(source.build) if source else None
-    if other is None or other[1]["name"] != "toys" or model.source.name != GAUSSIAN:
+    other = source.spec.held_out() if source else None
+    if other is None or other.spec.name != "toys" or model.source.name != GAUSSIAN:
         return None
     if model.net.num_classes is not None or model.net.max_prompt_bytes:
         return None
-    points: Any = datasets.build(**other[1])
+    points: Any = other.spec.build()
     x1 = to_solver_dtype(points.images[:HELD_OUT_POINTS], accelerator.device)
 
     @cache

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
-from datasets import DataSet
+from datasets import DataSet, DataSpec
 from datasets.images import Images, to_float
 from flow.model import FlowModel
 from flow.runtime import distributed
@@ -45,8 +45,8 @@ def build(name: str, root: str | None, args: dict[str, Any]) -> Source:
         if args:
             raise ValueError(f"args={args}: gaussian takes none")
         return GaussianSource()
-    own = {"name": name, "root": root, "args": args}
-    return DataSource(name, partial(_read, own), partial(_read_held_out, own))
+    spec = DataSpec(name, root, args)
+    return DataSource(name, partial(_read, spec), partial(_read_held_out, spec))
 
 
 def given(x0: Tensor) -> OrderedSource:
@@ -103,26 +103,23 @@ def replace_by(model: FlowModel, text: str, root: str | None, shape: tuple[int, 
     with error_context("--source"):
         if model.source.name == GAUSSIAN:
             raise ValueError(f"{text}: this flow starts at Gaussian noise; flow.source of its training makes it start at data")
-        split = datasets.named_split(text)
-        if split:
-            samples = _read({"name": split[0], "root": root, "args": split[1]}, "--source")
+        if named := DataSpec.parse(text, root):
+            samples = _read(named, "--source")
         elif Path(text).is_dir() and not Space(shape).is_points:
-            samples = _read(
-                {"name": "folder", "root": None, "args": {"path": text, "size": shape[1], "channels": shape[0]}}, "--source"
-            )
+            samples = _read(DataSpec.of_folder(text, shape), "--source")
         else:
             raise ValueError(f"{text}: must be a folder of images or one of {', '.join(datasets.DATASETS)}")
         model.source = OrderedSource(samples, text)
 
 
-def _read(own: dict[str, Any], key: str = "flow.source") -> DataSamples:
-    """The data set {"name": ..., "root": ..., "args": ...}. Raises ValueError for latents."""
-    data = datasets.build(**own)
+def _read(spec: DataSpec, key: str = "flow.source") -> DataSamples:
+    """Raises ValueError for latents."""
+    data = spec.build()
     if data.codec is not None:
-        raise ValueError(f"{own['name']}: are latents; a source has pixels or points")
+        raise ValueError(f"{spec.name}: are latents; a source has pixels or points")
     return DataSamples(data, key)
 
 
-def _read_held_out(own: dict[str, Any]) -> DataSamples:
-    other = datasets.held_out(own)
-    return _read(other[1] if other else own)
+def _read_held_out(spec: DataSpec) -> DataSamples:
+    other = spec.held_out()
+    return _read(other.spec if other else spec)

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import datasets
 from configs import loading
 from configs.errors import UserError
 from configs.vae import VaeConfig
+from datasets import DataSpec
 from datasets.images import to_float
 from flow.losses import Batch
 from flow.losses.autoencoder import AutoencoderLoss
@@ -44,9 +44,7 @@ class AutoencoderTask:
         if accelerator.is_fsdp2:
             raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
         with error_context("data"):
-            self.data = distributed.main_process_first(
-                accelerator, lambda: datasets.build(config.data.name, config.data.root, config.data.args)
-            )
+            self.data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
             if not Space(self.data.image_shape, self.data.codec).is_pixels:
                 raise ValueError(f"data.name={config.data.name}: holds no images")
             if self.data.access == "memory" and self.data.images.dtype != torch.uint8:  # those of files are uint8

@@ -9,12 +9,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import datasets
 import models
 from configs import keys, schema
 from configs.errors import UserError
 from configs.schema import Config
-from datasets import DataSet, captions
+from datasets import DataSet, DataSpec, captions
 from flow import couplings, losses, time_samplers
 from flow.couplings import Coupling, PairedCoupling
 from flow.guidance import drop_labels
@@ -50,9 +49,7 @@ class FlowTask:
         self.config, self.accelerator = config, accelerator
         self.notes: list[str] = []  # for the start of the log
         with error_context("data"):
-            self.data = distributed.main_process_first(
-                accelerator, lambda: datasets.build(config.data.name, config.data.root, config.data.args)
-            )
+            self.data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
         self.space = Space(self.data.image_shape, self.data.codec)
         self.unit = "points" if self.space.is_points else "images"
         self.class_names = tuple(self.data.class_names) if self.data.labels is not None else ()

@@ -6,10 +6,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import datasets
 from configs.errors import UserError
 from configs.schema import Config
-from datasets import DataSet
+from datasets import DataSet, DataSpec
 from datasets.images import to_float
 from flow.evaluation.reading import read_images
 from flow.losses.distances import mse
@@ -56,7 +55,7 @@ def load_held_out(config: Config, accelerator: Accelerator) -> DataSet:
         UserError: where there are none.
     """
     data = config.data
-    held_out = datasets.held_out({"name": data.name, "root": data.root, "args": data.args})
+    held_out = DataSpec.of(data).held_out()
     if held_out is None:
         args = f" with data.args={data.args}" if data.args else ""
         ways = {"digits": ", or train on data.args.split=train", "packed": ", or name such images as data.args.held_out"}
@@ -65,7 +64,7 @@ def load_held_out(config: Config, accelerator: Accelerator) -> DataSet:
             f"{ways.get(data.name, '')}"
         )
     with error_context(KEY):
-        return distributed.main_process_first(accelerator, lambda: datasets.build(**held_out[1]))
+        return distributed.main_process_first(accelerator, held_out.spec.build)
 
 
 @torch.inference_mode()

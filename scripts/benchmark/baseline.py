@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchvision.utils import save_image
 
-import datasets
 import models
 from configs import loading, schema
 from configs.errors import UserError
 from configs.schema import Config
+from datasets import DataSpec
 from flow.runtime import cli, commands, distributed, flags
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
@@ -60,7 +60,7 @@ def main() -> None:
 def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:
     """The network, the images and the labels of a configuration. Raises UserError for what the loop cannot train."""
     with error_context("data"):
-        data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
+        data = DataSpec.of(cfg.data).build()
     schema.set_auto_classes(cfg, data.class_names if data.labels is not None else ())
     with error_context("model"):
         net = models.build(cfg.model.name, data.image_shape, cfg.model.args)

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import datasets
 import models
 from configs import loading, schema
+from datasets import DataSpec
 from flow.runtime import distributed, files
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
@@ -115,7 +115,7 @@ def material(job: dict):
     """The configuration and its data set."""
     cfg = loading.load(job["config"], job["overrides"])
     with error_context("data"):
-        data = datasets.build(cfg.data.name, cfg.data.root, cfg.data.args)
+        data = DataSpec.of(cfg.data).build()
     schema.set_auto_classes(cfg, data.class_names if data.labels is not None else ())
     return cfg, data
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-import datasets
 from configs import loading
 from configs.errors import UserError
+from datasets import DataSpec
 from flow.evaluation import intervals, plots, reference, runner, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
@@ -148,7 +148,7 @@ def check_evaluation(args, recipes: list[Recipe]) -> None:
     configs = [loading.load(recipe.config, recipe.overrides) for recipe in recipes]
     for config in {str(config.data): config for config in configs}.values():
         with error_context("data"):
-            data = datasets.build(config.data.name, config.data.root, config.data.args)
+            data = DataSpec.of(config.data).build()
         shape = Space(data.image_shape, data.codec).decoded_shape
         extractor, dimension = runner.load_extractor(settings, accelerator, shape)
         if load_real_images(args.reference, accelerator, shape, config) is None:

@@ -8,6 +8,7 @@ import datasets
 import models
 from configs import schema
 from configs.schema import Config
+from datasets import DataSpec
 from flow import losses, time_samplers
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
@@ -27,7 +28,7 @@ def data(context: Context) -> Lines:
     """Present, readable, finite; for folders, images spread over the whole set."""
     cfg = context.cfg.data
     with error_context("data"):
-        dataset = distributed.main_process_first(context.accelerator, lambda: datasets.build(cfg.name, cfg.root, cfg.args))
+        dataset = distributed.main_process_first(context.accelerator, DataSpec.of(cfg).build)
     context.data = dataset
     text = f"{cfg.name}, {len(dataset):,} of shape {'x'.join(map(str, dataset.image_shape))}"
     text += f", {len(dataset.class_names)} classes" if dataset.labels is not None else ", no labels"

@@ -8,6 +8,7 @@ from configs import loading, schema
 from configs.errors import UserError
 from configs.rectify import PairsConfig, RectifyConfig
 from configs.schema import Config
+from datasets import DataSpec
 from datasets.pairs import read_manifest
 from flow import losses, solvers, time_samplers
 from flow import path as paths
@@ -103,7 +104,7 @@ def resolve_classes(cfg: RectifyConfig, configs: dict[str, Config]) -> None:
             pairs = cfg.before(route, k)[1]
             if config.data.name != "pairs":
                 with error_context(f"{cfg.stages[name].config}: data"):
-                    data = datasets.build(config.data.name, config.data.root, config.data.args)
+                    data = DataSpec.of(config.data).build()
                 schema.set_auto_classes(config, data.class_names if data.labels is not None else ())
             elif pairs:
                 maker = cfg.before(route, route.stages.index(pairs))[0]

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 import datasets
+from datasets import DataSpec
 from datasets.folder import Folder
 from datasets.images import Images
 
@@ -48,9 +49,11 @@ def test_splits_of_digits_are_apart():
     whole, train, test = (datasets.build("digits", None, {"split": split}) for split in ("all", "train", "test"))
     assert (len(whole), len(train), len(test)) == (1797, 1498, 299)
     assert torch.equal(whole.images[5::6], test.images) and torch.equal(whole.labels[5::6], test.labels)
-    source = {"name": "digits", "root": None, "args": {"split": "train"}}
-    assert datasets.held_out(source) == ("test split", {**source, "args": {"split": "test"}})
-    assert datasets.held_out({**source, "args": {}}) is None
+    assert DataSpec("digits", None, {"split": "train"}).held_out() == (
+        "test split",
+        DataSpec("digits", None, {"split": "test"}),
+    )
+    assert DataSpec("digits", None, {}).held_out() is None
     with pytest.raises(ValueError, match="split=half: must be one of all, train, test"):
         datasets.build("digits", None, {"split": "half"})
 
@@ -245,7 +248,7 @@ def test_wrong_names_and_arguments(tmp_path, name, args, message):
 
 def test_source_of_wrong_arguments(tmp_path):
     with pytest.raises(ValueError, match=r"pairs cannot be built from .*'x'"):
-        datasets.source_dataset("pairs", tmp_path, {"path": "p", "x": 1})
+        DataSpec("pairs", tmp_path, {"path": "p", "x": 1}).behind()
 
 
 def test_folders_that_hold_nothing(tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 
 import datasets
 import models
+from datasets import DataSpec
 from datasets.images import to_float
 from datasets.shards import read_shard
 from flow.noise import gaussian_noise, generator
@@ -212,7 +213,7 @@ def test_pairs_of_latents_keep_the_codec(here, run, tmp_path):
     here("make_pairs", "--weights", run, "--n_pairs", 40, "--sampling_steps", 1, "--real_fraction", 0.5, "--save_dir", tmp_path)
     pairs = datasets.build("pairs", None, {"path": str(tmp_path)})
     assert pairs.image_shape == (2, 4, 4) and pairs.codec == snapshot.load(run).codec
-    assert datasets.source_dataset("pairs", None, {"path": str(tmp_path)})["name"] == "digits"
+    assert DataSpec("pairs", None, {"path": str(tmp_path)}).behind().name == "digits"
 
 
 def test_other_scripts_know_of_latents(here, error, run, tmp_path):

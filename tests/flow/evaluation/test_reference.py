@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from digits_features import digits_extractor, digits_reference, feature_set, noisy_digits
 
-import datasets
+from datasets import DataSpec, HeldOut
 from flow.evaluation import metrics, reference, table
 from flow.evaluation.comparison import Comparison
 from flow.noise import generator
@@ -120,12 +120,11 @@ def test_damaged_caches_are_named_and_computed_again(here, tmp_path, tiny_run):
 
 
 def test_splits_of_a_reference_by_name(error, tmp_path, tiny_run):
-    assert datasets.named_split("mnist:test") == ("mnist", {"train": False})
-    assert datasets.named_split("cifar10") == ("cifar10", {}) and datasets.named_split("some/folder:x") is None
-    train = {"name": "mnist", "root": None, "args": {}}
-    kind, test = datasets.held_out(train)
-    assert kind == "test split" and test["args"] == {"train": False}
-    assert datasets.held_out(test)[0] == "train split" and datasets.held_out({**train, "name": "digits"}) is None
+    test = DataSpec("mnist", None, {"train": False})
+    assert DataSpec.parse("mnist:test", None) == test
+    assert DataSpec.parse("cifar10", None) == DataSpec("cifar10", None, {}) and DataSpec.parse("some/folder:x", None) is None
+    assert DataSpec("mnist", None, {}).held_out() == HeldOut("test split", test)
+    assert test.held_out().title == "train split" and DataSpec("digits", None, {}).held_out() is None
     command = ["--weights", tiny_run, "--n_samples", 4, "--feature_extractor", "digits", "--out", tmp_path / "out"]
     for name in ("digits:test", "mnist:validation"):
         assert f"{name}: must be NAME, NAME:train or NAME:test" in error("evaluate", *command, "--reference", name)

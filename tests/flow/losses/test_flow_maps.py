@@ -88,7 +88,8 @@ def test_flow_weights_start_a_flow_map(here, tmp_path, tiny_run):
     start = [f"train.init_from={tiny_run}", "model.args.two_times=true", "train.steps=1", "optimizer.lr=1e-12"]
     here("train", *TINY_TRAIN, *start, "-e", tmp_path / "run")
     before, after = (load_file(locate.find(run)) for run in (tiny_run, tmp_path / "run"))
-    assert {key for key in after if key not in before} == {f"conditioning.step_embedding.linear.{part}" for part in ("weight", "bias")}
+    layer = "conditioning.step_embedding.linear"
+    assert {key for key in after if key not in before} == {f"{layer}.weight", f"{layer}.bias"}
     assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
 
 
