@@ -105,7 +105,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile the network
     cuda_graph: bool = False  # on one GPU: run a training step as one CUDA graph, which speeds up small networks
     ddp_comm_hook: str = limited("no", choices=MIXED_PRECISIONS)  # no | fp16 | bf16: precision of gradients between processes
-    init_from: str | None = None  # snapshot whose weights a new run starts from
+    init_from: str | None = None  # snapshot that a new run starts from; of train_vae: folder or hub id of an autoencoder
     log_every_steps: int = limited(50, min=1)  # steps between rows of metrics.jsonl, which are means over these steps
     sample_every_steps: int = limited(5_000, min=0)  # steps between preview grids, plus one at the end; 0: only at the end
     checkpoint_every_steps: int = limited(5_000, min=0)  # steps between checkpoints, plus one at the end; 0: only at the end

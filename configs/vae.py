@@ -8,7 +8,7 @@ from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, 
 
 @dataclass
 class AutoencoderConfig:  # ignored but for the loss where train.init_from names one to fine-tune
-    channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])  # by resolution; each is half the previous one
+    channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])  # by level; sides halve from one to the next
     latent_channels: int = 4  # of a latent
     blocks: int = 2  # residual blocks of each resolution
     distance: str = limited("l1", choices=("l1", "mse"))  # l1 | mse, between images in [-1, 1], mean over pixels

@@ -15,7 +15,7 @@ TEST_EVERY = 6  # one of so many images is in the test split: 299 of 1,797
 def digits(root: Path, split: str = "all") -> Images:
     """scikit-learn's `load_digits` (the test part of UCI's Optical Recognition of Handwritten Digits, 1998).
 
-    Its 17 grey levels are spread over 0..255. `root` is not used: the images are part of the package. split: all of them, or
+    Its 17 gray levels are spread over 0..255. `root` is not used: the images are part of the package. split: all of them, or
     every sixth (test) or the others (train). Raises ValueError for another split.
     """
     if split not in SPLITS:

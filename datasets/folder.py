@@ -42,7 +42,7 @@ class EncodedImages(ABC):
             path: what the names of images are relative to.
             files: those that hold the images.
             size: side in pixels, or None to take images as they are, which then must all have one size.
-            channels: 1 (grey) or 3 (RGB).
+            channels: 1 (gray) or 3 (RGB).
         """
         self.path, self.files, self.size, self.channels = path, files, size, channels
 
@@ -140,7 +140,7 @@ class Folder(EncodedImages):
 def check_format(size: int | None, channels: int) -> None:
     """Raises ValueError for a size or a number of channels that no image has."""
     if type(channels) is not int or channels not in (1, 3):
-        raise ValueError(f"channels={channels!r}: must be 1 (grey) or 3 (RGB)")
+        raise ValueError(f"channels={channels!r}: must be 1 (gray) or 3 (RGB)")
     if size is not None and (type(size) is not int or size < 1):
         raise ValueError(f"size={size!r}: must be a whole number of at least 1, or null")
 

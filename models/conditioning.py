@@ -1,4 +1,4 @@
-"""What a network is told besides x, as one embedding: the time, the length of a step, the label."""
+"""The inputs of a network besides x as one embedding: the time, the length of a step, the label."""
 
 import math
 

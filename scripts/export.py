@@ -1,4 +1,4 @@
-"""Weights that travel: a smaller file, a folder for the Hugging Face hub, a graph for other runtimes.
+"""Export of weights: a smaller file, a folder for the Hugging Face hub, a graph for other runtimes.
 
 --out writes a snapshot in half the size, its weights rounded to fp16: samples of it differ by rounding alone. --to writes a
 folder in the form of the hub (weights, configuration, model card, a picture of samples), --push uploads it. Every script takes
@@ -114,7 +114,7 @@ def write_graphs(args, snap: Snapshot) -> list[str]:
         if path:
             difference = write(path, snap, settings, model, program)
             size = path.stat().st_size / 2**20
-            results.append(f"{path}: {size:.1f} MiB, at most {difference:.2g} grey levels from the sampler")
+            results.append(f"{path}: {size:.1f} MiB, at most {difference:.2g} gray levels from the sampler")
     return results
 
 

@@ -60,7 +60,7 @@ def parse_args():
     flags.add_count_flag(
         parser, "--size", "side of the central square in pixels (default: images as they are, all of one size)"
     )
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: grey, 3: RGB (default: 3)")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="1: gray, 3: RGB (default: 3)")
     parser.add_argument("--split", metavar="NAME", help="of Parquet files and data sets (default: train, or the only one)")
     parser.add_argument("--files", metavar="PATTERN", help="of the paths of Parquet files, where there are several data sets")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub (default: main)")

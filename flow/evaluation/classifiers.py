@@ -1,6 +1,6 @@
 """Three small fixed classifiers, registered with torch-fidelity as the feature extractors `digits`, `mnist` and `cifar10`.
 
-Inception's features mean little on 8x8 or 28x28 grey digits, and Inception cannot tell whether a sample shows its class.
+Inception's features mean little on 8x8 or 28x28 gray digits, and Inception cannot tell whether a sample shows its class.
 `scripts/dev/train_classifier.py` trains these; their weights are part of the repository, so a Frechet distance measured with
 them compares between machines and years.
 """
@@ -86,7 +86,7 @@ class ClassifierFeatures(FeatureExtractorBase):
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs):
         super().__init__(name, features_list)
         self.side, self.net = SIDES[name], build(name)
-        self.grey = isinstance(self.net, DigitClassifier)
+        self.gray = isinstance(self.net, DigitClassifier)
         weights = load_file(feature_extractor_weights_path or weights_file(name))
         self.net.load_state_dict(weights)  # those of cifar10 are stored in half precision
         self.requires_grad_(False)
@@ -115,7 +115,7 @@ class ClassifierFeatures(FeatureExtractorBase):
             raise ValueError(
                 f"the extractor takes {self.side}x{self.side} images, not {height}x{width}; it shrinks larger squares"
             )
-        if self.grey:
+        if self.gray:
             x = x.mean(1, keepdim=True)
         if height > self.side:
             x = F.interpolate(x, size=self.side, mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""What a metric sees: samples beside a reference."""
+"""The input of a metric: samples beside a reference."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""alpha-Flow: a flow map from nothing, from flow matching to MeanFlow without a derivative of the network."""
+"""alpha-Flow: a flow map from scratch, from flow matching to MeanFlow without a derivative of the network."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a training loss sees and gives back, and the registry of losses."""
+"""Inputs and outputs of a training loss, and the registry of losses."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""MeanFlow: a flow map from nothing, by the derivative of the network along the path."""
+"""MeanFlow: a flow map from scratch, by the derivative of the network along the path."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

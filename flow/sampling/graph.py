@@ -27,7 +27,7 @@ from flow.sampling.generate import sample_batch
 from flow.sampling.settings import SamplerSettings, build_time_grid
 from flow.sampling.snapshot import Snapshot
 
-MAX_DIFFERENCE = 2.0  # grey levels of 255, between a graph and the sampler here
+MAX_DIFFERENCE = 2.0  # gray levels of 255, between a graph and the sampler here
 MAX_ONNX_BYTES = 2**31 - 1  # of a file of protocol buffers
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKS = ((1, 1.0), (3, 2.0))  # (batch size, guidance scale) of the images that are compared
@@ -80,7 +80,7 @@ def write_torch(path: Path, snap: Snapshot, settings: SamplerSettings, model: Fl
     """Write the graph for `torch.export.load(path).module()`, with extra file metadata.json.
 
     Returns:
-        The largest difference to the sampler here, in grey levels (points: in 1/127.5).
+        The largest difference to the sampler here, in gray levels (points: in 1/127.5).
 
     Raises:
         UserError: where it is too large; the file is not written then.
@@ -160,7 +160,7 @@ def _inputs(model: FlowModel, snap: Snapshot, indices: Sequence[int], scale: flo
 
 
 def _check(key: str, snap: Snapshot, settings: SamplerSettings, model: FlowModel, run: Callable[..., Tensor]) -> float:
-    """The largest difference between a graph and the sampler here, in grey levels. Raises UserError where it is too large."""
+    """The largest difference between a graph and the sampler here, in gray levels. Raises UserError where it is too large."""
     worst = 0.0
     for size, scale in CHECKS:
         inputs = _inputs(model, snap, range(size), scale)
@@ -171,5 +171,5 @@ def _check(key: str, snap: Snapshot, settings: SamplerSettings, model: FlowModel
         expected = expected if snap.space.is_points else expected.clamp(-1, 1)
         worst = max(worst, (actual - expected).abs().max().item() * 127.5)
     if not worst <= MAX_DIFFERENCE:
-        raise UserError(f"{key}: its images differ from those of the sampler by {worst:.2f} grey levels; not written")
+        raise UserError(f"{key}: its images differ from those of the sampler by {worst:.2f} gray levels; not written")
     return worst

@@ -90,7 +90,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def to_webp(image: Image.Image) -> bytes:
-    """A WebP file of a grey or RGB(A) image: lossless, or lossy where that is smaller and lossless is large."""
+    """A WebP file of a gray or RGB(A) image: lossless, or lossy where that is smaller and lossless is large."""
     lossless = encode_webp(image, lossless=True)
     if len(lossless) < SMALL_WEBP:
         return lossless
@@ -105,7 +105,7 @@ def encode_webp(image: Image.Image, **options: Any) -> bytes:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """uint8 [C, H, W] of a grey or an RGB image."""
+    """uint8 [C, H, W] of a gray or an RGB image."""
     pixels = torch.from_numpy(np.array(image))
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 

@@ -54,8 +54,8 @@ class Sampler:
         overrides: Sequence[str] = (),
         guide_weights: str | Path | None = None,
     ) -> "Sampler":
-        """The flow behind a run folder, a checkpoint folder or a .safetensors file. In a process group every process calls it,
-        unless `weights` is a file.
+        """The flow behind a run folder, a checkpoint folder, a .safetensors file or hf:owner/name. In a process group every
+        process calls it, unless `weights` is a file.
 
         device: default is the accelerator of the machine, else the CPU. dtype: of autocast. overrides: `key=value` changes
         of the stored configuration. guide_weights: a weaker model; guidance_scale is then that of autoguidance.

@@ -44,8 +44,8 @@ def adaptive(
 def adams(
     method: str, velocity: StageVelocity, x: Tensor, time_grid: Sequence[float], rtol: float = 1e-5, atol: float = 1e-5
 ) -> Iterator[Tensor]:
-    """Adams-Bashforth of order 4 after three Runge-Kutta steps, or Adams-Bashforth-Moulton of order 5: at most four
-    corrections a step, until they agree within the tolerances over the whole batch.
+    """Adams-Bashforth of order 4 after two Runge-Kutta steps and one of order 3, or Adams-Bashforth-Moulton of order 5: at most
+    four corrections a step, until they agree within the tolerances over the whole batch.
 
     As many steps as the time grid has, all of one size, which their coefficients need. The last one, where it ends at the
     data, is one of an open Runge-Kutta method (order 3, which leaves a global order of 4). Raises ValueError for a tolerance

@@ -1,4 +1,4 @@
-"""Checks of the machine for scripts/doctor/: what is installed, and how it bears the training."""
+"""Checks of the machine for scripts/doctor/: what is installed, and whether it can run the training."""
 
 import math
 import os

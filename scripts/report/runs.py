@@ -1,6 +1,6 @@
 """A run folder as a plain dataclass: what its files say, without locks, whatever state they are in.
 
-A file that is damaged or missing costs what it holds, and leaves a line in `Run.problems` for the panel that lacks it.
+A damaged or missing file leaves a line in `Run.problems` for the panel that lacks its content; everything else is read.
 """
 
 import math

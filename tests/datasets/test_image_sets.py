@@ -26,10 +26,10 @@ def decode(folder: Path, image: Image.Image, name: str = "a.png", channels: int 
 
 
 def write_classes(root: Path) -> Path:
-    """Two classes with 1 and 2 images of 4x4 pixels; the grey level tells the images apart."""
-    for name, grey in (("dog/z.png", 10), ("cat/b.jpg", 20), ("cat/deeper/c.PNG", 30)):
+    """Two classes with 1 and 2 images of 4x4 pixels; the gray level tells the images apart."""
+    for name, gray in (("dog/z.png", 10), ("cat/b.jpg", 20), ("cat/deeper/c.PNG", 30)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4), (grey,) * 3).save(root / name)
+        Image.new("RGB", (4, 4), (gray,) * 3).save(root / name)
     (root / "cat/notes.txt").write_text("not an image")
     return root
 
@@ -118,7 +118,7 @@ def test_palette(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
+def test_16_bit_gray_is_scaled_not_clipped(tmp_path, name):
     levels = np.array([[0, 257, 200 * 257, 65535]], dtype=np.uint16)
     assert decode(tmp_path, Image.fromarray(levels), name, channels=1).tolist() == [[[0, 1, 200, 255]]]
 
@@ -234,7 +234,7 @@ def test_an_unlabelled_image_has_label_minus_one():
         ("mnist", {"trian": True}, r"mnist has no argument 'trian'; it takes train"),
         ("mnist", {"root": "."}, r"mnist has no argument 'root'"),  # the root is data.root, not an argument
         ("folder", {}, r"folder cannot be built from .*path"),
-        ("folder", {"path": "pictures", "channels": 2}, r"channels=2: must be 1 \(grey\) or 3 \(RGB\)"),
+        ("folder", {"path": "pictures", "channels": 2}, r"channels=2: must be 1 \(gray\) or 3 \(RGB\)"),
         ("folder", {"path": "pictures", "size": 0}, r"size=0"),
         ("folder", {"path": "pictures", "size": "big"}, r"size='big'"),
         ("folder", {"path": "pictures", "size": 2.5}, r"size.*2\.5"),  # not an image's fault
@@ -278,6 +278,28 @@ def test_without_files_and_network(tmp_path, monkeypatch, name, content):
     with pytest.raises(FileNotFoundError, match=r"files are damaged.*FLOW_DATA") as error:
         datasets.build(name, tmp_path, {})
     assert str(tmp_path) in str(error.value)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """The format of MNIST's files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes())
+
+
+def test_classes_of_mnist(tmp_path):
+    """classes=[3]: the images of this class in their order, with the label that they have among all."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 28, 28), dtype=np.uint8)
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / f"MNIST/raw/{part}-images-idx3-ubyte", pixels)
+        write_idx(tmp_path / f"MNIST/raw/{part}-labels-idx1-ubyte", np.array([3, 1, 3, 0], dtype=np.uint8))
+    whole, threes, two = (datasets.build("mnist", tmp_path, args) for args in ({}, {"classes": [3]}, {"classes": [1, 0]}))
+    assert len(whole) == 4 and whole.labels.tolist() == [3, 1, 3, 0] and len(whole.class_names) == 10
+    assert torch.equal(threes.images, torch.from_numpy(pixels[[0, 2]])[:, None]) and threes.labels.tolist() == [3, 3]
+    assert torch.equal(two.images, torch.from_numpy(pixels[[1, 3]])[:, None]) and two.labels.tolist() == [1, 0]
+    assert threes.class_names == whole.class_names
+    for classes in ([], [10], [-1], 3, ["3"]):
+        with pytest.raises(ValueError, match=r"classes=.*: must be a list of numbers from 0 to 9"):
+            datasets.build("mnist", tmp_path, {"classes": classes})
 
 
 def test_default_root(monkeypatch):

@@ -85,19 +85,19 @@ def test_training_equals_that_from_the_folder(here, tmp_path, photos, path):
 def test_reference_and_held_out(here, error, tmp_path, path, tiny_run):
     """--reference takes packed images; data.args.held_out is the row of real images and the validation loss."""
     small = ["--sampling_steps", 1, "--methods", "euler", "--n_samples", 8, "--metrics", "fid", "--feature_extractor", "digits"]
-    grey, other = tmp_path / "grey", tmp_path / "other"
-    here("pack_images", "--source", "digits", "--split", "train", "--save_dir", grey)
+    gray, other = tmp_path / "gray", tmp_path / "other"
+    here("pack_images", "--source", "digits", "--split", "train", "--save_dir", gray)
     here("pack_images", "--source", "digits", "--split", "test", "--save_dir", other)
-    said = here("evaluate", "--weights", tiny_run, *small, "--reference", grey, "--out", tmp_path / "out")
+    said = here("evaluate", "--weights", tiny_run, *small, "--reference", gray, "--out", tmp_path / "out")
     assert "real (half against half)" in said
-    args = f"data.args={{path: {grey}, held_out: {other}}}"
+    args = f"data.args={{path: {gray}, held_out: {other}}}"
     said = here("evaluate", "--weights", tiny_run, *small, "--out", tmp_path / "held", "data.name=packed", args)
     assert "real (held-out images)" in said
     train = ["train", *SMALL, *TINY_RUN, "evaluate.loss_every_steps=4", "evaluate.loss_samples=20", "data.name=packed"]
     assert "validation loss" in here(*train, args, "-e", tmp_path / "run")
-    line = error(*train, f"data.args.path={grey}", "-e", tmp_path / "none")
+    line = error(*train, f"data.args.path={gray}", "-e", tmp_path / "none")
     assert "has no held-out part" in line and "data.args.held_out" in line
-    line = error(*train, f"data.args={{path: {grey}, held_out: {path}}}", "-e", tmp_path / "none")
+    line = error(*train, f"data.args={{path: {gray}, held_out: {path}}}", "-e", tmp_path / "none")
     assert "image_shape [3, 8, 8]" in line and "[1, 8, 8]" in line
 
 

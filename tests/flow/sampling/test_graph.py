@@ -47,7 +47,7 @@ def test_torch_export_is_the_sampler(here, tmp_path, name):
     keys, shape, method = NETWORKS[name]
     weights, file = snapshot_of(tmp_path / "s.safetensors", keys, shape), tmp_path / "g.pt2"
     flags = ["--sampling_steps", "2", "--sampling_method", method]
-    assert "grey levels from the sampler" in here("export", "--weights", weights, "--torch_export", file, *flags)
+    assert "gray levels from the sampler" in here("export", "--weights", weights, "--torch_export", file, *flags)
     metadata = {"metadata.json": ""}
     module = torch.export.load(io.BytesIO(file.read_bytes()), extra_files=metadata).module()
     labels = [2, 0, 0, 1, 2] if "num_classes" in keys[1] else None

@@ -32,7 +32,7 @@ def test_png_round_trip(tmp_path, channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid(channels):
-    """Five images in three columns: each in its cell, row by row, with grey lines between, enlarged by whole pixels."""
+    """Five images in three columns: each in its cell, row by row, with gray lines between, enlarged by whole pixels."""
     images = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(5, channels, 8, 6) * 10
     picture = grid(images, 3)
     height, width = 2 * 8 + 3, 3 * 6 + 4
