@@ -30,7 +30,7 @@ class Latents:
     digest: str  # of the content of all shards
 
     def __post_init__(self):
-        self._shift, self._scale = (torch.tensor(self.codec[key]).view(-1, 1, 1) for key in ("shift", "scale"))
+        self._scaling: dict[torch.device, tuple[Tensor, Tensor]] = {}  # shift and scale [C, 1, 1] by device
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -60,7 +60,11 @@ class Latents:
 
     def normalised(self, z: Tensor) -> Tensor:
         """(z - shift) / scale, on the device of z [..., C, h, w]; `VAE.decode` is the way back."""
-        return (z - self._shift.to(z.device)) / self._scale.to(z.device)
+        if z.device not in self._scaling:  # once: the copy waits for all that a GPU has to do
+            shift, scale = (torch.tensor(self.codec[key]).view(-1, 1, 1).to(z.device) for key in ("shift", "scale"))
+            self._scaling[z.device] = shift, scale
+        shift, scale = self._scaling[z.device]
+        return (z - shift) / scale
 
     def fingerprint(self) -> str:
         return self.digest

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -44,16 +45,21 @@ class Trajectory(FlowMapLoss):
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
         assert batch.x0 is not None and batch.u is not None and batch.states is not None and batch.state_times is not None
         states = torch.cat([batch.x0[:, None], batch.states.float(), batch.x1[:, None]], dim=1)  # [b, K + 2, ...]
-        times = torch.tensor([0.0, *batch.state_times, 1.0], dtype=torch.float64)
-        n, rows = len(times), torch.arange(len(states), device=states.device)
+        t, weights = times_and_weights(batch.state_times, states.device)
+        n, rows = len(t), torch.arange(len(states), device=states.device)
         i, j = torch.triu_indices(n, n, 1, device=states.device)[:, (batch.u[:, 0] * (n * (n - 1) // 2)).long()]
-        t = times.float().to(states.device)
         x, step = states[rows, i], broadcast_over(t[j] - t[i], batch.x1)
-        weights = derivative_weights(times).float().to(states.device)[i]  # [b, K + 2]
-        velocity = torch.einsum("bk,bk...->b...", weights, states)
+        velocity = torch.einsum("bk,bk...->b...", weights[i], states)
         is_map = self.have_two_times(batch.u[:, 1], batch.progress)
         target = torch.where(broadcast_over(is_map, x), (states[rows, j] - x) / step, velocity)
         return self.weighted(net(x, t[i], batch.y, torch.where(is_map, t[j], t[i])), target, t[i])
+
+
+@cache  # the same in each step; a copy to a GPU would wait for all that it has to do
+def times_and_weights(state_times: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The times [K + 2] of a path with its ends, and their `derivative_weights` [K + 2, K + 2], float32."""
+    times = torch.tensor([0.0, *state_times, 1.0], dtype=torch.float64)
+    return times.float().to(device), derivative_weights(times).float().to(device)
 
 
 def derivative_weights(times: Tensor) -> Tensor:

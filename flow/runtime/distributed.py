@@ -25,19 +25,27 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+SCRIPT_TIMEOUT_MINUTES = 24 * 60  # a process of a script may work on its share for hours while others wait for it
+
+LAUNCHER_SETTINGS = {  # environment variables of accelerate: the value that changes nothing, and what to do about another one
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "leave it at 1 and set train.gradient_accumulation_steps"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "leave it out and set train.compile=true, or --compile of a script"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed is not supported; use DDP or FSDP2 (configs/accelerate/)"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM is not supported; use DDP or FSDP2 (configs/accelerate/)"),
+}
 
 
 def build_accelerator(
     mixed_precision: str = "no",
     log_with: list[str] | None = None,
     log_dir: str | None = None,
-    timeout_minutes: float = 30,
+    timeout_minutes: float = SCRIPT_TIMEOUT_MINUTES,
     ddp_comm_hook: str = "no",
 ) -> Accelerator:
     """Build the Accelerator, and set threads and memory of the process. Its own `mixed_precision` says what auto came to.
 
-    Raises UserError where the launcher started another number of processes than requested, and for a precision
-    that the device does not have.
+    Raises UserError where the launcher started another number of processes than requested or asks for what a configuration
+    decides, and for a precision that the device does not have.
     """
     _check_launch()
     thread_note = set_threads()
@@ -107,13 +115,19 @@ def build_training_accelerator(config: TrainConfig, log_dir: Path, own_trackers:
     """The accelerator of a trainer; its trackers write to `log_dir`. own_trackers: names that Accelerate does not know.
 
     Raises:
-        UserError: for an unknown tracker.
+        UserError: for a tracker that is unknown or not installed.
     """
     allowed = [*LoggerType.list(), *own_trackers]
     if unknown := next((name for name in config.log_with if name not in allowed), None):
         raise UserError(f"train.log_with={config.log_with}: unknown tracker {unknown!r}; choose from {', '.join(allowed)}")
     log_with = [name for name in config.log_with if name not in own_trackers]
-    return build_accelerator(config.mixed_precision, log_with, str(log_dir), config.timeout_minutes, config.ddp_comm_hook)
+    accelerator = build_accelerator(
+        config.mixed_precision, log_with, str(log_dir), config.timeout_minutes, config.ddp_comm_hook
+    )
+    present = [str(tracker) for tracker in accelerator.log_with]  # accelerate leaves out the others without a word
+    if missing := next((name for name in log_with if name not in (*present, "all")), None):
+        raise UserError(f"train.log_with={config.log_with}: the package of {missing} is not installed; pip install {missing}")
+    return accelerator
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -264,8 +278,15 @@ def _control_group(world: dist.ProcessGroup, timeout: timedelta):
 
 
 def _check_launch() -> None:
-    """`accelerate-launch --cpu --num_processes 2` starts one process without a message. It leaves a rendezvous
-    address but no group."""
+    """Raises UserError for a launcher that would change the training, and for too few processes.
+
+    `accelerate-launch --cpu --num_processes 2` starts one process without a message. It leaves a rendezvous address but no
+    group.
+    """
+    for name, (off, advice) in LAUNCHER_SETTINGS.items():
+        value = os.environ.get(name, off)
+        if value.lower() not in ("", off):
+            raise UserError(f"{name}={value}, which the launcher has set: {advice}")
     lone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     if lone and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "PMI_SIZE" not in os.environ:
         raise UserError(

@@ -29,8 +29,8 @@ def error_context(key: str) -> Iterator[None]:
 
 
 def cli_main(main: Callable[[], None]) -> None:
-    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130, and a
-    process that has lost another one says so and leaves with 1.
+    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130, a
+    process that has lost another one says so and leaves with 1, and `sys.exit(status)` leaves with that status.
 
     FLOW_TRACEBACK=1 shows the traceback of such an error as well.
     """
@@ -40,6 +40,10 @@ def cli_main(main: Callable[[], None]) -> None:
         status = 0
     except KeyboardInterrupt:
         status = 130
+    except SystemExit as left:
+        if not isinstance(left.code, int):
+            raise
+        status = left.code
     except Exception as error:
         message, status = _report(error)
         if not message or os.environ.get("FLOW_TRACEBACK"):
@@ -77,6 +81,6 @@ def _report(error: Exception) -> tuple[str, int]:
     connected = dist.is_available() and dist.is_initialized()
     if connected and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or _CONNECTION.search(str(error))):
         reason = re.sub(r"^\[[^]]*\] ", "", first_line(error)).partition(". This ")[0]  # without gloo's source line and advice
-        lost = "another process has ended, hangs or cannot be reached (train.timeout_minutes)"
+        lost = "another process has ended, hangs or cannot be reached (a training waits for train.timeout_minutes)"
         return f"{lost}: {reason}; resume a training with -r latest", 1
     return "", 1

@@ -1,11 +1,12 @@
-"""SIGTERM, Ctrl-C and a closed terminal ask a run to stop at the end of its step; a second Ctrl-C stops it at once."""
+"""SIGTERM, Ctrl-C, a closed terminal and a closed pipe ask a run to stop at the end of its step; a second Ctrl-C stops it at
+once."""
 
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
@@ -13,7 +14,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal
 class StopSignal:
     """Inside the block, `received` is the number of the signal that arrived, or None.
 
-    SIGHUP stays ignored where it is ignored at the start, as nohup does.
+    Where standard output is a pipe whose reader has left, as in `train.py | tee log` after a second Ctrl-C, that counts as
+    SIGHUP. SIGHUP stays ignored where it is ignored at the start, as nohup does.
     """
 
     def __enter__(self) -> "StopSignal":
@@ -22,9 +24,11 @@ class StopSignal:
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         numbers = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        self._output, sys.stdout = sys.stdout, _Output(sys.stdout, self._lose_output)
         return self
 
     def __exit__(self, *error: object) -> None:
+        sys.stdout = self._output
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -38,12 +42,42 @@ class StopSignal:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
-            self._leave_terminal()
+            _print_nowhere(self._terminals)
         self.received = number
 
-    def _leave_terminal(self) -> None:
-        """Send what is still printed nowhere: writing to a terminal that was closed is an error."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in self._terminals:
-            os.dup2(nowhere, descriptor)
-        os.close(nowhere)
+    def _lose_output(self) -> None:
+        """Nobody reads standard output any more."""
+        _print_nowhere([1, 2] if os.path.samestat(os.fstat(1), os.fstat(2)) else [1])
+        if signal.SIGHUP in self._before and self.received is None:
+            self.received = signal.SIGHUP
+
+
+class _Output:
+    """A stream whose writes do not fail where the reader of its pipe has left; `lost` is called then."""
+
+    def __init__(self, stream: TextIO, lost: Callable[[], None]):
+        self.stream, self.lost = stream, lost
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            self.lost()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.lost()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _print_nowhere(descriptors: Iterable[int]) -> None:
+    """Send what is still printed there nowhere: writing to a terminal or a pipe that was closed is an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)

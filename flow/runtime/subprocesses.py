@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -48,7 +49,7 @@ def run_chains(chains: dict[Path, Iterator[list[str]]], jobs: int, unit: str) ->
     lines of its file, once the commands beside it have been stopped. Signals reach the commands as in `run_command`.
     """
     waiting, running = list(chains.items()), list[_Running]()
-    with StopSignal() as stop, tqdm(total=len(chains), unit=unit, desc=unit) as bar:
+    with StopSignal() as stop, tqdm(total=len(chains), unit=unit, desc=unit) as bar, _terminating(running):
         while waiting or running:
             while waiting and len(running) < jobs:
                 log, commands = waiting.pop(0)
@@ -71,6 +72,19 @@ def run_chains(chains: dict[Path, Iterator[list[str]]], jobs: int, unit: str) ->
                     failed.leave()
                 sys.exit(128 + number)
             time.sleep(0.1)
+
+
+@contextmanager
+def _terminating(running: list["_Running"]) -> Iterator[None]:
+    """No command outlives an error in the block."""
+    try:
+        yield
+    finally:
+        processes = [chain.process for chain in running if chain.process and chain.status is None]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Sources that are data sets: those of a configuration, of --source, and tensors."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from flow.runtime.errors import error_context
 from flow.sampling.space import Space
 from flow.source import GAUSSIAN, DataSource, GaussianSource, OrderedSource, Source
 
+THREADS = 4  # that decode images
+
 
 @dataclass
 class DataSamples:
@@ -32,7 +35,10 @@ class DataSamples:
     def read(self, indices: list[int]) -> Tensor:
         """[n, ...], float32: images in [-1, 1] or points."""
         with error_context(self.key):
-            return to_float(torch.stack([self.data[k][0] for k in indices]))
+            if self.data.access != "files":
+                return to_float(torch.stack([self.data[k][0] for k in indices]))
+            with ThreadPoolExecutor(THREADS) as pool:  # a batch is decoded while the training waits for it
+                return to_float(torch.stack([image for image, _ in pool.map(self.data.__getitem__, indices)]))
 
 
 def build(name: str, root: str | None, args: dict[str, Any]) -> Source:

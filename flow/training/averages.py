@@ -87,8 +87,13 @@ class RunAverages:
                 self.task.write_snapshot(path, weights, step, 0, PowerAverage(width, updates))
 
     def _gather(self, averages: Averages, step: int, hint: str) -> list[dict[str, Tensor]]:
-        """State dicts of all averages, gathered by all processes where they are sharded."""
-        states = [averages.state_dict(i) for i in range(len(averages.shadow))]
-        if name := next(filter(None, map(snapshot.first_nonfinite, states)), None):
-            raise UserError(f"the average of {name} is not finite after step {step}; {hint}. A smaller optimizer.lr may help")
+        """State dicts of all averages, gathered by all processes where they are sharded; empty on all but the main process."""
+        states = []
+        for i in range(len(averages.shadow)):
+            state = averages.state_dict(i)
+            if name := snapshot.first_nonfinite(state):
+                raise UserError(
+                    f"the average of {name} is not finite after step {step}; {hint}. A smaller optimizer.lr may help"
+                )
+            states.append(state if self.accelerator.is_main_process else {})  # which writes them
         return states

@@ -213,7 +213,7 @@ def build_coupling(config: Config, data, source: Source, micro_batch_size: int) 
             )
         if (own := asdict(flow.source)) != data.source:
             raise UserError(f"flow.source={own}: must be that of the pairs, {data.source}")
-        if data.source_fingerprint not in (None, sources.training_fingerprint(source)):
+        if data.source_fingerprint and data.source_fingerprint != sources.training_fingerprint(source):
             raise UserError(f"flow.source={own}: its samples are not those that the pairs start from; make the pairs again")
         if flow.coupling_args:
             raise UserError(f"flow.coupling_args={flow.coupling_args}: paired takes none")

@@ -159,7 +159,10 @@ class Rectify:
         if not self.plan_file.is_file():
             return {}
         with error_context(f"{self.plan_file}: is damaged; name another folder"):
-            return files.read_json(self.plan_file)
+            plans = files.read_json(self.plan_file)
+            if not all(isinstance(plan, dict) for plan in plans.values()):
+                raise ValueError("a stage has no entries")
+        return plans
 
     def record(self, name: str, **entries: float) -> None:
         plans = self.plans()

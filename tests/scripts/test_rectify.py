@@ -282,7 +282,7 @@ def test_trial_of_pairs_of_a_reflow(rectified, tmp_path, config):
     assert int(words[words.index("--n_pairs") + 1]) > 0
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"1-rf": 3}'])
 def test_damaged_plan_is_named(error, monkeypatch, tmp_path, config, text):
     monkeypatch.setattr(rectify, "run_command", lambda arguments, launcher: None)
     (tmp_path / "plan.json").write_text(text)

@@ -1,7 +1,11 @@
 """Chains of commands, several at the same time."""
 
+import os
+import time
+
 import pytest
 
+from configs.errors import UserError
 from flow.runtime.subprocesses import run_chains
 
 MEET = """
@@ -33,3 +37,20 @@ def test_a_command_that_fails_ends_the_others(tmp_path, capsys):
         run_chains({tmp_path / "a.log": iter(fails), tmp_path / "b.log": iter(waits)}, 2, "chains")
     assert error.value.code == 2
     assert "no such recipe" in capsys.readouterr().err and "never" not in (tmp_path / "a.log").read_text()
+
+
+def test_no_command_outlives_an_error(tmp_path):
+    """Of whoever plans the next command."""
+    file = tmp_path / "pid"
+
+    def fails():
+        while not file.exists():
+            time.sleep(0.01)
+        raise UserError("no such recipe")
+        yield []
+
+    waits = [["-c", f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"]]
+    with pytest.raises(UserError, match="no such recipe"):
+        run_chains({tmp_path / "b.log": iter(waits), tmp_path / "a.log": fails()}, 2, "chains")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(file.read_text()), 0)

@@ -119,7 +119,7 @@ def test_nan_in_the_data(error, here, monkeypatch, tmp_path, mode):
 
 @pytest.fixture
 def loss_scaler(monkeypatch):
-    """The loss scaler of fp16, on a CPU: accelerate's own way through it, with float32 networks. A call takes it away."""
+    """The loss scaler of fp16, on a CPU: accelerate's own way through it, with float32 networks. False takes it away."""
     start = distributed.build_accelerator
 
     def started(*args, **kwargs):
@@ -128,8 +128,11 @@ def loss_scaler(monkeypatch):
         accelerator.unscale_gradients = lambda *ignored: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
         return accelerator
 
-    monkeypatch.setattr(distributed, "build_accelerator", started)
-    return lambda: monkeypatch.setattr(distributed, "build_accelerator", start)
+    def use(scaled: bool) -> None:
+        monkeypatch.setattr(distributed, "build_accelerator", started if scaled else start)
+
+    use(True)
+    return use
 
 
 def test_scaler_overflow_leaves_no_trace(here, ruin, watched, loss_scaler, tmp_path):
@@ -141,7 +144,7 @@ def test_scaler_overflow_leaves_no_trace(here, ruin, watched, loss_scaler, tmp_p
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [1, 1, 1, 2, 2, 2]
     assert [row["loss_scale"] for row in rows] == [8, 8, 8, 4, 4, 4]
-    loss_scaler()  # the same steps left out without one: scales are powers of two, so that nothing is rounded
+    loss_scaler(False)  # the same steps left out without one: scales are powers of two, so that nothing is rounded
     ruin(1, 4)
     here("train", *MLP, "-e", tmp_path / "plain", *warm, "train.nonfinite_grad=skip")
     a, b = (load_file(locate.find(tmp_path / name)) for name in ("run", "plain"))
@@ -152,3 +155,12 @@ def test_a_loss_scale_that_collapses_is_reported(error, ruin, loss_scaler, tmp_p
     ruin()
     line = error("train", *MLP, "-e", tmp_path / "run")
     assert "the loss scale of fp16 has collapsed to 0.5 at step 5" in line
+
+
+def test_fp16_needs_the_loss_scale_of_a_run(here, error, loss_scaler, tmp_path):
+    """A run in another precision has none."""
+    loss_scaler(False)
+    here("train", *MLP, "-e", tmp_path / "run")
+    loss_scaler(True)
+    line = error("train", "-e", tmp_path / "run", "-r", "latest", "train.steps=8")
+    assert "train.mixed_precision=fp16: " in line and "has no loss scale, as it was trained in another precision" in line

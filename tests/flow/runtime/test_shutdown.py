@@ -1,0 +1,38 @@
+"""What asks a run to stop, beside the signals that the tests of train.py send."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PRINTS = """
+import sys
+from flow.runtime.shutdown import StopSignal
+with StopSignal() as stop:
+    sys.stdin.readline()
+    print("a line that nobody reads", flush=True)
+    print("and another one", flush=True)
+sys.exit(stop.received or 0)
+"""
+
+
+@pytest.mark.parametrize(("shell", "status"), [([], signal.SIGHUP), (["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh"], 0)])
+def test_closed_pipe_counts_as_closed_terminal(shell, status):
+    """Printing goes on without an error; under nohup nothing stops."""
+    command = [*shell, sys.executable, "-c", PRINTS]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout and process.stdin and process.stderr
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert (process.wait(60), process.stderr.read()) == (status, b"")
+    process.stderr.close()
+
+
+def test_a_process_of_a_group_leaves_at_once():
+    """Whatever takes the interpreter down is not waited for: threads of gloo would abort it."""
+    code = "import atexit, os, sys; from flow.runtime.errors import cli_main; atexit.register(os._exit, 7)\n"
+    for more, status in (({"WORLD_SIZE": "2"}, 143), ({}, 7)):
+        run = [sys.executable, "-c", f"{code}os.environ.update({more}); cli_main(lambda: sys.exit(143))"]
+        assert subprocess.run(run, timeout=120).returncode == status
