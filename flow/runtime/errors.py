@@ -28,6 +28,18 @@ def error_context(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {first_line(error)}") from error
 
 
+@contextmanager
+def renaming(flag: str, key: str) -> Iterator[None]:
+    """Errors of the user that start with `flag` start with `key` instead: for what reads a flag's kind of value from elsewhere,
+    as in renaming("--weights ", "train.init_from=")."""
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith(flag):
+            raise
+        raise UserError(key + str(error).removeprefix(flag)) from error
+
+
 def cli_main(main: Callable[[], None]) -> None:
     """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130, a
     process that has lost another one says so and leaves with 1, and `sys.exit(status)` leaves with that status.

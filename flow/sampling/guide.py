@@ -6,6 +6,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.schema import Config, SourceConfig
 from flow.model import FlowModel
+from flow.runtime.errors import renaming
 from flow.sampling import header, snapshot
 from flow.sampling.snapshot import Snapshot
 
@@ -23,7 +24,8 @@ def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str 
     if weights is None:
         return None
     key = f"--guide_weights {weights}"
-    guide = snapshot.load(weights)
+    with renaming("--weights ", "--guide_weights "):
+        guide = snapshot.load(weights)
     if guide.image_shape != snap.image_shape:
         raise UserError(f"{key}: is a model of images of {guide.image_shape}, --weights of {snap.image_shape}")
     snapshot.check_codec(key, guide, snap.codec)
@@ -31,7 +33,8 @@ def attach(model: FlowModel, snap: Snapshot, weights: str | Path | None) -> str 
     if source != own_source:
         starts = [" ".join([each.name, *([str(each.args)] if each.args else [])]) for each in (source, own_source)]
         raise UserError(f"{key}: starts at {starts[0]}, --weights at {starts[1]}; give one of the same flow.source")
-    weaker = guide.model(decode=False)
+    with renaming("--weights ", "--guide_weights "):
+        weaker = guide.model(decode=False)
     if weaker.net.two_times != model.net.two_times:
         kinds = ["a flow map" if net.two_times else "a flow" for net in (weaker.net, model.net)]
         raise UserError(f"{key}: is {kinds[0]}, --weights {kinds[1]}; give one of the same kind")

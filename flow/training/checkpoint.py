@@ -69,9 +69,8 @@ def load(accelerator: Accelerator, path: Path) -> dict:
     """Restore what accelerate saved; returns the state given to `save`, with the step."""
     with reading(path):
         if accelerator.scaler is not None and not (path / "scaler.pt").exists():
-            raise UserError(
-                f"train.mixed_precision=fp16: {path} has no loss scale, as it was trained in another precision; resume in that one"
-            )
+            reason = f"{path} has no loss scale, as it was trained in another precision"
+            raise UserError(f"train.mixed_precision=fp16: {reason}; resume in that one")
         accelerator.load_state(str(path))
         state = files.read_json(path / "state.json")
         if state["step"] != step_names.step_of(path) or not isinstance(state["updates"], int):

@@ -21,7 +21,7 @@ from flow.losses import Batch, FlowLoss
 from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import cli, commands, distributed, files
-from flow.runtime.errors import error_context
+from flow.runtime.errors import error_context, renaming
 from flow.sampling import snapshot, sources
 from flow.sampling.conditions import column_names, preview_settings
 from flow.sampling.generate import generate, shard
@@ -78,7 +78,7 @@ class FlowTask:
         """Start from the weights of train.init_from, if any. Raises UserError where they do not fit."""
         init_from = self.config.train.init_from
         if init_from:
-            with error_context("train.init_from"):
+            with error_context("train.init_from"), renaming("--weights ", "train.init_from="):
                 source = snapshot.load(init_from)
                 snapshot.check_codec(f"train.init_from={init_from}", source, self.data.codec)
                 check_same_flow(f"train.init_from={init_from}", source.config, self.config)

@@ -68,7 +68,7 @@ def contents(folder):
             ["loss.name=mean_flow", "loss.args.guidance_mix=0.5", "model.args={two_times: true, num_classes: null}"],
             "loss.args.guidance_mix=0.5: needs a network with labels (model.args.num_classes) or prompts",
         ),
-        (["train.init_from=nowhere"], "--weights nowhere: there is no such file or folder"),
+        (["train.init_from=nowhere"], "train.init_from=nowhere: there is no such file or folder"),
         (["-c", "configs/digts.yaml"], "-c configs/digts.yaml: there is no such file. Did you mean 'configs/digits.yaml'?"),
         (["-r", "latest"], "there is no run in"),
         (["-r", "nowhere"], "-r nowhere: there is no such folder"),
