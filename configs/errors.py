@@ -18,4 +18,4 @@ def did_you_mean(word: str, choices: Sequence[str]) -> str:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message; its kind where there is none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

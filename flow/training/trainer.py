@@ -24,8 +24,9 @@ from flow.training.cuda_graph import GraphedUpdate, Update
 from flow.training.data_loader import prefetch
 from flow.training.eager import EagerNetwork
 from flow.training.ema import Ema
-from flow.training.logging import Logger, LossStatistics, Throughput, log_summary, print_row, show_beside_bar
+from flow.training.logging import Logger, log_summary, print_row, show_beside_bar
 from flow.training.optimizer import StepGuard, build_optimizer, lr_at, set_options
+from flow.training.statistics import LossStatistics, Throughput
 
 
 class Task(Protocol):

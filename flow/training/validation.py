@@ -18,7 +18,7 @@ from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.sampling.generate import shard
 from flow.training.flow_task import FlowTask, encode_captions
-from flow.training.logging import TIME_BINS
+from flow.training.statistics import TIME_BINS
 from flow.training.trainer import Callback, Trainer
 
 KEY = "evaluate.loss_every_steps"
