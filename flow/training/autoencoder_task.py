@@ -33,7 +33,7 @@ PREVIEW_BATCH = 16
 
 
 class AutoencoderTask:
-    """Trains or fine-tunes an AutoencoderKL; implements `flow.training.trainer.Task`."""
+    """Trains or fine-tunes an AutoencoderKL; implements `flow.training.task.Task`."""
 
     unit = "images"
     script = "-m scripts.train_vae"

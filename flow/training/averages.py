@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -13,9 +13,7 @@ from flow.sampling import posthoc_ema, snapshot
 from flow.sampling.header import PowerAverage
 from flow.training import checkpoint
 from flow.training.ema import Averages, Ema, PowerEma
-
-if TYPE_CHECKING:
-    from flow.training.trainer import Task
+from flow.training.task import Task
 
 
 class RunAverages:
@@ -25,7 +23,7 @@ class RunAverages:
     checkpoint.
     """
 
-    def __init__(self, task: "Task", config: Any, folder: Path, accelerator: Accelerator):
+    def __init__(self, task: Task, config: Any, folder: Path, accelerator: Accelerator):
         """All averages start from the weights of now. folder: of the run."""
         self.task, self.config, self.folder, self.accelerator = task, config, folder, accelerator
         self.half_lives = schema.half_lives(config)

@@ -36,7 +36,7 @@ MEANING = ("flow.path", "flow.prediction")  # of what a network puts out, whatev
 
 
 class FlowTask:
-    """Trains `config.model` with `config.loss` on `config.data`; implements `flow.training.trainer.Task`."""
+    """Trains `config.model` with `config.loss` on `config.data`; implements `flow.training.task.Task`."""
 
     script = "train.py"
 

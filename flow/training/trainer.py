@@ -2,22 +2,21 @@
 
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import UserError
-from flow.losses import Batch, Loss, Losses
+from flow.losses import Batch, Losses
 from flow.noise import generator
 from flow.runtime import cli, distributed, step_names
 from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, posthoc_ema
-from flow.sampling.header import PowerAverage
 from flow.training import checkpoint, cuda_graph, run_dir, trackers
 from flow.training.averages import RunAverages
 from flow.training.cuda_graph import GraphedUpdate, Update
@@ -27,40 +26,7 @@ from flow.training.ema import Ema
 from flow.training.logging import Logger, log_summary, print_row, show_beside_bar
 from flow.training.optimizer import StepGuard, build_optimizer, lr_at, set_options
 from flow.training.statistics import LossStatistics, Throughput
-
-
-class Task(Protocol):
-    """What is trained: a network, its loss and its data; `FlowTask` and `AutoencoderTask` are tasks."""
-
-    net: nn.Module
-    loss: Loss
-    script: str  # that trains it, for the command that resumes
-    unit: str  # what a batch holds, as in "128 images"
-
-    def build_network(self) -> nn.Module:
-        """An untrained network of the same shape, for averages of sharded weights."""
-
-    def batches(self, first_step: int) -> Iterator[list[Batch]]:
-        """The micro-batches of this process, for each step from `first_step` to the last."""
-
-    def write_snapshot(
-        self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int,
-        power_average: PowerAverage | None = None,
-    ) -> None:  # fmt: skip
-        """Write averaged weights with what is needed to use them; for a power-function average the half-life is 0."""
-
-    def read_snapshot(self, path: Path) -> dict[str, Tensor]:
-        """The weights of a snapshot of this task. Raises UserError where they belong to another one."""
-
-    def preview(self, net: nn.Module, step: int) -> tuple[Tensor | None, dict[str, float]]:
-        """A picture uint8 [C, H, W] and metrics of the averaged network, on the main process; every process calls it. No
-        picture where sampling fails."""
-
-    def summary(self) -> list[str]:
-        """Lines about data and network, for the start of the log."""
-
-    def next_command(self, folder: Path) -> str:
-        """What to do with a finished run: an imperative and a command that works as printed."""
+from flow.training.task import Task
 
 
 class Callback:
