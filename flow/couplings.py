@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flow import registry
-from flow.source import GaussianSource, Source
+from flow.source import DataSource, GaussianSource, Source
 
 
 class Coupling(Protocol):
@@ -60,6 +60,21 @@ class OTCoupling:
             rows_x0, rows_x1 = linear_sum_assignment(torch.cdist(a[rows], b[rows]).square().numpy())
             paired[rows[rows_x1]] = x0[rows[rows_x0]]
         return paired
+
+
+class AlignedCoupling:
+    """Each image starts at the sample of the source with the same index, as in matched pairs of photos: a data-dependent
+    coupling (Albergo et al. 2023, arXiv:2310.03725).
+
+    Nothing random is left in x0, so that the flow gives one image for each start.
+    """
+
+    def __init__(self, source: DataSource, image_shape: tuple[int, ...]):
+        self.source, self.image_shape = source, image_shape
+
+    def sample_x0(self, sample_ids: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
+        """As Coupling.sample_x0; only the indices matter."""
+        return self.source.training.draw("train", 0, indices, self.image_shape)
 
 
 class PairedCoupling:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
@@ -24,11 +25,12 @@ class StopSignal:
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         numbers = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
-        self._output, sys.stdout = sys.stdout, _Output(sys.stdout, self._lose_output)
+        self._output = redirect_stdout(_Output(sys.stdout, self._lose_output))
+        self._output.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        sys.stdout = self._output
+        self._output.__exit__(*error)  # type: ignore[arg-type]
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

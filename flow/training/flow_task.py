@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import models
-from configs import keys, schema
+from configs import schema
 from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSet, DataSpec, captions
 from flow import couplings, losses, time_samplers
-from flow.couplings import Coupling, PairedCoupling
+from flow.couplings import AlignedCoupling, Coupling, PairedCoupling
 from flow.guidance import drop_labels
-from flow.losses import Batch, FlowLoss
+from flow.losses import Batch
 from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import cli, commands, distributed, files
@@ -28,11 +28,11 @@ from flow.sampling.generate import generate, shard
 from flow.sampling.header import PowerAverage
 from flow.sampling.settings import validate
 from flow.sampling.space import Space
-from flow.source import GAUSSIAN, Source
+from flow.source import DataSource, Source
+from flow.training.checks import check_alignment, check_loss, check_same_flow, check_source, validate_conditioning
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 
 NAMED_CLASSES = 10  # in the log
-MEANING = ("flow.path", "flow.prediction")  # of what a network puts out, whatever its shape
 
 
 class FlowTask:
@@ -204,78 +204,20 @@ def build_coupling(config: Config, data, source: Source, micro_batch_size: int) 
     flow = config.flow
     if (flow.coupling == "paired") != (config.data.name == "pairs"):
         raise UserError(f"flow.coupling={flow.coupling}: paired and data.name=pairs need each other")
-    with error_context("flow.coupling_args"):
-        if flow.coupling != "paired":
+    if flow.coupling in ("independent", "ot"):
+        with error_context("flow.coupling_args"):
             return couplings.build(flow.coupling, config.seed, data.image_shape, micro_batch_size, flow.coupling_args, source)
-        if config.data.horizontal_flip:
-            raise UserError(
-                "data.horizontal_flip=true: a mirrored image is not what its noise was turned into; set it to false"
-            )
-        if (own := asdict(flow.source)) != data.source:
-            raise UserError(f"flow.source={own}: must be that of the pairs, {data.source}")
+    if flow.coupling_args:
+        raise UserError(f"flow.coupling_args={flow.coupling_args}: {flow.coupling} takes none")
+    if config.data.horizontal_flip:
+        raise UserError("data.horizontal_flip=true: a mirrored image is not what its start was turned into; set it to false")
+    if flow.coupling == "aligned":
+        check_alignment(data, source)
+        assert isinstance(source, DataSource)
+        return AlignedCoupling(source, data.image_shape)
+    if (own := asdict(flow.source)) != data.source:
+        raise UserError(f"flow.source={own}: must be that of the pairs, {data.source}")
+    with error_context("flow.source"):
         if data.source_fingerprint and data.source_fingerprint != sources.training_fingerprint(source):
             raise UserError(f"flow.source={own}: its samples are not those that the pairs start from; make the pairs again")
-        if flow.coupling_args:
-            raise UserError(f"flow.coupling_args={flow.coupling_args}: paired takes none")
-        return PairedCoupling(source, data.seed, data.generated, data.noise, data.image_shape)
-
-
-def check_source(config: Config, model: FlowModel, image_shape: tuple[int, ...]) -> None:
-    """Raises UserError for a source that is a data set where the flow needs noise, and for one of another space."""
-    if model.source.name == GAUSSIAN:
-        return
-    key = f"flow.source.name={model.source.name}"
-    if (config.flow.path, config.flow.prediction) != ("linear", "velocity"):
-        raise UserError(f"{key}: needs flow.path=linear and flow.prediction=velocity; DDPM starts at Gaussian noise")
-    with error_context("flow.source"):
-        model.source.draw("train", config.seed, [0], image_shape)
-
-
-def check_same_flow(key: str, before: Config, now: Config) -> None:
-    """Raises UserError where weights of the configuration `before` put out something else than those of `now`."""
-    for name in MEANING:
-        if (was := keys.get(before, name)) != (here := keys.get(now, name)):
-            raise UserError(f"{key}: was trained with {name}={was}, here it is {here}; set {name}={was}, or use other weights")
-
-
-def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
-    """Raises UserError where the loss needs what network or data do not have."""
-    name = f"loss.name={config.loss.name}"
-    if loss.needs_two_times and not net.two_times:
-        raise UserError(f"{name}: needs a network with two times; set model.args.two_times=true")
-    if loss.needs_states and not getattr(data, "state_times", ()):
-        raise UserError(f"{name}: needs pairs with the paths that lead to them; make them with make_pairs --keep_states 8")
-    if loss.needs_pairs and config.flow.coupling != "paired":
-        raise UserError(f"{name}: needs pairs of a flow, made by make_pairs (data.name=pairs, flow.coupling=paired)")
-    for key, off in (("guidance_scale", 1), ("guidance_mix", 0)):
-        if (value := getattr(loss, key, off)) != off and net.null is None:
-            raise UserError(f"loss.args.{key}={value}: needs a network with labels (model.args.num_classes) or prompts")
-    scale, dropout = getattr(loss, "guidance_scale", 1), config.flow.label_dropout
-    if scale != 1 and not dropout:  # guidance_mix alone takes nothing from the null label
-        null = "prompt" if net.max_prompt_bytes else "label"
-        raise UserError(
-            f"flow.label_dropout={dropout:g}: loss.args.guidance_scale={scale} needs a null {null} that is trained; set "
-            "flow.label_dropout above 0, such as 0.1"
-        )
-
-
-def validate_conditioning(data, net: Any) -> None:
-    """A network with labels or prompts needs a data set that has classes, and room for each class or caption."""
-    if net.max_prompt_bytes:
-        if not data.class_names or data.labels is None:
-            raise UserError(
-                f"model.args.max_prompt_bytes={net.max_prompt_bytes}: the data set has no classes to make captions of"
-            )
-        longest = captions.longest(data.class_names)
-        if longest > net.max_prompt_bytes:
-            raise UserError(
-                f"model.args.max_prompt_bytes={net.max_prompt_bytes}: captions have up to {longest} bytes; use {longest}"
-            )
-    num_classes = net.num_classes
-    if num_classes is None:
-        return
-    if data.labels is None:
-        raise UserError(f"model.args.num_classes={num_classes}: the data set has no labels; use null")
-    needed = int(data.labels.max()) + 1
-    if num_classes < needed:
-        raise UserError(f"model.args.num_classes={num_classes}: the data set has {needed} classes; use {needed}")
+    return PairedCoupling(source, data.seed, data.generated, data.noise, data.image_shape)

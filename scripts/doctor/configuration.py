@@ -13,8 +13,9 @@ from flow import losses, time_samplers
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.training import data_loader
+from flow.training.checks import validate_conditioning
 from flow.training.evaluation import check_evaluation
-from flow.training.flow_task import FlowTask, validate_conditioning
+from flow.training.flow_task import FlowTask
 from flow.training.validation import ValidationLoss
 from scripts.doctor.context import Context, Lines
 

@@ -8,7 +8,7 @@ from configs import loading
 from configs.errors import UserError
 from flow import losses, time_samplers
 from flow.path import LinearPath
-from flow.training.flow_task import check_loss
+from flow.training.checks import check_loss
 
 POINTS = ["data.name=toys", "data.args={name: mixture}", "model.name=mlp", "model.args={width: 16}", "train.log_with=[]"]
 

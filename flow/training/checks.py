@@ -1,0 +1,99 @@
+"""What of configuration, data and network does not fit together, found before a training starts."""
+
+from pathlib import PurePath
+from typing import Any
+
+from configs import keys
+from configs.errors import UserError
+from configs.schema import Config
+from datasets import captions
+from flow.losses import FlowLoss
+from flow.model import FlowModel
+from flow.runtime.errors import error_context
+from flow.source import GAUSSIAN, DataSource, Source
+
+MEANING = ("flow.path", "flow.prediction")  # of what a network puts out, whatever its shape
+
+
+def check_alignment(data, source: Source) -> None:
+    """Raises UserError where the samples of the source are not one for each image; of files the names must agree, but for the
+    suffix."""
+    if not isinstance(source, DataSource):
+        raise UserError(
+            f"flow.coupling=aligned: needs a data set as flow.source.name, with one sample for each image; is {GAUSSIAN}"
+        )
+    with error_context("flow.source"):
+        starts = source.training.samples
+    if len(starts) != len(data):
+        raise UserError(
+            f"flow.coupling=aligned: flow.source.name={source.name} has {len(starts):,} samples for {len(data):,} images"
+        )
+    name_of, start_of = (getattr(each, "name_of", None) for each in (data, getattr(starts, "data", None)))
+    if name_of and start_of:
+        for k in range(len(data)):
+            image, start = (str(PurePath(name).with_suffix("")) for name in (name_of(k), start_of(k)))
+            if image != start:
+                raise UserError(
+                    f"flow.coupling=aligned: image {k} is {image}, its start {start}; give both files the same name"
+                )
+
+
+def check_source(config: Config, model: FlowModel, image_shape: tuple[int, ...]) -> None:
+    """Raises UserError for a source that is a data set where the flow needs noise, and for one of another space."""
+    if model.source.name == GAUSSIAN:
+        return
+    key = f"flow.source.name={model.source.name}"
+    if (config.flow.path, config.flow.prediction) != ("linear", "velocity"):
+        raise UserError(f"{key}: needs flow.path=linear and flow.prediction=velocity; DDPM starts at Gaussian noise")
+    with error_context("flow.source"):
+        model.source.draw("train", config.seed, [0], image_shape)
+
+
+def check_same_flow(key: str, before: Config, now: Config) -> None:
+    """Raises UserError where weights of the configuration `before` put out something else than those of `now`."""
+    for name in MEANING:
+        if (was := keys.get(before, name)) != (here := keys.get(now, name)):
+            raise UserError(f"{key}: was trained with {name}={was}, here it is {here}; set {name}={was}, or use other weights")
+
+
+def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
+    """Raises UserError where the loss needs what network or data do not have."""
+    name = f"loss.name={config.loss.name}"
+    if loss.needs_two_times and not net.two_times:
+        raise UserError(f"{name}: needs a network with two times; set model.args.two_times=true")
+    if loss.needs_states and not getattr(data, "state_times", ()):
+        raise UserError(f"{name}: needs pairs with the paths that lead to them; make them with make_pairs --keep_states 8")
+    if loss.needs_pairs and config.flow.coupling != "paired":
+        raise UserError(f"{name}: needs pairs of a flow, made by make_pairs (data.name=pairs, flow.coupling=paired)")
+    for key, off in (("guidance_scale", 1), ("guidance_mix", 0)):
+        if (value := getattr(loss, key, off)) != off and net.null is None:
+            raise UserError(f"loss.args.{key}={value}: needs a network with labels (model.args.num_classes) or prompts")
+    scale, dropout = getattr(loss, "guidance_scale", 1), config.flow.label_dropout
+    if scale != 1 and not dropout:  # guidance_mix alone takes nothing from the null label
+        null = "prompt" if net.max_prompt_bytes else "label"
+        raise UserError(
+            f"flow.label_dropout={dropout:g}: loss.args.guidance_scale={scale} needs a null {null} that is trained; set "
+            "flow.label_dropout above 0, such as 0.1"
+        )
+
+
+def validate_conditioning(data, net: Any) -> None:
+    """A network with labels or prompts needs a data set that has classes, and room for each class or caption."""
+    if net.max_prompt_bytes:
+        if not data.class_names or data.labels is None:
+            raise UserError(
+                f"model.args.max_prompt_bytes={net.max_prompt_bytes}: the data set has no classes to make captions of"
+            )
+        longest = captions.longest(data.class_names)
+        if longest > net.max_prompt_bytes:
+            raise UserError(
+                f"model.args.max_prompt_bytes={net.max_prompt_bytes}: captions have up to {longest} bytes; use {longest}"
+            )
+    num_classes = net.num_classes
+    if num_classes is None:
+        return
+    if data.labels is None:
+        raise UserError(f"model.args.num_classes={num_classes}: the data set has no labels; use null")
+    needed = int(data.labels.max()) + 1
+    if num_classes < needed:
+        raise UserError(f"model.args.num_classes={num_classes}: the data set has {needed} classes; use {needed}")
