@@ -34,5 +34,5 @@ lint: .venv/installed
 .venv/installed: requirements.txt requirements-latent.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12")'
 	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-latent.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-latent.txt
 	touch $@

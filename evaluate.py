@@ -123,9 +123,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         snap.check_data()
     for network in model.networks:
         distributed.prepare_model(network, accelerator, args.compile)
-    n = args.n_samples * args.repeats
-    if note := sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, n):
-        accelerator.print(f"note: {note}")
+    sources.attach(accelerator, model, args.source, snap.config.data.root, 0)
     labels = flags.labels_of(args.labels, snap.class_names)
     captions_of = snapshots.captions_by_class(args.captions, labels, accelerator, snap.config, net)
     turns, prompts = conditions_in_turn(labels, captions_of)
@@ -151,7 +149,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
                 snap.load_into(net)
             width = snap.power_average.width if snap.power_average else None
             subject = {"weights": f"{name}@{snap.step}", "ema_width": width, "images": snap.images, "captions": captions}
-            evaluator.evaluate(model, snap.image_shape, snap.sha256, subject)
+            evaluator.evaluate(model, snap.sha256, subject)
         accelerator.print(evaluator.evaluation.write_report())
         accelerator.wait_for_everyone()
     print_summary(args, accelerator, out, f"sample as in the last row with: {suggested_sample(args, paths[-1], plan[-1])}")
@@ -216,9 +214,10 @@ def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> 
 
 def evaluation_settings(args, owner: str, n_samples: int) -> runner.EvaluationSettings:
     return runner.EvaluationSettings(
-        owner=owner, n_samples=n_samples, repeats=args.repeats, batch_size=args.bspp, feature_extractor=args.feature_extractor,
-        feature_layer=args.feature_layer, feature_weights=args.feature_weights, allow_remote_code=args.allow_remote_code,
-        reference=args.reference, metrics=tuple(args.metrics), control=not args.no_control,
+        owner=owner, n_samples=n_samples, n_samples_key="--n_samples", repeats=args.repeats, batch_size=args.bspp,
+        feature_extractor=args.feature_extractor, feature_layer=args.feature_layer, feature_weights=args.feature_weights,
+        allow_remote_code=args.allow_remote_code, reference=args.reference, metrics=tuple(args.metrics),
+        control=not args.no_control,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def main() -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
-    source_note = sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, args.n_samples)
+    source_note = sources.attach(accelerator, model, args.source, snap.config.data.root, args.n_samples)
     settings = settings_of(args, snap, guide_name)
     with error_context("sample"):
         check_request(args, snap, model, settings)
@@ -109,7 +109,7 @@ def start_folder(args, snap: Snapshot, model: FlowModel, settings: SamplerSettin
     source = sources.fingerprint(model)
     output.check_output_dir(
         args.save_dir, digest, snap.decoded_shape, settings, model.net.num_classes, mixed_precision, args.bspp, snap.config,
-        source,
+        source, snap.class_names,
     )  # fmt: skip
     if not snap.space.is_points:
         images_folder(args).mkdir(exist_ok=True)
@@ -122,7 +122,7 @@ def images_folder(args) -> Path:
 def write_points(args, accelerator: Accelerator, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
     """Write samples.npz and grid.png of a flow of points."""
     indices = range(args.n_samples)
-    points, nfe = output.sample_points(accelerator, model, snap.image_shape, indices, args.bspp, settings)
+    points, nfe = output.sample_points(accelerator, model, indices, args.bspp, settings)
     if points is None:  # not the main process
         return
     output.write_npz(args.save_dir / "samples.npz", points.numpy(), settings, model.net.num_classes)
@@ -136,7 +136,7 @@ def write_points(args, accelerator: Accelerator, snap: Snapshot, model: FlowMode
 def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
     """Write images/, grid.png and, with --npz, samples.npz."""
     folder, indices = images_folder(args), range(args.n_samples)
-    nfe, forwards = output.write_images(accelerator, model, snap.image_shape, indices, args.bspp, settings, folder)
+    nfe, forwards = output.write_images(accelerator, model, indices, args.bspp, settings, folder)
     if not accelerator.is_main_process:
         return
     write_grid_and_npz(args, snap, settings, model.net.num_classes)

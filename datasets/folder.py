@@ -1,7 +1,9 @@
 """Image files that are decoded one by one: the base class, which Parquet files share, and folders."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -104,8 +106,9 @@ class EncodedImages(ABC):
 class Folder(EncodedImages):
     """Image files below a folder.
 
-    Subfolders are classes, in alphabetical order; without subfolders, or with images beside them, there are no labels. Files
-    that are not images by their suffix and hidden ones (`.x`, the `._x.png` of macOS) are skipped.
+    Subfolders are classes, in alphabetical order; without subfolders, or with images beside them, there are no labels. Links
+    to folders count as folders. Files that are not images by their suffix and hidden ones (`.x`, the `._x.png` of macOS) are
+    skipped.
     """
 
     def __init__(self, path: Path, size: int | None, channels: int):
@@ -166,13 +169,33 @@ def read_image(source: Path | BinaryIO, size: int | None, channels: int) -> Tens
     return torch.from_numpy(pixels).reshape(pixels.shape[0], pixels.shape[1], channels).permute(2, 0, 1)
 
 
+def files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """What lies below a folder and is no folder itself, in no order: files, links that lead nowhere, folders that may not be
+    read.
+
+    Links to folders are followed, but for those to a folder that they lie in, one of `above` (device and inode).
+    """
+    try:
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
+        entries = [] if identity in above else list(os.scandir(folder))
+    except PermissionError:
+        yield folder
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+            yield from files_below(Path(entry.path), above | {identity})
+        else:
+            yield Path(entry.path)
+
+
 def _scan(path: Path) -> tuple[list[Path], list[str]]:
-    """The images below a folder, sorted, and the names of the other files there, relative to it."""
+    """The images below a folder, sorted, and the names of what else lies there, relative to it."""
     images, others = [], []
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+    for file in sorted(files_below(path)):
         relative = file.relative_to(path)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if file.suffix.lower() in IMAGE_SUFFIXES and not hidden:
+        if file.suffix.lower() in IMAGE_SUFFIXES and not hidden and file.is_file():
             images.append(file)
         else:
             others.append(str(relative))

@@ -1,6 +1,6 @@
 """A network with the data needed to turn its predictions into velocities."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ class FlowModel:
 
     net: Network
     path: Path  # of its training
+    shape: tuple[int, ...]  # of what the network sees: (C, H, W), or (2,) for points
     prediction: str = "velocity"  # one of path.PREDICTIONS
     trained_guidance: float = 1.0  # the scale inside the velocity that a flow map learned (loss.args.guidance_scale)
     decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
@@ -66,6 +67,10 @@ class FlowModel:
     def networks(self) -> list[Any]:
         """Its own and that of the guide."""
         return [self.net, *(self.guide.networks if self.guide else [])]
+
+    def draw_x0(self, stream: str, seed: int, positions: Iterable[int]) -> Tensor:
+        """Samples of the source [n, *shape], float32, on the CPU; row i is a function of (stream, seed, positions[i])."""
+        return self.source.draw(stream, seed, positions, self.shape)
 
     def eval(self) -> None:
         """Networks without dropout, as sampling wants them."""

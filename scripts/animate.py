@@ -8,6 +8,7 @@ where there is a formula). Image models get trajectory.gif. With ffmpeg installe
 scripts.report shows with sliders.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from flow.sampling import guide, images, snapshot, sources, trajectory_grids
 from flow.sampling.conditions import column_names
 from flow.sampling.generate import build_velocity, decode, to_solver_dtype, trajectory
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
-from flow.solvers import DETERMINISTIC
+from flow.solvers import DETERMINISTIC, Velocity
 from flow.solvers.time_grids import uniform
 from flow.source import GAUSSIAN
 
@@ -46,6 +47,7 @@ GRID_IMAGES = 30  # of --trajectory_grids
 SHOWN = 1500  # particles of flow.gif at most: more would hide each other
 STRIP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAP_CELLS = 80  # of a side of the likelihood map
+PERCENT = 100
 MAP_NATS = 8  # below the highest log-density are shown
 MASS = 0.01  # densities above this share of the highest count as inside the mass
 
@@ -91,7 +93,7 @@ def main() -> None:
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
     accelerator = distributed.build_single_process_accelerator("animate")
-    sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, 0)
+    sources.attach(accelerator, model, args.source, snap.config.data.root, 0)
     scales = guidance_scales(args, model)
     settings = [
         SamplerSettings(
@@ -169,7 +171,8 @@ def draw_grids(
     figures: dict[str, Tensor] = {}
     with distributed.progress(accelerator, (len(times) - 1) * len(settings), "trajectories (steps)") as bar:
         for each in settings:
-            states, _ = trajectory(accelerator, model, snap.image_shape, range(n), each, times, callback=bar.update)
+            with error_context(f"sampling_method={each.method}"):
+                states, _ = trajectory(accelerator, model, range(n), each, times, callback=bar.update)
             for step in range(0, len(times), every):
                 scale = None if step == 0 or not can_guide(model) else each.guidance_scale  # noise is the same at every scale
                 file = f"step_{step:04d}{'' if scale is None else f'_scale_{scale}'}.webp"
@@ -197,8 +200,11 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     if not plane or {"flow", "density"} & set(args.figures):
         indices = range(args.n or (20_000 if plane else 50))
         times = uniform(((args.frames or FRAMES) - 1) * args.steps_a_frame)
-        with distributed.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar:
-            states, _ = trajectory(accelerator, model, snap.image_shape, indices, settings, times, callback=bar.update)
+        with (
+            distributed.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar,
+            error_context(f"sampling_method={settings.method}"),
+        ):
+            states, _ = trajectory(accelerator, model, indices, settings, times, callback=bar.update)
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:
             pixels = [images.to_uint8(decode(model, accelerator.autocast, x)).cpu() for x in states]
@@ -206,7 +212,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
                 args.out, times, pixels, column_names(settings, snap.class_names, model.net.num_classes), start_name(model)
             )
         if plane and "flow" in args.figures:
-            figures += moving_plane(args.out, model, settings, times, states)
+            figures += moving_plane(args.out, accelerator, model, settings, times, states)
         if plane and "density" in args.figures:
             figures.append(strip(args.out, times, states))
     if plane and "likelihood" in args.figures:
@@ -217,18 +223,22 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     print(cli.summary(f"{' '.join(figures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 
-def moving_plane(out: Path, model: FlowModel, settings: SamplerSettings, times: list[float], states: list[Tensor]) -> list[str]:
+def moving_plane(
+    out: Path, accelerator: Accelerator, model: FlowModel, settings: SamplerSettings, times: list[float], states: list[Tensor]
+) -> list[str]:
     """flow.gif: particles in the velocity field, and their density."""
     points = [x.float().cpu().numpy() for x in states]
     field = velocity_field(model, settings)
     start = start_name(model)
     frames = []
-    for t, x in zip(times, points, strict=True):
-        figure, (left, right) = plots_2d.panels(["particles and velocity", "density"], time=t, start=start)
-        plots_2d.arrows(left, field(plots_2d.grid_centers(plots_2d.ARROWS), min(t, 0.99)))
-        plots_2d.particles(left, x[:SHOWN], points[0][:SHOWN])
-        plots_2d.density(right, x)
-        frames.append(animation.figure_to_array(figure))
+    with distributed.progress(accelerator, len(times), "flow.gif (frames)") as bar:
+        for t, x in zip(times, points, strict=True):
+            figure, (left, right) = plots_2d.panels(["particles and velocity", "density"], time=t, start=start)
+            plots_2d.arrows(left, field(plots_2d.grid_centers(plots_2d.ARROWS), min(t, 0.99)))
+            plots_2d.particles(left, x[:SHOWN], points[0][:SHOWN])
+            plots_2d.density(right, x)
+            frames.append(animation.figure_to_array(figure))
+            bar.update()
     return animation.write(out / "flow.gif", frames)
 
 
@@ -254,7 +264,16 @@ def likelihood_map(
         "exact divergence": None,
         f"Hutchinson, {probes} probe{'s' * (probes > 1)}": to_solver_dtype(torch.from_numpy(signs), accelerator.device),
     }
-    maps = {name: log_likelihood(velocity, at, rtol=1e-4, atol=1e-4, eps=eps)[0].cpu() for name, eps in estimates.items()}
+    maps: dict[str, Tensor] = {}
+    total = PERCENT * len(estimates)
+    with (
+        distributed.progress(accelerator, total, "likelihood.png (percent of time, of each estimate)") as bar,
+        error_context("--figures likelihood"),
+    ):
+        for k, (name, eps) in enumerate(estimates.items(), start=1):
+            watched = counting_back(velocity, lambda percent, k=k: bar.update(PERCENT * (k - 1) + percent - bar.n))
+            maps[name] = log_likelihood(watched, at, rtol=1e-4, atol=1e-4, eps=eps)[0].cpu()
+            bar.update(PERCENT * k - bar.n)
     captions = [""] * len(maps)
     exact = exact_density(snap, at.cpu()) if settings.guidance_scale == 1 else None  # guidance changes the density
     if exact is not None:
@@ -273,6 +292,20 @@ def likelihood_map(
     figure.colorbar(color_scale, ax=axes, shrink=0.8, label="log-density (nats)")
     plots_2d.save(out / "likelihood.png", figure)
     return "likelihood.png"
+
+
+def counting_back(velocity: Velocity, report: Callable[[int], object]) -> Velocity:
+    """The velocity, whose calls report the share of the time from 1 back to 0 that they have come through, in percent; a solver
+    that tries a step again does not go back."""
+    reached = 0.0
+
+    def watched(x: Tensor, t: float, t_next: float) -> Tensor:
+        nonlocal reached
+        reached = max(reached, PERCENT * (1 - t))  # a solver that is lost asks at NaN, which is not more
+        report(int(reached))
+        return velocity(x, t, t_next)
+
+    return watched
 
 
 def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:

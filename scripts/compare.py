@@ -86,7 +86,7 @@ def main() -> None:
     reals = [real_points(path, snap, model) for path, snap, model in zip(args.weights, snaps, flows, strict=True)]
     accelerator = distributed.build_single_process_accelerator("compare")
     for model, snap in zip(flows, snaps, strict=True):
-        if note := sources.attach(accelerator, model, args.source, snap.config.data.root, snap.image_shape, args.n_samples):
+        if note := sources.attach(accelerator, model, args.source, snap.config.data.root, args.n_samples):
             print(f"note: {note}")
     with lock.folder(args.out, accelerator):
         compare(args, accelerator, names, flows, reals, steps)
@@ -106,16 +106,19 @@ def compare(
                 bar.update()
     panels = [panel for row in rows for panel in row]
     start = "noise" if all(model.source.name == GAUSSIAN for model in flows) else "source"
-    names_written = animation.write(
-        args.out / "compare.gif",
-        [animation.figure_to_array(figure_at(panels, len(steps), t, start)) for t in uniform(args.frames - 1)],
-    )
+    frames = []
+    with distributed.progress(accelerator, args.frames, "frames") as bar:
+        for t in uniform(args.frames - 1):
+            frames.append(animation.figure_to_array(figure_at(panels, len(steps), t, start)))
+            bar.update()
+    names_written = animation.write(args.out / "compare.gif", frames)
     plots_2d.save(args.out / "compare.png", figure_at(panels, len(steps), None))
     text = markdown_table(panels, args.sampling_method)
     files.write_text(args.out / "compare.md", text + "\n")
     print(text)
     result = f"{' '.join([*names_written, 'compare.png', 'compare.md'])} in {args.out}"
-    animate = ["-m", "scripts.animate", "--weights", args.weights[0], "--out", files.free_folder(args.out / names[0])]
+    folder = files.free_folder(args.out / locate.name_of(args.weights[0]))
+    animate = ["-m", "scripts.animate", "--weights", args.weights[0], "--out", folder]
     animate += commands.source_flags(args)
     print(cli.summary(result, args.start, f"see one of them alone with: {commands.command(*animate, *args.overrides)}"))
 
@@ -132,16 +135,17 @@ def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:
 def solve_flow(args, accelerator: Accelerator, name: str, model: FlowModel, real: Tensor, steps: list[int]) -> list[Panel]:
     """The flow with each of the numbers of steps."""
     panels = []
-    shape, indices = tuple(real.shape[1:]), range(args.n_samples)
+    indices = range(args.n_samples)
     for n in steps:
         settings = SamplerSettings(args.sampling_method, n, seed=args.seed)
         with error_context("compare"):
             validate(settings, model)
         adaptive = args.sampling_method in ADAPTIVE
         times = uniform(args.frames - 1) if adaptive else build_time_grid(settings, model.path)
-        states, end = trajectory(accelerator, model, shape, indices, settings, times, SHOWN)
+        with error_context(f"sampling_method={args.sampling_method}"):
+            states, end = trajectory(accelerator, model, indices, settings, times, SHOWN)
         if not panels:
-            deviation, _ = mean_straightness_deviation(accelerator, model, shape, indices[:SHOWN], settings, STRAIGHTNESS_STEPS)
+            deviation, _ = mean_straightness_deviation(accelerator, model, indices[:SHOWN], settings, STRAIGHTNESS_STEPS)
         distance = sliced_wasserstein(end.x.float().cpu(), real)
         trajectories = np.stack([x.float().cpu().numpy() for x in states])
         panels.append(Panel(name, None if adaptive else n, end.nfe, distance, deviation, times, trajectories))

@@ -298,7 +298,7 @@ class PairMaker:
                 states.append(x.half().cpu())
 
         samples = sample_batch(
-            self.model, batch, self.data.image_shape, self.settings, self.accelerator.device, self.accelerator.autocast,
+            self.model, batch, self.settings, self.accelerator.device, self.accelerator.autocast,
             noise_key="pairs", callback=keep if self.kept_steps else None,
         )  # fmt: skip
         tensors = {"images": samples.x.half().cpu(), **({"states": torch.stack(states, dim=1)} if self.kept_steps else {})}

@@ -4,6 +4,7 @@ The times are fitted on the flow's own fine trajectories, and saved only where t
 grid by formula on images that were not used. They are saved beside the snapshot, for `sample.py --time_grid optimized`.
 """
 
+import math
 import sys
 from functools import partial
 
@@ -17,8 +18,8 @@ from flow import solvers
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, flags, lock
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, hub, locate, snapshot
-from flow.sampling.generate import build_velocity, to_solver_dtype
+from flow.sampling import grid_store, hub, locate, snapshot, sources
+from flow.sampling.generate import build_velocity, check_finite, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
 from flow.solvers import FIXED_GRID, grid_optimization, time_grids
 
@@ -51,27 +52,27 @@ def main() -> None:
         copy = commands.command("-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights))
         raise UserError(f"--weights {args.weights}: grids are stored beside the weights; copy them to a folder with: {copy}")
     snap = snapshot.load(args.weights, None, args.overrides)
-    stored = grid_store.read(snap)
     model = snap.model(decode=False)
     prompts = tuple(args.prompts) if args.prompts else None
     settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
     with error_context("optimize_grid"):
         validate(settings, model)
     accelerator = distributed.build_single_process_accelerator("optimize_grid")
+    sources.attach(accelerator, model, None, snap.config.data.root, 0)
     distributed.prepare_model(model.net, accelerator)
     model.net.eval()
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():
-        saved = tune(args, accelerator, snap, model, settings, stored)
+        saved = tune(args, accelerator, snap, model, settings)
     result = f"{len(saved)} optimized grid(s) in {grid_store.file_of(snap.path)}"
     print(cli.summary(result, args.start, next_step(args, snap, saved)))
 
 
 def tune(
-    args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings,
-    stored: grid_store.Grids,
-) -> list[tuple[str, int]]:  # fmt: skip
-    """Search, decide, save and print a line for each method and number of steps; those that were saved. A grid of an earlier
-    call, among `stored` as `grid_store.read` gives it, is only replaced by a better one."""
+    args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings
+) -> list[tuple[str, int]]:
+    """Search, decide, save and print a line for each method and number of steps; those that were saved. The folder is locked,
+    and a grid of an earlier call is only replaced by a better one."""
+    stored = grid_store.read(snap)
     formulas = {
         n: {name: build_time_grid(SamplerSettings(steps=n, time_grid=name), model.path) for name in time_grids.GRIDS}
         for n in args.steps
@@ -114,7 +115,7 @@ class FineSolution:
         self, args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings, bar: tqdm
     ):
         parts = [range(args.n_images * part, args.n_images * (part + 1)) for part in PARTS]
-        draws = [model.source.draw("tuning", args.seed, part, snap.image_shape) for part in parts]
+        draws = [model.draw_x0("tuning", args.seed, part) for part in parts]
         self.bar = bar
         self.noises = [to_solver_dtype(noise, accelerator.device) for noise in draws]
         self.velocities = [build_velocity(model, part, settings, accelerator.device) for part in parts]
@@ -122,15 +123,20 @@ class FineSolution:
             grid_optimization.reference_trajectory(partial(self.velocity, part), x0, args.reference_steps)
             for part, x0 in enumerate(self.noises)
         ]
+        for (states, _), part in zip(self.trajectories, parts, strict=True):
+            check_finite(states[-1], part)
 
     def velocity(self, part: int, x: Tensor, t: float, t_next: float) -> Tensor:
         self.bar.update()
         return self.velocities[part](x, t, t_next)
 
     def error(self, part: int, method: str, times: list[float]) -> float:
-        """Root mean square distance to the fine solution."""
-        end = solvers.solve(partial(self.velocity, part), self.noises[part], times, method).x
-        return rms(end - self.trajectories[part][0][-1])
+        """Root mean square distance to the fine solution; infinite where a solution of few steps is not finite, as a NaN would
+        be neither better nor worse than any other."""
+        with error_context(f"sampling_method={method}"):
+            end = solvers.solve(partial(self.velocity, part), self.noises[part], times, method).x
+        distance = rms(end - self.trajectories[part][0][-1])
+        return math.inf if math.isnan(distance) else distance
 
 
 def search(fine: FineSolution, method: str, n: int, formulas: dict[str, list[float]], evaluations: int) -> list[float]:
@@ -138,8 +144,9 @@ def search(fine: FineSolution, method: str, n: int, formulas: dict[str, list[flo
     trajectory whose Euler steps leave it by the least."""
     error = partial(fine.error, TO_FIT, method)
     shortest = grid_optimization.dynamic_programming_grid(*fine.trajectories[TO_FIT], n)
-    start = min([shortest, *formulas.values()], key=error)
-    return grid_optimization.refine_grid(error, start, evaluations)
+    errors = [(error(times), times) for times in (shortest, *formulas.values())]
+    least, start = min(errors, key=lambda pair: pair[0])
+    return start if least == math.inf else grid_optimization.refine_grid(error, start, evaluations)
 
 
 def replaced(snap: snapshot.Snapshot, method: str, n: int, guidance_scale: float) -> str:

@@ -69,7 +69,7 @@ def parse_args():
     flags.add_seed_flag(parser)
     flags.add_extractor_flag(parser, "mnist")
     flags.add_precision_flag(parser)
-    parser.add_argument("--launcher", metavar="COMMAND", help="what starts evaluate.py (default: this Python)")
+    flags.add_launcher_flag(parser, "evaluate.py")
     flags.add_output_flag(parser)
     return parser.parse()
 
@@ -105,16 +105,20 @@ def main() -> None:
     accelerator = distributed.build_single_process_accelerator("optimize_guidance")
     with lock.folder(args.out, accelerator):
         rounds = number_of_rounds(len(left), args.n_samples) if args.halving else 0
+        measured: dict[Guidance, dict] = {}  # the last entry of each
+        floors: dict[tuple[str, int], dict] = {}
         for k in range(rounds + 1):
             n = -(-args.n_samples // 2 ** (rounds - k))
             if rounds:
                 print(f"\nround {k + 1} of {rounds + 1}: {len(left)} kinds of guidance on {n} images each", flush=True)
-            results, floors = evaluate(args, snap, left, n)
+            results, real = evaluate(args, snap, left, n)
+            measured |= results
+            floors |= {(entry["weights"], entry["n"]): entry for entry in real}
             distance = table.distance_name([results[left[0]]])
             left.sort(key=lambda candidate: results[candidate]["metrics"][distance].mean)
             if k < rounds:
                 left = left[: -(-len(left) // 2)]
-        plots.distance_against_scale(args.out / "guidance.png", curves(results), floors)
+        plots.distance_against_scale(args.out / "guidance.png", curves(measured), list(floors.values()))
     best = left[0]
     reached = results[best]["metrics"][distance]
     value = f"{distance} {table.cell(distance, reached)}"
@@ -188,13 +192,21 @@ def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str 
 
 
 def curves(results: dict[Guidance, dict]) -> dict[str, list[dict]]:
-    """The lines of the figure; each begins without guidance, where that was evaluated."""
+    """The lines of the figure; each begins without guidance, where that was evaluated on as many images. Their names tell
+    numbers of images apart, as a distance depends on it."""
+    several = len({entry["n"] for entry in results.values()}) > 1
+
+    def name(curve: str, entry: dict) -> str:
+        return f"{curve}, n = {entry['n']}" if several else curve
+
     lines: dict[str, list[dict]] = {}
     start = [entry for c, entry in results.items() if c.scale == 1]
     for c, entry in results.items():
         if c.scale != 1:
-            lines.setdefault(c.curve, [*start]).append(entry)
-    return lines or {"no guidance": start}
+            begin = [plain for plain in start if plain["n"] == entry["n"]]
+            lines.setdefault(name(c.curve, entry), begin).append(entry)
+    alone = [plain for plain in start if not any(plain in line for line in lines.values())]
+    return lines | {name("no guidance", plain): [plain] for plain in alone}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import datasets
 from configs import loading
 from configs.errors import UserError
 from datasets import DataSet, hub
-from datasets.folder import EncodedImages, Folder, UnreadableImage
+from datasets.folder import EncodedImages, Folder, UnreadableImage, files_below
 from datasets.packed import PATTERN
 from datasets.parquet import NO_LABELS, Parquet, select_files
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
@@ -86,16 +86,17 @@ def main() -> None:
 
 def open_source(args, accelerator: Accelerator, root: str | None) -> Source:
     """The images that --source names. Raises ValueError where there are none, or where a flag does not apply to them."""
+    of_hub, path = args.source.startswith(HUB), Path(args.source)
+    names = [] if of_hub or args.source in BUILT_IN else parquet_files(path)
     for flag in ("files", "revision", "image_column", "label_column"):
-        of_parquet = args.source.startswith(HUB) or (flag != "revision" and parquet_files(Path(args.source)))
-        if getattr(args, flag) is not None and not of_parquet:
+        takes_flag = of_hub or (names and flag != "revision")
+        if getattr(args, flag) is not None and not takes_flag:
             raise ValueError(f"--{flag} {getattr(args, flag)}: is for {'the hub' if flag == 'revision' else 'Parquet files'}")
-    if args.source.startswith(HUB):
+    if of_hub:
         return from_hub(args, accelerator)
     if args.source in BUILT_IN:
         return built_in(args, accelerator, root)
-    path = Path(args.source)
-    if names := parquet_files(path):
+    if names:
         return from_parquet(args, path.parent if path.is_file() else path, names, {"path": args.source})
     if args.split is not None:
         raise ValueError(f"--split {args.split}: a folder of images has none; name the subfolder as --source")
@@ -107,7 +108,7 @@ def open_source(args, accelerator: Accelerator, root: str | None) -> Source:
 def parquet_files(path: Path) -> list[str]:
     """The Parquet files at or below a path, relative to it or to its folder."""
     if path.is_dir():
-        return sorted(p.relative_to(path).as_posix() for p in path.rglob("*.parquet"))
+        return sorted(p.relative_to(path).as_posix() for p in files_below(path) if p.suffix == ".parquet" and p.is_file())
     return [path.name] if path.suffix == ".parquet" and path.is_file() else []
 
 

@@ -122,7 +122,8 @@ def main() -> None:
             model.eval()
             parts = restore_images(args, accelerator, model, originals, build_degradation, conditions, settings)
             if parts is not None:
-                write_results(args.save_dir, record, originals, parts, build_degradation(range(len(originals))))
+                others = simple_methods(accelerator, parts[0], originals, build_degradation)
+                write_results(args.save_dir, record, originals, parts, others, build_degradation(range(len(originals))))
         if accelerator.is_main_process:
             print_summary(args)
 
@@ -287,13 +288,29 @@ def to_device(degradation: Degradation, device: torch.device) -> Degradation:
     return Inpainting(degradation.known.to(device)) if isinstance(degradation, Inpainting) else degradation
 
 
+def simple_methods(accelerator: Accelerator, y: Tensor, originals: Tensor, build_degradation) -> dict[str, Tensor]:
+    """The restorations to compare with, by name. Holes are filled image by image, as that takes as long as the flow may; other
+    methods look at all images."""
+    degradation = build_degradation(range(len(originals)))
+    if not isinstance(degradation, Inpainting):
+        return scoring.baselines(degradation, y, originals)
+    filled: dict[str, list[Tensor]] = {}
+    with distributed.progress(accelerator, len(originals), "simple methods (images)") as bar:
+        for k in range(len(originals)):
+            part = slice(k, k + 1)
+            for name, image in scoring.baselines(build_degradation(range(k, k + 1)), y[part], originals[part]).items():
+                filled.setdefault(name, []).append(image)
+            bar.update()
+    return {name: torch.cat(parts) for name, parts in filled.items()}
+
+
 def write_results(
-    folder: Path, record: dict, originals: Tensor, parts: tuple[Tensor, Tensor], degradation: Degradation
-) -> None:
-    """Write the restored images, the picture, the table, and restore.json last."""
+    folder: Path, record: dict, originals: Tensor, parts: tuple[Tensor, Tensor], others: dict[str, Tensor],
+    degradation: Degradation,
+) -> None:  # fmt: skip
+    """Write the restored images, the picture, the table with the simple methods `others`, and restore.json last."""
     y, restored = parts
     degraded = images.to_uint8(degradation.to_image(y))
-    others = scoring.baselines(degradation, y, originals)
     with error_context("restore"):
         scores = [
             scoring.score(name, originals, candidate)

@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from configs.errors import UserError
 from flow import solvers
 from flow.evaluation import plots, table
+from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, subprocesses
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, hub, locate, snapshot
+from flow.sampling import grid_store, hub, locate, snapshot, sources
 from flow.sampling.generate import build_velocity, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
 from flow.solvers import FIXED_GRID, time_grids
@@ -65,32 +66,43 @@ def main() -> None:
     base = SamplerSettings(
         guidance_scale=args.guidance_scale, seed=args.seed, prompts=tuple(args.prompts) if args.prompts else None
     )
+    model = snap.model(decode=False)
     with error_context("solver_study"):
-        validate(base, snap.model(decode=False))
-    plan = [
+        validate(base, model)
+    plan = plan_of(args, snap)
+    accelerator = distributed.build_single_process_accelerator("solver_study")
+    sources.attach(accelerator, model, None, snap.config.data.root, 0)
+    notes = [grid_store.scale_note(snap, s.method, s.steps, args.guidance_scale) for s in plan if s.times]
+    for note in filter(None, notes):
+        accelerator.print(f"note: {note}")
+    with lock.folder(args.out, accelerator):
+        study(args, accelerator, snap, model, base, plan)
+
+
+def plan_of(args, snap: snapshot.Snapshot) -> list[SamplerSettings]:
+    """The methods, grids and steps that are compared. Raises UserError for an optimized grid that is not stored."""
+    words = commands.condition_flags(args.guidance_scale, args.prompts) + args.overrides
+    return [
         SamplerSettings(
-            method, n, time_grid=name, times=grid_store.load(snap, method, n) if name == "optimized" else None
+            method, n, time_grid=name, times=grid_store.load(snap, method, n, words) if name == "optimized" else None
         )
         for method in args.methods
         for name in args.grids
         for n in flags.num_steps(args, method, args.t_end)
     ]  # fmt: skip
-    accelerator = distributed.build_single_process_accelerator("solver_study")
-    notes = [grid_store.scale_note(snap, s.method, s.steps, args.guidance_scale) for s in plan if s.times]
-    for note in filter(None, notes):
-        accelerator.print(f"note: {note}")
-    with lock.folder(args.out, accelerator):
-        study(args, accelerator, snap, base, plan)
 
 
-def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: SamplerSettings, plan: list[SamplerSettings]) -> None:
+def study(
+    args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, base: SamplerSettings,
+    plan: list[SamplerSettings],
+) -> None:  # fmt: skip
     """Write the table and the plots."""
-    rows, fine_nfe = distances(args, accelerator, snap, base, plan)
+    rows, fine_nfe = distances(args, accelerator, snap, model, base, plan)
     if args.num_fid_images:
         add_frechet(args, snap, rows)
     calls = ["forwards"] if any(row["forwards"] != row["NFE"] for row in rows) else []
     columns = ["method", "grid", "steps", "NFE", *calls, "distance", "order", *(["FD"] if args.num_fid_images else [])]
-    with open(args.out / "study.csv", "w", newline="", encoding="utf-8") as file:
+    with files.atomic_file(args.out / "study.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
@@ -117,23 +129,25 @@ def study(args, accelerator: Accelerator, snap: snapshot.Snapshot, base: Sampler
 
 @torch.inference_mode()
 def distances(
-    args, accelerator: Accelerator, snap: snapshot.Snapshot, base: SamplerSettings, plan: list[SamplerSettings]
-) -> tuple[list[dict], int]:
+    args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, base: SamplerSettings,
+    plan: list[SamplerSettings],
+) -> tuple[list[dict], int]:  # fmt: skip
     """A row for each of the plan, {method, grid, steps, NFE, forwards, distance, order}, and the NFE of the fine solution."""
-    model = snap.model(decode=False)
     model.net.to(accelerator.device, torch.float64 if args.float64 else None).eval()
     tolerance = 1e-12 if args.float64 else 1e-6
     images = range(args.n_images)
-    x0 = to_solver_dtype(model.source.draw("study", args.seed, images, snap.image_shape), accelerator.device)
+    x0 = to_solver_dtype(model.draw_x0("study", args.seed, images), accelerator.device)
     velocity = build_velocity(model, images, base, accelerator.device)
     rows = []
     with distributed.progress(accelerator, len(plan) + 1, "solutions") as bar:
-        fine = solvers.solve(velocity, x0, [0.0, args.t_end], "dopri5", rtol=tolerance, atol=tolerance)
+        with error_context("the fine solution"):
+            fine = solvers.solve(velocity, x0, [0.0, args.t_end], "dopri5", rtol=tolerance, atol=tolerance)
         bar.update()
         for settings in plan:
             times = [args.t_end * t for t in build_time_grid(settings, model.path)]
             before = velocity.forwards
-            solution = solvers.solve(velocity, x0, times, settings.method)
+            with error_context(f"sampling_method={settings.method}"):
+                solution = solvers.solve(velocity, x0, times, settings.method)
             distance = (solution.x - fine.x).square().mean().sqrt().item()
             row = {"method": settings.method, "grid": settings.time_grid, "steps": settings.steps, "settings": settings}
             cost = {"NFE": solution.nfe, "forwards": velocity.forwards - before}
@@ -142,7 +156,8 @@ def distances(
     for _, line in groupby(rows, key=lambda row: row["settings"].title):
         previous = None
         for row in line:
-            if previous and row["steps"] != previous["steps"] and row["distance"] and previous["distance"]:
+            measured = previous and all(0 < r["distance"] < math.inf for r in (row, previous))
+            if measured and row["steps"] != previous["steps"]:
                 gained = math.log(previous["distance"] / row["distance"])
                 row["order"] = gained / math.log(row["steps"] / previous["steps"])
             previous = row

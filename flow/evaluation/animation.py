@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from flow.runtime import files
+
 COLORS = 128  # of a GIF: flat drawings need no more, and the file stays small
 SECONDS = 4.0  # of a GIF, before its end is held
 BAR_HEIGHT = 32  # pixels of the bar of time
@@ -38,12 +40,19 @@ def with_time_bar(frame: np.ndarray, t: float, start: str = "noise") -> np.ndarr
 
 
 def write(path: Path, frames: list[np.ndarray], seconds: float = SECONDS) -> list[str]:
-    """The frames uint8 [H, W, 3] as the GIF `path` and, where ffmpeg is installed, the same as MP4; the names of the files."""
+    """The frames uint8 [H, W, 3] as the GIF `path` and, where ffmpeg is installed, the same as MP4; the names of the files.
+
+    The MP4 is left out where ffmpeg fails, with a note.
+    """
     write_gif(path, frames, seconds)
     video = path.with_suffix(".mp4")
     if not shutil.which("ffmpeg"):
         return [path.name]
-    write_mp4(video, frames, seconds)
+    try:
+        write_mp4(video, frames, seconds)
+    except subprocess.CalledProcessError as error:
+        print(f"note: no {video.name}, as ffmpeg ended with status {error.returncode}")
+        return [path.name]
     return [path.name, video.name]
 
 
@@ -57,13 +66,16 @@ def write_gif(path: Path, frames: list[np.ndarray], seconds: float, hold_seconds
     indexed = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * (len(frames) - 1) + [each + round(1000 * hold_seconds)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    indexed[0].save(path, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
+    with files.atomic_file(path) as temporary:
+        indexed[0].save(temporary, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
 
 
 def write_mp4(path: Path, frames: list[np.ndarray], seconds: float) -> None:
-    """The same as a video, by ffmpeg."""
+    """The same as a video, by ffmpeg. Raises CalledProcessError where it fails."""
     height, width = (side // 2 * 2 for side in frames[0].shape[:2])  # even, as video coders want them
     command = ["ffmpeg", "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    command += ["-r", f"{len(frames) / seconds:g}", "-i", "-", "-pix_fmt", "yuv420p", str(path)]
-    subprocess.run(command, input=b"".join(frame[:height, :width].tobytes() for frame in frames), check=True)
+    command += ["-r", f"{len(frames) / seconds:g}", "-i", "-", "-pix_fmt", "yuv420p"]
+    content = b"".join(frame[:height, :width].tobytes() for frame in frames)
+    with files.atomic_file(path) as temporary:
+        temporary.touch()  # a folder that cannot be written to is an error that names the file, not one of ffmpeg
+        subprocess.run([*command, f"file:{temporary}"], input=content, check=True)  # a colon would begin a protocol

@@ -1,5 +1,8 @@
 """The row of a folder of images, by sample.py or from elsewhere."""
 
+import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 import datasets
 from configs.schema import Config
@@ -14,7 +18,7 @@ from datasets.folder import EncodedImages
 from flow.evaluation import collecting
 from flow.evaluation.control import add_control
 from flow.evaluation.real_images import load_real_images
-from flow.evaluation.reference import same_classes
+from flow.evaluation.reference import Reference, same_classes
 from flow.evaluation.runner import Evaluation, EvaluationSettings
 from flow.runtime import files
 from flow.runtime.errors import error_context
@@ -33,25 +37,19 @@ def write_row(
         trained: whether `config` is that of the training.
     """
     real_images = load_real_images(settings.reference, accelerator, data.image_shape, config)
-    class_names = real_images.data.class_names if real_images else ()
-    labels = data.labels if same_classes(data.class_names, class_names) else None  # subfolders may be anything
-    if stored:
-        turns = tuple(stored["labels"]) if stored["labels"] else None
-        with error_context(f"--samples {samples}: not a file of sample.py"):
-            indices = [int(Path(data.name_of(k)).stem) for k in range(len(data))]  # an interrupted run leaves gaps
-        labels = labels_for(indices, SamplerSettings(labels=turns), stored["num_classes"])
-    matching = len(class_names) == stored["num_classes"] if stored else labels is not None
-    if real_images and not matching:  # the labels are of other classes
+    labels, own_names = labels_of(samples, data, stored)
+    real_names = real_images.data.class_names if real_images else ()
+    if (real_images or not stored) and not has_classes(real_names, own_names, stored):
         labels = None
     classes_of = [real_images.spec.name] if real_images and labels is not None else []
-    ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images, classes_of)
+    ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images, classes_of, own_names)
     if trained:
         ev.load_training(config, data.image_shape)
     elif "memorization" in settings.metrics:
         accelerator.print("note: no memorization: the training set of these images is not known; name it with -c")
         ev.settings = replace(settings, metrics=tuple(name for name in settings.metrics if name != "memorization"))
-    real_labels = real_images.data.labels if real_images and matching else None
-    if not matching:
+    real_labels = real_images.data.labels if real_images and labels is not None else None
+    if labels is None:
         ev.reference.labels = None
     if stored and not stored["labels"] and real_labels is not None and len(set(real_labels.bincount().tolist())) > 1:
         accelerator.print(
@@ -59,17 +57,51 @@ def write_row(
             "reference; this makes the distance larger (with --weights the classes are drawn by their frequency)"
         )
     add_control(ev)
-    subject = {"weights": samples.name, "n": len(data), "first": 0}
+    name = samples.resolve().name  # of "." too
+    subject = {"weights": name, "n": len(data), "first": 0}
+    identity = {"images": data.fingerprint(), **classes_identity(labels, own_names, ev.reference)}
     images = partial(collecting.read, data, accelerator, settings.batch_size, "samples")
 
     def compute() -> dict | None:
         measured, seconds = ev.measure(images(), labels)
-        ev.draw_closest(measured, samples.name, lambda positions: torch.stack([data[k][0] for k in positions]))
+        ev.draw_closest(measured, name, lambda positions: torch.stack([data[k][0] for k in positions]))
         return {**measured.columns, "seconds": seconds} if measured else None
 
-    ev.evaluate_row(subject, {"images": data.fingerprint()}, compute)
+    ev.evaluate_row(subject, identity, compute)
     accelerator.print(ev.write_report())
     accelerator.wait_for_everyone()
+
+
+def labels_of(samples: Path, data: EncodedImages, stored: dict[str, Any] | None) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Labels int64 [N] of the images of a folder, and the names of their classes, () where nobody knows them.
+
+    They come from what sample.py has `stored`, which knows them by the numbers of the images, else from subfolders.
+    """
+    if not stored:
+        return data.labels, data.class_names
+    turns = tuple(stored["labels"]) if stored["labels"] else None
+    with error_context(f"--samples {samples}: not a file of sample.py"):
+        indices = [int(Path(data.name_of(k)).stem) for k in range(len(data))]  # an interrupted run leaves gaps
+    labels = labels_for(indices, SamplerSettings(labels=turns), stored["num_classes"])
+    return labels, tuple(stored.get("class_names") or ())
+
+
+def has_classes(names: Sequence[str], own_names: Sequence[str], stored: dict[str, Any] | None) -> bool:
+    """Whether a reference with classes of these names has those of the samples: by name, as subfolders may be anything; by
+    their number where an earlier sample.py has `stored` no names."""
+    if stored and not own_names:
+        return len(names) == stored["num_classes"]
+    return same_classes(own_names, names)
+
+
+def classes_identity(labels: Tensor | None, names: Sequence[str], real: Reference) -> dict[str, str]:
+    """The entry of a row's identity for what decides which metrics of classes have a value, beside the images; none without
+    labels, where no metric asks for classes."""
+    if labels is None:
+        return {}
+    real_labels = None if real.labels is None else real.labels.tolist()
+    classes = [labels.tolist(), list(names), real_labels, list(real.class_names)]
+    return {"classes": hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]}
 
 
 def read_folder(samples: Path) -> tuple[EncodedImages, dict[str, Any] | None]:
@@ -93,8 +125,10 @@ def sampling_of(stored: dict[str, Any]) -> dict[str, Any]:
         shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"] or 0
         if isinstance(shape, list) and len(shape) == 1:
             raise ValueError("it is of points, not of images; evaluate their flow with --weights")
-        lists = isinstance(shape, list) and isinstance(labels, list) and len(shape) == 3
+        names = stored.get("class_names") or []  # earlier versions stored none
+        lists = all(isinstance(value, list) for value in (shape, labels, names)) and len(shape) == 3
         whole = lists and all(type(n) is int and 0 <= n < 2**31 for n in [*shape, *labels, classes])
+        whole = whole and all(isinstance(name, str) for name in names)
     if not whole:
-        raise ValueError("it lacks image_shape, labels or num_classes, or holds something else there")
+        raise ValueError("it lacks image_shape, labels or num_classes, or holds something else there or in class_names")
     return stored

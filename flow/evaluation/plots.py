@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from flow.evaluation.table import DRAWN, GUIDANCE, distance_name, is_control, run_of
+from flow.evaluation.table import DRAWN, GUIDANCE, VARIANT, distance_name, is_control, run_of
 from flow.runtime import files
 
 matplotlib.use("Agg")
@@ -25,7 +25,7 @@ MARKERS = "osD^vPX"
 NFE = "velocity evaluations per image (NFE), each one network call"
 CALLS = "network calls per image (forwards), with guidance two for each NFE"
 WIDTH = 7.0  # of a figure, in inches
-MEASURED = ("n", "reference", "source", *DRAWN)  # on which a distance depends, beside network, solver and guidance
+MEASURED = ("n", "reference", "source", *DRAWN, VARIANT)  # on which a distance depends, beside network, solver and guidance
 MAX_LINES = 14  # whose names a legend has room for
 HEIGHT = 4.2  # inches of the axes; the names below add to them
 TWO_COLUMNS = 44  # letters of the longest name up to which two fit side by side
@@ -157,7 +157,7 @@ def _settings(entry: dict, shown: dict[str, bool]) -> str:
     shown."""
     guidance = {"guidance_scale": ", guidance {:g}", "guidance_interval": ", t from {}", "guide": " by {}"}
     measured = {"n": ", n = {}", "reference": " to {}", "source": " from {}", "labels": ", labels {}", "seed": ", seed {}"}
-    measured |= {"mixed_precision": ", precision {}", "times": ", times {}"}
+    measured |= {"mixed_precision": ", precision {}", "times": ", times {}", VARIANT: ", variant {}"}
 
     def told(form: dict[str, str]) -> list[str]:
         return [text.format(entry[key]) for key, text in form.items() if shown.get(key) and entry.get(key) is not None]

@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 import datasets
+from configs.errors import UserError, first_line
 from configs.schema import Config
 from datasets import DataSet, DataSpec
 from datasets.packed import is_packed
@@ -41,6 +42,8 @@ def load_real_images(
     """
     root = Path(config.data.root) if config.data.root else datasets.default_root()
     if choice and choice.endswith(".npz"):
+        if Space(image_shape).is_points:
+            raise UserError(f"{flag} {choice}: points are compared with toys:SHAPE, not with statistics")
         return None
     with error_context(flag):
         if choice is None:
@@ -75,7 +78,8 @@ def load_features(
 
 
 def build_if_present(accelerator: Accelerator, spec: DataSpec, purpose: str) -> DataSet | None:
-    """The data set; None on every process where one lacks its files, with a warning: "no `purpose`"."""
+    """The data set; None on every process where one lacks its files, with a warning: "no `purpose`". Raises UserError that
+    names the purpose for a damaged one."""
 
     def load() -> DataSet | None:
         try:
@@ -83,6 +87,8 @@ def build_if_present(accelerator: Accelerator, spec: DataSpec, purpose: str) -> 
         except FileNotFoundError as error:
             accelerator.print(f"warning: no {purpose}: {error}")
             return None
+        except ValueError as error:
+            raise UserError(f"{purpose}: {first_line(error)}") from error
 
     data = distributed.main_process_first(accelerator, load)
     return None if distributed.any_process(accelerator, data is None) else data

@@ -33,6 +33,7 @@ class EvaluationSettings:
 
     owner: str  # of the images, in errors: "--weights PATH" or "--samples DIR"
     n_samples: int = 50_000
+    n_samples_key: str = "evaluate.n_samples"  # what sets it, in errors: a key, or the flag of evaluate.py
     repeats: int = 1
     batch_size: int = 100  # per process
     feature_extractor: str = INCEPTION
@@ -73,7 +74,7 @@ class Evaluation:
     dimension: int  # of the features
     class_names: Sequence[str] = ()  # of the labels of samples, where somebody knows them
     training: memorization.TrainingSet | None = None  # of the weights, on the main process
-    training_identity: dict[str, str] = field(default_factory=dict)  # where it is another data set than the reference
+    training_identity: dict[str, str] = field(default_factory=dict)  # what `memorization` depends on beside the reference
     noted: list[str] = field(default_factory=list)  # metrics without a value that a note has named
     draw: Callable[[], None] | None = None  # the figure of the last row of samples
 
@@ -134,7 +135,9 @@ class Evaluation:
         held_out_features = features_of(held_out, "features of held-out images") if held_out is not None else None
         fingerprint = source.data.fingerprint()
         if self.real_images is None or fingerprint != self.real_images.data.fingerprint():
-            self.training_identity = {"training": fingerprint}
+            self.training_identity["training"] = fingerprint
+        if held_out is not None:  # whose distances are the threshold
+            self.training_identity["held_out"] = held_out.fingerprint()
         if features is not None:
             self.training = memorization.training_set(source.data, features, held_out_features)
 

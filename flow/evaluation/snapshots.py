@@ -30,7 +30,7 @@ from flow.sampling.settings import ALL_TIMES, SamplerSettings
 from flow.sampling.space import Space
 from flow.solvers import HAS_TOLERANCES
 from flow.solvers.torchdiffeq import ADAPTIVE
-from flow.source import GAUSSIAN
+from flow.source import GAUSSIAN, DataSource, OrderedSource
 
 HELD_OUT_POINTS = 2000  # whose log-density under a flow of points is reported, the first of another seed
 
@@ -49,7 +49,7 @@ class SnapshotEvaluator:
         class_names: Sequence[str], plan: list[SamplerSettings], captions_of: list[list[str]] | None, by_frequency: bool,
         further_identity: dict[str, Any] | None = None,
     ) -> "SnapshotEvaluator":  # fmt: skip
-        """Load the reference and the extractor.
+        """Load the reference and the extractor. Raises UserError as `check_number_of_starts` does.
 
         Args:
             class_names: those of the training; () where nobody knows them.
@@ -58,7 +58,9 @@ class SnapshotEvaluator:
             further_identity: what else distinguishes these rows from those of the same weights.
         """
         net = model.net
-        source = distributed.main_process_first(accelerator, lambda: sources.fingerprint(model))
+        with error_context("flow.source"):
+            source = distributed.main_process_first(accelerator, lambda: sources.fingerprint(model))
+        check_number_of_starts(settings, model)
         real_images = load_real_images(settings.reference, accelerator, space.decoded_shape, config)
         identity: dict[str, Any] = {
             "seed": plan[0].seed,
@@ -86,13 +88,10 @@ class SnapshotEvaluator:
         evaluation.load_training(config, space.decoded_shape)
         return cls(evaluation, plan, identity)
 
-    def evaluate(
-        self, model: FlowModel, image_shape: tuple[int, ...], weights_sha256: str, subject: dict
-    ) -> list[tuple[dict, bool]]:
+    def evaluate(self, model: FlowModel, weights_sha256: str, subject: dict) -> list[tuple[dict, bool]]:
         """The rows of one network, and whether they are new; on the main process, empty on the others.
 
         Args:
-            image_shape: of what the network sees.
             weights_sha256: of the snapshot that it comes from; the main process needs it.
             subject: "weights", "images" and "captions" of the rows.
         """
@@ -116,12 +115,12 @@ class SnapshotEvaluator:
             row_identity = {**identity, **columns_of(sampler), "times": sampler.times}  # may be optimized again
             if sampler.method in HAS_TOLERANCES:
                 row_identity["bspp"] = settings.batch_size
-            compute = partial(self._compute, model, image_shape, sampler, indices, number, subject["weights"], log_density)
+            compute = partial(self._compute, model, sampler, indices, number, subject["weights"], log_density)
             rows.append(ev.evaluate_row(row, row_identity, compute))
         return [row for row in rows if row is not None]
 
     def _compute(
-        self, model: FlowModel, image_shape: tuple[int, ...], sampler: SamplerSettings, indices: range, number: int,
+        self, model: FlowModel, sampler: SamplerSettings, indices: range, number: int,
         weights: str, log_density: Callable[[SamplerSettings], float] | None,
     ) -> dict | None:  # fmt: skip
         """The columns of row `number`, of the images `indices`, on the main process; None on the others."""
@@ -134,14 +133,14 @@ class SnapshotEvaluator:
 
         def stream() -> Iterator[tuple[range, Tensor]]:
             with bar:
-                for batch in generate(accelerator, model, image_shape, batches, sampler):
+                for batch in generate(accelerator, model, batches, sampler):
                     counter.add(batch)
                     yield batch.indices, batch.images
                     bar.update(len(batch.indices))
 
         def images_of(positions: list[int]) -> Tensor:
             again = [indices[k : k + 1] for k in positions]
-            return torch.cat([batch.images for batch in generate(accelerator, model, image_shape, again, sampler)])
+            return torch.cat([batch.images for batch in generate(accelerator, model, again, sampler)])
 
         measured, seconds = ev.measure(stream(), labels_for(indices, sampler, model.net.num_classes))
         steps = "" if sampler.method in ADAPTIVE else f", {sampler.steps} steps"
@@ -152,6 +151,19 @@ class SnapshotEvaluator:
         if log_density:
             measured.metrics["held_out_log_p"] = log_density(sampler)
         return {"NFE": nfe, "forwards": forwards, **measured.columns, "seconds": seconds}
+
+
+def check_number_of_starts(settings: EvaluationSettings, model: FlowModel) -> None:
+    """Raises UserError where a flow from data would have to start at a sample twice: images from the same start are no
+    independent samples, so that intervals would be too short, and recall would be near 0."""
+    own = model.source.held_out if isinstance(model.source, DataSource) else model.source
+    if not isinstance(own, OrderedSource):
+        return
+    count, n, repeats, key = len(own.samples), settings.n_samples, settings.repeats, settings.n_samples_key
+    if n * repeats > count:
+        asked = f"{key} {n}" if key.startswith("--") else f"{key}={n}"
+        most = f"with --repeats {repeats} at most {count // repeats}" if repeats > 1 else f"at most {count}"
+        raise UserError(f"{asked}: the flow starts at {count:,} samples of {own.name}; {most}")
 
 
 def columns_of(sampler: SamplerSettings) -> dict[str, str]:

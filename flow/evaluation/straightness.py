@@ -12,12 +12,12 @@ from flow.sampling.settings import SamplerSettings
 
 @torch.inference_mode()
 def mean_straightness_deviation(
-    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, ...], indices: range, settings: SamplerSettings,
+    accelerator: Accelerator, model: FlowModel, indices: range, settings: SamplerSettings,
     steps: int,
 ) -> tuple[float, float]:  # fmt: skip
     """Mean and standard error of the deviation from straightness over these images, by so many Euler steps."""
     model.eval()
-    x0 = to_solver_dtype(model.source.draw("sample", settings.seed, indices, image_shape), accelerator.device)
+    x0 = to_solver_dtype(model.draw_x0("sample", settings.seed, indices), accelerator.device)
     with accelerator.autocast():
         deviation = straightness_deviation(build_velocity(model, indices, settings, accelerator.device), x0, steps).cpu()
     return deviation.mean().item(), deviation.std().item() / len(deviation) ** 0.5

@@ -18,13 +18,16 @@ from flow.runtime import files, jsonl
 GUIDANCE = ("guidance_scale", "guidance_interval", "guide")
 # How the samples were made, from the identity of a row: columns only where the samples of a table differ in them.
 DRAWN = ("labels", "seed", "mixed_precision", "times")
+VARIANT = "variant"  # the column that tells entries apart where no other one does, see `_name_variants`
 # What a row is about, in the order of the columns.
 KEY_COLUMNS = (
-    "weights", "ema_width", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "source", *DRAWN, "n", "reference",
+    "weights", "ema_width", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "source", *DRAWN, VARIANT, "n",
+    "reference",
 )  # fmt: skip
 # Rows that agree in these are repeats of one measurement, on ranges of images of their own.
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
+WEIGHTS = "weights_sha256"  # in an identity: the content of a snapshot
 NUMBERS = ("n", "first", "steps", "images", "ema_width", *COST, "guidance_scale", "seconds")
 
 NOTE = "±: 95% interval over samples, at this n (columns _inf: of the limit). sd: standard deviation over the ranges."
@@ -131,23 +134,25 @@ def aggregate(rows: list[dict]) -> list[dict]:
     """One entry a measurement, by NFE: {**subject, "ranges": repeats, "spreads": {...}, "metrics": {name: Statistic}}.
 
     NFE and forwards are means over the repeats, too; "spreads" has their standard deviations, "images" the training images
-    that a snapshot has seen.
+    that a snapshot has seen. VARIANT tells apart what differs in the identity of the rows alone.
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(_key(row, SETTINGS), []).append(row)
-    entries = []
+    entries, identities = [], []
     for members in groups.values():
         names = dict.fromkeys(name for row in members for name, value in row["metrics"].items() if value is not None)
         metrics = {name: _metric(name, members) for name in names}
         metrics["seconds"] = _statistics([row["seconds"] for row in members])
         cost = {key: _statistics([row.get(key) for row in members]) for key in COST}
         subject = {key: cost[key].mean if key in COST else members[-1].get(key) for key in KEY_COLUMNS}
-        subject |= _drawn(members[-1]["identity"])
+        subject |= {**_drawn(members[-1]["identity"]), VARIANT: None}
         spreads = {key: value.std for key, value in cost.items()}
         images = members[-1].get("images")
         entries.append({**subject, "images": images, "ranges": len(members), "spreads": spreads, "metrics": metrics})
+        identities.append(members[-1]["identity"])
     _leave_out_times(entries)
+    _name_variants(entries, identities)
     return sorted(entries, key=_order)
 
 
@@ -274,7 +279,7 @@ def _is_measured_with(extractor: str | None, row: dict) -> bool:
 
 def _key(row: dict, names: tuple[str, ...] = (*SETTINGS, "first")) -> str:
     """What makes two rows the same measurement. Snapshots are the same by their content, whatever they are called."""
-    hashed = "weights_sha256" in row["identity"]
+    hashed = WEIGHTS in row["identity"]
     return json.dumps([row.get(name) for name in names if not (hashed and name == "weights")], sort_keys=True)
 
 
@@ -285,9 +290,11 @@ def _order(entry: dict) -> tuple:
 
 
 def _subject(entries: list[dict]) -> list[str]:
-    """The columns of subject: of DRAWN those in which the samples differ."""
+    """The columns of subject: of DRAWN those in which the samples differ, VARIANT where there are any."""
     samples = [e for e in entries if e["method"] is not None]  # others are of real images or a folder
-    return [key for key in KEY_COLUMNS if key not in DRAWN or len({e[key] for e in samples}) > 1]
+    empty = [key for key in DRAWN if len({e[key] for e in samples}) < 2]
+    empty += [] if any(e[VARIANT] for e in entries) else [VARIANT]
+    return [key for key in KEY_COLUMNS if key not in empty]
 
 
 def _drawn(identity: dict) -> dict[str, str | None]:
@@ -321,8 +328,47 @@ def _leave_out_times(entries: list[dict]) -> None:
                 e["times"] = None
 
 
+def _name_variants(entries: list[dict], identities: list[dict]) -> None:
+    """Give entries whose identities differ in what no column shows a digest of it: they are no repeats of each other, and no
+    line of a figure may hold both. One that has none of the differing things stays without.
+
+    Compared are those of a run that differ in steps, cost, snapshot and width alone, over which lines run.
+    """
+    alike: dict[str, list[int]] = {}
+    for k, (entry, identity) in enumerate(zip(entries, identities, strict=True)):
+        alike.setdefault(_line(entry, identity), []).append(k)
+    for members in alike.values():
+        weights: dict[tuple, set] = {}  # the contents that go by one name
+        for k in members:
+            weights.setdefault(_snapshot(entries[k]), set()).add(_text(identities[k].get(WEIGHTS)))
+        names = dict.fromkeys(name for k in members for name in identities[k] if name not in ("times", WEIGHTS))
+        differing = [name for name in names if len({_text(identities[k].get(name)) for k in members}) > 1]
+        for k in members:
+            shown = [*differing, *([WEIGHTS] if len(weights[_snapshot(entries[k])]) > 1 else [])]
+            own = {name: identities[k][name] for name in shown if identities[k].get(name) is not None}
+            entries[k][VARIANT] = _digest(own) if own else None
+
+
+def _line(entry: dict, identity: dict) -> str:
+    """What the entries of a line of a figure have in common but for their variant."""
+    along = (VARIANT, *COST, "steps", "times", "weights", "ema_width")  # each number of steps has optimized times of its own
+    extractor = identity.get("extractor")
+    space = extractor[:2] if isinstance(extractor, list | tuple) else extractor  # which names the columns of metrics
+    run = run_of(entry) if entry["method"] is not None else ""  # else of real images or a folder
+    return _text([run or entry["weights"], space, *(entry[key] for key in KEY_COLUMNS if key not in along)])
+
+
+def _snapshot(entry: dict) -> tuple:
+    """What a table calls weights."""
+    return entry["weights"], entry["ema_width"]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
 def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @cache  # rows are read again before each new one

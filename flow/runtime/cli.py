@@ -2,6 +2,8 @@
 line that it prints."""
 
 import argparse
+import io
+import math
 import re
 import sys
 import time
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from configs import schema
 from configs.errors import UserError, did_you_mean
 from configs.keys import all_keys
+from flow.runtime import files
 
 NAMED_CLASSES = 20  # in a line of text
 
@@ -20,7 +23,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that also takes configuration overrides and whose errors are one line with the nearest name.
 
     `parse()` returns the namespace with `overrides`, a list of `key=value`, and `start`, the time for `summary`. An override
-    is written `key=value`, `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
+    is written `key=value`, `--key=value` or `--key value`; a flag of the script wins over a key of the same name. A word
+    `name=value` after a flag that takes one is an override where its name is a key.
     """
 
     def __init__(self, description: str, examples: str, kind: type = schema.Config, keys: str = "configs/schema.py"):
@@ -37,20 +41,24 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str] | None = None, takes_keys: bool = True) -> argparse.Namespace:
         """takes_keys: of the configuration. Raises UserError for an unknown flag or key, naming the nearest."""
+        _print_any_name()
         flags, keys = list(self._option_string_actions), all_keys(self.kind)
         rest, overrides = [], []
-        takes_more = False  # the flag before takes any number of words, which may look like name=value
+        flag, takes = "", 0.0  # the last flag, and the words that it still takes, which may look like name=value
         argv = list(sys.argv[1:] if argv is None else argv)
         while argv:
             token = argv.pop(0)
             name, equals, value = token.partition("=")
             key = name.removeprefix("--")
             if name in flags:
-                takes_more = self._option_string_actions[name].nargs in ("+", "*")
-            is_word = not name.startswith("--") and (not equals or (takes_more and key not in keys and "." not in key))
+                flag, takes = name, 0 if equals else self._most_words(name)
+            is_word = not name.startswith("--") and (not equals or (takes > 0 and key not in keys and "." not in key))
             if name in flags or not _KEY.fullmatch(key) or is_word:
                 rest.append(token)
+                takes -= name not in flags
             elif equals and (key in keys or not name.startswith("--") or "." in key):
+                if takes == 1:
+                    raise UserError(f"{flag}: a value is missing; {token!r} sets a key (as a value: {flag}={token})")
                 overrides.append(f"{key}={value}")
             elif not equals and (key in keys or "." in key):
                 if not argv or argv[0].startswith("--"):
@@ -60,7 +68,7 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"unknown flag {name!r}.{did_you_mean(name, flags + [f'--{k}' for k in keys])}")
         namespace, unknown = self.parse_known_args(rest)
         if unknown:
-            flag = dict(zip(rest[2:], rest, strict=False)).get(unknown[0])  # the word two places before
+            flag = dict(zip(rest[2:], rest, strict=False)).get(unknown[0], "")  # the word two places before
             if flag in flags and self._option_string_actions[flag].nargs is None and not unknown[0].startswith("-"):
                 raise UserError(f"{flag}: takes one value, {unknown[0]!r} is a second one")
             raise UserError(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0], flags)}")
@@ -68,6 +76,19 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{overrides[0]}: this command takes no configuration keys")
         namespace.overrides, namespace.start = overrides, time.perf_counter()
         return namespace
+
+    def _most_words(self, flag: str) -> float:
+        """How many words a flag takes at most; none for one with an optional word."""
+        nargs = self._option_string_actions[flag].nargs
+        if nargs is None:
+            return 1
+        return nargs if isinstance(nargs, int) else math.inf if nargs in ("+", "*") else 0
+
+
+def _print_any_name() -> None:
+    """Names of files are any bytes, and those that are not UTF-8 would end a script where it prints them."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors=files.NAMES)
 
 
 def summary(result: str, start: float, next_step: str) -> str:

@@ -21,19 +21,44 @@ REPOSITORY = Path(__file__).parents[2]
 def command(*arguments: str | Path, launcher: str | None = None) -> str:
     """`python ARGUMENTS...` as a line that works in this folder and this shell: quoted, with the interpreter and the script
     where they are found from here."""
+    words = resolved(*arguments)
+    settings = "".join(f"{name}={shlex.quote(value)} " for name, value in variables(words).items())
+    return f"{settings}{launcher or interpreter()} {shlex.join(words)}"
+
+
+def resolved(*arguments: str | Path) -> list[str]:
+    """The arguments of `python` as words, a script of this project as a path from this folder."""
     script, *rest = map(str, arguments)
-    if script.endswith(".py") and not Path(script).is_file():
-        script = str(REPOSITORY / script)
-    return f"{launcher or interpreter()} {shlex.join([script, *rest])}"
+    ours = REPOSITORY / script
+    if script.endswith(".py") and ours.is_file() and not (Path(script).is_file() and ours.samefile(script)):
+        script = str(ours)
+    return [script, *rest]
+
+
+def variables(words: Sequence[str]) -> dict[str, str]:
+    """The environment variables without which `python WORDS...` fails in this folder: those of `-m scripts.NAME`, which Python
+    finds by itself in the root of the repository alone."""
+    package = Path("scripts")
+    in_root = package.is_dir() and package.samefile(REPOSITORY / package)
+    if in_root or words[0] != "-m" or not words[1].startswith("scripts."):
+        return {}
+    others = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return {"PYTHONPATH": os.pathsep.join(dict.fromkeys([str(REPOSITORY), *others]))}
 
 
 def interpreter(name: str = "python") -> str:
     """`name` where the shell finds this environment's program under it, else its path."""
     here = Path(sys.executable).with_name(name) if name != "python" else Path(sys.executable)
     on_path = shutil.which(name)
-    if on_path and Path(on_path).absolute().parent == here.absolute().parent:
+    if on_path and _same_program(Path(on_path), here):
         return name
     return shlex.quote(os.path.relpath(here) if here.is_relative_to(Path.cwd()) else str(here))
+
+
+def _same_program(one: Path, other: Path) -> bool:
+    """Whether both are one file in one folder: the interpreters of virtual environments are links to the same file, and a
+    folder may hold several."""
+    return one.resolve() == other.resolve() and one.parent.resolve() == other.parent.resolve()
 
 
 def torchrun(processes: int | str) -> str:
@@ -49,7 +74,7 @@ def relaunched(*arguments: str | Path) -> str:
         return command(*arguments)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if sharded or os.environ.get("LOCAL_WORLD_SIZE", processes) != processes:
-        return f"the launcher of this command and {shlex.join(map(str, arguments))}"
+        return f"the launcher of this command and {shlex.join(resolved(*arguments))}"
     return command(*arguments, launcher=torchrun(processes))
 
 

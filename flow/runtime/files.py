@@ -5,9 +5,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from safetensors import SafetensorError
 
 TEMPORARY = ".tmp-"  # prefix of what is not finished
 LOCK = ".lock"  # in a folder that is being written, see lock.py
+NAMES = "surrogateescape"  # how bytes that are not UTF-8 are written: names of files, which a line may hold, are any bytes
+MOST_FOLDERS = 10_000  # of one name with a number behind it
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def append_line(path: Path, line: str, sync: bool = False) -> None:
 
     Starts a new line where the last one has no newline. sync: wait until it is on the disk. Raises OSError that names the file.
     """
-    data = line.encode() + b"\n"
+    data = line.encode(errors=NAMES) + b"\n"
     with naming(path), open(path, "a+b", buffering=0) as file:  # unbuffered: closing a buffer would retry what failed
         size = file.seek(0, os.SEEK_END)
         if size:
@@ -73,7 +74,7 @@ def append_line(path: Path, line: str, sync: bool = False) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file or none."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=NAMES)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -129,10 +130,21 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return value
 
 
-def free_folder(path: Path) -> Path:
-    """The path, or with a number behind it the first one that is not there yet or empty: for a command that is suggested."""
-    candidates = (path if k == 1 else path.with_name(f"{path.name}_{k}") for k in count(1))
-    return next(p for p in candidates if not p.exists() or is_empty_dir(p))
+def free_folder(path: Path, may_hold: Callable[[Path], bool] = lambda folder: False) -> Path:
+    """The path, or with a number behind it the first one that is not there yet or empty: for a command that is suggested.
+
+    A folder that cannot be looked into is not free; the path itself where none is. may_hold: whether a folder that is not
+    empty will do as well.
+    """
+    candidates = (path if k == 1 else path.with_name(f"{path.name}_{k}") for k in range(1, MOST_FOLDERS))
+    return next((folder for folder in candidates if _is_free(folder) or may_hold(folder)), path)
+
+
+def _is_free(folder: Path) -> bool:
+    try:
+        return not folder.exists() or is_empty_dir(folder)
+    except OSError:
+        return False
 
 
 def fsync(path: Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from flow.runtime import cli, commands
 from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 from flow.solvers.torchdiffeq import ADAPTIVE
 
+MOST = 2**31 - 1  # of whole numbers, far above all that can be counted to
+MOST_SEED = schema.INT64_LIMIT - 1
 WEIGHTS = "run folder, checkpoint folder, .safetensors file or hf:owner/name[@revision]"  # what --weights takes
 
 
@@ -46,11 +49,12 @@ def add_config_flag(
 
 
 def add_count_flag(
-    parser: argparse.ArgumentParser, flag: str, use: str, default: int | None = None, least: int = 1, required: bool = False
-) -> None:
-    """A whole number of at least `least`."""
+    parser: argparse.ArgumentParser, flag: str, use: str, default: int | None = None, least: int = 1, required: bool = False,
+    most: int = MOST,
+) -> None:  # fmt: skip
+    """A whole number of at least `least` and at most `most`."""
     shown = f" (default: {default})" if default is not None else ""
-    parser.add_argument(flag, type=at_least(least), default=default, required=required, metavar="N", help=use + shown)
+    parser.add_argument(flag, type=at_least(least, most), default=default, required=required, metavar="N", help=use + shown)
 
 
 def add_batch_size_flag(parser: argparse.ArgumentParser, default: int = 100) -> None:
@@ -60,7 +64,12 @@ def add_batch_size_flag(parser: argparse.ArgumentParser, default: int = 100) -> 
 
 def add_seed_flag(parser: argparse.ArgumentParser, default: int = 8888, use: str = "noise") -> None:
     """--seed, and what it is the seed of."""
-    add_count_flag(parser, "--seed", f"seed of the {use}", default, least=0)
+    add_count_flag(parser, "--seed", f"seed of the {use}", default, least=0, most=MOST_SEED)
+
+
+def add_launcher_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """--launcher, of scripts that run `what`."""
+    parser.add_argument("--launcher", type=launcher, metavar="COMMAND", help=f"what starts {what} (default: this Python)")
 
 
 def add_method_flag(parser: argparse.ArgumentParser, choices: Iterable[str], default: str) -> None:
@@ -225,8 +234,8 @@ def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[
     return tuple(labels)
 
 
-def at_least(low: int):
-    """An argparse type: a whole number of at least `low`."""
+def at_least(low: int, most: int = MOST):
+    """An argparse type: a whole number of at least `low` and at most `most`."""
 
     def whole_number(text: str) -> int:
         try:
@@ -235,9 +244,22 @@ def at_least(low: int):
             value = low - 1
         if value < low:
             raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number of at least {low}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be at most {most}")
         return value
 
     return whole_number
+
+
+def launcher(text: str) -> str:
+    """An argparse type: a command that starts scripts, as a shell reads it."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: no shell reads that ({error})") from None
+    if not words:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a command, such as torchrun --nproc_per_node 2")
+    return text
 
 
 def positive(text: str) -> float:

@@ -1,5 +1,6 @@
 """Other commands of this project, run one after the other or several at a time."""
 
+import os
 import shlex
 import signal
 import subprocess
@@ -9,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from flow.runtime.commands import command
+from flow.runtime.commands import command, resolved, variables
 from flow.runtime.shutdown import StopSignal
 
 
@@ -24,7 +25,7 @@ def run_command(arguments: list[str], launcher: str | None = None) -> None:
     """
     print(f"\n$ {command(*arguments, launcher=launcher)}", flush=True)
     with StopSignal() as stop:
-        process = subprocess.Popen([*(shlex.split(launcher) if launcher else [sys.executable]), *arguments])
+        process = _start(arguments, launcher)
         forwarded = False
         while True:
             try:
@@ -39,6 +40,13 @@ def run_command(arguments: list[str], launcher: str | None = None) -> None:
         sys.exit(128 + stop.received)
     if status:
         sys.exit(status if status > 0 else 128 - status)  # a negative one is the signal that ended it
+
+
+def _start(arguments: list[str], launcher: str | None = None, **streams: Any) -> subprocess.Popen:
+    """The process of the command that `command` prints."""
+    words = resolved(*arguments)
+    start = shlex.split(launcher) if launcher else [sys.executable]
+    return subprocess.Popen([*start, *words], env={**os.environ, **variables(words)}, **streams)
 
 
 def run_chains(chains: dict[Path, Iterator[list[str]]], jobs: int, unit: str) -> None:
@@ -107,9 +115,9 @@ class _Running:
         arguments = next(self.commands, None)
         if arguments is None:
             return False
-        with self.log.open("a", encoding="utf-8") as out:
+        with self.log.open("a", encoding="utf-8", errors="surrogateescape") as out:
             print(f"\n$ {command(*arguments)}", file=out, flush=True)
-            self.process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=subprocess.STDOUT)
+            self.process = _start(arguments, stdout=out, stderr=subprocess.STDOUT)
         return True
 
     def leave(self) -> NoReturn:

@@ -157,7 +157,7 @@ def _write_picture(path: Path, snap: Snapshot) -> None:
     n, model = snap.config.preview.n_samples, snap.model()
     settings = preview_settings(snap.config, model.net, snap.class_names)
     with error_context("preview"):
-        samples = Sampler(model, snap.image_shape).sample(
+        samples = Sampler(model).sample(
             n, prompts=settings.prompts, method=settings.method, steps=settings.steps, guidance_scale=settings.guidance_scale,
             seed=settings.seed, batch_size=snap.space.preview_batch_size,
         )  # fmt: skip

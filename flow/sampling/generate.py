@@ -78,12 +78,11 @@ def shard(accelerator: Accelerator, indices: range, batch_size: int) -> list[ran
 def generate(
     accelerator: Accelerator,
     model: FlowModel,
-    image_shape: tuple[int, ...],
     batches: Iterable[range],
     settings: SamplerSettings,
     noise_key: str = "sample",
 ) -> Iterator[SampleBatch]:
-    """The images of these batches, usually those of `shard`, batch by batch. `image_shape` is what the network sees.
+    """The images of these batches, usually those of `shard`, batch by batch.
 
     Image k is a function of the weights, the settings and k: its noise comes from (noise_key, seed, k), its label or prompt
     from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. Methods with tolerances
@@ -93,13 +92,12 @@ def generate(
     validate(settings, model)
     model.eval()
     for batch in batches:
-        yield sample_batch(model, batch, image_shape, settings, accelerator.device, accelerator.autocast, noise_key)
+        yield sample_batch(model, batch, settings, accelerator.device, accelerator.autocast, noise_key)
 
 
 def sample_batch(
     model: FlowModel,
     indices: range,
-    image_shape: tuple[int, ...],
     settings: SamplerSettings,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
@@ -110,11 +108,11 @@ def sample_batch(
 
     autocast: surrounds the calls of network and decoder. callback: gets the state at each time of the grid but the first.
     """
-    x0 = to_solver_dtype(model.source.draw(noise_key, settings.seed, indices, image_shape), device)
+    x0 = to_solver_dtype(model.draw_x0(noise_key, settings.seed, indices), device)
     velocity = build_velocity(model, indices, settings, device)
     options: dict[str, Any] = dict(settings.options)
     if settings.method in solvers.STOCHASTIC:
-        options["noise"] = partial(increments, settings.seed, indices, image_shape, x0)
+        options["noise"] = partial(increments, settings.seed, indices, x0)
     with autocast():
         times = build_time_grid(settings, model.path)
         with error_context(f"sampling_method={settings.method}"):
@@ -142,15 +140,15 @@ def decode(model: FlowModel, autocast: Callable[[], AbstractContextManager], x: 
 
 @torch.inference_mode()
 def trajectory(
-    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, ...], indices: range, settings: SamplerSettings,
-    times: Sequence[float], num_keep: int | None = None, callback: Callable[[], object] = lambda: None,
+    accelerator: Accelerator, model: FlowModel, indices: range, settings: SamplerSettings, times: Sequence[float],
+    num_keep: int | None = None, callback: Callable[[], object] = lambda: None,
 ) -> tuple[list[Tensor], solvers.Solution]:  # fmt: skip
     """The states at the times, from 0, of the first `num_keep` images of these (None: of all), and the end of all of them.
 
     They are solved as one batch, by a deterministic method; `callback` is called at each time.
     """
     model.eval()
-    x0 = to_solver_dtype(model.source.draw("sample", settings.seed, indices, image_shape), accelerator.device)
+    x0 = to_solver_dtype(model.draw_x0("sample", settings.seed, indices), accelerator.device)
     states = [x0[:num_keep]]
 
     def record(x: Tensor) -> None:
@@ -161,9 +159,11 @@ def trajectory(
     return states, solvers.solve(velocity, x0, times, settings.method, record, **dict(settings.options))
 
 
-def increments(seed: int, indices: range, image_shape: tuple[int, ...], like: Tensor, step: int) -> Tensor:
+def increments(seed: int, indices: range, like: Tensor, step: int) -> Tensor:
     """Standard normal increments [b, C, H, W] of a step of an SDE, as `like`; a function of (seed, image, step)."""
-    return distributed.to_device(gaussian_noise(f"increment {step}", seed, indices, image_shape), like.device).to(like.dtype)
+    return distributed.to_device(gaussian_noise(f"increment {step}", seed, indices, tuple(like.shape[1:])), like.device).to(
+        like.dtype
+    )
 
 
 def build_velocity(model: FlowModel, indices: Sequence[int], settings: SamplerSettings, device: torch.device) -> GuidedVelocity:

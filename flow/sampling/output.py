@@ -28,7 +28,7 @@ GRID_IMAGES = 100  # at most
 
 def check_output_dir(
     folder: Path, digest: str, image_shape: tuple[int, ...], settings: SamplerSettings, num_classes: int | None,
-    mixed_precision: str, batch_size: int, config: Config, source: str | None,
+    mixed_precision: str, batch_size: int, config: Config, source: str | None, class_names: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write sampling.json, or check that the existing one is of the same images.
 
@@ -36,6 +36,7 @@ def check_output_dir(
         digest: of the weights.
         config: theirs, with what the command line has changed.
         source: fingerprint of the samples that a flow from data starts at; None for noise.
+        class_names: of the labels, for who reads the folder; () where nobody knows them.
 
     Raises:
         UserError: for a folder of another run.
@@ -48,13 +49,14 @@ def check_output_dir(
         "image_shape": image_shape,
         **({"bspp": batch_size} if settings.method in HAS_TOLERANCES else {}),
         **({"source_fingerprint": source} if source else {}),
+        **({"class_names": list(class_names)} if class_names else {}),
     }
     path, existing = folder / "sampling.json", None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
     record = json.loads(json.dumps(record | network_record(config)))
-    later = ("flow", "model", "source_fingerprint")  # which folders of earlier versions do not have
+    later = ("flow", "model", "source_fingerprint", "class_names")  # which folders of earlier versions do not have
     older = {key: record[key] for key in later if key in record}
     check_same_settings(folder, None if existing is None else [older | existing], record, "images", "sample.py")
     if existing is None:
@@ -71,8 +73,7 @@ def network_record(config: Config) -> dict[str, Any]:
 
 
 def write_images(
-    accelerator: Accelerator, model: FlowModel, shape: tuple[int, ...], indices: range, batch_size: int,
-    settings: SamplerSettings, folder: Path,
+    accelerator: Accelerator, model: FlowModel, indices: range, batch_size: int, settings: SamplerSettings, folder: Path,
 ) -> tuple[float, float]:  # fmt: skip
     """Write images as folder/000000.png and so on; batches that are there already are not computed again.
 
@@ -89,7 +90,7 @@ def write_images(
             return done
 
         with ImageWriter(folder, max_pending=4 * batch_size) as writer:
-            for batch in generate(accelerator, model, shape, (b for b in batches if not is_done(b)), settings):
+            for batch in generate(accelerator, model, (b for b in batches if not is_done(b)), settings):
                 writer.write(batch.indices, batch.images)
                 counter.add(batch)
                 bar.update(len(batch.indices))
@@ -99,14 +100,13 @@ def write_images(
 
 
 def sample_points(
-    accelerator: Accelerator, model: FlowModel, shape: tuple[int, ...], indices: range, batch_size: int,
-    settings: SamplerSettings,
+    accelerator: Accelerator, model: FlowModel, indices: range, batch_size: int, settings: SamplerSettings,
 ) -> tuple[Tensor | None, float]:  # fmt: skip
     """Points float32 [N, 2] of all processes, in order, on the main process (None on the others), and their NFE."""
     batches = shard(accelerator, indices, batch_size)
     parts, counter = [], NFECounter()
     with distributed.progress(accelerator, sum(map(len, batches)), "sampling (points of this process)") as bar:
-        for batch in generate(accelerator, model, shape, batches, settings):
+        for batch in generate(accelerator, model, batches, settings):
             parts.append((batch.indices.start, batch.images))
             counter.add(batch)
             bar.update(len(batch.indices))

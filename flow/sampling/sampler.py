@@ -31,15 +31,15 @@ class Sampler:
     """
 
     def __init__(
-        self, model: FlowModel, shape: tuple[int, ...], device: torch.device | None = None,
+        self, model: FlowModel, device: torch.device | None = None,
         dtype: torch.dtype = torch.float32, snapshot: Snapshot | None = None, guide_name: str | None = None,
     ):  # fmt: skip
-        """model: the network with its path; its networks go to the device. shape: of what the network sees, (C, H, W) or (2,).
-        device: default is the accelerator of the machine, else the CPU. dtype: of autocast; float32 turns autocast off.
-        snapshot: where the model comes from, for optimized time grids. guide_name: of autoguidance."""
+        """model: its networks go to the device. device: default is the accelerator of the machine, else the CPU.
+        dtype: of autocast; float32 turns autocast off. snapshot: where the model comes from, for optimized time grids.
+        guide_name: of autoguidance."""
         if device is None:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.model, self.shape, self.device, self.dtype = model, tuple(shape), device or torch.device("cpu"), dtype
+        self.model, self.device, self.dtype = model, device or torch.device("cpu"), dtype
         self.snapshot, self.guide_name = snapshot, guide_name
         for net in model.networks:
             net.to(self.device)
@@ -67,7 +67,7 @@ class Sampler:
         model = snap.model()
         guide_name = guide.attach(model, snap, guide_weights)
         target_device = None if device is None else torch.device(device)
-        return cls(model, snap.image_shape, target_device, dtype, replace(snap, weights={}), guide_name)
+        return cls(model, target_device, dtype, replace(snap, weights={}), guide_name)
 
     def sample(
         self,
@@ -141,7 +141,7 @@ class Sampler:
             labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, seed=seed, time_grid=time_grid,
         )  # fmt: skip
-        x0 = to_solver_dtype(self.model.source.draw("sample", seed, range(n), self.shape), self.device)
+        x0 = to_solver_dtype(self.model.draw_x0("sample", seed, range(n)), self.device)
         states = [x0]
         with nullcontext() if requires_grad else torch.inference_mode():
             self._batch(range(n), settings, states.append)
@@ -169,15 +169,17 @@ class Sampler:
                 another number of labels or prompts.
         """
         likelihood.check_density_known(self.model.source)
-        if not x1.is_floating_point() or tuple(x1.shape[1:]) != self.shape:
+        if not x1.is_floating_point() or tuple(x1.shape[1:]) != self.model.shape:
             raise ValueError(
-                f"x1 of {x1.dtype} and shape {tuple(x1.shape)}: must be floats as the network sees them, [b, *{self.shape}]; "
-                "flow.likelihood.dequantize makes them of pixels"
+                f"x1 of {x1.dtype} and shape {tuple(x1.shape)}: must be floats as the network sees them, "
+                f"[b, *{self.model.shape}]; flow.likelihood.dequantize makes them of pixels"
             )
         x = to_solver_dtype(x1, self.device)
         eps = None
         if hutchinson_samples is not None:
-            noise = [gaussian_noise(f"hutchinson {i}", seed, range(len(x)), self.shape) for i in range(hutchinson_samples)]
+            noise = [
+                gaussian_noise(f"hutchinson {i}", seed, range(len(x)), self.model.shape) for i in range(hutchinson_samples)
+            ]
             eps = torch.stack(noise).sign().to(x)
         velocity = self._velocity_of_data(len(x), labels, prompts)
         with self._autocast():
@@ -198,12 +200,12 @@ class Sampler:
         x1: uint8 images or floats as the network sees them, [b, ...]. labels, prompts: one for all, or one for each. Raises
         ValueError for data of another shape, and for another number of labels or prompts.
         """
-        if tuple(x1.shape[1:]) != self.shape:
-            raise ValueError(f"x1 of shape {tuple(x1.shape)}: the flow works on {self.shape}")
+        if tuple(x1.shape[1:]) != self.model.shape:
+            raise ValueError(f"x1 of shape {tuple(x1.shape)}: the flow works on {self.model.shape}")
         x = to_solver_dtype(to_float(x1.clone()), self.device)
         noise = None
         if self.model.source.name == GAUSSIAN:
-            noise = to_solver_dtype(gaussian_noise("inversion", seed, range(len(x)), self.shape), self.device)
+            noise = to_solver_dtype(gaussian_noise("inversion", seed, range(len(x)), self.model.shape), self.device)
         with torch.inference_mode(), self._autocast():
             return likelihood.invert(self._velocity_of_data(len(x), labels, prompts), x, noise, steps, method)
 
@@ -241,7 +243,7 @@ class Sampler:
         model = replace(self.model, source=sources.given(x0))
         with torch.inference_mode():
             return torch.cat([
-                sample_batch(model, batch, self.shape, settings, self.device, self._autocast).images
+                sample_batch(model, batch, settings, self.device, self._autocast).images
                 for batch in index_batches(range(len(x0)), batch_size)
             ])  # fmt: skip
 
@@ -264,7 +266,7 @@ class Sampler:
         return sampler
 
     def _batch(self, indices: range, settings: SamplerSettings, callback=None) -> SampleBatch:
-        return sample_batch(self.model, indices, self.shape, settings, self.device, self._autocast, callback=callback)
+        return sample_batch(self.model, indices, settings, self.device, self._autocast, callback=callback)
 
     def _velocity(self, n: int, labels, prompts, guidance_scale: float) -> GuidedVelocity:
         settings = self._settings(labels, prompts, guidance_scale=guidance_scale)

@@ -89,7 +89,7 @@ class Snapshot:
         self.load_into(net)
         if self.codec and decode:
             self._refuse_unconfirmed(lambda key: key == "data.autoencoder")
-        return flow_model(net, self.config, self.codec if decode else None)
+        return flow_model(net, self.image_shape, self.config, self.codec if decode else None)
 
     def load_into(self, net: nn.Module, optional: str = "") -> None:
         """Load the weights into the network; those whose names hold `optional` may be absent, and stay as they are there.
@@ -134,8 +134,9 @@ class Snapshot:
             )
 
 
-def flow_model(net: Network, config: Config, codec: CodecSpec | None = None) -> FlowModel:
-    """The network with the path and prediction of the configuration, and the decoder of `codec`, if any.
+def flow_model(net: Network, shape: tuple[int, ...], config: Config, codec: CodecSpec | None = None) -> FlowModel:
+    """The network, which sees x of this shape, with path and prediction of the configuration, and the decoder of `codec`, if
+    any.
 
     Raises:
         UserError: for unknown names, and an autoencoder that is not the one of `codec`.
@@ -147,7 +148,7 @@ def flow_model(net: Network, config: Config, codec: CodecSpec | None = None) -> 
     guidance = config.loss.args.get("guidance_scale", 1.0)
     if not is_finite_number(guidance) or guidance <= 0:
         raise UserError(f"loss.args.guidance_scale={guidance}: must be more than 0; 1 is off")
-    model = FlowModel(net, path, config.flow.prediction, guidance, source=source, coupling=config.flow.coupling)
+    model = FlowModel(net, path, shape, config.flow.prediction, guidance, source=source, coupling=config.flow.coupling)
     if codec is None:
         return model
     override = {"source": config.data.autoencoder} if config.data.autoencoder else {}

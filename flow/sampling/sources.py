@@ -60,10 +60,8 @@ def given(x0: Tensor) -> OrderedSource:
     return OrderedSource(DataSamples(Images(x0.cpu(), None, ()), "x0"), "x0")
 
 
-def attach(
-    accelerator: Accelerator, model: FlowModel, text: str | None, root: str | None, shape: tuple[int, ...], n: int
-) -> str | None:
-    """Read what n images of the model, which works on this shape, start from; returns a note where samples come again.
+def attach(accelerator: Accelerator, model: FlowModel, text: str | None, root: str | None, n: int) -> str | None:
+    """Read what n images of the model start from; returns a note where samples come again.
 
     text: what --source names, in its order: a data set (NAME, NAME:train, NAME:test) or a folder of images, which are resized.
     None: the held-out samples of the training, or noise.
@@ -73,7 +71,7 @@ def attach(
     """
     if text is not None:
         named: str = text
-        distributed.main_process_first(accelerator, lambda: replace_by(model, named, root, shape))
+        distributed.main_process_first(accelerator, lambda: replace_by(model, named, root))
     own = model.source
     if isinstance(own, DataSource):
         with error_context("flow.source"):
@@ -83,7 +81,7 @@ def attach(
     else:
         return None
     with error_context("--source" if text else "flow.source"):
-        source.draw("sample", 0, [0], shape)
+        source.draw("sample", 0, [0], model.shape)
     count = len(source.samples)
     return f"{source.name} has {count:,} samples, so after the first {count:,} images they come again" if n > count else None
 
@@ -104,15 +102,15 @@ def _fingerprint(source: OrderedSource) -> str:
     return source.samples.data.fingerprint()
 
 
-def replace_by(model: FlowModel, text: str, root: str | None, shape: tuple[int, ...]) -> None:
+def replace_by(model: FlowModel, text: str, root: str | None) -> None:
     """Give the model the samples of --source in place of its own. Raises UserError as `attach` does."""
     with error_context("--source"):
         if model.source.name == GAUSSIAN:
             raise ValueError(f"{text}: this flow starts at Gaussian noise; flow.source of its training makes it start at data")
         if named := DataSpec.parse(text, root):
             samples = _read(named, "--source")
-        elif Path(text).is_dir() and not Space(shape).is_points:
-            samples = _read(DataSpec.of_folder(text, shape), "--source")
+        elif Path(text).is_dir() and not Space(model.shape).is_points:
+            samples = _read(DataSpec.of_folder(text, model.shape), "--source")
         else:
             raise ValueError(f"{text}: must be a folder of images or one of {', '.join(datasets.DATASETS)}")
         model.source = OrderedSource(samples, text)

@@ -38,7 +38,7 @@ def check_alignment(data, source: Source) -> None:
                 )
 
 
-def check_source(config: Config, model: FlowModel, image_shape: tuple[int, ...]) -> None:
+def check_source(config: Config, model: FlowModel) -> None:
     """Raises UserError for a source that is a data set where the flow needs noise, and for one of another space."""
     if model.source.name == GAUSSIAN:
         return
@@ -46,7 +46,7 @@ def check_source(config: Config, model: FlowModel, image_shape: tuple[int, ...])
     if (config.flow.path, config.flow.prediction) != ("linear", "velocity"):
         raise UserError(f"{key}: needs flow.path=linear and flow.prediction=velocity; DDPM starts at Gaussian noise")
     with error_context("flow.source"):
-        model.source.draw("train", config.seed, [0], image_shape)
+        model.draw_x0("train", config.seed, [0])
 
 
 def check_same_flow(key: str, before: Config, now: Config) -> None:

@@ -65,7 +65,7 @@ class EvaluateSnapshots(Callback):
         with trainer.ema.average_parameters() as averaged:
             model = self.task.model_with(averaged)
             try:
-                rows = self.evaluator.evaluate(model, self.task.data.image_shape, digest, subject)
+                rows = self.evaluator.evaluate(model, digest, subject)
             except UserError as error:
                 without = "evaluate.every_steps=0" + (" evaluate.keep_best=null" if self.best_column else "")
                 raise UserError(f"{error}; the training goes on without rows with {without}") from error

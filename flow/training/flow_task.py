@@ -59,7 +59,7 @@ class FlowTask:
         with error_context("model"):
             self.net: Any = self.build_network()
             self.model = distributed.main_process_first(  # an autoencoder may be downloaded
-                accelerator, lambda: snapshot.flow_model(self.net, config, self.data.codec)
+                accelerator, lambda: snapshot.flow_model(self.net, self.data.image_shape, config, self.data.codec)
             )
         validate_conditioning(self.data, self.net)
         with error_context("flow.time_sampler"):
@@ -70,7 +70,7 @@ class FlowTask:
         with error_context("preview"):
             self.preview_settings = preview_settings(config, self.net, self.data.class_names)
             validate(self.preview_settings, self.model)
-        distributed.main_process_first(accelerator, lambda: check_source(config, self.model, self.data.image_shape))
+        distributed.main_process_first(accelerator, lambda: check_source(config, self.model))
         self.loader = TrainingLoader.of(accelerator, config, self.data)
         self.coupling = build_coupling(config, self.data, self.model.source, self.loader.micro_batch_size)
 
@@ -133,7 +133,7 @@ class FlowTask:
         """A grid of samples, or a scatter plot of points; None where sampling fails. All processes share the sampling."""
         n, settings = self.config.preview.n_samples, self.preview_settings
         batches = shard(self.accelerator, range(n), self.space.preview_batch_size)
-        samples = generate(self.accelerator, self.model_with(net), self.data.image_shape, batches, settings)
+        samples = generate(self.accelerator, self.model_with(net), batches, settings)
         parts, reason = [], None
         try:
             parts = [(batch.indices.start, batch.images) for batch in samples]

@@ -86,7 +86,7 @@ def validation_losses(
     parts = []
     for batch, (indices, pixels) in zip(batches, images, strict=True):
         x1 = to_float(pixels.to(accelerator.device))
-        x0 = model.source.draw("validation", seed, batch, tuple(x1.shape[1:])).to(accelerator.device)
+        x0 = model.draw_x0("validation", seed, batch).to(accelerator.device)
         t = model.path.clip(times[batch.start : batch.stop].float().to(accelerator.device))
         y = _condition(model.net, data, list(indices), batch, seed)
         with accelerator.autocast():

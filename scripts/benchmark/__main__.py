@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ import torch
 from configs import loading, schema
 from configs.errors import UserError
 from flow.evaluation import table
-from flow.runtime import cli, commands, files, flags
-from flow.runtime.errors import cli_main
+from flow.runtime import cli, commands, files, flags, lock
+from flow.runtime.errors import cli_main, error_context
 from scripts.benchmark import quality
 from scripts.benchmark.trial import name_of, start_job
 
@@ -72,6 +73,25 @@ def main() -> None:
     if sys.argv[1:2] == ["quality"]:
         return quality.main(sys.argv[2:])
     args = parse_args()
+    with lock.folder(args.out) if args.out else nullcontext():
+        if args.out:
+            check_folder(args)
+        measure(args)
+
+
+def check_folder(args) -> None:
+    """Raises UserError where --out holds a benchmark of another configuration."""
+    path = args.out / "benchmark.json"
+    if path.exists():
+        with error_context(f"--out {args.out}: its benchmark.json is damaged; name another folder"):
+            record = files.read_json(path)
+        before, now = ([r.get("config"), r.get("overrides")] for r in (record, vars(args)))
+        if before != now:
+            raise UserError(f"--out {args.out}: holds a benchmark of {before}, now {now}; name another folder")
+
+
+def measure(args) -> None:
+    """Run the jobs, print the tables and write them to --out."""
     key, *values = args.vary or [""]
     plan: dict[str, dict] = {}
     for extra in [[f"{key}={value}"] for value in values] or [[]]:
@@ -102,7 +122,6 @@ def main() -> None:
     command = commands.command(*train, "-e", files.free_folder(Path("runs") / Path(args.config or "run").stem))
     where = f" in {args.out}" if args.out else ""
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
         files.write_text(args.out / "benchmark.json", json.dumps(result, indent=1))
         files.write_text(args.out / "benchmark.md", text + "\n")
     print(cli.summary(f"{len(rows)} row(s){where}", args.start, f"train this configuration with: {command}"))

@@ -22,7 +22,7 @@ from configs import loading, schema
 from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSpec
-from flow.runtime import cli, commands, distributed, flags
+from flow.runtime import cli, commands, distributed, flags, lock
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 
@@ -44,17 +44,27 @@ def main() -> None:
     cfg = loading.load(args.config, args.overrides)
     if (cfg.flow.path, cfg.flow.prediction) != ("linear", "velocity"):
         raise UserError(f"flow.path={cfg.flow.path}, flow.prediction={cfg.flow.prediction}: must be linear and velocity")
-    net, images, labels = material(cfg)
-    with distributed.progress(distributed.build_single_process_accelerator("baseline"), cfg.train.steps, "plain loop") as bar:
-        end = time.monotonic() + 60 * args.minutes
-        for step, averages in enumerate(train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr), start=1):  # noqa: B007
-            bar.update()
-            if time.monotonic() > end:
-                break
-    names = [name for name, _ in net.named_parameters()]
-    snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
+    with lock.unfinished(args.out):  # where nothing can be written, that is said before the training
+        net, images, labels = material(cfg)
+        step, averages = train_for(args.minutes, net, images, labels, cfg)
+        names = [name for name, _ in net.named_parameters()]
+        snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
     result = f"{args.out}: {step} steps of {cfg.train.batch_size} images"
     print(cli.summary(result, args.start, f"sample from it with: {commands.sample_command(args.out, args.out.stem)}"))
+
+
+def train_for(minutes: float, net: nn.Module, images: Tensor, labels: Tensor | None, cfg: Config) -> tuple[int, list[Tensor]]:
+    """Train so long; the number of steps and the averages. The bar counts seconds."""
+    accelerator, seconds = distributed.build_single_process_accelerator("baseline"), 60 * minutes
+    with distributed.progress(accelerator, round(seconds), "plain loop (seconds)") as bar:
+        start = time.monotonic()
+        for step, averages in enumerate(train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr), start=1):
+            elapsed = time.monotonic() - start
+            bar.set_postfix_str(f"step {step}", refresh=False)
+            bar.update(min(int(elapsed), bar.total) - bar.n)
+            if elapsed > seconds:
+                return step, averages
+    raise AssertionError("the training is endless")
 
 
 def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from flow.sampling.settings import SamplerSettings
 from flow.training.flow_task import FlowTask
 from flow.training.trainer import Callback, Trainer
 from scripts.benchmark import baseline
-from scripts.benchmark.timer import TimedNetwork, Timer
+from scripts.benchmark.timer import TimedNetwork, Timer, peak_bytes
 from scripts.benchmark.trial import name_of
 
 
@@ -53,12 +52,9 @@ def main() -> None:
 
 def measured(job: dict, timer: Timer, images_per_lap: int, forwards: int = 1) -> dict:
     """The result of a job of steps or batches."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
     return {
         "laps": timer.laps, "seconds": dict(timer.seconds), "images_per_lap": images_per_lap, "forwards": forwards,
-        "peak_memory_gib": peak / 2**30, "seconds_to_first_step": timer.first_lap - job["started"],
+        "peak_memory_gib": peak_bytes() / 2**30, "seconds_to_first_step": timer.first_lap - job["started"],
     }  # fmt: skip
 
 
@@ -191,11 +187,11 @@ def timed_flow(job: dict):
 
 def sample_job(job: dict) -> dict:
     """What sample.py does: `generate`, then PNG files; "network" and, of latents, "decoder" are sections."""
-    timer, accelerator, snap, model, settings = timed_flow(job)
+    timer, accelerator, _, model, settings = timed_flow(job)
     if model.decode:
         model = replace(model, decode=timer.watch("decoder", model.decode))
     indices = range(job["sampling_batch"] * (job["warmup"] + job["sampling_batches"]))
-    batches = generate(accelerator, model, snap.image_shape, shard(accelerator, indices, job["sampling_batch"]), settings)
+    batches = generate(accelerator, model, shard(accelerator, indices, job["sampling_batch"]), settings)
     with tempfile.TemporaryDirectory() as scratch, ImageWriter(Path(scratch)) as writer:
         for batch in timer.timed(batches, job["warmup"], job["sampling_batches"]):
             writer.write(batch.indices, batch.images)
@@ -230,7 +226,7 @@ def evaluate_job(job: dict) -> dict:
     evaluation = Evaluation.build(settings, accelerator, Path(job["scratch"]), snap.decoded_shape, real_images, [])
     evaluation.extractor = TimedNetwork(evaluation.extractor, timer, "features")
     batches = shard(accelerator, range(job["n_samples"]), job["sampling_batch"])
-    images = ((b.indices, b.images) for b in generate(accelerator, model, snap.image_shape, batches, sampler))
+    images = ((b.indices, b.images) for b in generate(accelerator, model, batches, sampler))
     timer.first_lap = time.time()
     timer.restart()
     evaluation.measure(images, None)

@@ -24,6 +24,7 @@ from accelerate import Accelerator
 
 from configs import loading
 from configs.errors import UserError
+from configs.schema import Config
 from datasets import DataSpec
 from flow.evaluation import intervals, plots, reference, runner, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
@@ -64,7 +65,7 @@ def parse_args(argv: list[str] | None = None):
     parser.add_argument("--configs", nargs="+", required=True, metavar="RECIPE", help='a YAML, or "YAML key=value ..."')
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=flags.positive, help="of training steps, for each run")
-    budget.add_argument("--images", type=flags.at_least(1), help="that each run sees")
+    budget.add_argument("--images", type=flags.at_least(1, most=10**18), help="that each run sees")
     parser.add_argument("--jobs", type=flags.at_least(1), default=1, help="runs at the same time, with --images (default: 1)")
     parser.add_argument("--seeds", type=flags.at_least(1), default=3, help="runs of each recipe, seeds 0, 1, ... (default: 3)")
     parser.add_argument("--curve", type=flags.at_least(1), default=4, help="points of the distance in training (default: 4)")
@@ -126,13 +127,30 @@ def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
         loading.load(config, [*overrides, *own])
         if key := next((key for key in ("seed", "train.steps") if key in loading.overridden([*overrides, *own])), None):
             raise UserError(f"--configs {word!r}: {key} is set by the race (--seeds, --minutes, --images)")
-        name = "_".join([Path(config).stem, *(re.sub(r"[^\w.=-]+", "_", o).strip("_") for o in own)])
-        if len(name) > MAX_NAME:  # of a folder
-            name = f"{name[:MAX_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        if name in [recipe.name for recipe in recipes]:
+        recipe = Recipe(recipe_name(config, own), config, [*overrides, *own])
+        if any(same_recipe(recipe, other) for other in recipes):
             raise UserError(f"--configs {word!r}: comes twice")
-        recipes.append(Recipe(name, config, [*overrides, *own]))
+        names = [other.name for other in recipes]
+        if recipe.name in names:  # of files of one name
+            recipe.name = recipe_name(config, own, Path(config).absolute().parent.name)
+        if recipe.name in names:
+            raise UserError(f"--configs {word!r}: another recipe is called {recipe.name} too; copy the YAML to another name")
+        recipes.append(recipe)
     return recipes
+
+
+def recipe_name(config: str, own: list[str], folder: str = "") -> str:
+    """What a recipe and its folder are called: after the YAML and the overrides of the recipe."""
+    words = [Path(config).stem, *(re.sub(r"[^\w.=-]+", "_", override).strip("_") for override in own)]
+    name = "_".join([*filter(None, [folder]), *words])
+    if len(name) > MAX_NAME:
+        name = f"{name[:MAX_NAME]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def same_recipe(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes are of one file, with the same overrides."""
+    return one.overrides == other.overrides and Path(one.config).resolve() == Path(other.config).resolve()
 
 
 def check_evaluation(args, recipes: list[Recipe]) -> None:
@@ -140,20 +158,28 @@ def check_evaluation(args, recipes: list[Recipe]) -> None:
 
     Raises UserError where they are not to be had, or do not fit the images.
     """
-    accelerator = Accelerator(cpu=True, mixed_precision="no")  # the GPU is for the runs
     settings = runner.EvaluationSettings(
         owner="benchmark quality", feature_extractor=args.feature_extractor, feature_layer=args.feature_layer,
         feature_weights=args.feature_weights, reference=args.reference,
     )  # fmt: skip
     configs = [loading.load(recipe.config, recipe.overrides) for recipe in recipes]
     for config in {str(config.data): config for config in configs}.values():
-        with error_context("data"):
-            data = DataSpec.of(config.data).build()
-        shape = Space(data.image_shape, data.codec).decoded_shape
-        extractor, dimension = runner.load_extractor(settings, accelerator, shape)
-        if load_real_images(args.reference, accelerator, shape, config) is None:
-            with error_context("evaluate"):
-                reference.from_npz(Path(args.reference), extractor, dimension)
+        check_measuring(settings, config)
+
+
+def check_measuring(settings: runner.EvaluationSettings, config: Config) -> None:
+    """Load the feature extractor for the images of the configuration's data set, and the reference.
+
+    Raises UserError where they are not to be had, or do not fit the images.
+    """
+    accelerator = Accelerator(cpu=True, mixed_precision="no")  # the GPU is for the runs
+    with error_context("data"):
+        data = DataSpec.of(config.data).build()
+    shape = Space(data.image_shape, data.codec).decoded_shape
+    extractor, dimension = runner.load_extractor(settings, accelerator, shape)
+    if load_real_images(settings.reference, accelerator, shape, config) is None:
+        with error_context("evaluate"):
+            reference.from_npz(Path(str(settings.reference)), extractor, dimension)
 
 
 def fitted(args, recipes: list[Recipe]) -> list[Recipe]:

@@ -1,5 +1,8 @@
-"""Where the time of a script goes: its own functions, wrapped from outside, so that the loops stay free of clocks."""
+"""Where the time of a script goes: its own functions, wrapped from outside, so that the loops stay free of clocks; and the
+memory that it took."""
 
+import resource
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -10,6 +13,14 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+
+
+def peak_bytes() -> int:
+    """Bytes that this process held at most, on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Timer:

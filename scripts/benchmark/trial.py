@@ -3,6 +3,7 @@ takes.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from configs import loading
 from configs.errors import UserError
-from flow.runtime import distributed
+from flow.runtime import commands, distributed
 
 WARMUP_STEPS = 4  # of a trial of training steps, which are not measured
 TRIAL_STEPS = 20  # that are
@@ -29,9 +30,9 @@ def start_job(job: dict, scratch: Path) -> dict:
     if job.get("processes", 1) > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(job["processes"])]
         launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    process = subprocess.run(
-        [*launcher, "-m", "scripts.benchmark.jobs", json.dumps(job)], capture_output=True, text=True, check=False
-    )
+    words = ["-m", "scripts.benchmark.jobs", json.dumps(job)]
+    environment = {**os.environ, **commands.variables(words)}
+    process = subprocess.run([*launcher, *words], capture_output=True, text=True, check=False, env=environment)
     if process.returncode or not result.is_file():
         lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")] or process.stderr.splitlines()[-1:]
         raise UserError(f"{job['kind']}: {(lines or ['it ended without a message'])[0].removeprefix('error: ')}")

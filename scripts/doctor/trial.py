@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import resource
 import shutil
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from configs.errors import UserError
 from flow.runtime import distributed
 from flow.training.flow_task import FlowTask
 from flow.training.trainer import Callback, Trainer
+from scripts.benchmark.timer import peak_bytes
 
 STEPS = 5  # that are measured; one before them is not, as it allocates and compiles
 
@@ -79,7 +79,7 @@ def try_training(config: str | None, overrides: list[str], accelerator: Accelera
         saved = distributed.decided_by_main(lambda: {p.name: p.stat().st_size for p in clock.checkpoint_path.iterdir()})
         trial = Trial(
             clock.steps[0], statistics.median(clock.steps[1:]), clock.checkpoint, clock.preview,
-            sum(saved.values()), sum(size for name, size in saved.items() if name.startswith("ema")), _peak(),
+            sum(saved.values()), sum(size for name, size in saved.items() if name.startswith("ema")), peak_bytes(),
         )  # fmt: skip
         accelerator.wait_for_everyone()  # before the folder goes
         shutil.rmtree(shared, ignore_errors=True)  # on another machine it is one of its own
@@ -96,10 +96,3 @@ def _one_line_errors():
         raise UserError("the batch does not fit into memory; double train.gradient_accumulation_steps") from None
     except RuntimeError as error:
         raise UserError(f"training stopped: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
-
-
-def _peak() -> int:
-    """Bytes that this process held at most."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

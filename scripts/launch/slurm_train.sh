@@ -15,7 +15,9 @@
 set -euo pipefail
 
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-gpus=${SLURM_GPUS_ON_NODE:-1}
+processes=$((${SLURM_GPUS_ON_NODE:-1} * SLURM_NNODES))
+several=""
+if [ "$processes" -gt 1 ]; then several=--multi_gpu; fi # which accelerate refuses for a single process
 port=$((20000 + SLURM_JOB_ID % 20000))
 
 # A folder that a first part of this job has begun is gone on with; without -e it is runs/CONFIG, as in train.py.
@@ -30,6 +32,6 @@ resume=()
 if [ -f "$folder/config.yaml" ]; then resume=(-r latest); fi
 
 srun --kill-on-bad-exit=1 bash -c '
-  exec accelerate-launch --multi_gpu --rdzv_backend static --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
-    --num_processes $(('"$gpus"' * SLURM_NNODES)) --main_process_ip '"$master"' --main_process_port '"$port"' \
+  exec accelerate-launch '"$several"' --rdzv_backend static --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
+    --num_processes '"$processes"' --main_process_ip '"$master"' --main_process_port '"$port"' \
     train.py "$@"' launcher "$@" "${resume[@]}"

@@ -23,7 +23,7 @@ from flow.runtime.errors import cli_main, error_context
 from flow.runtime.subprocesses import run_command
 from scripts.benchmark.trial import sampling_seconds, seconds_per_step, training_laps
 from scripts.rectify.comparison import Row, compare, table_rows
-from scripts.rectify.routes import Cost, check_routes, first_config, pair_passes, stage_cost
+from scripts.rectify.routes import Cost, check_evaluation, check_routes, first_config, pair_passes, stage_cost
 
 EXAMPLES = """\
   python -m scripts.rectify -c configs/mnist_rectify.yaml
@@ -35,7 +35,7 @@ TRIAL_ROUNDS = 3
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES, kind=RectifyConfig, keys="configs/rectify.py")
     flags.add_config_flag(parser, "e.g. configs/mnist_rectify.yaml", required=True)
-    parser.add_argument("--launcher", metavar="COMMAND", help="what starts each script (default: this Python)")
+    flags.add_launcher_flag(parser, "each script")
     return parser.parse()
 
 
@@ -45,6 +45,7 @@ def main() -> None:
     if args.launcher and cfg.minutes is not None:
         raise UserError(f"--launcher: minutes={cfg.minutes:g} is measured with one process; set minutes=null and train.steps")
     check_routes(cfg)
+    check_evaluation(cfg)
     with lock.folder(Path(cfg.folder)):
         Rectify(cfg, args.launcher, args.start).run()
 
@@ -142,6 +143,7 @@ class Rectify:
             return None
         plan, budget = self.plan(name), {"minutes": self.cfg.minutes, "share": self.cfg.stages[name].share}
         if "count" not in plan:
+            print(f"trial: what {'a step' if self.cfg.stages[name].config else 'a pair'} of {name} takes", flush=True)
             with tempfile.TemporaryDirectory() as scratch:
                 seconds = trial(Path(scratch))
             fitting = max(1, round(60 * budget["minutes"] * budget["share"] / seconds))

@@ -97,8 +97,8 @@ def measure(accelerator: Accelerator, cfg: RectifyConfig, folder: Path, row: Row
     entry = {"weights": f"{row.network}@{snap.step}", "guidance_scale": row.scale, "method": row.method}
     settings = SamplerSettings(guidance_scale=row.scale)
     indices = range(cfg.straightness_images)
-    mean, error = mean_straightness_deviation(accelerator, model, snap.image_shape, indices, settings, cfg.straightness_steps)
-    panels = [panel(accelerator, model, snap.image_shape, row.method, n, row.scale) for n in figure_nfes(cfg)]
+    mean, error = mean_straightness_deviation(accelerator, model, indices, settings, cfg.straightness_steps)
+    panels = [panel(accelerator, model, row.method, n, row.scale) for n in figure_nfes(cfg)]
     return Measured(row, table.model_key(entry), f"{mean:.4f} ± {error:.4f}", panels)
 
 
@@ -147,15 +147,13 @@ def draw(path: Path, cfg: RectifyConfig, measured: list[Measured]) -> None:
     pictures.picture_table(path, by_nfe, [f"NFE {n}" for n in figure_nfes(cfg)], titles)
 
 
-def panel(
-    accelerator: Accelerator, model: FlowModel, image_shape: tuple[int, int, int], method: str, steps: int, scale: float
-) -> np.ndarray:
+def panel(accelerator: Accelerator, model: FlowModel, method: str, steps: int, scale: float) -> np.ndarray:
     """A row a class (without classes: ten rows), each column from one and the same noise: uint8 [H, W] or [H, W, 3]."""
     shown = []
     for label in range(model.net.num_classes or 1):
         labels = (label,) if model.net.num_classes else None
         settings = SamplerSettings(method, steps, scale, labels=labels)
         n = COLUMNS if model.net.num_classes else 10 * COLUMNS
-        shown += [batch.images for batch in generate(accelerator, model, image_shape, [range(n)], settings)]
+        shown += [batch.images for batch in generate(accelerator, model, [range(n)], settings)]
     picture = images.grid(torch.cat(shown), COLUMNS, zoomed=False).permute(1, 2, 0).numpy()
     return picture[:, :, 0] if picture.shape[2] == 1 else picture

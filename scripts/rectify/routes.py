@@ -12,6 +12,7 @@ from datasets import DataSpec
 from datasets.pairs import read_manifest
 from flow import losses, solvers, time_samplers
 from flow import path as paths
+from flow.evaluation import runner
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.guidance import network_calls
 from flow.likelihood import T_MAX
@@ -20,6 +21,7 @@ from flow.model import why_no_score
 from flow.runtime.errors import error_context
 from flow.sampling.space import Space
 from flow.training.logging import read_metrics
+from scripts.benchmark.quality import check_measuring
 
 
 @dataclass
@@ -91,6 +93,13 @@ def check_routes(cfg: RectifyConfig) -> None:
     if cfg.feature_extractor not in FEATURE_EXTRACTORS_REGISTRY:
         known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
         raise UserError(f"feature_extractor={cfg.feature_extractor}: unknown; choose one of {known}")
+
+
+def check_evaluation(cfg: RectifyConfig) -> None:
+    """Load the feature extractor once, as evaluate.py will after the last training. Raises UserError where it is not to be had,
+    or does not fit the images."""
+    settings = runner.EvaluationSettings(owner="rectify", feature_extractor=cfg.feature_extractor)
+    check_measuring(settings, first_config(cfg))
 
 
 def resolve_classes(cfg: RectifyConfig, configs: dict[str, Config]) -> None:

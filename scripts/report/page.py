@@ -73,6 +73,7 @@ class Shown:
     grids: list[dict[str, Any]]  # step of the solver, t, scale, src
     figures: list[dict[str, Any]]  # name, src
     left_out: int  # figures for which there was no room
+    previews_left_out: int  # also those beyond MAX_PREVIEWS
     grids_left_out: int
     written: set[str]  # names of files beside the page
 
@@ -80,26 +81,35 @@ class Shown:
 def _pictures(run: Run, pictures: Pictures) -> Shown:
     """The pictures of a run, as many as there is room for. Lines on damaged ones are added to the problems of the run."""
     share = SAMPLE_SHARE if run.trajectory is None else SAMPLE_SHARE / 2
-    previews: list[dict[str, Any]] = []
-    for step in list(spread(sorted(run.previews)))[: None if pictures.folder else MAX_PREVIEWS]:
-        if not pictures.has_room(1 - share):
-            break
-        if source := pictures.source(run.previews[step]):
-            previews.append({"step": step, "src": source})
+    steps = list(spread(sorted(run.previews)))
+    most = len(steps) if pictures.folder else MAX_PREVIEWS
+    previews, too_many = _with_room([(run.previews[step], {"step": step}) for step in steps[:most]], pictures, 1 - share)
     run.add_problems("samples", "samples", pictures.take_problems())
-    grids: list[dict[str, Any]] = []
-    waiting = _by_importance(run.trajectory)
-    while waiting and pictures.has_room(1 - SAMPLE_SHARE):
-        grid = waiting.pop(0)
-        if source := pictures.source(run.folder / trajectory_grids.FOLDER / grid.file):
-            grids.append({"step": grid.step, "t": grid.t, "scale": grid.guidance_scale, "src": source})
+    folder = run.folder / trajectory_grids.FOLDER
+    waiting = [
+        (folder / grid.file, {"step": grid.step, "t": grid.t, "scale": grid.guidance_scale})
+        for grid in _by_importance(run.trajectory)
+    ]
+    grids, grids_left_out = _with_room(waiting, pictures, 1 - SAMPLE_SHARE)
     run.add_problems("samples", str(trajectory_grids.FOLDER), pictures.take_problems())
-    pictures.left_out = 0  # what was the first preview not to fit is no figure
-    named = [(_name(path, run.folder), pictures.source(path)) for path in run.figures]
-    figures = [{"name": name, "src": source} for name, source in named if source]
+    figures, left_out = _with_room([(path, {"name": _name(path, run.folder)}) for path in run.figures], pictures, 0)
     run.add_problems("figures", "figures", pictures.take_problems())
     previews.sort(key=lambda preview: preview["step"])
-    return Shown(previews, grids, figures, pictures.left_out, len(waiting), pictures.written)
+    return Shown(previews, grids, figures, left_out, len(steps[most:]) + too_many, grids_left_out, pictures.written)
+
+
+def _with_room(
+    waiting: list[tuple[Path, dict[str, Any]]], pictures: Pictures, reserved: float
+) -> tuple[list[dict[str, Any]], int]:
+    """What is known of these pictures, with their addresses, as long as more than the share `reserved` of the budget is left;
+    and for how many there was no room."""
+    shown, refused = [], pictures.left_out
+    for k, (path, known) in enumerate(waiting):
+        if not pictures.has_room(reserved):
+            return shown, pictures.left_out - refused + len(waiting) - k
+        if source := pictures.source(path):
+            shown.append({**known, "src": source})
+    return shown, pictures.left_out - refused
 
 
 def _by_importance(trajectory: TrajectoryGrids | None) -> list[Grid]:
@@ -133,13 +143,25 @@ def _context(runs: list[Run], shown: list[Shown]) -> dict[str, Any]:
         "lines": lines, "floors": floors, "metrics": metrics,
     }  # fmt: skip
     problems: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
-    for run, pictures in zip(runs, shown, strict=True):
+    for run in runs:
         for problem in run.problems:
             problems[problem.panel].append((run.name, problem.text))
-        if pictures.left_out:
-            text = f"{pictures.left_out} figures left out to keep the page small; --linked shows all"
-            problems["figures"].append((run.name, text))
-    without = [row for row, pictures in zip(rows, shown, strict=True) if TRAJECTORY in row["commands"] and not pictures.grids]
+    unreadable = {panel: len(lines) for panel, lines in problems.items() if lines}
+    has_grids = any(pictures.grids for pictures in shown)
+    for run, pictures in zip(runs, shown, strict=True):
+        grids_left_out = 0 if has_grids else pictures.grids_left_out  # else their number is below the grids
+        left_out = {"figures": ("figures", pictures.left_out)}
+        left_out |= {
+            "previews": ("samples", pictures.previews_left_out),
+            "grids of its trajectory": ("samples", grids_left_out),
+        }
+        for kind, (panel, count) in left_out.items():
+            if count:
+                problems[panel].append((run.name, f"{count} {kind} left out to keep the page small; --linked shows all"))
+    without = [
+        row for row, pictures in zip(rows, shown, strict=True)
+        if TRAJECTORY in row["commands"] and not (pictures.grids or pictures.grids_left_out)
+    ]  # fmt: skip
     return {
         "title": names[0] if len(names) == 1 else f"{len(names)} runs",
         "generator": GENERATOR,
@@ -147,7 +169,7 @@ def _context(runs: list[Run], shown: list[Shown]) -> dict[str, Any]:
         "place": str(Path.cwd()),
         "runs": rows,
         "problems": problems,
-        "elsewhere": [(panel, len(lines)) for panel, lines in problems.items() if lines and panel != "overview"],
+        "elsewhere": [(panel, count) for panel, count in unreadable.items() if panel != "overview"],
         "differing": differing,
         "unusual": unusual,
         "comparison": _comparison(runs, metrics),
@@ -156,7 +178,8 @@ def _context(runs: list[Run], shown: list[Shown]) -> dict[str, Any]:
         "has_quality": bool(metrics) or bool(problems["quality"]),
         "has_curves": any(run.curves.columns for run in runs),
         "has_previews": any(pictures.previews for pictures in shown),
-        "has_grids": any(pictures.grids for pictures in shown),
+        "has_grids": has_grids,
+        "previews_left_out": sum(pictures.previews_left_out for pictures in shown),
         "grids_left_out": sum(pictures.grids_left_out for pictures in shown),
         "has_figures": any(pictures.figures for pictures in shown) or bool(problems["figures"]),
         "sample_commands": [(row["name"], row["commands"][SAMPLE]) for row in rows if SAMPLE in row["commands"]][:MAX_COMMANDS],

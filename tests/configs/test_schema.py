@@ -122,7 +122,7 @@ def test_a_network_without_words_on_conditions(here, error, monkeypatch, tmp_pat
     ask = ["--weights", tmp_path / "run", "--n_samples", "2", "--sampling_steps", "1", "--save_dir", tmp_path / "out"]
     assert "was trained without labels" in error("sample", *ask, "--labels", "1")
     assert "2 images" in here("sample", *ask)
-    net = FlowModel(Plain((1, 8, 8)), None).net
+    net = FlowModel(Plain((1, 8, 8)), None, (1, 8, 8)).net
     assert (net.num_classes, net.max_prompt_bytes, net.null) == (None, None, None)
 
 

@@ -121,13 +121,23 @@ def test_command(here, tiny_run):
     assert 3 < bits < 20  # of an untrained network: noise
 
 
+def test_held_out_images_have_bits_of_their_own(here, error, tiny_run):
+    """--test takes the split that the training has not seen; digits without a split have none."""
+    command = ["likelihood", "--weights", tiny_run, "--n_images", "2", "--rtol", "0.5", "--atol", "0.5"]
+    given = (["data.args.split=train"], ["data.args.split=train", "--test"], ["data.args.split=test"])
+    train, held_out, test = (re.findall(r"[\d.]+ ± [\d.]+ bits per dimension", here(*command, *more)) for more in given)
+    assert len(train) == 1 and train != held_out == test
+    line = error(*command, "--test")
+    assert "--test: data.name=digits" in line and "has no held-out images" in line
+
+
 def test_likelihood_depends_on_the_prompt():
     torch.manual_seed(0)
     net = models.build("mini_unet", (1, 8, 8), {"width": 8, "head_channels": 8, "max_prompt_bytes": 4})
     with torch.no_grad():
         for p in net.parameters():  # the last layer begins at 0
             p.add_(0.1 * torch.randn_like(p))
-    sampler, x1 = Sampler(FlowModel(net, LinearPath()), (1, 8, 8), torch.device("cpu")), torch.zeros(1, 1, 8, 8)
+    sampler, x1 = Sampler(FlowModel(net, LinearPath(), (1, 8, 8)), torch.device("cpu")), torch.zeros(1, 1, 8, 8)
     one, other, again = (
         sampler.log_likelihood(x1, prompts=[prompt], hutchinson_samples=1, rtol=0.1, atol=0.1) for prompt in ("a", "b", "a")
     )

@@ -56,7 +56,7 @@ def test_wrong_values_are_named():
         models.build("mini_unet", (1, 8, 8), {"data_std": True})
     net = models.build("mini_unet", (1, 8, 8), {"data_std": 0.5})
     with pytest.raises(ValueError, match=r"data_std=0.5: preconditioning needs flow.path=linear"):
-        FlowModel(net, CosinePath())
+        FlowModel(net, CosinePath(), (1, 8, 8))
 
 
 def test_trains_and_samples(tmp_path):

@@ -4,17 +4,34 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from flow.evaluation import animation
+from flow.sampling import snapshot
 from scripts import animate
 
 
 def test_the_way_of_images_from_noise(tmp_path, tiny_run, here):
-    here("animate", "--weights", tiny_run, "--out", tmp_path, "--n", "20", "--frames", "4", "--guidance_scale", "2")
+    """The last frame is the grid that sample.py makes with as many steps, but for the colors of a GIF and the bar below."""
+    snap, weights = snapshot.load(tiny_run), tmp_path / "moving.safetensors"
+    torch.manual_seed(0)  # the weights of the run have hardly moved from those of a network that predicts 0
+    moved = {name: value + 0.1 * torch.randn_like(value) for name, value in snap.weights.items()}
+    snapshot.save(weights, moved, snap.config, snap.image_shape, snap.step, 10, class_names=snap.class_names)
+    guided = ["--weights", weights, "--guidance_scale", "2"]
+    here("animate", *guided, "--out", tmp_path, "--n", "20", "--frames", "4", "--steps_a_frame", "2")
     with Image.open(tmp_path / "trajectory.gif") as moving:
         assert moving.n_frames == 4
         first = np.asarray(moving.convert("L"), dtype=float)
+        moving.seek(3)
+        last = np.asarray(moving.convert("L"), dtype=float)
     assert first.std() > 50  # noise
+    steps = ["--sampling_method", "heun", "--sampling_steps", "6"]
+    here("sample", *guided, *steps, "--n_samples", "20", "--save_dir", tmp_path / "samples")
+    grid = np.asarray(Image.open(tmp_path / "samples/grid.png").convert("L"), dtype=float)
+    height, width = grid.shape
+    assert last.shape == (height + animation.BAR_HEIGHT, width)
+    assert np.abs(last[:height] - grid).max() < 10 < np.abs(first[:height] - grid).mean()
 
 
 def test_likelihood_by_both_divergences(points_flow, tmp_path, here, monkeypatch):

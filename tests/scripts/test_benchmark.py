@@ -4,11 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY, TINY, succeed
 
+from configs.errors import UserError
+from scripts.benchmark import __main__ as benchmark
+from scripts.benchmark import timer
 from scripts.benchmark.timer import Timer
 
 
@@ -31,6 +36,56 @@ def test_sections_add_up_and_do_not_count_twice():
     work(4)
     watch.lap()
     assert watch.laps == [4] and watch.seconds == {"other": 4}
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
+def test_peak_memory_is_in_bytes(monkeypatch, platform, unit):
+    """The system counts kibibytes, but for that of Apple."""
+    monkeypatch.setattr(timer.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(timer.sys, "platform", platform)
+    monkeypatch.setattr(timer.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3))
+    assert timer.peak_bytes() == 3 * unit
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is a file; name a folder"),
+        ("{", "its benchmark.json is damaged; name another folder"),
+        ('{"config": "configs/mnist.yaml", "overrides": []}', "holds a benchmark of ['configs/mnist.yaml', []], now ['configs"),
+    ],
+)
+def test_folder_is_looked_at_before_the_jobs(error, monkeypatch, tmp_path, content, message):
+    """And one that can be written is left as it was, where the jobs fail."""
+
+    def fail(job, args, scratch):
+        raise UserError("no job")
+
+    monkeypatch.setattr(benchmark, "run_job", fail)
+    out = tmp_path / "out"
+    command = ["benchmark", "-c", "configs/digits.yaml", "--out", out]
+    assert "no job" in error(*command) and not out.exists()
+    if content is None:
+        out.touch()
+    else:
+        out.mkdir()
+        (out / "benchmark.json").write_text(content)
+    assert message in error(*command)
+    if content is not None:
+        (out / "benchmark.json").write_text('{"config": "configs/digits.yaml", "overrides": []}')
+        assert "no job" in error(*command)
+
+
+def test_plain_loop_lasts_as_long_as_it_shall(main_of, capsys, tmp_path):
+    """Its bar counts the seconds."""
+    out, minutes = tmp_path / "plain.safetensors", 0.02
+    command = ["benchmark.baseline", "-c", "configs/digits.yaml", *TINY, "train.batch_size=4", "--minutes", minutes, "--out"]
+    main = main_of(*command, out)
+    start = time.monotonic()
+    main()
+    captured = capsys.readouterr()
+    assert time.monotonic() - start > 60 * minutes and " steps of 4 images" in captured.out
+    assert "1/1 " in captured.err and [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
 @pytest.mark.slow
@@ -90,6 +145,12 @@ def test_what_the_plain_loop_does_not_train(error, tmp_path, config, minutes, me
     out = tmp_path / "plain.safetensors"
     command = ["benchmark.baseline", "-c", f"configs/{config}.yaml", "--minutes", minutes, "--out", out]
     assert message in error(*command) and not out.exists()
+
+
+def test_plain_loop_needs_a_place_for_its_file(error, tmp_path):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file/plain.safetensors"
+    assert f"{tmp_path / 'file'}" in error("benchmark.baseline", "-c", "configs/digits.yaml", "--minutes", "1", "--out", out)
 
 
 @pytest.mark.parametrize("flags", [["train.compile=true"], ["--vary", "train.mixed_precision", "no", "bf16"]])

@@ -1,5 +1,6 @@
 """compare: flows of points side by side, and what it refuses."""
 
+import os
 import re
 import shutil
 
@@ -52,6 +53,32 @@ def test_times_and_names_are_those_of_other_commands(points_flow, tmp_path, here
         printed = here("compare", "--weights", *both, *flags, "--frames", "2", "--out", out)
         names = {line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")} - {"flow"}
         assert len({name for name in names if name.strip("- ")}) == 2
+
+
+def test_failing_ffmpeg_costs_the_video_alone(points_flow, tmp_path, here, monkeypatch):
+    """As one whose libraries are missing; it writes to a name that no colon makes a protocol of."""
+    stub, out = tmp_path / "bin/ffmpeg", tmp_path / "a:b"
+    stub.parent.mkdir()
+    stub.write_text(f"#!/bin/sh\necho \"$@\" > '{tmp_path}/arguments'\nexit 127\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(stub.parent), prepend=os.pathsep)
+    flags = ["--n_samples", "50", "--frames", "2", "--sampling_steps", "1"]
+    printed = here("compare", "--weights", points_flow("moons", 1), *flags, "--out", out)
+    assert "note: no compare.mp4, as ffmpeg ended with status 127" in printed
+    assert {path.name for path in out.iterdir()} == {"compare.gif", "compare.png", "compare.md"}
+    target = (tmp_path / "arguments").read_text().split()[-1]
+    assert target.startswith(f"file:{out}/") and target.endswith("compare.mp4")
+
+
+def test_hint_stays_in_the_folder_of_figures(points_flow, tmp_path, here):
+    """Also for two runs of one name, which their paths tell apart."""
+    paths = [tmp_path / name / "flow.safetensors" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        shutil.copy(points_flow("moons", 1), path)
+    flags = ["--n_samples", "50", "--frames", "2", "--sampling_steps", "1", "--out", tmp_path / "out"]
+    printed = here("compare", "--weights", *paths, *flags)
+    assert f"--weights {paths[0]} --out {tmp_path / 'out/flow'}" in printed
 
 
 def test_particles_go_straight_within_a_step():

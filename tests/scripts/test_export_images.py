@@ -28,6 +28,21 @@ def test_broken_image_leaves_no_folder(here, error, tmp_path):
     assert f"--save_dir {out}: exists already" in error(*command)
 
 
+def test_size_of_the_files(here, tmp_path):
+    """--size enlarges 8x8 digits, by a filter that keeps their brightness; without it they stay as they are."""
+    images = {}
+    for size in (8, 16):
+        given = ["--size", size] if size != 8 else []
+        here("export_images", "--save_dir", tmp_path / str(size), "--n_images", "5", *given, "data.name=digits")
+        data = datasets.build("folder", None, {"path": str(tmp_path / str(size)), "channels": 1})
+        assert len(data) == 5 and data.image_shape == (1, size, size)
+        images[size] = torch.stack([data[k][0] for k in range(5)]).float()
+    digits = datasets.build("digits", None, {})
+    assert torch.equal(images[8].byte(), digits.images[digits.labels[:5].argsort(stable=True)])
+    shrunk = torch.nn.functional.avg_pool2d(images[16], 2)
+    assert (shrunk - images[8]).abs().mean() < 20 and not torch.equal(shrunk, images[8])
+
+
 def test_unlabelled_pairs_have_no_class_folders(here, tmp_path):
     """Their manifest names the classes of the real images all the same."""
     pairs, out = tmp_path / "pairs", tmp_path / "out"

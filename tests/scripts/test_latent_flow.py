@@ -189,7 +189,7 @@ def test_samples_of_a_latent_flow_are_images(here, run, cache, tmp_path):
     here("sample", "--weights", run, "--n_samples", 6, "--save_dir", out, "--sampling_steps", 2, "--npz")
     model = snap.model()
     settings = SamplerSettings(steps=2)
-    (made,) = generate(Accelerator(cpu=True), model, snap.image_shape, [range(6)], settings)
+    (made,) = generate(Accelerator(cpu=True), model, [range(6)], settings)
     codec = models.build_codec(snap.codec)
     assert made.x.shape == (6, 2, 4, 4)
     assert torch.equal(made.images, to_uint8(codec.decode(made.x)))

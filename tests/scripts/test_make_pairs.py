@@ -52,10 +52,14 @@ def data(folder) -> Pairs:
     return datasets.build("pairs", None, {"path": str(folder)})
 
 
-def test_folder_and_data_set(folder, data):
+def test_folder_and_data_set(folder, data, tiny_run):
     assert sorted(contents(folder)) == [*(f"{name}.safetensors" for name in NAMES), "manifest.json"]
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["sampling_steps"] == 3 and manifest["guidance_scale"] == 2 and len(manifest["weights_sha256"]) == 64
+    assert json.loads((folder / "manifest.json").read_text()) == {
+        "weights_sha256": snapshot.load(tiny_run).sha256, "sampling_method": "heun", "sampling_steps": 3, "guidance_scale": 2,
+        "guidance_interval": [0, 1], "guide": None, "seed": 4, "labels": None, "mixed_precision": "no", "bspp": 5,
+        "generated": 40, "inverted": 10, "shard_pairs": 15, "state_times": [], "image_shape": [1, 8, 8],
+        "class_names": list("0123456789"), "data": {"name": "digits", "root": None, "args": {}},
+    }  # fmt: skip
     assert data.images.shape == (50, 1, 8, 8) and data.images.dtype == torch.float16
     assert data.generated == 40 and data.noise.shape == (10, 1, 8, 8)
     assert data.labels[:40].bincount().tolist() == [4] * 10  # balanced
@@ -66,7 +70,7 @@ def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
     """Images of the data set against the sampling function, started from the noise that training will use."""
     model = snapshot.load(tiny_run).model(decode=False)
     settings = SamplerSettings("heun", 3, 2.0, seed=4)
-    for made in generate(Accelerator(cpu=True), model, (1, 8, 8), index_batches(range(40), 5), settings, noise_key="pairs"):
+    for made in generate(Accelerator(cpu=True), model, index_batches(range(40), 5), settings, noise_key="pairs"):
         k = slice(made.indices.start, made.indices.stop)
         assert torch.equal(made.x.half(), data.images[k]) and torch.equal(made.labels, data.labels[k])
     given = PairedCoupling(GaussianSource(), data.seed, data.generated, data.noise, data.image_shape)

@@ -47,6 +47,15 @@ def test_table_grows_and_the_best_is_named(optimize, here, tmp_path):
 
 
 def test_halving(optimize, tmp_path, tiny_run, monkeypatch):
+    """The better half goes on; the figure has the last row of each candidate, and the real images of both rounds."""
+    drawn: dict[str, list[dict]] = {}
+    floors = []
+
+    def draw(path, lines: dict[str, list[dict]], real: list[dict]) -> None:
+        drawn.update(lines)
+        floors.extend(real)
+
+    monkeypatch.setattr(plots, "distance_against_scale", draw)
     monkeypatch.setattr(optimize_guidance, "FEWEST", 70)
     weak = min(step_names.by_step(tiny_run / "snapshots", ".safetensors").items())[1]
     out = optimize("--guidance_scale", "1", "2", "--guide_weights", weak, "--n_samples", "140", "--halving")
@@ -55,6 +64,24 @@ def test_halving(optimize, tmp_path, tiny_run, monkeypatch):
     seventy = sorted(row["metrics"]["FD-digits"] for row in rows_of(tmp_path) if row["n"] == 70)[:2]
     kept = {(r["guidance_scale"], r.get("guide")) for r in rows_of(tmp_path) if r["n"] == 140}
     assert kept == {(r["guidance_scale"], r.get("guide")) for r in rows_of(tmp_path) if r["metrics"]["FD-digits"] in seventy}
+    points = {(entry["guidance_scale"], entry["guide"], entry["n"]) for line in drawn.values() for entry in line}
+    assert (
+        len(points) == 3 and sorted(n for *_, n in points) == [70, 140, 140] and [floor["n"] for floor in floors] == [70, 140]
+    )
+    assert all(name.endswith(f", n = {entry['n']}") for name, line in drawn.items() for entry in line)
+
+
+def test_a_line_is_of_one_number_of_images():
+    """It begins without guidance where that was measured on as many; what is left alone is a line of its own."""
+    none, two, three = (optimize_guidance.Guidance(scale) for scale in (1.0, 2.0, 3.0))
+    few, more, most = ({"n": 500, "k": k} for k in range(3))
+    assert optimize_guidance.curves({none: few, two: more, three: most}) == {"classifier-free guidance": [few, more, most]}
+    later = {**most, "n": 1000}
+    name = "classifier-free guidance, n = {}"
+    curves = optimize_guidance.curves({none: few, two: more, three: later})
+    assert curves == {name.format(500): [few, more], name.format(1000): [later]}
+    curves = optimize_guidance.curves({none: {**few, "n": 1000}, two: more, three: most})
+    assert curves == {name.format(500): [more, most], "no guidance, n = 1000": [{**few, "n": 1000}]}
 
 
 @pytest.mark.parametrize(

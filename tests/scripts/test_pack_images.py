@@ -24,6 +24,7 @@ from PIL import Image
 
 import datasets
 from datasets.packed import Packed
+from scripts import pack_images
 
 PACK = ["--size", "8", "--shard_images", "10"]
 FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["cats", "discs"], "_type": "ClassLabel"}}
@@ -88,6 +89,19 @@ def test_parquet_equals_the_folder(here, tmp_path, photos, folder, features):
                 "--save_dir", tmp_path / "one")  # fmt: skip
     assert torch.equal(read(tmp_path / "one").read(range(8)), expected.read(range(8, 16)))
     assert read(tmp_path / "one").labels is None
+
+
+def test_source_is_looked_through_once(here, monkeypatch, tmp_path, photos):
+    """A folder of millions of files takes minutes each time."""
+    looked_at = []
+
+    def parquet_files(path, before=pack_images.parquet_files):
+        looked_at.append(path)
+        return before(path)
+
+    monkeypatch.setattr(pack_images, "parquet_files", parquet_files)
+    here("pack_images", "--source", photos, *PACK, "--save_dir", tmp_path / "out")
+    assert looked_at == [photos]
 
 
 def test_built_in_set(here, tmp_path):

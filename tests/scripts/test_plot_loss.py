@@ -1,5 +1,7 @@
 """Loss curves of runs in one figure."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -11,6 +13,22 @@ def test_curves_of_two_runs(here, tmp_path, tiny_run):
     out = tmp_path / "plots" / "loss.png"
     printed = here("plot_loss", "--runs", tiny_run, tiny_run, "--against", "images", "--smooth", "2", "--out", out)
     assert "2 curve(s)" in printed and min(Image.open(out).size) > 300
+
+
+def test_smooth_draws_means_of_rows(here, tmp_path):
+    """--smooth 2 draws the picture of a run whose losses are the means of two rows, the first alone."""
+
+    def picture(name: str, losses: list[float], *flags: str) -> bytes:
+        run = tmp_path / name / "run"
+        run.mkdir(parents=True)
+        rows = [{"step": k + 1, "images": 32 * (k + 1), "loss": loss} for k, loss in enumerate(losses)]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        here("plot_loss", "--runs", run, "--out", tmp_path / f"{name}.png", *flags)
+        return (tmp_path / f"{name}.png").read_bytes()
+
+    rough = picture("rough", [4.0, 2.0, 5.0, 1.0])
+    smooth = picture("smooth", [4.0, 2.0, 5.0, 1.0], "--smooth", "2")
+    assert smooth == picture("means", [4.0, 3.0, 3.5, 3.0]) != rough
 
 
 def test_mistakes(error, tmp_path, tiny_run):

@@ -141,7 +141,14 @@ def test_mistakes(error, tiny_run, copy, tmp_path):
 
 
 def test_runs_without_stay_as_they_were(tiny_run):
-    assert not (tiny_run / "power_averages").exists() and snapshot.load(tiny_run).power_average is None
+    """The files are those of any run, and no header names an average of this kind."""
+    steps = ("step_00000002", "step_00000004")
+    expected = {"config.yaml", "environment.json", "log.txt", "metrics.jsonl", "samples/step_00000004.png"}
+    for step in steps:
+        names = ("ema.safetensors", "manifest.json", "model.safetensors", "optimizer.bin", "state.json")
+        expected |= {f"snapshots/{step}.safetensors", *(f"checkpoints/{step}/{name}" for name in names)}
+    assert {str(path.relative_to(tiny_run)) for path in tiny_run.rglob("*") if path.is_file()} == expected
+    assert all(snapshot.load(tiny_run / f"snapshots/{step}.safetensors").power_average is None for step in steps)
 
 
 def test_rows_and_figure_of_the_widths(here, copy):

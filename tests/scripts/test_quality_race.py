@@ -129,6 +129,22 @@ def test_mistakes(error, tmp_path):
     assert "--metrics kid: needs fid" in refused("configs/digits.yaml", "--metrics", "kid")
 
 
+def test_recipes_of_files_of_one_name(tmp_path):
+    """Their folders tell them apart; one file is one recipe, whatever its path."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mnist.yaml").write_text("seed: 0")
+    one, other = (str(tmp_path / name / "mnist.yaml") for name in "ab")
+    names = [recipe.name for recipe in quality.read_recipes([one, f"{one} optimizer.lr=1e-3", other], [])]
+    assert names == ["mnist", "mnist_optimizer.lr=1e-3", "b_mnist"]
+    with pytest.raises(UserError, match="comes twice"):
+        quality.read_recipes([one, other, str(tmp_path / "b/../a/mnist.yaml")], [])
+    (tmp_path / "b/b").mkdir()
+    (tmp_path / "b/b/mnist.yaml").write_text("seed: 0")
+    with pytest.raises(UserError, match="another recipe is called b_mnist too; copy the YAML to another name"):
+        quality.read_recipes([one, other, str(tmp_path / "b/b/mnist.yaml")], [])
+
+
 def test_flags_may_change_until_there_are_rows(monkeypatch, tmp_path):
     """A first evaluation that fails leaves none; the flags of the next call are then those of the race."""
     monkeypatch.chdir(REPOSITORY)

@@ -206,6 +206,7 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
     assert "paths.pairs.real_fraction=0.5: must be 0 with keep_states" in refused(*pairs_of_paths, "real_fraction", 0.5)
     assert "data.name=toys: routes are for images" in refused("stages", "1-rf", "config", "configs/toy.yaml")
     assert "feature_extractor=mnst: unknown; choose one of" in refused("feature_extractor", "mnst")
+    assert "the extractor takes 28x28 images, not 8x8" in refused("feature_extractor", "mnist")
     assert "use velocity or data" in refused("stages", "distilled", "overrides", ["flow.prediction=noise"])
     assert "shares of the minutes add up to 0, not to 1" in refused("minutes", 3)
     assert "'heun' does not take one evaluation a step" in refused("routes", "flow", "methods", ["heun"])

@@ -582,6 +582,25 @@ def test_pictures_keep_the_page_small(monkeypatch, tmp_path):
     assert f"{21 - len(steps)} grids between others are left out" in Page(path).sections["samples"]
 
 
+def test_what_had_no_room_is_counted(monkeypatch, tmp_path):
+    """Also where no picture of a kind is in the page; --linked, which has room for all, says nothing."""
+    monkeypatch.setattr(page, "PICTURE_BYTES", 10)
+    monkeypatch.setattr(page, "MIN_RUN_BYTES", 10)
+    run = make_run(tmp_path / "run")
+    add_weights(run)
+    add_grids(run, steps=2, scales=(1.0,))
+    read = runs.read_run(run, "run", 100, [])
+    shown = Page(page.write([read], tmp_path / "out", linked=False, reload_seconds=None))
+    assert shown.data["runs"][0]["previews"] == shown.data["runs"][0]["grids"] == []
+    for text in ("2 previews left out", "3 grids of its trajectory left out"):
+        assert f"{text} to keep the page small; --linked shows all" in shown.sections["samples"]
+    assert "1 figures left out" in shown.sections["figures"] and "could not be read" not in shown.sections["overview"]
+    assert "--trajectory_grids" not in shown.sections["samples"]  # they are there already
+    assert "No run has" not in shown.sections["samples"]
+    linked = Page(page.write([read], tmp_path / "out", linked=True, reload_seconds=None))
+    assert len(linked.data["runs"][0]["previews"]) == 2 and "left out" not in linked.text
+
+
 def test_commands_work_as_printed(tiny_run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     commands = runs.read_run(tiny_run, "tiny", 100, []).commands

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from conftest import TINY_RUN, run_here, stranger
 from PIL import Image
 
 import datasets
+from flow.evaluation import restoration
+from flow.restoration import Inpainting, box_mask, random_masks
 from flow.sampling import images
+from scripts import restore
 
 QUICK = ["--steps", "3", "--draws", "1", "--n_images", "5"]
 
@@ -81,6 +85,17 @@ def test_suggested_command_runs(here, tiny_run, tmp_path):
     words = line.split()[line.split().index("scripts.restore") + 1 :]
     here("restore", *words, "--steps", "2", "--draws", "1")
     assert (tmp_path / "inpaint" / "restore.png").is_file()
+
+
+@pytest.mark.parametrize("masks", [lambda k: random_masks(8, 8, 0.5, 0, k), lambda k: box_mask(8, 8, 3)])
+def test_holes_are_filled_image_by_image(masks):
+    """As they are where all images are filled at once."""
+    originals = datasets.build("digits", None, {}).images[:4]
+    y = Inpainting(masks(range(4))).known * (originals / 127.5 - 1)
+    accelerator = SimpleNamespace(is_main_process=True)
+    single = restore.simple_methods(accelerator, y, originals, lambda indices: Inpainting(masks(indices)))
+    together = restoration.baselines(Inpainting(masks(range(4))), y, originals)
+    assert single.keys() == together.keys() and all(single[name].equal(together[name]) for name in together)
 
 
 def test_known_pixels_stay_without_noise(here, tiny_run, tmp_path):

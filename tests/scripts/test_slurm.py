@@ -21,7 +21,8 @@ JOB = {
 
 @pytest.fixture
 def launch(tmp_path) -> Callable[..., tuple[list[str], list[str]]]:
-    """launch(*words): the words of the launcher and those of train.py on the second machine; the job runs in tmp_path."""
+    """launch(*words): the words of the launcher and those of train.py on the second machine; the job runs in tmp_path, with
+    other variables where job={...} names some."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, line in PROGRAMS.items():
@@ -29,8 +30,9 @@ def launch(tmp_path) -> Callable[..., tuple[list[str], list[str]]]:
         (programs / name).chmod(0o755)
     environment = {**os.environ, **JOB, "PATH": f"{programs}:{os.environ['PATH']}"}
 
-    def call(*words: str) -> tuple[list[str], list[str]]:
-        done = subprocess.run(["bash", SCRIPT, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    def call(*words: str, job: dict[str, str | None] | None = None) -> tuple[list[str], list[str]]:
+        variables = {name: value for name, value in {**environment, **(job or {})}.items() if value is not None}
+        done = subprocess.run(["bash", SCRIPT, *words], cwd=tmp_path, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         at = lines.index("train.py")
@@ -48,6 +50,16 @@ def test_words_of_the_launcher_and_of_the_training(launch):
         "--rdzv_backend": "static", "--num_machines": "2", "--machine_rank": "1", "--num_processes": "8",
         "--main_process_ip": "node1", "--main_process_port": "20041",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "processes"), [("1", "1", "1"), ("1", None, "1"), ("1", "2", "2"), ("2", "1", "2"), ("2", None, "2")]
+)
+def test_single_process_is_not_multi_gpu(launch, nodes, gpus, processes):
+    """Accelerate refuses that flag for one process."""
+    launcher, _ = launch("-c", "configs/toy.yaml", job={"SLURM_NNODES": nodes, "SLURM_GPUS_ON_NODE": gpus})
+    assert launcher[launcher.index("--num_processes") + 1] == processes
+    assert ("--multi_gpu" in launcher) == (processes != "1") and "" not in launcher
 
 
 @pytest.mark.parametrize(

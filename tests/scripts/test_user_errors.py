@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from configs import loading
 from configs.errors import UserError
-from flow.sampling import locate
+from flow.sampling import locate, snapshot
 from flow.training import checkpoint
 
 
@@ -314,3 +314,16 @@ def test_the_precision_no_is_a_word(tmp_path):
     assert loading.parse(loading.dump(loading.load())).train.mixed_precision == "no"
     with pytest.raises(UserError, match="mixed_precision=fp8: must be one of auto, no, fp16, bf16"):
         loading.load(None, ["train.mixed_precision=fp8"])
+
+
+def test_velocity_without_a_solution(error, points_flow, tmp_path):
+    """Which a solver with tolerances finds out."""
+    snap = snapshot.load(points_flow("mixture", 1))
+    steep = tmp_path / "steep.safetensors"
+    weights = {name: 1e20 * value for name, value in snap.weights.items()}
+    snapshot.save(steep, weights, snap.config, snap.image_shape, 10, 1000)
+    flags = ["--weights", steep, "--out", tmp_path / "out", "--frames", "2", "--sampling_method", "dopri5"]
+    for script in ("compare", "animate"):
+        assert "sampling_method=dopri5: dopri5: the velocity is not finite" in error(script, *flags)
+    assert "sampling_method=dopri5: " in error("animate", *flags, "--trajectory_grids")
+    assert "--figures likelihood: dopri5: the velocity is not finite" in error("animate", *flags, "--figures", "likelihood")

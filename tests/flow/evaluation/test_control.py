@@ -21,6 +21,18 @@ def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run):
     assert rows[0]["metrics"] != rows[2]["metrics"]
 
 
+def test_damaged_held_out_images_are_an_error(here, error, tmp_path, tiny_run):
+    """In the words of what they are for; a folder that is not there is a warning."""
+    for name in ("train", "test"):
+        here("pack_images", "--source", "digits", "--split", name, "--save_dir", tmp_path / name)
+    for path in (tmp_path / "test").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-100])
+    command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--metrics", "fid", "--sampling_steps", 1]
+    command += ["--n_samples", 8, f"data.root={tmp_path}", "--out", tmp_path / "out", "data.name=packed"]
+    line = error(*command, f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / 'test'}}}")
+    assert line.startswith("error: row of real images: ") and "images_" in line
+
+
 def test_choice_by_frequency():
     """Classes are as frequent as in the reference; one that runs out is replaced, so that the number stays."""
     pool, labels = [5, 4, 3, 2, 1, 0], torch.tensor([0, 0, 0, 1, 1, 1])

@@ -47,9 +47,24 @@ def test_moments_of_blocks_equal_the_features(extractor):
     a, b = (metrics.evaluate(c, ["fid"])["FD-digits"] for c in (blocks, rows))
     assert a == pytest.approx(b, rel=1e-8)
     assert blocks.standard_errors["FD-digits"] == pytest.approx(rows.standard_errors["FD-digits"], rel=0.4)
-    merged.bad = [117]
-    with pytest.raises(ValueError, match=r"of 1 of 1797 images of the samples are not finite .* the first is image 117"):
-        metrics.evaluate(blocks, ["fid"])
+
+
+def test_blocks_count_features_that_are_not_finite(extractor):
+    """In any of the processes; the first by index is named, though it was not added first."""
+    images, layer = noisy_digits(300), extractor.layer
+    real = reference.from_features("digits", "x", feature_set(noisy_digits(1797, 0), extractor), layer)
+    parts = [BlockMoments(), BlockMoments()]
+    for number, first in enumerate((200, 0, 100)):
+        features = extractor(images[first : first + 100])[layer].clone()
+        for image, value in ((210, np.inf), (117, np.nan)):
+            if image in range(first, first + 100):
+                features[image - first, 5] = value
+        parts[number % 2].add(layer, range(first, first + 100), {layer: features})
+    for part in parts:
+        part.flush()
+    message = r"the features of 2 of 300 images of the samples are not finite .* the first is image 117"
+    with pytest.raises(ValueError, match=message):
+        metrics.evaluate(Comparison(extractor, merge_blocks(parts), real), ["fid"])
 
 
 @pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("mnist", 0.98), ("cifar10", 0.85)])

@@ -1,5 +1,7 @@
 """Folders of samples: what `evaluate.py --samples DIR` reads and refuses."""
 
+import json
+
 import pytest
 import torch
 from digits_features import noisy_digits, write_folder
@@ -79,6 +81,44 @@ def test_subfolders_are_labels_if_they_are_classes(here, tmp_path):
         )
     by_class, in_turn = (table.read_rows(tmp_path / f"{layout}_table")[0]["metrics"] for layout in ("by_class", "in_turn"))
     assert by_class["accuracy"] > 0.95 and in_turn == {}
+
+
+def test_renamed_classes_are_measured_again(here, tmp_path):
+    """What had no value before may have one with other names."""
+    data, samples = datasets.build("digits", None, {}), tmp_path / "samples"
+    for label in range(10):
+        write_folder(samples / f"{label:06d}", data.images[data.labels == label][:8])
+    command = ["evaluate", "--samples", samples, "--reference", "digits", "--feature_extractor", "digits", "--no_control"]
+    command += ["--metrics", "accuracy", f"data.root={tmp_path}", "--out", tmp_path / "out"]
+    here(*command)
+    for label in range(10):
+        (samples / f"{label:06d}").rename(samples / str(label))
+    for _ in range(2):
+        here(*command)
+    before, after = table.read_rows(tmp_path / "out")
+    assert before["metrics"] == {} and after["metrics"]["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_labels_beside_prompts_count(here, tmp_path, others):
+    """Where their classes, which sampling.json names, are those of the reference."""
+    data, folder = datasets.build("digits", None, {}), tmp_path / "samples"
+    write_folder(folder / "images", torch.stack([data.images[data.labels == label][:20] for label in (3, 5)], 1).flatten(0, 1))
+    names = [f"{name} of others" for name in data.class_names] if others else list(data.class_names)
+    note = {"image_shape": [1, 8, 8], "labels": [3, 5], "num_classes": None, "class_names": names}
+    (folder / "sampling.json").write_text(json.dumps(note))
+    command = ["evaluate", "--samples", folder, "--reference", "digits", "--feature_extractor", "digits", "--no_control"]
+    here(*command, "--metrics", "accuracy", f"data.root={tmp_path}")
+    (row,) = table.read_rows(folder / "evaluation")
+    assert row["metrics"] == {} if others else row["metrics"]["accuracy"] > 0.9
+
+
+def test_the_current_folder_has_its_name(here, tmp_path, monkeypatch):
+    samples = write_folder(tmp_path / "samples", noisy_digits(12))
+    monkeypatch.chdir(samples)
+    command = ["evaluate", "--samples", ".", "--reference", "digits", "--feature_extractor", "digits", "--no_control"]
+    here(*command, "--metrics", "prc", f"data.root={tmp_path}")
+    assert [row["weights"] for row in table.read_rows(tmp_path / "samples_evaluation")] == ["samples"]
 
 
 def test_folders_refuse_flags_of_sampling(error, tmp_path):

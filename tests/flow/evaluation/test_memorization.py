@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import succeed
+from digits_features import write_folder
 from PIL import Image
 
 import datasets
@@ -78,6 +79,19 @@ def test_a_folder_of_training_images_is_copied(here, tmp_path):
         here(*command, *config)
     assert (out / "results.jsonl").read_bytes() == before
     assert len(list(samples.iterdir())) == 70
+
+
+def test_held_out_images_belong_to_the_row(here, tmp_path):
+    """They are the threshold: with others it is another row, with the same ones nothing is computed."""
+    for name in ("train", "test"):
+        here("pack_images", "--source", "digits", "--split", name, "--save_dir", tmp_path / name)
+    samples = write_folder(tmp_path / "samples", datasets.build("digits", None, {}).images[:70])
+    command = ["evaluate", "--samples", samples, "--reference", tmp_path / "train", "--feature_extractor", "digits"]
+    command += ["--metrics", "memorization", "--no_control", f"data.root={tmp_path}", "-c", "configs/digits.yaml"]
+    for held_out in ("test", "train", "test"):
+        here(*command, "data.name=packed", f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / held_out}}}")
+    one, two = table.read_rows(tmp_path / "samples_evaluation")
+    assert one["identity"]["held_out"] != two["identity"]["held_out"] and one["metrics"] != two["metrics"]
 
 
 def test_missing_training_set_is_named(error, tmp_path, tiny_run):

@@ -138,6 +138,7 @@ def test_odd_distances_are_drawn(figures, tmp_path, values):
         ("labels", (None, "3 5"), ["euler", "euler, labels 3 5"]),
         ("seed", ("0", "1"), ["euler, seed 0", "euler, seed 1"]),
         ("mixed_precision", ("no", "bf16"), ["euler, precision no", "euler, precision bf16"]),
+        ("variant", (None, "1a2b3c4d"), ["euler", "euler, variant 1a2b3c4d"]),
     ],
 )
 def test_distances_of_another_kind_are_another_line(figures, tmp_path, column, values, names):

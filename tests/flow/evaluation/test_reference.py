@@ -119,6 +119,13 @@ def test_damaged_caches_are_named_and_computed_again(here, tmp_path, tiny_run):
     assert f"warning: {cache}: damaged cache" in printed and value == expected
 
 
+def test_statistics_are_not_of_points(error, tmp_path, points_flow):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2), sigma=np.eye(2))
+    command = ["evaluate", "--weights", points_flow("moons", 1), "--n_samples", 4, "--sampling_steps", 1]
+    line = error(*command, "--reference", tmp_path / "stats.npz", "--out", tmp_path / "out")
+    assert f"--reference {tmp_path / 'stats.npz'}: points are compared with toys:SHAPE, not with statistics" in line
+
+
 def test_splits_of_a_reference_by_name(error, tmp_path, tiny_run):
     test = DataSpec("mnist", None, {"train": False})
     assert DataSpec.parse("mnist:test", None) == test

@@ -95,6 +95,41 @@ def test_only_refitted_times_are_named():
     assert one.startswith("euler, times ") and two.startswith("euler, times ") and one != two and three == "euler"
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "variants"),
+    [
+        ({}, {"flow": {"prediction": "data"}}, 1),
+        ({}, {"held_out": "a"}, 1),
+        ({"weights_sha256": "a"}, {"weights_sha256": "b"}, 2),  # hf:alice/x and hf:bob/x
+        ({"reference": "a"}, {"reference": "b"}, 2),  # a folder with new content
+        ({"bspp": 100}, {"bspp": 50}, 2),
+        ({"prompts": None}, {}, 0),  # the same
+    ],
+)
+def test_other_identities_are_variants(tmp_path, first, second, variants):
+    """A column and lines of their own, also over other numbers of steps; what has nothing of its own stays without a name."""
+
+    def measured(steps: int, identity: dict) -> dict:
+        return {**row("run@1", 40, "digits", **identity), "steps": steps, "NFE": steps, "forwards": steps}
+
+    rows = [measured(steps, identity) for identity in (first, second) for steps in (5, 10)]
+    entries = table.aggregate(rows)
+    assert len({entry["variant"] for entry in entries} - {None}) == variants
+    lines: dict[str, list[int]] = {}
+    for entry in entries:
+        lines.setdefault(plots.line_name(entry, plots.several_of(entries)), []).append(entry["steps"])
+    assert list(lines.values()) == ([[5, 10]] * 2 if variants else [[5, 5, 10, 10]])
+    assert ("variant" in table.write(tmp_path, rows)) == ("variant" in (tmp_path / "results.csv").read_text()) == bool(variants)
+    assert all(entry["variant"] is None for single in rows for entry in table.aggregate([single]))
+
+
+def test_variants_are_of_the_same_columns(tmp_path):
+    """Two snapshots of a run, and two extractors, are told apart by their names."""
+    snapshots = [row(f"run@{k}", 40, "digits", weights_sha256=str(k)) for k in range(2)]
+    extractors = [row("run@0", 40, name, weights_sha256="0") for name in ("mnist", "inception-v3-compat")]
+    assert all(entry["variant"] is None for entry in table.aggregate([*snapshots, *extractors]))
+
+
 def test_aggregate_mean_and_spread():
     """The aggregate is the mean and spread of the ranges."""
     common = {"weights": "w", "method": "euler", "steps": 2, "NFE": 2, "forwards": 2, "guidance_scale": None, "n": 9}

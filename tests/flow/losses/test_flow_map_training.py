@@ -1,11 +1,13 @@
 """Flow maps by the commands: training, resuming, paths of a teacher, guidance inside, what is refused."""
 
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_TRAIN, run_here, succeed
+from conftest import TINY_RUN, TINY_TRAIN, run_here, succeed
 from safetensors.torch import load_file
 
 import datasets
@@ -31,11 +33,17 @@ def same(a: Path, b: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory, tiny_run) -> Path:
+def paths_printed(tmp_path_factory, tiny_run) -> tuple[Path, str]:
+    """The folder of paths, and the command that trains on them."""
     out = tmp_path_factory.mktemp("paths") / "paths"
     printed = run_here("make_pairs", "--weights", tiny_run, "--save_dir", out, *PATHS, "--keep_states", "2")
-    assert "loss.name=trajectory" in printed and "paths_trajectory" in printed
-    return out
+    (command,) = re.findall(r"train on them with: (.+)", printed)
+    return out, command
+
+
+@pytest.fixture(scope="module")
+def paths(paths_printed) -> Path:
+    return paths_printed[0]
 
 
 @pytest.fixture(scope="module")
@@ -74,22 +82,31 @@ def test_paths_of_a_teacher(paths, tiny_run):
     settings = SamplerSettings("heun", 6, 1.0, seed=4)
     model = snapshot.load(tiny_run).model(decode=False)
     with torch.inference_mode():
-        sample_batch(model, range(10), (1, 8, 8), settings, torch.device("cpu"), noise_key="pairs", callback=states.append)
+        sample_batch(model, range(10), settings, torch.device("cpu"), noise_key="pairs", callback=states.append)
     assert torch.equal(torch.stack([states[1], states[3]], dim=1).half(), data.states[:10])
     assert torch.equal(states[-1].half(), data.images[:10])
 
 
-def test_a_flow_map_learns_from_paths(here, tmp_path, paths, tiny_run):
-    """From the weights of the teacher, and resumed to the same bits by the command that make_pairs prints."""
-    arguments = [*TINY_TRAIN, *TWO_TIMES, "loss.name=trajectory", "data.name=pairs", f"data.args.path={paths}"]
-    arguments += ["flow.coupling=paired", "flow.label_dropout=0", f"train.init_from={tiny_run}"]
-    arguments.remove("model.args.time_frequency=30")
-    here("train", *arguments, "-e", tmp_path / "run")
-    printed = here("train", *arguments, "model.args.time_frequency=30", "train.steps=1", "-e", tmp_path / "other")
-    assert f"{tiny_run}: was trained with model.args.time_frequency=its default, here it is 30" in printed
-    here("train", *arguments, "-e", tmp_path / "again")
-    assert same(tmp_path / "run", tmp_path / "again")
-    assert {"mse", "grad_norm_median", "grad_norm_max"} <= read_metrics(tmp_path / "run" / "metrics.jsonl")[-1].keys()
+def test_the_command_for_paths_resumes_exactly(here, tmp_path, paths_printed):
+    """As make_pairs prints it, but for the size of the run: from the weights of the teacher; 2 + 2 steps are 4, to the bit."""
+    folder, command = paths_printed
+    script, *arguments = shlex.split(command)[1:]
+    assert Path(script).name == "train.py" and arguments[:2] == ["-e", str(folder.with_name("paths_trajectory"))]
+    here("train", *arguments, *TINY_RUN, "-e", tmp_path / "whole")
+    here("train", *arguments, *TINY_RUN, "-e", tmp_path / "cut", "train.steps=2")
+    assert "resuming from step 2" in here("train", *arguments, *TINY_RUN, "-e", tmp_path / "cut", "-r", "latest")
+    assert same(tmp_path / "whole", tmp_path / "cut")
+    assert snapshot.load(tmp_path / "whole").config.loss.name == "trajectory"
+    assert {"mse", "grad_norm_median", "grad_norm_max"} <= read_metrics(tmp_path / "whole" / "metrics.jsonl")[-1].keys()
+
+
+def test_another_network_than_the_weights_is_noted(here, tmp_path, paths_printed, tiny_run):
+    _, command = paths_printed
+    arguments = [*shlex.split(command)[2:], *TINY_RUN, "train.steps=1"]
+    note = f"{tiny_run}: was trained with model.args."
+    assert note not in here("train", *arguments, "-e", tmp_path / "same")
+    printed = here("train", *arguments, "model.args.time_frequency=30", "-e", tmp_path / "other")
+    assert f"{note}time_frequency=its default, here it is 30" in printed
 
 
 def test_two_ways_to_sample(alpha_flow):

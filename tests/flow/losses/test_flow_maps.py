@@ -77,10 +77,10 @@ def test_only_whole_steps_pass_their_end(method, backwards):
 
 def test_flow_maps_live_on_the_linear_path():
     net = build("mlp", two_times=True)
-    FlowModel(net, path.LinearPath())
+    FlowModel(net, path.LinearPath(), (1, 8, 8))
     for model in ({"path": path.VPPath()}, {"path": path.LinearPath(), "prediction": "data"}):
         with pytest.raises(ValueError, match=r"two_times=true: a flow map needs flow.path=linear"):
-            FlowModel(net, **model)
+            FlowModel(net, shape=(1, 8, 8), **model)
 
 
 def test_flow_weights_start_a_flow_map(here, tmp_path, tiny_run):

@@ -1,5 +1,8 @@
 """The command line: words of a flag, overrides of the configuration, and what is neither."""
 
+import io
+import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -7,16 +10,20 @@ import pytest
 
 from configs import loading
 from configs.errors import UserError
-from flow.runtime import cli
+from flow.runtime import cli, flags
 from flow.runtime.errors import cli_main
 
 
 @pytest.fixture
 def parse() -> Callable[..., Namespace]:
-    """parse(*words): what a command makes of them that has --names of several words and --out of one."""
+    """parse(*words): what a command makes of them that has --names of several words, --out of one and --fast of none."""
     parser = cli.Parser("what it does", "an example")
     parser.add_argument("--names", nargs="+")
-    parser.add_argument("--out")
+    parser.add_argument("-o", "--out")
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--count", type=flags.at_least(1))
+    parser.add_argument("--seed", type=flags.at_least(0, flags.MOST_SEED))
+    flags.add_launcher_flag(parser, "it")
     return lambda *words: parser.parse([*words])
 
 
@@ -24,6 +31,37 @@ def test_words_of_a_flag_may_hold_an_equals_sign(parse):
     for words in (["lr=1e-3", "lr=2e-3"], ["plain", "lr=2e-3"]):
         args = parse("--names", *words, "--out", "figures")
         assert (args.names, args.out, args.overrides) == (words, "figures", [])
+
+
+@pytest.mark.parametrize("words", [["--out", "lr=3e-4"], ["-o", "lr=3e-4"], ["--out=lr=3e-4"], ["-o", "x", "--out", "lr=3e-4"]])
+def test_value_of_a_flag_may_hold_an_equals_sign(parse, words):
+    """That word alone; the next one is an override."""
+    args = parse("--fast", *words, "seed=3")
+    assert (args.out, args.overrides, args.fast) == ("lr=3e-4", ["seed=3"], True)
+
+
+def test_key_in_place_of_a_value_is_named(parse):
+    with pytest.raises(
+        UserError, match=r"-o: a value is missing; 'train\.steps=3' sets a key \(as a value: -o=train\.steps=3\)"
+    ):
+        parse("-o", "train.steps=3")
+    assert parse("-o=train.steps=3").out == "train.steps=3"
+
+
+def test_numbers_that_nobody_can_count_to(parse):
+    assert parse("--seed", "9223372036854775807", "--count", "2147483647").count == 2**31 - 1
+    for flag, number, most in [("--count", 10**20, 2**31 - 1), ("--seed", 2**63, 2**63 - 1)]:
+        with pytest.raises(UserError, match=f"argument {flag}: '{number}': must be at most {most}"):
+            parse(flag, str(number))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [('torchrun "x', "No closing quotation"), ("", "must be a command"), (" ", "must be")]
+)
+def test_launchers_that_no_shell_starts(parse, text, reason):
+    with pytest.raises(UserError, match=f"--launcher: .*{reason}"):
+        parse("--launcher", text)
+    assert parse("--launcher", "torchrun 'a b'").launcher == "torchrun 'a b'"
 
 
 @pytest.mark.parametrize("word", ["optimizer.lr=1e-3", "--optimizer.lr=1e-3", "seed=3"])
@@ -39,6 +77,13 @@ def test_keys_after_words_are_overrides(parse, word):
 def test_unknown_keys_come_with_a_suggestion(parse, words):
     with pytest.raises(UserError, match=r"unknown key .* Did you mean 'optimizer\.lr'\?"):
         loading.load(None, parse(*words).overrides)
+
+
+def test_names_that_are_not_utf8_are_printed(parse, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8"))
+    print(parse("--out", os.fsdecode(b"run-\xff")).out, flush=True)
+    assert written.getvalue() == b"run-\xff\n"
 
 
 def test_killed_data_worker_is_one_line(capsys):

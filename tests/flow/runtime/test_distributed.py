@@ -1,9 +1,12 @@
-"""What processes agree on."""
+"""What processes agree on, and the precision of the gradients between them."""
 
 import os
+from pathlib import Path
 
 import pytest
+import torch
 
+from configs import loading
 from configs.errors import UserError
 from flow.runtime import distributed
 
@@ -26,5 +29,35 @@ def test_the_main_process_decides(pair):
     pair(agree)
 
 
+def average_in_half_precision() -> None:
+    """Both processes have the gradient 1 + 2^-12, which fp16 rounds to 1."""
+    for hook, expected in (("fp16", 1.0), ("no", 1 + 2**-12)):
+        config = loading.load(None, [f"train.ddp_comm_hook={hook}", "train.log_with=[]"])
+        accelerator = distributed.build_training_accelerator(config.train, Path("unused"))
+        net = torch.nn.Linear(1, 1, bias=False)
+        model = accelerator.prepare(net)
+        accelerator.backward(model(torch.tensor([[1 + 2**-12]])).sum())
+        assert net.weight.grad.item() == expected
+
+
+def test_precision_of_gradients_between_processes(pair):
+    pair(average_in_half_precision)
+
+
 def test_a_process_on_its_own_decides():
     assert distributed.decided_by_main(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "set train.gradient_accumulation_steps"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "set train.compile=true"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "use DDP or FSDP2"),
+    ],
+)
+def test_a_launcher_changes_no_training(monkeypatch, name, value, advice):
+    """Else it would divide the gradients once more, or rename the weights."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name}={value}, which the launcher has set: .*{advice}"):
+        distributed.build_accelerator()

@@ -1,5 +1,7 @@
 """Files that are whole or absent."""
 
+import os
+
 import pytest
 
 from flow.runtime import files
@@ -17,3 +19,34 @@ def test_failed_write_keeps_old_content(tmp_path):
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
     files.write_text(path, "neu: ü")
     assert path.read_text(encoding="utf-8") == "neu: ü" and list(path.parent.iterdir()) == [path]
+
+
+def test_names_that_are_not_utf8_are_written(tmp_path):
+    """As the bytes that they are."""
+    name = os.fsdecode(b"run-\xff")
+    files.append_line(tmp_path / "log.txt", name)
+    files.append_line(tmp_path / "log.txt", "ü")
+    assert (tmp_path / "log.txt").read_bytes() == b"run-\xff\n" + "ü\n".encode()
+    files.write_text(tmp_path / "table.md", f"| {name} |")
+    assert (tmp_path / "table.md").read_bytes() == b"| run-\xff |"
+
+
+def test_free_folder(tmp_path):
+    """The first that is not there, is empty or will do; a name that no folder can have stays as it is."""
+    for k in ("", "_2"):
+        (tmp_path / f"a{k}" / "b").mkdir(parents=True)
+    (tmp_path / "a_3").mkdir()
+    assert files.free_folder(tmp_path / "a") == tmp_path / "a_3"
+    assert files.free_folder(tmp_path / "a", lambda folder: folder.name == "a_2") == tmp_path / "a_2"
+    assert files.free_folder(tmp_path / ("x" * 300)) == tmp_path / ("x" * 300)
+
+
+def test_folder_that_is_closed_is_not_free(tmp_path, monkeypatch):
+    """Of another user; it does not end a training that has only its hint left to print."""
+    (tmp_path / "a").mkdir()
+
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(files, "is_empty_dir", refuse)
+    assert files.free_folder(tmp_path / "a") == tmp_path / "a_2"

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import struct
 import zlib
 from pathlib import Path
@@ -275,14 +276,22 @@ def test_the_formats_of_image_folders_open(tmp_path, format):
     assert (pixel - torch.tensor([255, 0, 0])).abs().max() <= 3
 
 
+def open_ports() -> list[int]:
+    """Those on which this process listens."""
+    return [c.laddr.port for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+
+
 def test_a_training_listens_on_no_port(here, monkeypatch, tmp_path):
-    steps, listening = TrainingLoader.steps, []
+    """Looked at in each of its four steps."""
+    steps, looks = TrainingLoader.steps, []
+    with socket.create_server(("localhost", 0)) as server:
+        assert open_ports() == [server.getsockname()[1]]  # the look sees one
 
     def watched(loader, first, last):
         for batch in steps(loader, first, last):
-            listening.extend(c for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN)
+            looks.append(open_ports())
             yield batch
 
     monkeypatch.setattr(TrainingLoader, "steps", watched)
     here("train", *TINY_TRAIN, "-e", tmp_path / "run", "train.log_with=[tensorboard]")
-    assert listening == []
+    assert looks == [[]] * 4

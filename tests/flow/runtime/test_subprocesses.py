@@ -6,7 +6,8 @@ import time
 import pytest
 
 from configs.errors import UserError
-from flow.runtime.subprocesses import run_chains
+from flow.runtime import commands
+from flow.runtime.subprocesses import run_chains, run_command
 
 MEET = """
 import pathlib, sys, time
@@ -54,3 +55,19 @@ def test_no_command_outlives_an_error(tmp_path):
         run_chains({tmp_path / "b.log": iter(waits), tmp_path / "a.log": fails()}, 2, "chains")
     with pytest.raises(ProcessLookupError):
         os.kill(int(file.read_text()), 0)
+
+
+def test_commands_run_as_they_are_printed(tmp_path, monkeypatch, capfd):
+    """From a folder that is not the root of the repository: a script and a module of it are found."""
+    root = tmp_path / "root"
+    (root / "scripts").mkdir(parents=True)
+    for script in ("hello.py", "scripts/hello.py"):
+        (root / script).write_text(f"print('hello from {script}')")
+    monkeypatch.setattr(commands, "REPOSITORY", root)
+    monkeypatch.chdir(tmp_path)
+    for words in (["hello.py"], ["-m", "scripts.hello"]):
+        run_command(words)
+        printed = capfd.readouterr().out
+        assert f"$ {commands.command(*words)}\nhello from " in printed
+    run_chains({tmp_path / "log": iter([["hello.py"], ["-m", "scripts.hello"]])}, 1, "chains")
+    assert (tmp_path / "log").read_text().count("hello from ") == 2

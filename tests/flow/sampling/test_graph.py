@@ -9,9 +9,11 @@ import torch
 
 import models
 from configs import loading
+from configs.errors import UserError
 from flow.noise import gaussian_noise
 from flow.sampling import Sampler, digest, graph, snapshot
 from flow.sampling.images import to_uint8
+from flow.sampling.settings import SamplerSettings
 
 UNET = "model.args={width: 8, blocks_per_level: 1, attention_resolutions: [4], head_channels: 8, num_classes: 3}"
 DIT = "model.args={width: 16, depth: 1, heads: 2, patch: 2, num_classes: 3}"
@@ -83,6 +85,18 @@ def test_onnx_is_the_sampler(here, tmp_path):
     stored = session.get_modelmeta().custom_metadata_map
     assert json.loads(stored["class_names"]) == ["a", "b", "c"] and stored["sampling_steps"] == "2"
     assert stored["weights_digest"] == digest.stored_and_actual(weights)[0]
+
+
+def test_a_graph_of_nan_is_not_written(tmp_path):
+    """A difference that is NaN is neither small nor large."""
+    keys, shape, _ = NETWORKS["points"]
+    snap, settings = snapshot.load(snapshot_of(tmp_path / "s.safetensors", keys, shape)), SamplerSettings("euler", 1)
+    _, program = graph.build(snap, settings)
+    for value in program.state_dict.values():
+        value.detach().fill_(torch.nan)
+    with pytest.raises(UserError, match="differ from those of the sampler by nan gray levels; not written"):
+        graph.write_torch(tmp_path / "g.pt2", snap, settings, snap.model(), program)
+    assert not (tmp_path / "g.pt2").exists()
 
 
 def test_mistakes_write_no_file(error, tmp_path, monkeypatch):

@@ -51,12 +51,12 @@ class Unconditional(nn.Module):
 @pytest.mark.parametrize("method", ["heun", "ab2", "euler_maruyama"])
 def test_unconditional_guide(method):
     net = network(0)
-    plain = FlowModel(net, LinearPath())
-    guided = FlowModel(net, LinearPath(), guide=FlowModel(Unconditional(net), LinearPath()))
+    plain = FlowModel(net, LinearPath(), SHAPE)
+    guided = FlowModel(net, LinearPath(), SHAPE, guide=FlowModel(Unconditional(net), LinearPath(), SHAPE))
     settings = SamplerSettings(method, 4, 3.0)
     with torch.inference_mode():
-        a, b = (sample_batch(model, range(6), SHAPE, settings, torch.device("cpu")) for model in (plain, guided))
-        off = sample_batch(plain, range(6), SHAPE, SamplerSettings(method, 4), torch.device("cpu"))
+        a, b = (sample_batch(model, range(6), settings, torch.device("cpu")) for model in (plain, guided))
+        off = sample_batch(plain, range(6), SamplerSettings(method, 4), torch.device("cpu"))
     assert (a.x - b.x).abs().max() < 1e-4 < (a.x - off.x).abs().max()
     assert a.forwards == b.forwards == 2 * a.nfe
 

@@ -138,7 +138,8 @@ def test_study_of_the_hub_suggests_a_copy(here, export, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     study = ["solver_study", "--weights", "hf:me/tiny", "--out", "study", "--n_images", "2", "--t_end", "0.1"]
     (command,) = re.findall(r"copy the weights with: (.+)$", here(*study, "--methods", "euler", "--sampling_steps", "2"), re.M)
-    _, _, script, *arguments = shlex.split(command)
+    words = shlex.split(command)
+    script, *arguments = words[words.index("-m") + 1 :]
     here(script.removeprefix("scripts."), *arguments)
     assert (tmp_path / "tiny" / hub.WEIGHTS_FILE).is_file()
 

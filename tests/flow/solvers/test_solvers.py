@@ -233,6 +233,30 @@ def test_unknown_method_and_too_few_steps_are_named():
         solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "euler_maruyama", noise=lambda i: 0, noise_scale=-1)
 
 
+def edm_time(i: int, n: int) -> float:
+    """Karras et al. 2022, eq. 5: N noise levels from 80 to 0.002, then none; the ratio of noise to data is (1 - t) / t."""
+    if i in (0, n):
+        return float(i == n)
+    sigma = (80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    return 1 / (1 + sigma)
+
+
+def test_every_grid_has_the_times_of_its_formula():
+    """Time i of n. In Esser et al. 2024 the noise s = 1 - t becomes 3 s / (1 + 2 s)."""
+    formulas = {
+        "uniform": lambda i, n: i / n,
+        "cosine": lambda i, n: math.sin(math.pi / 2 * i / n) ** 2,
+        "shift": lambda i, n: 1 - 3 * (1 - i / n) / (1 + 2 * (1 - i / n)),
+        "edm": edm_time,
+        "quadratic_noise": lambda i, n: i**2 / n**2,
+        "quadratic_data": lambda i, n: 1 - (n - i) ** 2 / n**2,
+    }
+    assert formulas.keys() == time_grids.GRIDS.keys()
+    for name, formula in formulas.items():
+        assert time_grids.build(name, 7) == pytest.approx([formula(i, 7) for i in range(8)]), name
+    assert time_grids.build("edm", 3) == pytest.approx([0, 1 / (1 + 2.5152), 1 / 1.002, 1], abs=1e-5)
+
+
 @pytest.mark.parametrize("name", time_grids.GRIDS)
 def test_grids_rise_from_prior_to_data(name):
     for steps in (1, 2, 3, 10, 100):

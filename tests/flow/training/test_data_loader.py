@@ -180,12 +180,16 @@ def test_a_folder_without_classes_gives_no_labels(tmp_path):
 
 def test_workers_outlive_stop_signals(folder):
     """A launcher, a scheduler or `timeout` send SIGTERM to every process: the step is finished, then comes the checkpoint."""
+    before = multiprocessing.active_children()
     steps = make(folder, 7, num_workers=1).steps(0, 40)
     next(steps)
-    for worker in multiprocessing.active_children():
-        os.kill(worker.pid, signal.SIGTERM)
-        os.kill(worker.pid, signal.SIGINT)
-    assert len(list(steps)) == 39
+    (worker,) = [process for process in multiprocessing.active_children() if process not in before]
+    os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGINT)
+    for _ in range(20):  # more than it had read ahead
+        next(steps)
+    assert worker.is_alive() and worker.exitcode is None
+    assert len(list(steps)) == 19
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

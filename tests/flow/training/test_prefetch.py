@@ -1,7 +1,6 @@
 """Work done ahead: the same items in the same order, no further than asked, errors where they belong."""
 
 import threading
-import time
 
 import pytest
 
@@ -14,18 +13,20 @@ def test_the_items_in_their_order(depth):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_no_further_than_asked(depth):
-    begun = []
+def test_works_ahead_by_depth_and_no_more(depth):
+    """While the first item is held, `depth` more are started, and no other within a fifth of a second; then one an item."""
+    started = threading.Semaphore(0)
 
     def items():
         for i in range(20):
-            begun.append(i)
+            started.release()
             yield i
 
     for item in prefetch(items(), depth):
-        time.sleep(0.01)
-        assert len(begun) <= item + 1 + depth
-    assert len(begun) == 20
+        for _ in range(depth + 1 if item == 0 else int(item + depth < 20)):
+            assert started.acquire(timeout=60)
+        assert not started.acquire(timeout=0.2 if item == 0 else 0)
+    assert item == 19
 
 
 def test_an_error_comes_where_its_item_was_expected():

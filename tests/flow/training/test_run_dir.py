@@ -1,8 +1,16 @@
 """The folder of a run: what resuming cannot change."""
 
+import re
 import shutil
 
+import pytest
 from conftest import TINY_TRAIN
+
+from configs import keys
+from configs.errors import UserError
+from configs.schema import Config
+from configs.vae import VaeConfig
+from flow.training import run_dir
 
 
 def test_weights_that_began_a_run_stay(here, error, tiny_run, tmp_path):
@@ -21,3 +29,17 @@ def test_weights_that_began_a_run_stay(here, error, tiny_run, tmp_path):
     shutil.copytree(tiny_run, without_checkpoint, ignore=shutil.ignore_patterns("checkpoints", "snapshots", "metrics.jsonl"))
     here("train", "-e", without_checkpoint, "-r", "latest", f"train.init_from={tiny_run}", "train.steps=1")
     assert f"init_from: {tiny_run}" in (without_checkpoint / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("key", run_dir.FIXED)
+def test_no_fixed_key_changes_on_resume(key):
+    """Each is named with both values; without a change nothing is refused."""
+    kind = VaeConfig if key.startswith("autoencoder.") else Config
+    stored, cfg = kind(), kind()
+    run_dir.refuse_changes(stored, cfg, "the run was started")
+    section, _, name = key.rpartition(".")
+    before = keys.get(stored, key)
+    after = {dict: {"more": 1}, list: [7]}.get(type(before)) or (f"other_{before}" if isinstance(before, str) else before + 1)
+    setattr(keys.get(cfg, section) if section else cfg, name, after)
+    with pytest.raises(UserError, match=re.escape(f"{key}={after}: the run was started with {before}, which resuming cannot")):
+        run_dir.refuse_changes(stored, cfg, "the run was started")
