@@ -54,7 +54,7 @@ def edm_skewed(u: Tensor, mean: float = -1.2, std: float = 1.2) -> Tensor:
     """
     if std <= 0:
         raise ValueError(f"std={std}: must be greater than 0")
-    return torch.sigmoid(-(mean + std * torch.special.ndtri(u)))
+    return torch.sigmoid(std * torch.special.ndtri(u) - mean)  # log sigma falls with u, so that t rises
 
 
 TIME_SAMPLERS: dict[str, Callable[..., Tensor]] = {
