@@ -20,7 +20,7 @@ from configs.errors import UserError
 from flow.evaluation import control, folders, metrics, runner, snapshots
 from flow.evaluation.features import INCEPTION
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, files, flags, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, guide, locate, output, posthoc_ema, snapshot, sources
 from flow.sampling.conditions import conditions_in_turn
@@ -209,7 +209,7 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
 def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> None:
     if accelerator.is_main_process:
         names = sorted(p.name for p in out.iterdir() if p.name != files.LOCK)
-        print(cli.summary(f"{' '.join(names)} in {out}", args.start, next_step))
+        print(messages.summary(f"{' '.join(names)} in {out}", args.start, next_step))
 
 
 def evaluation_settings(args, owner: str, n_samples: int) -> runner.EvaluationSettings:

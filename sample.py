@@ -10,7 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, files, flags, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context, printable
 from flow.sampling import grid_store, guide, images, output, snapshot, sources
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
@@ -130,7 +130,7 @@ def write_points(args, accelerator: Accelerator, snap: Snapshot, model: FlowMode
     study = files.free_folder(args.save_dir / "study")
     compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study, *args.overrides]
     result = f"{args.n_samples} points in {args.save_dir / 'samples.npz'} and grid.png, NFE {nfe}"
-    print(cli.summary(result, args.start, f"compare solvers with: {commands.command(*compare)}"))
+    print(messages.summary(result, args.start, f"compare solvers with: {commands.command(*compare)}"))
 
 
 def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
@@ -148,7 +148,7 @@ def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: Fl
         *commands.source_flags(args),
     ]  # fmt: skip
     command = commands.command(*animate, *words, *args.overrides)
-    print(cli.summary(result, args.start, f"watch images form with: {command}"))
+    print(messages.summary(result, args.start, f"watch images form with: {command}"))
 
 
 def write_grid_and_npz(args, snap: Snapshot, settings: SamplerSettings, num_classes: int | None) -> None:

@@ -23,7 +23,7 @@ from flow.evaluation import animation, plots_2d
 from flow.likelihood import log_likelihood
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import cli, commands, distributed, files, flags, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, images, snapshot, sources, trajectory_grids
 from flow.sampling.conditions import column_names
@@ -190,7 +190,7 @@ def draw_grids(
         shown = f"show them with: {commands.command('-m', 'scripts.report', out.parent.parent, '--out', 'report')}"
     else:
         shown = f"scripts.report shows those in RUN/{trajectory_grids.FOLDER}"
-    print(cli.summary(result, args.start, shown))
+    print(messages.summary(result, args.start, shown))
 
 
 def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
@@ -220,7 +220,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
     words = commands.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
     command = commands.command(*study, *words, *args.overrides)
-    print(cli.summary(f"{' '.join(figures)} in {args.out}", args.start, f"compare solvers with: {command}"))
+    print(messages.summary(f"{' '.join(figures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 
 def moving_plane(

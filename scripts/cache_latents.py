@@ -28,7 +28,7 @@ from flow.evaluation.frechet import frechet_distance
 from flow.evaluation.intervals import mean_standard_error
 from flow.evaluation.reading import read_images
 from flow.noise import generator
-from flow.runtime import cli, commands, distributed, files, flags, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import images
@@ -81,7 +81,7 @@ def main() -> None:
             check(args, accelerator, data, extractor)
     train = train_command(args.save_dir, data, latent_shape)
     result = f"latents of {len(data)} images in {args.save_dir}, {num_encoded} of them new"
-    accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
+    accelerator.print(messages.summary(result, args.start, f"train on them with: {train}"))
 
 
 def cache(

@@ -18,7 +18,7 @@ from flow.evaluation import animation, plots_2d, table
 from flow.evaluation.metrics_2d import sliced_wasserstein
 from flow.evaluation.straightness import mean_straightness_deviation
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, files, flags, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import locate, snapshot, sources
 from flow.sampling.generate import trajectory
@@ -120,7 +120,7 @@ def compare(
     folder = files.free_folder(args.out / locate.name_of(args.weights[0]))
     animate = ["-m", "scripts.animate", "--weights", args.weights[0], "--out", folder]
     animate += commands.source_flags(args)
-    print(cli.summary(result, args.start, f"see one of them alone with: {commands.command(*animate, *args.overrides)}"))
+    print(messages.summary(result, args.start, f"see one of them alone with: {commands.command(*animate, *args.overrides)}"))
 
 
 def real_points(path: str, snap: snapshot.Snapshot, model: FlowModel) -> Tensor:

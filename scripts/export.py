@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from configs.errors import UserError
-from flow.runtime import cli, commands, flags
+from flow.runtime import cli, commands, flags, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import exported, graph, grid_store, hub, locate, snapshot
 from flow.sampling.settings import SamplerSettings
@@ -82,7 +82,7 @@ def main() -> None:
     places = exported.source_overrides(snap) if weights != args.weights else []
     words = [*exported.sample_flags(snap, autoencoder), *dict.fromkeys([*places, *([] if moved else args.overrides)])]
     sample = commands.sample_command(weights, locate.name_of(weights), *words)
-    print(cli.summary(", ".join(results), args.start, f"sample from it with: {sample}"))
+    print(messages.summary(", ".join(results), args.start, f"sample from it with: {sample}"))
 
 
 def write_folder(args, snap: Snapshot) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from configs import loading
 from configs.errors import UserError
 from datasets import DataSpec
-from flow.runtime import cli, commands, distributed, files, flags, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
 from flow.sampling.space import Space
@@ -51,7 +51,7 @@ def main() -> None:
     run_dir = files.free_folder(Path("runs") / args.save_dir.name)
     overrides = ["data.horizontal_flip=false", commands.override("data.args", folder), *fitting(height, width)]
     train = commands.command("train.py", "-c", commands.shipped("photos64.yaml"), "-e", run_dir, *overrides)
-    print(cli.summary(f"{count} images in {args.save_dir}", args.start, f"train on them with: {train}"))
+    print(messages.summary(f"{count} images in {args.save_dir}", args.start, f"train on them with: {train}"))
 
 
 def export(args, accelerator: Accelerator, data, into: Path) -> int:

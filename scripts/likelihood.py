@@ -19,7 +19,7 @@ from flow.evaluation.intervals import mean_standard_error
 from flow.likelihood import bits_per_dimension, check_density_known, dequantize, log_likelihood
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import cli, commands, distributed, flags
+from flow.runtime import cli, commands, distributed, flags, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 from flow.sampling.generate import build_velocity, shard, to_solver_dtype
@@ -125,7 +125,7 @@ def print_result(args, log_p: Tensor, nfe: int, data: DataSet) -> None:
     )
     more = ["--hutchinson_samples", str(4 * args.hutchinson_samples)]
     command = commands.command("-m", "scripts.likelihood", *sys.argv[1:], *more)
-    print(cli.summary(result, args.start, f"estimate the divergence more closely with: {command}"))
+    print(messages.summary(result, args.start, f"estimate the divergence more closely with: {command}"))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from datasets.shards import MANIFEST, save_shard, verify_shard
 from flow.likelihood import invert
 from flow.model import FlowModel, Network
 from flow.noise import gaussian_noise, generator
-from flow.runtime import cli, commands, distributed, files, flags, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, snapshot, sources
@@ -99,7 +99,7 @@ def main() -> None:
         num_written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), maker.shard)
     train = train_command(args.weights, args.save_dir, snap.config, bool(kept_steps))
     result = f"{args.n_pairs} pairs in {args.save_dir}, {num_written} of them new"
-    accelerator.print(cli.summary(result, args.start, f"train on them with: {train}"))
+    accelerator.print(messages.summary(result, args.start, f"train on them with: {train}"))
 
 
 def read_real_images(accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel) -> tuple[DataSpec, DataSet]:

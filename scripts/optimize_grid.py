@@ -16,7 +16,7 @@ from tqdm import tqdm
 from configs.errors import UserError
 from flow import solvers
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, flags, lock
+from flow.runtime import cli, commands, distributed, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, hub, locate, snapshot, sources
 from flow.sampling.generate import build_velocity, check_finite, to_solver_dtype
@@ -64,7 +64,7 @@ def main() -> None:
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():
         saved = tune(args, accelerator, snap, model, settings)
     result = f"{len(saved)} optimized grid(s) in {grid_store.file_of(snap.path)}"
-    print(cli.summary(result, args.start, next_step(args, snap, saved)))
+    print(messages.summary(result, args.start, next_step(args, snap, saved)))
 
 
 def tune(

@@ -16,7 +16,7 @@ from configs.errors import UserError
 from datasets import captions
 from flow.evaluation import plots, table
 from flow.evaluation.snapshots import columns_of
-from flow.runtime import cli, commands, distributed, flags, lock, subprocesses
+from flow.runtime import cli, commands, distributed, flags, lock, messages, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, locate, snapshot
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
@@ -132,7 +132,7 @@ def main() -> None:
     ]
     result = f"best: guidance {best.scale:g}, {best.curve}: {value}; table and guidance.png in {args.out}"
     sample = commands.sample_command(args.weights, "best_guidance", *words, *args.overrides)
-    print(cli.summary(result, args.start, f"sample with it: {sample}"))
+    print(messages.summary(result, args.start, f"sample with it: {sample}"))
 
 
 def candidates(args, has_labels: bool) -> list[Guidance]:

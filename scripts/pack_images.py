@@ -26,7 +26,7 @@ from datasets.folder import EncodedImages, Folder, UnreadableImage, files_below
 from datasets.packed import PATTERN
 from datasets.parquet import NO_LABELS, Parquet, select_files
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
-from flow.runtime import cli, commands, distributed, files, flags, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 
@@ -251,11 +251,11 @@ def write_manifest(save_dir: Path, source: Source, settings: dict[str, Any], sha
 def report(args, manifest: dict[str, Any], num_written: int) -> None:
     """Say what was left out, what was written, and how to train on it."""
     if skipped := manifest["skipped"]:
-        print(f"note: left out {len(skipped)} images that cannot be decoded ({cli.first_names(skipped, NAMED_IMAGES)})")
+        print(f"note: left out {len(skipped)} images that cannot be decoded ({messages.first_names(skipped, NAMED_IMAGES)})")
     kind = f"{manifest['images']:,} images of {'x'.join(map(str, manifest['image_shape']))}"
     classes = f", {len(manifest['class_names'])} classes" if manifest["class_names"] else ""
     result = f"{kind}{classes} ({manifest['bytes'] / 1e6:.1f} MB) in {args.save_dir}, {num_written:,} of the source read now"
-    print(cli.summary(result, args.start, f"train on them with: {train_command(args, manifest['image_shape'])}"))
+    print(messages.summary(result, args.start, f"train on them with: {train_command(args, manifest['image_shape'])}"))
 
 
 def train_command(args, image_shape: list[int]) -> str:

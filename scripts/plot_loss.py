@@ -16,7 +16,7 @@ from configs.schema import LossConfig
 from configs.vae import VaeConfig
 from flow import losses
 from flow.evaluation import plots
-from flow.runtime import cli, commands, flags, jsonl
+from flow.runtime import cli, commands, flags, jsonl, messages
 from flow.runtime.errors import cli_main
 from flow.training.logging import read_metrics
 
@@ -61,7 +61,7 @@ def main() -> None:
     dashed = {f"{label}{VALIDATION}" for label in labels}
     plots.loss_curves(args.out, losses, args.against, args.smooth, dashed)
     smoother = commands.command("-m", "scripts.plot_loss", *sys.argv[1:], "--smooth", str(10 * args.smooth))
-    print(cli.summary(f"{len(args.runs)} curve(s) in {args.out}", args.start, f"smooth them with: {smoother}"))
+    print(messages.summary(f"{len(args.runs)} curve(s) in {args.out}", args.start, f"smooth them with: {smoother}"))
 
 
 def curve(rows: list[dict], against: str, key: str) -> tuple[list[float], list[float]]:

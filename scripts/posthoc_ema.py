@@ -7,7 +7,7 @@ snapshot, RUN/posthoc_ema/width_0.020_step_00004000.safetensors, that every scri
 
 from pathlib import Path
 
-from flow.runtime import cli, commands, distributed, flags
+from flow.runtime import cli, commands, distributed, flags, messages
 from flow.runtime.errors import cli_main
 from flow.sampling import exported, posthoc_ema, snapshot
 
@@ -32,7 +32,7 @@ def main() -> None:
     names = " ".join(path.name for path in paths)
     words = exported.sample_flags(snapshot.load(paths[0], None, args.overrides), None)
     sample = commands.sample_command(paths[0], f"{args.weights.name}_{paths[0].stem}", *words, *args.overrides)
-    print(cli.summary(f"{names} in {paths[0].parent}", args.start, f"sample from the first with: {sample}"))
+    print(messages.summary(f"{names} in {paths[0].parent}", args.start, f"sample from the first with: {sample}"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from configs import loading
-from flow.runtime import cli, commands, files, step_names
+from flow.runtime import cli, commands, files, messages, step_names
 from flow.runtime.commands import train_arguments
 from flow.runtime.errors import cli_main
 from flow.runtime.subprocesses import run_command
@@ -28,7 +28,7 @@ def main() -> None:
     run_command(f"{evaluate} --methods heun --sampling_steps 10 --guidance_scale 2 --out {RUN}/evaluation_guided".split())
     result = f"\n{samples}/grid.png (guided samples, a column per class), {RUN}/evaluation/nfe.png (the table as a plot)"
     animate = commands.command("-m", "scripts.animate", "--weights", RUN, "--out", files.free_folder(Path("figures/digits")))
-    print(cli.summary(result, args.start, f"watch digits form with: {animate}"))
+    print(messages.summary(result, args.start, f"watch digits form with: {animate}"))
 
 
 def train() -> None:

@@ -38,7 +38,7 @@ from flow.restoration import (
     random_masks,
     restore,
 )  # fmt: skip
-from flow.runtime import cli, commands, distributed, files, flags, lock
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images, snapshot
@@ -352,7 +352,7 @@ def print_summary(args) -> None:
         *commands.condition_flags(args.guidance_scale, args.prompts),
     ]
     line = commands.command(*command, *conditions, *args.overrides)
-    print(cli.summary(result, args.start, f"try another degradation with: {line}"))
+    print(messages.summary(result, args.start, f"try another degradation with: {line}"))
 
 
 if __name__ == "__main__":

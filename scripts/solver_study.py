@@ -18,7 +18,7 @@ from configs.errors import UserError
 from flow import solvers
 from flow.evaluation import plots, table
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, files, flags, lock, subprocesses
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages, subprocesses
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, hub, locate, snapshot, sources
 from flow.sampling.generate import build_velocity, to_solver_dtype
@@ -124,7 +124,7 @@ def study(
         following = ["-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights), "--dtype", "fp32"]
     names = "study.md study.csv study.png" + (" fd.png" if args.num_fid_images else "")
     result = f"{names} in {args.out}"
-    print(cli.summary(result, args.start, f"{step} with: {commands.command(*following)}"))
+    print(messages.summary(result, args.start, f"{step} with: {commands.command(*following)}"))
 
 
 @torch.inference_mode()

@@ -1,5 +1,4 @@
-"""The command line of a script: flags by argparse, configuration keys by `key=value`, nothing unknown accepted; and the last
-line that it prints."""
+"""The command line of a script: flags by argparse, configuration keys by `key=value`, nothing unknown accepted."""
 
 import argparse
 import io
@@ -7,14 +6,11 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
 
 from configs import schema
 from configs.errors import UserError, did_you_mean
 from configs.keys import all_keys
 from flow.runtime import files
-
-NAMED_CLASSES = 20  # in a line of text
 
 _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
@@ -22,9 +18,9 @@ _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that also takes configuration overrides and whose errors are one line with the nearest name.
 
-    `parse()` returns the namespace with `overrides`, a list of `key=value`, and `start`, the time for `summary`. An override
-    is written `key=value`, `--key=value` or `--key value`; a flag of the script wins over a key of the same name. A word
-    `name=value` after a flag that takes one is an override where its name is a key.
+    `parse()` returns the namespace with `overrides`, a list of `key=value`, and `start`, the time for
+    `messages.summary`. An override is written `key=value`, `--key=value` or `--key value`; a flag of the script wins over a key
+    of the same name. A word `name=value` after a flag that takes one is an override where its name is a key.
     """
 
     def __init__(self, description: str, examples: str, kind: type = schema.Config, keys: str = "configs/schema.py"):
@@ -89,28 +85,3 @@ def _print_any_name() -> None:
     """Names of files are any bytes, and those that are not UTF-8 would end a script where it prints them."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors=files.NAMES)
-
-
-def summary(result: str, start: float, next_step: str) -> str:
-    """The last line of a command: what was written and where, the time taken, what to do next.
-
-    Args:
-        start: `time.perf_counter()` at the start, which `Parser.parse` stores.
-        next_step: an imperative and, behind "with: ", a command that works as printed.
-
-    Example:
-        >>> print(summary("64 images in samples/mnist", args.start, "watch them form with: python -m scripts.animate ..."))
-    """
-    return f"{result}, in {duration(time.perf_counter() - start)}; {next_step}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, with one decimal."""
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def first_names(names: Sequence[str], most: int = NAMED_CLASSES) -> str:
-    """The first names, for a line of text: 'cat, dog, ...'."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

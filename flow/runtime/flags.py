@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs import schema
 from configs.errors import UserError, did_you_mean
-from flow.runtime import cli, commands
+from flow.runtime import cli, commands, messages
 from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 from flow.solvers.torchdiffeq import ADAPTIVE
 
@@ -227,7 +227,7 @@ def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[
         elif re.fullmatch(r"-?[0-9]{1,18}", word):
             labels.append(int(word))
         elif class_names:
-            shown = cli.first_names(class_names)
+            shown = messages.first_names(class_names)
             raise UserError(f"--labels {word}: unknown class; the classes are {shown}.{did_you_mean(word, class_names)}")
         else:
             raise UserError(f"--labels {word}: the weights carry no names of classes; give numbers")

@@ -13,7 +13,7 @@ import torch
 from configs import loading, schema
 from configs.errors import UserError
 from datasets import captions
-from flow.runtime import cli, commands, files, lock, step_names
+from flow.runtime import commands, files, lock, messages, step_names
 from flow.runtime.errors import error_context
 from flow.sampling import header, hub, images, locate, snapshot
 from flow.sampling.conditions import column_names, preview_settings
@@ -114,7 +114,7 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     facts = {
         "samples": f"{snap.space.kind} {'x'.join(map(str, snap.decoded_shape))}",
         "training data": config.data.name,
-        "classes": cli.first_names(snap.class_names) or "none",
+        "classes": messages.first_names(snap.class_names) or "none",
         "training images seen": f"{snap.images:,} ({snap.step:,} steps)",
         "network": f"{config.model.name}, {size / 1e6:.2f} M numbers in {dtype}",
         "loss": config.loss.name,

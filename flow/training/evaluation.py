@@ -11,7 +11,7 @@ from configs.errors import UserError, did_you_mean
 from flow.evaluation import control, metrics, runner, snapshots, table
 from flow.evaluation.frechet import can_extrapolate
 from flow.evaluation.real_images import load_real_images
-from flow.runtime import cli, distributed, files, lock, step_names
+from flow.runtime import distributed, files, lock, messages, step_names
 from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.locate import BEST_FILE, EMA_FILE
@@ -75,7 +75,7 @@ class EvaluateSnapshots(Callback):
         if row is None:
             return
         if is_new:
-            seconds = cli.duration(time.perf_counter() - start)
+            seconds = messages.duration(time.perf_counter() - start)
             trainer.logger.info(f"step {trainer.step}: {table.summary(row)}; evaluated in {seconds}")
         values = {name: value for name, value in row["metrics"].items() if value is not None}
         if is_new or not _is_logged(trainer, values):  # a kill may have come in between

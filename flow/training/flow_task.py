@@ -20,7 +20,7 @@ from flow.guidance import drop_labels
 from flow.losses import Batch
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import cli, commands, distributed, files
+from flow.runtime import commands, distributed, files, messages
 from flow.runtime.errors import error_context, renaming
 from flow.sampling import snapshot, sources
 from flow.sampling.conditions import column_names, preview_settings
@@ -153,7 +153,7 @@ class FlowTask:
         net, data = self.net, self.data
         condition, names = "no labels", data.class_names
         if net.num_classes is not None:
-            condition = f"{net.num_classes} classes ({cli.first_names(names, NAMED_CLASSES)})"
+            condition = f"{net.num_classes} classes ({messages.first_names(names, NAMED_CLASSES)})"
         elif data.labels is not None and "num_classes" not in self.config.model.args:
             condition += f" (model.args.num_classes=auto would use the {len(names)} classes of the data set)"
         condition = f"prompts of at most {net.max_prompt_bytes} bytes" if net.max_prompt_bytes else condition

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from configs.errors import UserError, first_line
-from flow.runtime import cli, files, jsonl
+from flow.runtime import files, jsonl, messages
 from flow.training import trackers
 
 ERROR_PREFIX = "error: "  # of the line of log.txt about what ended a run
@@ -107,7 +107,7 @@ def print_row(accelerator: Accelerator, step: int, config: Any, metrics: dict[st
     accelerator.print(
         f"step {step:{len(str(config.steps))}} of {config.steps}  loss {metrics['loss']:.4f}  "
         f"gradient norm {metrics['grad_norm']:.3g}  lr {metrics['learning_rate']:.2e}  {rate:.0f} {unit}/s  "
-        f"{cli.duration(left)} left",
+        f"{messages.duration(left)} left",
         flush=True,
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from configs.errors import UserError
 from flow.losses import Batch, Losses
 from flow.noise import generator
-from flow.runtime import cli, distributed, step_names
+from flow.runtime import distributed, messages, step_names
 from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, posthoc_ema
 from flow.training import checkpoint, cuda_graph, run_dir, trackers
@@ -159,7 +159,7 @@ class Trainer:
         if not (self.finished or self.stop_requested):
             self._leave(stop)
         result = f"{self.folder}: {'finished' if self.finished else 'stopped at'} step {self.step}"
-        self.logger.info(cli.summary(result, start, self.task.next_command(self.folder)))
+        self.logger.info(messages.summary(result, start, self.task.next_command(self.folder)))
 
     def training_step(self, micro_batches: list[Batch]) -> None:
         """Forward and backward of the micro-batches, one optimizer step, the moving averages."""

@@ -24,7 +24,7 @@ import torch
 from configs import loading, schema
 from configs.errors import UserError
 from flow.evaluation import table
-from flow.runtime import cli, commands, files, flags, lock
+from flow.runtime import cli, commands, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from scripts.benchmark import quality
 from scripts.benchmark.trial import name_of, start_job
@@ -124,7 +124,7 @@ def measure(args) -> None:
     if args.out:
         files.write_text(args.out / "benchmark.json", json.dumps(result, indent=1))
         files.write_text(args.out / "benchmark.md", text + "\n")
-    print(cli.summary(f"{len(rows)} row(s){where}", args.start, f"train this configuration with: {command}"))
+    print(messages.summary(f"{len(rows)} row(s){where}", args.start, f"train this configuration with: {command}"))
 
 
 def jobs(args) -> dict[str, dict]:

@@ -22,7 +22,7 @@ from configs import loading, schema
 from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSpec
-from flow.runtime import cli, commands, distributed, flags, lock
+from flow.runtime import cli, commands, distributed, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
 
@@ -50,7 +50,7 @@ def main() -> None:
         names = [name for name, _ in net.named_parameters()]
         snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
     result = f"{args.out}: {step} steps of {cfg.train.batch_size} images"
-    print(cli.summary(result, args.start, f"sample from it with: {commands.sample_command(args.out, args.out.stem)}"))
+    print(messages.summary(result, args.start, f"sample from it with: {commands.sample_command(args.out, args.out.stem)}"))
 
 
 def train_for(minutes: float, net: nn.Module, images: Tensor, labels: Tensor | None, cfg: Config) -> tuple[int, list[Tensor]]:

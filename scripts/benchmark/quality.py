@@ -30,7 +30,7 @@ from flow.evaluation import intervals, plots, reference, runner, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.evaluation.real_images import load_real_images
-from flow.runtime import cli, commands, files, flags, lock, step_names
+from flow.runtime import cli, commands, files, flags, lock, messages, step_names
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
         best = min(recipes, key=lambda recipe: final_distance(args, recipe))
     run = run_dir(args, best, 0)
     sample = commands.sample_command(run, best.name, *exported.sample_flags(snapshot.load(run), None))
-    print(cli.summary(f"race.md and race.png in {args.out}", args.start, f"sample with: {sample}"))
+    print(messages.summary(f"race.md and race.png in {args.out}", args.start, f"sample with: {sample}"))
 
 
 def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from configs.errors import UserError
-from flow.runtime import cli, commands, files, flags
+from flow.runtime import cli, commands, files, flags, messages
 from flow.runtime.errors import cli_main
 from flow.runtime.files import TEMPORARY
 from flow.training.logging import read_metrics
@@ -131,7 +131,7 @@ def main() -> None:
     again = ["--kills", str(args.kills), "--script", others[0]]
     where = f", all files in {args.out}" if args.out else ""
     print(
-        cli.summary(
+        messages.summary(
             f"{args.script}: {result['kills']} kills in {result['runs']} run(s), all equal to the reference run{where}",
             args.start, f"try another script with: {commands.command('-m', 'scripts.dev.fault_injection', *again)}",
         )

@@ -7,7 +7,7 @@ resumes, and figures that are older than their weights are drawn again. Override
 from dataclasses import dataclass
 from pathlib import Path
 
-from flow.runtime import cli, commands
+from flow.runtime import cli, commands, messages
 from flow.runtime.commands import train_arguments
 from flow.runtime.errors import cli_main
 from flow.runtime.subprocesses import run_command
@@ -104,7 +104,7 @@ def main() -> None:
         if outdated([args.out / name / picture for picture in exhibit.figures], weights):
             run_command([*exhibit.draw, "--weights", *map(str, weights), "--out", str(args.out / name)])
     sample = commands.sample_command(args.runs / args.only[0], args.only[0])
-    print(cli.summary(f"\nfigures in {args.out}", args.start, f"sample from a flow with: {sample}"))
+    print(messages.summary(f"\nfigures in {args.out}", args.start, f"sample from a flow with: {sample}"))
 
 
 def train(exhibit: Exhibit, runs: Path, overrides: list[str]) -> None:

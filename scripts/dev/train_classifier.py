@@ -14,7 +14,7 @@ from tqdm import trange
 import datasets
 from flow.evaluation import classifiers
 from flow.evaluation.classifiers import SIDES, weights_file
-from flow.runtime import cli, commands, flags
+from flow.runtime import cli, commands, flags, messages
 from flow.runtime.errors import cli_main
 from flow.training.muon import MuonWithAdamW
 
@@ -66,7 +66,7 @@ def main() -> None:
     header = {"test_accuracy": f"{correct:.4f}", "test_images": str(len(test_x)), "epochs": str(epochs)}
     save_file(weights, weights_file(args.name), metadata=header)
     result = f"{weights_file(args.name)}: accuracy {correct:.2%} on {len(test_x)} held-out images"
-    print(cli.summary(result, args.start, f"run the tests with: {commands.command('-m', 'pytest')}"))
+    print(messages.summary(result, args.start, f"run the tests with: {commands.command('-m', 'pytest')}"))
 
 
 def flipped_and_shifted(images: Tensor) -> Tensor:

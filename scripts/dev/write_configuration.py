@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import rectify, schema, vae
-from flow.runtime import cli, files
+from flow.runtime import cli, files, messages
 from flow.runtime.errors import cli_main
 
 PAGE = Path(__file__).parents[2] / "docs/configuration.md"
@@ -35,7 +35,7 @@ def main() -> None:
     args = cli.Parser(__doc__, "  python -m scripts.dev.write_configuration").parse(takes_keys=False)
     files.write_text(PAGE, page())
     difference = f"git diff --stat {shlex.quote(str(PAGE))}"
-    print(cli.summary(f"{PAGE}: every key", args.start, f"see what has changed with: {difference}"))
+    print(messages.summary(f"{PAGE}: every key", args.start, f"see what has changed with: {difference}"))
 
 
 def page() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from configs import loading
 from configs.errors import UserError
-from flow.runtime import cli, commands, distributed, flags
+from flow.runtime import cli, commands, distributed, flags, messages
 from flow.runtime.errors import cli_main
 from flow.training.trackers import TRACKERS
 from scripts.doctor import configuration, machine
@@ -42,10 +42,10 @@ def main() -> None:
     warned = sum(level == "warn" for level, _, _ in context.lines)
     counts = f"{failed} failed, {warned} warned, {len(context.lines) - failed - warned} passed"
     if failed:
-        accelerator.print(cli.summary(counts, args.start, "fix what failed and start this command again"))
+        accelerator.print(messages.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
     train = ["train.py", *(["-c", args.config] if args.config else []), "-e", context.run_dir, *args.overrides]
-    accelerator.print(cli.summary(counts, args.start, f"start the training with: {commands.relaunched(*train)}"))
+    accelerator.print(messages.summary(counts, args.start, f"start the training with: {commands.relaunched(*train)}"))
 
 
 def report(context: Context, level: str, check: Check, text: str) -> None:

@@ -17,7 +17,7 @@ from configs import schema
 from configs.schema import Config
 from flow.evaluation.classifiers import SIDES
 from flow.evaluation.features import INCEPTION_FILE
-from flow.runtime import cli
+from flow.runtime import messages
 from flow.sampling.space import Space
 from flow.training.run_dir import open_run
 from scripts.doctor.configuration import num_checkpoints, times_stored
@@ -128,7 +128,7 @@ def trial(context: Context) -> Lines:
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
     pauses = f"{checkpoints} checkpoint(s) of {result.checkpoint_seconds:.2g} s and {previews} preview(s) of"
     pauses += f" {result.preview_seconds:.2g} s"
-    yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {cli.duration(seconds)}: until {end}, if it starts now"
+    yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {messages.duration(seconds)}: until {end}, if it starts now"
 
 
 def memory(context: Context) -> Lines:

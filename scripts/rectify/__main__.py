@@ -17,7 +17,7 @@ from pathlib import Path
 from configs import loading
 from configs.errors import UserError
 from configs.rectify import RectifyConfig, RouteConfig
-from flow.runtime import cli, commands, files, flags, lock
+from flow.runtime import cli, commands, files, flags, lock, messages
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.subprocesses import run_command
@@ -74,7 +74,7 @@ class Rectify:
         steps = min(self.cfg.nfe)
         words = ["--sampling_method", best.method, "--sampling_steps", str(steps), *commands.condition_flags(best.scale)]
         sample = commands.sample_command(self.folder / best.network, f"{self.folder.name}_{best.network}", *words)
-        print(cli.summary(result, self.start, f"{best.title} is best at NFE {steps}; sample with: {sample}"))
+        print(messages.summary(result, self.start, f"{best.title} is best at NFE {steps}; sample with: {sample}"))
 
     def announce(self, title: str) -> None:
         self.done += 1
@@ -184,7 +184,7 @@ class Rectify:
 
 
 def elapsed(start: float) -> str:
-    return cli.duration(time.perf_counter() - start)
+    return messages.duration(time.perf_counter() - start)
 
 
 if __name__ == "__main__":

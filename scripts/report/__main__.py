@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from configs.errors import UserError
-from flow.runtime import cli, flags, lock
+from flow.runtime import cli, flags, lock, messages
 from flow.runtime.errors import cli_main
 from scripts.report import page
 from scripts.report.runs import MARKS, Run, find_runs, names_of, read_run
@@ -59,7 +59,7 @@ def main() -> None:
                 time.sleep(args.watch)
         path, runs = build(args, None)
     size = path.stat().st_size / 1e6
-    print(cli.summary(f"{path}, {size:.1f} MB", args.start, next_step(runs)))
+    print(messages.summary(f"{path}, {size:.1f} MB", args.start, next_step(runs)))
 
 
 def next_step(runs: list[Run]) -> str:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from configs.errors import UserError
 from flow.evaluation import plots, table
-from flow.runtime import cli, files
+from flow.runtime import files, messages
 from flow.sampling import trajectory_grids
 from flow.sampling.trajectory_grids import Grid, TrajectoryGrids
 from scripts.report.pictures import Pictures, spread
@@ -228,7 +228,7 @@ def _row(index: int, run: Run, figures: list[dict]) -> dict[str, Any]:
         "images": run.images,
         "images_text": "" if run.images is None else f"{run.images:,}",
         "seconds": run.seconds,
-        "time_text": "" if run.seconds is None else cli.duration(run.seconds),
+        "time_text": "" if run.seconds is None else messages.duration(run.seconds),
         "rate": run.images_per_second,
         "rate_text": "" if run.images_per_second is None else f"{run.images_per_second:,.0f}",
         "best": statistic.mean if statistic else None,
