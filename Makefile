@@ -1,6 +1,6 @@
 # make quickstart: environment, training, samples and a table on the embedded digits. make gallery: the figures of
 # docs/gallery.md. make report: a page about the quickstart's run. make fault-injection: six scripts killed a hundred times
-# each. make test: the CPU test suite.
+# each. make test: ruff, mypy and the fast CPU tests.
 PYTHON ?= python3
 BIN = .venv/bin
 

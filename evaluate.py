@@ -27,6 +27,7 @@ from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
 
+N_SAMPLES = 50_000
 GENERATION = (  # flags that say how images are made
     "methods", "sampling_steps", "nfe", "time_grid", "guidance_scale", "guidance_interval", "guide_weights", "source", "labels",
     "captions", "n_samples", "repeats", "seed", "rtol", "atol", "sde_noise_scale", "eta", "diffusion", "compile",
@@ -58,7 +59,8 @@ def parse_args():
     parser.add_argument(
         "--captions", choices=("plain", "held_out"), help="networks with text: one caption a class (default), or unseen ones"
     )
-    flags.add_count_flag(parser, "--n_samples", "images per row", 50_000, least=2)
+    use = f"images per row (default: {N_SAMPLES}, or as many as a flow from data has starts)"
+    flags.add_count_flag(parser, "--n_samples", use, least=2)
     flags.add_count_flag(parser, "--repeats", "image ranges that a row is repeated on", 1)
     flags.add_seed_flag(parser)
     flags.add_batch_size_flag(parser)
@@ -135,7 +137,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     name = locate.name_of(path)
     out = args.out or locate.results_folder(path) / "evaluation"
     captions = (args.captions or "plain") if net.max_prompt_bytes else None
-    settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples)
+    settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples or default_number(model, args.repeats))
     changed = args.config or any(key.startswith(("flow.", "model.")) for key in loading.overridden(args.overrides))
     further = output.network_record(snap.config) if changed else {}
     with lock.folder(out, accelerator):
@@ -210,6 +212,12 @@ def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> 
     if accelerator.is_main_process:
         names = sorted(p.name for p in out.iterdir() if p.name != files.LOCK)
         print(messages.summary(f"{' '.join(names)} in {out}", args.start, next_step))
+
+
+def default_number(model: FlowModel, repeats: int) -> int:
+    """Images per row without --n_samples: a flow from data starts at each sample once."""
+    count = sources.number_of_starts(model.source)
+    return N_SAMPLES if count is None else max(2, min(N_SAMPLES, count // repeats))
 
 
 def evaluation_settings(args, owner: str, n_samples: int) -> runner.EvaluationSettings:

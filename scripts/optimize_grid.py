@@ -58,7 +58,8 @@ def main() -> None:
     with error_context("optimize_grid"):
         validate(settings, model)
     accelerator = distributed.build_single_process_accelerator("optimize_grid")
-    sources.attach(accelerator, model, None, snap.config.data.root, 0)
+    if note := sources.attach(accelerator, model, None, snap.config.data.root, 2 * args.n_images):  # in two PARTS
+        raise UserError(f"--n_images {args.n_images}: {note}; use fewer, of which twice as many are needed")
     distributed.prepare_model(model.net, accelerator)
     model.net.eval()
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():

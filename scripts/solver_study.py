@@ -116,9 +116,9 @@ def study(
             args.out / "fd.png", rows, "FD", f"FD-{args.feature_extractor} of {args.num_fid_images:,} images"
         )
     print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}")
-    flags = commands.condition_flags(args.guidance_scale, args.prompts)
+    words = commands.condition_flags(args.guidance_scale, args.prompts)
     step = "fit the times of few steps"
-    following = ["-m", "scripts.optimize_grid", "--weights", args.weights, *flags, *args.overrides]
+    following = ["-m", "scripts.optimize_grid", "--weights", args.weights, *words, *args.overrides]
     if hub.is_reference(args.weights):  # grids lie beside the weights
         step = "copy the weights"
         following = ["-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights), "--dtype", "fp32"]

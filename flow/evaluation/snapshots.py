@@ -30,7 +30,7 @@ from flow.sampling.settings import ALL_TIMES, SamplerSettings
 from flow.sampling.space import Space
 from flow.solvers import HAS_TOLERANCES
 from flow.solvers.torchdiffeq import ADAPTIVE
-from flow.source import GAUSSIAN, DataSource, OrderedSource
+from flow.source import GAUSSIAN, Source
 
 HELD_OUT_POINTS = 2000  # whose log-density under a flow of points is reported, the first of another seed
 
@@ -60,7 +60,7 @@ class SnapshotEvaluator:
         net = model.net
         with error_context("flow.source"):
             source = distributed.main_process_first(accelerator, lambda: sources.fingerprint(model))
-        check_number_of_starts(settings, model)
+        check_number_of_starts(settings, model.source)
         real_images = load_real_images(settings.reference, accelerator, space.decoded_shape, config)
         identity: dict[str, Any] = {
             "seed": plan[0].seed,
@@ -153,17 +153,16 @@ class SnapshotEvaluator:
         return {"NFE": nfe, "forwards": forwards, **measured.columns, "seconds": seconds}
 
 
-def check_number_of_starts(settings: EvaluationSettings, model: FlowModel) -> None:
+def check_number_of_starts(settings: EvaluationSettings, source: Source) -> None:
     """Raises UserError where a flow from data would have to start at a sample twice: images from the same start are no
     independent samples, so that intervals would be too short, and recall would be near 0."""
-    own = model.source.held_out if isinstance(model.source, DataSource) else model.source
-    if not isinstance(own, OrderedSource):
-        return
-    count, n, repeats, key = len(own.samples), settings.n_samples, settings.repeats, settings.n_samples_key
-    if n * repeats > count:
+    with error_context("flow.source"):
+        count = sources.number_of_starts(source)
+    n, repeats, key = settings.n_samples, settings.repeats, settings.n_samples_key
+    if count is not None and n * repeats > count:
         asked = f"{key} {n}" if key.startswith("--") else f"{key}={n}"
         most = f"with --repeats {repeats} at most {count // repeats}" if repeats > 1 else f"at most {count}"
-        raise UserError(f"{asked}: the flow starts at {count:,} samples of {own.name}; {most}")
+        raise UserError(f"{asked}: the flow starts at {count:,} samples of {source.name}; {most}")
 
 
 def columns_of(sampler: SamplerSettings) -> dict[str, str]:

@@ -256,7 +256,7 @@ def launcher(text: str) -> str:
     try:
         words = shlex.split(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: no shell reads that ({error})") from None
+        raise argparse.ArgumentTypeError(f"{text!r}: not a valid shell command ({error})") from None
     if not words:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a command, such as torchrun --nproc_per_node 2")
     return text

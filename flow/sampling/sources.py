@@ -86,6 +86,12 @@ def attach(accelerator: Accelerator, model: FlowModel, text: str | None, root: s
     return f"{source.name} has {count:,} samples, so after the first {count:,} images they come again" if n > count else None
 
 
+def number_of_starts(source: Source) -> int | None:
+    """How many samples images of a flow from data start at, one after the other; None for noise. Reads them."""
+    own = source.held_out if isinstance(source, DataSource) else source
+    return len(own.samples) if isinstance(own, OrderedSource) else None
+
+
 def fingerprint(model: FlowModel) -> str | None:
     """Of the samples that a flow from data starts at, once `attach` has read them; None for noise."""
     own = model.source.held_out if isinstance(model.source, DataSource) else model.source

@@ -70,7 +70,7 @@ def load(accelerator: Accelerator, path: Path) -> dict:
     with reading(path):
         if accelerator.scaler is not None and not (path / "scaler.pt").exists():
             reason = f"{path} has no loss scale, as it was trained in another precision"
-            raise UserError(f"train.mixed_precision=fp16: {reason}; resume in that one")
+            raise UserError(f"train.mixed_precision=fp16: {reason}; resume with the precision of the run")
         accelerator.load_state(str(path))
         state = files.read_json(path / "state.json")
         if state["step"] != step_names.step_of(path) or not isinstance(state["updates"], int):

@@ -191,6 +191,7 @@ def check_evaluation(task: FlowTask, folder: Path) -> None:
     """
     settings, _, _ = settings_of(task, folder)
     with _keys_for_flags():
+        snapshots.check_number_of_starts(settings, task.model.source)
         load_real_images(settings.reference, task.accelerator, task.space.decoded_shape, task.config)
         runner.load_extractor(settings, task.accelerator, task.space.decoded_shape)
 

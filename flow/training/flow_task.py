@@ -210,7 +210,7 @@ def build_coupling(config: Config, data, source: Source, micro_batch_size: int) 
     if flow.coupling_args:
         raise UserError(f"flow.coupling_args={flow.coupling_args}: {flow.coupling} takes none")
     if config.data.horizontal_flip:
-        raise UserError("data.horizontal_flip=true: a mirrored image is not what its start was turned into; set it to false")
+        raise UserError("data.horizontal_flip=true: a mirrored image does not match its start; set it to false")
     if flow.coupling == "aligned":
         check_alignment(data, source)
         assert isinstance(source, DataSource)

@@ -13,6 +13,7 @@ import ast
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -85,7 +86,7 @@ def check_folder(args) -> None:
     if path.exists():
         with error_context(f"--out {args.out}: its benchmark.json is damaged; name another folder"):
             record = files.read_json(path)
-        before, now = ([r.get("config"), r.get("overrides")] for r in (record, vars(args)))
+        before, now = (shlex.join([r.get("config") or "defaults", *r.get("overrides", [])]) for r in (record, vars(args)))
         if before != now:
             raise UserError(f"--out {args.out}: holds a benchmark of {before}, now {now}; name another folder")
 

@@ -26,7 +26,7 @@ from configs import loading
 from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSpec
-from flow.evaluation import intervals, plots, reference, runner, table
+from flow.evaluation import intervals, plots, reference, runner, snapshots, table
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.evaluation.real_images import load_real_images
@@ -34,7 +34,7 @@ from flow.runtime import cli, commands, files, flags, lock, messages, step_names
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command
-from flow.sampling import exported, snapshot
+from flow.sampling import exported, snapshot, sources
 from flow.sampling.space import Space
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
@@ -160,7 +160,7 @@ def check_evaluation(args, recipes: list[Recipe]) -> None:
     """
     settings = runner.EvaluationSettings(
         owner="benchmark quality", feature_extractor=args.feature_extractor, feature_layer=args.feature_layer,
-        feature_weights=args.feature_weights, reference=args.reference,
+        feature_weights=args.feature_weights, reference=args.reference, n_samples=args.n_samples, n_samples_key="--n_samples",
     )  # fmt: skip
     configs = [loading.load(recipe.config, recipe.overrides) for recipe in recipes]
     for config in {str(config.data): config for config in configs}.values():
@@ -170,12 +170,14 @@ def check_evaluation(args, recipes: list[Recipe]) -> None:
 def check_measuring(settings: runner.EvaluationSettings, config: Config) -> None:
     """Load the feature extractor for the images of the configuration's data set, and the reference.
 
-    Raises UserError where they are not to be had, or do not fit the images.
+    Raises UserError where they are not to be had, or do not fit the images, and for a flow from data with too few starts.
     """
     accelerator = Accelerator(cpu=True, mixed_precision="no")  # the GPU is for the runs
     with error_context("data"):
         data = DataSpec.of(config.data).build()
     shape = Space(data.image_shape, data.codec).decoded_shape
+    flow = config.flow.source
+    snapshots.check_number_of_starts(settings, sources.build(flow.name, config.data.root, flow.args))
     extractor, dimension = runner.load_extractor(settings, accelerator, shape)
     if load_real_images(settings.reference, accelerator, shape, config) is None:
         with error_context("evaluate"):

@@ -18,10 +18,9 @@ INTRODUCTION = """\
 # Configuration
 
 A configuration starts from the defaults. The YAML file of `-c` overrides them, and `key=value` (also `--key value` and
-`--key=value`) overrides both.
-An unknown key is an error that suggests the nearest one. Arguments (`data.args`, `model.args`, ...) are
-checked against the signature of the function that takes them; a new name (`model.name=`, `data.name=`, ...) on the command
-line starts from empty arguments. Keys are fields of dataclasses in `configs/`, from which
+`--key=value`) overrides both. An unknown key is an error that suggests the nearest one. Arguments (`data.args`,
+`model.args`, ...) are checked against the signature of the function that takes them; a new name (`model.name=`,
+`data.name=`, ...) on the command line starts from empty arguments. Keys are fields of dataclasses in `configs/`, from which
 `python -m scripts.dev.write_configuration` writes this page.
 """
 SECTIONS: tuple[tuple[str, str, type], ...] = (

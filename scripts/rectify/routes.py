@@ -98,7 +98,9 @@ def check_routes(cfg: RectifyConfig) -> None:
 def check_evaluation(cfg: RectifyConfig) -> None:
     """Load the feature extractor once, as evaluate.py will after the last training. Raises UserError where it is not to be had,
     or does not fit the images."""
-    settings = runner.EvaluationSettings(owner="rectify", feature_extractor=cfg.feature_extractor)
+    settings = runner.EvaluationSettings(
+        owner="rectify", feature_extractor=cfg.feature_extractor, n_samples=cfg.n_samples, n_samples_key="n_samples"
+    )  # fmt: skip
     check_measuring(settings, first_config(cfg))
 
 

@@ -302,8 +302,9 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
     for run in runs:
         for e in run.entries:
             if e["method"] is not None and metrics[0] in e["metrics"]:  # else it is of real images or a folder
-                # optimized times are fitted to the weights, so that every run has its own
-                key = tuple(e[name] for name in table.KEY_COLUMNS if name not in ("weights", "times", *table.COST))
+                # optimized times are fitted to the weights, so that every run has its own, as variants are
+                own = ("weights", "times", table.VARIANT, *table.COST)
+                key = tuple(e[name] for name in table.KEY_COLUMNS if name not in own)
                 of_runs = settings.setdefault(key, {})
                 if run.name not in of_runs or rank(e) > rank(of_runs[run.name]):
                     of_runs[run.name] = e

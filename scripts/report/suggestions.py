@@ -10,6 +10,7 @@ from datasets import captions
 from flow.evaluation import classifiers
 from flow.runtime import commands, files
 from flow.solvers import SOLVERS
+from flow.source import GAUSSIAN
 from flow.training import run_dir
 
 SAMPLE = "sample"  # what the command of further images is called
@@ -64,7 +65,8 @@ def _uses(folder: Path, values: dict[str, Any], class_names: Sequence[str], best
     data, extractor = values.get("data.name"), values.get("evaluate.feature_extractor")
     extractor = data if data in list(classifiers.SIDES) else extractor
     flags = ["--feature_extractor", str(extractor)] if extractor and data != "toys" else []
-    flags += ["--n_samples", str(values.get("evaluate.n_samples", 10_000))]
+    if values.get("flow.source.name", GAUSSIAN) == GAUSSIAN:  # others start at as many samples as there are
+        flags += ["--n_samples", str(values.get("evaluate.n_samples", 10_000))]
     solvers = ["--methods", "euler", "heun", "--sampling_steps", "5", "10", "20"]
     animate: list[str | Path] = ["-m", "scripts.animate", "--weights", folder]
     return {

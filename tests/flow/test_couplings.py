@@ -87,40 +87,42 @@ def test_training_with_it(here, error, tmp_path, tiny_run):
 
 
 @pytest.fixture
-def matched(tmp_path) -> list[str]:
-    """Arguments of a training from negatives to digits: two folders with the same names."""
-    positives = datasets.build("digits", None, {}).images[:16]
-    for name, images in (("positives", positives), ("negatives", 255 - positives)):
+def positives(tmp_path) -> list[str]:
+    """Arguments of a training on a folder of digits, with their negatives beside it, under the same names."""
+    images = datasets.build("digits", None, {}).images[:16]
+    for name, suffix, pixels in (("positives", "png", images), ("negatives", "bmp", 255 - images)):
         (tmp_path / name).mkdir()
-        for k, image in enumerate(images):
-            Image.fromarray(image[0].numpy()).save(tmp_path / name / f"{k:02d}.{'png' if name == 'positives' else 'bmp'}")
-    args = [f"{{path: {tmp_path / name}, channels: 1}}" for name in ("positives", "negatives")]
+        for k, image in enumerate(pixels):
+            Image.fromarray(image[0].numpy()).save(tmp_path / name / f"{k:02d}.{suffix}")
     return [
-        *TINY_TRAIN, "data.name=folder", f"data.args={args[0]}", "data.num_workers=0", "flow.coupling=aligned",
-        "model.args.num_classes=null", "train.batch_size=16", "train.steps=2", "flow.source.name=folder",
-        f"flow.source.args={args[1]}",
+        *TINY_TRAIN, "data.name=folder", f"data.args={{path: {tmp_path / 'positives'}, channels: 1}}", "data.num_workers=0",
+        "flow.coupling=aligned", "model.args.num_classes=null", "train.batch_size=16", "train.steps=2",
     ]  # fmt: skip
 
 
-def test_aligned_samples_have_the_same_index(matched, here, tmp_path):
+@pytest.fixture
+def negatives(tmp_path, positives) -> list[str]:
+    """The source of an aligned training."""
+    return ["flow.source.name=folder", f"flow.source.args={{path: {tmp_path / 'negatives'}, channels: 1}}"]
+
+
+def test_aligned_samples_have_the_same_index(positives, negatives, here, tmp_path):
     """Each image starts at its own negative, in the order of the training."""
-    config = loading.load(None, [word for word in matched if "=" in word])
+    config = loading.load(None, [word for word in [*positives, *negatives] if "=" in word])
     (batch,) = next(FlowTask(config, distributed.build_accelerator()).batches(0))
     assert batch.indices != sorted(batch.indices)
     assert torch.allclose(batch.x0, -batch.x1, atol=1e-6)
-    here("train", *matched, "-e", tmp_path / "run")
+    here("train", *positives, *negatives, "-e", tmp_path / "run")
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 0
 
 
-def test_what_is_not_aligned_is_one_line(matched, error, tmp_path):
-    def line(*more: str) -> str:
-        return error("train", *matched, "-e", tmp_path / "run", *more)
+def test_what_is_not_aligned_is_one_line(positives, negatives, error, tmp_path):
+    def line(*words: str) -> str:
+        return error("train", *positives, "-e", tmp_path / "run", *words)
 
-    noise = error("train", *matched[:-2], "-e", tmp_path / "run")
-    assert "flow.coupling=aligned: needs a data set as flow.source.name" in noise
-    assert "flow.coupling_args={'block': 4}: aligned takes none" in line("flow.coupling_args={block: 4}")
-    assert "data.horizontal_flip=true: a mirrored image" in line("data.horizontal_flip=true")
-    digits = error("train", *matched[:-2], "-e", tmp_path / "run", "flow.source.name=digits")
-    assert "flow.source.name=digits has 1,797 samples for 16 images" in digits
+    assert "flow.coupling=aligned: needs a data set as flow.source.name" in line()
+    assert "flow.source.name=digits has 1,797 samples for 16 images" in line("flow.source.name=digits")
+    assert "flow.coupling_args={'block': 4}: aligned takes none" in line(*negatives, "flow.coupling_args={block: 4}")
+    assert "data.horizontal_flip=true: a mirrored image" in line(*negatives, "data.horizontal_flip=true")
     (tmp_path / "negatives/07.bmp").rename(tmp_path / "negatives/075.bmp")
-    assert "image 7 is 07, its start 075; give both files the same name" in line()
+    assert "image 7 is 07, its start 075; give both files the same name" in line(*negatives)

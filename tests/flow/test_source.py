@@ -178,7 +178,7 @@ def test_what_such_a_flow_does_not_give(transfer_run, tmp_path, error):
     assert "digits: has samples of (1, 8, 8), the flow works on (2,)" in error(*shape)
 
 
-@pytest.mark.parametrize("coupling", ["ot", "paired"])
+@pytest.mark.parametrize("coupling", ["ot", "aligned", "paired"])
 def test_a_coupling_leaves_no_score(tiny_run, coupling):
     sampler = Sampler.load(tiny_run, device="cpu")
     sampler.model.coupling = coupling

@@ -204,7 +204,8 @@ def test_the_cost_of_batches_is_their_mean():
 
 def test_the_edm_grid_is_one_of_noise_ratios():
     settings = SamplerSettings(steps=8, time_grid="edm")
-    assert build_time_grid(settings, PATHS["vp"]()) == time_grids.edm(8)
+    for path in ("vp", "linear"):
+        assert build_time_grid(settings, PATHS[path]()) == time_grids.edm(8)
 
 
 def test_numbers_that_are_not_finite_are_refused(model):

@@ -1,7 +1,6 @@
 """Chains of commands, several at the same time."""
 
 import os
-import time
 
 import pytest
 
@@ -42,19 +41,18 @@ def test_a_command_that_fails_ends_the_others(tmp_path, capsys):
 
 def test_no_command_outlives_an_error(tmp_path):
     """Of whoever plans the next command."""
-    file = tmp_path / "pid"
+    log = tmp_path / "b.log"
 
     def fails():
-        while not file.exists():
-            time.sleep(0.01)
+        yield ["-c", "import time; time.sleep(1)"]
         raise UserError("no such recipe")
-        yield []
 
-    waits = [["-c", f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(600)"]]
+    waits = [["-u", "-c", "import os, time; print('process', os.getpid()); time.sleep(600)"]]
     with pytest.raises(UserError, match="no such recipe"):
-        run_chains({tmp_path / "b.log": iter(waits), tmp_path / "a.log": fails()}, 2, "chains")
+        run_chains({log: iter(waits), tmp_path / "a.log": fails()}, 2, "chains")
+    _, process = log.read_text().splitlines()[-1].split()
     with pytest.raises(ProcessLookupError):
-        os.kill(int(file.read_text()), 0)
+        os.kill(int(process), 0)
 
 
 def test_commands_run_as_they_are_printed(tmp_path, monkeypatch, capfd):
