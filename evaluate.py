@@ -125,7 +125,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         snap.check_data()
     for network in model.networks:
         distributed.prepare_model(network, accelerator, args.compile)
-    sources.attach(accelerator, model, args.source, snap.config.data.root, 0)
+    sources.attach(accelerator, model, args.source, snap.config.data.root)
     labels = flags.labels_of(args.labels, snap.class_names)
     captions_of = snapshots.captions_by_class(args.captions, labels, accelerator, snap.config, net)
     turns, prompts = conditions_in_turn(labels, captions_of)

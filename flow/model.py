@@ -1,7 +1,7 @@
 """A network with the data needed to turn its predictions into velocities."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -35,6 +35,7 @@ class FlowModel:
     net: Network
     path: Path  # of its training
     shape: tuple[int, ...]  # of what the network sees: (C, H, W), or (2,) for points
+    _: KW_ONLY
     prediction: str = "velocity"  # one of path.PREDICTIONS
     trained_guidance: float = 1.0  # the scale inside the velocity that a flow map learned (loss.args.guidance_scale)
     decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]

@@ -22,9 +22,9 @@ class Conditioning(nn.Module):
     ):
         """num_classes: None for no labels; label num_classes is the null label. two_times: t_next is an input.
         time_frequency, min_time_frequency: fastest and slowest feature of t in radians.
-        features: of the time, which an MLP makes an embedding of; None: `size` features, without MLP.
+        features: number of features of t that an MLP reads; None: `size` features and no MLP.
 
-        Raises ValueError for frequencies that are none.
+        Raises ValueError for frequencies out of range.
         """
         super().__init__()
         _check_frequencies(time_frequency, min_time_frequency)

@@ -93,7 +93,7 @@ def main() -> None:
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
     accelerator = distributed.build_single_process_accelerator("animate")
-    sources.attach(accelerator, model, args.source, snap.config.data.root, 0)
+    sources.attach(accelerator, model, args.source, snap.config.data.root)
     scales = guidance_scales(args, model)
     settings = [
         SamplerSettings(

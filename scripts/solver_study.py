@@ -71,7 +71,7 @@ def main() -> None:
         validate(base, model)
     plan = plan_of(args, snap)
     accelerator = distributed.build_single_process_accelerator("solver_study")
-    sources.attach(accelerator, model, None, snap.config.data.root, 0)
+    sources.attach(accelerator, model, None, snap.config.data.root)
     notes = [grid_store.scale_note(snap, s.method, s.steps, args.guidance_scale) for s in plan if s.times]
     for note in filter(None, notes):
         accelerator.print(f"note: {note}")
@@ -102,7 +102,7 @@ def study(
         add_frechet(args, snap, rows)
     calls = ["forwards"] if any(row["forwards"] != row["NFE"] for row in rows) else []
     columns = ["method", "grid", "steps", "NFE", *calls, "distance", "order", *(["FD"] if args.num_fid_images else [])]
-    with files.atomic_file(args.out / "study.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+    with files.csv_file(args.out / "study.csv") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -51,6 +51,7 @@ def write(path: Path, frames: list[np.ndarray], seconds: float = SECONDS) -> lis
     try:
         write_mp4(video, frames, seconds)
     except subprocess.CalledProcessError as error:
+        video.unlink(missing_ok=True)  # of an earlier call, with other frames
         print(f"note: no {video.name}, as ffmpeg ended with status {error.returncode}")
         return [path.name]
     return [path.name, video.name]

@@ -74,7 +74,8 @@ class Evaluation:
     dimension: int  # of the features
     class_names: Sequence[str] = ()  # of the labels of samples, where somebody knows them
     training: memorization.TrainingSet | None = None  # of the weights, on the main process
-    training_identity: dict[str, str] = field(default_factory=dict)  # what `memorization` depends on beside the reference
+    training_identity: dict[str, str] = field(default_factory=dict)  # where it is another data set than the reference
+    threshold: str = ""  # of `memorization`: the fingerprint of the held-out images that it comes from
     noted: list[str] = field(default_factory=list)  # metrics without a value that a note has named
     draw: Callable[[], None] | None = None  # the figure of the last row of samples
 
@@ -135,9 +136,9 @@ class Evaluation:
         held_out_features = features_of(held_out, "features of held-out images") if held_out is not None else None
         fingerprint = source.data.fingerprint()
         if self.real_images is None or fingerprint != self.real_images.data.fingerprint():
-            self.training_identity["training"] = fingerprint
-        if held_out is not None:  # whose distances are the threshold
-            self.training_identity["held_out"] = held_out.fingerprint()
+            self.training_identity = {"training": fingerprint}
+        if held_out is not None:
+            self.threshold = held_out.fingerprint()
         if features is not None:
             self.training = memorization.training_set(source.data, features, held_out_features)
 
@@ -164,10 +165,7 @@ class Evaluation:
         """
         extractor = [self.extractor.name, self.extractor.layer, self.extractor.weights_hash]
         identity = {**identity, "extractor": extractor, "reference": self.reference.identity, **self.training_identity}
-        # Beside other extractors accuracy is new: a row from before is not one with it.
-        by = f"accuracy by {self.extractor.classifier}" if self.extractor.second_net is not None else "accuracy"
-        requested = [by if name == "accuracy" else name for name in self.settings.metrics]
-        row = {**subject, "reference": self.reference.name, "identity": identity, "requested": requested}
+        row = {**subject, "reference": self.reference.name, "identity": identity, "requested": self._requested()}
         main = self.accelerator.is_main_process
         if not distributed.any_process(self.accelerator, main and table.contains(self.out, row)):
             result = compute()
@@ -177,6 +175,16 @@ class Evaluation:
             return {**row, **result}, True
         existing = table.find(self.out, row) if main else None
         return (existing, False) if existing else None
+
+    def _requested(self) -> list[str]:
+        """The metrics by name, with what they depend on beside the identity of a row: earlier rows that were made otherwise
+        do not have them."""
+        names = {name: name for name in self.settings.metrics}
+        if "accuracy" in names and self.extractor.second_net is not None:
+            names["accuracy"] = f"accuracy{table.BY}{self.extractor.classifier}"
+        if "memorization" in names and self.threshold:
+            names["memorization"] = f"memorization{table.BY}{self.threshold}"
+        return list(names.values())
 
     def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> tuple[Measurement | None, float]:
         """Metrics of a stream of images, on the main process (None on the others), and the seconds that the stream took."""

@@ -26,8 +26,9 @@ KEY_COLUMNS = (
 )  # fmt: skip
 # Rows that agree in these are repeats of one measurement, on ranges of images of their own.
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
+BY = " by "  # in a requested metric, before what else its value depends on, as in "accuracy by cifar10"
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
-WEIGHTS = "weights_sha256"  # in an identity: the content of a snapshot
+WEIGHTS_HASH = "weights_sha256"  # in an identity: the content of a snapshot
 NUMBERS = ("n", "first", "steps", "images", "ema_width", *COST, "guidance_scale", "seconds")
 
 NOTE = "±: 95% interval over samples, at this n (columns _inf: of the limit). sd: standard deviation over the ranges."
@@ -80,7 +81,8 @@ def read_rows(folder: Path) -> list[dict]:
         key = _key(line.row)
         before = rows.get(key, {"metrics": {}, "requested": []})
         metrics = {name: {**before.get(name, {}), **line.row.get(name, {})} for name in ("metrics", "standard_errors")}
-        rows[key] = {**line.row, **metrics, "requested": list(dict.fromkeys([*before["requested"], *line.row["requested"]]))}
+        by_metric = {name.partition(BY)[0]: name for name in [*before["requested"], *line.row["requested"]]}
+        rows[key] = {**line.row, **metrics, "requested": list(by_metric.values())}
     return list(rows.values())
 
 
@@ -187,7 +189,7 @@ def write(folder: Path, rows: list[dict]) -> str:
     names = metric_names(entries)
     known = {name for e in entries for name, value in e["metrics"].items() if not math.isnan(value.interval)}
     columns_of = {name: [name, f"{name}_std", *([f"{name}_interval"] if name in known else [])] for name in names}
-    with files.atomic_file(folder / "results.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+    with files.csv_file(folder / "results.csv") as file:
         writer = csv.writer(file)
         subject = [column for key in _subject(entries) for column in ((key, f"{key}_std") if key in COST else (key,))]
         writer.writerow([*subject, "ranges", *(column for name in names for column in columns_of[name])])
@@ -253,7 +255,7 @@ def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra
 
 
 def model_key(entry: dict) -> str:
-    """What an entry of the table is of: "WEIGHTS, GUIDANCE SCALE, METHOD"."""
+    """What an entry of the table is of: "WEIGHTS_HASH, GUIDANCE SCALE, METHOD"."""
     scale = 1 if entry["guidance_scale"] is None else entry["guidance_scale"]
     return f"{entry['weights']}, {scale:g}, {entry['method']}"
 
@@ -279,7 +281,7 @@ def _is_measured_with(extractor: str | None, row: dict) -> bool:
 
 def _key(row: dict, names: tuple[str, ...] = (*SETTINGS, "first")) -> str:
     """What makes two rows the same measurement. Snapshots are the same by their content, whatever they are called."""
-    hashed = WEIGHTS in row["identity"]
+    hashed = WEIGHTS_HASH in row["identity"]
     return json.dumps([row.get(name) for name in names if not (hashed and name == "weights")], sort_keys=True)
 
 
@@ -329,8 +331,9 @@ def _leave_out_times(entries: list[dict]) -> None:
 
 
 def _name_variants(entries: list[dict], identities: list[dict]) -> None:
-    """Give entries whose identities differ in what no column shows a digest of it: they are no repeats of each other, and no
-    line of a figure may hold both. One that has none of the differing things stays without.
+    """Name entries that differ only in what no column shows, by a digest of it: they are no repeats of each other, and no line
+    of a figure may hold both. One that has none of the differing things stays without, and so does the latest of several
+    contents of a snapshot.
 
     Compared are those of a run that differ in steps, cost, snapshot and width alone, over which lines run.
     """
@@ -338,13 +341,12 @@ def _name_variants(entries: list[dict], identities: list[dict]) -> None:
     for k, (entry, identity) in enumerate(zip(entries, identities, strict=True)):
         alike.setdefault(_line(entry, identity), []).append(k)
     for members in alike.values():
-        weights: dict[tuple, set] = {}  # the contents that go by one name
-        for k in members:
-            weights.setdefault(_snapshot(entries[k]), set()).add(_text(identities[k].get(WEIGHTS)))
-        names = dict.fromkeys(name for k in members for name in identities[k] if name not in ("times", WEIGHTS))
+        latest = {_snapshot(entries[k]): identities[k].get(WEIGHTS_HASH) for k in members}  # rows are in their order
+        names = dict.fromkeys(name for k in members for name in identities[k] if name not in ("times", WEIGHTS_HASH))
         differing = [name for name in names if len({_text(identities[k].get(name)) for k in members}) > 1]
         for k in members:
-            shown = [*differing, *([WEIGHTS] if len(weights[_snapshot(entries[k])]) > 1 else [])]
+            is_latest = identities[k].get(WEIGHTS_HASH) == latest[_snapshot(entries[k])]
+            shown = differing if is_latest else [*differing, WEIGHTS_HASH]
             own = {name: identities[k][name] for name in shown if identities[k].get(name) is not None}
             entries[k][VARIANT] = _digest(own) if own else None
 

@@ -20,7 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     `parse()` returns the namespace with `overrides`, a list of `key=value`, and `start`, the time for
     `messages.summary`. An override is written `key=value`, `--key=value` or `--key value`; a flag of the script wins over a key
-    of the same name. A word `name=value` after a flag that takes one is an override where its name is a key.
+    of the same name. After a
+    flag that takes one value, `name=value` is its value; an error where the name is a key.
     """
 
     def __init__(self, description: str, examples: str, kind: type = schema.Config, keys: str = "configs/schema.py"):

@@ -28,10 +28,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 SCRIPT_TIMEOUT_MINUTES = 24 * 60  # a process of a script may work on its share for hours while others wait for it
 
 LAUNCHER_SETTINGS = {  # environment variables of accelerate: the value that changes nothing, and what to do about another one
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "leave it at 1 and set train.gradient_accumulation_steps"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "leave it out and set train.compile=true, or --compile of a script"),
     "ACCELERATE_USE_DEEPSPEED": ("false", "DeepSpeed is not supported; use DDP or FSDP2 (configs/accelerate/)"),
     "ACCELERATE_USE_MEGATRON_LM": ("false", "Megatron-LM is not supported; use DDP or FSDP2 (configs/accelerate/)"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "leave it out and set train.compile=true, or --compile of a script"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "leave it at 1 and set train.gradient_accumulation_steps"),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import UserError, first_line
+from flow.runtime.shutdown import flush_output
 
 # gloo's errors about other processes that do not answer have no kind of their own
 _CONNECTION = re.compile(r"timed out|timeout|connection (closed|reset)|broken pipe|socket|gloo|nccl", re.IGNORECASE)
@@ -30,8 +31,8 @@ def error_context(key: str) -> Iterator[None]:
 
 @contextmanager
 def renaming(flag: str, key: str) -> Iterator[None]:
-    """Errors of the user that start with `flag` start with `key` instead: for what reads a flag's kind of value from elsewhere,
-    as in renaming("--weights ", "train.init_from=")."""
+    """Errors of the user that start with `flag` start with `key` instead: for code that reads such a value from a
+    configuration key, as in renaming("--weights ", "train.init_from=")."""
     try:
         yield
     except UserError as error:
@@ -71,9 +72,9 @@ def cli_main(main: Callable[[], None]) -> None:
         # the launcher would report that signal: leave as the children of `multiprocessing` do.
         if status == 0:
             atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         os._exit(status)
+    flush_output()
     sys.exit(status)
 
 

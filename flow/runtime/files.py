@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -69,6 +69,13 @@ def append_line(path: Path, line: str, sync: bool = False) -> None:
             with suppress(OSError):
                 file.truncate(size)
             raise
+
+
+@contextmanager
+def csv_file(path: Path) -> Iterator[TextIO]:
+    """A text file for `csv`, whole or absent."""
+    with atomic_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8", errors=NAMES) as file:
+        yield file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal
 class StopSignal:
     """Inside the block, `received` is the number of the signal that arrived, or None.
 
-    Where standard output is a pipe whose reader has left, as in `train.py | tee log` after a second Ctrl-C, that counts as
+    Where standard output is a pipe whose reader has left, as in `train.py | tee log` after Ctrl-C, that counts as
     SIGHUP. SIGHUP stays ignored where it is ignored at the start, as nohup does.
     """
 
@@ -44,12 +44,15 @@ class StopSignal:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
-            _print_nowhere(self._terminals)
+            print_nowhere(self._terminals)
         self.received = number
 
     def _lose_output(self) -> None:
         """Nobody reads standard output any more."""
-        _print_nowhere([1, 2] if os.path.samestat(os.fstat(1), os.fstat(2)) else [1])
+        same = False
+        with suppress(OSError):  # one of them may be closed
+            same = os.path.samestat(os.fstat(1), os.fstat(2))
+        print_nowhere([1, 2] if same else [1])
         if signal.SIGHUP in self._before and self.received is None:
             self.received = signal.SIGHUP
 
@@ -77,7 +80,16 @@ class _Output:
         return getattr(self.stream, name)
 
 
-def _print_nowhere(descriptors: Iterable[int]) -> None:
+def flush_output() -> None:
+    """Write out what the streams hold; what nobody reads is lost without an error."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            print_nowhere([stream.fileno()])
+
+
+def print_nowhere(descriptors: Iterable[int]) -> None:
     """Send what is still printed there nowhere: writing to a terminal or a pipe that was closed is an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in descriptors:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from flow.runtime import files
 from flow.runtime.commands import command, resolved, variables
 from flow.runtime.shutdown import StopSignal
 
@@ -115,7 +116,7 @@ class _Running:
         arguments = next(self.commands, None)
         if arguments is None:
             return False
-        with self.log.open("a", encoding="utf-8", errors="surrogateescape") as out:
+        with self.log.open("a", encoding="utf-8", errors=files.NAMES) as out:
             print(f"\n$ {command(*arguments)}", file=out, flush=True)
             self.process = _start(arguments, stdout=out, stderr=subprocess.STDOUT)
         return True

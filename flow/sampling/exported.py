@@ -104,7 +104,7 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
 
     config, prompts, run = snap.config, bool(snap.config.model.args.get("max_prompt_bytes")), locate.run_of(snap.path)
     results = run / "evaluation" / "results.md" if run else None
-    metrics = results.read_text(encoding="utf-8").strip() if results and results.is_file() else None
+    metrics = results.read_text(encoding="utf-8", errors="replace").strip() if results and results.is_file() else None
     tags = ["flow-matching", "pytorch", config.model.name, config.data.name]
     task = None if snap.space.is_points else "text-to-image" if prompts else "unconditional-image-generation"
     data = ModelCardData(license=license_name, library_name=LIBRARY, tags=tags, pipeline_tag=task)

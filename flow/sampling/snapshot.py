@@ -148,7 +148,10 @@ def flow_model(net: Network, shape: tuple[int, ...], config: Config, codec: Code
     guidance = config.loss.args.get("guidance_scale", 1.0)
     if not is_finite_number(guidance) or guidance <= 0:
         raise UserError(f"loss.args.guidance_scale={guidance}: must be more than 0; 1 is off")
-    model = FlowModel(net, path, shape, config.flow.prediction, guidance, source=source, coupling=config.flow.coupling)
+    model = FlowModel(
+        net, path, shape, prediction=config.flow.prediction, trained_guidance=guidance, source=source,
+        coupling=config.flow.coupling,
+    )  # fmt: skip
     if codec is None:
         return model
     override = {"source": config.data.autoencoder} if config.data.autoencoder else {}

@@ -60,8 +60,8 @@ def given(x0: Tensor) -> OrderedSource:
     return OrderedSource(DataSamples(Images(x0.cpu(), None, ()), "x0"), "x0")
 
 
-def attach(accelerator: Accelerator, model: FlowModel, text: str | None, root: str | None, n: int) -> str | None:
-    """Read what n images of the model start from; returns a note where samples come again.
+def attach(accelerator: Accelerator, model: FlowModel, text: str | None, root: str | None, n: int = 0) -> str | None:
+    """Read what images of the model start from; returns a note where n images take a sample again.
 
     text: what --source names, in its order: a data set (NAME, NAME:train, NAME:test) or a folder of images, which are resized.
     None: the held-out samples of the training, or noise.

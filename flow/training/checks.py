@@ -1,4 +1,4 @@
-"""What of configuration, data and network does not fit together, found before a training starts."""
+"""Checks that configuration, data and network fit together, before a training starts."""
 
 from pathlib import PurePath
 from typing import Any
@@ -77,7 +77,7 @@ def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
         )
 
 
-def validate_conditioning(data, net: Any) -> None:
+def check_conditioning(data, net: Any) -> None:
     """A network with labels or prompts needs a data set that has classes, and room for each class or caption."""
     if net.max_prompt_bytes:
         if not data.class_names or data.labels is None:

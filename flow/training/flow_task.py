@@ -29,7 +29,7 @@ from flow.sampling.header import PowerAverage
 from flow.sampling.settings import validate
 from flow.sampling.space import Space
 from flow.source import DataSource, Source
-from flow.training.checks import check_alignment, check_loss, check_same_flow, check_source, validate_conditioning
+from flow.training.checks import check_alignment, check_conditioning, check_loss, check_same_flow, check_source
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 
 NAMED_CLASSES = 10  # in the log
@@ -61,7 +61,7 @@ class FlowTask:
             self.model = distributed.main_process_first(  # an autoencoder may be downloaded
                 accelerator, lambda: snapshot.flow_model(self.net, self.data.image_shape, config, self.data.codec)
             )
-        validate_conditioning(self.data, self.net)
+        check_conditioning(self.data, self.net)
         with error_context("flow.time_sampler"):
             time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
         with error_context("loss"):

@@ -133,7 +133,8 @@ class Trainer:
         self.stop_requested = True
 
     def fit(self) -> None:
-        """Train to the last step. SIGTERM and Ctrl-C end the process after the step, with a checkpoint."""
+        """Train to the last step. SIGTERM, Ctrl-C and a closed terminal or pipe end the process after the step, with a
+        checkpoint."""
         config, unit, start = self.config.train, self.task.unit, time.perf_counter()
         log_summary(self.logger, self.task.summary(), unit, config, self.step, self.graphed)
         self.model.train()

@@ -13,7 +13,7 @@ from flow import losses, time_samplers
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.training import data_loader
-from flow.training.checks import validate_conditioning
+from flow.training.checks import check_conditioning
 from flow.training.evaluation import check_evaluation
 from flow.training.flow_task import FlowTask
 from flow.training.validation import ValidationLoss
@@ -65,7 +65,7 @@ def network(context: Context) -> Lines:
         context.net = models.build(cfg.model.name, context.data.image_shape, cfg.model.args)
     text = f", {context.net.num_classes} classes" if context.net.num_classes is not None else ""
     yield "pass", f"{cfg.model.name}, {parameters(context.net)}{text}"
-    validate_conditioning(context.data, context.net)
+    check_conditioning(context.data, context.net)
     if context.data.labels is not None and not (context.net.num_classes or context.net.max_prompt_bytes):
         yield (
             "warn",

@@ -77,7 +77,7 @@ def test_every_path_and_prediction_is_one_flow(name, prediction):
         return p.target(x0, x1, t, prediction)
 
     x0 = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-    model = FlowModel(net, p, (2,), prediction)
+    model = FlowModel(net, p, (2,), prediction=prediction)
     times = [0.0, *(p.t_to_linear(i / 100) for i in range(1, 100)), 1.0]
     x = solvers.solve(GuidedVelocity(model), x0, times, "heun").x
     assert torch.allclose(x, 3 + 0.5 * x0, atol=0.02)

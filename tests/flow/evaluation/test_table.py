@@ -100,7 +100,7 @@ def test_only_refitted_times_are_named():
     [
         ({}, {"flow": {"prediction": "data"}}, 1),
         ({}, {"held_out": "a"}, 1),
-        ({"weights_sha256": "a"}, {"weights_sha256": "b"}, 2),  # hf:alice/x and hf:bob/x
+        ({"weights_sha256": "a"}, {"weights_sha256": "b"}, 1),  # hf:alice/x and hf:bob/x, the latest without a name
         ({"reference": "a"}, {"reference": "b"}, 2),  # a folder with new content
         ({"bspp": 100}, {"bspp": 50}, 2),
         ({"prompts": None}, {}, 0),  # the same

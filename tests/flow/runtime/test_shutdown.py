@@ -17,17 +17,26 @@ sys.exit(stop.received or 0)
 """
 
 
-@pytest.mark.parametrize(("shell", "status"), [([], signal.SIGHUP), (["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh"], 0)])
-def test_closed_pipe_counts_as_closed_terminal(shell, status):
-    """Printing goes on without an error; under nohup nothing stops."""
-    command = [*shell, sys.executable, "-c", PRINTS]
+def run_unread(*command: str) -> tuple[int, bytes]:
+    """(status, stderr) of a command whose standard output nobody reads; it goes on once stdin has a line."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stdin and process.stderr
     process.stdout.close()
-    process.stdin.write(b"\n")
-    process.stdin.close()
-    assert (process.wait(60), process.stderr.read()) == (status, b"")
-    process.stderr.close()
+    with process.stdin, process.stderr:
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        return process.wait(60), process.stderr.read()
+
+
+@pytest.mark.parametrize(("shell", "status"), [([], signal.SIGHUP), (["/bin/sh", "-c", 'trap "" HUP; exec "$@"', "sh"], 0)])
+def test_closed_pipe_counts_as_closed_terminal(shell, status):
+    """Printing goes on without an error; under nohup nothing stops."""
+    assert run_unread(*shell, sys.executable, "-c", PRINTS) == (status, b"")
+
+
+def test_a_last_line_that_nobody_reads_is_no_error():
+    code = "import sys; from flow.runtime.errors import cli_main; cli_main(lambda: print(sys.stdin.readline()))"
+    assert run_unread(sys.executable, "-c", code) == (0, b"")
 
 
 def test_a_process_of_a_group_leaves_at_once():
