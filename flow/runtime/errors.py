@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import UserError, first_line
-from flow.runtime.shutdown import flush_output
+from flow.runtime.shutdown import flush_output, print_nowhere
 
 # gloo's errors about other processes that do not answer have no kind of their own
 _CONNECTION = re.compile(r"timed out|timeout|connection (closed|reset)|broken pipe|socket|gloo|nccl", re.IGNORECASE)
@@ -42,8 +42,8 @@ def renaming(flag: str, key: str) -> Iterator[None]:
 
 
 def cli_main(main: Callable[[], None]) -> None:
-    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130, a
-    process that has lost another one says so and leaves with 1, and `sys.exit(status)` leaves with that status.
+    """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130, a closed
+    pipe with 141, a process that has lost another one says so and leaves with 1, and `sys.exit(status)` leaves with that status.
 
     FLOW_TRACEBACK=1 shows the traceback of such an error as well.
     """
@@ -53,6 +53,9 @@ def cli_main(main: Callable[[], None]) -> None:
         status = 0
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # nobody reads what is printed, as behind `| head`
+        print_nowhere([1])
+        status = 141
     except SystemExit as left:
         if not isinstance(left.code, int):
             raise

@@ -34,9 +34,12 @@ def test_closed_pipe_counts_as_closed_terminal(shell, status):
     assert run_unread(*shell, sys.executable, "-c", PRINTS) == (status, b"")
 
 
-def test_a_last_line_that_nobody_reads_is_no_error():
+@pytest.mark.parametrize(("unbuffered", "status"), [("", 0), ("1", 141)])
+def test_a_line_that_nobody_reads_is_no_error(monkeypatch, unbuffered, status):
+    """Where it is the last one, all work is done; else the command leaves as others do behind a pipe."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     code = "import sys; from flow.runtime.errors import cli_main; cli_main(lambda: print(sys.stdin.readline()))"
-    assert run_unread(sys.executable, "-c", code) == (0, b"")
+    assert run_unread(sys.executable, "-c", code) == (status, b"")
 
 
 def test_a_process_of_a_group_leaves_at_once():
