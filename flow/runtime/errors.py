@@ -43,7 +43,7 @@ def renaming(flag: str, key: str) -> Iterator[None]:
 
 def cli_main(main: Callable[[], None]) -> None:
     """Call an entry script's main: a user's mistake is one line on stderr and exit code 2, Ctrl-C leaves with 130, a closed
-    pipe with 141, a process that has lost another one says so and leaves with 1, and `sys.exit(status)` leaves with that status.
+    pipe with 141, a process that has lost another one says so and leaves with 1; `sys.exit(status)` leaves with that status.
 
     FLOW_TRACEBACK=1 shows the traceback of such an error as well.
     """
