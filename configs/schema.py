@@ -53,9 +53,7 @@ class FlowConfig:
     path: str = "linear"  # linear (rectified flow), cosine (sine and cosine of t), vp (DDPM's linear beta)
     prediction: str = limited("velocity", choices=PREDICTIONS)  # the network's prediction: velocity | data | noise
     source: SourceConfig = field(default_factory=SourceConfig)
-    coupling: str = limited(
-        "independent", choices=COUPLINGS
-    )  # independent | ot | aligned (needs flow.source) | paired (needs pairs)
+    coupling: str = limited("independent", choices=COUPLINGS)  # independent | ot | aligned | paired, see docs/transfer.md
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
     time_sampler: str = "uniform"  # of t: uniform, logit_normal (middle), u_shaped (ends), exponential (noise), edm_skewed
     time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the time sampler

@@ -17,6 +17,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSet, DataSpec, captions
 from flow.evaluation import metrics_2d
+from flow.evaluation.checks import check_number_of_starts
 from flow.evaluation.real_images import RealImages, load_real_images
 from flow.evaluation.reference import same_classes
 from flow.evaluation.runner import Evaluation, EvaluationSettings
@@ -30,7 +31,7 @@ from flow.sampling.settings import ALL_TIMES, SamplerSettings
 from flow.sampling.space import Space
 from flow.solvers import HAS_TOLERANCES
 from flow.solvers.torchdiffeq import ADAPTIVE
-from flow.source import GAUSSIAN, Source
+from flow.source import GAUSSIAN
 
 HELD_OUT_POINTS = 2000  # whose log-density under a flow of points is reported, the first of another seed
 
@@ -151,18 +152,6 @@ class SnapshotEvaluator:
         if log_density:
             measured.metrics["held_out_log_p"] = log_density(sampler)
         return {"NFE": nfe, "forwards": forwards, **measured.columns, "seconds": seconds}
-
-
-def check_number_of_starts(settings: EvaluationSettings, source: Source) -> None:
-    """Raises UserError where a flow from data would have to start at a sample twice: images from the same start are no
-    independent samples, so that intervals would be too short, and recall would be near 0."""
-    with error_context("flow.source"):
-        count = sources.number_of_starts(source)
-    n, repeats, key = settings.n_samples, settings.repeats, settings.n_samples_key
-    if count is not None and n * repeats > count:
-        asked = f"{key} {n}" if key.startswith("--") else f"{key}={n}"
-        most = f"with --repeats {repeats} at most {count // repeats}" if repeats > 1 else f"at most {count}"
-        raise UserError(f"{asked}: the flow starts at {count:,} samples of {source.name}; {most}")
 
 
 def columns_of(sampler: SamplerSettings) -> dict[str, str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from configs.errors import UserError, did_you_mean
 from flow.evaluation import control, metrics, runner, snapshots, table
+from flow.evaluation.checks import check_evaluation
 from flow.evaluation.frechet import can_extrapolate
-from flow.evaluation.real_images import load_real_images
 from flow.runtime import distributed, files, lock, messages, step_names
 from flow.runtime.errors import error_context
 from flow.sampling.conditions import conditions_in_turn
@@ -183,7 +183,7 @@ def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings
     return settings, sampler, captions_of
 
 
-def check_evaluation(task: FlowTask, folder: Path) -> None:
+def check_start(task: FlowTask, folder: Path) -> None:
     """Whether an evaluation during training can start: everything but the features of the reference, which take long.
 
     Raises:
@@ -191,9 +191,7 @@ def check_evaluation(task: FlowTask, folder: Path) -> None:
     """
     settings, _, _ = settings_of(task, folder)
     with _keys_for_flags():
-        snapshots.check_number_of_starts(settings, task.model.source)
-        load_real_images(settings.reference, task.accelerator, task.space.decoded_shape, task.config)
-        runner.load_extractor(settings, task.accelerator, task.space.decoded_shape)
+        check_evaluation(settings, task.accelerator, task.config, task.space.decoded_shape, task.model.source)
 
 
 def _is_logged(trainer: Trainer, values: dict[str, float]) -> bool:

@@ -20,22 +20,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from configs import loading
 from configs.errors import UserError
-from configs.schema import Config
-from datasets import DataSpec
-from flow.evaluation import intervals, plots, reference, runner, snapshots, table
+from flow.evaluation import intervals, plots, runner, table
+from flow.evaluation.checks import check_before_training
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
-from flow.evaluation.real_images import load_real_images
 from flow.runtime import cli, commands, files, flags, lock, messages, step_names
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command
-from flow.sampling import exported, snapshot, sources
-from flow.sampling.space import Space
+from flow.sampling import exported, snapshot
 from flow.solvers import SOLVERS
 from flow.solvers.torchdiffeq import ADAPTIVE
 from scripts.benchmark.trial import seconds_per_step, training_laps
@@ -93,7 +88,7 @@ def parse_args(argv: list[str] | None = None):
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     recipes = read_recipes(args.configs, args.overrides)
-    check_evaluation(args, recipes)
+    check_recipes(args, recipes)
     with lock.folder(args.out):
         recipes = fitted(args, recipes)
         if args.jobs > 1:
@@ -153,35 +148,18 @@ def same_recipe(one: Recipe, other: Recipe) -> bool:
     return one.overrides == other.overrides and Path(one.config).resolve() == Path(other.config).resolve()
 
 
-def check_evaluation(args, recipes: list[Recipe]) -> None:
+def check_recipes(args, recipes: list[Recipe]) -> None:
     """Load the feature extractor and the reference once, as evaluate.py will after the first training, which may take hours.
 
-    Raises UserError where they are not to be had, or do not fit the images.
+    Raises UserError as `check_evaluation` does.
     """
     settings = runner.EvaluationSettings(
         owner="benchmark quality", feature_extractor=args.feature_extractor, feature_layer=args.feature_layer,
         feature_weights=args.feature_weights, reference=args.reference, n_samples=args.n_samples, n_samples_key="--n_samples",
     )  # fmt: skip
     configs = [loading.load(recipe.config, recipe.overrides) for recipe in recipes]
-    for config in {str(config.data): config for config in configs}.values():
-        check_measuring(settings, config)
-
-
-def check_measuring(settings: runner.EvaluationSettings, config: Config) -> None:
-    """Load the feature extractor for the images of the configuration's data set, and the reference.
-
-    Raises UserError where they are not to be had, or do not fit the images, and for a flow from data with too few starts.
-    """
-    accelerator = Accelerator(cpu=True, mixed_precision="no")  # the GPU is for the runs
-    with error_context("data"):
-        data = DataSpec.of(config.data).build()
-    shape = Space(data.image_shape, data.codec).decoded_shape
-    flow = config.flow.source
-    snapshots.check_number_of_starts(settings, sources.build(flow.name, config.data.root, flow.args))
-    extractor, dimension = runner.load_extractor(settings, accelerator, shape)
-    if load_real_images(settings.reference, accelerator, shape, config) is None:
-        with error_context("evaluate"):
-            reference.from_npz(Path(str(settings.reference)), extractor, dimension)
+    for config in {str([config.data, config.flow.source]): config for config in configs}.values():
+        check_before_training(config, settings)
 
 
 def fitted(args, recipes: list[Recipe]) -> list[Recipe]:

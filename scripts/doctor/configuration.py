@@ -14,7 +14,7 @@ from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.training import data_loader
 from flow.training.checks import check_conditioning
-from flow.training.evaluation import check_evaluation
+from flow.training.evaluation import check_start
 from flow.training.flow_task import FlowTask
 from flow.training.validation import ValidationLoss
 from scripts.doctor.context import Context, Lines
@@ -196,6 +196,6 @@ def evaluation(context: Context) -> Lines:
         ValidationLoss(task)
         yield "pass", f"validation loss of {cfg.loss_samples:,} samples every {cfg.loss_every_steps:,} steps"
     if cfg.every_steps:
-        check_evaluation(task, context.run_dir)
+        check_start(task, context.run_dir)
         images = f"{cfg.n_samples:,} images, {cfg.sampling_method}, {cfg.sampling_steps} steps"
         yield "pass", f"{', '.join(cfg.metrics)} of {images}, every {cfg.every_steps:,} steps"

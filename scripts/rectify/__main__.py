@@ -23,7 +23,7 @@ from flow.runtime.errors import cli_main, error_context
 from flow.runtime.subprocesses import run_command
 from scripts.benchmark.trial import sampling_seconds, seconds_per_step, training_laps
 from scripts.rectify.comparison import Row, compare, table_rows
-from scripts.rectify.routes import Cost, check_evaluation, check_routes, first_config, pair_passes, stage_cost
+from scripts.rectify.routes import Cost, check_routes, check_table, first_config, pair_passes, stage_cost
 
 EXAMPLES = """\
   python -m scripts.rectify -c configs/mnist_rectify.yaml
@@ -45,7 +45,7 @@ def main() -> None:
     if args.launcher and cfg.minutes is not None:
         raise UserError(f"--launcher: minutes={cfg.minutes:g} is measured with one process; set minutes=null and train.steps")
     check_routes(cfg)
-    check_evaluation(cfg)
+    check_table(cfg)
     with lock.folder(Path(cfg.folder)):
         Rectify(cfg, args.launcher, args.start).run()
 

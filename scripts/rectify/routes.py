@@ -13,6 +13,7 @@ from datasets.pairs import read_manifest
 from flow import losses, solvers, time_samplers
 from flow import path as paths
 from flow.evaluation import runner
+from flow.evaluation.checks import check_before_training
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.guidance import network_calls
 from flow.likelihood import T_MAX
@@ -21,7 +22,6 @@ from flow.model import why_no_score
 from flow.runtime.errors import error_context
 from flow.sampling.space import Space
 from flow.training.logging import read_metrics
-from scripts.benchmark.quality import check_measuring
 
 
 @dataclass
@@ -95,13 +95,13 @@ def check_routes(cfg: RectifyConfig) -> None:
         raise UserError(f"feature_extractor={cfg.feature_extractor}: unknown; choose one of {known}")
 
 
-def check_evaluation(cfg: RectifyConfig) -> None:
+def check_table(cfg: RectifyConfig) -> None:
     """Load the feature extractor once, as evaluate.py will after the last training. Raises UserError where it is not to be had,
     or does not fit the images."""
     settings = runner.EvaluationSettings(
         owner="rectify", feature_extractor=cfg.feature_extractor, n_samples=cfg.n_samples, n_samples_key="n_samples"
     )  # fmt: skip
-    check_measuring(settings, first_config(cfg))
+    check_before_training(first_config(cfg), settings)
 
 
 def resolve_classes(cfg: RectifyConfig, configs: dict[str, Config]) -> None:
