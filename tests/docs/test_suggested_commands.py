@@ -117,6 +117,10 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
     more = shlex.split(TINY.get(script, ""))
     if "--nfe" in arguments:
         del more[more.index("--sampling_steps") : more.index("--sampling_steps") + 2]
+    if "--samples" in arguments:  # these images are there already
+        more = ["--metrics", "fid"]
+    if "--num_fid_images" in arguments:  # of whole images, at t = 1
+        del more[more.index("--t_end") : more.index("--t_end") + 2]
     if "dopri5" in arguments:
         more += ["--rtol", "0.5", "--atol", "0.5"]
     if "--keep_states" in arguments:

@@ -116,7 +116,7 @@ def test_all_metrics_on_two_processes(tmp_path, tiny_run):
             succeed(*command, tmp_path / str(processes), *more, processes=processes)
     one, two = (table.read_rows(tmp_path / name) for name in "12")
     for a, b in zip(one, two, strict=True):
-        assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-6)
+        assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-5)  # KD is a small difference of large sums
         assert b["standard_errors"] == pytest.approx(a["standard_errors"], rel=1e-5)
         assert set(a["standard_errors"]) == set(a["metrics"])
     row = one[1]["metrics"]
