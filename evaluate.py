@@ -190,7 +190,7 @@ def suggested_sample(args, weights: Path, row: SamplerSettings) -> str:
     words += commands.source_flags(args) + commands.option_flags(row.options)
     words += ["--labels", *args.labels] if args.labels and not row.prompts else []
     words += ["--seed", str(args.seed)]
-    words += ["-c", str(args.config)] if args.config else []
+    words += commands.config_flags(args)
     words += ["-mp", args.mixed_precision] if args.mixed_precision != "no" else []
     return commands.sample_command(weights, f"{weights.stem}_{row.method}_{row.steps}", *words, *args.overrides)
 

@@ -128,9 +128,9 @@ def write_points(args, accelerator: Accelerator, snap: Snapshot, model: FlowMode
     output.write_npz(args.save_dir / "samples.npz", points.numpy(), settings, model.net.num_classes)
     images.write_png(args.save_dir / "grid.png", images.scatter_image(points))
     study = files.free_folder(args.save_dir / "study")
-    compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study, *args.overrides]
+    compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study, *commands.config_flags(args)]
     result = f"{args.n_samples} points in {args.save_dir / 'samples.npz'} and grid.png, NFE {nfe}"
-    print(messages.summary(result, args.start, f"compare solvers with: {commands.command(*compare)}"))
+    print(messages.summary(result, args.start, f"compare solvers with: {commands.command(*compare, *args.overrides)}"))
 
 
 def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
@@ -144,8 +144,8 @@ def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: Fl
     result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
     animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
     words = [
-        *commands.condition_flags(args.guidance_scale, args.prompts), *commands.guidance_flags(args),
-        *commands.source_flags(args),
+        *commands.config_flags(args), *commands.condition_flags(args.guidance_scale, args.prompts),
+        *commands.guidance_flags(args), *commands.source_flags(args),
     ]  # fmt: skip
     command = commands.command(*animate, *words, *args.overrides)
     print(messages.summary(result, args.start, f"watch images form with: {command}"))

@@ -146,9 +146,20 @@ def _check_key(key: str, source: str, kind: type) -> None:
     raise UserError(f"{source}: unknown key {key!r}.{did_you_mean(key, keys)}")
 
 
+def _list_for_dictionary(before: Any, given: Any, key: str = "") -> str | None:
+    """The first key that is given a list although it holds a dictionary."""
+    if not isinstance(before, dict) or not isinstance(given, dict):
+        return key if isinstance(before, dict) and isinstance(given, list) else None
+    inner = (_list_for_dictionary(before.get(k), value, f"{key}.{k}".lstrip(".")) for k, value in given.items())
+    return next(filter(None, inner), None)
+
+
 def _merge(config: DictConfig, *nodes: Any, source: str) -> DictConfig:
     try:
         for node in nodes:
+            if key := _list_for_dictionary(OmegaConf.to_container(config), OmegaConf.to_container(node)):
+                where = f"{source}: " if not source.startswith(key) else ""
+                raise UserError(f"{where}{key}={OmegaConf.select(node, key)}: must be a dictionary; write {{name: value}}")
             for key in ("train.mixed_precision", "train.ddp_comm_hook"):
                 if OmegaConf.select(node, key) is False:  # what YAML makes of the word no
                     OmegaConf.update(node, key, "no")
@@ -159,10 +170,11 @@ def _merge(config: DictConfig, *nodes: Any, source: str) -> DictConfig:
         raise UserError(f"{source[:60]}: {first_line(error)}") from None
     except OmegaConfBaseException as error:
         hint = ""
+        key = "" if not error.full_key or source.startswith(str(error.full_key)) else f"{error.full_key}: "
+        where = f"{source}: {key}" if source else key
         if "is not a ListConfig" in str(error):
-            raise UserError(f"{source or error.full_key}: must be a list; write [{error.value}]") from None
+            raise UserError(f"{where}must be a list; write [{error.value}]") from None
         if "Integer" in str(error) and isinstance(error.value, (float, str)):
             with contextlib.suppress(ValueError):
                 hint = f"; write {int(float(error.value)):_}" if float(error.value).is_integer() else ""
-        key = f"{error.full_key}: " if error.full_key and not source.startswith(str(error.full_key)) else ""
-        raise UserError(f"{source}: {key}{first_line(error)}{hint}") from None
+        raise UserError(f"{where}{first_line(error)}{hint}") from None

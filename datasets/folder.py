@@ -74,7 +74,9 @@ class EncodedImages(ABC):
         if tuple(image.shape) != self.image_shape:
             (_, height, width), (_, *expected) = image.shape, self.image_shape
             name = self.path / self.name_of(index)
-            raise ValueError(f"{name}: has {height}x{width} pixels, expected {expected[0]}x{expected[1]}; set size")
+            raise ValueError(
+                f"{name}: has {height}x{width} pixels, expected {expected[0]}x{expected[1]}; resize the images, or set size"
+            )
         return image, -1 if self.labels is None else int(self.labels[index])
 
     def fingerprint(self) -> str:

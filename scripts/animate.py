@@ -54,6 +54,7 @@ MASS = 0.01  # densities above this share of the highest count as inside the mas
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
+    flags.add_config_flag(parser)
     flags.add_weights_flag(parser)
     flags.add_output_flag(parser, use="output folder; --trajectory_grids has its own in the run folder", required=False)
     flags.add_count_flag(
@@ -87,7 +88,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    snap = snapshot.load(args.weights, None, args.overrides)
+    snap = snapshot.load(args.weights, args.config, args.overrides)
     plane = snap.space.is_points
     check_figure_flags(args, plane)
     model = snap.model()

@@ -30,7 +30,7 @@ from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
-from flow.sampling import guide, snapshot, sources
+from flow.sampling import guide, locate, snapshot, sources
 from flow.sampling.generate import build_velocity, check_finite, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
 from flow.solvers import DETERMINISTIC
@@ -97,7 +97,7 @@ def main() -> None:
     maker = PairMaker(accelerator, model, data, settings, args.bspp, kept_steps, invertible_indices)
     with lock.folder(args.save_dir, accelerator):
         num_written = write_shards(args, accelerator, json.loads(json.dumps(manifest)), maker.shard)
-    train = train_command(args.weights, args.save_dir, snap.config, bool(kept_steps))
+    train = train_command(locate.pinned(args.weights, snap.path), args.save_dir, snap.config, bool(kept_steps))
     result = f"{args.n_pairs} pairs in {args.save_dir}, {num_written} of them new"
     accelerator.print(messages.summary(result, args.start, f"train on them with: {train}"))
 

@@ -34,6 +34,7 @@ EXAMPLES = """\
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
+    flags.add_config_flag(parser)
     flags.add_weights_flag(parser)
     methods = [m for m in FIXED_GRID if m not in ("ddim", "heun2")]  # which are euler and heun
     flags.add_methods_flag(parser, FIXED_GRID, methods)
@@ -60,7 +61,7 @@ def main() -> None:
     args = parse_args()
     if args.t_end == 0 or (args.num_fid_images and args.t_end != 1):
         raise UserError(f"--t_end {args.t_end:g}: must be greater than 0, and 1 with --num_fid_images")
-    snap = snapshot.load(args.weights, None, args.overrides)
+    snap = snapshot.load(args.weights, args.config, args.overrides)
     if args.num_fid_images and snap.space.is_points:
         raise UserError(f"--num_fid_images {args.num_fid_images}: is for images, and these weights are a flow of points")
     base = SamplerSettings(
@@ -172,7 +173,7 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
             locate.pinned(args.weights, snap.path), folder, args.overrides, methods=args.methods, nfe=args.nfe,
             sampling_steps=None if args.nfe else args.sampling_steps, time_grid=name, metrics="fid",
             guidance_scale=args.guidance_scale, n_samples=args.num_fid_images, mixed_precision=args.mixed_precision,
-            feature_extractor=args.feature_extractor, no_control=True,
+            feature_extractor=args.feature_extractor, no_control=True, config=args.config,
         )  # fmt: skip
         subprocesses.run_command(evaluate)
     precision = distributed.resolve_precision(args.mixed_precision)

@@ -14,16 +14,16 @@ from flow.sampling.generate import shard
 
 
 def read(
-    data: DataSet, accelerator: Accelerator, batch_size: int, what: str, order: Sequence[int] | None = None
+    data: DataSet, accelerator: Accelerator, batch_size: int, what: str, order: Sequence[int] | None = None, key: str = "data"
 ) -> Iterator[tuple[range, Tensor]]:
     """This process's share of the images of a data set, without augmentation, under a bar that says `what`.
 
-    Image k is data[order[k]]; None: data[k].
+    Image k is data[order[k]]; None: data[k]. An error names the `key`.
     """
     order = range(len(data)) if order is None else order
     batches = shard(accelerator, range(len(order)), batch_size)
     with distributed.progress(accelerator, sum(map(len, batches)), what) as bar:
-        images = read_images(data, [[order[k] for k in batch] for batch in batches])
+        images = read_images(data, [[order[k] for k in batch] for batch in batches], key)
         for batch, (_, pixels) in zip(batches, images, strict=True):
             yield batch, pixels
             bar.update(len(batch))

@@ -60,7 +60,7 @@ def write_row(
     name = samples.resolve().name  # of "." too
     subject = {"weights": name, "n": len(data), "first": 0}
     identity = {"images": data.fingerprint(), **classes_identity(labels, own_names, ev.reference)}
-    images = partial(collecting.read, data, accelerator, settings.batch_size, "samples")
+    images = partial(collecting.read, data, accelerator, settings.batch_size, "samples", key="--samples")
 
     def compute() -> dict | None:
         measured, seconds = ev.measure(images(), labels)

@@ -108,6 +108,9 @@ def damage_of(row: dict) -> str | None:
             return f"it has no {key!r}"
         if not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"its {key!r} has the wrong type"
+    extractor = row["identity"].get("extractor", [""])
+    if not (isinstance(extractor, list) and extractor):
+        return "its 'extractor' is not a list"
     errors = row.get("standard_errors", {})
     if not isinstance(errors, dict):
         return "its 'standard_errors' has the wrong type"

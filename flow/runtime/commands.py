@@ -141,6 +141,11 @@ def guidance_flags(args: argparse.Namespace) -> list[str]:
     return [*flags, "--guide_weights", args.guide_weights] if args.guide_weights else flags
 
 
+def config_flags(args: argparse.Namespace) -> list[str]:
+    """-c as it was typed."""
+    return ["-c", str(args.config)] if args.config else []
+
+
 def source_flags(args: argparse.Namespace) -> list[str]:
     """--source as it was typed."""
     return ["--source", args.source] if args.source else []

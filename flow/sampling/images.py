@@ -77,6 +77,16 @@ def png_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
+def is_whole_png(path: Path) -> bool:
+    """Whether all chunks of the file are there and have their checksums; the pixels are not decoded."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            image.verify()
+    except (OSError, SyntaxError):  # Pillow's SyntaxError: a broken file
+        return False
+    return True
+
+
 def read_png(path: Path) -> np.ndarray:
     """uint8 [H, W, C] of an image that `write_png` wrote."""
     with Image.open(path, formats=("PNG",)) as image:

@@ -45,11 +45,11 @@ def snapshots_of_run(path: Path, steps: Sequence[str]) -> list[Path]:
     by_number = step_names.by_step(folder, tail)
     if not by_number:
         raise UserError(f"--snapshots: --weights {path} is neither a run folder with snapshots nor one of its snapshots")
+    for word in steps:
+        if word != "all" and (not word.isdecimal() or int(word) not in by_number):
+            raise UserError(f"--snapshots {word}: must be all, or steps among {', '.join(map(str, by_number))}")
     if "all" in steps:
         return list(by_number.values())
-    for word in steps:
-        if not word.isdecimal() or int(word) not in by_number:
-            raise UserError(f"--snapshots {word}: must be all, or steps among {', '.join(map(str, by_number))}")
     return [p for step, p in by_number.items() if step in map(int, steps)]
 
 

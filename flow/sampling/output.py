@@ -19,7 +19,7 @@ from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images
 from flow.sampling.conditions import column_names, condition_names, labels_for
 from flow.sampling.generate import NFECounter, generate, shard
-from flow.sampling.images import ImageWriter, png_path
+from flow.sampling.images import ImageWriter, is_whole_png, png_path
 from flow.sampling.settings import SamplerSettings
 from flow.solvers import HAS_TOLERANCES
 
@@ -75,7 +75,7 @@ def network_record(config: Config) -> dict[str, Any]:
 def write_images(
     accelerator: Accelerator, model: FlowModel, indices: range, batch_size: int, settings: SamplerSettings, folder: Path,
 ) -> tuple[float, float]:  # fmt: skip
-    """Write images as folder/000000.png and so on; batches that are there already are not computed again.
+    """Write images as folder/000000.png and so on; batches that are there whole are not computed again. Damage is named.
 
     Returns:
         (NFE, forwards) per image on the main process; (0, 0) where nothing was computed.
@@ -85,9 +85,11 @@ def write_images(
     with distributed.progress(accelerator, sum(map(len, batches)), "sampling (images of this process)") as bar:
 
         def is_done(batch: range) -> bool:
-            done = all((file := png_path(folder, k)).is_file() and file.stat().st_size for k in batch)
-            bar.update(len(batch) if done else 0)
-            return done
+            missing = [path for k in batch if not is_whole_png(path := png_path(folder, k))]
+            for path in filter(Path.exists, missing):
+                bar.write(f"{path}: damaged; making it again")
+            bar.update(0 if missing else len(batch))
+            return not missing
 
         with ImageWriter(folder, max_pending=4 * batch_size) as writer:
             for batch in generate(accelerator, model, (b for b in batches if not is_done(b)), settings):

@@ -156,6 +156,8 @@ def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings
         UserError: that names the key, for what does not fit the network, the data or each other.
     """
     evaluate = task.config.evaluate
+    if not evaluate.metrics:
+        raise UserError(f"evaluate.metrics=[]: name at least one of {', '.join(metrics.METRICS)}")
     if unknown := [name for name in evaluate.metrics if name not in metrics.METRICS]:
         raise UserError(
             f"evaluate.metrics={evaluate.metrics}: unknown metric {unknown[0]!r}; choose from {', '.join(metrics.METRICS)}"

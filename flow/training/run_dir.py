@@ -84,10 +84,12 @@ def open_run(
         if run_dir.is_file():
             raise UserError(f"-e {run_dir}: is a file; name a folder")
         if run_dir.exists() and not files.is_empty_dir(run_dir):
-            raise UserError(f"-e {run_dir}: exists already; resume with -r latest, or name another folder with -e")
+            remedy = "resume with -r latest, or name another folder" if stored_file.is_file() else "name another folder"
+            raise UserError(f"-e {run_dir}: exists already; {remedy} with -e")
         return run_dir, cfg
     if not stored_file.is_file():
-        raise UserError(f"-r {resume}: there is no run in {run_dir}; start one without -r")
+        remedy = "start one without -r" if files.is_empty_dir(run_dir) or not run_dir.exists() else "its config.yaml is missing"
+        raise UserError(f"-r {resume}: there is no run in {run_dir}; {remedy}")
     cfg = loading.load(config, overrides, kind=kind) if config else None
     confirmed = stored.typed_values(cfg) if cfg else loading.overridden(overrides, kind)
     with error_context(str(stored_file)):

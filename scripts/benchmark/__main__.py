@@ -119,7 +119,7 @@ def measure(args) -> None:
               "ceilings": ceilings, "rows": rows, "rounds": results}  # fmt: skip
     text = report(result)
     print(text)
-    train = ["train.py", *(["-c", args.config] if args.config else []), *args.overrides]
+    train = ["train.py", *commands.config_flags(args), *args.overrides]
     command = commands.command(*train, "-e", files.free_folder(Path("runs") / Path(args.config or "run").stem))
     where = f" in {args.out}" if args.out else ""
     if args.out:

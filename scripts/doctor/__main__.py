@@ -44,7 +44,7 @@ def main() -> None:
     if failed:
         accelerator.print(messages.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
-    train = ["train.py", *(["-c", args.config] if args.config else []), "-e", context.run_dir, *args.overrides]
+    train = ["train.py", *commands.config_flags(args), "-e", context.run_dir, *args.overrides]
     accelerator.print(messages.summary(counts, args.start, f"start the training with: {commands.relaunched(*train)}"))
 
 

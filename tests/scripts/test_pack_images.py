@@ -182,7 +182,7 @@ def test_damaged_images(here, error, tmp_path, photos):
     assert "0 of the source read now" in here(*command, "--skip_damaged")  # the shards without an image are whole, too
 
     line = error("pack_images", "--source", photos, "--skip_damaged", "--save_dir", tmp_path / "sizes")
-    assert "has 10x20 pixels, expected 9x20; set size" in line  # not damage
+    assert "has 10x20 pixels, expected 9x20; resize the images, or set size" in line  # not damage
     line = error(
         "pack_images", "--source", tmp_path / "mixed/b", "--size", 8, "--skip_damaged", "--save_dir", tmp_path / "none"
     )

@@ -40,7 +40,7 @@ def contents(folder):
         (["seed=9223372036854775808"], "seed=9223372036854775808: must be less than 2^63"),
         ([f"optimizer.lr=1{400 * '0'}"], "int too large to convert to float"),
         (["seed=a\nb\x1b[2J"], "seed=a\\nb\\x1b[2J: the value"),
-        (["data.args=[1]"], "data.args=[1]: Cannot merge incompatible container types"),
+        (["data.args=[1]"], "data.args=[1]: must be a dictionary; write {name: value}"),
         (["train.timeout_minutes=0"], "train.timeout_minutes=0.0: must be more than 0 and at most 43200"),
         (["train.nonfinite_grad=go"], "train.nonfinite_grad=go: must be one of raise, skip"),
         (["preview.sampling_steps=0"], "preview.sampling_steps=0: must be at least 1"),
@@ -89,6 +89,8 @@ def test_training_that_cannot_start(arguments, message, error, tmp_path):
         ("train: {stesp: 3}", "unknown key 'train.stesp'. Did you mean 'train.steps'?"),
         ("train: 3", "'train' is a section"),
         ("- a", "holds a list"),
+        ("optimizer: {betas: 0.9}", "bad.yaml: optimizer.betas: must be a list; write [0.9]"),
+        ("model: {args: [1]}", "bad.yaml: model.args=[1]: must be a dictionary; write {name: value}"),
         ("a: [", "not a YAML file"),
         ("data: !!python/object/apply:os.system ['touch PWNED']", "not a YAML file"),
     ],
@@ -133,7 +135,9 @@ def test_runs_are_not_overwritten(error, tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     before = contents(run)
-    assert "exists already" in error("train", *TINY_TRAIN, "-e", run)
+    assert "exists already; resume with -r latest, or name" in error("train", *TINY_TRAIN, "-e", run)
+    assert "exists already; name another" in error("train", *TINY_TRAIN, "-e", run / "checkpoints")
+    assert "; its config.yaml is missing" in error("train", "-e", run / "checkpoints", "-r", "latest")
     assert "seed=5: the run in" in error("train", "-e", run, "-r", "latest", "seed=5")
     assert "model.args" in error("train", "-e", run, "-r", "latest", "model.args.width=32")
     assert "would overwrite step_00000004" in error("train", "-r", run / "checkpoints" / "step_00000002")

@@ -19,6 +19,7 @@ DAMAGE = {
     b"3": "it is not a JSON object", b"null": "it is not a JSON object", b'{"weights": "b", "met': "it is not JSON",
     b"\xff": "it is not UTF-8", b"\x00" * 9: "it is not JSON", b"[" * 10_000: "it is not JSON", b"{}": "it has no 'weights'",
     json.dumps(ROW).encode() * 2: "it is not JSON",
+    json.dumps({**ROW, "identity": {"extractor": 5}}).encode(): "its 'extractor' is not a list",
 }  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def test_validation_loss_of_zero():
         (["evaluate.keep_best=fid"], "keep_best=fid: must be null where evaluate.every_steps is 0"),
         (["evaluate.every_steps=2", "evaluate.metrics=[fd]"], "evaluate.metrics=['fd']: unknown metric 'fd'; choose from"),
         (["evaluate.every_steps=2", "evaluate.feature_extractor=x"], "evaluate.feature_extractor=x: unknown; choose one of"),
-        ([*EVALUATE, "evaluate.metrics=[]"], "keep_best=fid: evaluate.metrics=[] gives no such column here"),
+        ([*EVALUATE, "evaluate.metrics=[]"], "evaluate.metrics=[]: name at least one of fid, "),
         ([*EVALUATE, "evaluate.keep_best=recall"], "keep_best=recall: evaluate.metrics=['fid', 'accuracy', 'memo"),
         (["evaluate.loss_every_steps=2", "data.args.split=all"], "evaluate.loss_every_steps=2: data.name=digits with data."),
     ],
@@ -215,6 +215,7 @@ def test_best_by_a_column_that_samples_lack(error, tmp_path, run):
     [
         (["--snapshots", "5"], "--snapshots 5: must be all, or steps among 2, 3, 4"),
         (["--snapshots", "last"], "--snapshots last: must be all, or steps among 2, 3, 4"),
+        (["--snapshots", "all", "77"], "--snapshots 77: must be all, or steps among 2, 3, 4"),
         (["--snapshots", "all", "--time_grid", "optimized"], "--snapshots: does not go with --time_grid optimized"),
     ],
 )
