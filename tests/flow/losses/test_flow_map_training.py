@@ -103,10 +103,10 @@ def test_the_command_for_paths_resumes_exactly(here, tmp_path, paths_printed):
 def test_another_network_than_the_weights_is_noted(here, tmp_path, paths_printed, tiny_run):
     _, command = paths_printed
     arguments = [*shlex.split(command)[2:], *TINY_RUN, "train.steps=1"]
-    note = f"{tiny_run}: was trained with model.args."
+    note = ": was trained with model.args."
     assert note not in here("train", *arguments, "-e", tmp_path / "same")
     printed = here("train", *arguments, "model.args.time_frequency=30", "-e", tmp_path / "other")
-    assert f"{note}time_frequency=its default, here it is 30" in printed
+    assert f"{locate.find(tiny_run)}{note}time_frequency=its default, here it is 30" in printed
 
 
 def test_two_ways_to_sample(alpha_flow):
