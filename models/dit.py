@@ -1,7 +1,8 @@
 """The diffusion transformer: patches as tokens, time and label by adaptive layer norm, the label also by cross-attention.
 
 DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3: adaLN-zero) with rotary position embedding (Su et al. 2021,
-arXiv:2104.09864) over rows and columns, or with the fixed sines and cosines of the paper.
+arXiv:2104.09864) over rows and columns, or with fixed sines and cosines; both with base 100 in place
+of 10000, as a side has tens of tokens.
 """
 
 import torch

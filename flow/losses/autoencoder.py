@@ -14,7 +14,8 @@ class AutoencoderLoss:
     """distance(x, decode(mean + std e)) + kl_weight KL(N(mean, std^2) | N(0, I)) + lpips_weight LPIPS.
 
     Rombach et al. 2022 (arXiv:2112.10752, appendix G) without the discriminator. The distance is a mean over pixels, the KL
-    divergence a sum over the latent. The network maps (images, noise) to (reconstructions, mean, std).
+    divergence a sum over the latent; the same weight in a loss with sums over both is kl_weight C H W. The network maps
+    (images, noise) to (reconstructions, mean, std).
     """
 
     num_uniforms = 0

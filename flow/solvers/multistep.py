@@ -43,11 +43,11 @@ def dpm_solver_2m(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]
     prev: tuple[float, Tensor] | None = None  # lambda and data prediction of the last point
     for t, t_next in pairwise(time_grid):
         v = velocity(x, t)
-        x1_pred, lmbda = x + (1 - t) * v, _log_snr(t)
-        if prev is None or math.inf in (abs(prev[0]), abs(lmbda), abs(_log_snr(t_next))):
+        x1_pred, lmbda = x + (1 - t) * v, _half_log_snr(t)
+        if prev is None or math.inf in (abs(prev[0]), abs(lmbda), abs(_half_log_snr(t_next))):
             x = x + (t_next - t) * v
         else:
-            ratio = (_log_snr(t_next) - lmbda) / (lmbda - prev[0])
+            ratio = (_half_log_snr(t_next) - lmbda) / (lmbda - prev[0])
             x1_extrapolated = x1_pred + ratio / 2 * (x1_pred - prev[1])
             x = _ddim_step(x, x1_extrapolated, t, t_next)
         prev = lmbda, x1_pred
@@ -62,7 +62,7 @@ def unipc(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]) -> Ite
     prev: tuple[float, Tensor] | None = None
     x1_pred = x + (1 - time_grid[0]) * velocity(x, time_grid[0])  # the prediction at x
     for t, t_next in pairwise(time_grid):
-        lmbda, lmbda_next = _log_snr(t), _log_snr(t_next)
+        lmbda, lmbda_next = _half_log_snr(t), _half_log_snr(t_next)
         h = lmbda_next - lmbda
         if math.isinf(h):
             predicted = x + (t_next - t) * (x1_pred - x) / (1 - t)
@@ -92,7 +92,8 @@ def _ddim_step(x: Tensor, x1_pred: Tensor, t: float, t_next: float) -> Tensor:
     return (1 - t_next) / (1 - t) * x + (t_next - t) / (1 - t) * x1_pred
 
 
-def _log_snr(t: float) -> float:
+def _half_log_snr(t: float) -> float:
+    """log(alpha / sigma) = log(t / (1 - t)), half of the log signal-to-noise ratio log(alpha^2 / sigma^2)."""
     return -math.inf if t <= 0 else math.inf if t >= 1 else math.log(t / (1 - t))
 
 

@@ -52,9 +52,14 @@ def load_held_out(config: Config, accelerator: Accelerator) -> DataSet:
     """The data of the kind of `config.data` that training does not see.
 
     Raises:
-        UserError: where there are none.
+        UserError: where there are none, or none that are matched with their starts.
     """
     data = config.data
+    if config.flow.coupling == "aligned":
+        raise UserError(
+            f"{KEY}={config.evaluate.loss_every_steps}: must be 0 with flow.coupling=aligned, as held-out images "
+            "are not matched with their starts"
+        )
     held_out = DataSpec.of(data).held_out()
     if held_out is None:
         args = f" with data.args={data.args}" if data.args else ""

@@ -57,13 +57,15 @@ def test_labels_follow_the_number_of_an_image(here, error, tmp_path):
     here(*command)
     (row,) = table.read_rows(folder / "evaluation")
     assert row["n"] == 69 and row["metrics"]["accuracy"] > 0.9
-    write_folder(tmp_path / "mixed", in_turn[:4])
-    Image.new("L", (9, 8)).save(tmp_path / "mixed/0002.png")
-    assert f"--samples: {tmp_path / 'mixed/0002.png'}: has 8x9 pixels, expected 8x8" in error(
-        "evaluate", "--samples", tmp_path / "mixed", *command[3:], "--out", tmp_path / "table"
-    )
     (folder / "images/0004.png").rename(folder / "images/four.png")
     assert f"--samples {folder}: not a file of sample.py" in error(*command)
+
+
+def test_images_of_two_sizes_are_named(error, tmp_path):
+    write_folder(tmp_path / "mixed", datasets.build("digits", None, {}).images[:4])
+    Image.new("L", (9, 8)).save(tmp_path / "mixed/0002.png")
+    line = error("evaluate", "--samples", tmp_path / "mixed", "--reference", "digits", "--feature_extractor", "digits")
+    assert f"--samples: {tmp_path / 'mixed/0002.png'}: has 8x9 pixels, expected 8x8" in line
 
 
 def test_points_are_no_folder_of_images(here, error, points_flow, tmp_path):

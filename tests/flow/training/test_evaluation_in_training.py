@@ -196,6 +196,11 @@ def test_validation_loss_of_zero():
         (["evaluate.every_steps=2", "evaluate.feature_extractor=x"], "evaluate.feature_extractor=x: unknown; choose one of"),
         ([*EVALUATE, "evaluate.metrics=[]"], "evaluate.metrics=[]: name at least one of fid, "),
         ([*EVALUATE, "evaluate.keep_best=recall"], "keep_best=recall: evaluate.metrics=['fid', 'accuracy', 'memo"),
+        (
+            ["evaluate.loss_every_steps=2", "flow.coupling=aligned", "flow.source.name=digits",
+             "flow.source.args={split: train}"],
+            "evaluate.loss_every_steps=2: must be 0 with flow.coupling=aligned",
+        ),
         (["evaluate.loss_every_steps=2", "data.args.split=all"], "evaluate.loss_every_steps=2: data.name=digits with data."),
     ],
 )  # fmt: skip
