@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.conditioning import Conditioning
-from models.layers import attention, check_counts, zero_init
+from models.layers import attention, check_counts, check_dropout, zero_init
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
@@ -147,7 +147,6 @@ def _check(image_shape, width, depth, heads, patch, positions, dropout, num_clas
         raise ValueError(f"patch={patch}: must divide the image side, the images are {image_shape[1]}x{image_shape[2]}")
     if positions not in ("rope", "sine"):
         raise ValueError(f"positions={positions!r}: must be rope or sine")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: must be in [0, 1)")
+    check_dropout(dropout)
     if cross_attention and num_classes is None:
         raise ValueError("cross_attention=True: needs labels to attend to; set num_classes")

@@ -140,6 +140,12 @@ def check_counts(**counts: int | None) -> None:
             raise ValueError(f"{name}={value!r}: must be a whole number of at least 1{', or null' if optional else ''}")
 
 
+def check_dropout(dropout: float) -> None:
+    """Raises ValueError for a share of features that is not in [0, 1)."""
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r}: must be in [0, 1)")
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Group norm over at most 32 groups of at least 4 channels."""
     groups = min(32, channels // 4)

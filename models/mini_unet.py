@@ -11,6 +11,7 @@ from models.layers import (
     Block,
     CrossAttention,
     check_counts,
+    check_dropout,
     group_norm,
     zero_init,
 )
@@ -97,8 +98,7 @@ def _check(image_shape, width, blocks_per_level, head_channels, patch, num_class
         width=width, blocks_per_level=blocks_per_level, head_channels=head_channels, patch=patch, num_classes=num_classes,
         max_prompt_bytes=max_prompt_bytes,
     )  # fmt: skip
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: must be in [0, 1)")
+    check_dropout(dropout)
     if width % 4:
         raise ValueError(f"width={width}: must be a multiple of 4, for group norm")
     if 2 * width % head_channels:

@@ -16,6 +16,7 @@ from models.layers import (
     Block,
     ConvResampling,
     check_counts,
+    check_dropout,
     group_norm,
     zero_init,
 )
@@ -128,8 +129,7 @@ def _check(image_shape, width, channel_mult, blocks_per_level, head_channels, dr
             f"channel_mult={list(channel_mult)}, patch={patch}: these levels need an image side divisible by {divisor}, "
             f"the images are {image_shape[1]}x{image_shape[2]}"
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: must be in [0, 1)")
+    check_dropout(dropout)
 
 
 def _check_attention(image_shape, resolutions, width, channel_mult, attention_resolutions, head_channels) -> list[bool]:

@@ -172,8 +172,7 @@ def draw_grids(
     figures: dict[str, Tensor] = {}
     with distributed.progress(accelerator, (len(times) - 1) * len(settings), "trajectories (steps)") as bar:
         for each in settings:
-            with error_context(f"sampling_method={each.method}"):
-                states, _ = trajectory(accelerator, model, range(n), each, times, callback=bar.update)
+            states, _ = trajectory(accelerator, model, range(n), each, times, callback=bar.update)
             for step in range(0, len(times), every):
                 scale = None if step == 0 or not can_guide(model) else each.guidance_scale  # noise is the same at every scale
                 file = f"step_{step:04d}{'' if scale is None else f'_scale_{scale}'}.webp"
@@ -201,10 +200,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     if not plane or {"flow", "density"} & set(args.figures):
         indices = range(args.n or (20_000 if plane else 50))
         times = uniform(((args.frames or FRAMES) - 1) * args.steps_a_frame)
-        with (
-            distributed.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar,
-            error_context(f"sampling_method={settings.method}"),
-        ):
+        with distributed.progress(accelerator, len(times) - 1, "trajectory (steps)") as bar:
             states, _ = trajectory(accelerator, model, indices, settings, times, callback=bar.update)
         times, states = times[:: args.steps_a_frame], states[:: args.steps_a_frame]
         if not plane:

@@ -142,8 +142,7 @@ def solve_flow(args, accelerator: Accelerator, name: str, model: FlowModel, real
             validate(settings, model)
         adaptive = args.sampling_method in ADAPTIVE
         times = uniform(args.frames - 1) if adaptive else build_time_grid(settings, model.path)
-        with error_context(f"sampling_method={args.sampling_method}"):
-            states, end = trajectory(accelerator, model, indices, settings, times, SHOWN)
+        states, end = trajectory(accelerator, model, indices, settings, times, SHOWN)
         if not panels:
             deviation, _ = mean_straightness_deviation(accelerator, model, indices[:SHOWN], settings, STRAIGHTNESS_STEPS)
         distance = sliced_wasserstein(end.x.float().cpu(), real)

@@ -109,17 +109,26 @@ def sample_batch(
     autocast: surrounds the calls of network and decoder. callback: gets the state at each time of the grid but the first.
     """
     x0 = to_solver_dtype(model.draw_x0(noise_key, settings.seed, indices), device)
-    velocity = build_velocity(model, indices, settings, device)
+    times = build_time_grid(settings, model.path)
+    solution, forwards = _solve(model, x0, indices, settings, times, autocast, callback)
+    labels = labels_for(indices, settings, model.net.num_classes)
+    return SampleBatch(indices, solution.x, labels, solution.nfe, forwards, partial(decode, model, autocast))
+
+
+def _solve(
+    model: FlowModel, x0: Tensor, indices: range, settings: SamplerSettings, times: Sequence[float],
+    autocast: Callable[[], AbstractContextManager], callback: Callable[[Tensor], object] | None,
+) -> tuple[solvers.Solution, int]:  # fmt: skip
+    """The flow from x0 [b, ...] over the times, with the labels, noise and guidance of the images with these indices; and the
+    network calls per image."""
+    velocity = build_velocity(model, indices, settings, x0.device)
     options: dict[str, Any] = dict(settings.options)
     if settings.method in solvers.STOCHASTIC:
         options["noise"] = partial(increments, settings.seed, indices, x0)
-    with autocast():
-        times = build_time_grid(settings, model.path)
-        with error_context(f"sampling_method={settings.method}"):
-            solution = solvers.solve(velocity, x0, times, settings.method, callback, **options)
+    with autocast(), error_context(f"sampling_method={settings.method}"):
+        solution = solvers.solve(velocity, x0, times, settings.method, callback, **options)
     check_finite(solution.x, indices)
-    labels = labels_for(indices, settings, model.net.num_classes)
-    return SampleBatch(indices, solution.x, labels, solution.nfe, velocity.forwards, partial(decode, model, autocast))
+    return solution, velocity.forwards
 
 
 def check_finite(x: Tensor, indices: Sequence[int]) -> None:
@@ -145,7 +154,7 @@ def trajectory(
 ) -> tuple[list[Tensor], solvers.Solution]:  # fmt: skip
     """The states at the times, from 0, of the first `num_keep` images of these (None: of all), and the end of all of them.
 
-    They are solved as one batch, by a deterministic method; `callback` is called at each time.
+    They are solved as one batch; `callback` is called at each time. Raises UserError where the end is not finite.
     """
     model.eval()
     x0 = to_solver_dtype(model.draw_x0("sample", settings.seed, indices), accelerator.device)
@@ -155,8 +164,8 @@ def trajectory(
         states.append(x[:num_keep])
         callback()
 
-    velocity = build_velocity(model, indices, settings, accelerator.device)
-    return states, solvers.solve(velocity, x0, times, settings.method, record, **dict(settings.options))
+    solution, _ = _solve(model, x0, indices, settings, times, accelerator.autocast, record)
+    return states, solution
 
 
 def increments(seed: int, indices: range, like: Tensor, step: int) -> Tensor:

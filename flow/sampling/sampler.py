@@ -1,5 +1,6 @@
 """A trained flow in Python: sampling, velocities, trajectories, likelihood and inversion without a launcher."""
 
+import operator
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -96,8 +97,7 @@ class Sampler:
             labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, seed=seed, time_grid=time_grid,
         )  # fmt: skip
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"n={n}: must be a whole number of at least 1")
+        _check_count("n", n)
         with torch.inference_mode():
             return torch.cat([self._batch(batch, settings).images for batch in index_batches(range(n), batch_size)])
 
@@ -113,8 +113,17 @@ class Sampler:
     ) -> Tensor:
         """dx/dt [b, ...] at x [b, ...] and time t in [0, 1) on the linear path; differentiable with respect to x.
 
-        t_next: for flow maps, the time that the mean velocity leads to.
+        t_next: for flow maps, the time from t to 1 that the mean velocity leads to.
+
+        Raises:
+            ValueError: for other times, for t_next where the network has one time, and for a condition that it does not take.
         """
+        if not 0 <= t < 1:
+            raise ValueError(f"t={t}: must be in [0, 1); at the data, t = 1, the velocity is not defined")
+        if t_next is not None and not self.model.net.two_times:
+            raise ValueError(f"t_next={t_next}: is for flow maps; this network has one time")
+        if t_next is not None and not t <= t_next <= 1:
+            raise ValueError(f"t_next={t_next}: must be from t={t} to 1")
         with self._autocast():
             return self._velocity(len(x), labels, prompts, guidance_scale)(x, t, t_next)
 
@@ -141,6 +150,7 @@ class Sampler:
             labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, seed=seed, time_grid=time_grid,
         )  # fmt: skip
+        _check_count("n", n)
         x0 = to_solver_dtype(self.model.draw_x0("sample", seed, range(n)), self.device)
         states = [x0]
         with nullcontext() if requires_grad else torch.inference_mode():
@@ -177,6 +187,7 @@ class Sampler:
         x = to_solver_dtype(x1, self.device)
         eps = None
         if hutchinson_samples is not None:
+            _check_count("hutchinson_samples", hutchinson_samples)
             noise = [
                 gaussian_noise(f"hutchinson {i}", seed, range(len(x)), self.model.shape) for i in range(hutchinson_samples)
             ]
@@ -198,8 +209,9 @@ class Sampler:
         """The x0 [b, ...], float64, that the flow would turn into x1: the ODE solved backwards, without guidance.
 
         x1: uint8 images or floats as the network sees them, [b, ...]. labels, prompts: one for all, or one for each. Raises
-        ValueError for data of another shape, and for another number of labels or prompts.
+        ValueError for data of another shape, for another number of labels or prompts, and for less than one step.
         """
+        _check_count("steps", steps)
         if tuple(x1.shape[1:]) != self.model.shape:
             raise ValueError(f"x1 of shape {tuple(x1.shape)}: the flow works on {self.model.shape}")
         x = to_solver_dtype(to_float(x1.clone()), self.device)
@@ -250,7 +262,11 @@ class Sampler:
     def _settings(self, labels, prompts, options: dict | None = None, **settings: Any) -> SamplerSettings:
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r}: must be a list of prompts")
-        labels, prompts = (None if values is None else tuple(values) for values in (labels, prompts))
+        try:
+            labels = None if labels is None else tuple(map(operator.index, labels))
+        except TypeError:
+            raise ValueError(f"labels={labels!r}: must be whole numbers") from None
+        prompts = None if prompts is None else tuple(prompts)
         given = {"labels": labels, "prompts": prompts, "options": tuple((options or {}).items()), **settings}
         sampler = SamplerSettings(**given, guide=self.guide_name if settings["guidance_scale"] != 1 else None)
         if sampler.time_grid == "optimized":
@@ -285,3 +301,9 @@ class Sampler:
 
     def _autocast(self) -> AbstractContextManager:
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+def _check_count(name: str, value: int) -> None:
+    """Raises ValueError for what is no whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")

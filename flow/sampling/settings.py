@@ -61,7 +61,9 @@ def guidance_note(settings: SamplerSettings, model: FlowModel) -> str | None:
     # each evaluation of `consistency` leads to t = 1, however many steps there are
     long_steps = settings.method == "consistency" or settings.steps * LONG_STEP < 1
     if model.net.two_times and solvers.SOLVERS[settings.method].whole_step and long_steps:
-        return f"{scale}: guides mean velocities of long steps, which is not the guided flow; loss.args.guidance_scale is"
+        return (
+            f"{scale}: guides mean velocities of long steps, which is not the guided flow; train with loss.args.guidance_scale"
+        )
     return None
 
 
@@ -87,6 +89,9 @@ def validate(settings: SamplerSettings, model: FlowModel) -> None:
     if settings.method in IGNORES_GRID and settings.time_grid != "uniform":
         how = "by rtol and atol" if settings.method in ADAPTIVE else "evenly"
         raise ValueError(f"time_grid={settings.time_grid}: {settings.method} chooses its own times, {how}")
+    for name, values in {"labels": settings.labels, "prompts": settings.prompts}.items():
+        if values is not None and not values:
+            raise ValueError(f"{name}: must have at least one, or be left out")
     if settings.prompts and not net.max_prompt_bytes:
         raise ValueError("prompts: this network was trained without them (model.args.max_prompt_bytes)")
     if net.max_prompt_bytes:

@@ -70,7 +70,10 @@ def check(method: str, **options: Any) -> None:
 
 
 def validate_options(method: str, **options: Any) -> None:
-    """Raises ValueError, before anything is computed, for what `solve` would refuse."""
+    """Raises ValueError, before anything is computed, for what `solve` would refuse, and for noise, which is no setting."""
+    if "noise" in options:
+        raise ValueError("noise: is drawn from the seed and the index of an image")
+    check(method, **options)
     _dry_run(method, 2, **options)
 
 
@@ -82,23 +85,23 @@ def max_steps_for_nfe(method: str, nfe: int, end: float = 1.0) -> int:
     check(method)
     if method in HAS_TOLERANCES:
         raise ValueError(f"{method} chooses its own number of evaluations, by rtol and atol")
-    steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: _dry_run(method, n, end).nfe)
+    steps = bisect_right(range(1, nfe + 1), nfe, key=lambda n: _dry_run(method, n, end=end).nfe)
     if not steps:
-        raise ValueError(f"NFE {nfe}: {method} needs at least {_dry_run(method, 1, end).nfe}")
+        raise ValueError(f"NFE {nfe}: {method} needs at least {_dry_run(method, 1, end=end).nfe}")
     return steps
 
 
-def nfe(method: str, steps: int, end: float = 1.0) -> int:
-    """Velocity evaluations of so many steps of a method without tolerances, between t = 0 and `end`, in either direction."""
-    return _dry_run(method, steps, end).nfe
+def nfe(method: str, steps: int, start: float = 0.0, end: float = 1.0) -> int:
+    """Velocity evaluations of so many steps of a method without tolerances, from t = start to t = end, in either direction."""
+    return _dry_run(method, steps, start, end).nfe
 
 
-def _dry_run(method: str, steps: int, end: float = 1.0, **options: Any) -> Solution:
+def _dry_run(method: str, steps: int, start: float = 0.0, end: float = 1.0, **options: Any) -> Solution:
     noise: dict[str, Any] = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
     return solve(
         lambda x, t, t_next: x * 0,
         torch.zeros(1, dtype=torch.float64),
-        [end * t for t in uniform(steps)],
+        [start + (end - start) * t for t in uniform(steps)],
         method,
         **options,
         **noise,

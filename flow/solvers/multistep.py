@@ -73,7 +73,7 @@ def unipc(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]) -> Ite
             predicted = _ddim_step(x, x1_pred, t, t_next)
             if D1 is not None:
                 predicted = predicted - t_next * math.expm1(-h) * 0.5 * D1
-        if t_next == 1:
+        if t_next == time_grid[-1] and math.isinf(h):  # no corrector: the evaluation there would serve nothing
             yield predicted
             return
         x1_pred_next = predicted + (1 - t_next) * velocity(predicted, t_next)

@@ -52,8 +52,9 @@ GRIDS: dict[str, Callable[[int], list[float]]] = {
 
 
 def build(name: str, steps: int) -> list[float]:
-    """The times 0 = t_0 < ... < t_N = 1. Raises ValueError for an unknown name or fewer than one step."""
+    """The times 0 = t_0 < ... < t_N = 1. Raises ValueError for an unknown name and for steps that are no whole number of
+    at least 1."""
     grid = registry.pick("time grid", GRIDS, name, {})
-    if steps < 1:
-        raise ValueError(f"{steps} steps: must be at least 1")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{steps} steps: must be a whole number of at least 1")
     return grid(steps)

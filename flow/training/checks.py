@@ -45,6 +45,8 @@ def check_source(config: Config, model: FlowModel) -> None:
     key = f"flow.source.name={model.source.name}"
     if (config.flow.path, config.flow.prediction) != ("linear", "velocity"):
         raise UserError(f"{key}: needs flow.path=linear and flow.prediction=velocity; DDPM starts at Gaussian noise")
+    if (data_std := getattr(model.net, "data_std", None)) is not None:
+        raise UserError(f"model.args.data_std={data_std}: scales inputs for a start at Gaussian noise; leave it out with {key}")
     with error_context("flow.source"):
         model.draw_x0("train", config.seed, [0])
 
@@ -61,6 +63,11 @@ def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
     name = f"loss.name={config.loss.name}"
     if loss.needs_two_times and not net.two_times:
         raise UserError(f"{name}: needs a network with two times; set model.args.two_times=true")
+    if net.two_times and not loss.needs_two_times:
+        raise UserError(
+            f"model.args.two_times=true: {name} trains one time, and sampling would use two; set it to false (a flow map can "
+            "start from the flow by train.init_from), or choose a loss of flow maps such as mean_flow"
+        )
     if loss.needs_states and not getattr(data, "state_times", ()):
         raise UserError(f"{name}: needs pairs with the paths that lead to them; make them with make_pairs --keep_states 8")
     if loss.needs_pairs and config.flow.coupling != "paired":

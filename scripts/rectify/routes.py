@@ -57,7 +57,7 @@ def pair_passes(settings: PairsConfig, generated: float, inverted: float = 0) ->
     without guidance."""
     method, steps = settings.sampling_method, settings.sampling_steps
     calls = network_calls(settings.guidance_scale)
-    return generated * calls * solvers.nfe(method, steps) + inverted * solvers.nfe(method, steps, T_MAX)
+    return generated * calls * solvers.nfe(method, steps) + inverted * solvers.nfe(method, steps, T_MAX, 0)
 
 
 def build_loss(config: Config) -> FlowLoss:

@@ -67,38 +67,22 @@ def test_an_image_becomes_noise_and_an_image(tiny_run):
     assert (back.float() - images.float()).abs().mean() < 5 and not torch.equal(edited, back)
 
 
-def test_what_a_sampler_refuses(transfer_run, tiny_run):
+def test_no_preconditioning_from_another_source(error, tmp_path):
+    """Its scales are those of a start at Gaussian noise."""
+    line = error("train", *MOONS, *RING, *TRAIN, "model.args.data_std=0.5", "-e", tmp_path / "run")
+    assert "model.args.data_std=0.5: scales inputs for a start at Gaussian noise; leave it out" in line
+
+
+def test_what_transfer_refuses(transfer_run):
     """In one sentence that names the argument."""
-    transfer, noise = (Sampler.load(run, device="cpu") for run in (transfer_run, tiny_run))
-    for call, message in (
-        (
-            lambda: transfer.transfer(torch.full((3, 2), torch.nan)),
-            r"x0 of shape \(3, 2\): must have samples, all of them finite",
-        ),
-        (lambda: transfer.transfer(torch.zeros(0, 2)), r"x0 of shape \(0, 2\): must have samples"),
-        (lambda: transfer.transfer(torch.zeros(3, 3)), r"has samples of \(3,\), the flow works on \(2,\)"),
-        (lambda: noise.transfer(torch.zeros(2, 1, 8, 8).byte()), "x0 of uint8: this flow starts at Gaussian noise"),
-        (lambda: noise.encode(torch.zeros(2, 1, 8, 7)), r"x1 of shape \(2, 1, 8, 7\): the flow works on \(1, 8, 8\)"),
-        (
-            lambda: noise.log_likelihood(torch.zeros(2, 1, 8, 8).byte(), labels=[3]),
-            r"x1 of torch\.uint8 and shape \(2, 1, 8, 8\): must be floats .* flow\.likelihood\.dequantize makes them",
-        ),
-        (
-            lambda: noise.log_likelihood(torch.zeros(2, 1, 8, 7), labels=[3]),
-            r"x1 of torch\.float32 and shape \(2, 1, 8, 7\): must be floats as the network sees them, \[b, \*\(1, 8, 8\)\]",
-        ),
-        (lambda: noise.encode(torch.zeros(4, 1, 8, 8)), "labels=None: this network has 10 classes; give one label for all x1"),
-        (lambda: noise.log_likelihood(torch.zeros(4, 1, 8, 8)), "labels=None: this network has 10 classes"),
-        (lambda: noise.encode(torch.zeros(4, 1, 8, 8), labels=[3, 4]), "labels: 2 for 4 samples; give one for all x1, or one"),
-        (lambda: noise.log_likelihood(torch.zeros(4, 1, 8, 8), labels=[]), "labels: 0 for 4 samples"),
-        (lambda: noise.sample(0), "n=0: must be a whole number of at least 1"),
-        (lambda: noise.sample(2.5), "n=2.5: must be a whole number"),
-        (lambda: noise.sample(2, batch_size=0), "batch_size=0: must be a whole number of at least 1"),
-        (lambda: noise.sample(2, prompts="a text"), "prompts='a text': must be a list of prompts"),
-        (lambda: noise.sample(2, guidance_scale=float("nan")), "guidance_scale=nan: must be a finite number of 0 or more"),
+    transfer = Sampler.load(transfer_run, device="cpu").transfer
+    for x0, message in (
+        (torch.full((3, 2), torch.nan), r"x0 of shape \(3, 2\): must have samples, all of them finite"),
+        (torch.zeros(0, 2), r"x0 of shape \(0, 2\): must have samples"),
+        (torch.zeros(3, 3), r"has samples of \(3,\), the flow works on \(2,\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            call()
+            transfer(x0)
 
 
 def test_flows_side_by_side_from_another_source(here, error, transfer_run, tmp_path):

@@ -61,7 +61,7 @@ def test_wrong_values_are_named():
 
 def test_trains_and_samples(tmp_path):
     run_here("train", *TINY_TRAIN, "model.args.data_std=0.5", "-e", tmp_path / "run")
-    flow_map = ["model.args.two_times=true", f"train.init_from={tmp_path / 'run'}"]
+    flow_map = ["model.args.two_times=true", "loss.name=alpha_flow", f"train.init_from={tmp_path / 'run'}"]
     run_here("train", *TINY_TRAIN, "model.args.data_std=0.5", *flow_map, "-e", tmp_path / "map")
     run_here(
         "sample", "--weights", tmp_path / "map", "--n_samples", "2", "--sampling_steps", "2", "--save_dir", tmp_path / "samples"

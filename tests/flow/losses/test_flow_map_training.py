@@ -131,6 +131,7 @@ def test_guidance_comes_with_notes(here, alpha_flow, tmp_path):
     ("arguments", "message"),
     [
         (["loss.name=mean_flow"], "loss.name=mean_flow: needs a network with two times; set model.args.two_times=true"),
+        (TWO_TIMES, "model.args.two_times=true: loss.name=flow_matching trains one time, and sampling would use two"),
         ([*TWO_TIMES, "loss.name=trajectory"], "loss.name=trajectory: needs pairs with the paths that lead to them"),
         (
             [*TWO_TIMES, "loss.name=mean_flow", "loss.args.guidance_scale=2", "model.args.num_classes=null"],

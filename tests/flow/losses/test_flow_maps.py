@@ -85,8 +85,8 @@ def test_flow_maps_live_on_the_linear_path():
 
 def test_flow_weights_start_a_flow_map(here, tmp_path, tiny_run):
     """The embedding of the second time is the only part that the weights of a flow lack."""
-    start = [f"train.init_from={tiny_run}", "model.args.two_times=true", "train.steps=1", "optimizer.lr=1e-12"]
-    here("train", *TINY_TRAIN, *start, "-e", tmp_path / "run")
+    flow_map = ["model.args.two_times=true", "loss.name=alpha_flow", f"train.init_from={tiny_run}"]
+    here("train", *TINY_TRAIN, *flow_map, "train.steps=1", "optimizer.lr=1e-12", "-e", tmp_path / "run")
     before, after = (load_file(locate.find(run)) for run in (tiny_run, tmp_path / "run"))
     layer = "conditioning.step_embedding.linear"
     assert {key for key in after if key not in before} == {f"{layer}.weight", f"{layer}.bias"}

@@ -383,6 +383,8 @@ def test_the_most_steps_within_a_number_of_evaluations():
     with pytest.raises(ValueError, match="NFE 2: rk4 needs at least 3"):
         solvers.max_steps_for_nfe("rk4", 2)
     assert solvers.max_steps_for_nfe("explicit_adams", 20) == 12
+    there, back = ([solvers.nfe(method, 5, *ends) for method in ("euler", "dpmpp_2m", "unipc")] for ends in ((0, 1), (0.9, 0)))
+    assert there == back == [5, 5, 5]
     for method in ("dopri5", "implicit_adams"):
         with pytest.raises(ValueError, match=f"{method} chooses its own number of evaluations"):
             solvers.max_steps_for_nfe(method, 100)

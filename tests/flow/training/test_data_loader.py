@@ -14,8 +14,9 @@ from configs.errors import UserError
 from datasets.folder import Folder
 from datasets.images import Images
 from flow.losses import Batch
+from flow.noise import gaussian_noise
 from flow.sampling.images import to_uint8
-from flow.training.data_loader import TrainingLoader
+from flow.training.data_loader import TrainingLoader, further_noise
 
 
 def numbered(n: int) -> Images:
@@ -209,3 +210,10 @@ def test_a_batch_that_does_not_divide(batch_size, world_size, gradient_accumulat
     with pytest.raises(UserError, match=message):
         make(numbered(10), batch_size, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)
     make(numbered(10), near, world_size=world_size, gradient_accumulation_steps=gradient_accumulation_steps)
+
+
+def test_noise_of_a_loss_is_not_that_of_x0():
+    """Whatever key a loss of one's own chooses."""
+    (batch,) = next(make(numbered(6), 6).steps(0, 1))
+    noise = further_noise({"train": (2,)}, 3, batch, torch.device("cpu"))["train"]
+    assert noise.shape == (6, 2) and not torch.equal(noise, gaussian_noise("train", 3, batch.sample_ids, (2,)))

@@ -1,0 +1,49 @@
+"""Sampler, the Python interface of a trained flow: what it refuses."""
+
+import numpy as np
+import pytest
+import torch
+
+from flow.sampling import Sampler
+
+IMAGES = torch.zeros(4, 1, 8, 8)
+WRONG = [
+    ("sample", [0], {}, "n=0: must be a whole number of at least 1"),
+    ("sample", [2.5], {}, "n=2.5: must be a whole number"),
+    ("trajectory", [0], {}, "n=0: must be a whole number of at least 1"),
+    ("sample", [2], {"batch_size": 0}, "batch_size=0: must be a whole number of at least 1"),
+    ("sample", [2], {"steps": 0}, "0 steps: must be a whole number of at least 1"),
+    ("sample", [2], {"steps": 2.5}, "2.5 steps: must be a whole number"),
+    ("sample", [2], {"labels": []}, "labels: must have at least one, or be left out"),
+    ("sample", [2], {"labels": [1.5]}, r"labels=\[1.5\]: must be whole numbers"),
+    ("sample", [2], {"labels": [10]}, "labels=10: is out of range; this network has 0 to 9"),
+    ("sample", [2], {"prompts": "a text"}, "prompts='a text': must be a list of prompts"),
+    ("sample", [2], {"guidance_scale": float("nan")}, "guidance_scale=nan: must be a finite number of 0 or more"),
+    ("sample", [2], {"rtol": 1e-3}, "euler has no option 'rtol'; it takes none"),
+    ("sample", [2], {"callback": print}, "euler has no option 'callback'"),
+    ("sample", [2], {"method": "euler_maruyama", "noise": IMAGES}, "noise: is drawn from the seed and the index of an image"),
+    ("transfer", [IMAGES.byte()], {}, "x0 of uint8: this flow starts at Gaussian noise"),
+    ("velocity", [IMAGES, 1], {}, r"t=1: must be in \[0, 1\)"),
+    ("velocity", [IMAGES, -0.1], {}, r"t=-0.1: must be in \[0, 1\)"),
+    ("velocity", [IMAGES, 0.5], {"t_next": 0.7}, "t_next=0.7: is for flow maps; this network has one time"),
+    ("encode", [torch.zeros(2, 1, 8, 7)], {}, r"x1 of shape \(2, 1, 8, 7\): the flow works on \(1, 8, 8\)"),
+    ("encode", [IMAGES], {}, "labels=None: this network has 10 classes; give one label for all x1"),
+    ("encode", [IMAGES], {"labels": [3, 4]}, "labels: 2 for 4 samples; give one for all x1, or one"),
+    ("encode", [IMAGES], {"labels": [3], "steps": 0}, "steps=0: must be a whole number of at least 1"),
+    ("log_likelihood", [IMAGES], {}, "labels=None: this network has 10 classes"),
+    ("log_likelihood", [IMAGES], {"labels": [3], "hutchinson_samples": 0}, "hutchinson_samples=0: must be a whole number"),
+    ("log_likelihood", [IMAGES.byte()], {"labels": [3]}, r"x1 of torch\.uint8 .* flow\.likelihood\.dequantize makes them"),
+    ("log_likelihood", [torch.zeros(2, 1, 8, 7)], {"labels": [3]}, r"x1 of torch\.float32 and shape \(2, 1, 8, 7\): must be"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "arguments", "options", "message"), WRONG)
+def test_wrong_arguments_are_named(tiny_run, method, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(Sampler.load(tiny_run, device="cpu"), method)(*arguments, **options)
+
+
+@pytest.mark.parametrize("labels", [np.array([3, 1]), torch.tensor([3, 1]), (3, 1)])
+def test_labels_of_any_kind(tiny_run, labels):
+    sampler = Sampler.load(tiny_run, device="cpu")
+    assert torch.equal(sampler.sample(2, labels=labels, steps=2), sampler.sample(2, labels=[3, 1], steps=2))
