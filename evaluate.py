@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from configs import loading
 from configs.errors import UserError
-from flow.evaluation import control, folders, metrics, runner, snapshots
+from flow.evaluation import control, folders, metrics, runner, snapshots, table
 from flow.evaluation.features import INCEPTION
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
@@ -83,6 +83,9 @@ def parse_args():
         "beside other folders; of hf:owner/NAME: NAME/evaluation)",
         required=False,
     )
+    parser.add_argument(
+        "--rows_file", type=Path, metavar="FILE", help="also write the rows of this command, new or not, as JSON lines"
+    )
     args = parser.parse()
     if args.samples:
         for name in GENERATION:
@@ -144,16 +147,17 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
         evaluator = snapshots.SnapshotEvaluator.build(
             settings, accelerator, out, snap.config, snap.space, model, snap.class_names, plan, captions_of, not labels, further
         )
-        control.add_control(evaluator.evaluation)
+        rows = [row for row in [control.add_control(evaluator.evaluation)] if row]
         for file in paths:
             if len(paths) > 1:
                 snap = snapshot.load(file, args.config, args.overrides)
                 snap.load_into(net)
             width = snap.power_average.width if snap.power_average else None
             subject = {"weights": f"{name}@{snap.step}", "ema_width": width, "images": snap.images, "captions": captions}
-            evaluator.evaluate(model, snap.sha256, subject)
+            rows += [row for row, _ in evaluator.evaluate(model, snap.sha256, subject)]
         accelerator.print(evaluator.evaluation.write_report())
         accelerator.wait_for_everyone()
+    write_rows_file(args, accelerator, rows)
     print_summary(args, accelerator, out, f"sample as in the last row with: {suggested_sample(args, paths[-1], plan[-1])}")
 
 
@@ -191,7 +195,7 @@ def suggested_sample(args, weights: Path, row: SamplerSettings) -> str:
     words += ["--labels", *args.labels] if args.labels and not row.prompts else []
     words += ["--seed", str(args.seed)]
     words += commands.config_flags(args)
-    words += ["-mp", args.mixed_precision] if args.mixed_precision != "no" else []
+    words += commands.precision_flags(args)
     return commands.sample_command(weights, f"{weights.stem}_{row.method}_{row.steps}", *words, *args.overrides)
 
 
@@ -203,9 +207,15 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
     out = args.out or (folder / "evaluation" if stored else folder.with_name(f"{folder.name}_evaluation"))
     with lock.folder(out, accelerator):
         config = loading.load(args.config, args.overrides)
-        folders.write_row(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))
+        rows = folders.write_row(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))
+    write_rows_file(args, accelerator, rows)
     show = f"cat {shlex.quote(str(out / 'results.md'))}"
     print_summary(args, accelerator, out, f"see the table again with: {show}")
+
+
+def write_rows_file(args, accelerator: Accelerator, rows: list[dict]) -> None:
+    if args.rows_file and accelerator.is_main_process:
+        table.write_rows(args.rows_file, rows)
 
 
 def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> None:

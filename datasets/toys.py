@@ -19,6 +19,7 @@ from datasets.images import Images
 UNIFORMS_PER_POINT = 4  # uniform numbers that a point is made from
 MAX_POINTS = 10_000_000  # 320 MB of uniform numbers: a snapshot's header may name any number
 SIDE = 4.0  # of the square
+INSIDE = 1e-6  # from the edge of a square of the checkerboard: rounding to float32 must not lead out of it
 
 
 @dataclass(kw_only=True)
@@ -49,7 +50,8 @@ def checkerboard(u: np.ndarray) -> np.ndarray:
     """Uniform on the dark squares of a 4 x 4 board."""
     column = np.floor(4 * u[:, 0])
     row = 2 * np.floor(2 * u[:, 1]) + column % 2
-    return np.stack([column + u[:, 2], row + u[:, 3]], axis=1) - 2
+    x, y = np.clip(u[:, 2:], INSIDE, 1 - INSIDE).T
+    return np.stack([column + x, row + y], axis=1) - 2
 
 
 def eight_gaussians(u: np.ndarray) -> np.ndarray:

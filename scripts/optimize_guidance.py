@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 from configs.errors import UserError
 from datasets import captions
-from flow.evaluation import plots, table
+from flow.evaluation import command, plots, table
 from flow.evaluation.snapshots import columns_of
-from flow.runtime import cli, commands, distributed, flags, lock, messages, subprocesses
+from flow.runtime import cli, commands, distributed, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, locate, snapshot
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
 from flow.solvers import SOLVERS
-from flow.solvers.torchdiffeq import ADAPTIVE
 
 EXAMPLES = """\
   python -m scripts.optimize_guidance --weights runs/mnist --out runs/mnist/guidance --feature_extractor mnist \\
@@ -129,6 +128,9 @@ def main() -> None:
         args.sampling_method,
         "--sampling_steps",
         str(args.sampling_steps),
+        "--seed",
+        str(args.seed),
+        *commands.precision_flags(args),
     ]
     result = f"best: guidance {best.scale:g}, {best.curve}: {value}; table and guidance.png in {args.out}"
     sample = commands.sample_command(args.weights, "best_guidance", *words, *args.overrides)
@@ -161,27 +163,26 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
     for scale, times, weights in candidates:
         groups.setdefault((times, weights), []).append(scale)
     folder = args.out / "evaluation"
+    rows: list[dict] = []
     for (times, weights), scales in groups.items():
-        command = commands.evaluate_arguments(
+        words = commands.evaluate_arguments(
             locate.pinned(args.weights, snap.path), folder, args.overrides, guidance_scale=scales,
             guidance_interval=times if times != ALL_TIMES else None, guide_weights=weights, methods=args.sampling_method,
             sampling_steps=args.sampling_steps, n_samples=n, seed=args.seed, feature_extractor=args.feature_extractor,
             mixed_precision=args.mixed_precision,
         )  # fmt: skip
-        subprocesses.run_command(command, args.launcher)
+        rows += command.rows_of(words, args.launcher)
     names = {c.guide: guide.name_of(snapshot.load(c.guide), c.guide) for c in candidates if c.guide}
     by_columns = {columns(c, names): c for c in candidates}
-    precision = distributed.resolve_precision(args.mixed_precision)
-    own = {"weights_sha256": snap.sha256, "seed": args.seed, "mixed_precision": precision}
-    solver = args.sampling_method, None if args.sampling_method in ADAPTIVE else args.sampling_steps
-    results = {}
-    for row in table.rows_of(folder, n, args.feature_extractor, **own):
-        scale = row["guidance_scale"]
-        key = (1.0 if scale is None else scale, row.get("guidance_interval"), row.get("guide"))
-        if key in by_columns and (row["method"], row["steps"]) == solver:
-            [entry] = table.aggregate([row])
-            results[by_columns[key]] = {**entry, "guidance_scale": key[0]}
-    return results, [entry for row in table.floors(folder, n, args.feature_extractor) for entry in table.aggregate([row])]
+    results, real = {}, {}
+    for row in rows:
+        [entry] = table.aggregate([row])
+        if table.is_control(row):
+            real[row["weights"]] = entry
+            continue
+        scale = 1.0 if row["guidance_scale"] is None else row["guidance_scale"]
+        results[by_columns[scale, row.get("guidance_interval"), row.get("guide")]] = {**entry, "guidance_scale": scale}
+    return results, list(real.values())
 
 
 def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str | None]:

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 
 from configs.errors import UserError
 from flow import solvers
-from flow.evaluation import plots, table
+from flow.evaluation import command, plots, table
 from flow.model import FlowModel
-from flow.runtime import cli, commands, distributed, files, flags, lock, messages, subprocesses
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import grid_store, hub, locate, snapshot, sources
 from flow.sampling.generate import build_velocity, to_solver_dtype
@@ -112,6 +112,7 @@ def study(
     text = table.markdown([columns, *cells])
     files.write_text(args.out / "study.md", text + "\n")
     plots.error_against_nfe(args.out / "study.png", rows, "distance", "distance to the fine solution")
+    (args.out / "fd.png").unlink(missing_ok=True)  # of an earlier study, which this one replaces
     if args.num_fid_images:
         plots.error_against_nfe(
             args.out / "fd.png", rows, "FD", f"FD-{args.feature_extractor} of {args.num_fid_images:,} images"
@@ -168,20 +169,16 @@ def distances(
 def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     """Give each row its "FD", measured by evaluate.py from noise of its own."""
     folder = args.out / "evaluation"
+    metrics_of = {}
     for name in args.grids:
-        evaluate = commands.evaluate_arguments(
+        words = commands.evaluate_arguments(
             locate.pinned(args.weights, snap.path), folder, args.overrides, methods=args.methods, nfe=args.nfe,
             sampling_steps=None if args.nfe else args.sampling_steps, time_grid=name, metrics="fid",
             guidance_scale=args.guidance_scale, n_samples=args.num_fid_images, mixed_precision=args.mixed_precision,
             feature_extractor=args.feature_extractor, no_control=True, config=args.config,
         )  # fmt: skip
-        subprocesses.run_command(evaluate)
-    precision = distributed.resolve_precision(args.mixed_precision)
-    own = {"weights_sha256": snap.sha256, "mixed_precision": precision}
-    metrics_of = {}
-    for r in table.rows_of(folder, args.num_fid_images, args.feature_extractor, **own):
-        if r.get("guidance_scale") in (None, args.guidance_scale):
-            metrics_of[r["method"], r["steps"], json.dumps(r["identity"]["times"])] = r["metrics"]
+        for row in command.rows_of(words):
+            metrics_of[row["method"], row["steps"], json.dumps(row["identity"]["times"])] = row["metrics"]
     for row in rows:
         settings = row["settings"]
         metrics = metrics_of[settings.title, settings.steps, json.dumps(settings.times)]

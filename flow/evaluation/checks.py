@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from configs.errors import UserError
 from configs.schema import Config
@@ -39,7 +40,10 @@ def check_before_training(config: Config, settings: EvaluationSettings) -> None:
         data = DataSpec.of(config.data).build()
     shape, flow = Space(data.image_shape, data.codec).decoded_shape, config.flow.source
     accelerator = Accelerator(cpu=True, mixed_precision="no")
-    check_evaluation(settings, accelerator, config, shape, sources.build(flow.name, config.data.root, flow.args))
+    try:
+        check_evaluation(settings, accelerator, config, shape, sources.build(flow.name, config.data.root, flow.args))
+    finally:  # accelerate keeps device and precision for the rest of the process, which may need others
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def check_number_of_starts(settings: EvaluationSettings, source: Source) -> None:

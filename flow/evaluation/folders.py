@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
+from configs.errors import UserError
 from configs.schema import Config
 from datasets.folder import EncodedImages
 from flow.evaluation import collecting
@@ -29,8 +30,8 @@ from flow.sampling.settings import SamplerSettings
 def write_row(
     settings: EvaluationSettings, accelerator: Accelerator, out: Path, samples: Path, config: Config, data: EncodedImages,
     stored: dict[str, Any] | None, trained: bool,
-) -> None:  # fmt: skip
-    """The row of the images `data` of a folder, beside that of real images, then the report.
+) -> list[dict]:  # fmt: skip
+    """The rows of real images and of the images `data` of a folder, on the main process; then the report.
 
     Args:
         stored: its sampling.json, which tells the labels.
@@ -56,7 +57,7 @@ def write_row(
             f"warning: the images of {samples} take turns over the classes, which are not equally frequent in the "
             "reference; this makes the distance larger (with --weights the classes are drawn by their frequency)"
         )
-    add_control(ev)
+    real = add_control(ev)
     name = samples.resolve().name  # of "." too
     subject = {"weights": name, "n": len(data), "first": 0}
     identity = {"images": data.fingerprint(), **classes_identity(labels, own_names, ev.reference)}
@@ -67,9 +68,10 @@ def write_row(
         ev.draw_closest(measured, name, lambda positions: torch.stack([data[k][0] for k in positions]))
         return {**measured.columns, "seconds": seconds} if measured else None
 
-    ev.evaluate_row(subject, identity, compute)
+    measured = ev.evaluate_row(subject, identity, compute)
     accelerator.print(ev.write_report())
     accelerator.wait_for_everyone()
+    return [row for row in (real, measured and measured[0]) if row]
 
 
 def labels_of(samples: Path, data: EncodedImages, stored: dict[str, Any] | None) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -106,6 +108,8 @@ def classes_identity(labels: Tensor | None, names: Sequence[str], real: Referenc
 
 def read_folder(samples: Path) -> tuple[EncodedImages, dict[str, Any] | None]:
     """The images of a folder, and what sample.py wrote beside them, None for a folder from elsewhere."""
+    if not samples.is_dir():
+        raise UserError(f"--samples {samples}: there is no such folder")
     note, stored = samples / "sampling.json", None
     if note.is_file():
         with error_context(f"--samples {samples}: sampling.json cannot be used"):

@@ -9,6 +9,7 @@ from datasets import DataSet
 from flow.evaluation.neighbors import nearest_neighbors, nearest_of
 
 QUANTILE = 0.01  # of held-out real images that count as copies by chance
+DUPLICATE = 1e-6  # squared distance, over the variance of the features: below it are copies, up to rounding
 PAIRS = 24  # of samples and training images in the figure
 
 
@@ -33,9 +34,10 @@ class Closest:
 def training_set(data: DataSet, features: Tensor, held_out: Tensor | None) -> TrainingSet:
     """The threshold is the QUANTILE of the distances from held-out real images, features [h, d], to the nearest training image;
     where there are none (None), of those from training images to the nearest other one, which are distributed alike but for
-    what the extractor knows of them by heart."""
+    what the extractor knows of them by heart. Duplicates of a training image do not count: they tell nothing of new images."""
     distances = nearest_neighbors(features, 1)[0][:, 0] if held_out is None else nearest_of(held_out, features)[0]
-    return TrainingSet(data, features, float(np.quantile(distances.numpy(), QUANTILE)))
+    new = distances[distances > DUPLICATE * features.var(0).sum()]
+    return TrainingSet(data, features, float(np.quantile(new.numpy(), QUANTILE)) if len(new) else 0.0)
 
 
 def closest(distances: Tensor, positions: Tensor, threshold: float) -> Closest:

@@ -200,7 +200,7 @@ METRICS: dict[str, Metric] = {
     "memorization": copied_share,
     "isc": isc,
     "accuracy": accuracy,
-    "per_class": per_class,
+    table.PER_CLASS: per_class,
 }
 
 

@@ -3,6 +3,8 @@
 The rows themselves come from snapshots.py, folders.py and control.py.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -184,6 +186,11 @@ class Evaluation:
             names["accuracy"] = f"accuracy{table.BY}{self.extractor.classifier}"
         if "memorization" in names and self.threshold:
             names["memorization"] = f"memorization{table.BY}{self.threshold}"
+        if table.PER_CLASS in names:  # of labels that the samples do not have, there are none
+            ref = self.reference
+            classes = None if ref.labels is None else [list(ref.class_names), np.bincount(ref.labels).tolist()]
+            digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]
+            names[table.PER_CLASS] = f"{table.PER_CLASS}{table.BY}{digest}"
         return list(names.values())
 
     def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> tuple[Measurement | None, float]:

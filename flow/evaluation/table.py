@@ -19,6 +19,7 @@ GUIDANCE = ("guidance_scale", "guidance_interval", "guide")
 # How the samples were made, from the identity of a row: columns only where the samples of a table differ in them.
 DRAWN = ("labels", "seed", "mixed_precision", "times")
 VARIANT = "variant"  # the column that tells entries apart where no other one does, see `_name_variants`
+CONTENT = "reference_content"  # a hash of the reference and the extractor: folders of other images may have one name
 # What a row is about, in the order of the columns.
 KEY_COLUMNS = (
     "weights", "ema_width", "captions", "method", "steps", "NFE", "forwards", *GUIDANCE, "source", *DRAWN, VARIANT, "n",
@@ -26,6 +27,7 @@ KEY_COLUMNS = (
 )  # fmt: skip
 # Rows that agree in these are repeats of one measurement, on ranges of images of their own.
 SETTINGS = ("weights", "method", "steps", "guidance_scale", "n", "identity")
+PER_CLASS = "per_class"  # the metric of `class_column`
 BY = " by "  # in a requested metric, before what else its value depends on, as in "accuracy by cifar10"
 COST = ("NFE", "forwards")  # measured: with adaptive methods every repeat has its own
 WEIGHTS_HASH = "weights_sha256"  # in an identity: the content of a snapshot
@@ -67,12 +69,18 @@ def append_row(folder: Path, row: dict) -> None:
     jsonl.append(folder / "results.jsonl", row)
 
 
-def read_rows(folder: Path) -> list[dict]:
-    """The rows of results.jsonl, one a measurement: where it was repeated, its last values of every metric.
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write the rows to a file of their own, for `read_rows`."""
+    files.write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file, or of results.jsonl in a folder, one a measurement: where it was repeated, its last values of every
+    metric; distances of classes only where the classes are those of the last time.
 
     Lines that are not rows are skipped, each with a warning on stderr.
     """
-    path = folder / "results.jsonl"
+    path = path / "results.jsonl" if path.is_dir() else path
     rows: dict[str, dict] = {}
     for line in jsonl.read_lines(path, damage_of):
         if line.row is None:
@@ -80,22 +88,26 @@ def read_rows(folder: Path) -> list[dict]:
             continue
         key = _key(line.row)
         before = rows.get(key, {"metrics": {}, "requested": []})
-        metrics = {name: {**before.get(name, {}), **line.row.get(name, {})} for name in ("metrics", "standard_errors")}
         by_metric = {name.partition(BY)[0]: name for name in [*before["requested"], *line.row["requested"]]}
+        metrics = {name: {**before.get(name, {}), **line.row.get(name, {})} for name in ("metrics", "standard_errors")}
+        if not {name for name in before["requested"] if name.startswith(PER_CLASS)} <= set(by_metric.values()):
+            metrics = {
+                name: {k: v for k, v in values.items() if not is_class_column(k) or k in line.row.get(name, {})}
+                for name, values in metrics.items()
+            }
         rows[key] = {**line.row, **metrics, "requested": list(by_metric.values())}
     return list(rows.values())
 
 
-def rows_of(folder: Path, n: int, extractor: str | None = None, **identity: Any) -> list[dict]:
-    """The rows of n samples that were measured with this feature extractor (None: with any) and agree in these entries of
-    their identity. The folder may hold those of other calls."""
-    rows = [row for row in read_rows(folder) if row["n"] == n and _is_measured_with(extractor, row)]
-    return [row for row in rows if identity.items() <= row["identity"].items()]
+def rows_of(folder: Path, n: int, extractor: str | None = None) -> list[dict]:
+    """The rows of n samples that were measured with this feature extractor (None: with any). The folder may hold those of
+    other calls."""
+    return [row for row in read_rows(folder) if row["n"] == n and _is_measured_with(extractor, row)]
 
 
-def floors(folder: Path, n: int, extractor: str | None = None) -> list[dict]:
+def floors(folder: Path, n: int) -> list[dict]:
     """The rows of real images that go with `rows_of`: of n images, or of the most that there are where they are fewer."""
-    rows = [row for row in read_rows(folder) if is_control(row) and row["n"] <= n and _is_measured_with(extractor, row)]
+    rows = [row for row in read_rows(folder) if is_control(row) and row["n"] <= n]
     most = max((row["n"] for row in rows), default=0)
     return [row for row in rows if row["n"] == most]
 
@@ -139,7 +151,8 @@ def aggregate(rows: list[dict]) -> list[dict]:
     """One entry a measurement, by NFE: {**subject, "ranges": repeats, "spreads": {...}, "metrics": {name: Statistic}}.
 
     NFE and forwards are means over the repeats, too; "spreads" has their standard deviations, "images" the training images
-    that a snapshot has seen. VARIANT tells apart what differs in the identity of the rows alone.
+    that a snapshot has seen. VARIANT tells apart what differs in the identity of the rows alone, CONTENT references of
+    one name.
     """
     groups: dict[str, list[dict]] = {}
     for row in rows:
@@ -151,7 +164,7 @@ def aggregate(rows: list[dict]) -> list[dict]:
         metrics["seconds"] = _statistics([row["seconds"] for row in members])
         cost = {key: _statistics([row.get(key) for row in members]) for key in COST}
         subject = {key: cost[key].mean if key in COST else members[-1].get(key) for key in KEY_COLUMNS}
-        subject |= {**_drawn(members[-1]["identity"]), VARIANT: None}
+        subject |= {**_drawn(members[-1]["identity"]), VARIANT: None, CONTENT: members[-1]["identity"].get("reference")}
         spreads = {key: value.std for key, value in cost.items()}
         images = members[-1].get("images")
         entries.append({**subject, "images": images, "ranges": len(members), "spreads": spreads, "metrics": metrics})

@@ -146,6 +146,11 @@ def config_flags(args: argparse.Namespace) -> list[str]:
     return ["-c", str(args.config)] if args.config else []
 
 
+def precision_flags(args: argparse.Namespace) -> list[str]:
+    """-mp as it was typed."""
+    return ["-mp", args.mixed_precision] if args.mixed_precision != "no" else []
+
+
 def source_flags(args: argparse.Namespace) -> list[str]:
     """--source as it was typed."""
     return ["--source", args.source] if args.source else []

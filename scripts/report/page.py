@@ -304,7 +304,7 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
             if e["method"] is not None and metrics[0] in e["metrics"]:  # else it is of real images or a folder
                 # optimized times are fitted to the weights, so that every run has its own, as variants are
                 own = ("weights", "times", table.VARIANT, *table.COST)
-                key = tuple(e[name] for name in table.KEY_COLUMNS if name not in own)
+                key = tuple(e[name] for name in (*table.KEY_COLUMNS, table.CONTENT) if name not in own)
                 of_runs = settings.setdefault(key, {})
                 if run.name not in of_runs or rank(e) > rank(of_runs[run.name]):
                     of_runs[run.name] = e
@@ -337,7 +337,7 @@ def _table(runs: list[Run], metrics: list[str]) -> list[Any]:
     for i, run in enumerate(runs):
         for e in run.entries:
             if table.is_control(e):
-                row = (e["weights"], e["n"], e["reference"], *(e["metrics"].get(name) for name in metrics))
+                row = (e["weights"], e["n"], e["reference"], e[table.CONTENT], *(e["metrics"].get(name) for name in metrics))
                 if row in controls:
                     continue
                 controls.add(row)

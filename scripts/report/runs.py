@@ -112,8 +112,9 @@ class Run:
         name = self.distance
         measured = [e for e in self.entries if e["method"] is not None and name in e["metrics"]]
         finite = [e for e in measured if math.isfinite(e["metrics"][name].mean)]
-        common = Counter(e["reference"] for e in finite).most_common(1)
-        alike = [e for e in finite if e["reference"] == common[0][0]]
+        references = [(e["reference"], e[table.CONTENT]) for e in finite]
+        common = Counter(references).most_common(1)
+        alike = [e for e, reference in zip(finite, references, strict=True) if reference == common[0][0]]
         most = max((e["n"] for e in alike), default=0)
         return min((e for e in alike if e["n"] == most), key=lambda e: e["metrics"][name].mean, default=None)
 

@@ -1,5 +1,6 @@
 """scripts.optimize_guidance: a table that grows, halving, and the hint."""
 
+import re
 import shlex
 
 import pytest
@@ -44,6 +45,14 @@ def test_table_grows_and_the_best_is_named(optimize, here, tmp_path):
     command = shlex.split(last.partition("sample with it: ")[2])  # python sample.py ...
     here("sample", *command[2:], "--n_samples", "2", "--save_dir", tmp_path / "samples")
     assert (tmp_path / "samples/grid.png").is_file()
+
+
+def test_rows_of_another_reference_are_not_taken(optimize):
+    """Also where those lie behind the own ones in the same table."""
+    flags = ["--guidance_scale", "1", "2", "--n_samples", "80"]
+    first, other, again = (optimize(*flags, *words).splitlines()[-1] for words in ([], ["data.args.split=test"], []))
+    found = [re.search(r"FD-digits [\d.]+", line)[0] for line in (first, other, again)]
+    assert found[0] == found[2] != found[1]
 
 
 def test_halving(optimize, tmp_path, tiny_run, monkeypatch):

@@ -23,6 +23,9 @@ from configs import loading
 from configs.errors import UserError
 from configs.rectify import PairsConfig, RectifyConfig, RouteConfig, StageConfig
 from flow.evaluation import table
+from flow.evaluation.checks import check_before_training
+from flow.evaluation.runner import EvaluationSettings
+from flow.runtime import distributed
 from flow.sampling import locate, snapshot
 from flow.training import checkpoint
 from scripts.rectify import __main__ as rectify
@@ -126,6 +129,14 @@ def test_table_and_figure(rectified):
     assert images["flow"] == "64" and images["distilled"] == str(3 * 64 + 2 * 40)
     assert len([row for row in table.read_rows(rectified / "evaluation") if not table.is_control(row)]) == 10
     assert min(Image.open(rectified / "comparison.png").size) > 200
+
+
+def test_early_check_leaves_the_precision_open():
+    """The comparison at the end has that of the first training."""
+    config = loading.load("configs/digits.yaml", [])
+    settings = EvaluationSettings(owner="rectify", feature_extractor="digits", n_samples=20)
+    check_before_training(config, settings)
+    assert distributed.build_accelerator("bf16").mixed_precision == "bf16"
 
 
 def test_hint_samples_from_best_row(rectified):

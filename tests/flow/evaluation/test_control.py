@@ -54,6 +54,15 @@ def test_the_row_of_real_images_of_mnist(here, tmp_path, real_data):
         assert 0.7 < control["metrics"]["FD-mnist"] < 1.8 and control["metrics"]["accuracy"] > 0.98
 
 
+def test_classes_of_real_images_after_one_without(here, tmp_path, tiny_run):
+    """The row of real images has its distances of classes once somebody asks who has classes."""
+    unlabeled, out = write_folder(tmp_path / "unlabeled", datasets.build("digits", None, {}).images[:1200]), tmp_path / "out"
+    common = ["--feature_extractor", "digits", "--metrics", "fid", "per_class", "--out", out]
+    here("evaluate", "--samples", unlabeled, "--reference", "digits", *common, f"data.root={tmp_path}")
+    here("evaluate", "--weights", tiny_run, "--sampling_steps", 1, "--n_samples", 1200, *common)
+    assert any(map(table.is_class_column, next(filter(table.is_control, table.read_rows(out)))["metrics"]))
+
+
 def test_no_row_of_a_reference_too_small(here, tmp_path, tiny_run):
     """A half of three images is one, from which no distance is to be had."""
     folder = write_folder(tmp_path / "three", datasets.build("digits", None, {}).images[:3])

@@ -121,6 +121,16 @@ def test_labels_beside_prompts_count(here, tmp_path, others):
     assert row["metrics"] == {} if others else row["metrics"]["accuracy"] > 0.9
 
 
+def test_a_folder_elsewhere_is_not_taken(error, tmp_path, monkeypatch):
+    """Such as one of the same name in the data root."""
+    (tmp_path / "cwd").mkdir()
+    write_folder(tmp_path / "samples", noisy_digits(12))
+    monkeypatch.setenv("FLOW_DATA", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "cwd")
+    line = error("evaluate", "--samples", "samples", "--reference", "digits", "--feature_extractor", "digits")
+    assert "--samples samples: there is no such folder" in line
+
+
 def test_the_current_folder_has_its_name(here, tmp_path, monkeypatch):
     samples = write_folder(tmp_path / "samples", noisy_digits(12))
     monkeypatch.chdir(samples)

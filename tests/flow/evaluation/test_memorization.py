@@ -42,6 +42,16 @@ def test_copies_are_told_from_new_images(has_held_out):
     assert 0.009 < c.standard_errors["memorization"] < 0.011
 
 
+@pytest.mark.parametrize("has_held_out", [True, False])
+def test_duplicates_are_no_chance(has_held_out):
+    """A tenth of the training images come twice, as in collections from the web; held-out images may be among them, too."""
+    images, data = draws(3000, 0), datasets.build("digits", None, {})
+    held_out = torch.cat([draws(2000, 1), images[:200]]) if has_held_out else None
+    training = memorization.training_set(data, torch.cat([images, images[:300]]), held_out)
+    new, _ = share(draws(4000, 2), training)
+    assert new == pytest.approx(0.01, abs=0.008) and share(images[:500].clone(), training)[0] == 1
+
+
 def test_command(here, tmp_path, tiny_run, monkeypatch):
     """Rows of a network and of real images, and a figure; digits have no held-out images."""
     monkeypatch.setattr(memorization, "PAIRS", 24)  # the figure as users see it

@@ -56,8 +56,9 @@ def test_table_files_and_finished_rows(evaluated, here):
     assert "FD-digits" in text and "FID" not in text and " (sd " in text
     assert "real (half against half)" in text and "real (half against half)" in (folder / "results.csv").read_text()
     before = (folder / "results.jsonl").read_bytes()
-    again = here(*command, "--out", folder)
+    again = here(*command, "--out", folder, "--rows_file", out / "rows.jsonl")
     assert (folder / "results.jsonl").read_bytes() == before
+    assert table.read_rows(out / "rows.jsonl") == [control, *rows]
     assert "| euler" in again
 
 
