@@ -9,7 +9,10 @@ of a solver with classifier-free guidance, as one graph, and compare its images 
 import tempfile
 from pathlib import Path
 
+from torch.export import ExportedProgram
+
 from configs.errors import UserError
+from flow.model import FlowModel
 from flow.runtime import cli, commands, flags, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import exported, graph, grid_store, hub, locate, snapshot
@@ -66,6 +69,7 @@ def main() -> None:
     if args.onnx:
         graph.check_packages()
     snap = snapshot.load(args.weights, None, args.overrides)
+    sampler = build_graph(args, snap) if graphs else None  # before anything is written
     results, weights = [], args.weights
     if args.out:
         exported.write_weights(args.out, snap, args.dtype or DTYPE)
@@ -75,8 +79,8 @@ def main() -> None:
     if args.to or args.push:
         results.append(write_folder(args, snap))
         weights = args.push or args.to
-    if graphs:
-        results += write_graphs(args, snap)
+    if sampler:
+        results += write_graphs(args, snap, *sampler)
     moved = weights != args.weights and snap.codec is not None
     autoencoder = (snap.config.data.autoencoder or snap.codec["source"]) if moved and snap.codec else None
     places = exported.source_overrides(snap) if weights != args.weights else []
@@ -99,8 +103,8 @@ def write_folder(args, snap: Snapshot) -> str:
     return f"{folder}" if is_new else f"{folder} (there already)"
 
 
-def write_graphs(args, snap: Snapshot) -> list[str]:
-    """Write the graph in each form; what became of them."""
+def build_graph(args, snap: Snapshot) -> tuple[SamplerSettings, FlowModel, ExportedProgram]:
+    """The settings of the graph, and what `graph.build` makes of them. Raises UserError as it does."""
     method, steps, time_grid = args.sampling_method or "euler", args.sampling_steps, args.time_grid or "uniform"
     times = grid_store.load(snap, method, steps) if time_grid == "optimized" else None
     scale = grid_store.fitted_scale(snap, method, steps) if times else None
@@ -108,7 +112,11 @@ def write_graphs(args, snap: Snapshot) -> list[str]:
         print(f"note: the grid of {method} with {steps} steps was fitted at w = {scale:g}; give the graph this guidance_scale")
     settings = SamplerSettings(method, steps, time_grid=time_grid, times=times)
     with error_context("export"):
-        model, program = graph.build(snap, settings)
+        return settings, *graph.build(snap, settings)
+
+
+def write_graphs(args, snap: Snapshot, settings: SamplerSettings, model: FlowModel, program: ExportedProgram) -> list[str]:
+    """Write the graph in each form; what became of them."""
     results = []
     for path, write in ((args.torch_export, graph.write_torch), (args.onnx, graph.write_onnx)):
         if path:

@@ -183,7 +183,7 @@ def set_threads() -> str | None:
     """
     requested = os.environ.get("FLOW_NUM_THREADS")
     if requested is not None:
-        if not requested.isdigit() or int(requested) < 1:
+        if not requested.isdecimal() or int(requested) < 1:
             raise UserError(f"FLOW_NUM_THREADS={requested}: must be a whole number of at least 1")
         torch.set_num_threads(int(requested))
         return None

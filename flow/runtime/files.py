@@ -110,6 +110,19 @@ def atomic_rename_dir(temporary: Path, path: Path) -> None:
     fsync(path.parent)
 
 
+def replace_dir(temporary: Path, path: Path) -> None:
+    """As `atomic_rename_dir`, in place of a folder of this name, which is there until the new one is synced."""
+    for file in [*temporary.rglob("*"), temporary]:
+        fsync(file)
+    before = path.with_name(f"{TEMPORARY}{path.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if path.exists():
+        path.rename(before)
+    os.replace(temporary, path)
+    fsync(path.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
 def is_temporary(name: str) -> bool:
     """Whether an unfinished file or folder has this name: ours, or that under which safetensors 0.8 writes at first."""
     return name.startswith(TEMPORARY) or re.fullmatch(r"\.tmp[A-Za-z0-9]{6}", name) is not None

@@ -41,7 +41,7 @@ class StopSignal:
         sys.exit(128 + number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
             print_nowhere(self._terminals)

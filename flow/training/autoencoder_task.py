@@ -137,8 +137,7 @@ class ExportAutoencoder(Callback):
             with trainer.ema.average_parameters() as vae:
                 assert isinstance(vae, VAE)
                 vae.save(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
-            files.atomic_rename_dir(temporary, folder)
+            files.replace_dir(temporary, folder)
 
 
 def load_lpips(device: torch.device):

@@ -13,6 +13,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 
@@ -20,7 +21,7 @@ from configs import loading
 from configs.errors import UserError, first_line
 from configs.schema import Kind
 from flow.runtime import distributed, files, step_names
-from flow.sampling import posthoc_ema
+from flow.sampling import grid_store, posthoc_ema
 from flow.sampling.locate import EMA_FILE
 
 # Beginnings of the names of what every checkpoint holds; accelerate has several for the weights and the optimizer's state.
@@ -83,7 +84,7 @@ def reading(path: Path) -> Iterator[None]:
     """What goes wrong while the content of a checkpoint is taken over becomes a UserError that names the checkpoint."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError, torch.distributed.DistError):  # the latter two are RuntimeErrors
         raise
     except UnpicklingError:
         raise UserError(f"-r {path}: holds something other than tensors and numbers, which is not loaded") from None
@@ -191,7 +192,7 @@ def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[in
     """Give the averages inside the checkpoint `saved` a second name in `folder`, which outlives the checkpoint.
 
     The first half-life is step_XXXXXXXX.safetensors, others step_XXXXXXXX.ema_<half-life>.safetensors. Of each, the
-    last `keep` stay; 0 keeps all.
+    last `keep` stay, with the time grids that were optimized for them; 0 keeps all.
     """
     for name in ema_files(half_lives):
         suffix = name.removeprefix("ema").removesuffix(".safetensors").lstrip("_")
@@ -199,3 +200,4 @@ def link_ema_snapshots(saved: Path, folder: Path, step: int, half_lives: list[in
         files.link(saved / name, folder / step_names.name_of(step, tail))
         for old in list(step_names.by_step(folder, tail).values())[:-keep] if keep else []:
             old.unlink()
+            grid_store.file_of(old).unlink(missing_ok=True)

@@ -156,12 +156,13 @@ def write_run_files(run_dir: Path, config: Any, accelerator: Accelerator) -> Non
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
-    """Move checkpoints, snapshots and their time grids past a step to a new folder RUN/set_aside; returns where they are now.
+    """Move checkpoints, snapshots with their time grids, and previews past a step to a new folder RUN/set_aside; returns where
+    they are now.
 
-    A run that was resumed from before them has them: the checkpoints are damaged, the snapshots are of an abandoned training.
+    A run that was resumed from before them has them: the checkpoints are damaged, the others are of an abandoned training.
     """
     moved, destination = [], files.free_folder(run_dir / "set_aside")
-    for folder in (run_dir / "checkpoints", run_dir / "snapshots"):
+    for folder in (run_dir / "checkpoints", run_dir / "snapshots", run_dir / "samples"):
         for path in sorted(folder.glob("step_*")):
             if (parsed := step_names.parse(path)) and parsed[0] > step:
                 target = destination / folder.name / path.name
@@ -205,7 +206,9 @@ def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Pa
     path = Path(resume)
     if not path.is_dir():
         raise UserError(f"-r {resume}: there is no such folder; give `latest`, a run folder or a checkpoint folder")
-    run_dir = path.parent.parent if checkpoint.is_checkpoint(path) else path
+    run_dir = path
+    if checkpoint.is_checkpoint(path):  # RUN/checkpoints/NAME, or NAME in that folder
+        run_dir = path.parent.parent if len(path.parts) > 1 else Path("..")
     if exp_dir and exp_dir.resolve() != run_dir.resolve():
         raise UserError(f"-e {exp_dir}: the checkpoint {resume} belongs to {run_dir}; drop -e, or use train.init_from")
     return run_dir

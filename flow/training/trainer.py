@@ -106,13 +106,15 @@ class Trainer:
         self.throughput = Throughput(config.train.batch_size, self.step)
 
     def _prepare_folder(self) -> None:
-        """Describe the run in its folder, and clear it of what a run that is resumed has left past its step."""
+        """Describe the run in its folder, and clear it of what a run that is resumed has left past its step. Rows of its
+        evaluation stay: they name the content of their weights."""
         if self.accelerator.is_main_process:
             run_dir.write_run_files(self.folder, self.config, self.accelerator)
             posthoc_ema.rewind(self.folder, self.step)
             if moved := run_dir.set_aside(self.folder, self.step):
                 where = moved[0].parent.parent
-                self.accelerator.print(f"note: {len(moved)} checkpoints and snapshots past step {self.step} are in {where} now")
+                what = f"{len(moved)} checkpoints, snapshots and previews past step {self.step}"
+                self.accelerator.print(f"note: {what} are in {where} now")
         self.accelerator.wait_for_everyone()
 
     @property
@@ -142,6 +144,8 @@ class Trainer:
         bar = distributed.progress(self.accelerator, config.steps, "training", self.step, shown=terminal)
         with self.logger.recording_errors(), StopSignal() as stop, bar, closing(batches):
             self._start()
+            if self.stop_requested and not self.last_checkpoint:
+                self.save_checkpoint()
             while not self._ends():
                 with self.timed("data"):
                     micro_batches = next(batches)
@@ -157,7 +161,7 @@ class Trainer:
                 self.interrupted = signaled and not self.finished  # nothing is left to stop after the last step
                 with self.throughput.paused():
                     self._write_what_is_due()
-        if not (self.finished or self.stop_requested):
+        if self.interrupted:
             self._leave(stop)
         result = f"{self.folder}: {'finished' if self.finished else 'stopped at'} step {self.step}"
         self.logger.info(messages.summary(result, start, self.task.next_command(self.folder)))

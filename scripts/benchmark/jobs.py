@@ -27,6 +27,7 @@ from flow.sampling import snapshot
 from flow.sampling.generate import generate, shard
 from flow.sampling.images import ImageWriter
 from flow.sampling.settings import SamplerSettings
+from flow.training import cuda_graph
 from flow.training.flow_task import FlowTask
 from flow.training.trainer import Callback, Trainer
 from scripts.benchmark import baseline
@@ -130,18 +131,21 @@ def train_job(job: dict) -> dict:
     class Laps(Callback):
         def on_step(self, trainer: Trainer) -> None:
             timer.lap()
-            if trainer.step == job["warmup"]:
+            if trainer.step == warmup:
                 timer.restart()
-            if trainer.step == job["warmup"] + job["steps"]:
+            if trainer.step == warmup + job["steps"]:
                 raise Enough
 
     config = loading.load(job["config"], [
         *job["overrides"], f"train.mixed_precision={job['precision']}", f"train.compile={job['compile']}", "train.log_with=[]",
-        "train.sample_every_steps=0", "train.checkpoint_every_steps=0", f"train.steps={job['warmup'] + job['steps']}",
+        "train.sample_every_steps=0", "train.checkpoint_every_steps=0",
     ])  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         accelerator = distributed.build_training_accelerator(config.train, Path(scratch))
-        task = FlowTask(config, accelerator)
+        task, warmup = FlowTask(config, accelerator), job["warmup"]
+        if cuda_graph.is_possible(accelerator, config.train, task.loss):
+            warmup += cuda_graph.EAGER_STEPS + 1  # the capture is the step after them
+        config.train.steps = warmup + job["steps"]
         run = Path(scratch) / "run"
         trainer = Trainer(task, config, run, accelerator, callbacks=[Laps()], timed=timer.section)
         with contextlib.suppress(Enough):

@@ -117,7 +117,8 @@ def trial(context: Context) -> Lines:
         yield "warn", "skipped; fix what failed above"
         return
     cfg = context.cfg
-    context.trial = result = try_training(context.args.config, context.args.overrides, context.accelerator)
+    parent = existing(context.run_dir)
+    context.trial = result = try_training(context.args.config, context.args.overrides, context.accelerator, parent)
     rate = cfg.train.batch_size / result.seconds_per_step
     yield "pass", f"{STEPS} steps of {result.seconds_per_step:.3g} s, {rate:,.0f} images/s; the first took {result.first:.3g} s"
     checkpoints, every = num_checkpoints(cfg), cfg.train.sample_every_steps
@@ -128,7 +129,10 @@ def trial(context: Context) -> Lines:
     end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + seconds))
     pauses = f"{checkpoints} checkpoint(s) of {result.checkpoint_seconds:.2g} s and {previews} preview(s) of"
     pauses += f" {result.preview_seconds:.2g} s"
-    yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {messages.duration(seconds)}: until {end}, if it starts now"
+    ends = {"evaluation": cfg.evaluate.every_steps, "validation loss": cfg.evaluate.loss_every_steps}
+    untimed = [f"{math.ceil(cfg.train.steps / every)} of the {name}" for name, every in ends.items() if every]
+    more = f"; {' and '.join(untimed)} come on top of that" if untimed else ""
+    yield "pass", f"{cfg.train.steps:,} steps, {pauses} take {messages.duration(seconds)}: until {end}, if it starts now{more}"
 
 
 def memory(context: Context) -> Lines:

@@ -15,19 +15,20 @@ from torch import Tensor
 
 from configs import loading
 from configs.errors import UserError
-from flow.runtime import distributed
+from flow.runtime import distributed, files
+from flow.training import cuda_graph
 from flow.training.flow_task import FlowTask
 from flow.training.trainer import Callback, Trainer
 from scripts.benchmark.timer import peak_bytes
 
-STEPS = 5  # that are measured; one before them is not, as it allocates and compiles
+STEPS = 5  # that are measured; the one before them is not, as it allocates and compiles, nor are those of `cuda_graph`
 
 
 @dataclass
 class Trial:
     """What was measured, of one process."""
 
-    first: float  # seconds of the step before the measured ones
+    first: float  # seconds of the first step
     seconds_per_step: float  # median
     checkpoint_seconds: float
     preview_seconds: float
@@ -62,23 +63,31 @@ class Clock(Callback):
         return seconds
 
 
-def try_training(config: str | None, overrides: list[str], accelerator: Accelerator) -> Trial:
-    """Train a few steps, write a checkpoint and a preview. Raises UserError where training cannot start or continue."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+def try_training(config: str | None, overrides: list[str], accelerator: Accelerator, parent: Path) -> Trial:
+    """Train a few steps in a folder of its own in `parent`, on the disk of the run; write a checkpoint and a preview.
+
+    Raises UserError where training cannot start or continue.
+    """
+    with tempfile.TemporaryDirectory(dir=parent, prefix=files.TEMPORARY, ignore_cleanup_errors=True) as scratch:
         shared = distributed.decided_by_main(lambda: scratch)  # one folder for all processes
         short = [
-            f"train.steps={STEPS + 1}", "train.log_with=[]", "train.checkpoint_every_steps=0", "train.sample_every_steps=0",
+            f"train.steps={1 + STEPS}", "train.log_with=[]", "train.checkpoint_every_steps=0", "train.sample_every_steps=0",
         ]  # fmt: skip
         settings = loading.load(config, [*overrides, *short])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        clock = Clock()
+        clock, warmup = Clock(), 1
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), _one_line_errors():
-            Trainer(FlowTask(settings, accelerator), settings, Path(shared) / "run", accelerator, callbacks=[clock]).fit()
+            task = FlowTask(settings, accelerator)
+            task.load_init_weights()
+            if cuda_graph.is_possible(accelerator, settings.train, task.loss):
+                warmup = cuda_graph.EAGER_STEPS + 1  # the capture is the step after them
+                settings.train.steps = warmup + STEPS
+            Trainer(task, settings, Path(shared) / "run", accelerator, callbacks=[clock]).fit()
         accelerator.wait_for_everyone()
         saved = distributed.decided_by_main(lambda: {p.name: p.stat().st_size for p in clock.checkpoint_path.iterdir()})
         trial = Trial(
-            clock.steps[0], statistics.median(clock.steps[1:]), clock.checkpoint, clock.preview,
+            clock.steps[0], statistics.median(clock.steps[warmup:]), clock.checkpoint, clock.preview,
             sum(saved.values()), sum(size for name, size in saved.items() if name.startswith("ema")), peak_bytes(),
         )  # fmt: skip
         accelerator.wait_for_everyone()  # before the folder goes

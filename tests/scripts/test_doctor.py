@@ -48,6 +48,7 @@ EVALUATED += ["evaluate.sampling_method=euler", "evaluate.sampling_steps=2"]
     ("overrides", "told"),
     [
         ([], "of 80 images, euler, 2 steps, every 400 steps"),
+        ([], "if it starts now; 3 of the evaluation come on top of that"),
         (["evaluate.metrics=[fis]"], "fail  evaluation: evaluate.metrics=['fis']: unknown metric 'fis'; choose from fid, "),
         (["evaluate.keep_best=fidd"], "evaluate.keep_best=fidd: must be a distance or one of fid, IS, accuracy, "),
         (["evaluate.sampling_method=eulr"], "evaluate.sampling_method=eulr: there is no such solver. Did you mean 'euler'?"),
@@ -95,6 +96,14 @@ def test_a_trial_that_fails_is_a_line(main_of, capsys, tmp_path):
         cli_main(main_of("doctor", *HEALTHY, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0",
                             "optimizer.warmup_steps=0"))  # fmt: skip
     assert "fail  trial: the loss or gradient of step" in capsys.readouterr().out
+
+
+def test_weights_to_start_from_are_loaded(main_of, capsys, tmp_path):
+    """As the training will: a wrong place is named before it."""
+    with pytest.raises(SystemExit):
+        cli_main(main_of("doctor", *HEALTHY, "-e", tmp_path / "run", f"train.init_from={tmp_path / 'none'}"))
+    said = capsys.readouterr().out
+    assert f"fail  trial: train.init_from={tmp_path / 'none'}: " in said, said
 
 
 @pytest.mark.parametrize(("half_life", "ratio"), [(1000, 0), (1000, 0.05), (400, 0.3), (10**6, 0.5), (64, 1.0)])

@@ -27,7 +27,7 @@ def test_half_the_size(here, error, tmp_path, tiny_run):
         assert abs(a - b).max() <= 2
 
 
-def test_latent_snapshot_keeps_decoder_and_class_names(here, tmp_path, vae_folder):
+def test_latent_snapshot_keeps_decoder_and_class_names(here, error, tmp_path, vae_folder):
     """An export that loses them makes no images and names no classes."""
     latents, run, out = tmp_path / "latents", tmp_path / "run", tmp_path / "half.safetensors"
     here("cache_latents", "--vae", vae_folder, "--save_dir", latents, "data.name=digits", "data.args.split=test")
@@ -36,6 +36,8 @@ def test_latent_snapshot_keeps_decoder_and_class_names(here, tmp_path, vae_folde
         "model.args={width: 16, depth: 1, heads: 2, patch: 2, num_classes: 10}", "train.steps=1", "train.batch_size=16",
         "train.log_with=[]", "train.sample_every_steps=0", "preview.n_samples=2", "preview.sampling_steps=1", "-e", run,
     )  # fmt: skip
+    refused = error("export", "--weights", run, "--out", out, "--torch_export", tmp_path / "graph.pt2", "--sampling_steps", 1)
+    assert "a flow on latents has no graph" in refused and not out.exists()  # before anything is written
     here("export", "--weights", run, "--out", out)
     before, after = snapshot.load(run), snapshot.load(out)
     assert before.codec and before.class_names

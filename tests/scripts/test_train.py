@@ -207,12 +207,17 @@ def test_what_lies_past_the_resumed_step_is_set_aside(here, tmp_path, tiny_run):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     (run / "checkpoints" / "step_00000004" / "manifest.json").write_text("{}")
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "samples" / "step_00000004.png").write_bytes(b"a picture")
+    (run / "snapshots" / "step_00000002.grids.json").write_text("{}")  # of a snapshot that is deleted, and with it
     printed = here("train", "-e", run, "-r", "latest", "train.steps=3", "train.keep_checkpoints=1", "train.keep_snapshots=1")
-    assert f"2 checkpoints and snapshots past step 2 are in {run}/set_aside now" in printed
+    assert not (run / "snapshots" / "step_00000002.grids.json").exists()
+    assert f"3 checkpoints, snapshots and previews past step 2 are in {run}/set_aside now" in printed
     assert newest(run).name == "step_00000003" and checkpoint.verify(newest(run)) is None
     assert locate.find(run).name == "step_00000003.safetensors"
     aside = {path.relative_to(run / "set_aside").as_posix() for path in (run / "set_aside").glob("*/*")}
-    assert aside == {"checkpoints/step_00000004", "snapshots/step_00000004.safetensors"}
+    names = ("checkpoints/step_00000004", "snapshots/step_00000004.safetensors", "samples/step_00000004.png")
+    assert aside == set(names)
 
 
 def test_changed_options_of_the_optimizer_are_applied(here, tmp_path, tiny_run):

@@ -6,6 +6,10 @@ import sys
 
 import pytest
 
+from configs.errors import UserError
+from flow.runtime import distributed
+from flow.runtime.shutdown import StopSignal
+
 PRINTS = """
 import signal, sys
 from flow.runtime.shutdown import StopSignal
@@ -49,3 +53,19 @@ def test_a_process_of_a_group_leaves_at_once():
     for more, status in (({"WORLD_SIZE": "2"}, 143), ({}, 7)):
         run = [sys.executable, "-c", f"{code}os.environ.update({more}); cli_main(lambda: sys.exit(143))"]
         assert subprocess.run(run, timeout=120).returncode == status
+
+
+def test_ctrl_c_after_another_signal():
+    """The checkpoint that SIGTERM asks for is written; a second Ctrl-C is a wish to leave at once."""
+    with StopSignal() as stop:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_threads_that_are_no_number(monkeypatch):
+    monkeypatch.setenv("FLOW_NUM_THREADS", "²")
+    with pytest.raises(UserError, match="FLOW_NUM_THREADS=²: must be a whole number of at least 1"):
+        distributed.set_threads()

@@ -31,6 +31,13 @@ def test_weights_that_began_a_run_stay(here, error, tiny_run, tmp_path):
     assert f"init_from: {tiny_run}" in (without_checkpoint / "config.yaml").read_text()
 
 
+def test_checkpoint_named_in_its_own_folder(here, tiny_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    monkeypatch.chdir(run / "checkpoints")
+    assert "finished step 5" in here("train", "-r", "step_00000004", "train.steps=5")
+
+
 @pytest.mark.parametrize("key", run_dir.FIXED)
 def test_no_fixed_key_changes_on_resume(key):
     """Each is named with both values; without a change nothing is refused."""

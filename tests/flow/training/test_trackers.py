@@ -153,6 +153,9 @@ class StopAt(Callback):
         if (hook, trainer.step) == self.at:
             trainer.stop()
 
+    def on_start(self, trainer: Trainer) -> None:
+        self.reach("on_start", trainer)
+
     def on_step(self, trainer: Trainer) -> None:
         self.reach("on_step", trainer)
 
@@ -165,7 +168,8 @@ class StopAt(Callback):
 
 
 @pytest.mark.parametrize(
-    ("hook", "step", "saved"), [("on_step", 3, [2, 3]), ("on_checkpoint", 2, [2]), ("on_preview", 3, [2, 3])]
+    ("hook", "step", "saved"),
+    [("on_start", 0, [0]), ("on_step", 3, [2, 3]), ("on_checkpoint", 2, [2]), ("on_preview", 3, [2, 3])],
 )
 def test_stop_ends_with_checkpoint(here, tmp_path, hook, step, saved):
     """One of the current step, whatever hook it comes from, without an exit code; the run resumes as an uninterrupted one."""
