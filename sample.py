@@ -158,8 +158,11 @@ def write_grid_and_npz(args, snap: Snapshot, settings: SamplerSettings, num_clas
     grid = args.save_dir / "grid.png"
     for line in output.write_grid(grid, folder, indices, settings, snap.class_names, num_classes, args.grid_by_class):
         print(f"in grid.png: {printable(line)}")
+    npz = args.save_dir / "samples.npz"
+    if npz.is_file() and not args.npz:
+        print(f"note: {npz} is of an earlier call; --npz writes it again")
     if args.npz:
-        output.write_npz(args.save_dir / "samples.npz", output.read_pngs(folder, indices), settings, num_classes)
+        output.write_npz(npz, output.read_pngs(folder, indices), settings, num_classes)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ It is the defaults of a dataclass such as `schema.Config`, then a YAML file, the
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,15 @@ def dump(config: Any) -> str:
     node = OmegaConf.structured(config)
     typed = getattr(config, "typed", {})
     return OmegaConf.to_yaml(OmegaConf.create(stored.restore(OmegaConf.to_container(node), typed)) if typed else node)
+
+
+def digest(config: Any) -> str:
+    """A hash of the values of a configuration that are not defaults; further keys of later versions do not change it."""
+    own, default = (dict(stored.leaves(OmegaConf.to_container(OmegaConf.structured(c)))) for c in (config, type(config)()))
+    absent = "(absent)"
+    pairs = {stored.dotted(place): (own.get(place, absent), default.get(place, absent)) for place in own | default}
+    changed = {key: value for key, (value, usual) in pairs.items() if value != usual}
+    return hashlib.sha256(json.dumps(changed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _read_yaml(path: Path, kind: type) -> DictConfig:

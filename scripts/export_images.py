@@ -59,7 +59,10 @@ def export(args, accelerator: Accelerator, data, into: Path) -> int:
     images."""
     count = min(args.n_images or len(data), len(data))
     names = data.class_names if data.labels is not None else ()  # pairs without labels still name the classes of real images
-    folders = [into / name.replace("/", "-") for name in names]
+    cleaned = [name.replace("/", "-") for name in names]
+    if len(set(cleaned)) < len(cleaned) or any(not name or name.startswith(".") for name in cleaned):
+        raise UserError(f"data: classes {', '.join(names)} do not name folders: these must differ and not begin with a dot")
+    folders = [into / name for name in cleaned]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -25,12 +25,13 @@ from datasets.images import to_float
 from datasets.pairs import Shard, read_manifest, shards_of
 from datasets.shards import MANIFEST, save_shard, verify_shard
 from flow.likelihood import invert
+from flow.losses import LOSSES
 from flow.model import FlowModel, Network
 from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
-from flow.sampling import guide, locate, snapshot, sources
+from flow.sampling import guide, locate, output, snapshot, sources
 from flow.sampling.generate import build_velocity, check_finite, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
 from flow.solvers import DETERMINISTIC
@@ -91,6 +92,8 @@ def main() -> None:
     state_times = [times[k] for k in kept_steps]
     requested = request_of(args, accelerator.mixed_precision, settings.guide, labels, inverted, state_times)
     manifest = {"weights_sha256": snap.sha256, **requested, **described(snap, model.source, data.class_names, spec)}
+    if inverted:  # which of them a pair has depends on all
+        manifest["real_fingerprint"] = data.fingerprint()
     for network in model.networks:
         distributed.prepare_model(network, accelerator)
     model.eval()
@@ -178,6 +181,7 @@ def described(snap: snapshot.Snapshot, starts: Source, class_names: Sequence[str
         "image_shape": snap.image_shape,
         "class_names": class_names,
         "data": asdict(real),
+        **output.network_record(snap.config),
         **({"source": asdict(source)} if source.name != GAUSSIAN else {}),
         **({"codec": snap.codec} if snap.codec else {}),
         **({"source_fingerprint": drawn_from} if drawn_from else {}),
@@ -213,6 +217,12 @@ def train_command(weights: str, save_dir: Path, config: schema.Config, has_state
         overrides["data.root"] = config.data.root
     if config.data.autoencoder:
         overrides["data.autoencoder"] = config.data.autoencoder
+    two_times = config.model.args.get("two_times")
+    if two_times and not has_states and not LOSSES[config.loss.name].needs_states:
+        overrides |= {"loss.name": config.loss.name, "loss.args": config.loss.args}
+    elif two_times and not has_states:
+        overrides |= {"model.args": {**config.model.args, "two_times": False}}
+        del overrides["train.init_from"]
     if has_states:
         overrides |= {"loss.name": "trajectory", "model.args": {**config.model.args, "two_times": True}}
     if has_states and (config.flow.path, config.flow.prediction) != ("linear", "velocity"):  # of another kind than the weights
@@ -232,9 +242,8 @@ def check_output_dir(save_dir: Path, manifest: dict[str, Any]) -> None:
     if (save_dir / MANIFEST).is_file():
         with error_context("--save_dir"):
             before = read_manifest(save_dir)
-            if "source_fingerprint" in manifest:  # which folders of earlier versions do not have
-                before.setdefault("source_fingerprint", manifest["source_fingerprint"])
-            existing = [without_root(before)]
+            later = ("source_fingerprint", "real_fingerprint", "flow", "model")  # folders of earlier versions have none
+            existing = [without_root({key: manifest[key] for key in later if key in manifest} | before)]
     check_same_settings(save_dir, existing, without_root(manifest), "pairs", "make_pairs")
     if existing is None:
         files.write_text(save_dir / MANIFEST, json.dumps(manifest, indent=1))

@@ -41,7 +41,7 @@ from flow.restoration import (
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
-from flow.sampling import images, snapshot
+from flow.sampling import images, output, snapshot
 from flow.sampling.generate import build_velocity, check_finite, index_batches, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, validate
 from flow.source import GAUSSIAN
@@ -113,7 +113,7 @@ def main() -> None:
         "weights_sha256": snap.sha256, "task": args.task, "degradation": parameters(args), "noise": args.noise,
         "images": name, "images_sha256": hashlib.sha256(originals.numpy().tobytes()).hexdigest(),
         **dataclasses.asdict(settings), "labels": labels, "prompts": args.prompts, "guidance_scale": args.guidance_scale,
-        "seed": args.seed, "mixed_precision": accelerator.mixed_precision,
+        "seed": args.seed, "mixed_precision": accelerator.mixed_precision, **output.network_record(snap.config),
     }  # fmt: skip
     record = json.loads(json.dumps(record))
     with lock.folder(args.save_dir, accelerator):
@@ -234,7 +234,8 @@ def is_done(folder: Path, record: dict) -> bool:
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
-    recorded = None if existing is None else [existing.get("settings") or {}]
+    older = {key: record[key] for key in ("flow", "model")}  # which folders of earlier versions do not have
+    recorded = None if existing is None else [older | (existing.get("settings") or {})]
     check_same_settings(folder, recorded, record, "images", "scripts.restore")
     if existing is None:
         files.write_text(path, json.dumps({"settings": record}, indent=1))

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,24 @@ def run_command(arguments: list[str], launcher: str | None = None) -> None:
         sys.exit(128 + stop.received)
     if status:
         sys.exit(status if status > 0 else 128 - status)  # a negative one is the signal that ended it
+
+
+def run_quietly(words: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """(status, standard error) of a command whose output nobody reads. Signals end it, and then this process."""
+    with StopSignal() as stop, tempfile.TemporaryFile("w+", errors="replace") as said:
+        process, ended = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, env=environment), False
+        while True:
+            try:
+                status = process.wait(0.2)
+                break
+            except subprocess.TimeoutExpired:
+                if stop.received and not ended:  # once, as a launcher that is stopping its processes is not to be disturbed
+                    process.terminate()
+                    ended = True
+        if stop.received:
+            sys.exit(128 + stop.received)
+        said.seek(0)
+        return status, said.read()
 
 
 def _start(arguments: list[str], launcher: str | None = None, **streams: Any) -> subprocess.Popen:

@@ -15,9 +15,10 @@ from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSet, DataSpec, captions
 from flow import couplings, losses, time_samplers
+from flow import path as paths
 from flow.couplings import AlignedCoupling, Coupling, PairedCoupling
 from flow.guidance import drop_labels
-from flow.losses import Batch
+from flow.losses import Batch, FlowLoss
 from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import commands, distributed, files, messages
@@ -62,10 +63,7 @@ class FlowTask:
                 accelerator, lambda: snapshot.flow_model(self.net, self.data.image_shape, config, self.data.codec)
             )
         check_conditioning(self.data, self.net)
-        with error_context("flow.time_sampler"):
-            time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
-        with error_context("loss"):
-            self.loss = losses.build(config.loss.name, self.model.path, config.flow.prediction, time_sampler, config.loss.args)
+        self.loss = build_loss(config)
         check_loss(config, self.loss, self.net, self.data)
         with error_context("preview"):
             self.preview_settings = preview_settings(config, self.net, self.data.class_names)
@@ -190,6 +188,15 @@ class FlowTask:
             tokens = encode_captions(self.net, self.data, batch.indices, batch.sample_ids, "caption", self.config.seed)
             return distributed.to_device(tokens, batch.x1.device)
         return batch.y if self.net.num_classes is not None else None
+
+
+def build_loss(config: Config) -> FlowLoss:
+    """The loss of a configuration. Raises UserError for wrong arguments of it or of its time sampler."""
+    flow = config.flow
+    with error_context("flow.time_sampler"):
+        time_sampler = time_samplers.build(flow.time_sampler, **flow.time_sampler_args)
+    with error_context("loss"):
+        return losses.build(config.loss.name, paths.build(flow.path), flow.prediction, time_sampler, config.loss.args)
 
 
 def encode_captions(net: Any, data: DataSet, indices: Sequence[int], positions: Sequence[int], key: str, seed: int) -> Tensor:

@@ -25,6 +25,7 @@ import torch
 from configs import loading, schema
 from configs.errors import UserError
 from flow.evaluation import table
+from flow.losses import FlowLoss
 from flow.runtime import cli, commands, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from scripts.benchmark import quality
@@ -74,14 +75,15 @@ def main() -> None:
     if sys.argv[1:2] == ["quality"]:
         return quality.main(sys.argv[2:])
     args = parse_args()
+    plan = plan_of(args)
     with lock.folder(args.out) if args.out else nullcontext():
         if args.out:
-            check_folder(args)
-        measure(args)
+            check_folder(args, plan)
+        measure(args, plan)
 
 
-def check_folder(args) -> None:
-    """Raises UserError where --out holds a benchmark of another configuration."""
+def check_folder(args, plan: dict[str, dict]) -> None:
+    """Raises UserError where --out holds a benchmark of another configuration or of other jobs."""
     path = args.out / "benchmark.json"
     if path.exists():
         with error_context(f"--out {args.out}: its benchmark.json is damaged; name another folder"):
@@ -89,16 +91,23 @@ def check_folder(args) -> None:
         before, now = (shlex.join([r.get("config") or "defaults", *r.get("overrides", [])]) for r in (record, vars(args)))
         if before != now:
             raise UserError(f"--out {args.out}: holds a benchmark of {before}, now {now}; name another folder")
+        if record.get("plan", plan) != plan:
+            raise UserError(f"--out {args.out}: holds a benchmark with other flags; name another folder")
 
 
-def measure(args) -> None:
-    """Run the jobs, print the tables and write them to --out."""
+def plan_of(args) -> dict[str, dict]:
+    """The jobs by name, for each value of --vary. Raises UserError for a wrong key."""
     key, *values = args.vary or [""]
     plan: dict[str, dict] = {}
     for extra in [[f"{key}={value}"] for value in values] or [[]]:
         overrides = [*args.overrides, *extra]
         loading.load(args.config, overrides)
         plan |= {", ".join([name, *extra]): {**job, "overrides": overrides} for name, job in jobs(args).items()}
+    return plan
+
+
+def measure(args, plan: dict[str, dict]) -> None:
+    """Run the jobs, print the tables and write them to --out."""
     with tempfile.TemporaryDirectory() as scratch:
         results: dict[str, list[dict]] = {name: [] for name in plan}
         costs: dict[str, dict] = {}  # by overrides
@@ -115,7 +124,7 @@ def measure(args) -> None:
         alike = [r for r in rows if (r["kind"], r["overrides"]) == (row["kind"], row["overrides"])]
         slow = next((r for r in alike if r["variant"] == "eager"), None)
         row["ratio"] = row["images_per_second"] / slow["images_per_second"] if slow else None
-    result = {"machine": machine(), "config": args.config, "overrides": args.overrides, "costs": costs,
+    result = {"machine": machine(), "config": args.config, "overrides": args.overrides, "plan": plan, "costs": costs,
               "ceilings": ceilings, "rows": rows, "rounds": results}  # fmt: skip
     text = report(result)
     print(text)
@@ -165,7 +174,9 @@ def medians(name: str, job: dict, results: list[dict], cost: dict, ceilings: dic
     seconds = {key: sum(r["seconds"].get(key, 0.0) for r in results) for r in results for key in r["seconds"]}
     total = sum(seconds.values())
     rate = per_lap / statistics.median(laps)
-    flops = {"train": cost["training"], "sample": cost["forward"] * results[0]["forwards"]}.get(job["kind"])
+    # Of flow matching there are three passes, with the two of a backward pass; the plain loop trains nothing else
+    passes = cost["passes"] / FlowLoss.passes if job["variant"] == "project" else 1
+    flops = {"train": cost["training"] * passes, "sample": cost["forward"] * results[0]["forwards"]}.get(job["kind"])
     gpus = job["processes"] if ceilings["device"] == "cuda" else 1  # one a process; on a CPU all share the machine
     ceiling = max(ceilings[name_of(job["precision"])].values())
     return {

@@ -28,7 +28,7 @@ from flow.sampling.generate import generate, shard
 from flow.sampling.images import ImageWriter
 from flow.sampling.settings import SamplerSettings
 from flow.training import cuda_graph
-from flow.training.flow_task import FlowTask
+from flow.training.flow_task import FlowTask, build_loss
 from flow.training.trainer import Callback, Trainer
 from scripts.benchmark import baseline
 from scripts.benchmark.timer import TimedNetwork, Timer, peak_bytes
@@ -60,7 +60,8 @@ def measured(job: dict, timer: Timer, images_per_lap: int, forwards: int = 1) ->
 
 
 def cost_job(job: dict) -> dict:
-    """Parameters of the network and floating-point operations of one image."""
+    """Parameters of the network, floating-point operations of one image (training: a forward and a backward pass), and the
+    passes of its loss."""
     cfg, data = material(job)
     shape = data.image_shape
     with torch.device("meta"):
@@ -71,7 +72,8 @@ def cost_job(job: dict) -> dict:
         with FlopCounterMode(display=False) as backward:
             out.sum().backward()
     passes = forward.get_total_flops(), backward.get_total_flops()
-    return {"parameters": sum(p.numel() for p in net.parameters()), "forward": passes[0], "training": sum(passes)}
+    size, loss = sum(p.numel() for p in net.parameters()), build_loss(cfg)
+    return {"parameters": size, "forward": passes[0], "training": sum(passes), "passes": loss.passes}
 
 
 def ceilings_job(job: dict) -> dict:
@@ -147,7 +149,9 @@ def train_job(job: dict) -> dict:
             warmup += cuda_graph.EAGER_STEPS + 1  # the capture is the step after them
         config.train.steps = warmup + job["steps"]
         run = Path(scratch) / "run"
-        trainer = Trainer(task, config, run, accelerator, callbacks=[Laps()], timed=timer.section)
+        # the border of a section waits for the GPU, which costs speed
+        timed = {"timed": timer.section} if job.get("sections", True) else {}
+        trainer = Trainer(task, config, run, accelerator, callbacks=[Laps()], **timed)
         with contextlib.suppress(Enough):
             trainer.fit()
     if torch.distributed.is_initialized():

@@ -51,6 +51,7 @@ class Recipe:
     name: str
     config: str
     overrides: list[str]
+    content: str = ""  # a hash of all its values, as the YAML may change; of earlier versions: not known
     seconds_per_step: float = 0.0
     steps: int = 0
 
@@ -104,7 +105,10 @@ def main(argv: list[str]) -> None:
                 report(args, recipes, seed + 1)
         best = min(recipes, key=lambda recipe: final_distance(args, recipe))
     run = run_dir(args, best, 0)
-    sample = commands.sample_command(run, best.name, *exported.sample_flags(snapshot.load(run), None))
+    method, steps, scale = next(settings_of(args))
+    words = ["--sampling_method", method, "--sampling_steps", str(steps), *commands.condition_flags(scale)]
+    words += ["-mp", loading.load(best.config, best.overrides).train.mixed_precision]
+    sample = commands.sample_command(run, best.name, *words, *exported.sample_flags(snapshot.load(run), None))
     print(messages.summary(f"race.md and race.png in {args.out}", args.start, f"sample with: {sample}"))
 
 
@@ -119,10 +123,10 @@ def read_recipes(words: list[str], overrides: list[str]) -> list[Recipe]:
             config, *own = shlex.split(word) or [word]
             if not config.strip():
                 raise ValueError('must be a YAML, or "YAML key=value ..."')
-        loading.load(config, [*overrides, *own])
+        content = loading.digest(loading.load(config, [*overrides, *own]))
         if key := next((key for key in ("seed", "train.steps") if key in loading.overridden([*overrides, *own])), None):
             raise UserError(f"--configs {word!r}: {key} is set by the race (--seeds, --minutes, --images)")
-        recipe = Recipe(recipe_name(config, own), config, [*overrides, *own])
+        recipe = Recipe(recipe_name(config, own), config, [*overrides, *own], content)
         if any(same_recipe(recipe, other) for other in recipes):
             raise UserError(f"--configs {word!r}: comes twice")
         names = [other.name for other in recipes]
@@ -187,6 +191,8 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
         known = stored.get(recipe.name)
         if known and (known.config, known.overrides) != (recipe.config, recipe.overrides):
             raise UserError(f"--out {args.out}: holds a recipe {recipe.name} with other keys; name another folder")
+        if known and known.content not in ("", recipe.content):
+            raise UserError(f"--out {args.out}: has runs of {recipe.config} from before it changed; name another folder")
     new = [recipe for recipe in recipes if recipe.name not in stored]
     if args.minutes:
         for recipe, seconds in zip(new, trial(args, new), strict=True):
@@ -290,16 +296,17 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
         if not lines:
             head = ["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]
             lines.append([name for i, name in enumerate(head) if i < 8 or name != distance])
-        base = [row["metrics"][distance] for row in cells[recipes[0].name]]
+        base, digits = [row["metrics"][distance] for row in cells[recipes[0].name]], table.decimals(distance)
         for recipe in recipes:
             rows = cells[recipe.name]
             values = [row["metrics"][distance] for row in rows]
             others = [mean_of([row["metrics"].get(name) for row in rows], 3) for name in names if name != distance]
             rate = f"{batch_size(recipe) / recipe.seconds_per_step:.0f}" if args.minutes else ""
-            change = "" if recipe is recipes[0] else difference(values, base)
+            errors = [row.get("standard_errors", {}).get(distance) for row in rows]
+            change = "" if recipe is recipes[0] else difference(values, base, digits)
             lines.append([
                 recipe.name, str(recipe.steps), rate, method, f"{rows[0]['NFE']:g}",
-                f"{scale:g}", spread(values, [row.get("standard_errors", {}).get(distance) for row in rows]), change, *others,
+                f"{scale:g}", spread(values, errors, digits), change, *others,
             ])  # fmt: skip
     floors = table.floors(run_dir(args, recipes[0], 0) / "evaluation", args.n_samples)
     text = table.markdown(lines)
@@ -308,7 +315,10 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
         "seeds ± its 95% interval over samples, then the smallest and the largest seed. Change: to the first recipe, the mean "
         "over seeds ± its standard error."
     ]
-    note += [f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.2f}, the floor." for row in floors]
+    note += [
+        f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.{table.decimals(distance)}f}, the floor."
+        for row in floors
+    ]
     files.write_text(args.out / "race.md", f"{text}\n\n{' '.join(note)}\n")
     curves = {recipe.name: curve(args, recipe, seeds, distance) for recipe in recipes}
     axis = "minutes of training steps" if args.minutes else "thousand training images"
@@ -355,20 +365,20 @@ def curve(args, recipe: Recipe, seeds: int, distance: str) -> list[tuple[float, 
     return [(step * cost, values) for step, values in sorted(points.items())]
 
 
-def spread(values: list[float], errors: list[float | None]) -> str:
+def spread(values: list[float], errors: list[float | None], digits: int) -> str:
     """'2.31 ± 0.08 (2.25 to 2.40)' for the distances of the seeds and their standard errors."""
-    text = f"{statistics.fmean(values):.2f}"
+    text = f"{statistics.fmean(values):.{digits}f}"
     known = [error for error in errors if error is not None]
     if len(known) == len(values):
-        text += f" ± {intervals.NORMAL_95 * sum(error**2 for error in known) ** 0.5 / len(known):.2f}"
-    return text + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
+        text += f" ± {intervals.NORMAL_95 * sum(error**2 for error in known) ** 0.5 / len(known):.{digits}f}"
+    return text + (f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else "")
 
 
-def difference(values: list[float], base: list[float]) -> str:
+def difference(values: list[float], base: list[float], digits: int) -> str:
     """The mean over seeds of what a recipe changes, with its standard error."""
     changes = [a - b for a, b in zip(values, base, strict=True)]
-    error = f" ± {statistics.stdev(changes) / len(changes) ** 0.5:.2f}" if len(changes) > 1 else ""
-    return f"{statistics.fmean(changes):+.2f}{error}"
+    error = f" ± {statistics.stdev(changes) / len(changes) ** 0.5:.{digits}f}" if len(changes) > 1 else ""
+    return f"{statistics.fmean(changes):+.{digits}f}{error}"
 
 
 def mean_of(values: list[float | None], digits: int) -> str:

@@ -5,14 +5,13 @@ takes.
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from configs import loading
 from configs.errors import UserError
-from flow.runtime import commands, distributed
+from flow.runtime import commands, distributed, subprocesses
 
 WARMUP_STEPS = 4  # of a trial of training steps, which are not measured
 TRIAL_STEPS = 20  # that are
@@ -32,9 +31,9 @@ def start_job(job: dict, scratch: Path) -> dict:
         launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     words = ["-m", "scripts.benchmark.jobs", json.dumps(job)]
     environment = {**os.environ, **commands.variables(words)}
-    process = subprocess.run([*launcher, *words], capture_output=True, text=True, check=False, env=environment)
-    if process.returncode or not result.is_file():
-        lines = [line for line in process.stderr.splitlines() if line.startswith("error: ")] or process.stderr.splitlines()[-1:]
+    status, said = subprocesses.run_quietly([*launcher, *words], environment)
+    if status or not result.is_file():
+        lines = [line for line in said.splitlines() if line.startswith("error: ")] or said.splitlines()[-1:]
         raise UserError(f"{job['kind']}: {(lines or ['it ended without a message'])[0].removeprefix('error: ')}")
     return json.loads(result.read_text(encoding="utf-8"))
 
@@ -45,7 +44,7 @@ def training_laps(config: str, overrides: list[str], scratch: Path) -> list[floa
     precision = distributed.resolve_precision(cfg.train.mixed_precision)
     job = {
         "kind": "train", "variant": "project", "config": config, "overrides": overrides, "precision": precision,
-        "compile": cfg.train.compile, "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS,
+        "compile": cfg.train.compile, "steps": TRIAL_STEPS, "warmup": WARMUP_STEPS, "sections": False,
     }  # fmt: skip
     return start_job(job, scratch)["laps"]
 

@@ -8,6 +8,7 @@ evaluation/ (every cell of the table), comparison.md and comparison.png.
 """
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -73,6 +74,7 @@ class Rectify:
         result = f"comparison.md and comparison.png in {self.folder}"
         steps = min(self.cfg.nfe)
         words = ["--sampling_method", best.method, "--sampling_steps", str(steps), *commands.condition_flags(best.scale)]
+        words += ["-mp", first_config(self.cfg).train.mixed_precision]
         sample = commands.sample_command(self.folder / best.network, f"{self.folder.name}_{best.network}", *words)
         print(messages.summary(result, self.start, f"{best.title} is best at NFE {steps}; sample with: {sample}"))
 
@@ -99,6 +101,10 @@ class Rectify:
         stage = self.cfg.stages[name]
         assert stage.config is not None
         overrides = [*stage.overrides]
+        content = loading.digest(loading.load(stage.config, overrides))
+        if self.plan(name).get("content", content) != content:
+            raise UserError(f"stages.{name}: {stage.config} or its overrides have changed since it began; name another folder")
+        self.record(name, content=content)
         if teacher and "train.init_from" not in loading.overridden(overrides):
             overrides.append(f"train.init_from={self.folder / teacher}")
         if loading.load(stage.config, overrides).data.name == "pairs":
@@ -166,7 +172,7 @@ class Rectify:
                 raise ValueError("a stage has no entries")
         return plans
 
-    def record(self, name: str, **entries: float) -> None:
+    def record(self, name: str, **entries: float | str) -> None:
         plans = self.plans()
         plans[name] = {**plans.get(name, {}), **entries}
         files.write_text(self.plan_file, json.dumps(plans, indent=1))
@@ -179,7 +185,7 @@ class Rectify:
         )  # fmt: skip
 
     def route_cost(self, route: RouteConfig) -> Cost:
-        costs = [stage_cost(self.cfg, name, self.plan(name).get("elapsed", 0.0)) for name in route.stages]
+        costs = [stage_cost(self.cfg, name, self.plan(name).get("elapsed", math.nan)) for name in route.stages]
         return sum(costs, Cost())
 
 

@@ -1,5 +1,6 @@
 """The comparison at the end of scripts/rectify/: comparison.md, comparison.png and the best row of the table."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def table_text(cfg: RectifyConfig, measured: list[Measured], costs: dict[str, Co
     cost = {m.row.title: costs[m.row.network] for m in measured}
     extra = {
         "images": {title: f"{c.images:,}" for title, c in cost.items()},
-        "minutes": {title: f"{c.minutes:.1f}" for title, c in cost.items()},
+        "minutes": {title: "unknown" if math.isnan(c.minutes) else f"{c.minutes:.1f}" for title, c in cost.items()},
         "network passes": {title: f"{c.passes / 1e6:.2f} M" for title, c in cost.items()},
         "straightness deviation": {m.row.title: m.straightness for m in measured},
     }

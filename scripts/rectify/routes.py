@@ -10,17 +10,16 @@ from configs.rectify import PairsConfig, RectifyConfig
 from configs.schema import Config
 from datasets import DataSpec
 from datasets.pairs import read_manifest
-from flow import losses, solvers, time_samplers
-from flow import path as paths
+from flow import solvers
 from flow.evaluation import runner
 from flow.evaluation.checks import check_before_training
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.guidance import network_calls
 from flow.likelihood import T_MAX
-from flow.losses import FlowLoss
 from flow.model import why_no_score
 from flow.runtime.errors import error_context
 from flow.sampling.space import Space
+from flow.training.flow_task import build_loss
 from flow.training.logging import read_metrics
 
 
@@ -38,7 +37,7 @@ class Cost:
 
 def stage_cost(cfg: RectifyConfig, name: str, elapsed: float) -> Cost:
     """Of a finished stage: the minutes of its steps without checkpoints and previews, or those of making its pairs, which took
-    `elapsed` seconds."""
+    `elapsed` seconds (nan: unknown, as a kill came before they were noted)."""
     stage, folder = cfg.stages[name], Path(cfg.folder) / name
     if stage.pairs is not None:
         manifest = read_manifest(folder)
@@ -60,11 +59,6 @@ def pair_passes(settings: PairsConfig, generated: float, inverted: float = 0) ->
     return generated * calls * solvers.nfe(method, steps) + inverted * solvers.nfe(method, steps, T_MAX, 0)
 
 
-def build_loss(config: Config) -> FlowLoss:
-    time_sampler = time_samplers.build(config.flow.time_sampler, **config.flow.time_sampler_args)
-    return losses.build(config.loss.name, paths.build(config.flow.path), config.flow.prediction, time_sampler, config.loss.args)
-
-
 def first_config(cfg: RectifyConfig) -> Config:
     """The configuration of the first training of all."""
     stage = cfg.stages[next(iter(cfg.routes.values())).stages[0]]
@@ -75,7 +69,7 @@ def check_routes(cfg: RectifyConfig) -> None:
     """Raises UserError for what would otherwise fail after hours, in the middle of a route."""
     configs = {name: loading.load(stage.config, stage.overrides) for name, stage in cfg.stages.items() if stage.config}
     for name, config in configs.items():
-        with error_context(f"{cfg.stages[name].config}: loss"):
+        with error_context(str(cfg.stages[name].config)):
             build_loss(config)
         shape = datasets.expected_shape(config.data.name, config.data.args)
         if shape and Space(shape).is_points:

@@ -159,3 +159,14 @@ def test_conditional_mnist_config_differs_once():
     plain, conditional = (loading.load(f"configs/{name}.yaml") for name in ("mnist_mini", "mnist_mini_cond"))
     assert (plain.model.args.pop("num_classes"), conditional.model.args.pop("num_classes")) == (None, 10)
     assert plain == conditional
+
+
+def test_digest_is_of_the_values(tmp_path):
+    """However they are written; of defaults nothing counts."""
+    (tmp_path / "a.yaml").write_text("optimizer: {lr: 2e-3}\n")
+    (tmp_path / "b.yaml").write_text("seed: 0\noptimizer: {lr: 0.002}\n")
+    a, b, c = (
+        loading.digest(loading.load(*given))
+        for given in ((tmp_path / "a.yaml", []), (tmp_path / "b.yaml", []), (tmp_path / "a.yaml", ["model.args={width: 8}"]))
+    )
+    assert a == b != c

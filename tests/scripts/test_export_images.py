@@ -1,12 +1,17 @@
 """Data sets as folders of PNG files: the same images, and a folder that is whole or absent."""
 
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 from PIL import Image
 
 import datasets
+from configs.errors import UserError
+from datasets.images import Images
 from datasets.shards import MANIFEST, save_shard
+from scripts import export_images
 
 
 def test_broken_image_leaves_no_folder(here, error, tmp_path):
@@ -26,6 +31,15 @@ def test_broken_image_leaves_no_folder(here, error, tmp_path):
     before, after = (datasets.build("folder", None, {"path": str(path), "channels": 1}) for path in (source, out))
     assert len(after) == 3 and all(torch.equal(after[k][0], before[k][0]) for k in range(3))
     assert f"--save_dir {out}: exists already" in error(*command)
+
+
+@pytest.mark.parametrize("names", [("a/b", "a-b"), (".hidden", "seen"), ("..", "seen")])
+def test_classes_that_name_no_folders(names, tmp_path):
+    """Two of them would become one, or would not be read again."""
+    data = Images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.arange(2), names)
+    with pytest.raises(UserError, match="do not name folders"):
+        export_images.export(SimpleNamespace(n_images=None, size=None), None, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_size_of_the_files(here, tmp_path):

@@ -22,7 +22,7 @@ from datasets.images import Images
 from datasets.pairs import Pairs
 from flow.couplings import PairedCoupling
 from flow.noise import gaussian_noise
-from flow.sampling import locate, snapshot
+from flow.sampling import locate, output, snapshot
 from flow.sampling.generate import generate, index_batches
 from flow.sampling.settings import SamplerSettings
 from flow.source import GaussianSource
@@ -54,8 +54,10 @@ def data(folder) -> Pairs:
 
 def test_folder_and_data_set(folder, data, tiny_run):
     assert sorted(contents(folder)) == [*(f"{name}.safetensors" for name in NAMES), "manifest.json"]
+    snap = snapshot.load(tiny_run)
     assert json.loads((folder / "manifest.json").read_text()) == {
-        "weights_sha256": snapshot.load(tiny_run).sha256, "sampling_method": "heun", "sampling_steps": 3, "guidance_scale": 2,
+        **output.network_record(snap.config), "real_fingerprint": datasets.build("digits", None, {}).fingerprint(),
+        "weights_sha256": snap.sha256, "sampling_method": "heun", "sampling_steps": 3, "guidance_scale": 2,
         "guidance_interval": [0, 1], "guide": None, "seed": 4, "labels": None, "mixed_precision": "no", "bspp": 5,
         "generated": 40, "inverted": 10, "shard_pairs": 15, "state_times": [], "image_shape": [1, 8, 8],
         "class_names": list("0123456789"), "data": {"name": "digits", "root": None, "args": {}},
@@ -147,6 +149,8 @@ def test_other_settings_do_not_mix(error, folder, tiny_run):
     before = contents(folder)
     line = error("make_pairs", "--weights", tiny_run, "--save_dir", folder, *ARGUMENTS, "--sampling_steps", "4")
     assert "holds pairs of another run (sampling_steps 3, now 4)" in line
+    line = error("make_pairs", "--weights", tiny_run, "--save_dir", folder, *ARGUMENTS, "model.args.dropout=0.1")
+    assert "holds pairs of another run (model {" in line
     assert contents(folder) == before
 
 

@@ -63,6 +63,11 @@ def test_a_second_call_adds_a_seed(race, tmp_path, number, monkeypatch):
             assert [row["guidance_scale"] for row in table.read_rows(run / "evaluation") if row["method"]] == [1, 1.3333333]
             on_the_way = [f"seed_{seed}@{recipe['steps'] // 2}"] * (recipe["steps"] > 1)  # of the first average
             assert [row["weights"] for row in table.read_rows(run / "curve")] == on_the_way
+    record = json.loads((out / "race.json").read_text())
+    record["recipes"][0]["content"] = "other"  # as if the YAML had been edited
+    (out / "race.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="from before it changed; name another folder"):
+        race(*configs, flags=["--seeds", "2"])
     text = (out / "race.md").read_text()
     assert text in printed + "\n" and "2 seed(s)" in text and "the floor" in text
     rows = [line for line in text.splitlines() if line.startswith(tuple(f"| {recipe['name']} |" for recipe in recipes))]

@@ -139,6 +139,14 @@ def test_early_check_leaves_the_precision_open():
     assert distributed.build_accelerator("bf16").mixed_precision == "bf16"
 
 
+def test_stage_of_another_configuration(error, config, tmp_path):
+    """A training that would go on with other keys than those it began with is refused, as the table would mix both."""
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain" / "plan.json").write_text('{"1-rf": {"content": "of other keys"}}')
+    line = error("rectify", "-c", config, f"folder={tmp_path / 'chain'}")
+    assert "stages.1-rf: " in line and "have changed since it began" in line
+
+
 def test_hint_samples_from_best_row(rectified):
     """That of the smallest distance at the smallest NFE."""
     printed = (rectified.parent / "printed.txt").read_text()

@@ -76,6 +76,8 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(here, tmp_path, tiny_run, s
     here("sample", "--weights", tiny_run, "--save_dir", out, "--npz", *ARGUMENTS)
     assert contents(out) == contents(sampled)
     assert (out / "images" / "000000.png").stat().st_mtime == 1
+    again = here("sample", "--weights", tiny_run, "--save_dir", out, *ARGUMENTS)
+    assert f"note: {out / 'samples.npz'} is of an earlier call" in again
 
 
 def test_kill_before_first_file_leaves_usable_folder(tmp_path, tiny_run, here):

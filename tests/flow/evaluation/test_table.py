@@ -192,3 +192,13 @@ def test_a_table_takes_the_place_of_the_one_before(tmp_path):
     after = [(tmp_path / name).read_text() for name in names]
     assert all(a != b for a, b in zip(after, before, strict=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("FID", "0.15 ± 0.00"), ("FD-digits", "0.15 ± 0.00"), ("FD-inception-768", "0.151 ± 0.005"),
+     ("precision", "0.151 ± 0.005"), ("KD-digits", "0.1514 ± 0.0049"), ("SW2", "0.1514 ± 0.0049")],
+)  # fmt: skip
+def test_decimals_suit_the_scale_of_a_metric(name, text):
+    """A good model has an FD-inception-768 of 0.15 with an interval of 0.005."""
+    assert table.cell(name, table.Statistic(0.1514, math.nan, 0.0049)) == text

@@ -117,6 +117,17 @@ def test_two_ways_to_sample(alpha_flow):
     assert torch.equal(*one) and not torch.equal(*two)
 
 
+def test_pairs_of_a_flow_map_are_trained_on(here, alpha_flow, tmp_path):
+    """By its own loss, as flow matching has one time."""
+    printed = here(
+        "make_pairs", "--weights", alpha_flow, "--n_pairs", 40, "--sampling_steps", 1, "--save_dir", tmp_path / "pairs"
+    )
+    words = shlex.split(printed.splitlines()[-1].partition("train on them with: ")[2])[2:]
+    assert "loss.name=alpha_flow" in words
+    short = ["train.steps=1", "train.batch_size=8", "train.log_with=[]", "preview.n_samples=1", "preview.sampling_steps=1"]
+    here("train", *words, *short, "-e", tmp_path / "run")
+
+
 def test_guidance_comes_with_notes(here, alpha_flow, tmp_path):
     here("train", *ALPHA_FLOW, "loss.args.guidance_scale=2", "-e", tmp_path / "run")
     sample = ["sample", "--weights", tmp_path / "run", "--n_samples", "2", "--sampling_steps", "2", "--save_dir"]

@@ -1,12 +1,16 @@
 """Chains of commands, several at the same time."""
 
 import os
+import signal
+import sys
+import threading
+import time
 
 import pytest
 
 from configs.errors import UserError
 from flow.runtime import commands
-from flow.runtime.subprocesses import run_chains, run_command
+from flow.runtime.subprocesses import run_chains, run_command, run_quietly
 
 MEET = """
 import pathlib, sys, time
@@ -69,3 +73,22 @@ def test_commands_run_as_they_are_printed(tmp_path, monkeypatch, capfd):
         assert f"$ {commands.command(*words)}\nhello from " in printed
     run_chains({tmp_path / "log": iter([["hello.py"], ["-m", "scripts.hello"]])}, 1, "chains")
     assert (tmp_path / "log").read_text().count("hello from ") == 2
+
+
+def test_quiet_command_ends_with_its_caller(tmp_path):
+    """Else it would go on beside whatever is started next."""
+    assert run_quietly([sys.executable, "-c", "import sys; sys.exit('no such job')"], dict(os.environ)) == (1, "no such job\n")
+    written = tmp_path / "process"
+    code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(f'{os.getpid()}.'); time.sleep(600)"
+
+    def stop() -> None:
+        while not (written.is_file() and written.read_text().endswith(".")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit) as left:
+        run_quietly([sys.executable, "-c", code, str(written)], dict(os.environ))
+    assert left.value.code == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(written.read_text().rstrip(".")), 0)
