@@ -217,14 +217,13 @@ def train_command(weights: str, save_dir: Path, config: schema.Config, has_state
         overrides["data.root"] = config.data.root
     if config.data.autoencoder:
         overrides["data.autoencoder"] = config.data.autoencoder
-    two_times = config.model.args.get("two_times")
-    if two_times and not has_states and not LOSSES[config.loss.name].needs_states:
-        overrides |= {"loss.name": config.loss.name, "loss.args": config.loss.args}
-    elif two_times and not has_states:
-        overrides |= {"model.args": {**config.model.args, "two_times": False}}
-        del overrides["train.init_from"]
     if has_states:
         overrides |= {"loss.name": "trajectory", "model.args": {**config.model.args, "two_times": True}}
+    elif config.model.args.get("two_times") and LOSSES[config.loss.name].needs_states:  # a flow does not start from a flow map
+        overrides |= {"model.args": {**config.model.args, "two_times": False}}
+        del overrides["train.init_from"]
+    elif config.model.args.get("two_times"):
+        overrides |= {"loss.name": config.loss.name, "loss.args": config.loss.args}
     if has_states and (config.flow.path, config.flow.prediction) != ("linear", "velocity"):  # of another kind than the weights
         overrides |= {"flow.path": "linear", "flow.prediction": "velocity"}
         del overrides["train.init_from"]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from configs.errors import UserError
 from datasets import captions
-from flow.evaluation import command, plots, table
+from flow.evaluation import evaluate_command, plots, table
 from flow.evaluation.snapshots import columns_of
 from flow.runtime import cli, commands, distributed, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
@@ -171,7 +171,7 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
             sampling_steps=args.sampling_steps, n_samples=n, seed=args.seed, feature_extractor=args.feature_extractor,
             mixed_precision=args.mixed_precision,
         )  # fmt: skip
-        rows += command.rows_of(words, args.launcher)
+        rows += evaluate_command.run(words, args.launcher)
     names = {c.guide: guide.name_of(snapshot.load(c.guide), c.guide) for c in candidates if c.guide}
     by_columns = {columns(c, names): c for c in candidates}
     results, real = {}, {}

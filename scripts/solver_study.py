@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from configs.errors import UserError
 from flow import solvers
-from flow.evaluation import command, plots, table
+from flow.evaluation import evaluate_command, plots, table
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
@@ -177,7 +177,7 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
             guidance_scale=args.guidance_scale, n_samples=args.num_fid_images, mixed_precision=args.mixed_precision,
             feature_extractor=args.feature_extractor, no_control=True, config=args.config,
         )  # fmt: skip
-        for row in command.rows_of(words):
+        for row in evaluate_command.run(words):
             metrics_of[row["method"], row["steps"], json.dumps(row["identity"]["times"])] = row["metrics"]
     for row in rows:
         settings = row["settings"]

@@ -101,9 +101,7 @@ def link(source: Path, path: Path) -> None:
 
 def atomic_rename_dir(temporary: Path, path: Path) -> None:
     """Sync a finished temporary folder and give it its name; an empty folder of this name is replaced."""
-    for file in temporary.rglob("*"):
-        fsync(file)
-    fsync(temporary)
+    _sync_tree(temporary)
     if is_empty_dir(path):  # but for leftovers
         shutil.rmtree(path)
     os.replace(temporary, path)
@@ -112,8 +110,7 @@ def atomic_rename_dir(temporary: Path, path: Path) -> None:
 
 def replace_dir(temporary: Path, path: Path) -> None:
     """As `atomic_rename_dir`, in place of a folder of this name, which is there until the new one is synced."""
-    for file in [*temporary.rglob("*"), temporary]:
-        fsync(file)
+    _sync_tree(temporary)
     before = path.with_name(f"{TEMPORARY}{path.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if path.exists():
@@ -121,6 +118,11 @@ def replace_dir(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
     fsync(path.parent)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
 
 
 def is_temporary(name: str) -> bool:

@@ -47,16 +47,17 @@ def run_command(arguments: list[str], launcher: str | None = None) -> None:
 def run_quietly(words: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """(status, standard error) of a command whose output nobody reads. Signals end it, and then this process."""
     with StopSignal() as stop, tempfile.TemporaryFile("w+", errors="replace") as said:
-        process, ended = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, env=environment), False
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, env=environment)
         while True:
             try:
                 status = process.wait(0.2)
                 break
             except subprocess.TimeoutExpired:
-                if stop.received and not ended:  # once, as a launcher that is stopping its processes is not to be disturbed
+                if stop.received:
                     process.terminate()
-                    ended = True
-        if stop.received:
+                    process.wait()
+                    sys.exit(128 + stop.received)
+        if stop.received:  # the signal has ended the command, too
             sys.exit(128 + stop.received)
         said.seek(0)
         return status, said.read()

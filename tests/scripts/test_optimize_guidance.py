@@ -51,8 +51,8 @@ def test_rows_of_another_reference_are_not_taken(optimize):
     """Also where those lie behind the own ones in the same table."""
     flags = ["--guidance_scale", "1", "2", "--n_samples", "80"]
     first, other, again = (optimize(*flags, *words).splitlines()[-1] for words in ([], ["data.args.split=test"], []))
-    found = [re.search(r"FD-digits [\d.]+", line)[0] for line in (first, other, again)]
-    assert found[0] == found[2] != found[1]
+    distances = [re.search(r"FD-digits [\d.]+", line)[0] for line in (first, other, again)]
+    assert distances[0] == distances[2] != distances[1]
 
 
 def test_halving(optimize, tmp_path, tiny_run, monkeypatch):
