@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+import models
 from flow.path import LinearPath, Path
 from flow.source import GAUSSIAN, GaussianSource, Source
 
@@ -50,8 +51,7 @@ class FlowModel:
             ValueError: for two times or preconditioning on another path than the linear one, or with another prediction than
                 the velocity.
         """
-        for name, value in network_defaults(self.net).items():
-            setattr(self.net, name, value)
+        models.set_defaults(self.net)
         if isinstance(self.path, LinearPath) and self.prediction == "velocity":
             return
         if self.net.two_times:
@@ -77,21 +77,6 @@ class FlowModel:
         """Networks without dropout, as sampling wants them."""
         for net in self.networks:
             net.eval()
-
-
-def network_defaults(net: Any) -> dict[str, int | None]:
-    """The attributes of `Network` that `net` lacks, with their defaults. Raises ValueError where no default can be given."""
-    if getattr(net, "max_prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
-        raise ValueError(
-            f"{type(net).__name__} has max_prompt_bytes: it needs encode(prompts), and null, the token of no prompt"
-        )
-    defaults: dict[str, int | None] = {
-        "num_classes": None,
-        "max_prompt_bytes": None,
-        "null": getattr(net, "num_classes", None),
-        "two_times": False,
-    }
-    return {name: value for name, value in defaults.items() if not hasattr(net, name)}
 
 
 def why_no_score(source: str, coupling: str) -> str | None:

@@ -1,8 +1,8 @@
 """Networks: net(x [B, C, H, W], t [B] in [0, 1], y, t_next [B] or None) -> [B, C, H, W]; `mlp` also for points [B, 2].
 
 y is labels [B] where `net.num_classes` is not None, tokens [B, net.max_prompt_bytes] of prompts where that is not None (then
-`net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition. `build_codec(spec)`
-is what stands between images and the latents that a network may be trained on.
+`net.encode(prompts)` makes them), else None. `net.null` is the value of y that stands for no condition.
+`build_codec(description)` is what stands between images and the latents that a network may be trained on.
 
 Every network takes the argument `data_std` as well: the standard deviation of the data, for `Preconditioned`.
 """
@@ -20,7 +20,7 @@ from models.mlp import MLP
 from models.preconditioning import Preconditioned
 from models.unet import UNet
 
-__all__ = ["MODELS", "build", "build_codec"]
+__all__ = ["MODELS", "build", "build_codec", "set_defaults"]
 MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mini_unet": MiniUNet, "dit": DiT, "mlp": MLP}
 
 
@@ -43,4 +43,20 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
         net = MODELS[name](image_shape, **args)
     except TypeError as error:  # e.g. a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
+    set_defaults(net)
     return net if data_std is None else Preconditioned(net, data_std)
+
+
+def set_defaults(net: Any) -> None:
+    """Gives a network the attributes that it lacks: no labels, no prompts, one time.
+
+    Raises ValueError for a network that reads prompts and lacks what prompts need.
+    """
+    if getattr(net, "max_prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
+        raise ValueError(
+            f"{type(net).__name__} has max_prompt_bytes: it needs encode(prompts), and null, the token of no prompt"
+        )
+    defaults = {"num_classes": None, "max_prompt_bytes": None, "null": getattr(net, "num_classes", None), "two_times": False}
+    for name, value in defaults.items():
+        if not hasattr(net, name):
+            setattr(net, name, value)

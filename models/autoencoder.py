@@ -26,8 +26,8 @@ INSTALL = "autoencoders need the package diffusers: pip install -r requirements-
 
 
 class VAE(nn.Module):
-    """diffusers.AutoencoderKL as a codec. A batch that runs out of memory is halved; an image that is too
-    large alone is decoded in overlapping tiles, which is said in a warning, as their seams are blended."""
+    """diffusers.AutoencoderKL as a codec. A batch that runs out of memory is halved; an image that is too large alone is
+    encoded and decoded in overlapping tiles of about half its sides, with a warning, as their seams are blended."""
 
     def __init__(self, net: nn.Module, shift: Sequence[float] = (0.0,), scale: Sequence[float] = (1.0,)):
         super().__init__()
@@ -41,13 +41,14 @@ class VAE(nn.Module):
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For training: images [B, C, H, W] and standard normal noise [B, c, h, w] -> the decoded mean + std noise, mean and
         std. With gradients."""
-        posterior = self.net.encode(images).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()
-        return self.net.decode(mean + std * noise).sample.float(), mean, std
+        with _precision(images.device):
+            posterior = self.net.encode(images).latent_dist
+            mean, std = posterior.mean.float(), posterior.std.float()
+            return self.net.decode(mean + std * noise).sample.float(), mean, std
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std [B, c, h, w], float32, of images [B, C, H, W] in [-1, 1]."""
+        """Mean and std [B, c, h, w] of the posterior, float32, of images [B, C, H, W] in [-1, 1]; not normalised."""
         self.to(images.device)
 
         def moments(part: Tensor) -> Tensor:
@@ -55,19 +56,20 @@ class VAE(nn.Module):
                 posterior = self.net.encode(part.float()).latent_dist
             return torch.cat([posterior.mean.float(), posterior.std.float()], dim=1)
 
-        mean, std = self._split_on_oom(moments, images).chunk(2, dim=1)
+        latent_side = max(images.shape[-2:]) // self.factor
+        mean, std = self._split_on_oom(moments, images, latent_side).chunk(2, dim=1)
         return mean, std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, C, H, W], float32, about [-1, 1], of normalised latents [B, c, h, w]."""
+        """Images [B, C, H, W], float32, about [-1, 1], of normalised latents (z - shift) / scale [B, c, h, w]."""
         self.to(latents.device)
 
         def decoded(part: Tensor) -> Tensor:
             with _precision(latents.device):
                 return self.net.decode(part.float() * self.scale + self.shift).sample.float()
 
-        return self._split_on_oom(decoded, latents)
+        return self._split_on_oom(decoded, latents, max(latents.shape[-2:]))
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Raises ValueError for images that the autoencoder does not take."""
@@ -95,9 +97,10 @@ class VAE(nn.Module):
         """In the format of diffusers: config.json and diffusion_pytorch_model.safetensors."""
         self.net.save_pretrained(folder)
 
-    def _split_on_oom(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+    def _split_on_oom(self, function: Callable[[Tensor], Tensor], batch: Tensor, latent_side: int) -> Tensor:
         if len(batch) > self.max_batch:
-            return torch.cat([self._split_on_oom(function, part) for part in batch.split(self.max_batch)])
+            parts = batch.split(self.max_batch)
+            return torch.cat([self._split_on_oom(function, part, latent_side) for part in parts])
         try:
             return function(batch)
         except torch.OutOfMemoryError:
@@ -105,10 +108,17 @@ class VAE(nn.Module):
                 raise
         if len(batch) > 1:
             self.max_batch = len(batch) // 2
-            return self._split_on_oom(function, batch)
+            return self._split_on_oom(function, batch, latent_side)
         warnings.warn("out of memory for one image: the autoencoder works in tiles from now on", stacklevel=3)
-        self.net.enable_tiling()
+        self._enable_tiling(latent_side)
         return function(batch)
+
+    def _enable_tiling(self, latent_side: int) -> None:
+        """Tiles of half the longer side. diffusers takes them from the configured sample_size, which need not fit the images;
+        with sides divisible by 4 its quarter of overlap is a whole number of latents."""
+        tile = 4 * max(1, latent_side // 8)
+        self.net.tile_latent_min_size, self.net.tile_sample_min_size = tile, tile * self.factor
+        self.net.enable_tiling()
 
 
 def build_codec(description: dict[str, Any]) -> VAE:
@@ -146,7 +156,8 @@ def load(source: str, shift: Sequence[float] = (0.0,), scale: Sequence[float] = 
         if missing:
             raise ValueError(f"its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
     except Exception as error:  # files, hub, config and shapes fail in a dozen ways
-        raise ValueError(f"{source}: not a whole AutoencoderKL ({_first_sentence(error)})") from None
+        place = "" if path.is_dir() else "there is no such folder here, and on the hub: "
+        raise ValueError(f"{source}: {place}not a whole AutoencoderKL ({_first_line(error)})") from None
     return VAE(net.eval().requires_grad_(False), shift, scale)
 
 
@@ -188,5 +199,5 @@ def _precision(device: torch.device):
     return nullcontext()
 
 
-def _first_sentence(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

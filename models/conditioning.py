@@ -22,17 +22,19 @@ class Conditioning(nn.Module):
     ):
         """num_classes: None for no labels; label num_classes is the null label. two_times: t_next is an input.
         time_frequency, min_time_frequency: fastest and slowest feature of t in radians.
-        features: number of features of t that an MLP reads; None: `size` features and no MLP.
+        features: number of features of t that an MLP reads, even; None: `size` features and no MLP.
 
-        Raises ValueError for frequencies out of range.
+        Raises ValueError for frequencies out of range and an odd number of features.
         """
         super().__init__()
+        if (features or size) % 2:
+            raise ValueError(f"{features or size} features of the time: must be even, a cosine and a sine for each frequency")
         _check_frequencies(time_frequency, min_time_frequency)
         self.time_frequency, self.min_time_frequency = time_frequency, min_time_frequency
         self.features = features or size
         mlp = () if features is None else (nn.Linear(features, size), nn.SiLU(), nn.Linear(size, size))
         self.time_mlp = nn.Sequential(*mlp)
-        self.step_embedding = StepEmbedding(self.features, size, time_frequency) if two_times else None
+        self.step_embedding = StepEmbedding(self.features, size, time_frequency, min_time_frequency) if two_times else None
         self.label_embedding = nn.Embedding(num_classes + 1, size) if num_classes is not None else None
 
     def forward(self, t: Tensor, y: Tensor | None, t_next: Tensor | None = None) -> Tensor:
@@ -58,17 +60,17 @@ class StepEmbedding(nn.Module):
     It is in the graph of every pass, with t_next = None too (a step of length 0), so that DDP always finds its gradient.
     """
 
-    def __init__(self, features: int, size: int, max_frequency: float):
+    def __init__(self, features: int, size: int, time_frequency: float, min_time_frequency: float):
         super().__init__()
-        self.features, self.max_frequency = features, max_frequency
+        self.features, self.time_frequency, self.min_time_frequency = features, time_frequency, min_time_frequency
         self.linear = zero_init(nn.Linear(features, size))
 
     def forward(self, t: Tensor, t_next: Tensor | None) -> Tensor:
         length = torch.zeros_like(t) if t_next is None else t_next - t
-        return self.linear(sinusoidal_embedding(length, self.features, self.max_frequency))
+        return self.linear(sinusoidal_embedding(length, self.features, self.time_frequency, self.min_time_frequency))
 
 
-def sinusoidal_embedding(t: Tensor, dim: int, fastest: float, slowest: float = 0.1) -> Tensor:
+def sinusoidal_embedding(t: Tensor, dim: int, fastest: float, slowest: float) -> Tensor:
     """Features [B, dim] of t [B] in [0, 1]: cosines and sines of t times geometric frequencies, from `fastest` down towards
     `slowest` radians.
 

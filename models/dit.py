@@ -1,4 +1,4 @@
-"""The diffusion transformer: patches as tokens, time and label by adaptive layer norm, the label also by cross-attention.
+"""The diffusion transformer: patches as tokens, time and label by adaptive layer norm and, on request, by cross-attention.
 
 DiT (Peebles & Xie 2023, arXiv:2212.09748, section 3: adaLN-zero) with rotary position embedding (Su et al. 2021,
 arXiv:2104.09864) over rows and columns, or with fixed sines and cosines; both with base 100 in place
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.conditioning import Conditioning
-from models.layers import attention, check_counts, check_dropout, zero_init
+from models.layers import Dropout, attention, check_counts, check_dropout, zero_init
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
@@ -37,12 +37,13 @@ class DiT(nn.Module):
         two_times: bool = False,
     ):
         """image_shape: (C, H, W), sides divisible by patch. size: S, B, L or XL, the paper's width, depth and heads; each can
-        be given on its own. width: of a token, divisible by 4 heads. depth: blocks.
+        be given on its own. width: of a token, divisible by 4 heads. depth: blocks. patch: side of a token in pixels.
         positions: "rope" turns queries and keys, so that tokens know where others are; "sine" adds features of row and column
         to a token, so that it knows where it is.
+        dropout: share of the hidden features of each MLP that is set to 0 in training.
         time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
-        num_classes: None for an unconditional network; label num_classes is the null label, and its
-        embedding is added to that of the time. cross_attention: tokens also attend to label and time, each as it needs.
+        num_classes: None for an unconditional network; label num_classes is the null label. The embedding of the label is
+        added to that of the time. cross_attention: tokens also attend to label and time, each as it needs.
         qk_norm: root mean square norm of queries and keys (Esser et al. 2024, arXiv:2403.03206), against attention that
         grows without bound in long training at low precision.
         two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
@@ -69,8 +70,7 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         time, label = self.conditioning.parts(t, y, t_next)  # [B, width]
-        attends = self.cross_attention and label is not None
-        context = torch.stack([label, time], dim=1) if attends else None  # [B, 2, width]
+        context = torch.stack([label, time], dim=1) if self.cross_attention else None  # [B, 2, width]
         emb = F.silu(time if label is None else time + label)
         h = self.embed(F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2))  # [B, tokens, width]
         if self.position_features is not None:
@@ -93,12 +93,11 @@ class DiTBlock(nn.Module):
         self.modulation = zero_init(nn.Linear(width, 6 * width))
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.cross_attention = cross_attention
         if cross_attention:
             self.query = nn.Linear(width, width)
             self.key_value = nn.Linear(width, 2 * width)
             self.cross_proj = zero_init(nn.Linear(width, width))
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), Dropout(dropout), nn.Linear(4 * width, width))
 
     def forward(self, h: Tensor, emb: Tensor, rotation: Tensor | None, context: Tensor | None) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(emb)[:, None].chunk(6, dim=2)
@@ -110,7 +109,7 @@ class DiTBlock(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         a = attention(q, k, v)
         h = h + gate_a * self.proj(a.transpose(1, 2).flatten(2))
-        if self.cross_attention and context is not None:
+        if context is not None:
             k, v = (self._split(part) for part in self.key_value(context).chunk(2, dim=2))
             a = attention(self._split(self.query(F.layer_norm(h, h.shape[-1:]))), k, v)
             h = h + self.cross_proj(a.transpose(1, 2).flatten(2))
@@ -142,7 +141,7 @@ def rotate(x: Tensor, angle: Tensor) -> Tensor:
 def _check(image_shape, width, depth, heads, patch, positions, dropout, num_classes, cross_attention) -> None:
     check_counts(width=width, depth=depth, heads=heads, patch=patch, num_classes=num_classes)
     if width % (4 * heads):
-        raise ValueError(f"width={width}: must be divisible by 4 heads = {4 * heads}, for the rotary embedding")
+        raise ValueError(f"width={width}: must be divisible by 4 heads = {4 * heads}, for the features of row and column")
     if image_shape[1] % patch or image_shape[2] % patch:
         raise ValueError(f"patch={patch}: must divide the image side, the images are {image_shape[1]}x{image_shape[2]}")
     if positions not in ("rope", "sine"):

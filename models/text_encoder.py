@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PADDING = 0  # also the null condition: the empty prompt is all padding
+LAYERS, HEADS = 2, 4
 
 
 def encode(prompts: Sequence[str], limit: int) -> Tensor:
@@ -31,14 +32,15 @@ class TextEncoder(nn.Module):
     prompt: the summary of the text, and all that is left of an empty one.
     """
 
-    def __init__(self, limit: int, width: int, layers: int = 2, heads: int = 4):
+    def __init__(self, limit: int, width: int):
         super().__init__()
         self.bytes = nn.Embedding(257, width)
         self.local = nn.Conv1d(width, width, 7, padding=3)
         self.positions = nn.Parameter(0.02 * torch.randn(limit, width))
         self.start = nn.Parameter(0.02 * torch.randn(width))
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        layers = [encoder_layer(width) for _ in range(LAYERS)]
+        self.layers = nn.TransformerEncoder(layers[0], LAYERS, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.layers.layers = nn.ModuleList(layers)  # torch would start all of them with the same weights
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         h = self.bytes(tokens)
@@ -46,3 +48,7 @@ class TextEncoder(nn.Module):
         h = torch.cat([self.start.expand(len(h), 1, -1), h], dim=1)
         mask = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens != PADDING], dim=1)
         return self.layers(h, src_key_padding_mask=~mask), mask
+
+
+def encoder_layer(width: int) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(width, HEADS, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)

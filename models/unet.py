@@ -46,7 +46,9 @@ class UNet(nn.Module):
         min_time_frequency: float = 0.1,
     ):
         """image_shape: (C, H, W). width: channels of the first level. channel_mult: multiple of it per level, each level
-        half the resolution of the one before. attention_resolutions: in pixels of height; each must be that of a level.
+        half the resolution of the one before. blocks_per_level: residual blocks on the way down; one more on the way up.
+        attention_resolutions: heights of the levels with attention, in patches. head_channels: channels of an attention head.
+        dropout: share of the features that each residual block sets to 0 in training.
         patch: the first level works on patches of this side as channels, which costs patch^2 times less.
         time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
         num_classes: None for an unconditional network; label num_classes is the null label.

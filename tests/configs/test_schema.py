@@ -124,6 +124,9 @@ def test_a_network_without_words_on_conditions(here, error, monkeypatch, tmp_pat
     assert "2 images" in here("sample", *ask)
     net = FlowModel(Plain((1, 8, 8)), None, (1, 8, 8)).net
     assert (net.num_classes, net.max_prompt_bytes, net.null) == (None, None, None)
+    said = here("doctor", "-c", "configs/digits.yaml", *TINY_RUN, "model.name=plain", "model.args.data_std=0.5", "-e",
+                tmp_path / "none", "preview.guidance_scale=1")  # fmt: skip
+    assert "network: plain, 0.00 M parameters" in said, said
 
 
 def test_a_network_that_reads_prompts_needs_an_encoder(error, monkeypatch, tmp_path):

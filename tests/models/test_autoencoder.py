@@ -40,3 +40,29 @@ def test_short_memory_halves_the_batch_then_tiles(vae_folder, monkeypatch):
     monkeypatch.setattr(vae.net, "decode", lambda z: short(z, 1 if vae.net.use_tiling else 0))
     with pytest.warns(UserWarning, match="tiles"):
         assert vae.decode(z[:1]).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("sides", [(16, 16), (12, 20)])
+def test_tiles_cover_the_image(monkeypatch, sides):
+    """Five levels, so an image of 256 pixels has 16 latents a side: tiles of 8 that overlap by 2."""
+    vae = autoencoder.build_vae(1, [4] * 5, 2, 1).eval()
+    z = torch.randn(1, 2, *sides)
+    whole = vae.decode(z)
+    mean, _ = vae.encode(whole)
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(vae.net, name, full_for_whole_images(vae.net, getattr(vae.net, name)))
+    with pytest.warns(UserWarning, match="tiles"):
+        tiled = vae.decode(z)
+    assert tiled.isfinite().all()  # its numbers are others, as a tile has norms and attention of its own
+    assert tiled.shape == whole.shape and vae.encode(whole)[0].shape == mean.shape
+
+
+def full_for_whole_images(net, function):
+    """`function` with a memory that holds no whole image, only tiles."""
+
+    def short(x: Tensor):
+        if not net.use_tiling:
+            raise torch.OutOfMemoryError
+        return function(x)
+
+    return short

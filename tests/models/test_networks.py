@@ -180,7 +180,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_time_embedding():
-    emb = sinusoidal_embedding(torch.tensor([0.0, 0.001, 1.0]), 8, 1000.0)
+    emb = sinusoidal_embedding(torch.tensor([0.0, 0.001, 1.0]), 8, 1000.0, 0.1)
     assert emb.shape == (3, 8)
     assert emb[0].tolist() == [1.0] * 4 + [0.0] * 4
     angles = torch.tensor([1.0, 10**-1, 10**-2, 10**-3])  # 1000 t x 10_000^(-k / 4)

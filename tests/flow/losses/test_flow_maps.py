@@ -93,11 +93,22 @@ def test_flow_weights_start_a_flow_map(here, tmp_path, tiny_run):
     assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_eager_derivative(name):
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        *((name, {}) for name in SMALL),
+        ("dit", {"qk_norm": True, "cross_attention": True, "positions": "sine"}),
+        ("unet", {"scale_shift_norm": False, "resblock_updown": False, "middle_attention": True}),
+        ("mini_unet", {"data_std": 0.5}),
+        ("mini_unet", {"num_classes": None, "max_prompt_bytes": 4}),
+    ],
+)
+def test_eager_derivative(name, args):
     """The jvp along (v, 1) is that of central differences, and carries no gradient."""
-    net = build(name, two_times=True).double()
+    net = build(name, two_times=True, **args).double()
     x, t, y = inputs()
+    if "max_prompt_bytes" in args:
+        y = net.encode(["a", "seven"[:4], "", "b c"])
     x, t = x.double(), t.double() * 0.5
     v, t_next, h = torch.randn_like(x), t + 0.3, 1e-7
     eager = EagerNetwork(net)

@@ -55,6 +55,18 @@ def test_hidden_matrix_by_torch():
         torch.testing.assert_close(net.get_parameter(name), reference.get_parameter(name), atol=1e-3, rtol=0)
 
 
+def test_weight_decay():
+    """Without gradients nothing else moves: w becomes w (1 - lr decay), of both."""
+    net = network()
+    start = copy.deepcopy(net)
+    optimizer = MuonWithAdamW(net, lr=0.1, fused=False, **{**OPTIONS, "weight_decay": 0.5})
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for (name, p), before in zip(net.named_parameters(), start.parameters(), strict=True):
+        torch.testing.assert_close(p, before * 0.95, msg=name)
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 64), (2, 64, 32)])
 def test_orthogonal(shape):
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
