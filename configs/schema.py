@@ -30,7 +30,7 @@ class DataConfig:
     root: str | None = None  # folder that holds the data sets; null: $FLOW_DATA, else ./data
     args: dict[str, Any] = field(default_factory=dict)  # arguments of the data set
     horizontal_flip: bool = False  # mirror each training image with probability 1/2
-    num_workers: int = limited(2, min=0)  # processes that decode images, for sets that are read from disk
+    num_workers: int = limited(2, min=0)  # processes that decode images, for data.name=folder
     autoencoder: str | None = None  # of latents: folder or hub id, if it has moved since they were encoded
 
 

@@ -128,6 +128,9 @@ class Folder(EncodedImages):
             self.notes.append(f"path={path}: no classes, as {_listed(beside)} beside the subfolders; move what lies there")
         nested = all(len(parts) > 1 for parts in top)
         self.class_names = tuple(sorted({parts[0] for parts in top})) if nested else ()
+        for name in self.class_names:
+            if any("\ud800" <= letter <= "\udfff" for letter in name):  # a byte that is not UTF-8; snapshots hold text
+                raise ValueError(f"path={path}: the name of the class folder {name!a} is not UTF-8; rename it")
         class_of = {name: i for i, name in enumerate(self.class_names)}
         self.labels = torch.tensor([class_of[parts[0]] for parts in top]) if nested else None
         self._measure()

@@ -41,11 +41,12 @@ class Packed:
     labels: Tensor | None  # int64 [N]
     class_names: tuple[str, ...]
     digest: str  # of the content of all shards
+    skipped: tuple[str, ...] = ()  # names of damaged images of the source, which were left out
 
     def __post_init__(self):
         self._ends = np.cumsum(self.counts)
         self._starts = [_images_start(path) for path in self.paths]
-        self._file = lru_cache(maxsize=OPEN_FILES)(_File)
+        self._file = lru_cache(maxsize=OPEN_FILES)(_opened)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -73,11 +74,15 @@ class Packed:
 class _File:
     """An open file, closed when nobody uses it."""
 
-    def __init__(self, path: Path):
-        self.descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
 
     def __del__(self):
         os.close(self.descriptor)
+
+
+def _opened(path: Path) -> _File:
+    return _File(os.open(path, os.O_RDONLY))
 
 
 def packed(root: Path, path: str, held_out: str | None = None) -> Packed:
@@ -95,11 +100,14 @@ def packed(root: Path, path: str, held_out: str | None = None) -> Packed:
         for key in ("image_shape", "class_names"):
             if other[key] != manifest[key]:
                 raise ValueError(f"held_out={held_out}: has {key} {other[key]}, {path} has {manifest[key]}")
+        if other["digest"] == manifest["digest"]:
+            raise ValueError(f"held_out={held_out}: holds the images of {path}, which training sees")
     shards = open_shards(folder, manifest, path, KIND)
     labels = torch.cat([shard["labels"] for shard in shards]) if "labels" in shards[0] else None
     entries = [entry for entry in manifest["shards"] if entry["images"]]
     paths, counts = [folder / entry["name"] for entry in entries], [entry["images"] for entry in entries]
-    return Packed(paths, counts, tuple(manifest["image_shape"]), labels, tuple(manifest["class_names"]), manifest["digest"])
+    shape, names, skipped = (tuple(manifest.get(key, ())) for key in ("image_shape", "class_names", "skipped"))
+    return Packed(paths, counts, shape, labels, names, manifest["digest"], skipped)
 
 
 def is_packed(folder: Path) -> bool:

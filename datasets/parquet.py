@@ -120,9 +120,12 @@ def find_columns(schema: Any, image_column: str | None, label_column: str | None
     Raises ValueError for a column that is not there or of another type, and where there is not one alone to choose.
     """
     features = _features(schema)
-    images = [f.name for f in schema if features.get(f.name, {}).get("_type") == "Image" or _holds_images(f.type)]
-    if image_column is not None and image_column not in images:
-        raise ValueError(f"--image_column {image_column}: no column of images; those are {', '.join(images) or 'none'}")
+    tagged = [f.name for f in schema if features.get(f.name, {}).get("_type") == "Image"]
+    images = tagged or [f.name for f in schema if _holds_images(f.type)]
+    if image_column is not None and image_column not in tagged:
+        able = [f.name for f in schema if f.name in tagged or _holds_images(f.type)]
+        if image_column not in able:
+            raise ValueError(f"--image_column {image_column}: no column of images; those are {', '.join(able) or 'none'}")
     if image_column is None and len(images) != 1:
         columns = (
             f"{len(images)} columns ({', '.join(images)})" if images else f"no column of images ({', '.join(schema.names)})"
@@ -215,6 +218,8 @@ def _holds_images(kind: Any) -> bool:
 def _is_label(kind: Any) -> bool:
     import pyarrow.types as types
 
+    if types.is_dictionary(kind):  # a category of pandas
+        kind = kind.value_type
     return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
 
 

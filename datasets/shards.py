@@ -20,9 +20,9 @@ SCRIPTS = {"pairs": "make_pairs", "latents": "cache_latents", "packed images": "
 
 
 def resolve_path(root: Path, path: str) -> Path:
-    """The folder `path` as it is, or below `root`."""
+    """The folder `path` as it is, or below `root` where there is only that one."""
     folder = Path(path)
-    return folder if folder.is_dir() or folder.is_absolute() else root / folder
+    return root / folder if not folder.is_dir() and (root / folder).is_dir() else folder
 
 
 def read_manifest(folder: Path, kind: str, keys: set[str]) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from datasets.folder import FORMATS
+from datasets.folder import read_image
 from datasets.images import Images
 
 UNIFORMS_PER_POINT = 4  # uniform numbers that a point is made from
@@ -113,12 +112,10 @@ def _picture(root: Path, path: str) -> np.ndarray:
     if not file.is_file():
         raise FileNotFoundError(f"path={path}: there is no such picture")
     try:
-        with Image.open(file, formats=FORMATS) as opened:
-            picture = opened.convert("RGBA")
-    except (OSError, Image.DecompressionBombError, SyntaxError) as error:
+        picture = read_image(file, None, 1)[0]
+    except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"path={path}: is no picture that can be read ({error})") from None
-    white = Image.new("RGBA", picture.size, "white")
-    darkness = 1 - np.asarray(Image.alpha_composite(white, picture).convert("L")) / 255
+    darkness = 1 - picture.numpy() / 255
     if not darkness.any():
         raise ValueError(f"path={path}: the picture is all white; its dark parts are the density")
     return darkness

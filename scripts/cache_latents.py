@@ -9,6 +9,7 @@ writes originals beside reconstructions, PSNR and the Frechet distance between t
 import hashlib
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 import datasets
 from configs import loading, schema
 from configs.errors import UserError
+from configs.vae import VaeConfig
 from datasets import DataSet, DataSpec
 from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
@@ -34,7 +36,7 @@ from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import images
 from flow.sampling.generate import index_batches, shard
 from flow.sampling.images import psnr, to_uint8
-from flow.sampling.space import Space
+from flow.training.checks import check_encodable
 from models import autoencoder
 from models.autoencoder import VAE
 
@@ -63,12 +65,11 @@ def parse_args():
 def main() -> None:
     args = parse_args()
     args.mixed_precision = distributed.resolve_precision(args.mixed_precision)
-    source = loading.load(args.config, args.overrides).data
+    source = data_section(args)
     accelerator = distributed.build_accelerator(args.mixed_precision)
     with error_context("data"):
         data = distributed.main_process_first(accelerator, DataSpec.of(source).build)
-        if not Space(data.image_shape, data.codec).is_pixels:
-            raise ValueError(f"data.name={source.name}: holds no images to encode")
+    check_encodable(source.name, data)
     for note in data.notes:
         accelerator.print(f"note: {note}")
     with error_context("--vae"):
@@ -82,6 +83,18 @@ def main() -> None:
     train = train_command(args.save_dir, data, latent_shape)
     result = f"latents of {len(data)} images in {args.save_dir}, {num_encoded} of them new"
     accelerator.print(messages.summary(result, args.start, f"train on them with: {train}"))
+
+
+def data_section(args) -> schema.DataConfig:
+    """That of a configuration, which may be an autoencoder's. Raises UserError for overrides of other sections."""
+    if others := [key for key in loading.overridden(args.overrides) if not key.startswith("data.")]:
+        raise UserError(f"{others[0]}: of the configuration only data.* has a meaning here; the autoencoder is --vae")
+    try:
+        return loading.load(args.config, args.overrides).data
+    except UserError:
+        with suppress(UserError):
+            return loading.load(args.config, args.overrides, kind=VaeConfig).data
+        raise
 
 
 def cache(
@@ -208,6 +221,8 @@ def write_manifest(args, source: schema.DataConfig, data: DataSet, settings: dic
 def check_extractor(args, accelerator: Accelerator, data: DataSet) -> Extractor:
     """The feature extractor of --check. Raises UserError for one that is not there or does not take these images."""
     with error_context("--check"):
+        if len(data) < 2:
+            raise ValueError("needs at least 2 images, the data set has 1")
         extractor = distributed.main_process_first(
             accelerator,
             lambda: Extractor(
@@ -219,7 +234,7 @@ def check_extractor(args, accelerator: Accelerator, data: DataSet) -> Extractor:
 
 
 def check(args, accelerator: Accelerator, data: DataSet, extractor: Extractor) -> None:
-    """Write reconstructions.png and reconstructions.json: latents as training reads them, decoded, against their images."""
+    """Write reconstructions.png and reconstructions.json: the means of the posteriors, decoded, against their images."""
     with error_context("--check"):
         latents = datasets.build("latents", None, {"path": str(args.save_dir)})
         codec = autoencoder.build_codec(latents.codec)

@@ -1,9 +1,10 @@
 """Decode, crop and resize images once: `python -m scripts.pack_images --source photos --size 64 --save_dir data/photos64`.
 
 The source is a folder of images (subfolders are classes), Parquet files as the Hugging Face hub stores them, a data set of
-the hub (hf:owner/name) or a built-in one. `--save_dir` gets shards of pixels and labels and manifest.json; training then
-reads `data.name=packed data.args.path=DIR` without decoding. Run it again after a kill: whole shards stay, missing or damaged
-ones are made again. The result does not depend on the number of processes.
+the hub (hf:owner/name) or a built-in one. In a folder with images and Parquet files, the latter are read with a flag that is
+for them. `--save_dir` gets shards of pixels and labels and manifest.json; training then reads `data.name=packed
+data.args.path=DIR` without decoding. Run it again after a kill: whole shards stay, missing or damaged ones are made again. The
+result does not depend on the number of processes.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ import datasets
 from configs import loading
 from configs.errors import UserError
 from datasets import DataSet, hub
-from datasets.folder import EncodedImages, Folder, UnreadableImage, files_below
+from datasets.folder import IMAGE_SUFFIXES, EncodedImages, Folder, UnreadableImage, files_below
 from datasets.packed import PATTERN
 from datasets.parquet import NO_LABELS, Parquet, select_files
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
@@ -33,11 +34,12 @@ from flow.runtime.output_dir import check_same_settings, write_missing
 EXAMPLES = """\
   python -m scripts.pack_images --source photos --size 64 --save_dir data/photos64
   python -m scripts.pack_images --source cifar10 --split test --save_dir data/cifar10_test
-  python -m scripts.pack_images --source downloads/afhq --split train --size 64 --save_dir data/afhq64
+  python -m scripts.pack_images --source downloads/afhq/train --size 64 --save_dir data/afhq64
   accelerate-launch --multi_gpu --num_processes 8 -m scripts.pack_images --source hf:owner/name --size 64 --save_dir data/x"""
 HUB = "hf:"
 BUILT_IN = ("digits", "mnist", "fashion_mnist", "cifar10")
 SHARD_BYTES = (2**24, 2**29)  # of pixels, at least and at most; between the two a set has
+PARQUET_FLAGS = ("split", "files", "image_column", "label_column")
 NUM_SHARDS = 256  # files, which can all be open
 THREADS = 4  # that decode, a process
 NAMED_IMAGES = 5  # of those that are left out, in a note
@@ -88,6 +90,8 @@ def open_source(args, accelerator: Accelerator, root: str | None) -> Source:
     """The images that --source names. Raises ValueError where there are none, or where a flag does not apply to them."""
     of_hub, path = args.source.startswith(HUB), Path(args.source)
     names = [] if of_hub or args.source in BUILT_IN else parquet_files(path)
+    if names and path.is_dir() and not any(getattr(args, flag) for flag in PARQUET_FLAGS) and holds_images(path):
+        names = []  # tables beside the images, as in folders of the hub
     for flag in ("files", "revision", "image_column", "label_column"):
         takes_flag = of_hub or (names and flag != "revision")
         if getattr(args, flag) is not None and not takes_flag:
@@ -110,6 +114,10 @@ def parquet_files(path: Path) -> list[str]:
     if path.is_dir():
         return sorted(p.relative_to(path).as_posix() for p in files_below(path) if p.suffix == ".parquet" and p.is_file())
     return [path.name] if path.suffix == ".parquet" and path.is_file() else []
+
+
+def holds_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in files_below(folder))
 
 
 def from_parquet(args, folder: Path, names: list[str], arguments: dict[str, Any]) -> Source:
@@ -152,7 +160,7 @@ def built_in(args, accelerator: Accelerator, root: str | None) -> Source:
 def listing(data: EncodedImages) -> str:
     """Hash of the names and sizes of files; their content would take as long to read as to pack."""
     lines = [f"{file.relative_to(data.path).as_posix()} {file.stat().st_size}" for file in data.files]
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b("\n".join(lines).encode(errors=files.NAMES), digest_size=16).hexdigest()
 
 
 def pack(args, accelerator: Accelerator, source: Source) -> None:

@@ -31,6 +31,7 @@ from flow.runtime.errors import cli_main
 from flow.sampling import locate, snapshot
 from models import autoencoder
 
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # also where there is a GPU, whose tests are in test_gpu.py
 torch.set_num_threads(1)  # the networks of the tests are too small for more
 memorization.PAIRS = 4  # a figure of 24 pairs takes a second
 ENTRY_SCRIPTS = ("train", "sample", "evaluate")
@@ -270,10 +271,27 @@ def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder that holds MNIST and CIFAR-10, or a skip."""
-    root = Path(os.environ.get("FLOW_DATA", ""))
-    if not (root / "MNIST").is_dir() or not (root / "cifar-10-batches-py").is_dir():
-        pytest.skip("FLOW_DATA names no folder with MNIST and CIFAR-10")
+@pytest.fixture(scope="session", autouse=True)
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of data sets: a new folder, so that no test reads features that an earlier run stored, with links to the sets
+    below the user's $FLOW_DATA."""
+    root = tmp_path_factory.mktemp("data_root")
+    if "FLOW_DATA" in os.environ:
+        for path in Path(os.environ["FLOW_DATA"]).absolute().glob("*"):
+            if path.name != "features":
+                (root / path.name).symlink_to(path)
+    os.environ["FLOW_DATA"] = str(root)
     return root
+
+
+@pytest.fixture(scope="session")
+def real_data(data_root) -> Path:
+    """The folder that holds MNIST and CIFAR-10, or a skip."""
+    if not (data_root / "MNIST").is_dir() or not (data_root / "cifar-10-batches-py").is_dir():
+        pytest.skip("FLOW_DATA names no folder with MNIST and CIFAR-10")
+    return data_root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

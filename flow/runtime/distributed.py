@@ -213,7 +213,7 @@ def decided_by_main(decide: Callable[[], Result]) -> Result:
     if dist.get_rank() == 0:
         try:
             answer[0] = decide()
-        except (UserError, OSError) as error:
+        except (ValueError, OSError) as error:  # a UserError is a ValueError
             answer[1] = str(error)
     value, message = broadcast_object_list(answer)
     if message:

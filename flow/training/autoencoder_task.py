@@ -23,13 +23,14 @@ from flow.sampling import images
 from flow.sampling.generate import shard
 from flow.sampling.header import PowerAverage
 from flow.sampling.images import psnr, to_uint8
-from flow.sampling.space import Space
+from flow.training.checks import check_encodable
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 from flow.training.trainer import Callback, Trainer
 from models import autoencoder
 from models.autoencoder import VAE
 
 PREVIEW_BATCH = 16
+LPIPS_SIDE = 16  # pixels; its network halves the sides four times
 
 
 class AutoencoderTask:
@@ -45,14 +46,7 @@ class AutoencoderTask:
             raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
         with error_context("data"):
             self.data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
-            if not Space(self.data.image_shape, self.data.codec).is_pixels:
-                raise ValueError(f"data.name={config.data.name}: holds no images")
-            if self.data.access == "memory" and self.data.images.dtype != torch.uint8:  # those of files are uint8
-                kind = str(self.data.images.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"data.name={config.data.name}: holds images as {kind}, an autoencoder trains on uint8; use the data set "
-                    "that they were made from"
-                )
+        check_encodable(config.data.name, self.data)
         torch.manual_seed(config.seed)  # of the initial weights
         self.net = self.build_network()
         with error_context("data"):
@@ -60,6 +54,11 @@ class AutoencoderTask:
         loss = config.autoencoder
         lpips = None
         if loss.lpips_weight:  # whose weights may be downloaded
+            if (side := min(self.data.image_shape[1:])) < LPIPS_SIDE:
+                raise UserError(
+                    f"autoencoder.lpips_weight={loss.lpips_weight}: LPIPS takes images of at least {LPIPS_SIDE} pixels a side, "
+                    f"these have {side}"
+                )
             lpips = distributed.main_process_first(accelerator, lambda: load_lpips(accelerator.device))
         self.loss = AutoencoderLoss(self.latent_shape, loss.distance, loss.kl_weight, loss.lpips_weight, lpips)
         self.loader = TrainingLoader.of(accelerator, config, self.data)

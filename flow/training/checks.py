@@ -3,6 +3,8 @@
 from pathlib import PurePath
 from typing import Any
 
+import torch
+
 from configs import keys
 from configs.errors import UserError
 from configs.schema import Config
@@ -10,14 +12,15 @@ from datasets import captions
 from flow.losses import FlowLoss
 from flow.model import FlowModel
 from flow.runtime.errors import error_context
+from flow.sampling.space import Space
 from flow.source import GAUSSIAN, DataSource, Source
 
 MEANING = ("flow.path", "flow.prediction")  # of what a network puts out, whatever its shape
 
 
 def check_alignment(data, source: Source) -> None:
-    """Raises UserError where the samples of the source are not one for each image; of files the names must agree, but for the
-    suffix."""
+    """Raises UserError where the samples of the source are not one for each image. Of files, and of those that packing left
+    out, the names must agree, but for the suffix."""
     if not isinstance(source, DataSource):
         raise UserError(
             f"flow.coupling=aligned: needs a data set as flow.source.name, with one sample for each image; is {GAUSSIAN}"
@@ -28,14 +31,36 @@ def check_alignment(data, source: Source) -> None:
         raise UserError(
             f"flow.coupling=aligned: flow.source.name={source.name} has {len(starts):,} samples for {len(data):,} images"
         )
-    name_of, start_of = (getattr(each, "name_of", None) for each in (data, getattr(starts, "data", None)))
+    both = (data, getattr(starts, "data", None))
+    skipped, skipped_starts = (sorted(map(_stem, getattr(each, "skipped", ()))) for each in both)
+    if skipped != skipped_starts:
+        name = min(set(skipped) ^ set(skipped_starts))
+        raise UserError(
+            f"flow.coupling=aligned: {name} was left out of one of the two packed sets; remove it from both sources"
+        )
+    name_of, start_of = (getattr(each, "name_of", None) for each in both)
     if name_of and start_of:
         for k in range(len(data)):
-            image, start = (str(PurePath(name).with_suffix("")) for name in (name_of(k), start_of(k)))
+            image, start = _stem(name_of(k)), _stem(start_of(k))
             if image != start:
                 raise UserError(
                     f"flow.coupling=aligned: image {k} is {image}, its start {start}; give both files the same name"
                 )
+
+
+def _stem(name: str) -> str:
+    return str(PurePath(name).with_suffix(""))
+
+
+def check_encodable(name: str, data) -> None:
+    """Raises UserError for a data set that holds no uint8 images, which autoencoders are trained on and encode."""
+    if not Space(data.image_shape, data.codec).is_pixels:
+        raise UserError(f"data.name={name}: holds no images")
+    if data.access == "memory" and data.images.dtype != torch.uint8:  # those of files are uint8
+        kind = str(data.images.dtype).removeprefix("torch.")
+        raise UserError(
+            f"data.name={name}: holds images as {kind}, an autoencoder takes uint8; use the data set that they were made from"
+        )
 
 
 def check_source(config: Config, model: FlowModel) -> None:

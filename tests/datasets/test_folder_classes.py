@@ -1,10 +1,13 @@
 """A folder with a subfolder for each class: found at the start of training, named to sample.py and the others."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_here
 from PIL import Image
 
 from flow.sampling import snapshot
@@ -34,17 +37,27 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(photos, tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs") / "photos"
+    run = tmp_path_factory.mktemp("runs") / "photos"
+    said = run_here("train", *PHOTOS, data(photos), "-e", run, "train.steps=1")
+    assert "2 classes (cats, discs)" in said
+    assert said.count("skipped 3 files (.DS_Store, cats/._0.png, notes.txt)") == 1, said
+    return run
+
+
+def test_names_of_classes_are_text(error, photos, tmp_path):
+    """A snapshot holds them, so the training would end in weights that nothing can read."""
+    folder = tmp_path / "latin"
+    folder.mkdir()
+    os.rename(shutil.copytree(photos / "cats", folder / "cats"), os.fsencode(folder) + b"/caf\xe9")
+    line = error("train", *PHOTOS, data(folder), "-e", tmp_path / "run")
+    assert "the name of the class folder 'caf\\udce9' is not UTF-8; rename it" in line
 
 
 def data(folder: Path) -> str:
     return f"data.args={{path: '{folder}', size: 16}}"
 
 
-def test_classes_are_used_and_known_by_name(here, error, photos, trained, tmp_path):
-    said = here("train", *PHOTOS, data(photos), "-e", trained, "train.steps=1")
-    assert "2 classes (cats, discs)" in said
-    assert said.count("skipped 3 files (.DS_Store, cats/._0.png, notes.txt)") == 1, said
+def test_classes_are_used_and_known_by_name(here, error, trained, tmp_path):
     assert "num_classes: 2" in (trained / "config.yaml").read_text()
     assert snapshot.load(trained).class_names == ("cats", "discs")
 
@@ -71,9 +84,10 @@ def test_names_reach_the_pairs_and_their_snapshot(here, photos, trained, tmp_pat
     assert snapshot.load(tmp_path / "reflow").class_names == ("cats", "discs")
 
 
-def test_a_resumed_run_keeps_the_number_it_began_with(here, photos, trained):
-    for config in ([], PHOTOS):
-        assert "finished step" in here("train", *config, data(photos), "-e", trained, "-r", "latest", "train.steps=2")
+@pytest.mark.parametrize("config", [[], PHOTOS])
+def test_a_resumed_run_keeps_the_number_it_began_with(here, photos, trained, tmp_path, config):
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert "finished step 2" in here("train", *config, data(photos), "-e", run, "-r", "latest", "train.steps=2")
 
 
 @pytest.mark.parametrize(

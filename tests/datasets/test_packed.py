@@ -59,6 +59,11 @@ def test_images_are_those_of_the_folder(data, folder):
     assert torch.equal(data.read(order), torch.stack([folder[k][0] for k in order]))
 
 
+def test_missing_folder_is_named_as_it_was_given(error, tmp_path):
+    words = ["data.name=packed", "data.args.path=photos/none", f"data.root={tmp_path}", "-e", tmp_path / "run"]
+    assert "path=photos/none: holds no packed images" in error("train", *SMALL, *words)
+
+
 def test_manifest(path):
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["size"] == 8 and manifest["crop"] == "center" and manifest["image_shape"] == [3, 8, 8]
@@ -99,6 +104,8 @@ def test_reference_and_held_out(here, error, tmp_path, path, tiny_run):
     assert "has no held-out part" in line and "data.args.held_out" in line
     line = error(*train, f"data.args={{path: {gray}, held_out: {path}}}", "-e", tmp_path / "none")
     assert "image_shape [3, 8, 8]" in line and "[1, 8, 8]" in line
+    line = error(*train, f"data.args={{path: {gray}, held_out: {gray}}}", "-e", tmp_path / "none")
+    assert f"held_out={gray}: holds the images of {gray}, which training sees" in line
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "other", "header"])

@@ -27,6 +27,12 @@ def test_point_k_is_a_function_of_seed_and_k(name):
     assert 0.5 < many.images.std() < 1.5
 
 
+def test_pictures_of_16_bits_keep_their_grays(tmp_path):
+    Image.fromarray(np.array([[0, 65535], [65535, 65535]], dtype=np.uint16)).save(tmp_path / "corner.png")
+    points = datasets.build("toys", tmp_path, {"name": "image", "path": "corner.png", "n": 100}).images
+    assert (points[:, 0] < 0).all() and (points[:, 1] > 0).all()
+
+
 @pytest.mark.parametrize("name", LOG_DENSITIES)
 def test_exact_densities(name):
     """They integrate to one, and the points come from them: the mean log-density is that of the integral."""

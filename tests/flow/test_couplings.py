@@ -116,6 +116,28 @@ def test_aligned_samples_have_the_same_index(positives, negatives, here, tmp_pat
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 0
 
 
+def test_packed_sets_have_left_out_the_same(positives, here, error, tmp_path):
+    """Two gaps at different places leave the counts equal and pair the wrong images between them."""
+    packed = []
+    for name, damaged in (("positives", "03.png"), ("negatives", "05.bmp")):
+        (tmp_path / name / damaged).write_bytes(b"no image")
+        here(
+            "pack_images",
+            "--source",
+            tmp_path / name,
+            "--channels",
+            "1",
+            "--skip_damaged",
+            "--save_dir",
+            tmp_path / f"p_{name}",
+        )
+        packed.append(f"args={{path: {tmp_path / f'p_{name}'}}}")
+    words = ["data.name=packed", f"data.{packed[0]}", "flow.source.name=packed", f"flow.source.{packed[1]}"]
+    others = [word for word in positives if not word.startswith("data.")]
+    line = error("train", *others, *words, "-e", tmp_path / "run")
+    assert "flow.coupling=aligned: 03 was left out of one of the two packed sets" in line
+
+
 def test_what_is_not_aligned_is_one_line(positives, negatives, error, tmp_path):
     def line(*words: str) -> str:
         return error("train", *positives, "-e", tmp_path / "run", *words)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import REPOSITORY, run_here, succeed
+from conftest import REPOSITORY, contents, run_here, succeed
 from PIL import Image
 
 import datasets
@@ -21,7 +21,7 @@ from datasets.shards import read_shard
 from flow.noise import gaussian_noise, generator
 from flow.sampling import snapshot
 from flow.sampling.generate import generate
-from flow.sampling.images import read_png, to_uint8
+from flow.sampling.images import read_png, side_by_side_grid, to_uint8
 from flow.sampling.settings import SamplerSettings
 from flow.training.data_loader import TrainingLoader
 from models import autoencoder
@@ -54,10 +54,6 @@ def run(tmp_path_factory, cache) -> Path:
     path = tmp_path_factory.mktemp("runs") / "latent"
     run_here("train", *TRAIN, f"data.args.path={cache}", "-e", path)
     return path
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(path.iterdir()) if p.is_file()}
 
 
 # ---- the cache
@@ -150,7 +146,8 @@ def test_reconstructions_are_checked(here, vae_folder, tmp_path):
     expected = (10 * torch.log10(255**2 / (made.double() - x.double()).square().mean((1, 2, 3)))).mean()
     assert found["PSNR"] == pytest.approx(expected.item(), abs=0.02) and found["images"] == 50
     assert "rFD-digits" in printed and found["rFD-digits"] > 0
-    assert read_png(out / "reconstructions.png").ndim == 3
+    picture = torch.from_numpy(read_png(out / "reconstructions.png")).permute(2, 0, 1)
+    assert (picture.int() - side_by_side_grid(x[:32], made[:32]).int()).abs().max() <= 2  # the cache is float16
 
 
 # ---- training on it
@@ -250,6 +247,17 @@ def test_a_cache_made_by_another_codec(error, here, cache, run, tmp_path):
     assert "data.horizontal_flip=true: these latents have no flipped copies" in error(*again)
     message = error(*again, "data.horizontal_flip=false", f"train.init_from={run}")
     assert "train.init_from" in message and "was trained on latents of the autoencoder" in message
+
+
+def test_images_are_named_by_any_data_section(here, error, vae_folder, tmp_path):
+    """That of an autoencoder's training too; other sections say nothing, and pairs are no images."""
+    config = tmp_path / "vae.yaml"
+    config.write_text("data: {name: digits, args: {split: test}}\nautoencoder: {latent_channels: 2}\n")
+    ask = ["cache_latents", "--vae", vae_folder, "--save_dir", tmp_path / "out"]
+    assert "latents of 299 images" in here(*ask, "-c", config)
+    assert "model.args.width: of the configuration only data.* has a meaning here" in error(*ask, "model.args.width=3")
+    config.write_text("data: {name: digits}\nautoencoder: {latent_chanels: 2}\n")
+    assert "autoencoder" in error(*ask, "-c", config)
 
 
 @pytest.mark.parametrize(("old", "new", "key"), [("b", "c", "class_names"), ("a/1.png", "b/1.png", "labels")])

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPOSITORY, run_here, succeed
+from conftest import REPOSITORY, contents, run_here, succeed
 from huggingface_hub import constants
 from PIL import Image
 
@@ -28,10 +29,6 @@ from scripts import pack_images
 
 PACK = ["--size", "8", "--shard_images", "10"]
 FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["cats", "discs"], "_type": "ClassLabel"}}
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 def read(folder: Path) -> Packed:
@@ -91,7 +88,32 @@ def test_parquet_equals_the_folder(here, tmp_path, photos, folder, features):
     assert read(tmp_path / "one").labels is None
 
 
-def test_source_is_looked_through_once(here, monkeypatch, tmp_path, photos):
+def test_tables_beside_images_are_no_source(here, error, photos, tmp_path):
+    """Folders of images on the hub hold metadata.parquet; a flag for Parquet files asks for it."""
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    pq.write_table(pa.table({"file_name": ["00.png"]}), folder / "metadata.parquet")
+    here("pack_images", "--source", folder, *PACK, "--save_dir", tmp_path / "out")
+    assert len(read(tmp_path / "out")) == 24
+    line = error("pack_images", "--source", folder, *PACK, "--save_dir", tmp_path / "none", "--image_column", "file_name")
+    assert "--image_column file_name: no column of images" in line
+
+
+def test_categories_are_labels(here, photos, tmp_path):
+    """Of pandas, and beside a binary column that the metadata does not call images."""
+    images = sorted(photos.rglob("*.png"))
+    table = pa.table({
+        "image": [{"bytes": p.read_bytes(), "path": p.name} for p in images],
+        "audio": [b"sound"] * len(images),
+        "label": pa.array([p.parent.name for p in images]).dictionary_encode(),
+    })  # fmt: skip
+    features = {"info": {"features": {"image": {"_type": "Image"}}}}
+    (tmp_path / "table").mkdir()
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "table" / "train.parquet")
+    here("pack_images", "--source", tmp_path / "table", *PACK, "--save_dir", tmp_path / "out")
+    assert read(tmp_path / "out").class_names == ("cats", "discs") and read(tmp_path / "out").labels.sum() == 12
+
+
+def test_parquet_files_are_looked_for_once(here, monkeypatch, tmp_path, photos):
     """A folder of millions of files takes minutes each time."""
     looked_at = []
 

@@ -79,11 +79,20 @@ def test_lpips_where_it_is_installed(here, error, tmp_path, monkeypatch):
             return (x - made).square().mean((1, 2, 3), keepdim=True)
 
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Distance))
-    here("train_vae", *TINY, "-e", tmp_path / "a", "train.steps=1", "autoencoder.lpips_weight=0.5")
+    here("export_images", "--save_dir", tmp_path / "large", "--size", 16, "--n_images", 20, "data.name=digits")
+    large = [
+        *TINY,
+        "data.name=folder",
+        f"data.args={{path: {tmp_path / 'large'}, channels: 1}}",
+        "autoencoder.lpips_weight=0.5",
+    ]
+    here("train_vae", *large, "-e", tmp_path / "a", "train.steps=1")
     (row,) = read_metrics(tmp_path / "a" / "metrics.jsonl")
     assert row["loss"] == pytest.approx(row["l1"] + 1e-6 * row["kl"] + 0.5 * row["lpips"], rel=1e-5) and row["lpips"] > 0
     monkeypatch.setitem(sys.modules, "lpips", None)
-    assert "pip install lpips" in error("train_vae", *TINY, "-e", tmp_path / "b", "autoencoder.lpips_weight=0.5")
+    assert "pip install lpips" in error("train_vae", *large, "-e", tmp_path / "b")
+    line = error("train_vae", *TINY, "-e", tmp_path / "b", "autoencoder.lpips_weight=0.5")
+    assert "LPIPS takes images of at least 16 pixels a side, these have 8" in line
 
 
 @pytest.mark.parametrize(("override", "words"), [

@@ -12,9 +12,10 @@ def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run):
     """Of real images: the folder of the held-out ones may be made anew."""
     for name in ("train", "test"):
         here("pack_images", "--source", "digits", "--split", name, "--save_dir", tmp_path / name)
+    here("pack_images", "--source", "digits", "--split", "train", "--shard_images", 99, "--save_dir", tmp_path / "other")
     command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--metrics", "fid", "--sampling_steps", 1]
     command += ["--n_samples", 8, f"data.root={tmp_path}", "--out", tmp_path / "out", "data.name=packed"]
-    for name in ("test", "train", "test"):
+    for name in ("test", "other", "test"):
         here(*command, f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / name}}}")
     rows = table.read_rows(tmp_path / "out")
     assert [row["weights"] for row in rows] == ["real (held-out images)", "tiny@4", "real (held-out images)"]

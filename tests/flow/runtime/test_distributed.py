@@ -11,8 +11,8 @@ from configs.errors import UserError
 from flow.runtime import distributed
 
 
-def refuse(rank: int) -> None:
-    raise UserError(f"refused by {rank}")
+def refuse(rank: int, kind: type[Exception] = UserError) -> None:
+    raise kind(f"refused by {rank}")
 
 
 def agree() -> None:
@@ -20,8 +20,9 @@ def agree() -> None:
     rank = int(os.environ["RANK"])
     distributed.build_accelerator()
     assert distributed.decided_by_main(lambda: ("decided by", rank)) == ("decided by", 0)
-    with pytest.raises(UserError, match="refused by 0"):
-        distributed.decided_by_main(lambda: refuse(rank))
+    for kind in (UserError, ValueError, OSError):
+        with pytest.raises(UserError, match="refused by 0"):
+            distributed.decided_by_main(lambda kind=kind: refuse(rank, kind))
 
 
 def test_the_main_process_decides(pair):
