@@ -108,7 +108,7 @@ def test_every_job(tmp_path):
     assert list(rows) == ["train, eager, fp32", "train, fp32", "sample, eager, fp32", "sample, fp32", "evaluate, fp32"]
     assert {"data", "forward", "backward", "optimizer", "ema"} <= rows["train, fp32"]["shares"].keys()
     assert sum(rows["train, fp32"]["shares"].values()) == pytest.approx(1)
-    assert 0 < rows["train, fp32"]["outside"] < 1 and rows["train, fp32"]["seconds_to_first_step"] > 0.5
+    assert 0 < rows["train, fp32"]["outside"] < 1 and rows["train, fp32"]["seconds_to_first_step"] > 0
     [cost] = result["costs"].values()
     assert cost["training"] == pytest.approx(3 * cost["forward"], rel=0.1)
     assert text.splitlines()[-1].startswith(f"5 row(s) in {tmp_path}, in ") and "train.py -c configs/digits.yaml" in text

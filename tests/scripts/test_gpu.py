@@ -1,5 +1,7 @@
 """What only a GPU can show; scripts/benchmark/gpu_check.sh runs it there, elsewhere all of it is skipped."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,11 @@ from PIL import Image
 from flow.sampling import snapshot
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def use_gpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
 
 
 @pytest.mark.parametrize("options", [["-mp", "bf16"], ["-mp", "fp16"], ["-mp", "bf16", "train.compile=true"]])
@@ -21,22 +28,27 @@ def test_training(tmp_path, options):
 @pytest.mark.parametrize("options", [["-mp", "no"], ["-mp", "bf16"], ["-mp", "bf16", "optimizer.name=muon"]])
 def test_a_graph_trains_what_single_kernels_train(tmp_path, options):
     for name, graph in (("single", "false"), ("graph", "true")):
-        command = [*TINY_TRAIN, "-e", tmp_path / name, *options, "train.steps=12", f"train.cuda_graph={graph}"]
+        command = [*TINY_TRAIN, "-e", tmp_path / name, *options, "train.steps=12", f"train.cuda_graph={graph}",
+                   "optimizer.warmup_steps=0"]  # fmt: skip
         out = succeed("train.py", *command).stdout
         assert ("a step is one CUDA graph" in out) == (name == "graph")
-    single, graph = (snapshot.load(tmp_path / name).weights for name in ("single", "graph"))
-    for key, value in single.items():
-        torch.testing.assert_close(graph[key], value, rtol=1e-2, atol=1e-3)
+    assert apart(tmp_path / "single", tmp_path / "graph") < 0.2
 
 
 def test_a_graph_goes_on_where_it_stopped(tmp_path):
-    graph = "train.cuda_graph=true"
-    succeed("train.py", *TINY_TRAIN, "-e", tmp_path / "whole", graph, "train.steps=12")
-    succeed("train.py", *TINY_TRAIN, "-e", tmp_path / "parts", graph, "train.steps=6")
+    graph = [*TINY_TRAIN, "train.cuda_graph=true", "optimizer.warmup_steps=0"]
+    succeed("train.py", *graph, "-e", tmp_path / "whole", "train.steps=12")
+    succeed("train.py", *graph, "-e", tmp_path / "parts", "train.steps=6")
     succeed("train.py", "-e", tmp_path / "parts", "-r", "latest", "train.steps=12")
-    whole, parts = (snapshot.load(tmp_path / name).weights for name in ("whole", "parts"))
-    for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, rtol=1e-2, atol=1e-3)
+    assert apart(tmp_path / "whole", tmp_path / "parts") < 0.2
+
+
+def apart(run: Path, other: Path) -> float:
+    """The distance of two runs over what the last two steps of the first moved, of which a step left out is about half."""
+    before, end = (snapshot.load(path).weights for path in sorted((run / "snapshots").iterdir())[-2:])
+    weights = snapshot.load(other).weights
+    norms = [torch.cat([(end[k] - each[k]).double().flatten() for k in end]).norm() for each in (weights, before)]
+    return (norms[0] / norms[1]).item()
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path):

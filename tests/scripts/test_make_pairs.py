@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import POINTS, REPOSITORY, TINY_TRAIN, run_here, succeed
+from conftest import POINTS, REPOSITORY, TINY_TRAIN, contents, run_here, succeed
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -33,10 +33,6 @@ ARGUMENTS = [
     "--real_fraction", "0.2",
 ]  # fmt: skip
 NAMES = ["generated_00000", "generated_00001", "generated_00002", "inverted_00000"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +219,6 @@ def test_pairs_of_points_are_trained_on(points_flow, tmp_path, here):
     assert pairs.images.shape == (50, 2) and pairs.noise.shape == (10, 2) and pairs.labels is None
     real = datasets.build("toys", None, {"name": "moons", "n": POINTS}).images.half()
     assert all((real == x1).all(1).any() for x1 in pairs.images[40:])
-    here("sample", "--weights", teacher, "--n_samples", "1", "--save_dir", tmp_path / "s")  # another stream of noise
     x0 = gaussian_noise("pairs", 0, range(40), (2,))
     assert not torch.allclose(pairs.images[:40].float(), x0)
     small = ["train.steps=2", "train.batch_size=20", "train.log_with=[]", "preview.n_samples=20", "model.args={width: 16}"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import run_here, succeed
+from conftest import contents, run_here, succeed
 from PIL import Image
 
 from flow.path import PATHS
@@ -23,10 +23,6 @@ from flow.sampling.settings import SamplerSettings, build_time_grid
 from flow.solvers import time_grids
 
 ARGUMENTS = ["--n_samples", "25", "--bspp", "4", "--sampling_steps", "3", "--sampling_method", "heun", "--guidance_scale", "2"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from conftest import ENTRY_SCRIPTS, TINY_TRAIN, fail
+from conftest import ENTRY_SCRIPTS, TINY_TRAIN, contents, fail
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,10 +18,6 @@ from configs import loading
 from configs.errors import UserError
 from flow.sampling import locate, snapshot
 from flow.training import checkpoint
-
-
-def contents(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize(

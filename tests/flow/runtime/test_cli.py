@@ -1,5 +1,6 @@
 """The command line: words of a flag, overrides of the configuration, and what is neither."""
 
+import importlib
 import io
 import os
 import sys
@@ -7,11 +8,28 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import pytest
+from conftest import MAINS, REPOSITORY
 
 from configs import loading
 from configs.errors import UserError
 from flow.runtime import cli, flags
 from flow.runtime.errors import cli_main
+
+COMMANDS = sorted({
+    *MAINS,
+    *(path.stem for path in (REPOSITORY / "scripts").glob("*.py") if path.stem != "__init__"),
+    *(f"dev.{path.stem}" for path in (REPOSITORY / "scripts/dev").glob("*.py") if path.stem != "__init__"),
+} - {"fault_injection", "gallery", "train_classifier"})  # which are dev.NAME  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, main_of, capsys):
+    main = main_of(name, "--help")
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().out
+    assert left.value.code == 0 and said.startswith("usage: ") and "--help" in said
+    assert importlib.import_module(main.__module__).__doc__.splitlines()[0].split(":")[0] in " ".join(said.split())
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Files that are whole or absent."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,25 @@ def test_failed_write_keeps_old_content(tmp_path):
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
     files.write_text(path, "neu: ü")
     assert path.read_text(encoding="utf-8") == "neu: ü" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads the names of open files")
+def test_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """After a loss of power the name leads to the old content or the new one, never to an empty file."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    files.write_text(tmp_path / "a.txt", "new")
+    assert done == [f"sync {files.TEMPORARY}{os.getpid()}-a.txt", "rename", f"sync {tmp_path.name}"]
 
 
 def test_names_that_are_not_utf8_are_written(tmp_path):

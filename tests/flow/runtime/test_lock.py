@@ -121,6 +121,16 @@ def test_a_folder_that_is_being_written_is_refused(name, command, error, monkeyp
     assert not (locked / files.LOCK).exists()
 
 
+def test_a_lock_that_is_left_in_a_moment_is_waited_for(tmp_path):
+    """As by the child of a command that was killed."""
+    hold = "fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX); print('held', flush=True); time.sleep(0.5)"
+    words = [sys.executable, "-c", f"import fcntl, sys, time; {hold}", tmp_path / files.LOCK]
+    holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with lock.folder(tmp_path):
+        assert holder.wait(60) == 0
+
+
 def test_concurrent_start_is_refused(main_of, error, monkeypatch, tmp_path, tiny_run):
     """Both commands saw a folder that did not exist; the other one has finished when this one gets the lock."""
     run = tmp_path / "run"

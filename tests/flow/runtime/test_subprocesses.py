@@ -16,9 +16,18 @@ MEET = """
 import pathlib, sys, time
 mine, other = map(pathlib.Path, sys.argv[1:])
 mine.touch()
-while not other.exists():
+for _ in range(6000):
+    if other.exists():
+        print("met")
+        break
     time.sleep(0.01)
-print("met")
+"""
+WAIT_FOR_LINE = r"""
+import pathlib, sys, time
+for _ in range(6000):
+    if "\nprocess " in pathlib.Path(sys.argv[1]).read_text():
+        break
+    time.sleep(0.01)
 """
 
 
@@ -48,7 +57,7 @@ def test_no_command_outlives_an_error(tmp_path):
     log = tmp_path / "b.log"
 
     def fails():
-        yield ["-c", "import time; time.sleep(1)"]
+        yield ["-c", WAIT_FOR_LINE, str(log)]
         raise UserError("no such recipe")
 
     waits = [["-u", "-c", "import os, time; print('process', os.getpid()); time.sleep(600)"]]
@@ -82,7 +91,9 @@ def test_quiet_command_ends_with_its_caller(tmp_path):
     code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(f'{os.getpid()}.'); time.sleep(600)"
 
     def stop() -> None:
-        while not (written.is_file() and written.read_text().endswith(".")):
+        for _ in range(6000):
+            if written.is_file() and written.read_text().endswith("."):
+                break
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -16,6 +16,7 @@ from configs import loading
 from flow.evaluation import table
 from flow.model import FlowModel
 from flow.path import LinearPath
+from flow.runtime import lock
 from flow.sampling import snapshot
 from flow.training import checkpoint
 from flow.training.logging import read_metrics
@@ -160,17 +161,19 @@ def test_two_processes_find_the_same_numbers(group, tmp_path, run):
 
 
 class ZeroFlowMap(nn.Module):
-    """A flow map that predicts 0, and remembers the times."""
+    """A flow map that predicts 0, and remembers times and labels."""
 
-    two_times = True
+    two_times, num_classes = True, 10
 
     def __init__(self):
         super().__init__()
         self.times: list[Tensor] = []
+        self.labels: list[Tensor] = []
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         assert t_next is None or torch.equal(t, t_next)
         self.times.append(t)
+        self.labels.append(y)
         return torch.zeros_like(x)
 
 
@@ -181,6 +184,9 @@ def test_validation_loss_of_zero():
     losses = validation_losses(Accelerator(cpu=True), FlowModel(net, LinearPath(), data.image_shape), data, 2990, 0, 100)
     x1 = data.images.double() / 127.5 - 1
     assert losses.mean().item() == pytest.approx(1 + x1.square().mean().item(), rel=0.01)
+    labels = torch.cat(net.labels)
+    assert labels.max() == 9  # none is dropped, which would be 10
+    assert torch.bincount(labels).tolist() == pytest.approx((torch.bincount(data.labels) * 10).tolist(), abs=10)
     times = torch.cat(net.times)
     assert torch.equal((times * 2990).floor().int(), torch.arange(2990).int())
     assert [len(part) for part in by_time(losses)] == [299] * 10
@@ -206,6 +212,33 @@ def test_validation_loss_of_zero():
 )  # fmt: skip
 def test_mistakes_in_the_configuration(error, tmp_path, run, settings, message):
     assert message in error("train", *TRAIN, "-e", tmp_path / "run", f"data.root={run.parent}", *settings)
+
+
+@pytest.mark.parametrize(("stored", "kept"), [(0.0, False), (1.1, True)])
+def test_best_accuracy_is_the_largest(here, copy, stored, kept):
+    """Of a score, not of a distance: the snapshot with the larger value stays."""
+    table_file, best = copy / "evaluation/results.jsonl", copy / "best.safetensors"
+    rows = [json.loads(line) for line in table_file.read_text().splitlines()]
+    first = next(row for row in rows if row["weights"] == "run@3")
+    first["metrics"]["accuracy"] = stored
+    table_file.write_text("".join(json.dumps(row) + "\n" for row in rows if row["weights"] != "run@4"))
+    shutil.copy(copy / "snapshots/step_00000003.safetensors", best)
+    shutil.rmtree(copy / "checkpoints/step_00000004")
+    here("train", "-e", copy, "-r", "latest", "evaluate.keep_best=accuracy")
+    assert snapshot.load(best).images == (96 if kept else 128)
+
+
+def test_row_beside_a_writer_of_the_table(here, copy, monkeypatch):
+    """An evaluate.py that holds the folder: the row is stored and logged, and the next table has it."""
+    drop_last_row(copy / "evaluation/results.jsonl")
+    shutil.rmtree(copy / "checkpoints/step_00000004")
+    before = (copy / "evaluation/results.md").read_text()
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.1)
+    with lock.folder(copy / "evaluation"):
+        said = here("train", "-e", copy, "-r", "latest")
+    assert "note: the row is in results.jsonl, not yet in the table" in said
+    assert [row["weights"] for row in results(copy)] == ["run@3", "run@4"]
+    assert (copy / "evaluation/results.md").read_text() == before
 
 
 def test_best_by_a_column_that_samples_lack(error, tmp_path, run):
