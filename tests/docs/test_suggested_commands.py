@@ -108,7 +108,7 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
         overrides = [word for word in arguments if "=" in word]
         network = loading.load(config, overrides).model.name
         more = [*shlex.split(TRAIN), *shlex.split(EVALUATE), *shlex.split(NETWORKS[network])]
-        if config in ("configs/cifar10.yaml", "configs/cifar10_cpu.yaml"):
+        if config in ("configs/cifar10.yaml", "configs/cifar10_cpu.yaml") or "data.name=cifar10" in arguments:
             more += ["data.name=folder", "data.args={path: cifar, size: 32}", "ema.warmup_ratio=0.05"]
             more += ["model.args.num_classes=null", "preview.guidance_scale=1"]  # these pictures have no labels
         if config == "configs/toy.yaml":
