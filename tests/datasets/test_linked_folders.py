@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 import datasets
-from scripts.pack_images import parquet_files
 
 
 @pytest.fixture
@@ -38,11 +35,3 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / ("circle" if name == "circle" else "gone"))
     data = datasets.build("folder", None, {"path": str(tmp_path)})
     assert len(data) == 1 and "skipped 3 files (1.png, cats, circle)" in data.notes[0]
-
-
-def test_parquet_files_in_linked_folders(tmp_path):
-    (tmp_path / "disk").mkdir()
-    pq.write_table(pa.table({"x": [1]}), tmp_path / "disk/train.parquet")
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub/data").symlink_to(tmp_path / "disk")
-    assert parquet_files(tmp_path / "hub") == ["data/train.parquet"]

@@ -369,3 +369,11 @@ def test_unreachable_hub(error, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     line = error("pack_images", "--source", "hf:owner/name", "--save_dir", tmp_path / "out")
     assert "hf:owner/name: " in line and "cannot be reached" in line
+
+
+def test_parquet_files_in_linked_folders(tmp_path):
+    (tmp_path / "disk").mkdir()
+    pq.write_table(pa.table({"x": [1]}), tmp_path / "disk/train.parquet")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/data").symlink_to(tmp_path / "disk")
+    assert pack_images.parquet_files(tmp_path / "hub") == ["data/train.parquet"]

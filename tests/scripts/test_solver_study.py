@@ -61,3 +61,47 @@ def test_a_study_takes_the_place_of_the_one_before(here, flow, tmp_path):
     with open(out / "study.csv") as reader:
         here(*study(weights, out, "--sampling_steps", 2))
         assert reader.read() == before != (out / "study.csv").read_text()
+
+
+@pytest.mark.slow
+def test_the_study(tmp_path, tiny_run, here, error):
+    study = ["solver_study", "--weights", tiny_run, "--out", tmp_path, "--n_images", "2"]
+    out = here(*study, "--methods", "euler", "heun", "unipc", "--grids", "uniform", "edm", "--sampling_steps", "2", "4")
+    assert out.count("| euler") == 4 and (tmp_path / "study.png").stat().st_size > 0
+    assert "--t_end 0.5: must be" in error(*study, "--t_end", "0.5", "--num_fid_images", "40")
+
+    def with_distances(scale: str) -> list[list[str]]:
+        asked = ["--num_fid_images", "40", "--feature_extractor", "digits", "--methods", "euler", "heun", "--nfe", "3"]
+        lines = here(*study, *asked, "--guidance_scale", scale).splitlines()
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith(("| euler", "| heun"))]
+
+    euler, heun = first = with_distances("2")
+    assert (euler[2], heun[2]) == ("3", "2")
+    assert all(float(line[-1]) > 0 and line[3] == "3" for line in first)
+    assert with_distances("1") != first and with_distances("2") == first  # the rows of other calls are not taken for these
+
+
+def test_study_of_points_has_no_frechet_distance(error, points_flow, tmp_path):
+    study = ["solver_study", "--weights", points_flow("mixture", 1), "--out", tmp_path / "out", "--num_fid_images", "40"]
+    assert "--num_fid_images 40: is for images, and these weights are a flow of points" in error(*study)
+    assert not (tmp_path / "out").exists()
+
+
+def test_study_measures_order(tmp_path, here):
+    """The study measures the order of a smooth network."""
+    cfg = loading.load(None, ["model.name=dit", "model.args={width: 16, depth: 1, heads: 2, time_frequency: 5}"])
+    torch.manual_seed(0)
+    net = models.build("dit", (1, 8, 8), cfg.model.args)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    snapshot.save(tmp_path / "net.safetensors", net.state_dict(), cfg, (1, 8, 8), 1, 1)
+    study = ["solver_study", "--weights", tmp_path / "net.safetensors", "--out", tmp_path, "--n_images", "2"]
+    study += ["--methods", "euler", "heun", "rk4", "ab3", "--sampling_steps", "16", "32", "--t_end", "0.5", "--float64"]
+    lines = here(*study).splitlines()[2:10]
+    found = {(cells := [c.strip() for c in line.split("|")])[1]: float(cells[-2]) for line in lines[1::2]}
+    assert found == {
+        "euler": pytest.approx(1, abs=0.1),
+        "heun": pytest.approx(2, abs=0.1),
+        "rk4": pytest.approx(4, abs=0.1),
+        "ab3": pytest.approx(3, abs=0.3),
+    }

@@ -1,0 +1,33 @@
+"""scripts.likelihood: bits per dimension of images, nats of points, what is refused."""
+
+import re
+
+
+def test_points_are_scored_in_nats(tmp_path, here):
+    """Points have no levels, hence no bits."""
+    small = ["train.steps=20", "train.batch_size=64", "data.args.n=500", "preview.n_samples=20", "train.log_with=[]"]
+    here("train", "-c", "configs/toy_mixture.yaml", "-e", tmp_path / "toy", *small)
+    told = here("likelihood", "--weights", tmp_path / "toy", "--n_images", "8")
+    nats = float(re.search(r"(-?[\d.]+) ± [\d.]+ nats a point", told).group(1))
+    assert -10 < nats < 0 and "bits" not in told
+
+
+def test_command(here, tiny_run):
+    printed = here("likelihood", "--weights", tiny_run, "--n_images", "6", "--bspp", "3", "--rtol", "0.05")
+    bits = float(re.search(r"([\d.]+) ± [\d.]+ bits per dimension", printed).group(1))
+    assert 3 < bits < 20  # of an untrained network: noise
+
+
+def test_held_out_images_have_bits_of_their_own(here, error, tiny_run):
+    """--test takes the split that the training has not seen; digits without a split have none."""
+    command = ["likelihood", "--weights", tiny_run, "--n_images", "2", "--rtol", "0.5", "--atol", "0.5"]
+    given = (["data.args.split=train"], ["data.args.split=train", "--test"], ["data.args.split=test"])
+    train, held_out, test = (re.findall(r"[\d.]+ ± [\d.]+ bits per dimension", here(*command, *more)) for more in given)
+    assert len(train) == 1 and train != held_out == test
+    line = error(*command, "--test")
+    assert "--test: data.name=digits" in line and "has no held-out images" in line
+
+
+def test_data_of_another_size_are_refused(error, tiny_run):
+    line = error("likelihood", "--weights", tiny_run, "--n_images", "2", "data.name=toys", "data.args={name: rings}")
+    assert "data: toys has images of (2,), --weights is of (1, 8, 8)" in line
