@@ -18,6 +18,7 @@ from configs.schema import Config
 from flow.runtime.errors import cli_main
 
 SMALL = [*TINY_RUN, "model.name=mlp", "model.args={width: 8, depth: 1, num_classes: 10}", "train.steps=2"]
+SMALL += ["evaluate.feature_extractor=digits", "evaluate.n_samples=10"]
 CASES = int(os.environ.get("FLOW_FUZZ_CASES", "2000"))  # of the long test
 SLOW_OR_REMOTE = ("train.compile", "train.steps")  # left alone: minutes of compilation, endless runs
 
@@ -166,6 +167,10 @@ def fuzz(cases: int, seed: int, main_of, capsys, tiny_run) -> Outcomes:
         st.just("sample"), st.lists(st.one_of(SAMPLE_FLAGS, SAMPLE_FLAGS, override()), min_size=1, max_size=3)
     )
 
+    @hypothesis.example(("train", [["seed=1"]]))
+    @hypothesis.example(("train", [["train.stesp=1"]]))
+    @hypothesis.example(("sample", [["--npz"]]))
+    @hypothesis.example(("sample", [["--no_such_flag"]]))
     @hypothesis.seed(seed)
     @hypothesis.settings(max_examples=cases, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
     @given(st.one_of(trainings, trainings, trainings, samplings))
