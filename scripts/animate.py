@@ -216,7 +216,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         figures.append(likelihood_map(args.out, accelerator, model, settings, snap, args.hutchinson_samples or PROBES))
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
     words = commands.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
-    command = commands.command(*study, *words, *args.overrides)
+    command = commands.command(*study, *commands.config_flags(args), *words, *args.overrides)
     print(messages.summary(f"{' '.join(figures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 
@@ -240,9 +240,9 @@ def moving_plane(
 
 
 def strip(out: Path, times: list[float], states: list[Tensor]) -> str:
-    """density.png: the density at six times."""
-    nearest = [min(range(len(times)), key=lambda i, t=t: abs(times[i] - t)) for t in STRIP]
-    figure, axes = plots_2d.panels([f"t = {round(times[i], 1):g}" for i in nearest])
+    """density.png: the density at the times next to those of STRIP."""
+    nearest = dict.fromkeys(min(range(len(times)), key=lambda i, t=t: abs(times[i] - t)) for t in STRIP)
+    figure, axes = plots_2d.panels([f"t = {times[i]:.3g}" for i in nearest])
     for ax, i in zip(axes, nearest, strict=True):
         plots_2d.density(ax, states[i].float().cpu().numpy())
     plots_2d.save(out / "density.png", figure)

@@ -65,20 +65,20 @@ def main() -> None:
     if graphs and not args.sampling_steps:
         raise UserError("--sampling_steps: --onnx and --torch_export need it")
     if args.push:
-        hub.parse("--push", args.push)
+        hub.check_push(args.push)
+    if args.license:
+        exported.check_license(args.license)
     if args.onnx:
         graph.check_packages()
     snap = snapshot.load(args.weights, None, args.overrides)
     sampler = build_graph(args, snap) if graphs else None  # before anything is written
-    results, weights = [], args.weights
+    results, weights = [], args.push or args.to or args.out or args.weights
+    if args.to or args.push:  # first, as it may be refused
+        results.append(write_folder(args, snap))
     if args.out:
         exported.write_weights(args.out, snap, args.dtype or DTYPE)
         sizes = [path.stat().st_size / 2**20 for path in (args.out, snap.path)]
         results.append(f"{args.out}: {sizes[0]:.1f} MiB instead of {sizes[1]:.1f} MiB")
-        weights = args.out
-    if args.to or args.push:
-        results.append(write_folder(args, snap))
-        weights = args.push or args.to
     if sampler:
         results += write_graphs(args, snap, *sampler)
     moved = weights != args.weights and snap.codec is not None

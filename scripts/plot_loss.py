@@ -19,6 +19,7 @@ from flow.evaluation import plots
 from flow.runtime import cli, commands, flags, jsonl, messages
 from flow.runtime.errors import cli_main
 from flow.training.logging import read_metrics
+from scripts.report.runs import names_of
 
 EXAMPLES = """\
   python -m scripts.plot_loss --runs runs/mnist_mini_cond --out loss.png
@@ -41,8 +42,9 @@ def main() -> None:
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out}: must end in .png")
     losses: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    labels: set[str] = set()
-    for run in args.runs:
+    runs = list(dict.fromkeys(args.runs))
+    labels = names_of(runs)
+    for run, label in zip(runs, labels, strict=True):
         file = run / "metrics.jsonl"
         rows = read_metrics(file) if file.is_file() else []
         validation = curve(rows, args.against, "validation_loss")
@@ -52,8 +54,6 @@ def main() -> None:
             raise UserError(f"--runs {run}: holds no row of metrics.jsonl; give the folder of a run that has logged")
         if len(x) < len(rows):
             print(f"{file}: {len(rows) - len(x)} of {len(rows)} rows have no loss or no {args.against}")
-        label = run.resolve().name if run.resolve().name not in labels else str(run)
-        labels.add(label)
         training_name, validation_name = loss_names(run / "config.yaml")
         losses.setdefault(training_name, {})[label] = x, values
         if validation[0]:
@@ -61,7 +61,7 @@ def main() -> None:
     dashed = {f"{label}{VALIDATION}" for label in labels}
     plots.loss_curves(args.out, losses, args.against, args.smooth, dashed)
     smoother = commands.command("-m", "scripts.plot_loss", *sys.argv[1:], "--smooth", str(10 * args.smooth))
-    print(messages.summary(f"{len(args.runs)} curve(s) in {args.out}", args.start, f"smooth them with: {smoother}"))
+    print(messages.summary(f"{len(labels)} run(s) in {args.out}", args.start, f"smooth them with: {smoother}"))
 
 
 def curve(rows: list[dict], against: str, key: str) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ snapshot, RUN/posthoc_ema/width_0.020_step_00004000.safetensors, that every scri
 
 from pathlib import Path
 
+from configs import loading
 from flow.runtime import cli, commands, distributed, flags, messages
 from flow.runtime.errors import cli_main
 from flow.sampling import exported, posthoc_ema, snapshot
@@ -27,6 +28,7 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
+    loading.overridden(args.overrides)  # refuses what is no key, before anything is written
     accelerator = distributed.build_single_process_accelerator("posthoc_ema")
     paths = posthoc_ema.reconstruct(accelerator, args.weights, args.width, args.step)
     names = " ".join(path.name for path in paths)

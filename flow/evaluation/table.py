@@ -124,6 +124,8 @@ def damage_of(row: dict) -> str | None:
     extractor = row["identity"].get("extractor", [""])
     if not (isinstance(extractor, list) and extractor):
         return "its 'extractor' is not a list"
+    if not isinstance(row["identity"].get("reference"), str | None):
+        return "its 'reference' is not text"
     errors = row.get("standard_errors", {})
     if not isinstance(errors, dict):
         return "its 'standard_errors' has the wrong type"

@@ -21,7 +21,6 @@ from flow.sampling.sampler import Sampler
 from flow.sampling.snapshot import Snapshot
 from flow.source import GAUSSIAN
 
-LIBRARY = "flow-matching-runner"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -43,34 +42,41 @@ def write_weights(path: Path, snap: Snapshot, dtype: str) -> None:
     )  # fmt: skip
 
 
+def check_license(name: str) -> None:
+    """Raises UserError for what is no identifier of a license on the hub."""
+    if not _LICENSE.fullmatch(name):
+        raise UserError(f"--license {name}: must be an identifier of the Hugging Face hub, e.g. mit, cc-by-4.0, other")
+
+
 def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, shown: str) -> bool:
-    """Write the folder, whole or not at all; False where it is there already, with the same content.
+    """Write the folder, whole or not at all; False where it is there already, with the same content. The model card, which may
+    name other weights or another license, is then written again.
 
     Args:
         dtype: a key of DTYPES.
-        license_name: of the weights, an identifier of the hub.
+        license_name: of the weights, see `check_license`.
         shown: what the command in the card names as weights.
 
     Raises:
-        UserError: for a folder with something else, an identifier that is none, and settings of the preview that do not go with
-            the network.
+        UserError: for a folder with something else, and settings of the preview that do not go with the network.
     """
-    if not _LICENSE.fullmatch(license_name):
-        raise UserError(f"--license {license_name}: must be an identifier of the Hugging Face hub, e.g. mit, cc-by-4.0, other")
     if folder.is_file():
         raise UserError(f"--to {folder}: is a file; name a folder")
     with lock.unfinished(folder) as new:
         write_weights(new / hub.WEIGHTS_FILE, snap, dtype)
         files.write_text(new / "config.yaml", loading.dump(snap.config))
         _write_picture(new / "samples.png", snap)
-        files.write_text(new / "README.md", card(snap, dtype, license_name, shown))
+        text = card(snap, dtype, license_name, shown)
+        files.write_text(new / hub.CARD, text)
         if not folder.exists() or files.is_empty_dir(folder):
             files.atomic_rename_dir(new, folder)
             return True
         existing = {path.name: path for path in folder.iterdir()}
         same = existing.keys() == set(hub.FILES) and all(
-            files.sha256(path) == files.sha256(new / name) for name, path in existing.items()
+            files.sha256(path) == files.sha256(new / name) for name, path in existing.items() if name != hub.CARD
         )
+        if same:
+            files.write_text(folder / hub.CARD, text)
     if not same:
         raise UserError(f"--to {folder}: exists and holds something else than this export; name another folder")
     return False
@@ -107,7 +113,7 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     metrics = results.read_text(encoding="utf-8", errors="replace").strip() if results and results.is_file() else None
     tags = ["flow-matching", "pytorch", config.model.name, config.data.name]
     task = None if snap.space.is_points else "text-to-image" if prompts else "unconditional-image-generation"
-    data = ModelCardData(license=license_name, library_name=LIBRARY, tags=tags, pipeline_tag=task)
+    data = ModelCardData(license=license_name, library_name=hub.LIBRARY, tags=tags, pipeline_tag=task)
     flags = [*sample_flags(snap, "PATH_OR_HUB_ID" if snap.codec else None), *source_overrides(snap, "PATH")]
     sample = ["sample.py", "--weights", shown, "--n_samples", "64", "--save_dir", "samples", *flags]
     size = sum(value.numel() for value in snap.weights.values())
@@ -127,7 +133,7 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
         "![samples](samples.png)",
         _table(facts),
         "## Sample",
-        f"In a clone of {LIBRARY}:",
+        f"In a clone of {hub.LIBRARY}:",
         f"```bash\npython {shlex.join(sample)}\n```",
         *(["## Measured", metrics] if metrics else []),
         "`config.yaml` is the configuration of the training; `model.safetensors` carries it too, with a digest of itself.",

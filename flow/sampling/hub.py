@@ -18,7 +18,9 @@ Result = TypeVar("Result")
 
 PREFIX = "hf:"
 WEIGHTS_FILE = "model.safetensors"
-FETCHED = (WEIGHTS_FILE, "config.yaml", "README.md")
+CARD = "README.md"
+LIBRARY = "flow-matching-runner"  # of a card, the mark of an export
+FETCHED = (WEIGHTS_FILE, "config.yaml", CARD)
 FILES = (*FETCHED, "samples.png")  # of an exported folder
 _REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _FORM = "must be hf:owner/name or hf:owner/name@revision"
@@ -56,6 +58,18 @@ def download(reference: str | Path) -> Path:
     return path if path.is_file() else _fetch(reference, repo, path.parent.name)  # on another machine
 
 
+def check_push(reference: str) -> str:
+    """The repository owner/name of an upload. Raises UserError for a revision and without a token."""
+    from huggingface_hub import get_token
+
+    repo, revision = parse("--push", reference)
+    if revision:
+        raise UserError(f"--push {reference}: uploads go to the main branch; leave out @{revision}")
+    if get_token() is None:
+        raise UserError(f"--push {reference}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
+    return repo
+
+
 def push(folder: Path, reference: str, private: bool) -> str:
     """Upload an exported folder as one commit, to a repository that is new or holds an earlier export; its address.
 
@@ -64,19 +78,17 @@ def push(folder: Path, reference: str, private: bool) -> str:
     Raises:
         UserError: for a repository of other files, without a token or a connection, and for what the hub refuses.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
 
-    key = f"--push {reference}"
-    repo, revision = parse("--push", reference)
-    if revision:
-        raise UserError(f"{key}: uploads go to the main branch; leave out @{revision}")
-    api = HfApi()
-    if get_token() is None:
-        raise UserError(f"{key}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
+    key, repo, api = f"--push {reference}", check_push(reference), HfApi()
     _call(key, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
-    others = set(_call(key, lambda: api.list_repo_files(repo))) - {".gitattributes", *FILES}
-    if others:
+    existing = set(_call(key, lambda: api.list_repo_files(repo))) - {".gitattributes"}
+    if others := existing - set(FILES):
         raise UserError(f"{key}: the repository holds other files ({', '.join(sorted(others)[:3])}); name another one")
+    if existing:
+        text = _call(key, lambda: api.hf_hub_download(repo, CARD)) if CARD in existing else None
+        if text is None or f"library_name: {LIBRARY}" not in Path(text).read_text(encoding="utf-8", errors="replace"):
+            raise UserError(f"{key}: the repository holds no export of this project; name another one")
     _call(key, lambda: api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message="Export"))
     return f"{api.endpoint}/{repo}"
 

@@ -1,6 +1,7 @@
 """The folder of a run: refused where it exists, resumed where asked, described by config.yaml and environment.json."""
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -185,6 +186,8 @@ def environment(accelerator: Accelerator) -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": accelerator.num_processes,
+        "processes_per_machine": int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)),
+        "sharded": accelerator.is_fsdp2,
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
         "cuda": torch.version.cuda if device.type == "cuda" else None,

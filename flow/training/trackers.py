@@ -4,6 +4,7 @@ Each tracker shows pictures and tables by an API of its own. Rows of numbers nee
 """
 
 import importlib
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flow.runtime import files
 PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
 # Trackers beside those that Accelerate knows; they are called with the run folder.
 TRACKERS: dict[str, type[GeneralTracker]] = {}
+TRACKIO_NAME = "trackio_name.txt"  # in a run folder: what trackio calls the run
 ONE_IMAGE = ("aim", "clearml")  # whose log_images takes an array for a name where others take a list
 
 
@@ -32,9 +34,12 @@ def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) 
     tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
     known = [tensorboard if str(tracker) == "tensorboard" else tracker for tracker in accelerator.log_with]
     accelerator.log_with = [*known, *(TRACKERS[name](folder) for name in config.train.log_with if name in TRACKERS)]
+    trackio_name = folder.name
+    if "trackio" in config.train.log_with and accelerator.is_main_process:
+        trackio_name = _trackio_name(folder, first_step)
     settings = {
         "wandb": {"name": folder.name, "dir": str(folder)},
-        "trackio": {"name": folder.name, "resume": "allow" if first_step else "never", "embed": False},
+        "trackio": {"name": trackio_name, "resume": "allow" if first_step else "never", "embed": False},
         "aim": {"experiment": PROJECT},
         "mlflow": {"run_name": folder.name},
     }
@@ -78,3 +83,14 @@ def log_table(accelerator: Accelerator, name: str, step: int, lines: list[list[s
 
 def _to_scalar(value: object) -> int | float | str | bool:
     return value if isinstance(value, int | float | str | bool) else str(value)
+
+
+def _trackio_name(folder: Path, first_step: int) -> str:
+    """The name of the folder and a random end, as trackio goes on with the latest run of a name, which may be that of another
+    folder; a resumed run keeps its own."""
+    file = folder / TRACKIO_NAME
+    if first_step:
+        return file.read_text(encoding="utf-8") if file.is_file() else folder.name
+    name = f"{folder.name}-{secrets.token_hex(3)}"
+    files.write_text(file, name)
+    return name

@@ -73,17 +73,17 @@
 
   // ---- a chart
 
-  // lines: {name, color, dash, width, alpha, x, y, low, high (a band), bars (half intervals), marker, notes, quiet}
+  // lines: {name, color, dash, width, alpha, x, y, low, high (a band), bars (half intervals), marker, quiet}
   // floors: {name, value, bar}
   function draw(box, lines, { logX, logY, xLabel, label, ticks, floors = [] }) {
     box.chart?.destroy();
     box.replaceChildren();
     const shown = lines.map((line) => {
-      const rows = line.x.map((_, i) => i).filter((i) => Number.isFinite(line.x[i]) && line.x[i] !== null && line.y[i] !== null
+      const rows = line.x.map((_, i) => i).filter((i) => Number.isFinite(line.x[i]) && line.y[i] !== null
         && (!logX || line.x[i] > 0) && (!logY || line.y[i] > 0));
       const pick = (values) => values && rows.map((i) => values[i]);
       const y = pick(line.y), low = pick(line.low)?.map((value, i) => (logY && value <= 0 ? y[i] : value));
-      return { ...line, x: pick(line.x), y, low, high: pick(line.high), bars: pick(line.bars), notes: pick(line.notes) };
+      return { ...line, x: pick(line.x), y, low, high: pick(line.high), bars: pick(line.bars) };
     }).filter((line) => line.x.length);
     box.setAttribute("role", "img");
     box.setAttribute("aria-label", `${label}: ${shown.filter((line) => !line.quiet).map((line) => `${line.name} ends at ${short(line.y.at(-1))}`).join(", ") || "no values"}`);
@@ -194,7 +194,7 @@
       for (const { line, i } of rows) {
         const key = element("i");
         key.style.background = line.color;
-        const note = line.notes?.[i] ?? (line.bars?.[i] ? ` ± ${short(line.bars[i])}` : line.low ? ` (${short(line.low[i])} to ${short(line.high[i])})` : "");
+        const note = line.bars?.[i] ? ` ± ${short(line.bars[i])}` : line.low ? ` (${short(line.low[i])} to ${short(line.high[i])})` : "";
         tip.append(element("div", {}, key, `${line.name}: ${short(line.y[i])}${note}`));
       }
       const beside = left + chart.over.offsetLeft, right = beside > box.clientWidth / 2;
@@ -208,7 +208,7 @@
       cursor: { points: { show: false }, y: false, drag: { x: true, y: false, setScale: true } },
       scales: { x: { time: false, distr: logX ? 3 : 1, range: range(logX, [], logX ? 1.15 : 1.02) }, y: { distr: logY ? 3 : 1, range: range(logY, extra, logY ? 1.12 : 1.06) } },
       axes: [{ ...axis(logX, ticks), label: xLabel, size: 28 }, { ...axis(logY), size: 56 }],
-    }, tables.length ? uPlot.join(tables) : [[]], box);
+    }, uPlot.join(tables), box);
     box.append(tip);
     box.chart = chart;
     box.fit = () => { const now = size(); if (now.width !== chart.width || now.height !== chart.height) chart.setSize(now); };
@@ -261,7 +261,8 @@
     save();
     for (const row of all("[data-run]")) {
       const run = +row.dataset.run;
-      if (row.closest("#run-table")) {
+      if (row.closest("#metric-table")) row.hidden = !row.dataset.run.split(" ").some((owner) => isShown(+owner)); // real images: of several
+      else if (row.closest("#run-table")) {
         row.hidden = !listed(run);
         row.classList.toggle("off", !isShown(run));
         one(".shown", row).checked = isShown(run);
@@ -288,7 +289,7 @@
   const columns = [...new Set(data.runs.flatMap((run) => Object.keys(run.curves.columns)))];
   const bins = (prefix) => columns.filter((name) => name.startsWith(prefix)).sort();
   const binName = (key) => `${key.slice(-3)}–${(+key.slice(-3) + 0.1).toFixed(1)}`;
-  const ofEvaluation = columns.filter((name) => data.metrics.includes(name));
+  const ofEvaluation = columns.filter((name) => data.metrics.includes(name.split("[")[0])); // FD-mnist[3]: of a class
   // exact: never smoothed, as it is logged rarely or without noise
   const panels = [
     { title: "Loss", keys: ["loss"] },
@@ -532,16 +533,16 @@
     for (const cell of header) cell.removeAttribute("aria-sort");
     header[column].setAttribute("aria-sort", direction);
   }
-  all("table.sortable").forEach((table, index) => {
+  for (const table of all("table.sortable")) {
     for (const button of all("th button", table)) button.addEventListener("click", () => {
       const cell = button.closest("th"), direction = cell.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending";
       sort(table, cell.cellIndex, direction);
-      state.sort[index] = [cell.cellIndex, direction];
+      state.sort[table.id] = [cell.cellIndex, direction];
       save();
     });
-    const [column, direction] = state.sort[index] ?? [];
+    const [column, direction] = state.sort[table.id] ?? [];
     if (table.tHead.rows[0].cells[column]) sort(table, column, direction);
-  });
+  }
 
   for (const button of all(".copy")) button.addEventListener("click", async () => {
     const code = one("code", button.parentElement), text = code.textContent;
@@ -565,14 +566,11 @@
   });
   dark.addEventListener("change", themed);
 
-  state.open ??= [];
+  state.open ??= {};
   for (const details of all("#runs details")) {
     const name = data.runs[+details.dataset.run].name;
-    if (state.open.includes(name)) details.open = true;
-    details.addEventListener("toggle", () => {
-      state.open = [...state.open.filter((other) => other !== name), ...(details.open ? [name] : [])];
-      save();
-    });
+    details.open = state.open[name] ?? details.open;
+    details.addEventListener("toggle", () => { state.open[name] = details.open; save(); });
   }
   for (const link of all('a[href^="#run-"]')) link.addEventListener("click", () => { one(link.getAttribute("href")).open = true; });
   const reload = one("#reload");

@@ -28,6 +28,7 @@ PICTURE_BYTES = 6_000_000  # of all pictures in a page
 MIN_RUN_BYTES = 150_000  # of the pictures of a run, where there are many
 SAMPLE_SHARE = 0.6  # of a run's bytes that its previews and its grids of trajectories may take, each half where there are both
 MAX_PREVIEWS = 40  # of a run
+MAX_REFUSED = 8  # pictures in a row that are opened and do not fit
 MAX_COMMANDS = 3  # of a kind, in the panel of samples
 DASHES = ("", "5 3", "2 2", "6 2 2 2", "9 2")  # as many colors with each as there are in plots.COLORS
 
@@ -101,14 +102,16 @@ def _pictures(run: Run, pictures: Pictures) -> Shown:
 def _with_room(
     waiting: list[tuple[Path, dict[str, Any]]], pictures: Pictures, reserved: float
 ) -> tuple[list[dict[str, Any]], int]:
-    """What is known of these pictures, with their addresses, as long as more than the share `reserved` of the budget is left;
-    and for how many there was no room."""
-    shown, refused = [], pictures.left_out
+    """What is known of these pictures, with their addresses, as long as more than the share `reserved` of the budget is left
+    and not several in a row were too large; and for how many there was no room."""
+    shown, refused, in_a_row = [], pictures.left_out, 0
     for k, (path, known) in enumerate(waiting):
-        if not pictures.has_room(reserved):
+        if in_a_row == MAX_REFUSED or not pictures.has_room(reserved):
             return shown, pictures.left_out - refused + len(waiting) - k
+        before = pictures.left_out
         if source := pictures.source(path):
             shown.append({**known, "src": source})
+        in_a_row = in_a_row + 1 if pictures.left_out > before else 0
     return shown, pictures.left_out - refused
 
 
@@ -202,9 +205,9 @@ def _trajectory(run: Run) -> dict[str, Any]:
 
 
 def _unusual(values: list[str | None]) -> set[str | None]:
-    """The values that are not the most common one; all of them where there are more than two, all different."""
-    [(usual, count)] = Counter(values).most_common(1)
-    return set(values) if count == 1 and len(values) > 2 else set(values) - {usual}
+    """The values that are not the most common one; all of them where no value is the most common."""
+    (usual, count), *others = Counter(values).most_common(2)
+    return set(values) if others and others[0][1] == count else set(values) - {usual}
 
 
 def _asset(name: str) -> Markup:
@@ -332,18 +335,24 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
 
 
 def _table(runs: list[Run], metrics: list[str]) -> list[Any]:
-    """The header of the table of metrics, then (index of the run, cells) for each entry; equal rows of real images once."""
-    entries, controls = [], set()
+    """The header of the table of metrics, then (indices of the runs, cells) for each entry; equal rows of real images once."""
+    entries: list[tuple[list[int], dict]] = []
+    controls: dict[tuple, list[int]] = {}
     for i, run in enumerate(runs):
         for e in run.entries:
+            owners = [i]
             if table.is_control(e):
                 row = (e["weights"], e["n"], e["reference"], e[table.CONTENT], *(e["metrics"].get(name) for name in metrics))
                 if row in controls:
+                    controls[row].append(i)
                     continue
-                controls.add(row)
-            entries.append((i, e))
+                controls[row] = owners
+            entries.append((owners, e))
     if not entries:
         return []
     columns = list(zip(*table.cells([e for _, e in entries], metrics), strict=True))
     header, *lines = zip(*(c for c in columns if c[0] != "ranges" or set(c[1:]) != {"1"}), strict=True)
-    return [["run", *header], *((i, [runs[i].name, *line]) for (i, _), line in zip(entries, lines, strict=True))]
+    return [
+        ["run", *header],
+        *((owners, [runs[owners[0]].name, *line]) for (owners, _), line in zip(entries, lines, strict=True)),
+    ]

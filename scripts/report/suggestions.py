@@ -16,6 +16,7 @@ from flow.training import run_dir
 SAMPLE = "sample"  # what the command of further images is called
 TRAJECTORY = "trajectory"  # what the command of the grids in samples/trajectory is called
 TRAIN = ["train.py"]  # what trains a flow
+LAUNCHER = "the launcher of the run and"  # in the place of one that is not known
 
 
 def suggest(
@@ -32,8 +33,7 @@ def suggest(
     `class_names` those of the weights of a flow, None where there are none to sample from; `best` the best entry of its tables.
     """
     folder, program = folder if folder.name not in ("", "..") else folder.resolve(), _program(environment)
-    processes = environment.get("processes")
-    launcher = commands.torchrun(processes) if isinstance(processes, int) and processes > 1 else commands.interpreter()
+    launcher = _launcher(environment)
     typed = [shlex.quote(f"{key}={value}") for key, value in interpolations.items()]  # a stored configuration resolves nothing
     copy = files.free_folder(folder.with_name(f"{folder.name}_again"))
     again: list[str | Path] = [*program, "-c", folder / "config.yaml", "-e", copy]
@@ -45,6 +45,14 @@ def suggest(
         uses = _uses(folder, values, class_names, best)
         suggested |= {key: " ".join([command, *typed]) for key, command in uses.items()}
     return suggested
+
+
+def _launcher(environment: dict[str, Any]) -> str:
+    """What starts as many processes as the run had. Of several machines or sharded weights only its own launcher knows all."""
+    processes = environment.get("processes")
+    if environment.get("sharded") or environment.get("processes_per_machine", processes) != processes:
+        return LAUNCHER
+    return commands.torchrun(processes) if isinstance(processes, int) and processes > 1 else commands.interpreter()
 
 
 def trains_flow(environment: dict[str, Any]) -> bool:

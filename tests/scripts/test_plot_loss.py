@@ -1,18 +1,31 @@
 """Loss curves of runs in one figure."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
 
 from configs import loading
+from flow.evaluation import plots
 from scripts.plot_loss import loss_names
 
 
-def test_curves_of_two_runs(here, tmp_path, tiny_run):
+def test_curves_of_two_runs(here, monkeypatch, tmp_path, tiny_run):
+    """Of one name, seen from a folder in which one of them has no other: both are drawn."""
+    for folder in ("tiny", "old/tiny"):
+        shutil.copytree(tiny_run, tmp_path / folder)
+    drawn = {}
+    monkeypatch.setattr(plots, "loss_curves", lambda out, losses, *rest: drawn.update(losses))
+    monkeypatch.chdir(tmp_path)
+    printed = here("plot_loss", "--runs", "old/tiny", "tiny", "tiny", "--out", "loss.png")
+    assert "2 run(s)" in printed and [list(curves) for curves in drawn.values()] == [["old/tiny", "tiny"]]
+
+
+def test_picture(here, tmp_path, tiny_run):
     out = tmp_path / "plots" / "loss.png"
-    printed = here("plot_loss", "--runs", tiny_run, tiny_run, "--against", "images", "--smooth", "2", "--out", out)
-    assert "2 curve(s)" in printed and min(Image.open(out).size) > 300
+    here("plot_loss", "--runs", tiny_run, "--against", "images", "--smooth", "2", "--out", out)
+    assert min(Image.open(out).size) > 300
 
 
 def test_smooth_draws_means_of_rows(here, tmp_path):

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import socket
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -160,7 +161,10 @@ def test_runs_are_compared_at_equal_settings(report, tmp_path):
     for name, of_run in rows.items():
         make_run(tmp_path / name)
         (tmp_path / name / "evaluation/results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_run))
-    quality = report(tmp_path / "a", tmp_path / "b", tmp_path / "c").sections["quality"]
+    shown = report(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    quality = shown.sections["quality"]
+    text = (tmp_path / "out/index.html").read_text()
+    assert 'data-run="0 1"><td>a</td><td>real (test split)</td>' in text  # which stays while one of the two is shown
     table = quality.partition("Best run at each setting")[2].partition("Difference: ")[0]
     (line,) = re.findall(r"9heun, .*", table)
     assert line.strip() == "9heun, 5 steps100a4.25 ± 0.98b4.75 ± 0.980.50 ± 1.39not clear: within the interval"
@@ -406,6 +410,27 @@ def test_odd_numbers_and_types_keep_the_page(report, tmp_path):
     assert all(point["NFE"] == 9 for line in shown.data["lines"] for point in line["points"])
 
 
+def test_reference_that_is_no_text_is_a_damaged_row(report, tmp_path):
+    run = make_run(tmp_path / "run")
+    with open(run / "evaluation/results.jsonl", "a") as file:
+        file.write(json.dumps({**CONTROL, "identity": {"reference": ["a"]}}) + "\n")
+    assert "its 'reference' is not text" in report(run).sections["quality"]
+
+
+@pytest.mark.parametrize(
+    ("values", "marked"), [("aab", {"b"}), ("ab", {"a", "b"}), ("aabb", {"a", "b"}), ("abc", {"a", "b", "c"})]
+)
+def test_marked_values(report, tmp_path, values, marked):
+    """Those that are not the most common one, and all where none is."""
+    for k, value in enumerate(values):
+        run = make_run(tmp_path / f"run{k}")
+        config = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(config + f"some_key: {value}\n")
+    report(*(tmp_path / f"run{k}" for k in range(len(values))))
+    text = (tmp_path / "out/index.html").read_text()
+    assert set(re.findall(r"<mark>(.)</mark>", text)) == marked
+
+
 def test_numbers_near_the_limits_keep_the_page(report, tmp_path):
     """A rate whose times, and losses whose sums are no finite numbers."""
     run = make_run(tmp_path / "run")
@@ -612,10 +637,10 @@ def test_commands_work_as_printed(tiny_run, monkeypatch, tmp_path):
     assert set(commands) == {"train again", "resume", "sample", "evaluate", "animate", "trajectory"}
     scripts = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate, "scripts.animate": animate}
     for command in commands.values():
-        _, script, *arguments = shlex.split(command)
-        if script in scripts or Path(script).name in scripts:
-            monkeypatch.setattr(sys, "argv", [script, *arguments])
-            scripts[Path(script).name].parse_args()
+        words = [word for word in shlex.split(command) if not word.startswith("PYTHONPATH=")]
+        _, script, *arguments = [word for word in words if word != "-m"]
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        scripts[Path(script).name].parse_args()
     again = shlex.split(commands["train again"])
     assert Path(again[again.index("-c") + 1]).is_file() and not Path(again[again.index("-e") + 1]).exists()
 
@@ -646,9 +671,24 @@ def test_the_current_folder_is_a_run(report, monkeypatch, tmp_path):
     assert f"--weights {run} --n_samples 64 --save_dir samples/run " in shown.sections["samples"]
 
 
-def test_watched_page_reloads(tmp_path):
+@pytest.mark.parametrize("known", [{"processes_per_machine": 8}, {"processes_per_machine": 16, "sharded": True}])
+def test_launcher_of_several_machines_is_not_invented(tmp_path, known):
+    run = make_run(tmp_path / "run")
+    (run / "environment.json").write_text(json.dumps([{"command": "train.py", "processes": 16, **known}]))
+    commands = runs.read_run(run, "run", 100, []).commands
+    assert all(commands[name].startswith("the launcher of the run and ") for name in ("train again", "resume"))
+
+
+def test_watched_page_reloads(here, monkeypatch, tmp_path):
     """The last page, after Ctrl-C, does not."""
-    read = runs.read_run(make_run(tmp_path / "run"), "run", 100, [])
-    for seconds in (7, None):
-        text = page.write([read], tmp_path / "out", linked=False, reload_seconds=seconds).read_text()
-        assert ('data-seconds="7"' in text) == (seconds == 7)
+    run, pages = make_run(tmp_path / "run"), []
+
+    def wait(seconds: float) -> None:
+        pages.append((tmp_path / "out/index.html").read_text())
+        if len(pages) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", wait)
+    here("report", run, "--out", tmp_path / "out", "--watch", 7)
+    assert all('data-seconds="7"' in text for text in pages)
+    assert "data-seconds" not in (tmp_path / "out/index.html").read_text().split("<script>")[0]

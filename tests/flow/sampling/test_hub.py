@@ -124,6 +124,13 @@ def test_mistakes_are_one_line(error, server, export, tiny_run, tmp_path, monkey
     server.repositories["me/empty"] = {"README.md": b"#", "weights.bin": b"x"}
     assert "hf:me/empty: the repository has no model.safetensors" in error("sample", *sample, "hf:me/empty")
     assert "leave out @v2" in error("export", "--weights", tiny_run, "--push", "hf:me/tiny@v2")
+    server.repositories["me/other"] = {"README.md": b"# of another project", "model.safetensors": b"x"}
+    assert "holds no export of this project" in error("export", "--weights", tiny_run, "--push", "hf:me/other")
+    assert server.repositories["me/other"]["README.md"] == b"# of another project"
+    files = ["--out", tmp_path / "w.safetensors", "--to", tmp_path / "folder"]
+    for flags in (["--license", "My own"], ["--push", "hf:me/tiny@v2"]):
+        error("export", "--weights", tiny_run, *files, *flags)
+        assert not (tmp_path / "w.safetensors").exists() and not (tmp_path / "folder").exists()
     assert "copy them to a folder with" in error("optimize_grid", "--weights", "hf:me/tiny", "--methods", "ab2", "--steps", "4")
     monkeypatch.setenv("HF_TOKEN", "another")
     assert "log in with `hf auth login`" in error("export", "--weights", tiny_run, "--push", "hf:me/tiny")
@@ -161,6 +168,8 @@ def test_exported_folder(here, error, tiny_run, tmp_path):
     assert {path.name for path in folder.iterdir()} == set(hub.FILES) and list(tmp_path.iterdir()) == [folder]
     assert snapshot.load(folder).weights["conv_in.weight"].dtype == torch.bfloat16
     assert "there already" in here("export", *flags, "--dtype", "bf16")
+    assert "there already" in here("export", *flags, "--dtype", "bf16", "--license", "mit")  # of the card alone
+    assert "license: mit" in (folder / "README.md").read_text()
     assert "holds something else than this export" in error("export", *flags)
     (folder / "README.md").unlink()
     assert "holds something else than this export" in error("export", *flags, "--dtype", "bf16")

@@ -126,12 +126,25 @@ def test_trackio_has_everything(here, monkeypatch, tmp_path):
     here("train", *WITH_PREVIEW, *EVALUATED, "-e", run, *flags)
     here("train", "-e", run, "-r", "latest", "train.steps=6")
     (stored,) = trackio.Api().runs("flow-matching")
-    assert stored.name == "run" and stored.config["train.batch_size"] == 32
-    rows = importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("flow-matching", "run")
+    assert stored.name.startswith("run-") and stored.config["train.batch_size"] == 32
+    rows = importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("flow-matching", stored.name)
     assert [row["step"] for row in rows if "loss" in row] == [2, 4, 6]
     tables = [row["evaluation"] for row in rows if "evaluation" in row]
     assert [table["_type"] for table in tables] == ["trackio.table"] * 3 and "FD-digits" in tables[0]["_value"][0]
-    assert len(list(tmp_path.glob("trackio/media/flow-matching/run/*/*.png"))) == 3
+    assert len(list(tmp_path.glob(f"trackio/media/flow-matching/{stored.name}/*/*.png"))) == 3
+
+
+def test_trackio_keeps_runs_of_one_name_apart(here, monkeypatch, tmp_path):
+    """A resumed run goes on in its own, not in the first of that name."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    for folder in ("a", "b"):
+        here("train", *WITH_PREVIEW, "-e", tmp_path / folder / "run", "train.log_with=[trackio]")
+    here("train", "-e", tmp_path / "b" / "run", "-r", "latest", "train.steps=6")
+    storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+    for folder, steps in {"a": [2, 4], "b": [2, 4, 6]}.items():
+        name = (tmp_path / folder / "run/trackio_name.txt").read_text()
+        assert [row["step"] for row in storage.get_logs("flow-matching", name) if "loss" in row] == steps
 
 
 def test_aim_names_the_run(here, tmp_path):
