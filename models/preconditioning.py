@@ -30,8 +30,8 @@ class Preconditioned(nn.Module):
         shape, s = (-1, *[1] * (x.dim() - 1)), self.data_std
         variance = (t * s) ** 2 + (1 - t) ** 2
         c_in, c_skip = variance.rsqrt(), (t * s**2 - (1 - t)) / variance
-        times = (t,) if t_next is None else (t, t_next)
-        output = self.net(c_in.view(shape) * x, times[0], y, *times[1:])
+        more = () if t_next is None else (t_next,)  # networks with one time need not take it
+        output = self.net(c_in.view(shape) * x, t, y, *more)
         return c_skip.view(shape) * x + (s * c_in).view(shape) * output.to(x.dtype)
 
     def encode(self, prompts: Sequence[str]) -> Any:

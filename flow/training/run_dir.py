@@ -147,7 +147,7 @@ def _checkpoint_named(path: Path, folder: Path) -> Path:
 def write_run_files(run_dir: Path, config: Any, accelerator: Accelerator) -> None:
     """Make the folder and write config.yaml and environment.json, which gains an entry at every start."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    for folder in (run_dir, run_dir / "samples", run_dir / "snapshots"):
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "samples", run_dir / "snapshots"):
         files.clean_temporaries(folder)
     files.write_text(run_dir / "config.yaml", loading.dump(config))
     path = run_dir / "environment.json"

@@ -1,4 +1,4 @@
-"""The folder of a run: what resuming cannot change."""
+"""The folder of a run: what resuming cannot change, and what it cleans."""
 
 import re
 import shutil
@@ -11,6 +11,15 @@ from configs.errors import UserError
 from configs.schema import Config
 from configs.vae import VaeConfig
 from flow.training import run_dir
+
+
+def test_half_deleted_checkpoint_is_gone_after_a_resume(here, tiny_run, tmp_path):
+    """The run was killed while it deleted an old checkpoint after its last one, and has no further one to write."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    half = shutil.copytree(run / "checkpoints/step_00000004", run / "checkpoints/.tmp-step_00000002")
+    (half / "state.json").unlink()
+    here("train", "-e", run, "-r", "latest")
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".tmp")] == []
 
 
 def test_weights_that_began_a_run_stay(here, error, tiny_run, tmp_path):
