@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-import models
 from flow.path import LinearPath, Path
 from flow.source import GAUSSIAN, GaussianSource, Source
 
@@ -51,7 +50,7 @@ class FlowModel:
             ValueError: for two times or preconditioning on another path than the linear one, or with another prediction than
                 the velocity.
         """
-        models.set_defaults(self.net)
+        set_defaults(self.net)
         if isinstance(self.path, LinearPath) and self.prediction == "velocity":
             return
         if self.net.two_times:
@@ -77,6 +76,21 @@ class FlowModel:
         """Networks without dropout, as sampling wants them."""
         for net in self.networks:
             net.eval()
+
+
+def set_defaults(net: Any) -> None:
+    """Gives a network the attributes that it lacks: no labels, no prompts, one time.
+
+    Raises ValueError for a network that reads prompts and lacks what prompts need.
+    """
+    if getattr(net, "max_prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
+        raise ValueError(
+            f"{type(net).__name__} has max_prompt_bytes: it needs encode(prompts), and null, the token of no prompt"
+        )
+    defaults = {"num_classes": None, "max_prompt_bytes": None, "null": getattr(net, "num_classes", None), "two_times": False}
+    for name, value in defaults.items():
+        if not hasattr(net, name):
+            setattr(net, name, value)
 
 
 def why_no_score(source: str, coupling: str) -> str | None:

@@ -20,7 +20,7 @@ from models.mlp import MLP
 from models.preconditioning import Preconditioned
 from models.unet import UNet
 
-__all__ = ["MODELS", "build", "build_codec", "set_defaults"]
+__all__ = ["MODELS", "build", "build_codec"]
 MODELS: dict[str, type[nn.Module]] = {"unet": UNet, "mini_unet": MiniUNet, "dit": DiT, "mlp": MLP}
 
 
@@ -43,20 +43,4 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
         net = MODELS[name](image_shape, **args)
     except TypeError as error:  # e.g. a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
-    set_defaults(net)
     return net if data_std is None else Preconditioned(net, data_std)
-
-
-def set_defaults(net: Any) -> None:
-    """Gives a network the attributes that it lacks: no labels, no prompts, one time.
-
-    Raises ValueError for a network that reads prompts and lacks what prompts need.
-    """
-    if getattr(net, "max_prompt_bytes", None) and not (hasattr(net, "null") and hasattr(net, "encode")):
-        raise ValueError(
-            f"{type(net).__name__} has max_prompt_bytes: it needs encode(prompts), and null, the token of no prompt"
-        )
-    defaults = {"num_classes": None, "max_prompt_bytes": None, "null": getattr(net, "num_classes", None), "two_times": False}
-    for name, value in defaults.items():
-        if not hasattr(net, name):
-            setattr(net, name, value)

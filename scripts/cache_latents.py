@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 from torch import Tensor
 
 import datasets
@@ -89,12 +90,10 @@ def data_section(args) -> schema.DataConfig:
     """That of a configuration, which may be an autoencoder's. Raises UserError for overrides of other sections."""
     if others := [key for key in loading.overridden(args.overrides) if not key.startswith("data.")]:
         raise UserError(f"{others[0]}: of the configuration only data.* has a meaning here; the autoencoder is --vae")
-    try:
-        return loading.load(args.config, args.overrides).data
-    except UserError:
-        with suppress(UserError):
-            return loading.load(args.config, args.overrides, kind=VaeConfig).data
-        raise
+    kind: type = schema.Config
+    with suppress(Exception):  # of a file that is no YAML, which loading names
+        kind = VaeConfig if args.config and "autoencoder" in OmegaConf.load(args.config) else kind
+    return loading.load(args.config, args.overrides, kind=kind).data
 
 
 def cache(

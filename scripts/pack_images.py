@@ -90,8 +90,9 @@ def open_source(args, accelerator: Accelerator, root: str | None) -> Source:
     """The images that --source names. Raises ValueError where there are none, or where a flag does not apply to them."""
     of_hub, path = args.source.startswith(HUB), Path(args.source)
     names = [] if of_hub or args.source in BUILT_IN else parquet_files(path)
+    tables = []
     if names and path.is_dir() and not any(getattr(args, flag) for flag in PARQUET_FLAGS) and holds_images(path):
-        names = []  # tables beside the images, as in folders of the hub
+        names, tables = [], names  # beside the images, as in folders of the hub
     for flag in ("files", "revision", "image_column", "label_column"):
         takes_flag = of_hub or (names and flag != "revision")
         if getattr(args, flag) is not None and not takes_flag:
@@ -105,6 +106,8 @@ def open_source(args, accelerator: Accelerator, root: str | None) -> Source:
     if args.split is not None:
         raise ValueError(f"--split {args.split}: a folder of images has none; name the subfolder as --source")
     data = Folder(path, args.size, args.channels)
+    if tables:
+        data.notes.append(f"--source {path}: {tables[0]} is not read, as there are images; --split train reads Parquet files")
     arguments = {"path": args.source, "size": args.size, "channels": args.channels}
     return Source(data, listing(data), {"name": "folder", "root": None, "args": arguments})
 
@@ -117,7 +120,9 @@ def parquet_files(path: Path) -> list[str]:
 
 
 def holds_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in files_below(folder))
+    """Whether there are any at or below a folder, but for hidden ones."""
+    found = (path.relative_to(folder) for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
+    return any(not any(part.startswith(".") for part in path.parts) for path in found)
 
 
 def from_parquet(args, folder: Path, names: list[str], arguments: dict[str, Any]) -> Source:

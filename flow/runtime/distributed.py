@@ -205,19 +205,19 @@ def tune_malloc() -> None:
 
 
 def decided_by_main(decide: Callable[[], Result]) -> Result:
-    """decide() on the main process; all processes get its result, or its error as a UserError. For what may change a moment
-    later, such as the latest file of a folder. Every process calls it; without a process group it is just decide()."""
+    """decide() on the main process; all processes get its result, or its error, an OSError as a UserError. For what may change
+    a moment later, such as the latest file of a folder. Every process calls it; without a process group it is just decide()."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return decide()
-    answer: list[Any] = [None, None]
+    answer: list[Any] = [None, None, UserError]
     if dist.get_rank() == 0:
         try:
             answer[0] = decide()
-        except (ValueError, OSError) as error:  # a UserError is a ValueError
-            answer[1] = str(error)
-    value, message = broadcast_object_list(answer)
+        except (ValueError, OSError) as error:  # a ValueError that is no UserError gets its key from `error_context`
+            answer[1:] = str(error), UserError if isinstance(error, UserError | OSError) else ValueError
+    value, message, kind = broadcast_object_list(answer)
     if message:
-        raise UserError(message)
+        raise kind(message)
     return value
 
 

@@ -21,6 +21,7 @@ from flow.sampling.sampler import Sampler
 from flow.sampling.snapshot import Snapshot
 from flow.source import GAUSSIAN
 
+PLACEHOLDER = "PATH_OF_THIS_FOLDER"  # what a card names as weights before it is uploaded
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -49,8 +50,8 @@ def check_license(name: str) -> None:
 
 
 def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, shown: str) -> bool:
-    """Write the folder, whole or not at all; False where it is there already, with the same content. The model card, which may
-    name other weights or another license, is then written again.
+    """Write the folder, whole or not at all; False where it is there already. Its model card, which the user may have edited,
+    then stays, but that it names `shown`.
 
     Args:
         dtype: a key of DTYPES.
@@ -66,8 +67,7 @@ def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, sh
         write_weights(new / hub.WEIGHTS_FILE, snap, dtype)
         files.write_text(new / "config.yaml", loading.dump(snap.config))
         _write_picture(new / "samples.png", snap)
-        text = card(snap, dtype, license_name, shown)
-        files.write_text(new / hub.CARD, text)
+        files.write_text(new / hub.CARD, card(snap, dtype, license_name, shown))
         if not folder.exists() or files.is_empty_dir(folder):
             files.atomic_rename_dir(new, folder)
             return True
@@ -75,8 +75,8 @@ def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, sh
         same = existing.keys() == set(hub.FILES) and all(
             files.sha256(path) == files.sha256(new / name) for name, path in existing.items() if name != hub.CARD
         )
-        if same:
-            files.write_text(folder / hub.CARD, text)
+        if same and PLACEHOLDER in (text := existing[hub.CARD].read_text(encoding="utf-8")):
+            files.write_text(folder / hub.CARD, text.replace(PLACEHOLDER, shown))
     if not same:
         raise UserError(f"--to {folder}: exists and holds something else than this export; name another folder")
     return False

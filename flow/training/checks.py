@@ -9,6 +9,8 @@ from configs import keys
 from configs.errors import UserError
 from configs.schema import Config
 from datasets import captions
+from datasets.folder import IMAGE_SUFFIXES
+from datasets.packed import Packed
 from flow.losses import FlowLoss
 from flow.model import FlowModel
 from flow.runtime.errors import error_context
@@ -20,7 +22,7 @@ MEANING = ("flow.path", "flow.prediction")  # of what a network puts out, whatev
 
 def check_alignment(data, source: Source) -> None:
     """Raises UserError where the samples of the source are not one for each image. Of files, and of those that packing left
-    out, the names must agree, but for the suffix."""
+    out of both, the names must agree, but for the suffix of an image."""
     if not isinstance(source, DataSource):
         raise UserError(
             f"flow.coupling=aligned: needs a data set as flow.source.name, with one sample for each image; is {GAUSSIAN}"
@@ -32,11 +34,10 @@ def check_alignment(data, source: Source) -> None:
             f"flow.coupling=aligned: flow.source.name={source.name} has {len(starts):,} samples for {len(data):,} images"
         )
     both = (data, getattr(starts, "data", None))
-    skipped, skipped_starts = (sorted(map(_stem, getattr(each, "skipped", ()))) for each in both)
-    if skipped != skipped_starts:
-        name = min(set(skipped) ^ set(skipped_starts))
+    left_out = [set(map(_stem, each.skipped)) for each in both if isinstance(each, Packed)]
+    if len(left_out) == 2 and (differing := sorted(left_out[0] ^ left_out[1])):
         raise UserError(
-            f"flow.coupling=aligned: {name} was left out of one of the two packed sets; remove it from both sources"
+            f"flow.coupling=aligned: {differing[0]} was left out of one of the two packed sets; remove it from both sources"
         )
     name_of, start_of = (getattr(each, "name_of", None) for each in both)
     if name_of and start_of:
@@ -49,7 +50,9 @@ def check_alignment(data, source: Source) -> None:
 
 
 def _stem(name: str) -> str:
-    return str(PurePath(name).with_suffix(""))
+    """The name of an image without its suffix; of a row of a Parquet file its number."""
+    path = PurePath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_SUFFIXES else name.rpartition(", ")[2]
 
 
 def check_encodable(name: str, data) -> None:

@@ -22,6 +22,7 @@ from configs import loading, schema
 from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSpec
+from flow.model import set_defaults
 from flow.runtime import cli, commands, distributed, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
@@ -74,6 +75,7 @@ def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:
     schema.set_auto_classes(cfg, data.class_names if data.labels is not None else ())
     with error_context("model"):
         net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
+        set_defaults(net)
     if net.max_prompt_bytes or data.access != "memory" or data.images.dtype != torch.uint8:
         raise UserError(f"data.name={cfg.data.name}: the plain loop is for networks without prompts on images in memory")
     return net, data.images, data.labels if net.num_classes is not None else None

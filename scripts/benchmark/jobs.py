@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from configs import loading, schema
 from datasets import DataSpec
+from flow.model import set_defaults
 from flow.runtime import distributed, files
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import snapshot
@@ -66,6 +67,7 @@ def cost_job(job: dict) -> dict:
     shape = data.image_shape
     with torch.device("meta"):
         net = models.build(cfg.model.name, shape, cfg.model.args)
+        set_defaults(net)
         x, t, y = torch.empty(1, *shape), torch.empty(1), condition(net, 1)
         with FlopCounterMode(display=False) as forward:
             out = net(x, t, y)
@@ -210,6 +212,7 @@ def plain_sample_job(job: dict) -> dict:
     cfg, data = material(job)
     shape = data.image_shape
     net = models.build(cfg.model.name, shape, cfg.model.args)
+    set_defaults(net)
     timer = Timer()
     with tempfile.TemporaryDirectory() as scratch:
         batches = baseline.sample(net, shape, net.num_classes, job["sampling_batch"], job["sampling_steps"], Path(scratch))

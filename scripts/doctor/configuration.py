@@ -10,6 +10,7 @@ from configs import schema
 from configs.schema import Config
 from datasets import DataSpec
 from flow import losses, time_samplers
+from flow.model import set_defaults
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.training import data_loader
@@ -63,6 +64,7 @@ def network(context: Context) -> Lines:
         return
     with error_context("model"), torch.device("meta"):
         context.net = models.build(cfg.model.name, context.data.image_shape, cfg.model.args)
+        set_defaults(context.net)
     text = f", {context.net.num_classes} classes" if context.net.num_classes is not None else ""
     yield "pass", f"{cfg.model.name}, {parameters(context.net)}{text}"
     check_conditioning(context.data, context.net)

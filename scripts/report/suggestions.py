@@ -16,7 +16,7 @@ from flow.training import run_dir
 SAMPLE = "sample"  # what the command of further images is called
 TRAJECTORY = "trajectory"  # what the command of the grids in samples/trajectory is called
 TRAIN = ["train.py"]  # what trains a flow
-LAUNCHER = "the launcher of the run and"  # in the place of one that is not known
+LAUNCHER = "LAUNCHER_OF_THE_RUN"  # in the place of one that is not known
 
 
 def suggest(
@@ -27,7 +27,8 @@ def suggest(
     class_names: Sequence[str] | None,
     best: dict | None,
 ) -> dict[str, str]:
-    """Commands that work as printed in this folder and shell, by what they are for.
+    """Commands that work as printed in this folder and shell, by what they are for; those that train a run on several machines
+    or with sharded weights begin with LAUNCHER.
 
     `environment` is that of the last start; `values` the configuration by dotted key, with `interpolations` once more;
     `class_names` those of the weights of a flow, None where there are none to sample from; `best` the best entry of its tables.

@@ -257,7 +257,7 @@ def test_images_are_named_by_any_data_section(here, error, vae_folder, tmp_path)
     assert "latents of 299 images" in here(*ask, "-c", config)
     assert "model.args.width: of the configuration only data.* has a meaning here" in error(*ask, "model.args.width=3")
     config.write_text("data: {name: digits}\nautoencoder: {latent_chanels: 2}\n")
-    assert "autoencoder" in error(*ask, "-c", config)
+    assert "unknown key 'autoencoder.latent_chanels'" in error(*ask, "-c", config)
 
 
 @pytest.mark.parametrize(("old", "new", "key"), [("b", "c", "class_names"), ("a/1.png", "b/1.png", "labels")])

@@ -92,7 +92,7 @@ def test_tables_beside_images_are_no_source(here, error, photos, tmp_path):
     """Folders of images on the hub hold metadata.parquet; a flag for Parquet files asks for it."""
     folder = shutil.copytree(photos, tmp_path / "photos")
     pq.write_table(pa.table({"file_name": ["00.png"]}), folder / "metadata.parquet")
-    here("pack_images", "--source", folder, *PACK, "--save_dir", tmp_path / "out")
+    assert "metadata.parquet is not read" in here("pack_images", "--source", folder, *PACK, "--save_dir", tmp_path / "out")
     assert len(read(tmp_path / "out")) == 24
     line = error("pack_images", "--source", folder, *PACK, "--save_dir", tmp_path / "none", "--image_column", "file_name")
     assert "--image_column file_name: no column of images" in line

@@ -20,9 +20,10 @@ def agree() -> None:
     rank = int(os.environ["RANK"])
     distributed.build_accelerator()
     assert distributed.decided_by_main(lambda: ("decided by", rank)) == ("decided by", 0)
-    for kind in (UserError, ValueError, OSError):
-        with pytest.raises(UserError, match="refused by 0"):
+    for kind, raised in ((UserError, UserError), (ValueError, ValueError), (OSError, UserError)):
+        with pytest.raises(raised, match="refused by 0") as error:
             distributed.decided_by_main(lambda kind=kind: refuse(rank, kind))
+        assert error.type is raised
 
 
 def test_the_main_process_decides(pair):

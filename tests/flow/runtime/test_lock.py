@@ -123,7 +123,7 @@ def test_a_folder_that_is_being_written_is_refused(name, command, error, monkeyp
 
 def test_a_lock_that_is_left_in_a_moment_is_waited_for(tmp_path):
     """As by the child of a command that was killed."""
-    hold = "fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX); print('held', flush=True); time.sleep(0.5)"
+    hold = "file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(0.5)"
     words = [sys.executable, "-c", f"import fcntl, sys, time; {hold}", tmp_path / files.LOCK]
     holder = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"

@@ -168,8 +168,10 @@ def test_exported_folder(here, error, tiny_run, tmp_path):
     assert {path.name for path in folder.iterdir()} == set(hub.FILES) and list(tmp_path.iterdir()) == [folder]
     assert snapshot.load(folder).weights["conv_in.weight"].dtype == torch.bfloat16
     assert "there already" in here("export", *flags, "--dtype", "bf16")
-    assert "there already" in here("export", *flags, "--dtype", "bf16", "--license", "mit")  # of the card alone
-    assert "license: mit" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(f"{card}\nMy own words.\n")  # which stay
+    assert "there already" in here("export", *flags, "--dtype", "bf16")
+    assert "My own words." in (folder / "README.md").read_text() and "PATH_OF_THIS_FOLDER" in card
     assert "holds something else than this export" in error("export", *flags)
     (folder / "README.md").unlink()
     assert "holds something else than this export" in error("export", *flags, "--dtype", "bf16")

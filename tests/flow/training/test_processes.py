@@ -91,7 +91,7 @@ def test_lost_process_ends_the_others(tmp_path, capsys, blow, rank):
     family[rank].send_signal(blow)
     survivor = family[1 - rank]
     while survivor.is_running() and survivor.status() != psutil.STATUS_ZOMBIE:
-        assert time.perf_counter() - since < 60
+        assert time.perf_counter() - since < 600  # against a hang of the test itself
         time.sleep(0.05)
     seconds = time.perf_counter() - since
     said = end(process)

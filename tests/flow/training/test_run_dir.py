@@ -13,7 +13,7 @@ from configs.vae import VaeConfig
 from flow.training import run_dir
 
 
-def test_half_deleted_checkpoint_is_gone_after_a_resume(here, tiny_run, tmp_path):
+def test_half_deleted_checkpoint_is_cleaned(here, tiny_run, tmp_path):
     """The run was killed while it deleted an old checkpoint after its last one, and has no further one to write."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     half = shutil.copytree(run / "checkpoints/step_00000004", run / "checkpoints/.tmp-step_00000002")
