@@ -100,6 +100,12 @@ def resolve_precision(mixed_precision: str) -> str:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
+def default_device() -> torch.device:
+    """The accelerator of the machine, else, or with ACCELERATE_USE_CPU=true, the CPU."""
+    device = torch.accelerator.current_accelerator() if _has_accelerator() else None
+    return device or torch.device("cpu")
+
+
 def _has_accelerator() -> bool:
     return torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
 

@@ -16,6 +16,7 @@ from flow import likelihood
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
+from flow.runtime import distributed
 from flow.sampling import grid_store, guide, snapshot, sources
 from flow.sampling.generate import SampleBatch, build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, build_time_grid, guidance_note, validate
@@ -35,12 +36,10 @@ class Sampler:
         self, model: FlowModel, device: torch.device | None = None,
         dtype: torch.dtype = torch.float32, snapshot: Snapshot | None = None, guide_name: str | None = None,
     ):  # fmt: skip
-        """model: its networks go to the device. device: default is the accelerator of the machine, else the CPU.
+        """model: its networks go to the device. device: default is that of `distributed.default_device`.
         dtype: of autocast; float32 turns autocast off. snapshot: where the model comes from, for optimized time grids.
         guide_name: of autoguidance."""
-        if device is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.model, self.device, self.dtype = model, device or torch.device("cpu"), dtype
+        self.model, self.device, self.dtype = model, device or distributed.default_device(), dtype
         self.snapshot, self.guide_name = snapshot, guide_name
         for net in model.networks:
             net.to(self.device)
@@ -58,7 +57,7 @@ class Sampler:
         """The flow behind a run folder, a checkpoint folder, a .safetensors file or hf:owner/name. In a process group every
         process calls it, unless `weights` is a file.
 
-        device: default is the accelerator of the machine, else the CPU. dtype: of autocast. overrides: `key=value` changes
+        device: default is that of `distributed.default_device`. dtype: of autocast. overrides: `key=value` changes
         of the stored configuration. guide_weights: a weaker model; guidance_scale is then that of autoguidance.
 
         Raises:
