@@ -10,7 +10,7 @@
 #   METHODS="euler heun"   NFE="5 10 20 50 100"   SCALES="1"   of the tables
 #   CONFIG=configs/cifar10_fast.yaml   OVERRIDES="key=value ..."
 #   FEATURES="--feature_extractor inception-v3-compat"   where the weights at hand end at layer 768:
-#             FEATURES="--feature_weights PATH --feature_layer 768"
+#             FEATURES="--feature_extractor inception-v3-compat --feature_weights PATH --feature_layer 768"
 #   LAUNCH="python"   BENCHMARK="--steps 20 --rounds 3 --compile"   RACE="--curve 3": further flags of the two benchmarks
 # FLOW_DATA names the folder with CIFAR-10. On a CPU, small numbers and a small network try the script itself.
 set -euo pipefail

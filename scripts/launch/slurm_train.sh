@@ -2,8 +2,9 @@
 # A training on several machines under Slurm: one launcher a machine, which starts a process for each of its GPUs.
 #   sbatch --nodes 2 --gpus-per-node 8 scripts/launch/slurm_train.sh -c configs/cifar10.yaml -e /shared/runs/cifar10 -mp bf16
 # The folder must lie on a disk that all machines see. Two minutes before its time is over (or when it is preempted) the job
-# gets SIGTERM, writes a checkpoint and ends; requeued, it goes on from there. Downloads happen on one machine: fetch the data
-# set before where compute nodes have no network.
+# gets SIGTERM, writes a checkpoint and ends. Slurm requeues it by itself only after preemption or the failure of a node; after its
+# time limit submit the same command again, which goes on from there. Downloads happen on one machine: fetch the data set before
+# where compute nodes have no network.
 #SBATCH --job-name=flow
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32
@@ -13,6 +14,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=flow-%j.txt
 set -euo pipefail
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-32} # which srun does not take from sbatch since Slurm 22.05
 
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 processes=$((${SLURM_GPUS_ON_NODE:-1} * SLURM_NNODES))
