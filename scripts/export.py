@@ -96,7 +96,7 @@ def write_folder(args, snap: Snapshot) -> str:
     with tempfile.TemporaryDirectory() as temporary:
         folder: Path = args.to or Path(temporary) / "export"
         is_new = exported.write_folder(
-            folder, snap, args.dtype or DTYPE, args.license or "unknown", args.push or exported.PLACEHOLDER
+            folder, snap, args.dtype or DTYPE, args.license or exported.UNKNOWN, args.push or exported.PLACEHOLDER
         )
         if args.push:
             return f"uploaded to {hub.push(folder, args.push, args.private)}"

@@ -121,8 +121,8 @@ def parquet_files(path: Path) -> list[str]:
 
 def holds_images(folder: Path) -> bool:
     """Whether there are any at or below a folder, but for hidden ones."""
-    found = (path.relative_to(folder) for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
-    return any(not any(part.startswith(".") for part in path.parts) for path in found)
+    images = (path.relative_to(folder) for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES)
+    return any(not any(part.startswith(".") for part in path.parts) for path in images)
 
 
 def from_parquet(args, folder: Path, names: list[str], arguments: dict[str, Any]) -> Source:

@@ -22,6 +22,7 @@ from flow.sampling.snapshot import Snapshot
 from flow.source import GAUSSIAN
 
 PLACEHOLDER = "PATH_OF_THIS_FOLDER"  # what a card names as weights before it is uploaded
+UNKNOWN = "unknown"  # the license of an export whose user names none
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -50,12 +51,12 @@ def check_license(name: str) -> None:
 
 
 def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, shown: str) -> bool:
-    """Write the folder, whole or not at all; False where it is there already. Its model card, which the user may have edited,
-    then stays, but that it names `shown`.
+    """Write the folder, whole or not at all; False where it is there already. Its model card, which may have been edited, then
+    stays as it is, but for the weights in its command, which become `shown`.
 
     Args:
         dtype: a key of DTYPES.
-        license_name: of the weights, see `check_license`.
+        license_name: of the weights, see `check_license`; UNKNOWN leaves the license of a card that is there.
         shown: what the command in the card names as weights.
 
     Raises:
@@ -75,10 +76,15 @@ def write_folder(folder: Path, snap: Snapshot, dtype: str, license_name: str, sh
         same = existing.keys() == set(hub.FILES) and all(
             files.sha256(path) == files.sha256(new / name) for name, path in existing.items() if name != hub.CARD
         )
-        if same and PLACEHOLDER in (text := existing[hub.CARD].read_text(encoding="utf-8")):
+        if not same:
+            raise UserError(f"--to {folder}: exists and holds something else than this export; name another folder")
+        text = existing[hub.CARD].read_text(encoding="utf-8")
+        if license_name != UNKNOWN and f"license: {license_name}\n" not in text:
+            raise UserError(
+                f"--license {license_name}: {folder / hub.CARD} names another license; edit it, or name another folder"
+            )
+        if PLACEHOLDER in text:
             files.write_text(folder / hub.CARD, text.replace(PLACEHOLDER, shown))
-    if not same:
-        raise UserError(f"--to {folder}: exists and holds something else than this export; name another folder")
     return False
 
 

@@ -190,7 +190,7 @@ def _context(runs: list[Run], shown: list[Shown]) -> dict[str, Any]:
         "further_trajectories": [row["name"] for row in without[MAX_COMMANDS:]],
         "thinned": any("low" in column for run in runs for column in run.curves.columns.values()),
         "styles": _asset("uplot/uPlot.min.css") + _asset("page.css"),
-        "library": _asset("uplot/uPlot.iife.min.js"),
+        "library": Markup("/*!\n{}*/\n").format(_asset("uplot/LICENSE")) + _asset("uplot/uPlot.iife.min.js"),
         "script": _asset("page.js"),
         "data": data,
     }

@@ -7,9 +7,9 @@ def test_points_are_scored_in_nats(tmp_path, here):
     """Points have no levels, hence no bits."""
     small = ["train.steps=20", "train.batch_size=64", "data.args.n=500", "preview.n_samples=20", "train.log_with=[]"]
     here("train", "-c", "configs/toy_mixture.yaml", "-e", tmp_path / "toy", *small)
-    told = here("likelihood", "--weights", tmp_path / "toy", "--n_images", "8")
-    nats = float(re.search(r"(-?[\d.]+) ± [\d.]+ nats a point", told).group(1))
-    assert -10 < nats < 0 and "bits" not in told
+    printed = here("likelihood", "--weights", tmp_path / "toy", "--n_images", "8")
+    nats = float(re.search(r"(-?[\d.]+) ± [\d.]+ nats a point", printed).group(1))
+    assert -10 < nats < 0 and "bits" not in printed
 
 
 def test_command(here, tiny_run):

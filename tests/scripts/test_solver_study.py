@@ -71,8 +71,8 @@ def test_the_study(tmp_path, tiny_run, here, error):
     assert "--t_end 0.5: must be" in error(*study, "--t_end", "0.5", "--num_fid_images", "40")
 
     def with_distances(scale: str) -> list[list[str]]:
-        asked = ["--num_fid_images", "40", "--feature_extractor", "digits", "--methods", "euler", "heun", "--nfe", "3"]
-        lines = here(*study, *asked, "--guidance_scale", scale).splitlines()
+        flags = ["--num_fid_images", "40", "--feature_extractor", "digits", "--methods", "euler", "heun", "--nfe", "3"]
+        lines = here(*study, *flags, "--guidance_scale", scale).splitlines()
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith(("| euler", "| heun"))]
 
     euler, heun = first = with_distances("2")
@@ -98,8 +98,8 @@ def test_study_measures_order(tmp_path, here):
     study = ["solver_study", "--weights", tmp_path / "net.safetensors", "--out", tmp_path, "--n_images", "2"]
     study += ["--methods", "euler", "heun", "rk4", "ab3", "--sampling_steps", "16", "32", "--t_end", "0.5", "--float64"]
     lines = here(*study).splitlines()[2:10]
-    found = {(cells := [c.strip() for c in line.split("|")])[1]: float(cells[-2]) for line in lines[1::2]}
-    assert found == {
+    orders = {(cells := [c.strip() for c in line.split("|")])[1]: float(cells[-2]) for line in lines[1::2]}
+    assert orders == {
         "euler": pytest.approx(1, abs=0.1),
         "heun": pytest.approx(2, abs=0.1),
         "rk4": pytest.approx(4, abs=0.1),

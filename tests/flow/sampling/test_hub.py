@@ -171,6 +171,7 @@ def test_exported_folder(here, error, tiny_run, tmp_path):
     card = (folder / "README.md").read_text()
     (folder / "README.md").write_text(f"{card}\nMy own words.\n")  # which stay
     assert "there already" in here("export", *flags, "--dtype", "bf16")
+    assert "names another license" in error("export", *flags, "--dtype", "bf16", "--license", "mit")
     assert "My own words." in (folder / "README.md").read_text() and "PATH_OF_THIS_FOLDER" in card
     assert "holds something else than this export" in error("export", *flags)
     (folder / "README.md").unlink()
