@@ -60,7 +60,7 @@ def main() -> None:
     settings = settings_of(args, snap, guide_name)
     with error_context("sample"):
         check_request(args, snap, model, settings)
-    for note in filter(None, (guidance_note(settings, model), source_note, grid_note(snap, settings))):
+    for note in filter(None, (guidance_note(settings, model), source_note, grid_store.guidance_note(snap, settings))):
         accelerator.print(f"note: {note}")
     digest = snap.sha256  # on every process: each might have read another file
     with lock.folder(args.save_dir, accelerator):
@@ -95,13 +95,6 @@ def check_request(args, snap: Snapshot, model: FlowModel, settings: SamplerSetti
         raise ValueError(f"--labels {' '.join(args.labels)}: with --prompts they are classes, from 0 to {classes - 1}")
     if args.grid_by_class and not (settings.prompts or model.net.num_classes):
         raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
-
-
-def grid_note(snap: Snapshot, settings: SamplerSettings) -> str | None:
-    """Where an optimized grid was fitted with another guidance scale, a note that says so."""
-    if not settings.times:
-        return None
-    return grid_store.scale_note(snap, settings.method, settings.steps, settings.guidance_scale)
 
 
 def start_folder(args, snap: Snapshot, model: FlowModel, settings: SamplerSettings, digest: str, mixed_precision: str) -> None:
@@ -145,6 +138,8 @@ def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: Fl
     animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
     words = [
         *commands.config_flags(args), *commands.condition_flags(args.guidance_scale, args.prompts),
+        *(["--labels", *args.labels] if args.labels and not args.prompts else []),
+        *(["--seed", str(args.seed)] if args.seed != SamplerSettings.seed else []),
         *commands.guidance_flags(args), *commands.source_flags(args),
     ]  # fmt: skip
     command = commands.command(*animate, *words, *args.overrides)

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,10 @@ def _leaves(node: DictConfig) -> dict[str, Any]:
 
 
 def _finished(node: DictConfig) -> Any:
-    """The checked dataclass of a merged configuration; it remembers what `dump` must not resolve."""
+    """The checked dataclass of a merged configuration; it remembers what `dump` must not resolve. ~ is the home folder."""
+    for place, value in stored.leaves(OmegaConf.to_container(node)):
+        if isinstance(value, str) and value.startswith("~/"):
+            OmegaConf.update(node, stored.dotted(place), os.path.expanduser(value), merge=False)
     try:
         config: Any = OmegaConf.to_object(node)
         OmegaConf.structured(config)  # merging does not look at the elements of lists
@@ -142,6 +146,9 @@ def _finished(node: DictConfig) -> Any:
         raise UserError(f"{error.full_key}: {first_line(error)}") from None
     for key, value in stored.unwritable(dataclasses.asdict(config)):
         raise UserError(f"{key}={value!r}: holds a character that no file name and no text can have")
+    for place, value in stored.leaves(dataclasses.asdict(config)):
+        if value != value:
+            raise UserError(f"{stored.dotted(place)}=nan: must be a number")
     config.typed = stored.typed_interpolations(node)
     config.validate()
     return config

@@ -81,7 +81,7 @@ class IterableDataset: ...
 
 def default_root() -> Path:
     """Where data sets lie when nobody says otherwise: $FLOW_DATA, else ./data."""
-    return Path(os.environ.get("FLOW_DATA") or "data")
+    return Path(os.environ.get("FLOW_DATA") or "data").expanduser()
 
 
 def has_test_split(name: str) -> bool:

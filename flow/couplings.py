@@ -42,7 +42,8 @@ class OTCoupling:
         if block != int(block) or block < 2:
             raise ValueError(f"block={block}: must be a whole number of at least 2")
         if rows % block:
-            raise ValueError(f"block={block}: must divide the {rows} rows that a process takes at once")
+            fits = max(size for size in range(1, min(rows, int(block)) + 1) if rows % size == 0)
+            raise ValueError(f"block={block}: must divide the {rows} rows that a process takes at once; {fits} does")
         self.independent, self.block = IndependentCoupling(source, seed, image_shape), block
 
     def sample_x0(self, sample_ids: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:

@@ -91,24 +91,21 @@ class GuidedVelocity:
 
     def _cfg(self, x: Tensor, t: float, t_next: float, scale: float | Tensor) -> Tensor:
         """The network's prediction at x and its own time t, guided."""
-        if self.y is None:
-            self.forwards += 1
-            return self._forward(x, t, t_next, None)
-        # a tensor is an input of an exported graph: no branch depends on its value
-        calls = 2 if isinstance(scale, Tensor) else network_calls(scale)
-        self.forwards += calls
-        if calls == 1 and scale == 1:
+        fixed = not isinstance(scale, Tensor)  # a tensor is an input of an exported graph: no branch depends on its value
+        if self.y is None or (fixed and scale == 1):
             return self._forward(x, t, t_next, self.y)
         assert self.null is not None
         y_null = torch.full_like(self.y, self.null)
-        if calls == 1:
+        if fixed and scale == 0:
             return self._forward(x, t, t_next, y_null)
-        v_c, v_u = self._forward(torch.cat([x, x]), t, t_next, torch.cat([self.y, y_null])).unflatten(0, (2, x.shape[0]))
+        both = self._forward(torch.cat([x, x]), t, t_next, torch.cat([self.y, y_null]), calls=2)
+        v_c, v_u = both.unflatten(0, (2, x.shape[0]))
         return v_u + scale * (v_c - v_u)
 
-    def _forward(self, x: Tensor, t: float, t_next: float, y: Tensor | None) -> Tensor:
-        times = torch.full((2, x.shape[0]), t, device=x.device, dtype=self.dtype)
-        if not getattr(self.net, "two_times", False):
-            return self.net(x, times[0], y).to(self.dtype)
-        times[1] = t_next
-        return self.net(x, times[0], y, times[1]).to(self.dtype)
+    def _forward(self, x: Tensor, t: float, t_next: float, y: Tensor | None, calls: int = 1) -> Tensor:
+        """The network at x, as so many calls per image."""
+        self.forwards += calls
+        times = [torch.full((x.shape[0],), time, device=x.device, dtype=self.dtype) for time in (t, t_next)]
+        if getattr(self.net, "two_times", False):
+            return self.net(x, times[0], y, times[1]).to(self.dtype)
+        return self.net(x, times[0], y).to(self.dtype)

@@ -43,4 +43,8 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
         net = MODELS[name](image_shape, **args)
     except TypeError as error:  # e.g. a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
+    except RuntimeError as error:  # a size beyond all memory, or beyond what torch can count
+        if "DefaultCPUAllocator" not in str(error) and "overflow" not in str(error):
+            raise
+        raise ValueError(f"{name} cannot be built from {args}: {error}") from error
     return net if data_std is None else Preconditioned(net, data_std)

@@ -40,7 +40,7 @@ EXAMPLES = """\
   python -m scripts.animate --weights runs/mnist --trajectory_grids
   python -m scripts.animate --weights runs/mnist --trajectory_grids --guidance_scale 1 2 4 --frames 21"""
 FIGURES = ("flow", "density", "likelihood")  # of 2-D flows
-PROBES = 4  # random directions per point of likelihood.png
+DIRECTIONS = 4  # random directions per point of likelihood.png
 FRAMES, GRIDS = 32, 11  # frames of a GIF; states of --trajectory_grids, from noise to data
 GRID_SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)  # of guidance, of --trajectory_grids
 GRID_IMAGES = 30  # of --trajectory_grids
@@ -65,10 +65,13 @@ def parse_args():
     flags.add_method_flag(parser, DETERMINISTIC, "heun")
     flags.add_count_flag(parser, "--steps_a_frame", "steps of the solver between frames", 2)
     parser.add_argument("--figures", nargs="+", choices=FIGURES, help="of points (default: all)")
-    flags.add_count_flag(parser, "--hutchinson_samples", f"random directions per point of likelihood.png (default: {PROBES})")
+    flags.add_count_flag(
+        parser, "--hutchinson_samples", f"random directions per point of likelihood.png (default: {DIRECTIONS})"
+    )
     flags.add_guidance_flags(parser, several=True)
     parser.set_defaults(guidance_scale=None)
     flags.add_prompts_flag(parser)
+    flags.add_labels_flag(parser)
     flags.add_source_flag(parser)
     flags.add_seed_flag(parser)
     shown = " ".join(f"{scale:g}" for scale in GRID_SCALES)
@@ -96,9 +99,10 @@ def main() -> None:
     accelerator = distributed.build_single_process_accelerator("animate")
     sources.attach(accelerator, model, args.source, snap.config.data.root)
     scales = guidance_scales(args, model)
+    labels = flags.labels_of(args.labels, snap.class_names)
     settings = [
         SamplerSettings(
-            args.sampling_method, guidance_scale=scale, seed=args.seed,
+            args.sampling_method, guidance_scale=scale, seed=args.seed, labels=labels,
             prompts=tuple(args.prompts) if args.prompts else None,
             guidance_interval=ALL_TIMES if scale == 1 and len(scales) > 1 else tuple(args.guidance_interval),
             guide=None if scale == 1 and len(scales) > 1 else guide_name,
@@ -141,10 +145,11 @@ def check_figure_flags(args, plane: bool) -> None:
 
 
 def guidance_scales(args, model: FlowModel) -> list[float]:
-    """Those of the command line, else 1, or for grids of a network that guidance is for several."""
+    """Those of the command line, else 1, or several for grids of a network that can be guided."""
     if args.guidance_scale:
         return sorted(set(args.guidance_scale))
-    return list(GRID_SCALES) if args.trajectory_grids and can_guide(model) and model.trained_guidance == 1 else [1.0]
+    guided = can_guide(model) and model.trained_guidance == 1 and (model.null_is_trained or model.guide)
+    return list(GRID_SCALES) if args.trajectory_grids and guided else [1.0]
 
 
 def can_guide(model: FlowModel) -> bool:
@@ -213,7 +218,7 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
         if plane and "density" in args.figures:
             figures.append(strip(args.out, times, states))
     if plane and "likelihood" in args.figures:
-        figures.append(likelihood_map(args.out, accelerator, model, settings, snap, args.hutchinson_samples or PROBES))
+        figures.append(likelihood_map(args.out, accelerator, model, settings, snap, args.hutchinson_samples or DIRECTIONS))
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
     words = commands.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
     command = commands.command(*study, *commands.config_flags(args), *words, *args.overrides)
@@ -250,16 +255,16 @@ def strip(out: Path, times: list[float], states: list[Tensor]) -> str:
 
 
 def likelihood_map(
-    out: Path, accelerator: Accelerator, model: FlowModel, settings: SamplerSettings, snap: snapshot.Snapshot, probes: int
+    out: Path, accelerator: Accelerator, model: FlowModel, settings: SamplerSettings, snap: snapshot.Snapshot, samples: int
 ) -> str:
     """likelihood.png: log-density of the flow with the exact divergence and with Hutchinson's estimate of it, beside the
     exact density where there is one, and the mean absolute errors inside the mass."""
     at = to_solver_dtype(torch.from_numpy(plots_2d.grid_centers(MAP_CELLS)), accelerator.device)
     velocity = build_velocity(model, range(len(at)), settings, accelerator.device)
-    signs = generator("likelihood map", settings.seed).integers(2, size=(probes, *at.shape)) * 2.0 - 1
+    signs = generator("likelihood map", settings.seed).integers(2, size=(samples, *at.shape)) * 2.0 - 1
     estimates = {
         "exact divergence": None,
-        f"Hutchinson, {probes} probe{'s' * (probes > 1)}": to_solver_dtype(torch.from_numpy(signs), accelerator.device),
+        f"Hutchinson, {samples} sample{'s' * (samples > 1)}": to_solver_dtype(torch.from_numpy(signs), accelerator.device),
     }
     maps: dict[str, Tensor] = {}
     total = PERCENT * len(estimates)
@@ -333,7 +338,8 @@ def velocity_field(model: FlowModel, settings: SamplerSettings):
 
     @torch.inference_mode()
     def velocity(at: np.ndarray, t: float) -> np.ndarray:
-        return build_velocity(model, range(len(at)), settings, device)(torch.from_numpy(at).to(device), t).cpu().numpy()
+        points = to_solver_dtype(torch.from_numpy(at), device)
+        return build_velocity(model, range(len(at)), settings, device)(points, t).cpu().numpy()
 
     return velocity
 

@@ -38,7 +38,7 @@ def parse_args():
     parser.add_argument("--atol", type=float, default=1e-3, help="of dopri5 (default: 1e-3)")
     parser.add_argument("--test", action="store_true", help="images that were held out of the training")
     flags.add_batch_size_flag(parser, 50)
-    flags.add_seed_flag(parser, 0, "dequantization and probes")
+    flags.add_seed_flag(parser, 0, "dequantization and random directions")
     return parser.parse()
 
 
@@ -103,9 +103,9 @@ def log_likelihoods(args, accelerator: Accelerator, model: FlowModel, data: Data
             with error_context("data"):
                 validate(settings, model)
             velocity = build_velocity(model, range(len(batch)), settings, accelerator.device)
-            probes = to_solver_dtype(torch.from_numpy(signs), accelerator.device)
+            directions = to_solver_dtype(torch.from_numpy(signs), accelerator.device)
             with error_context("likelihood"):
-                log_p, _, nfe = log_likelihood(velocity, x1, eps=probes, rtol=args.rtol, atol=args.atol)
+                log_p, _, nfe = log_likelihood(velocity, x1, eps=directions, rtol=args.rtol, atol=args.atol)
             values += log_p.tolist()
             bar.update(len(batch))
     return values, nfe

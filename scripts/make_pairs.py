@@ -9,6 +9,7 @@ Run it again after a kill: whole shards stay, missing or damaged ones are genera
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import keys, schema
-from configs.errors import UserError
+from configs.errors import UserError, first_line
 from datasets import DataSet, DataSpec, captions
 from datasets.images import to_float
 from datasets.pairs import Shard, read_manifest, shards_of
@@ -32,6 +33,7 @@ from flow.runtime import cli, commands, distributed, files, flags, lock, message
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, locate, output, snapshot, sources
+from flow.sampling.conditions import classes_with_images
 from flow.sampling.generate import build_velocity, check_finite, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
 from flow.solvers import DETERMINISTIC
@@ -70,19 +72,23 @@ def main() -> None:
     snap = snapshot.load(args.weights, args.config, args.overrides)
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
-    snap.check_data()
-    spec, data = read_real_images(accelerator, snap, model)
+    inverted = round(args.real_fraction * args.n_pairs)
+    spec, data = read_real_images(accelerator, snap, model, needed=inverted > 0)
+    class_names = data.class_names if data else snap.class_names
     labels = flags.labels_of(args.labels, snap.class_names)
-    classes, prompts = conditions_of(labels, data, model.net)
+    if not labels and data:
+        labels = classes_with_images(data.labels, model.net.num_classes)
+    classes, prompts = conditions_of(labels, class_names, model.net)
     settings = SamplerSettings(
         args.sampling_method, args.sampling_steps, args.guidance_scale, seed=args.seed, labels=classes, prompts=prompts,
         guidance_interval=tuple(args.guidance_interval), guide=guide_name,
     )  # fmt: skip
-    inverted = round(args.real_fraction * args.n_pairs)
     with error_context("make_pairs"):
         validate(settings, model)
-        check_real_images(snap, model.net, data, inverted)
-        invertible_indices = indices_to_invert(args, data, labels, inverted)
+        invertible_indices: list[int] = []
+        if data:
+            check_real_images(snap, model.net, data, inverted)
+            invertible_indices = indices_to_invert(args, data, labels, inverted)
         times = build_time_grid(settings, model.path)
         kept_steps = states_to_keep(args.keep_states or 0, len(times) - 1)
         if kept_steps and inverted:
@@ -91,8 +97,8 @@ def main() -> None:
         accelerator.print(f"note: {note}")
     state_times = [times[k] for k in kept_steps]
     requested = request_of(args, accelerator.mixed_precision, settings.guide, labels, inverted, state_times)
-    manifest = {"weights_sha256": snap.sha256, **requested, **described(snap, model.source, data.class_names, spec)}
-    if inverted:  # which of them a pair has depends on all
+    manifest = {"weights_sha256": snap.sha256, **requested, **described(snap, model.source, class_names, spec)}
+    if data and inverted:  # which of them a pair has depends on all
         manifest["real_fingerprint"] = data.fingerprint()
     for network in model.networks:
         distributed.prepare_model(network, accelerator)
@@ -105,22 +111,47 @@ def main() -> None:
     accelerator.print(messages.summary(result, args.start, f"train on them with: {train}"))
 
 
-def read_real_images(accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel) -> tuple[DataSpec, DataSet]:
-    """The real images of the training. What a flow between two data sets starts from is read, too."""
-    with error_context("data"):
-        spec = DataSpec.of(snap.config.data).behind(["pairs"])  # in a second reflow the real images of the first
+def read_real_images(
+    accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, needed: bool
+) -> tuple[DataSpec, DataSet | None]:
+    """The real images of the training; None, with a note, where they are not here and not `needed`. What a flow between two
+    data sets starts from is read, too."""
+    spec = DataSpec.of(snap.config.data)
     if isinstance(source := model.source, DataSource):
+        snap.check_data()
         with error_context("flow.source"):
             distributed.main_process_first(accelerator, lambda: source.training)
-    with error_context("data"):
-        return spec, distributed.main_process_first(accelerator, spec.build)
+    try:
+        snap.check_data()
+        with error_context("data"):
+            spec = spec.behind(["pairs"])  # in a second reflow the real images of the first
+            data = distributed.main_process_first(accelerator, partial(build_or_reason, spec))
+    except UserError as error:
+        data = str(error)
+    if not isinstance(data, str):
+        return spec, data
+    if needed:
+        raise UserError(data if data.startswith("--weights") else f"data: {data.removeprefix('data: ')}")
+    accelerator.print(f"note: these pairs are made without the training images ({data})")
+    return spec, None
+
+
+def build_or_reason(spec: DataSpec) -> DataSet | str:
+    """The data set, or why it is not to be had, on every process."""
+    try:
+        return spec.build()
+    except (ValueError, FileNotFoundError) as error:
+        return first_line(error)
 
 
 def check_real_images(snap: snapshot.Snapshot, net: Network, data, inverted: int) -> None:
     """Raises ValueError for a data set whose images the network does not make, or, where some are to be inverted, whose classes
     or latents are not those of the network."""
     if data.image_shape != snap.image_shape:
-        raise ValueError(f"the data set has images of {data.image_shape}, the network makes {snap.image_shape}")
+        raise ValueError(
+            f"data.name={snap.config.data.name}: has images of {data.image_shape}, --weights makes {snap.image_shape}; use the "
+            "data set of its training"
+        )
     if not inverted:
         return
     if net.num_classes is not None and not 0 < len(data.class_names) <= net.num_classes:
@@ -139,16 +170,18 @@ def indices_to_invert(args, data, labels: tuple[int, ...] | None, inverted: int)
     return indices
 
 
-def conditions_of(labels: tuple[int, ...] | None, data, net: Network) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
+def conditions_of(
+    labels: tuple[int, ...] | None, class_names: Sequence[str], net: Network
+) -> tuple[tuple[int, ...] | None, tuple[str, ...] | None]:
     """(labels, prompts) that the pairs get in turn: a network with prompts reads those of the classes. Raises UserError."""
     if not net.max_prompt_bytes:
         return labels, None
-    if not data.class_names:
+    if not class_names:
         raise UserError("data: has no classes, whose names a network with text reads; use the data set that it was trained on")
-    classes = labels or tuple(range(len(data.class_names)))
-    if not all(0 <= label < len(data.class_names) for label in classes):
-        raise UserError(f"--labels {labels}: the data set has classes 0 to {len(data.class_names) - 1}")
-    return classes, tuple(captions.plain(data.class_names[label]) for label in classes)
+    classes = labels or tuple(range(len(class_names)))
+    if wrong := [label for label in classes if not 0 <= label < len(class_names)]:
+        raise UserError(f"--labels {wrong[0]}: the data set has classes 0 to {len(class_names) - 1}")
+    return classes, tuple(captions.plain(class_names[label]) for label in classes)
 
 
 def request_of(
@@ -222,8 +255,9 @@ def train_command(weights: str, save_dir: Path, config: schema.Config, has_state
     elif config.model.args.get("two_times") and LOSSES[config.loss.name].needs_states:  # a flow does not start from a flow map
         overrides |= {"model.args": {**config.model.args, "two_times": False}}
         del overrides["train.init_from"]
-    elif config.model.args.get("two_times"):
-        overrides |= {"loss.name": config.loss.name, "loss.args": config.loss.args}
+    elif config.model.args.get("two_times"):  # guidance that was trained in is in the pairs
+        loss_args = {key: value for key, value in config.loss.args.items() if key not in ("guidance_scale", "guidance_mix")}
+        overrides |= {"loss.name": config.loss.name, "loss.args": loss_args}
     if has_states and (config.flow.path, config.flow.prediction) != ("linear", "velocity"):  # of another kind than the weights
         overrides |= {"flow.path": "linear", "flow.prediction": "velocity"}
         del overrides["train.init_from"]

@@ -63,12 +63,12 @@ def main() -> None:
     distributed.prepare_model(model.net, accelerator)
     model.net.eval()
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():
-        saved = tune(args, accelerator, snap, model, settings)
+        saved = optimize(args, accelerator, snap, model, settings)
     result = f"{len(saved)} optimized grid(s) in {grid_store.file_of(snap.path)}"
     print(messages.summary(result, args.start, next_step(args, snap, saved)))
 
 
-def tune(
+def optimize(
     args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowModel, settings: SamplerSettings
 ) -> list[tuple[str, int]]:
     """Search, decide, save and print a line for each method and number of steps; those that were saved. The folder is locked,
@@ -86,24 +86,24 @@ def tune(
     with distributed.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:
         fine = FineSolution(args, accelerator, snap, model, settings, bar)
         bar.write("distance to the fine solution, on images that nothing was fitted to")
-        bar.write(f"{'method':>10} {'steps':>5} {'uniform':>9} {'best formula':>24} {'tuned':>9}")
+        bar.write(f"{'method':>10} {'steps':>5} {'uniform':>9} {'best formula':>24} {'optimized':>9}")
         finished = fine_cost
         for (method, n), cost in costs.items():
             times = search(fine, method, n, formulas[n], args.evaluations)
             held_out = {name: fine.error(TO_DECIDE, method, grid) for name, grid in formulas[n].items()}
             best = min(held_out, key=held_out.__getitem__)
-            tuned = fine.error(TO_DECIDE, method, times)
+            optimized = fine.error(TO_DECIDE, method, times)
             old = stored.get(method, {}).get(str(n))
-            if tuned >= held_out[best]:
+            if optimized >= held_out[best]:
                 verdict = "  not saved"
-            elif old and fine.error(TO_DECIDE, method, old) <= tuned:
+            elif old and fine.error(TO_DECIDE, method, old) <= optimized:
                 verdict = "  the stored one is no worse"
             else:
                 verdict = replaced(snap, method, n, args.guidance_scale)
                 grid_store.store(snap, method, times, args.guidance_scale)
                 saved.append((method, n))
             formula = f"{best} {held_out[best]:.4f}"
-            bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {tuned:>9.4f}{verdict}")
+            bar.write(f"{method:>10} {n:>5} {held_out['uniform']:>9.4f} {formula:>24} {optimized:>9.4f}{verdict}")
             finished += cost
             bar.update(finished - bar.n)  # a descent may end early
     return saved

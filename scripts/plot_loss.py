@@ -88,8 +88,8 @@ def loss_names(config: Path) -> tuple[str, str]:
         distance = loss.args.get("distance", "mse")
         weighted = "weighted " if is_weighted(loss) else ""
         name = f"{loss.name.replace('_', ' ')} loss ({weighted}{distance} of the {flow.prediction})"
-        chosen = (loss.name, distance, weighted, flow.time_sampler, flow.coupling)
-        same = chosen == ("flow_matching", "mse", "", "uniform", "independent")
+        requested = (loss.name, distance, weighted, flow.time_sampler, flow.coupling)
+        same = requested == ("flow_matching", "mse", "", "uniform", "independent")
         return name, name if same else f"validation loss (mse of the {flow.prediction})"
     except Exception:  # OmegaConf and YAML have many; the curve is worth more than its title
         return "training loss", "validation loss"

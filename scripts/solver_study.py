@@ -7,6 +7,7 @@ and the order of a row is the slope from the row before.
 """
 
 import csv
+import dataclasses
 import json
 import math
 from itertools import groupby
@@ -73,7 +74,7 @@ def main() -> None:
     plan = plan_of(args, snap)
     accelerator = distributed.build_single_process_accelerator("solver_study")
     sources.attach(accelerator, model, None, snap.config.data.root)
-    notes = [grid_store.scale_note(snap, s.method, s.steps, args.guidance_scale) for s in plan if s.times]
+    notes = [grid_store.guidance_note(snap, dataclasses.replace(each, guidance_scale=args.guidance_scale)) for each in plan]
     for note in filter(None, notes):
         accelerator.print(f"note: {note}")
     with lock.folder(args.out, accelerator):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import stdtrit
 
 NORMAL_95 = 1.96  # standard errors on each side of a 95% interval
 BLOCKS = 32  # of moments; Student's t of 31 degrees of freedom lies within 1.96 in 94% of all cases
@@ -31,6 +32,12 @@ def share_standard_error(share: float, n: int) -> float:
 def mean_standard_error(values: np.ndarray) -> float | None:
     """Standard error of the mean of independent values [n]; None for a single one."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+
+
+def mean_interval(values: np.ndarray) -> float | None:
+    """Half of the 95% interval of the mean of independent values [n], by Student's t; None for a single one."""
+    error = mean_standard_error(values)
+    return None if error is None else float(stdtrit(len(values) - 1, 0.975)) * error
 
 
 def jackknife_standard_error(left_out: np.ndarray) -> float:

@@ -159,12 +159,12 @@ def _settings(entry: dict, shown: dict[str, bool]) -> str:
     measured = {"n": ", n = {}", "reference": " to {}", "source": " from {}", "labels": ", labels {}", "seed": ", seed {}"}
     measured |= {"mixed_precision": ", precision {}", "times": ", times {}", VARIANT: ", variant {}"}
 
-    def told(form: dict[str, str]) -> list[str]:
+    def formatted(form: dict[str, str]) -> list[str]:
         return [text.format(entry[key]) for key, text in form.items() if shown.get(key) and entry.get(key) is not None]
 
-    parts = [text.partition(" (")[0] for text in told(guidance)] + told({"ema_width": ", EMA width {:g}"})
+    parts = [text.partition(" (")[0] for text in formatted(guidance)] + formatted({"ema_width": ", EMA width {:g}"})
     parts += [f", {entry['captions']} captions"] if shown["captions"] else []
-    return "".join(parts + told(measured))
+    return "".join(parts + formatted(measured))
 
 
 def _distance_lines(axes: Axes, lines: dict[str, list[dict]], key: str, name: str) -> None:

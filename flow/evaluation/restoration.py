@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flow.evaluation import table
-from flow.evaluation.intervals import NORMAL_95, mean_standard_error
+from flow.evaluation.intervals import mean_interval
 from flow.restoration import Degradation, Downsampling, GaussianBlur, Grayscale, Inpainting, median_fill
 from flow.sampling.images import psnr, to_uint8
 
@@ -74,8 +74,7 @@ def best_baseline(scores: list[Scores]) -> Scores:
 
 def mean_and_interval(values: list[float]) -> tuple[float, float | None]:
     """The mean over images and half the width of its 95% interval, None for a single image."""
-    error = mean_standard_error(np.array(values))
-    return float(np.mean(values)), None if error is None else NORMAL_95 * error
+    return float(np.mean(values)), mean_interval(np.array(values))
 
 
 def markdown(scores: list[Scores]) -> str:

@@ -208,8 +208,8 @@ class Evaluation:
         if samples is None:
             return None, seconds
         measured = self.compute_metrics(samples, self.reference, labels, self.class_names, self.training)
-        chosen = self.settings.metrics != metrics.DEFAULT
-        if chosen and (new := [name for name in measured.not_applicable if name not in self.noted]):
+        by_user = self.settings.metrics != metrics.DEFAULT
+        if by_user and (new := [name for name in measured.not_applicable if name not in self.noted]):
             self.accelerator.print(f"note: no value of {', '.join(new)} here; what each metric needs: docs/evaluation.md")
             self.noted += new
         return measured, seconds

@@ -47,7 +47,7 @@ class AlphaFlow(FlowMapLoss):
     @property
     def passes(self) -> float:  # type: ignore[override]
         """Of a sample, the mean over a training: the target takes one more while alpha is less than 1."""
-        return 3 + self.guidance_passes + sum(self.looks_ahead(k / 1000) for k in range(1000)) / 1000
+        return 3 + self.guidance_passes + sum(self.needs_second_pass(k / 1000) for k in range(1000)) / 1000
 
     def alpha(self, progress: float) -> float:
         """alpha at this share of the training: 1 - sigmoid, set to 1 within `alpha_min` of it, and at least `alpha_min`."""
@@ -55,7 +55,7 @@ class AlphaFlow(FlowMapLoss):
         alpha = 1.0 if phase <= -0.5 else 0.0 if phase >= 0.5 else 1 / (1 + math.exp(TEMPERATURE * phase))
         return 1.0 if alpha > 1 - self.alpha_min else max(alpha, self.alpha_min)
 
-    def looks_ahead(self, progress: float) -> bool:
+    def needs_second_pass(self, progress: float) -> bool:
         """Whether the target takes a pass of the network."""
         return progress >= self.map_start and self.alpha(progress) < 1
 
@@ -67,8 +67,8 @@ class AlphaFlow(FlowMapLoss):
         v, alpha = self.guided(eager, x, t, batch.y, v), self.alpha(batch.progress)
         is_map = t_next > t  # for the others alpha is 1
         target = v
-        if self.looks_ahead(batch.progress):
-            middle = t + alpha * (t_next - t)
-            ahead = eager.as_trained(jump(x, t, middle, v), middle, batch.y, t_next)
-            target = torch.where(broadcast_over(is_map, v), alpha * v + (1 - alpha) * ahead, v)
+        if self.needs_second_pass(batch.progress):
+            t_mid = t + alpha * (t_next - t)
+            u_next = eager.as_trained(jump(x, t, t_mid, v), t_mid, batch.y, t_next)
+            target = torch.where(broadcast_over(is_map, v), alpha * v + (1 - alpha) * u_next, v)
         return self.weighted(prediction, target, t, torch.where(is_map, alpha, 1.0))

@@ -50,16 +50,17 @@ class Eager(Protocol):
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor: ...
 
     def as_trained(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
-        """The output with the rounding errors of the training pass, float32: faster in bf16, for values of which no small
-        difference is taken, and for those whose difference to the prediction must not hold other rounding errors."""
+        """The output in the precision of the training pass (its autocast, its compilation), as float32.
 
-    def jvp(
-        self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no"
-    ) -> tuple[Tensor, Tensor]:
-        """(u, du/dt): the output u [b, ...] at (x, t), and its derivative along dx/dt = v [b, ...]; t_next stays fixed."""
+        For targets that are compared with the prediction: both have the same rounding errors. Where a small difference of two
+        outputs is taken, call the network in float32 (`__call__`).
+        """
+
+    def jvp(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no") -> Tensor:
+        """du/dt [b, ...], the derivative of the output u at (x, t) along dx/dt = v [b, ...]; t_next stays fixed."""
 
     def difference(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor) -> Tensor:
-        """That du/dt by a central difference over a short time."""
+        """The same by a central difference over a short time."""
 
 
 class Loss(Protocol):

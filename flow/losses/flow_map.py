@@ -78,12 +78,13 @@ class FlowMapLoss(FlowLoss):
             return v
         if y is None or eager.null is None:
             raise ValueError(f"{self.name}: guidance_scale={self.guidance_scale}: needs a network with labels or prompts")
-        own, mix = self.guidance_scale * (1 - self.guidance_mix), self.guidance_mix
-        target = own * v
+        kappa = self.guidance_mix
+        omega = self.guidance_scale * (1 - kappa)
+        target = omega * v
         if self.guidance_scale != 1:
-            target = target + (1 - mix - own) * eager.as_trained(x, t, torch.full_like(y, eager.null), t)
-        if mix:
-            target = target + mix * eager.as_trained(x, t, y, t)
+            target = target + (1 - kappa - omega) * eager.as_trained(x, t, torch.full_like(y, eager.null), t)
+        if kappa:
+            target = target + kappa * eager.as_trained(x, t, y, t)
         dropped = (y == eager.null).flatten(1).all(1) if y.dim() > 1 else y == eager.null
         return torch.where(broadcast_over(dropped, v), v, target)
 

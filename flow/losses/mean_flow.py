@@ -60,11 +60,14 @@ class MeanFlow(FlowMapLoss):
         x, v = x_and_velocity(self.path, batch, t)
         prediction = net(x, t, batch.y, t_next)
         target = v = self.guided(eager, x, t, batch.y, v)
-        if len(rows := (t_next > t).nonzero()[:, 0]):  # the derivative costs more than the network, so only where it counts
-            at = x[rows], t[rows], None if batch.y is None else batch.y[rows]
-            along = t_next[rows], eager.as_trained(*at, at[1]) if self.tangent == "network" else v[rows]
-            by_jvp = self.derivative == "jvp"
-            du_dt = eager.jvp(*at, *along, self.jvp_precision)[1] if by_jvp else eager.difference(*at, *along)
-            correction = broadcast_over(t_next[rows] - t[rows], du_dt) * du_dt
-            target = v.index_copy(0, rows, v[rows] + correction)
+        rows = (t_next > t).nonzero()[:, 0]  # the others need no derivative, which costs more than the network
+        if len(rows):
+            x_r, t_r, s_r, v_r = x[rows], t[rows], t_next[rows], v[rows]
+            y_r = None if batch.y is None else batch.y[rows]
+            tangent = eager.as_trained(x_r, t_r, y_r, t_r) if self.tangent == "network" else v_r
+            if self.derivative == "jvp":
+                du_dt = eager.jvp(x_r, t_r, y_r, s_r, tangent, self.jvp_precision)
+            else:
+                du_dt = eager.difference(x_r, t_r, y_r, s_r, tangent)
+            target = v.index_copy(0, rows, v_r + broadcast_over(s_r - t_r, du_dt) * du_dt)
         return self.weighted(prediction, target, t)

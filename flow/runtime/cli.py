@@ -1,6 +1,7 @@
 """The command line of a script: flags by argparse, configuration keys by `key=value`, nothing unknown accepted."""
 
 import argparse
+import codecs
 import io
 import math
 import re
@@ -83,6 +84,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _print_any_name() -> None:
-    """Names of files are any bytes, and those that are not UTF-8 would end a script where it prints them."""
+    """Names of files are any bytes, and those that are not UTF-8 would end a script where it prints them; so would every other
+    character that a terminal with another encoding lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors=files.NAMES)
+        utf8 = codecs.lookup(sys.stdout.encoding).name == "utf-8"
+        sys.stdout.reconfigure(errors=files.NAMES if utf8 else "backslashreplace")

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Collection
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import PartialState
-from accelerate.utils import DDPCommunicationHookType, DistributedType, LoggerType, broadcast_object_list
+from accelerate.utils import DDPCommunicationHookType, DistributedType, LoggerType, broadcast_object_list, str_to_bool
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+PR_SET_PDEATHSIG = 1  # of prctl.h
 SCRIPT_TIMEOUT_MINUTES = 24 * 60  # a process of a script may work on its share for hours while others wait for it
 
 LAUNCHER_SETTINGS = {  # environment variables of accelerate: the value that changes nothing, and what to do about another one
@@ -50,6 +52,7 @@ def build_accelerator(
     _check_launch()
     thread_note = set_threads()
     tune_malloc()
+    end_with_launcher()
     has_accelerator = _has_accelerator()
     mixed_precision = resolve_precision(mixed_precision)
     if mixed_precision == "fp16" and not has_accelerator:
@@ -107,7 +110,16 @@ def default_device() -> torch.device:
 
 
 def _has_accelerator() -> bool:
-    return torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+    return torch.accelerator.is_available() and not _keeps_to_cpu()
+
+
+def _keeps_to_cpu() -> bool:
+    """Whether ACCELERATE_USE_CPU says so, read as Accelerate reads it. Raises UserError for another word than yes or no."""
+    value = os.environ.get("ACCELERATE_USE_CPU") or "false"
+    try:
+        return bool(str_to_bool(value))
+    except ValueError:
+        raise UserError(f"ACCELERATE_USE_CPU={value}: must be true or false") from None
 
 
 def _cpu_has_bf16() -> bool:
@@ -210,6 +222,14 @@ def tune_malloc() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def end_with_launcher() -> None:
+    """Have this process get SIGTERM when `accelerate-launch` ends, which passes no signal on to a single process: that would
+    go on alone and hold its lock. The launcher of several processes ends them itself."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+    if launched and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def decided_by_main(decide: Callable[[], Result]) -> Result:
     """decide() on the main process; all processes get its result, or its error, an OSError as a UserError. For what may change
     a moment later, such as the latest file of a folder. Every process calls it; without a process group it is just decide()."""
@@ -293,8 +313,10 @@ def _check_launch() -> None:
         value = os.environ.get(name, off)
         if value.lower() not in ("", off):
             raise UserError(f"{name}={value}, which the launcher has set: {advice}")
+    if os.environ.get("ACCELERATE_USE_CPU") == "":  # which Accelerate takes for no word at all
+        del os.environ["ACCELERATE_USE_CPU"]
     lone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
-    if lone and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "PMI_SIZE" not in os.environ:
+    if _keeps_to_cpu() and lone and "PMI_SIZE" not in os.environ:
         raise UserError(
             "the launcher started one process where several were requested (--cpu --num_processes N does that); use "
             "`accelerate-launch --multi_gpu --num_processes N`, which on a machine without GPUs runs on the CPU, "

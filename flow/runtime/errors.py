@@ -47,7 +47,7 @@ def cli_main(main: Callable[[], None]) -> None:
 
     FLOW_TRACEBACK=1 shows the traceback of such an error as well.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK") or 0)
     try:
         main()
         status = 0

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written under a temporary name, synced, renamed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -52,10 +53,13 @@ def naming(path: Path) -> Iterator[None]:
 def append_line(path: Path, line: str, sync: bool = False) -> None:
     """Add a whole line to a text file, or nothing: a write that fails, as on a full disk, is undone.
 
-    Starts a new line where the last one has no newline. sync: wait until it is on the disk. Raises OSError that names the file.
+    Starts a new line where the last one has no newline. sync: wait until it is on the disk. Processes that add to one file
+    wait for each other. Raises OSError that names the file.
     """
     data = line.encode(errors=NAMES) + b"\n"
     with naming(path), open(path, "a+b", buffering=0) as file:  # unbuffered: closing a buffer would retry what failed
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)

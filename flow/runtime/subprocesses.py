@@ -46,8 +46,8 @@ def run_command(arguments: list[str], launcher: str | None = None) -> None:
 
 def run_quietly(words: list[str], environment: dict[str, str]) -> tuple[int, str]:
     """(status, standard error) of a command whose output nobody reads. Signals end it, and then this process."""
-    with StopSignal() as stop, tempfile.TemporaryFile("w+", errors="replace") as said:
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, env=environment)
+    with StopSignal() as stop, tempfile.TemporaryFile("w+", errors="replace") as stderr:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
         while True:
             try:
                 status = process.wait(0.2)
@@ -59,8 +59,8 @@ def run_quietly(words: list[str], environment: dict[str, str]) -> tuple[int, str
                     sys.exit(128 + stop.received)
         if stop.received:  # the signal has ended the command, too
             sys.exit(128 + stop.received)
-        said.seek(0)
-        return status, said.read()
+        stderr.seek(0)
+        return status, stderr.read()
 
 
 def _start(arguments: list[str], launcher: str | None = None, **streams: Any) -> subprocess.Popen:

@@ -15,11 +15,21 @@ from flow.sampling.settings import SamplerSettings
 MAX_COLUMNS = 20  # of a picture, one for each condition
 
 
-def preview_settings(config: Config, net: Network, class_names: Sequence[str]) -> SamplerSettings:
-    """Those of the previews of a training; a network with prompts gets one for each class."""
+def preview_settings(
+    config: Config, net: Network, class_names: Sequence[str], labels: tuple[int, ...] | None = None
+) -> SamplerSettings:
+    """Those of the previews of a training; a network with prompts gets one for each class. labels: in turn; None: all."""
     p = config.preview
     prompts = tuple(map(captions.plain, class_names)) if net.max_prompt_bytes else None
-    return SamplerSettings(p.sampling_method, p.sampling_steps, p.guidance_scale, seed=p.seed, prompts=prompts)
+    return SamplerSettings(p.sampling_method, p.sampling_steps, p.guidance_scale, seed=p.seed, labels=labels, prompts=prompts)
+
+
+def classes_with_images(labels: Tensor | None, num_classes: int | None) -> tuple[int, ...] | None:
+    """The classes of the network that these labels [N] of a data set have, where they lack some; else None."""
+    if labels is None or num_classes is None:
+        return None
+    classes = tuple(labels.unique().tolist())
+    return classes if len(classes) < num_classes else None
 
 
 def labels_for(indices: Sequence[int], settings: SamplerSettings, num_classes: int | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from configs.errors import UserError
 from datasets import captions
 from flow.runtime import commands, files
+from flow.sampling.settings import ALL_TIMES, SamplerSettings
 from flow.sampling.snapshot import Snapshot
 from flow.solvers import FIXED_GRID
 
@@ -58,13 +59,16 @@ def fitted_scale(snap: Snapshot, method: str, steps: int) -> float | None:
     return _read(snap)[1].get(method, {}).get(str(steps))
 
 
-def scale_note(snap: Snapshot, method: str, steps: int, guidance_scale: float) -> str | None:
-    """A line where a grid was fitted with another guidance scale than this one, else None."""
-    fitted = fitted_scale(snap, method, steps)
-    if fitted in (None, guidance_scale):
+def guidance_note(snap: Snapshot, settings: SamplerSettings) -> str | None:
+    """A line where the grid of these settings was fitted with another guidance, else None."""
+    fitted, scale = fitted_scale(snap, settings.method, settings.steps), settings.guidance_scale
+    if not settings.times or fitted is None:
         return None
-    grid = f"the grid of {method} with {steps} steps"
-    return f"--time_grid optimized: {grid} was fitted at w = {fitted:g}, not at w = {guidance_scale:g}"
+    grid = f"--time_grid optimized: the grid of {settings.method} with {settings.steps} steps was fitted"
+    if fitted != scale:
+        return f"{grid} at w = {fitted:g}, not at w = {scale:g}"
+    other = settings.guide or settings.guidance_interval != ALL_TIMES
+    return f"{grid} with classifier-free guidance at all times" if other else None
 
 
 def read(snap: Snapshot) -> Grids:

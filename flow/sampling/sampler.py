@@ -271,9 +271,8 @@ class Sampler:
         if sampler.time_grid == "optimized":
             if self.snapshot is None:
                 raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")
-            grid = self.snapshot, sampler.method, sampler.steps
-            sampler = replace(sampler, times=grid_store.load(*grid))
-            if note := grid_store.scale_note(*grid, sampler.guidance_scale):
+            sampler = replace(sampler, times=grid_store.load(self.snapshot, sampler.method, sampler.steps))
+            if note := grid_store.guidance_note(self.snapshot, sampler):
                 warnings.warn(note, stacklevel=3)
         validate(sampler, self.model)
         if note := guidance_note(sampler, self.model):

@@ -149,8 +149,8 @@ def flow_model(net: Network, shape: tuple[int, ...], config: Config, codec: Code
     if not is_finite_number(guidance) or guidance <= 0:
         raise UserError(f"loss.args.guidance_scale={guidance}: must be more than 0; 1 is off")
     model = FlowModel(
-        net, path, shape, prediction=config.flow.prediction, trained_guidance=guidance, source=source,
-        coupling=config.flow.coupling,
+        net, path, shape, prediction=config.flow.prediction, trained_guidance=guidance,
+        null_is_trained=config.flow.label_dropout > 0, source=source, coupling=config.flow.coupling,
     )  # fmt: skip
     if codec is None:
         return model

@@ -44,8 +44,8 @@ def dpm_solver_2m(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]
     for t, t_next in pairwise(time_grid):
         v = velocity(x, t)
         x1_pred, lmbda = x + (1 - t) * v, _half_log_snr(t)
-        if prev is None or math.inf in (abs(prev[0]), abs(lmbda), abs(_half_log_snr(t_next))):
-            x = x + (t_next - t) * v
+        if prev is None or not all(map(math.isfinite, (prev[0], lmbda, _half_log_snr(t_next)))):
+            x = _ddim_step(x, x1_pred, t, t_next)
         else:
             ratio = (_half_log_snr(t_next) - lmbda) / (lmbda - prev[0])
             x1_extrapolated = x1_pred + ratio / 2 * (x1_pred - prev[1])
@@ -62,23 +62,20 @@ def unipc(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]) -> Ite
     prev: tuple[float, Tensor] | None = None
     x1_pred = x + (1 - time_grid[0]) * velocity(x, time_grid[0])  # the prediction at x
     for t, t_next in pairwise(time_grid):
-        lmbda, lmbda_next = _half_log_snr(t), _half_log_snr(t_next)
-        h = lmbda_next - lmbda
-        if math.isinf(h):
-            predicted = x + (t_next - t) * (x1_pred - x) / (1 - t)
-            corrected = predicted
-            D1 = None
-        else:
-            D1 = None if prev is None or math.isinf(prev[0]) else (prev[1] - x1_pred) * (h / (prev[0] - lmbda))
-            predicted = _ddim_step(x, x1_pred, t, t_next)
-            if D1 is not None:
-                predicted = predicted - t_next * math.expm1(-h) * 0.5 * D1
-        if t_next == time_grid[-1] and math.isinf(h):  # no corrector: the evaluation there would serve nothing
+        lmbda = _half_log_snr(t)
+        h = _half_log_snr(t_next) - lmbda
+        finite = math.isfinite(h)  # not at the ends of the path: the step there is of order 1
+        first_order = _ddim_step(x, x1_pred, t, t_next)
+        D1 = None
+        if finite and prev and math.isfinite(prev[0]):
+            D1 = (prev[1] - x1_pred) * (h / (prev[0] - lmbda))
+        predicted = first_order if D1 is None else first_order - t_next * math.expm1(-h) * 0.5 * D1
+        if t_next == time_grid[-1] and not finite:  # no corrector: the evaluation there would serve nothing
             yield predicted
             return
         x1_pred_next = predicted + (1 - t_next) * velocity(predicted, t_next)
-        if not math.isinf(h):
-            corrected = _ddim_step(x, x1_pred, t, t_next)
+        corrected = first_order
+        if finite:
             weights = [0.5] if D1 is None or prev is None else _corrector((prev[0] - lmbda) / h, h)
             differences = [x1_pred_next - x1_pred] if D1 is None else [D1, x1_pred_next - x1_pred]
             for weight, difference in zip(weights, differences, strict=True):

@@ -9,8 +9,8 @@ with its norm n is the coefficient of that shape here with noise_scale = sqrt(2 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
@@ -74,5 +74,11 @@ def _integrate(
         yield x
 
 
-euler_maruyama = partial(_integrate, False)
-stochastic_heun = partial(_integrate, True)
+def euler_maruyama(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float], **options: Any) -> Iterator[Tensor]:
+    """Order 1/2 in the noise: the drift at the start of each step. Options and errors as in `_integrate`."""
+    return _integrate(False, velocity, x, time_grid, **options)
+
+
+def stochastic_heun(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float], **options: Any) -> Iterator[Tensor]:
+    """The mean of the drifts at both ends of each step. Options and errors as in `_integrate`."""
+    return _integrate(True, velocity, x, time_grid, **options)

@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 from flow import registry
 
-# Before t = 1, where the velocity is undefined: the noise can no longer be seen in x. Adaptive methods and the likelihood,
+# Before t = 1, where the velocity is undefined, as x no longer depends on x0. Adaptive methods and the likelihood,
 # which have no grid that fixes the last step, solve up to (from) 1 - END_EPS and take one open step beyond.
 END_EPS = 1e-3
+SHIFT = 3.0  # of `shift`, that of Stable Diffusion 3 at 1024x1024 pixels
+RHO, SIGMA_MIN, SIGMA_MAX = 7.0, 0.002, 80.0  # of `edm`
 
 
 def uniform(steps: int) -> list[float]:
@@ -20,19 +22,19 @@ def cosine(steps: int) -> list[float]:
     return [(1 - math.cos(math.pi * u)) / 2 for u in uniform(steps)]
 
 
-def shift(steps: int, shift: float = 3.0) -> list[float]:
-    """Dense at the noise: t / (t + shift (1 - t)), for many pixels (Esser et al. 2024, arXiv:2403.03206)."""
-    return [u / (u + shift * (1 - u)) for u in uniform(steps)]
+def shift(steps: int) -> list[float]:
+    """Dense at the noise: t / (t + SHIFT (1 - t)), for many pixels (Esser et al. 2024, arXiv:2403.03206)."""
+    return [u / (u + SHIFT * (1 - u)) for u in uniform(steps)]
 
 
-def edm(steps: int, rho: float = 7.0, sigma_min: float = 0.002, sigma_max: float = 80.0) -> list[float]:
+def edm(steps: int) -> list[float]:
     """Uniform in sigma^(1 / rho) with sigma = (1 - t) / t, then the data (Karras et al. 2022, arXiv:2206.00364, eq. 5).
 
     On the linear path (1 - t) / t is the ratio of noise to data; a network of another path is evaluated at the same ratios.
-    The first time is 0, where the noise is, in place of 1 / (1 + sigma_max) = 0.012.
+    The first time is 0, where the noise is, in place of 1 / (1 + SIGMA_MAX) = 0.012.
     """
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    sigmas = [(high + u * (low - high)) ** rho for u in uniform(max(1, steps - 1))]
+    low, high = SIGMA_MIN ** (1 / RHO), SIGMA_MAX ** (1 / RHO)
+    sigmas = [(high + u * (low - high)) ** RHO for u in uniform(max(1, steps - 1))]
     return [0.0, *(1 / (1 + sigma) for sigma in sigmas[1:steps]), 1.0]
 
 
@@ -56,5 +58,5 @@ def build(name: str, steps: int) -> list[float]:
     at least 1."""
     grid = registry.pick("time grid", GRIDS, name, {})
     if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{steps} steps: must be a whole number of at least 1")
+        raise ValueError(f"steps={steps!r}: must be a whole number of at least 1")
     return grid(steps)

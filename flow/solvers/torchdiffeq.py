@@ -3,6 +3,7 @@
 Names that runge_kutta.py has too (euler, midpoint, heun2, heun3, rk4) are solved there, which never evaluates the data end.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from flow.solvers.time_grids import END_EPS
 
 TOLERANCES = ("rtol", "atol")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+SCIPY_METHOD = "RK45"  # torchdiffeq's default, LSODA, stores a matrix of as many rows and columns as the batch has numbers
 IMPLICIT = ("implicit_adams", "fixed_adams")  # two names of one method
 IGNORES_GRID = (*ADAPTIVE, "explicit_adams", *IMPLICIT)  # they use its ends, or its length, alone
 # torchdiffeq's default order for Adams-Bashforth, 11, is unstable even on a rotation: 64 steps err by 1e-2, of order 4 by 1e-7.
@@ -80,13 +82,27 @@ def _odeint(
     at = torch.tensor(times, dtype=x.dtype, device=x.device)
     low, high = min(times), max(times)
 
+    failure = f"{method}: the velocity is not finite, or too steep to meet the tolerances"
+
     def within(t: Tensor, x: Tensor) -> Tensor:
         # The trial step by which torchdiffeq chooses its first step size may lead out of the interval.
-        return velocity(x, min(max(float(t), low), high))
+        v = velocity(x, min(max(float(t), low), high))
+        if method == "scipy_solver" and not torch.isfinite(v).all():  # it would choose steps for ever
+            raise ValueError(failure)
+        return v
 
-    if method in ADAPTIVE and method != "scipy_solver":  # which would step past the last time and interpolate back
+    if method == "scipy_solver":
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{method}: gives no gradient; use dopri5")
+        options = {"solver": SCIPY_METHOD}
+    elif method in ADAPTIVE:  # which would step past the last time and interpolate back
         options = {"step_t": at[-1:]}
     try:
-        return odeint(within, x, at, method=method, rtol=rtol, atol=atol, options=options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following arguments have no effect")  # min_step, which torchdiffeq passes on
+            states = odeint(within, x, at, method=method, rtol=rtol, atol=atol, options=options)
     except AssertionError as error:
-        raise ValueError(f"{method}: the velocity is not finite, or too steep to meet the tolerances ({error})") from None
+        raise ValueError(f"{failure} ({error})") from None
+    if len(states) != len(times):  # SciPy gives those up to its failure
+        raise ValueError(failure)
+    return states

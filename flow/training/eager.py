@@ -49,7 +49,7 @@ class EagerNetwork:
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
         """The output [b, ...], float32, without gradient."""
-        with self._plain(), torch.no_grad():
+        with self._plain(), without_tf32(), torch.no_grad():
             return self._forward(x, t, y, t_next)
 
     def as_trained(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
@@ -57,13 +57,11 @@ class EagerNetwork:
         with self._plain(), torch.no_grad():
             return self._as_trained(x, t, y, t_next).float()
 
-    def jvp(
-        self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no"
-    ) -> tuple[Tensor, Tensor]:
-        """(u, du/dt) [b, ...], float32: the output and its derivative along dx/dt = v, dt/dt = 1, with t_next fixed.
+    def jvp(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor, precision: str = "no") -> Tensor:
+        """du/dt [b, ...], float32: the derivative of the output u along dx/dt = v, dt/dt = 1, with t_next fixed.
 
         Fused attention kernels have no forward-mode derivative, so attention uses the math kernel here.
-        precision: bf16 computes both under autocast.
+        precision: bf16 computes it under autocast.
 
         Raises:
             UserError: where `derivative_error` says why there is none, and where an operation of the network has none.
@@ -75,10 +73,11 @@ class EagerNetwork:
             return self._forward(x, t, y, t_next)
 
         bf16 = precision == "bf16"
-        with self._plain(bf16), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), contiguous_norms(self.net):
+        exact = nullcontext() if bf16 else without_tf32()
+        with self._plain(bf16), exact, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), contiguous_norms(self.net):
             try:
                 with nullcontext() if self._foreign is not None else ForeignOperations() as foreign:
-                    u, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
+                    _, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
             except NotImplementedError as error:
                 if "forward AD" not in str(error):  # torch's words; else it is the network's own error
                     raise
@@ -87,7 +86,7 @@ class EagerNetwork:
             self._foreign = foreign.names
         if self._foreign:
             self._check_derivative(x, t, y, t_next, v, du_dt)
-        return (u.float(), du_dt.float()) if bf16 else (u, du_dt)
+        return du_dt.float() if bf16 else du_dt
 
     def difference(self, x: Tensor, t: Tensor, y: Tensor | None, t_next: Tensor | None, v: Tensor) -> Tensor:
         """du/dt [b, ...] as in `jvp`, float32, by a central difference: two passes, for any network.
@@ -132,6 +131,18 @@ class EagerNetwork:
             else:
                 torch.set_rng_state(self._state)
             yield
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions in float32 on GPUs, whose default for it is TF32: its rounding, 5e-4 of the output, would be larger than a
+    central difference leaves of it."""
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -32,7 +32,8 @@ class Averages:
 
     @contextmanager
     def average_parameters(self, index: int = 0) -> Iterator[nn.Module]:
-        """The network with the averaged weights inside the block, with its own again after it, whatever happens.
+        """The network with the averaged weights inside the block; with its own, and in the mode of before, after it, whatever
+        happens.
 
         Of a sharded network it is an unsharded copy, so that processes may sample different numbers of batches.
         """
@@ -45,11 +46,13 @@ class Averages:
             yield plain.to(local_shard(next(iter(weights.values()))).device)
             return
         backup = {name: value.detach().clone() for name, value in weights.items()}
+        was_training = self.net.training
         try:
             copy_(self.shadow[index], weights)
             yield self.net
         finally:
             copy_(backup, weights)
+            self.net.train(was_training)
 
     def state_dict(self, index: int) -> dict[str, Tensor]:
         """A complete state dict of the network with the averaged weights, unsharded; every process calls it."""

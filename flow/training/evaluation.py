@@ -69,7 +69,6 @@ class EvaluateSnapshots(Callback):
             except UserError as error:
                 without = "evaluate.every_steps=0" + (" evaluate.keep_best=null" if self.best_column else "")
                 raise UserError(f"{error}; the training goes on without rows with {without}") from error
-        trainer.model.train()
         row, is_new = rows[0] if rows else (None, False)
         self._check_best_column(list(row["metrics"]) if row else None)
         if row is None:
@@ -105,7 +104,9 @@ class EvaluateSnapshots(Callback):
             best.rename(aside)  # nobody knows which of the two is better
             trainer.logger.info(f"note: {best.name} was chosen by other settings of the evaluation; it is now {aside}")
             before = None
-        if before and before["images"] <= row["images"]:  # later ones are of a training that was resumed from before them
+        # One of as many images or more, with other weights, is of a training that was resumed from before it.
+        same = before and before["identity"]["weights_sha256"] == row["identity"]["weights_sha256"]
+        if before and (same or before["images"] < row["images"]):
             previous = before["metrics"][column]
             if not (value > previous if column in metrics.HIGHER_IS_BETTER else value < previous):
                 return

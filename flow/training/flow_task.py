@@ -16,7 +16,7 @@ from configs.schema import Config
 from datasets import DataSet, DataSpec, captions
 from flow import couplings, losses, time_samplers
 from flow import path as paths
-from flow.couplings import AlignedCoupling, Coupling, PairedCoupling
+from flow.couplings import AlignedCoupling, Coupling, OTCoupling, PairedCoupling
 from flow.guidance import drop_labels
 from flow.losses import Batch, FlowLoss
 from flow.model import FlowModel
@@ -24,10 +24,10 @@ from flow.noise import generator
 from flow.runtime import commands, distributed, files, messages
 from flow.runtime.errors import error_context, renaming
 from flow.sampling import snapshot, sources
-from flow.sampling.conditions import column_names, preview_settings
+from flow.sampling.conditions import MAX_COLUMNS, classes_with_images, column_names, condition_names, preview_settings
 from flow.sampling.generate import generate, shard
 from flow.sampling.header import PowerAverage
-from flow.sampling.settings import validate
+from flow.sampling.settings import guidance_note, validate
 from flow.sampling.space import Space
 from flow.source import DataSource, Source
 from flow.training.checks import check_alignment, check_conditioning, check_loss, check_same_flow, check_source
@@ -65,12 +65,23 @@ class FlowTask:
         check_conditioning(self.data, self.net)
         self.loss = build_loss(config)
         check_loss(config, self.loss, self.net, self.data)
+        self.trained_classes = classes_with_images(self.data.labels, self.net.num_classes)
         with error_context("preview"):
-            self.preview_settings = preview_settings(config, self.net, self.data.class_names)
+            self.preview_settings = preview_settings(config, self.net, self.data.class_names, self.trained_classes)
             validate(self.preview_settings, self.model)
+        if note := guidance_note(self.preview_settings, self.model):
+            self.notes.append(f"preview.{note}")
+        if self.trained_classes:
+            names = condition_names(self.preview_settings, self.data.class_names, self.net.num_classes)
+            self.notes.append(
+                f"model.args.num_classes={self.net.num_classes}: only {len(names)} classes have images "
+                f"({messages.first_names(names, NAMED_CLASSES)}), and only they are trained; sample with --labels"
+            )
         distributed.main_process_first(accelerator, lambda: check_source(config, self.model))
         self.loader = TrainingLoader.of(accelerator, config, self.data)
         self.coupling = build_coupling(config, self.data, self.model.source, self.loader.micro_batch_size)
+        if isinstance(self.coupling, OTCoupling):
+            self.notes.append(f"flow.coupling=ot: pairs within blocks of {self.coupling.block} of a batch")
 
     def load_init_weights(self) -> None:
         """Start from the weights of train.init_from, if any. Raises UserError where they do not fit."""
@@ -120,7 +131,11 @@ class FlowTask:
 
     def read_snapshot(self, path: Path) -> dict[str, Tensor]:
         average = snapshot.load(path)
-        snapshot.check_codec(f"data.args={self.config.data.args}", average, self.data.codec)
+        key = f"data.args={self.config.data.args}"
+        snapshot.check_codec(key, average, self.data.codec)
+        if average.class_names and self.class_names and average.class_names != self.class_names:
+            before, now = (messages.first_names(names, NAMED_CLASSES) for names in (average.class_names, self.class_names))
+            raise UserError(f"{key}: has the classes {now}; the checkpoint was trained with {before}")
         return average.weights
 
     def model_with(self, net: Any) -> FlowModel:
@@ -165,8 +180,9 @@ class FlowTask:
     def next_command(self, folder: Path) -> str:
         prompts = ["--prompts", captions.plain(self.data.class_names[0])] if self.net.max_prompt_bytes else []
         save_dir = files.free_folder(Path("samples") / folder.name)
-        sample: list[str | Path] = ["sample.py", "--weights", folder, "--n_samples", "64", "--save_dir", save_dir, *prompts]
-        return f"sample with: {commands.command(*sample)}"
+        labels = ["--labels", *map(str, self.trained_classes[:MAX_COLUMNS])] if self.trained_classes else []
+        sample: list[str | Path] = ["sample.py", "--weights", folder, "--n_samples", "64", "--save_dir", save_dir]
+        return f"sample with: {commands.command(*sample, *prompts, *labels)}"
 
     def _states(self, batch: Batch) -> dict[str, Any]:
         """What a loss that needs them sees of the stored paths of a teacher."""

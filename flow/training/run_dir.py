@@ -31,8 +31,10 @@ FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
     "ema.power_widths", "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.source.name",
     "flow.source.args", "flow.coupling", "flow.coupling_args", "loss.name", "loss.args", "optimizer.name",
-    "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks",
+    "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks", "autoencoder.distance",
+    "autoencoder.kl_weight", "autoencoder.lpips_weight",
 )  # fmt: skip
+PLACES = ("path", "held_out")  # arguments of data sets that may change, as data may move to another disk
 # With a checkpoint a flow does not read this again, and config.yaml would name weights that it has not started from. Without
 # one it does. An autoencoder reads the shape of its network from it at every start, from wherever it lies by now.
 FIXED_BY_CHECKPOINT = (*FIXED, "train.init_from")
@@ -46,6 +48,8 @@ def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, 
     """
     run_dir, cfg = open_run(args.config, args.exp_dir, args.resume, args.overrides, kind)
     accelerator = distributed.build_training_accelerator(cfg.train, run_dir, TRACKERS)  # type: ignore[attr-defined]
+    if args.resume and args.config and (changes := changes_by_yaml(run_dir, cfg, args.overrides)):
+        accelerator.print(f"note: -c {args.config} changes {', '.join(changes)}; resume without -c to keep what the run had")
     with lock.folder(run_dir, accelerator):
         # Until here another process may have started a run in this folder, or resumed it.
         if (run_dir, cfg) != open_run(args.config, args.exp_dir, args.resume, args.overrides, kind):
@@ -102,6 +106,16 @@ def open_run(
     return run_dir, cfg
 
 
+def changes_by_yaml(run_dir: Path, cfg: Any, overrides: list[str]) -> list[str]:
+    """KEY=VALUE (was VALUE) for what is different in the stored configuration and not said by the overrides."""
+    kind, path = type(cfg), run_dir / "config.yaml"
+    before = loading.parse(path.read_text(encoding="utf-8"), str(path), kind, stored.typed_values(cfg))
+    typed = loading.overridden(overrides, kind)
+    changed = [key for key in keys.all_keys(kind) if keys.get(before, key) != keys.get(cfg, key)]
+    by_yaml = [key for key in changed if not any(f"{name}.".startswith(f"{key}.") for name in typed)]
+    return [f"{key}={keys.get(cfg, key)} (was {keys.get(before, key)})" for key in by_yaml]
+
+
 def checkpoint_to_resume(resume: str, run_dir: Path, cfg: Any) -> Path | None:
     """The checkpoint that `-r latest|PATH` means, None for a run that was cut off before its first one.
 
@@ -127,8 +141,15 @@ def refuse_changes(stored: Any, cfg: Any, origin: str, fixed: Sequence[str] = FI
     """Raises UserError for the first key that resuming cannot change and that differs; `origin` begins the reason."""
     for key in filter(keys.all_keys(type(cfg)).__contains__, fixed):
         before, now = keys.get(stored, key), keys.get(cfg, key)
-        if before != now:
+        if _without_places(key, before) != _without_places(key, now):
             raise UserError(f"{key}={now}: {origin} with {before}, which resuming cannot change")
+
+
+def _without_places(key: str, value: Any) -> Any:
+    """A value without where files lie, if it is the arguments of a data set."""
+    if key not in ("data.args", "flow.source.args"):
+        return value
+    return {name: each for name, each in value.items() if name not in PLACES}
 
 
 def _checkpoint_named(path: Path, folder: Path) -> Path:

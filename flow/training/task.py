@@ -1,6 +1,6 @@
 """What is trained: the interface between the training loop and flows or autoencoders."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,7 @@ class Task(Protocol):
 
     net: nn.Module
     loss: Loss
+    data: Sized  # what it is trained on
     script: str  # that trains it, for the command that resumes
     unit: str  # what a batch holds, as in "128 images"
 

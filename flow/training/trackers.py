@@ -18,7 +18,8 @@ from flow.runtime import files
 PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
 # Trackers beside those that Accelerate knows; they are called with the run folder.
 TRACKERS: dict[str, type[GeneralTracker]] = {}
-TRACKIO_NAME = "trackio_name.txt"  # in a run folder: what trackio calls the run
+# In a run folder: what trackio and wandb call the run, under which it goes on when it is resumed.
+TRACKIO_NAME, WANDB_ID = "trackio_name.txt", "wandb_id.txt"
 ONE_IMAGE = ("aim", "clearml")  # whose log_images takes an array for a name where others take a list
 
 
@@ -34,11 +35,13 @@ def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) 
     tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
     known = [tensorboard if str(tracker) == "tensorboard" else tracker for tracker in accelerator.log_with]
     accelerator.log_with = [*known, *(TRACKERS[name](folder) for name in config.train.log_with if name in TRACKERS)]
-    trackio_name = folder.name
+    trackio_name, wandb_id = folder.name, None
     if "trackio" in config.train.log_with and accelerator.is_main_process:
-        trackio_name = _trackio_name(folder, first_step)
+        trackio_name = _stored_name(folder / TRACKIO_NAME, first_step) or folder.name
+    if "wandb" in config.train.log_with and accelerator.is_main_process:
+        wandb_id = _stored_name(folder / WANDB_ID, first_step)
     settings = {
-        "wandb": {"name": folder.name, "dir": str(folder)},
+        "wandb": {"name": folder.name, "dir": str(folder), **({"id": wandb_id, "resume": "allow"} if wandb_id else {})},
         "trackio": {"name": trackio_name, "resume": "allow" if first_step else "never", "embed": False},
         "aim": {"experiment": PROJECT},
         "mlflow": {"run_name": folder.name},
@@ -85,12 +88,11 @@ def _to_scalar(value: object) -> int | float | str | bool:
     return value if isinstance(value, int | float | str | bool) else str(value)
 
 
-def _trackio_name(folder: Path, first_step: int) -> str:
-    """The name of the folder and a random end, as trackio goes on with the latest run of a name, which may be that of another
-    folder; a resumed run keeps its own."""
-    file = folder / TRACKIO_NAME
+def _stored_name(file: Path, first_step: int) -> str | None:
+    """The name of the run folder and a random end, as runs of other folders may have the same name. A resumed run has its own,
+    which is in the file; None for one of an earlier version."""
     if first_step:
-        return file.read_text(encoding="utf-8") if file.is_file() else folder.name
-    name = f"{folder.name}-{secrets.token_hex(3)}"
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+    name = f"{file.parent.name}-{secrets.token_hex(3)}"
     files.write_text(file, name)
     return name

@@ -223,7 +223,9 @@ class Trainer:
     def save_checkpoint(self) -> Path:
         """Write a checkpoint with its snapshots, and delete the oldest ones."""
         self.statistics.check(self.accelerator, self._checkpoint_hint())
-        state = {"updates": self.num_updates, "statistics": self.statistics.state(self.accelerator)}
+        state = {
+            "updates": self.num_updates, "samples": len(self.task.data), "statistics": self.statistics.state(self.accelerator)
+        }  # fmt: skip
         write_averages = self.averages.gather(self.step, self.num_updates, self._checkpoint_hint())
         checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = checkpoint.save(self.accelerator, checkpoints, self.step, state, write_averages)
@@ -234,7 +236,6 @@ class Trainer:
         """Write samples/step_XXXXXXXX.png from the averaged weights, and send it to the trackers."""
         with self.ema.average_parameters() as averaged:
             picture, metrics = self.task.preview(averaged, self.step)
-        self.model.train()
         if picture is not None:
             self._preview_path().parent.mkdir(exist_ok=True)
             images.write_png(self._preview_path(), picture)
@@ -293,6 +294,11 @@ class Trainer:
             self.step, self.num_updates, self.last_checkpoint = state["step"], state["updates"], path
             self.statistics.load_state(self.accelerator, state["statistics"])
             self.averages.load(path)
+        before, now = state.get("samples"), len(self.task.data)  # checkpoints of earlier versions do not know it
+        if before not in (None, now):
+            self.accelerator.print(
+                f"note: the data set had {before:,} samples at the checkpoint and has {now:,} now: they come in another order"
+            )
         if self.step > self.config.train.steps:
             raise UserError(f"train.steps={self.config.train.steps}: the run is at step {self.step} already")
         set_options(self.optimizer, self.config.optimizer, self.accelerator)

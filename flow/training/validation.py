@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -31,6 +32,11 @@ class ValidationLoss(Callback):
         """Raises UserError where the data set has no held-out part."""
         self.task = task
         self.data = load_held_out(task.config, task.accelerator)
+        if task.model.trained_guidance != 1:
+            task.notes.append(
+                f"{KEY}: the validation loss compares with the velocity without guidance, which a network with "
+                f"loss.args.guidance_scale={task.model.trained_guidance:g} does not learn; it may rise as the training succeeds"
+            )
 
     def on_step(self, trainer: Trainer) -> None:
         if not (trainer.finished or trainer.is_due(self.task.config.evaluate.loss_every_steps)):
@@ -40,7 +46,6 @@ class ValidationLoss(Callback):
             losses = validation_losses(
                 self.task.accelerator, model, self.data, config.evaluate.loss_samples, config.seed, config.evaluate.batch_size
             )
-        trainer.model.train()
         if losses is not None:
             metrics = {"validation_loss": losses.mean().item()}
             metrics |= {f"validation_loss_t_{i / TIME_BINS:.1f}": part.mean().item() for i, part in enumerate(by_time(losses))}
@@ -85,7 +90,7 @@ def validation_losses(
     """
     model.net.eval()
     order = generator("validation data", seed).permutation(len(data))
-    times = torch.from_numpy((torch.arange(n).numpy() + generator("validation time", seed).random(n)) / n)
+    times = torch.from_numpy((np.arange(n) + generator("validation time", seed).random(n)) / n)
     batches = shard(accelerator, range(n), batch_size)
     images = read_images(data, [[int(order[k % len(data)]) for k in batch] for batch in batches])
     parts = []

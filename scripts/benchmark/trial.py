@@ -31,9 +31,9 @@ def start_job(job: dict, scratch: Path) -> dict:
         launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     words = ["-m", "scripts.benchmark.jobs", json.dumps(job)]
     environment = {**os.environ, **commands.variables(words)}
-    status, said = subprocesses.run_quietly([*launcher, *words], environment)
+    status, stderr = subprocesses.run_quietly([*launcher, *words], environment)
     if status or not result.is_file():
-        lines = [line for line in said.splitlines() if line.startswith("error: ")] or said.splitlines()[-1:]
+        lines = [line for line in stderr.splitlines() if line.startswith("error: ")] or stderr.splitlines()[-1:]
         raise UserError(f"{job['kind']}: {(lines or ['it ended without a message'])[0].removeprefix('error: ')}")
     return json.loads(result.read_text(encoding="utf-8"))
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs import loading
-from configs.errors import UserError
+from configs.errors import UserError, first_line
 from flow.runtime import distributed, files
 from flow.training import cuda_graph
 from flow.training.flow_task import FlowTask
@@ -104,4 +104,4 @@ def _one_line_errors():
     except MemoryError:
         raise UserError("the batch does not fit into memory; double train.gradient_accumulation_steps") from None
     except RuntimeError as error:
-        raise UserError(f"training stopped: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        raise UserError(f"training stopped: {first_line(error)}") from None

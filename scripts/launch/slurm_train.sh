@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A training on several machines under Slurm: one launcher a machine, which starts a process for each of its GPUs.
-#   sbatch --nodes 2 --gpus-per-node 8 scripts/launch/slurm_train.sh -c configs/cifar10.yaml -e /shared/runs/cifar10 -mp bf16
+#   sbatch --nodes 2 --gpus-per-node 8 scripts/launch/slurm_train.sh -c configs/cifar10.yaml -e /shared/runs/cifar10 -mp auto
 # The folder must lie on a disk that all machines see. Two minutes before its time is over (or when it is preempted) the job
 # gets SIGTERM, writes a checkpoint and ends. Slurm requeues it by itself only after preemption or the failure of a node; after its
-# time limit submit the same command again, which goes on from there. Downloads happen on one machine: fetch the data set before
+# time limit submit the same command again: it resumes from the checkpoint. Downloads happen on one machine: fetch the data set before
 # where compute nodes have no network.
 #SBATCH --job-name=flow
 #SBATCH --ntasks-per-node=1
@@ -22,7 +22,7 @@ several=""
 if [ "$processes" -gt 1 ]; then several=--multi_gpu; fi # which accelerate refuses for a single process
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-# A folder that a first part of this job has begun is gone on with; without -e it is runs/CONFIG, as in train.py.
+# A run folder that exists is resumed from its latest checkpoint; without -e it is runs/CONFIG, as in train.py.
 folder="" config="" previous=""
 for word in "$@"; do
   case $previous in -e | --exp_dir) folder=$word ;; -c | --config) config=$word ;; esac
@@ -36,4 +36,4 @@ if [ -f "$folder/config.yaml" ]; then resume=(-r latest); fi
 srun --kill-on-bad-exit=1 bash -c '
   exec accelerate-launch '"$several"' --rdzv_backend static --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
     --num_processes '"$processes"' --main_process_ip '"$master"' --main_process_port '"$port"' \
-    train.py "$@"' launcher "$@" "${resume[@]}"
+    train.py "$@"' launcher "$@" ${resume[@]+"${resume[@]}"}

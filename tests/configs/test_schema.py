@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import datasets
 import models
 from configs import keys, loading, schema
 from configs.errors import UserError
@@ -98,6 +99,22 @@ def test_duplicate_keys_are_named(error, tmp_path, text, message):
 @pytest.mark.parametrize("override", ['data.root="a\\0b"', 'data.args={path: "\\0"}', 'train.init_from="\\0"'])
 def test_text_that_no_file_name_can_have(error, tmp_path, override):
     assert "holds a character that no file name" in error("train", *MLP, override, "-e", tmp_path / "run")
+
+
+@pytest.mark.parametrize("override", ["model.args.time_frequency=.nan", "loss.args={weight_power: .nan}", "train.steps=.nan"])
+def test_numbers_that_are_none(error, tmp_path, override):
+    (line,) = error("train", *MLP, override, "-e", tmp_path / "run").splitlines()
+    assert "nan" in line and override.split("=")[0] in line and "start this command again" not in line
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text("data: {root: ~/data, args: {path: ~/photos}}")
+    config = loading.load(tmp_path / "c.yaml", ["train.init_from=~/runs/a"])
+    assert (config.data.root, config.data.args["path"]) == (f"{tmp_path}/data", f"{tmp_path}/photos")
+    assert config.train.init_from == f"{tmp_path}/runs/a"
+    monkeypatch.setenv("FLOW_DATA", "~/sets")
+    assert datasets.default_root() == tmp_path / "sets"
 
 
 @pytest.mark.parametrize("override", ["train.log_with=[[1]]", "optimizer.betas=[{a: 1}, 0.9]"])

@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
@@ -59,10 +60,13 @@ def blocks(name: str, language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every training, sampling and evaluation command of the README and the pages of docs/, line continuations joined."""
+    """Every command of a script in the README, the pages of docs/ and the headers of configs/, line continuations joined."""
     docs = [p for p in sorted((REPOSITORY / "docs").glob("*.md")) if p.name != "extending.md"]  # which has a test of its own
     pages = ["README.md", *(str(p.relative_to(REPOSITORY)) for p in docs)]
-    text = "\n".join(block for page in pages for block in blocks(page, "bash")).replace("\\\n", " ")
+    headers = [
+        re.sub("^#", "", p.read_text(encoding="utf-8"), flags=re.M) for p in sorted((REPOSITORY / "configs").rglob("*.yaml"))
+    ]
+    text = "\n".join([*(block for page in pages for block in blocks(page, "bash")), *headers]).replace("\\\n", " ")
     return [line for line in text.splitlines() if re.search(COMMAND, line)]
 
 
@@ -80,14 +84,25 @@ def test_configuration_page_is_that_of_the_schema():
     assert (REPOSITORY / "docs/configuration.md").read_text(encoding="utf-8") == write_configuration.page()
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_and_images_exist():
     missing = []
-    for page in [*(REPOSITORY / name for name in (*READMES, "CONTRIBUTING.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]:
+    for page in [
+        *(REPOSITORY / name for name in (*READMES, "CONTRIBUTING.md", "CHANGELOG.md")),
+        *sorted((REPOSITORY / "docs").glob("*.md")),
+    ]:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
-        for target in re.findall(r"\]\(([^)#\s]+)|src=\"([^\"]+)\"", text):
-            path = next(filter(None, target))
-            if not path.startswith("http") and not (page.parent / path).exists():
-                missing.append(f"{page.name}: {path}")
+        for target in re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", text):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            if not target.startswith("http") and not (file.exists() and (not anchor or anchor in anchors(file))):
+                missing.append(f"{page.name}: {target}")
     assert missing == []
 
 

@@ -36,6 +36,7 @@ TINY = {
     "evaluate.py": "--n_samples 4 --sampling_steps 1 --metrics fid -mp no",
     "scripts.make_pairs": "--n_pairs 8 --sampling_steps 1 -mp no",
     "scripts.optimize_grid": "--methods ab2 --steps 6 --n_images 4 --reference_steps 16 --evaluations 30",
+    "scripts.optimize_guidance": "--n_samples 4 --sampling_steps 1 -mp no",
     "scripts.solver_study": "--n_images 2 --sampling_steps 6 --methods ab2 --t_end 0.5 -mp no",
     "scripts.animate": "--n 4 --frames 2 --steps_a_frame 1 --sampling_method euler",
     "scripts.compare": "--n_samples 4 --frames 2",
@@ -187,6 +188,7 @@ def test_commands_in_order_with_every_suggested_one(here, home, pages):
         "train.py", "sample.py", "evaluate.py",
         *(f"scripts.{name}" for name in (
             "animate", "cache_latents", "compare", "doctor", "export", "export_images", "likelihood", "make_pairs",
-            "optimize_grid", "pack_images", "plot_loss", "posthoc_ema", "report", "restore", "solver_study", "train_vae",
+            "optimize_grid", "optimize_guidance", "pack_images", "plot_loss", "posthoc_ema", "report", "restore",
+            "solver_study", "train_vae",
         )),
     }  # fmt: skip

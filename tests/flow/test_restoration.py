@@ -159,5 +159,5 @@ def test_baselines(name):
 def test_table():
     """The gain is paired by image: its interval is that of the differences."""
     text = markdown([Scores("bicubic", [10.0, 20.0, 30.0], [0.1, 0.2, 0.3]), Scores(FLOW, [12.0, 22.0, 32.0], [0.2, 0.3, 0.4])])
-    assert "2.00 ± 0.00" in text and "20.00 ± 11.32" in text
+    assert "2.00 ± 0.00" in text and "20.00 ± 24.84" in text  # 4.30 standard errors: Student's t of three values
     assert mean_and_interval([3.0]) == (3.0, None)

@@ -121,6 +121,11 @@ def test_arguments_that_do_not_fit(args, message):
         models.build("unet", (1, 8, 8), SMALL | args)
 
 
+def test_a_width_beyond_every_memory():
+    with pytest.raises(ValueError, match=r"mlp cannot be built from \{'width': 10000000000\}"):
+        models.build("mlp", (2,), {"width": 10**10})
+
+
 def test_unknown_network():
     with pytest.raises(ValueError, match=r"unknown network 'resnet'; choose from unet"):
         models.build("resnet", (1, 8, 8), {})

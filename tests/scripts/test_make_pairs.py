@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,6 +193,24 @@ def test_data_without_classes(here, error, tmp_path, tiny_run):
     snapshot.save(tmp_path / "text.safetensors", net.state_dict(), cfg, (1, 8, 8), 1, 100)
     line = error("make_pairs", "--weights", tmp_path / "text.safetensors", "--save_dir", tmp_path / "text", *few, *data)
     assert "data: has no classes, whose names a network with text reads" in line and not (tmp_path / "text").exists()
+
+
+def test_pairs_without_the_training_images(here, error, tmp_path):
+    """Their names and labels are in the snapshot; real images to invert are not."""
+    folder = tmp_path / "images"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 40).save(folder / name / "0.png")
+    data = ["data.name=folder", f"data.args={{path: {folder}, channels: 1}}", "model.args.num_classes=2", "train.batch_size=2"]
+    here("train", *TINY_TRAIN, *data, "-e", tmp_path / "run")
+    shutil.rmtree(folder)
+    few = ["make_pairs", "--weights", tmp_path / "run", "--n_pairs", 4, "--sampling_steps", 1, "--save_dir"]
+    printed = here(*few, tmp_path / "pairs")
+    assert "note: these pairs are made without the training images (path=" in printed and str(folder) in printed
+    pairs = datasets.build("pairs", None, {"path": str(tmp_path / "pairs")})
+    assert pairs.labels.tolist() == [0, 1, 0, 1] and pairs.class_names == ("cat", "dog")
+    line = error(*few, tmp_path / "real", "--real_fraction", 0.5)
+    assert line.startswith("error: data: ") and str(folder) in line and not (tmp_path / "real").exists()
 
 
 def test_labels_need_labelled_real_images():

@@ -117,10 +117,11 @@ def test_two_ways_to_sample(alpha_flow):
     assert torch.equal(*one) and not torch.equal(*two)
 
 
-def test_pairs_of_a_flow_map_are_trained_on(here, alpha_flow, tmp_path):
-    """By its own loss, as flow matching has one time."""
+def test_pairs_of_a_flow_map_are_trained_on(here, tmp_path):
+    """By its own loss, as flow matching has one time; guidance that was trained in is in the pairs."""
+    here("train", *ALPHA_FLOW, "loss.args.guidance_scale=2", "train.steps=2", "-e", tmp_path / "guided")
     printed = here(
-        "make_pairs", "--weights", alpha_flow, "--n_pairs", 40, "--sampling_steps", 1, "--save_dir", tmp_path / "pairs"
+        "make_pairs", "--weights", tmp_path / "guided", "--n_pairs", 40, "--sampling_steps", 1, "--save_dir", tmp_path / "pairs"
     )
     words = shlex.split(printed.splitlines()[-1].partition("train on them with: ")[2])[2:]
     assert "loss.name=alpha_flow" in words

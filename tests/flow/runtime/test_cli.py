@@ -104,6 +104,14 @@ def test_names_that_are_not_utf8_are_printed(parse, monkeypatch):
     assert written.getvalue() == b"run-\xff\n"
 
 
+def test_characters_that_the_terminal_lacks(parse, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "latin-1"))
+    parse("--out", "run")
+    print("0.63 ± 0.22 七", flush=True)
+    assert written.getvalue() == b"0.63 \xb1 0.22 \\u4e03\n"
+
+
 def test_killed_data_worker_is_one_line(capsys):
     """As the system does for want of memory; it is no mistake of the command line, hence 1."""
 

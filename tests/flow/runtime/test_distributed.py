@@ -50,6 +50,15 @@ def test_a_process_on_its_own_decides():
     assert distributed.decided_by_main(lambda: 3) == 3
 
 
+def test_an_unknown_word_for_the_cpu(monkeypatch):
+    """An empty one is none."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
+    with pytest.raises(UserError, match="ACCELERATE_USE_CPU=maybe: must be true or false"):
+        distributed.build_accelerator()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
+    assert distributed.build_accelerator().num_processes == 1
+
+
 @pytest.mark.parametrize(
     ("name", "value", "advice"),
     [

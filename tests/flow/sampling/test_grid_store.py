@@ -30,7 +30,11 @@ def test_another_guidance_scale_is_noted(weights, here, tmp_path):
         return here("sample", *use, *flags)
 
     assert sample(2, "a").count(note) == 1
-    assert "was fitted at" not in sample(1.5, "b")
+    assert "was fitted" not in sample(1.5, "b")
+    interval = ["--sampling_method", "heun", "--n_samples", 1, "--guidance_scale", 1.5, "--guidance_interval", 0.2, 0.8]
+    assert "was fitted with classifier-free guidance at all times" in here(
+        "sample", *use, *interval, "--save_dir", tmp_path / "i"
+    )
     table = ["--methods", "heun", "--n_samples", 8, "--guidance_scale", 1.5, 2, "--out", tmp_path / "table", "--no_control"]
     measured = ["--feature_extractor", "digits", "--metrics", "fid", f"data.root={tmp_path}"]
     assert here("evaluate", *use, *table, *measured).count(note) == 1

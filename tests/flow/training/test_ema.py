@@ -52,8 +52,10 @@ def test_ema_applied_restores_weights():
         raise RuntimeError("inside")
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name]) and value.dtype == before[name].dtype
-    with ema.average_parameters(1):
+    with ema.average_parameters(1) as averaged:
+        averaged.eval()
         assert net.weight[0].item() == pytest.approx(1 - 0.5**0.01, rel=1e-4)
+    assert net.training
     assert ema.state_dict(0)["weight"].tolist() == [0.5, 0.5]  # lending the average leaves it as it was
 
 

@@ -136,6 +136,23 @@ def test_best_snapshot_outlives_worse_ones(here, copy):
     assert snapshot.load(copy / "best.safetensors").step == 3
 
 
+def test_best_of_an_abandoned_training_is_replaced(here, copy):
+    """The run is resumed from before its best snapshot and reaches the same number of images with other weights."""
+    best = copy / "best.safetensors"
+    shutil.copy(copy / "snapshots/step_00000004.safetensors", best)
+    for step in ("step_00000003", "step_00000004"):
+        shutil.rmtree(copy / "checkpoints" / step, ignore_errors=True)
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["step_00000002"]
+    file = copy / "evaluation/results.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        row["metrics"] |= {FD: 0.01} if row.get("images") == 128 else {}  # better than what follows
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    before = best.read_bytes()
+    here("train", "-e", copy, "-r", "latest", "optimizer.lr=1e-3")
+    assert best.read_bytes() != before and snapshot.load(best).step in (3, 4)
+
+
 def test_best_by_other_settings_is_set_aside(here, copy):
     """Nobody knows whether it is better than what the settings of the resume choose."""
     shutil.rmtree(copy / "checkpoints/step_00000004")

@@ -20,12 +20,14 @@ from flow.training import checkpoint
 from flow.training.logging import read_metrics
 
 MLP = [*TINY_RUN, "model.name=mlp", "model.args={width: 64, depth: 2}", "train.log_every_steps=1"]
-LAUNCHER = [str(Path(sys.executable).with_name("accelerate-launch")), "--multi_gpu", "--main_process_port", "0"]
+LAUNCH = str(Path(sys.executable).with_name("accelerate-launch"))
+LAUNCHER = [LAUNCH, "--multi_gpu", "--main_process_port", "0"]
 
 
 def start(run: Path, *overrides: str, processes: int = 2) -> subprocess.Popen:
     """A long training of so many processes by accelerate-launch; returns once it has taken some steps."""
-    command = [*LAUNCHER, "--num_processes", str(processes), "train.py", *MLP, "train.steps=1_000_000"]
+    launcher = [LAUNCH, "--config_file", "configs/accelerate/one_cpu.yaml"] if processes == 1 else LAUNCHER
+    command = [*launcher, "--num_processes", str(processes), "train.py", *MLP, "train.steps=1_000_000"]
     command += ["train.checkpoint_every_steps=0", "-e", str(run), *overrides]
     environment = {**os.environ, "FLOW_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -78,6 +80,18 @@ def test_sigterm_to_launcher_saves_one_checkpoint(tmp_path, capsys):
     assert "= 2 process(es) x" in again.stdout and f"finished step {step + 2}" in again.stdout
     with capsys.disabled():
         print(f"\nSIGTERM to the end: {seconds:.1f} s")
+
+
+@pytest.mark.slow
+def test_sigterm_to_launcher_of_one_process(tmp_path):
+    """Accelerate passes no signal on to a single process, which ends with the launcher all the same, with a checkpoint."""
+    process = start(tmp_path / "run", processes=1)
+    (trainer,) = (p for p in psutil.Process(process.pid).children(recursive=True) if "train.py" in p.cmdline())
+    process.send_signal(signal.SIGTERM)
+    said = end(process)
+    trainer.wait(timeout=60)
+    assert "stopped by SIGTERM; the latest checkpoint is" in said
+    assert len(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")) == 1
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import TINY_TRAIN
+from PIL import Image
 
 from configs import keys
 from configs.errors import UserError
@@ -38,6 +40,58 @@ def test_weights_that_began_a_run_stay(here, error, tiny_run, tmp_path):
     shutil.copytree(tiny_run, without_checkpoint, ignore=shutil.ignore_patterns("checkpoints", "snapshots", "metrics.jsonl"))
     here("train", "-e", without_checkpoint, "-r", "latest", f"train.init_from={tiny_run}", "train.steps=1")
     assert f"init_from: {tiny_run}" in (without_checkpoint / "config.yaml").read_text()
+
+
+def test_changes_by_the_yaml_are_noted(here, tiny_run, tmp_path):
+    """-c begins again from the file, without what the first command line said."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    printed = here("train", *TINY_TRAIN, "-e", run, "-r", "latest", "train.steps=5")
+    assert "note: -c" not in printed
+    without = [word for word in TINY_TRAIN if not word.startswith("preview.")]
+    printed = here("train", *without, "-e", run, "-r", "latest", "train.steps=6")
+    (note,) = re.findall("note: -c configs/digits.yaml changes (.+); resume without -c", printed)
+    assert "preview.sampling_steps=18 (was 1)" in note and "train.steps" not in note
+
+
+@pytest.fixture
+def photos(tmp_path, here) -> tuple[Path, list]:
+    """The folder of two classes with a picture each, and the flags of the run that was trained on it."""
+    for k, name in enumerate(("cat", "dog")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 40 * k).save(tmp_path / "photos" / name / "0.png")
+    flags = [word for word in TINY_TRAIN if not word.startswith("model.")]
+    data = ["data.name=folder", f"data.args={{path: {tmp_path / 'photos'}, channels: 1}}", "train.batch_size=2"]
+    here(
+        "train",
+        *flags,
+        "model.name=mini_unet",
+        "model.args.width=8",
+        "model.args.head_channels=8",
+        *data,
+        "-e",
+        tmp_path / "run",
+    )
+    return tmp_path / "photos", ["train", "-e", tmp_path / "run", "-r", "latest", "train.steps=5"]
+
+
+def test_moved_data_are_resumed_on(photos, here):
+    folder, resume = photos
+    moved = folder.rename(folder.with_name("elsewhere"))
+    printed = here(*resume, f"data.args.path={moved}")
+    assert "finished step 5" in printed and "samples at the checkpoint" not in printed
+
+
+def test_another_number_of_images_is_noted(photos, here):
+    folder, resume = photos
+    shutil.copy(folder / "cat/0.png", folder / "cat/1.png")
+    assert "note: the data set had 2 samples at the checkpoint and has 3 now" in here(*resume)
+
+
+def test_renamed_classes_are_refused(photos, error):
+    """Their labels would go to each other."""
+    folder, resume = photos
+    (folder / "cat").rename(folder / "zebra")
+    assert "has the classes dog, zebra; the checkpoint was trained with cat, dog" in error(*resume)
 
 
 def test_checkpoint_named_in_its_own_folder(here, tiny_run, tmp_path, monkeypatch):

@@ -105,15 +105,17 @@ def test_wandb_has_everything(here, monkeypatch, tmp_path):
     """Offline. The numbers are in a file of wandb's own format, in which they stand as text."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    here("train", *WITH_PREVIEW, *EVALUATED, "-e", tmp_path / "run", "train.log_with=[wandb]", "train.sample_every_steps=2")
+    run = tmp_path / "run"
+    here("train", *WITH_PREVIEW, *EVALUATED, "-e", run, "train.log_with=[wandb]", "train.sample_every_steps=2")
     wandb.finish()
-    folder = tmp_path / "run" / "wandb"
+    folder = run / "wandb"
     assert list(folder.glob("offline-run-*/files/media/images/samples_*.png"))
     tables = sorted(folder.glob("offline-run-*/files/media/table/evaluation_*.json"))
     assert len(tables) == 2 and all("FD-digits" in json.loads(path.read_text())["columns"] for path in tables)
     (file,) = folder.glob("offline-run-*/run-*.wandb")
     data = file.read_bytes()
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert file.stem == f"run-{(run / 'wandb_id.txt').read_text()}"
+    rows = read_metrics(run / "metrics.jsonl")
     numbers = [row[name] for row in rows for name in ("grad_norm_median", "FD-digits") if name in row]
     assert len(numbers) == 4 and all(text in data for text in [b"flow-matching", *(str(x).encode() for x in numbers)])
 
