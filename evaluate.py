@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from configs import loading
 from configs.errors import UserError
-from flow.evaluation import control, folders, metrics, runner, snapshots, table
+from flow.evaluation import control, folders, metrics, results, runner, snapshots
 from flow.evaluation.features import INCEPTION
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
@@ -215,7 +215,7 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
 
 def write_rows_file(args, accelerator: Accelerator, rows: list[dict]) -> None:
     if args.rows_file and accelerator.is_main_process:
-        table.write_rows(args.rows_file, rows)
+        results.write(args.rows_file, rows)
 
 
 def print_summary(args, accelerator: Accelerator, out: Path, next_step: str) -> None:

@@ -1,15 +1,17 @@
 """The flow solved backwards: log-likelihood of data, and the noise that an image comes from."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flow import solvers
-from flow.solvers import Velocity
+from flow.noise import generator
+from flow.solvers import ADAPTIVE, Velocity
 from flow.solvers.time_grids import END_EPS
-from flow.solvers.torchdiffeq import ADAPTIVE
 from flow.source import GAUSSIAN, Source
 
 T_MAX = 0.98  # the marginal there still shows the noise, which is mixed into the image
@@ -33,9 +35,9 @@ def log_likelihood(
 
     log p(x1) = log N(x0; 0, I) - integral of div v(x_t, t) dt over [0, 1] (Chen et al. 2018, arXiv:1806.07366, theorem 1). The
     divergence is exact without `eps`, at the price of a backward pass for each element of x; with eps [P, B, ...] of
-    +1 and -1 it is the mean of e . (dv/dx) e over them (Hutchinson's estimator, as in FFJORD, arXiv:1810.01367, eq. 8),
-    unbiased for log p. `times` rise from 0 to 1 and are used backwards by methods that are not adaptive. The first step, from
-    t = 1 to 1 - END_EPS, is a midpoint rule whose midpoint comes from the velocity at its end.
+    +1 and -1, `random_directions`, it is the mean of e . (dv/dx) e over them (Hutchinson's estimator, as in FFJORD,
+    arXiv:1810.01367, eq. 8), unbiased for log p. `times` rise from 0 to 1 and are used backwards by methods that are not
+    adaptive. The first step, from t = 1 to 1 - END_EPS, is a midpoint rule whose midpoint comes from the velocity at its end.
 
     The result carries no gradient. Raises ValueError for an x1 that requires one, and for a method that needs times and has
     none.
@@ -73,6 +75,15 @@ def log_likelihood(
     return log_prior - integral, x0.view(shape), solution.nfe + 2
 
 
+def random_directions(seed: int, indices: Iterable[int], shape: tuple[int, ...], count: int) -> Tensor:
+    """Directions of +1 and -1 for Hutchinson's estimator, float64 [count, n, *shape], on the CPU.
+
+    Those of sample i are a function of (seed, indices[i]); the first ones stay the same where there are more.
+    """
+    signs = [generator("hutchinson", seed, k).integers(2, size=(count, *shape)) for k in indices]
+    return torch.from_numpy(np.stack(signs, axis=1) * 2.0 - 1)
+
+
 def dequantize(pixels: Tensor, u: Tensor) -> Tensor:
     """Images (k + u - 1/2) / 127.5 - 1 of pixels k [B, ...] in 0 to 255 and u [B, ...], uniform in [0, 1), in float64.
 
@@ -87,7 +98,9 @@ def bits_per_dimension(log_p: Tensor, dimensions: int) -> Tensor:
     """Of 8-bit images: log_p [B] in nats, the log-density of `dequantize(pixels, u)`.
 
     Its mean over u bounds from below the log of the mean density over the bins, which is the log-probability of the pixels
-    (uniform dequantisation, Theis et al. 2016, arXiv:1511.01844): the bits are an upper bound.
+    (uniform dequantisation, Theis et al. 2016, arXiv:1511.01844): the bits are an upper bound. A flow that was trained on the
+    levels themselves, without dequantization, has its density in peaks at the levels, of width END_EPS where the integral
+    starts; the sharper they are, the larger the bound. So bits compare networks that were trained on dequantized pixels.
     """
     return -log_p / (dimensions * math.log(2)) + math.log2(127.5)
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from configs.errors import UserError
 from datasets import DataSpec
 from flow.evaluation import animation, plots_2d
-from flow.likelihood import log_likelihood
+from flow.likelihood import log_likelihood, random_directions
 from flow.model import FlowModel
-from flow.noise import generator
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import guide, images, snapshot, sources, trajectory_grids
@@ -261,10 +260,10 @@ def likelihood_map(
     exact density where there is one, and the mean absolute errors inside the mass."""
     at = to_solver_dtype(torch.from_numpy(plots_2d.grid_centers(MAP_CELLS)), accelerator.device)
     velocity = build_velocity(model, range(len(at)), settings, accelerator.device)
-    signs = generator("likelihood map", settings.seed).integers(2, size=(samples, *at.shape)) * 2.0 - 1
+    directions = random_directions(settings.seed, range(len(at)), tuple(at.shape[1:]), samples)
     estimates = {
         "exact divergence": None,
-        f"Hutchinson, {samples} sample{'s' * (samples > 1)}": to_solver_dtype(torch.from_numpy(signs), accelerator.device),
+        f"Hutchinson, {samples} sample{'s' * (samples > 1)}": directions.to(at),
     }
     maps: dict[str, Tensor] = {}
     total = PERCENT * len(estimates)

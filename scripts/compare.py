@@ -23,9 +23,8 @@ from flow.runtime.errors import cli_main, error_context
 from flow.sampling import locate, snapshot, sources
 from flow.sampling.generate import trajectory
 from flow.sampling.settings import SamplerSettings, build_time_grid, validate
-from flow.solvers import DETERMINISTIC
+from flow.solvers import ADAPTIVE, DETERMINISTIC
 from flow.solvers.time_grids import uniform
-from flow.solvers.torchdiffeq import ADAPTIVE
 from flow.source import GAUSSIAN
 
 EXAMPLES = """\

@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.errors import UserError
 from datasets import DataSet, DataSpec
 from flow.evaluation.intervals import mean_standard_error
-from flow.likelihood import bits_per_dimension, check_density_known, dequantize, log_likelihood
+from flow.likelihood import bits_per_dimension, check_density_known, dequantize, log_likelihood, random_directions
 from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import cli, commands, distributed, flags, messages
@@ -92,20 +92,16 @@ def log_likelihoods(args, accelerator: Accelerator, model: FlowModel, data: Data
         for batch in batches:
             with error_context("data"):
                 samples, labels = zip(*(data[k] for k in batch), strict=True)
-            draws = [generator("likelihood", args.seed, k) for k in batch]
-            u = torch.from_numpy(np.stack([g.random(data.image_shape) for g in draws]))
-            signs = np.stack(
-                [g.integers(2, size=(args.hutchinson_samples, *data.image_shape)) * 2.0 - 1 for g in draws], axis=1
-            )
+            u = torch.from_numpy(np.stack([generator("likelihood", args.seed, k).random(data.image_shape) for k in batch]))
+            directions = random_directions(args.seed, batch, data.image_shape, args.hutchinson_samples)
             real = torch.stack(samples)
             x1 = to_solver_dtype(real if points else dequantize(real, u), accelerator.device)
             settings = SamplerSettings(labels=tuple(labels) if model.net.num_classes else None)
             with error_context("data"):
                 validate(settings, model)
             velocity = build_velocity(model, range(len(batch)), settings, accelerator.device)
-            directions = to_solver_dtype(torch.from_numpy(signs), accelerator.device)
             with error_context("likelihood"):
-                log_p, _, nfe = log_likelihood(velocity, x1, eps=directions, rtol=args.rtol, atol=args.atol)
+                log_p, _, nfe = log_likelihood(velocity, x1, eps=directions.to(x1), rtol=args.rtol, atol=args.atol)
             values += log_p.tolist()
             bar.update(len(batch))
     return values, nfe

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from configs.errors import UserError
 from datasets import captions
-from flow.evaluation import evaluate_command, plots, table
+from flow.evaluation import evaluate_command, plots, results, table
+from flow.evaluation.entries import aggregate, distance_name
 from flow.evaluation.snapshots import columns_of
 from flow.runtime import cli, commands, distributed, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
@@ -110,16 +111,16 @@ def main() -> None:
             n = -(-args.n_samples // 2 ** (rounds - k))
             if rounds:
                 print(f"\nround {k + 1} of {rounds + 1}: {len(left)} kinds of guidance on {n} images each", flush=True)
-            results, real = evaluate(args, snap, left, n)
-            measured |= results
+            by_candidate, real = evaluate(args, snap, left, n)
+            measured |= by_candidate
             floors |= {(entry["weights"], entry["n"]): entry for entry in real}
-            distance = table.distance_name([results[left[0]]])
-            left.sort(key=lambda candidate: results[candidate]["metrics"][distance].mean)
+            distance = distance_name([by_candidate[left[0]]])
+            left.sort(key=lambda candidate: by_candidate[candidate]["metrics"][distance].mean)
             if k < rounds:
                 left = left[: -(-len(left) // 2)]
         plots.distance_against_scale(args.out / "guidance.png", curves(measured), list(floors.values()))
     best = left[0]
-    reached = results[best]["metrics"][distance]
+    reached = by_candidate[best]["metrics"][distance]
     value = f"{distance} {table.cell(distance, reached)}"
     words = [
         *best.flags,
@@ -174,15 +175,15 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
         rows += evaluate_command.run(words, args.launcher)
     names = {c.guide: guide.name_of(snapshot.load(c.guide), c.guide) for c in candidates if c.guide}
     by_columns = {columns(c, names): c for c in candidates}
-    results, real = {}, {}
+    by_candidate, real = {}, {}
     for row in rows:
-        [entry] = table.aggregate([row])
-        if table.is_control(row):
+        [entry] = aggregate([row])
+        if results.is_control(row):
             real[row["weights"]] = entry
             continue
         scale = 1.0 if row["guidance_scale"] is None else row["guidance_scale"]
-        results[by_columns[scale, row.get("guidance_interval"), row.get("guide")]] = {**entry, "guidance_scale": scale}
-    return results, list(real.values())
+        by_candidate[by_columns[scale, row.get("guidance_interval"), row.get("guide")]] = {**entry, "guidance_scale": scale}
+    return by_candidate, list(real.values())
 
 
 def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str | None]:
@@ -192,17 +193,17 @@ def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str 
     return c.scale, written.get("guidance_interval"), written.get("guide")
 
 
-def curves(results: dict[Guidance, dict]) -> dict[str, list[dict]]:
+def curves(by_candidate: dict[Guidance, dict]) -> dict[str, list[dict]]:
     """The lines of the figure; each begins without guidance, where that was evaluated on as many images. Their names tell
     numbers of images apart, as a distance depends on it."""
-    several = len({entry["n"] for entry in results.values()}) > 1
+    several = len({entry["n"] for entry in by_candidate.values()}) > 1
 
     def name(curve: str, entry: dict) -> str:
         return f"{curve}, n = {entry['n']}" if several else curve
 
     lines: dict[str, list[dict]] = {}
-    start = [entry for c, entry in results.items() if c.scale == 1]
-    for c, entry in results.items():
+    start = [entry for c, entry in by_candidate.items() if c.scale == 1]
+    for c, entry in by_candidate.items():
         if c.scale != 1:
             begin = [plain for plain in start if plain["n"] == entry["n"]]
             lines.setdefault(name(c.curve, entry), begin).append(entry)

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from configs.errors import UserError
 from flow import solvers
 from flow.evaluation import evaluate_command, plots, table
+from flow.evaluation.entries import distance_name
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
@@ -183,7 +184,7 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
     for row in rows:
         settings = row["settings"]
         metrics = metrics_of[settings.title, settings.steps, json.dumps(settings.times)]
-        row["FD"] = metrics[table.distance_name([{"metrics": metrics}])]
+        row["FD"] = metrics[distance_name([{"metrics": metrics}])]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flow.evaluation import memorization, reference, table
+from flow.evaluation import memorization, reference, results
 from flow.evaluation.real_images import build_if_present, load_features
 from flow.evaluation.runner import Evaluation
 from flow.noise import generator
@@ -73,7 +73,7 @@ def add_control(ev: Evaluation) -> dict | None:
 
     kind = other.title if other else "half against half"
     subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
-    subject = {"weights": f"{table.CONTROL} ({kind})", **subject, "n": n, "first": 0}
+    subject = {"weights": f"{results.CONTROL} ({kind})", **subject, "n": n, "first": 0}
     result = ev.evaluate_row(subject, {"control": kind, **({"images": data.fingerprint()} if other else {})}, compute)
     return result[0] if result else None
 

@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from flow.evaluation import table
+from flow.evaluation import results
 from flow.runtime import subprocesses
 
 
@@ -13,4 +13,4 @@ def run(arguments: list[str], launcher: str | None = None) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows.jsonl"
         subprocesses.run_command([*arguments, "--rows_file", str(file)], launcher)
-        return table.read_rows(file)
+        return results.read(file)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
-from flow.evaluation import intervals, memorization, neighbors, table
+from flow.evaluation import intervals, memorization, neighbors, results
 from flow.evaluation.classifiers import CLASS_NAMES
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import BlockMoments
@@ -55,7 +55,7 @@ def per_class(c: Comparison) -> dict[str, float]:
         samples, others = features[c.labels == label].double().numpy(), real[ref.labels == label].double().numpy()
         if min(len(samples), len(others)) <= real.shape[1]:
             continue
-        column = table.class_column(c.extractor.distance_name, class_name)
+        column = results.class_column(c.extractor.distance_name, class_name)
         mu, sigma = others.mean(0), np.cov(others, rowvar=False)
         distances[column] = frechet_distance(samples.mean(0), np.cov(samples, rowvar=False), mu, sigma)
         c.set_error(column, intervals.frechet_standard_error(samples, mu, sigma))
@@ -200,7 +200,7 @@ METRICS: dict[str, Metric] = {
     "memorization": copied_share,
     "isc": isc,
     "accuracy": accuracy,
-    table.PER_CLASS: per_class,
+    results.PER_CLASS: per_class,
 }
 
 
@@ -220,12 +220,12 @@ def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, float]:
     requested = [name for name in METRICS if name in metrics]
     c.requested = tuple(requested)
     c.bar.reset(len(requested))
-    results: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name in requested:
         c.bar.set_postfix_str(name)
         columns = METRICS[name](c)
         if not columns:
             c.not_applicable.append(name)
-        results |= columns
+        values |= columns
         c.bar.update()
-    return results
+    return values

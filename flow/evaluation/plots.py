@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from flow.evaluation.table import DRAWN, GUIDANCE, VARIANT, distance_name, is_control, run_of
+from flow.evaluation.entries import DRAWN, GUIDANCE, VARIANT, distance_name, run_of
+from flow.evaluation.results import is_control
 from flow.runtime import files
 
 matplotlib.use("Agg")

@@ -17,8 +17,20 @@ from torch import Tensor
 
 from configs.schema import Config
 from datasets import DataSet
-from flow.evaluation import classifiers, collecting, memorization, metrics, metrics_2d, pictures, plots, reference, table
+from flow.evaluation import (
+    classifiers,
+    collecting,
+    memorization,
+    metrics,
+    metrics_2d,
+    pictures,
+    plots,
+    reference,
+    results,
+    table,
+)
 from flow.evaluation.comparison import Comparison
+from flow.evaluation.entries import aggregate, without_earlier_snapshots
 from flow.evaluation.features import CLASS_LAYER, INCEPTION, BlockMoments, Extractor, FeatureSet
 from flow.evaluation.intervals import BLOCKS
 from flow.evaluation.metrics_2d import PointExtractor
@@ -169,13 +181,13 @@ class Evaluation:
         identity = {**identity, "extractor": extractor, "reference": self.reference.identity, **self.training_identity}
         row = {**subject, "reference": self.reference.name, "identity": identity, "requested": self._requested()}
         main = self.accelerator.is_main_process
-        if not distributed.any_process(self.accelerator, main and table.contains(self.out, row)):
+        if not distributed.any_process(self.accelerator, main and results.contains(self.out, row)):
             result = compute()
             if result is None:
                 return None
-            table.append_row(self.out, {**row, **result})
+            results.append(self.out, {**row, **result})
             return {**row, **result}, True
-        existing = table.find(self.out, row) if main else None
+        existing = results.find(self.out, row) if main else None
         return (existing, False) if existing else None
 
     def _requested(self) -> list[str]:
@@ -183,14 +195,14 @@ class Evaluation:
         do not have them."""
         names = {name: name for name in self.settings.metrics}
         if "accuracy" in names and self.extractor.second_net is not None:
-            names["accuracy"] = f"accuracy{table.BY}{self.extractor.classifier}"
+            names["accuracy"] = f"accuracy{results.BY}{self.extractor.classifier}"
         if "memorization" in names and self.threshold:
-            names["memorization"] = f"memorization{table.BY}{self.threshold}"
-        if table.PER_CLASS in names:  # of labels that the samples do not have, there are none
+            names["memorization"] = f"memorization{results.BY}{self.threshold}"
+        if results.PER_CLASS in names:  # of labels that the samples do not have, there are none
             ref = self.reference
             classes = None if ref.labels is None else [list(ref.class_names), np.bincount(ref.labels).tolist()]
             digest = hashlib.sha256(json.dumps(classes).encode()).hexdigest()[:16]
-            names[table.PER_CLASS] = f"{table.PER_CLASS}{table.BY}{digest}"
+            names[results.PER_CLASS] = f"{results.PER_CLASS}{results.BY}{digest}"
         return list(names.values())
 
     def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> tuple[Measurement | None, float]:
@@ -235,9 +247,9 @@ class Evaluation:
         """Write the table and draw the figures; returns the table, on the main process."""
         text = ""
         if self.accelerator.is_main_process:
-            rows = table.read_rows(self.out)
-            text, entries = table.write(self.out, rows), table.aggregate(rows)
-            plots.distance_against_nfe(self.out / "nfe.png", table.without_earlier_snapshots(entries))
+            rows = results.read(self.out)
+            text, entries = table.write(self.out, rows), aggregate(rows)
+            plots.distance_against_nfe(self.out / "nfe.png", without_earlier_snapshots(entries))
             plots.distance_against_images(self.out / "snapshots.png", entries)
             plots.distance_against_width(self.out / "ema_width.png", entries)
             if self.draw:

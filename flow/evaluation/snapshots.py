@@ -29,8 +29,7 @@ from flow.sampling.conditions import conditions_by_frequency, labels_for
 from flow.sampling.generate import NFECounter, build_velocity, generate, shard, to_solver_dtype
 from flow.sampling.settings import ALL_TIMES, SamplerSettings
 from flow.sampling.space import Space
-from flow.solvers import HAS_TOLERANCES
-from flow.solvers.torchdiffeq import ADAPTIVE
+from flow.solvers import ADAPTIVE, HAS_TOLERANCES
 from flow.source import GAUSSIAN
 
 HELD_OUT_POINTS = 2000  # whose log-density under a flow of points is reported, the first of another seed

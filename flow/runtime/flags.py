@@ -11,8 +11,7 @@ from pathlib import Path
 from configs import schema
 from configs.errors import UserError, did_you_mean
 from flow.runtime import cli, commands, messages
-from flow.solvers import SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
-from flow.solvers.torchdiffeq import ADAPTIVE
+from flow.solvers import ADAPTIVE, SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 
 MOST = 2**31 - 1  # of whole numbers, far above all that can be counted to
 MOST_SEED = schema.INT64_LIMIT - 1

@@ -187,10 +187,7 @@ class Sampler:
         eps = None
         if hutchinson_samples is not None:
             _check_count("hutchinson_samples", hutchinson_samples)
-            noise = [
-                gaussian_noise(f"hutchinson {i}", seed, range(len(x)), self.model.shape) for i in range(hutchinson_samples)
-            ]
-            eps = torch.stack(noise).sign().to(x)
+            eps = likelihood.random_directions(seed, range(len(x)), self.model.shape, hutchinson_samples).to(x)
         velocity = self._velocity_of_data(len(x), labels, prompts)
         with self._autocast():
             return likelihood.log_likelihood(velocity, x, method, eps=eps, rtol=rtol, atol=atol)[0]

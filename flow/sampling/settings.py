@@ -7,7 +7,6 @@ from flow import solvers
 from flow.model import FlowModel
 from flow.path import Path
 from flow.solvers import time_grids
-from flow.solvers.torchdiffeq import ADAPTIVE, IGNORES_GRID
 
 ALL_TIMES = (0.0, 1.0)
 
@@ -46,7 +45,7 @@ def build_time_grid(settings: SamplerSettings, path: Path) -> list[float]:
         return list(settings.times)
     times = time_grids.build(settings.time_grid, settings.steps)
     # edm goes by the ratio of noise to data, which is the time of the linear path; the others choose their own times on it
-    if settings.time_grid == "edm" or settings.method in IGNORES_GRID:
+    if settings.time_grid == "edm" or solvers.SOLVERS[settings.method].times != "grid":
         return times
     return [0.0, *(path.t_to_linear(t) for t in times[1:-1]), 1.0]
 
@@ -88,8 +87,8 @@ def validate(settings: SamplerSettings, model: FlowModel) -> None:
             raise ValueError(f"{name}: needs a guidance_scale other than 1, which is off")
     if not settings.times:
         time_grids.build(settings.time_grid, settings.steps)
-    if settings.method in IGNORES_GRID and settings.time_grid != "uniform":
-        how = "by rtol and atol" if settings.method in ADAPTIVE else "evenly"
+    if solvers.SOLVERS[settings.method].times != "grid" and settings.time_grid != "uniform":
+        how = "by rtol and atol" if settings.method in solvers.ADAPTIVE else "evenly"
         raise ValueError(f"time_grid={settings.time_grid}: {settings.method} chooses its own times, {how}")
     for name, values in {"labels": settings.labels, "prompts": settings.prompts}.items():
         if values is not None and not values:

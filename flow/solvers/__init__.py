@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Solver:
     states: Callable[..., Iterator[Tensor]]  # (velocity, x, time_grid, **options) -> the state at each further time
     options: tuple[str, ...] = ()
     whole_step: bool = False  # it passes where it jumps to as t_next, for flow maps; all others pass t twice
+    times: Literal["grid", "even", "own"] = "grid"  # of its steps: those of the grid, as many even ones, or adaptive ones
 
 
 SOLVERS: dict[str, Solver] = {
@@ -37,9 +38,15 @@ SOLVERS: dict[str, Solver] = {
     **{name: Solver(partial(multistep.adams_bashforth, *how)) for name, how in multistep.ADAMS_BASHFORTH.items()},
     "dpmpp_2m": Solver(multistep.dpm_solver_2m),
     "unipc": Solver(multistep.unipc),
-    **{name: Solver(partial(torchdiffeq.adaptive, name), torchdiffeq.TOLERANCES) for name in torchdiffeq.ADAPTIVE},
-    "explicit_adams": Solver(partial(torchdiffeq.adams, "explicit_adams")),
-    **{name: Solver(partial(torchdiffeq.adams, name), torchdiffeq.TOLERANCES) for name in torchdiffeq.IMPLICIT},
+    **{
+        name: Solver(partial(torchdiffeq.adaptive, name), torchdiffeq.TOLERANCES, times="own")
+        for name in torchdiffeq.ADAPTIVE_METHODS
+    },
+    "explicit_adams": Solver(partial(torchdiffeq.adams, "explicit_adams"), times="even"),
+    **{
+        name: Solver(partial(torchdiffeq.adams, name), torchdiffeq.TOLERANCES, times="even")
+        for name in ("implicit_adams", "fixed_adams")  # two names of one method
+    },
     "euler_maruyama": Solver(sde.euler_maruyama, sde.OPTIONS),
     "stochastic_heun": Solver(sde.stochastic_heun, sde.OPTIONS),
     "ddim": Solver(_euler, whole_step=True),  # which on the linear path is Euler's method (flow/solvers/ancestral.py)
@@ -50,7 +57,8 @@ SOLVERS: dict[str, Solver] = {
 STOCHASTIC = tuple(name for name, solver in SOLVERS.items() if "noise" in solver.options)
 DETERMINISTIC = tuple(name for name in SOLVERS if name not in STOCHASTIC)
 HAS_TOLERANCES = tuple(name for name, solver in SOLVERS.items() if "rtol" in solver.options)  # met by a batch as one
-FIXED_GRID = tuple(name for name in DETERMINISTIC if name not in torchdiffeq.IGNORES_GRID and not SOLVERS[name].options)
+ADAPTIVE = tuple(name for name, solver in SOLVERS.items() if solver.times == "own")
+FIXED_GRID = tuple(name for name in DETERMINISTIC if SOLVERS[name].times == "grid" and not SOLVERS[name].options)
 
 
 @dataclass
@@ -140,7 +148,7 @@ def solve(
         nfe += 1
         return velocity(x, t, t_next if whole_step and t_next is not None else t)
 
-    if method in torchdiffeq.ADAPTIVE and not callback:  # no need to interpolate between the ends
+    if method in ADAPTIVE and not callback:  # no need to interpolate between the ends
         time_grid = [time_grid[0], time_grid[-1]]
     state = x
     for state in SOLVERS[method].states(counted, x, time_grid, **options):

@@ -12,10 +12,8 @@ from flow.solvers.runge_kutta import StageVelocity, step
 from flow.solvers.time_grids import END_EPS
 
 TOLERANCES = ("rtol", "atol")
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 SCIPY_METHOD = "RK45"  # torchdiffeq's default, LSODA, stores a matrix of as many rows and columns as the batch has numbers
-IMPLICIT = ("implicit_adams", "fixed_adams")  # two names of one method
-IGNORES_GRID = (*ADAPTIVE, "explicit_adams", *IMPLICIT)  # they use its ends, or its length, alone
 # torchdiffeq's default order for Adams-Bashforth, 11, is unstable even on a rotation: 64 steps err by 1e-2, of order 4 by 1e-7.
 ADAMS = {"max_order": 5}  # torchdiffeq's way to say 4, and 5 for the implicit methods
 
@@ -95,7 +93,7 @@ def _odeint(
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{method}: gives no gradient; use dopri5")
         options = {"solver": SCIPY_METHOD}
-    elif method in ADAPTIVE:  # which would step past the last time and interpolate back
+    elif method in ADAPTIVE_METHODS:  # which would step past the last time and interpolate back
         options = {"step_t": at[-1:]}
     try:
         with warnings.catch_warnings():

@@ -8,8 +8,9 @@ from itertools import count
 from pathlib import Path
 
 from configs.errors import UserError, did_you_mean
-from flow.evaluation import control, metrics, runner, snapshots, table
+from flow.evaluation import control, metrics, results, runner, snapshots, table
 from flow.evaluation.checks import check_evaluation
+from flow.evaluation.entries import aggregate
 from flow.evaluation.frechet import can_extrapolate
 from flow.runtime import distributed, files, lock, messages, step_names
 from flow.runtime.errors import error_context
@@ -79,7 +80,7 @@ class EvaluateSnapshots(Callback):
         values = {name: value for name, value in row["metrics"].items() if value is not None}
         if is_new or not _is_logged(trainer, values):  # a kill may have come in between
             trainer.logger.log(trainer.step, {**values, "images": images})
-            lines = table.metric_cells(table.aggregate(table.read_rows(self.evaluator.evaluation.out)))
+            lines = table.metric_cells(aggregate(results.read(self.evaluator.evaluation.out)))
             trackers.log_table(trainer.accelerator, "evaluation", trainer.step, lines, table.markdown(lines))
         self._write_report(trainer)
         if self.best_column:
@@ -117,14 +118,14 @@ class EvaluateSnapshots(Callback):
     def _row_of(self, snapshot: Path, like: dict) -> dict | None:
         """The row of a snapshot that was evaluated as another one was."""
         identity = {**like["identity"], "weights_sha256": files.sha256(snapshot)}
-        return table.find(self.evaluator.evaluation.out, {**like, "identity": identity})
+        return results.find(self.evaluator.evaluation.out, {**like, "identity": identity})
 
     def _columns_of_samples(self, columns: list[str]) -> list[str]:
         """The columns of samples, by those of real images: these may be too few for an extrapolation, have no Inception Score
         and, beside another extractor, no class accuracy, and have classes where the network has none."""
         extractor, requested = self.evaluator.evaluation.extractor, self.settings.metrics
         if self.task.net.num_classes is None and not self.captions:
-            columns = [name for name in columns if name != "accuracy" and not table.is_class_column(name)]
+            columns = [name for name in columns if name != "accuracy" and not results.is_class_column(name)]
         elif "accuracy" in requested and extractor.second_net is not None and "accuracy" not in columns:
             columns = [*columns, "accuracy"]
         if "isc" in requested and extractor.isc_layer:

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from configs import loading
 from configs.errors import UserError
-from flow.evaluation import intervals, plots, runner, table
+from flow.evaluation import intervals, plots, results, runner, table
 from flow.evaluation.checks import check_before_training
+from flow.evaluation.entries import is_distance
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.runtime import cli, commands, files, flags, lock, messages, step_names
@@ -31,8 +32,7 @@ from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command
 from flow.sampling import exported, snapshot
-from flow.solvers import SOLVERS
-from flow.solvers.torchdiffeq import ADAPTIVE
+from flow.solvers import ADAPTIVE, SOLVERS
 from scripts.benchmark.trial import seconds_per_step, training_laps
 
 EXAMPLES = """\
@@ -221,7 +221,7 @@ def evaluation_flags(args) -> dict[str, str | None]:
 
 def has_rows(out: Path) -> bool:
     """Whether any run of the race has been measured."""
-    return any(table.read_rows(path.parent) for path in out.glob("*/seed_*/*/results.jsonl"))
+    return any(results.read(path.parent) for path in out.glob("*/seed_*/*/results.jsonl"))
 
 
 def batch_size(recipe: Recipe) -> int:
@@ -280,7 +280,7 @@ def commands_of(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
 
 def rows_of(args, recipe: Recipe, seed: int, folder: str = "evaluation") -> list[dict]:
     """Rows of the table of a run, with as many images as this race asks for."""
-    return table.rows_of(run_dir(args, recipe, seed) / folder, args.n_samples)
+    return results.rows_of(run_dir(args, recipe, seed) / folder, args.n_samples)
 
 
 def report(args, recipes: list[Recipe], seeds: int) -> None:
@@ -292,7 +292,7 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
         for recipe in recipes:
             cells[recipe.name] = [pick(rows_of(args, recipe, seed), method, steps, scale) for seed in range(seeds)]
         names = list(dict.fromkeys(name for rows in cells.values() for row in rows for name in row["metrics"]))
-        distance = next(filter(table.is_distance, names))
+        distance = next(filter(is_distance, names))
         if not lines:
             head = ["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]
             lines.append([name for i, name in enumerate(head) if i < 8 or name != distance])
@@ -308,7 +308,7 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
                 recipe.name, str(recipe.steps), rate, method, f"{rows[0]['NFE']:g}",
                 f"{scale:g}", spread(values, errors, digits), change, *others,
             ])  # fmt: skip
-    floors = table.floors(run_dir(args, recipes[0], 0) / "evaluation", args.n_samples)
+    floors = results.real_rows(run_dir(args, recipes[0], 0) / "evaluation", args.n_samples)
     text = table.markdown(lines)
     note = [
         f"{budget(args)} a run, {seeds} seed(s), {args.n_samples:,} images a row. {distance}: mean over the "
@@ -347,7 +347,7 @@ def has_settings(row: dict, method: str, steps: int, scale: float) -> bool:
 def final_distance(args, recipe: Recipe) -> float:
     """The mean distance over the seeds at the first of the settings."""
     rows = [pick(rows_of(args, recipe, seed), *next(settings_of(args))) for seed in range(args.seeds)]
-    return statistics.fmean(next(v for name, v in row["metrics"].items() if table.is_distance(name)) for row in rows)
+    return statistics.fmean(next(v for name, v in row["metrics"].items() if is_distance(name)) for row in rows)
 
 
 def curve(args, recipe: Recipe, seeds: int, distance: str) -> list[tuple[float, list[float]]]:

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from configs.rectify import RectifyConfig, RouteConfig
-from flow.evaluation import pictures, table
+from flow.evaluation import pictures, results, table
+from flow.evaluation.entries import aggregate, distance_name, model_key
 from flow.evaluation.straightness import mean_straightness_deviation
 from flow.guidance import network_calls
 from flow.model import FlowModel
@@ -43,7 +44,7 @@ class Measured:
     """What is measured of a row here, beside the distances of evaluate.py."""
 
     row: Row
-    key: str  # `table.model_key` of its distances
+    key: str  # `model_key` of its distances
     straightness: str  # deviation ± standard error
     panels: list[np.ndarray]  # a picture for each NFE of the figure
 
@@ -65,8 +66,8 @@ def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, 
     costs: of the route to each network.
     """
     measured = measure_rows(cfg, folder, rows)
-    results = table.rows_of(folder / "evaluation", cfg.n_samples, cfg.feature_extractor)
-    entries = table.aggregate([r for r in results if r.get("steps") in cfg.nfe])
+    stored = results.rows_of(folder / "evaluation", cfg.n_samples, cfg.feature_extractor)
+    entries = aggregate([row for row in stored if row.get("steps") in cfg.nfe])
     text = table_text(cfg, measured, costs, entries)
     files.write_text(folder / "comparison.md", f"{text}\n")
     draw(folder / "comparison.png", cfg, measured)
@@ -100,7 +101,7 @@ def measure(accelerator: Accelerator, cfg: RectifyConfig, folder: Path, row: Row
     indices = range(cfg.straightness_images)
     mean, error = mean_straightness_deviation(accelerator, model, indices, settings, cfg.straightness_steps)
     panels = [panel(accelerator, model, row.method, n, row.scale) for n in figure_nfes(cfg)]
-    return Measured(row, table.model_key(entry), f"{mean:.4f} ± {error:.4f}", panels)
+    return Measured(row, model_key(entry), f"{mean:.4f} ± {error:.4f}", panels)
 
 
 def figure_nfes(cfg: RectifyConfig) -> list[int]:
@@ -108,8 +109,8 @@ def figure_nfes(cfg: RectifyConfig) -> list[int]:
 
 
 def table_text(cfg: RectifyConfig, measured: list[Measured], costs: dict[str, Cost], entries: list[dict]) -> str:
-    """The table as Markdown, and a note on what its columns mean. entries: of `table.aggregate`."""
-    distance = table.distance_name(entries)
+    """The table as Markdown, and a note on what its columns mean. entries: of `aggregate`."""
+    distance = distance_name(entries)
     metrics = [distance, "accuracy"] if all("accuracy" in e["metrics"] for e in entries) else [distance]
     cost = {m.row.title: costs[m.row.network] for m in measured}
     extra = {
@@ -130,15 +131,15 @@ def table_text(cfg: RectifyConfig, measured: list[Measured], costs: dict[str, Co
 
 
 def titles_of(measured: list[Measured]) -> dict[str, str]:
-    """The titles of the rows by `table.model_key`."""
+    """The titles of the rows by `model_key`."""
     return {m.key: m.row.title for m in measured}
 
 
 def best_row(cfg: RectifyConfig, measured: list[Measured], entries: list[dict]) -> Row:
     """The row of the smallest distance at the smallest NFE."""
-    distance, rows = table.distance_name(entries), {m.key: m.row for m in measured}
-    fewest = [e for e in entries if e["NFE"] == min(cfg.nfe) and table.model_key(e) in rows]  # others are of earlier calls
-    return rows[table.model_key(min(fewest, key=lambda e: e["metrics"][distance].mean))]
+    distance, rows = distance_name(entries), {m.key: m.row for m in measured}
+    fewest = [e for e in entries if e["NFE"] == min(cfg.nfe) and model_key(e) in rows]  # others are of earlier calls
+    return rows[model_key(min(fewest, key=lambda e: e["metrics"][distance].mean))]
 
 
 def draw(path: Path, cfg: RectifyConfig, measured: list[Measured]) -> None:

@@ -13,7 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from configs.errors import UserError
-from flow.evaluation import plots, table
+from flow.evaluation import plots, results, table
+from flow.evaluation.entries import CONTENT, KEY_COLUMNS, VARIANT, Statistic, is_distance, without_earlier_snapshots
 from flow.runtime import files, messages
 from flow.sampling import trajectory_grids
 from flow.sampling.trajectory_grids import Grid, TrajectoryGrids
@@ -260,8 +261,10 @@ def _quality(runs: list[Run]) -> tuple[list[dict], list[dict], list[str]]:
     names: dict[str, None] = {}
     for i, run in enumerate(runs):
         entries = [e for e in run.entries if e["method"] is not None and _is_finite(e["NFE"])]
-        names |= dict.fromkeys(n for e in run.entries for n in e["metrics"] if n != "seconds" and not table.is_class_column(n))
-        points = table.without_earlier_snapshots(entries)
+        names |= dict.fromkeys(
+            n for e in run.entries for n in e["metrics"] if n != "seconds" and not results.is_class_column(n)
+        )
+        points = without_earlier_snapshots(entries)
         several = plots.several_of(points)
         of_run: dict[str, list[dict]] = {}
         for e in points:
@@ -269,9 +272,9 @@ def _quality(runs: list[Run]) -> tuple[list[dict], list[dict], list[str]]:
             point = {"NFE": e["NFE"], "forwards": forwards, "values": _values(e)}
             of_run.setdefault(plots.line_name(e, several), []).append(point)
         lines += [{"run": i, "name": name, "points": members} for name, members in of_run.items()]
-        controls = filter(table.is_control, run.entries)
+        controls = filter(results.is_control, run.entries)
         floors += [{"run": i, "name": f"{e['weights']}, n = {e['n']}", "values": _values(e)} for e in controls]
-    distances = [name for name in names if table.is_distance(name)]
+    distances = [name for name in names if is_distance(name)]
     return lines, floors, [*distances, *(name for name in names if name not in distances)]
 
 
@@ -294,7 +297,7 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
     difference with its 95% interval, as if the errors of both were independent. The header comes first; empty where no
     setting has two runs, and where the first metric is no distance: of others a larger value may be better.
     """
-    if not any(map(table.is_distance, metrics)):
+    if not any(map(is_distance, metrics)):
         return []
     settings: dict[tuple, dict[str, dict]] = {}
 
@@ -306,8 +309,8 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
         for e in run.entries:
             if e["method"] is not None and metrics[0] in e["metrics"]:  # else it is of real images or a folder
                 # optimized times are fitted to the weights, so that every run has its own, as variants are
-                own = ("weights", "times", table.VARIANT, *table.COST)
-                key = tuple(e[name] for name in (*table.KEY_COLUMNS, table.CONTENT) if name not in own)
+                own = ("weights", "times", VARIANT, *results.COST)
+                key = tuple(e[name] for name in (*KEY_COLUMNS, CONTENT) if name not in own)
                 of_runs = settings.setdefault(key, {})
                 if run.name not in of_runs or rank(e) > rank(of_runs[run.name]):
                     of_runs[run.name] = e
@@ -318,7 +321,7 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
             continue
         (best, a), (following, b) = sorted(measured.items(), key=lambda item: item[1].mean)[:2]
         interval, verdict = math.hypot(a.interval, b.interval), ""
-        difference = table.cell(metrics[0], table.Statistic(b.mean - a.mean, math.nan, interval))
+        difference = table.cell(metrics[0], Statistic(b.mean - a.mean, math.nan, interval))
         if math.isfinite(interval):
             verdict = "clear" if b.mean - a.mean > interval else "not clear: within the interval"
         if b.mean == a.mean:
@@ -341,8 +344,8 @@ def _table(runs: list[Run], metrics: list[str]) -> list[Any]:
     for i, run in enumerate(runs):
         for e in run.entries:
             owners = [i]
-            if table.is_control(e):
-                row = (e["weights"], e["n"], e["reference"], e[table.CONTENT], *(e["metrics"].get(name) for name in metrics))
+            if results.is_control(e):
+                row = (e["weights"], e["n"], e["reference"], e[CONTENT], *(e["metrics"].get(name) for name in metrics))
                 if row in controls:
                     controls[row].append(i)
                     continue

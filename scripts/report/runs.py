@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from configs import stored
 from configs.errors import UserError, first_line
-from flow.evaluation import table
+from flow.evaluation import results
+from flow.evaluation.entries import CONTENT, aggregate, distance_name
 from flow.runtime import commands, files, jsonl, lock, step_names
 from flow.sampling import header, locate, trajectory_grids
 from flow.sampling.trajectory_grids import TrajectoryGrids
@@ -77,7 +78,7 @@ class Run:
     loss: float | None = None  # the last one
     jump: str = ""  # of the loss, if it had one
     curves: Curves = field(default_factory=Curves)
-    entries: list[dict] = field(default_factory=list)  # of its tables, see `table.aggregate`
+    entries: list[dict] = field(default_factory=list)  # of its tables, see `aggregate`
     previews: dict[int, Path] = field(default_factory=dict)  # by step
     trajectory: TrajectoryGrids | None = None  # what samples/trajectory holds
     figures: list[Path] = field(default_factory=list)
@@ -103,7 +104,7 @@ class Run:
     @property
     def distance(self) -> str:
         """The name of the first distance of its tables."""
-        return table.distance_name(self.entries)
+        return distance_name(self.entries)
 
     @property
     def best(self) -> dict | None:
@@ -112,7 +113,7 @@ class Run:
         name = self.distance
         measured = [e for e in self.entries if e["method"] is not None and name in e["metrics"]]
         finite = [e for e in measured if math.isfinite(e["metrics"][name].mean)]
-        references = [(e["reference"], e[table.CONTENT]) for e in finite]
+        references = [(e["reference"], e[CONTENT]) for e in finite]
         common = Counter(references).most_common(1)
         alike = [e for e, reference in zip(finite, references, strict=True) if reference == common[0][0]]
         most = max((e["n"] for e in alike), default=0)
@@ -235,8 +236,8 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_entries(path: Path) -> tuple[list[dict], list[str]]:
     """The entries of a results.jsonl, and its damaged lines."""
-    damage = damaged_lines(path, jsonl.read_lines(path, table.damage_of))
-    return table.aggregate(table.read_rows(path.parent)), damage
+    damage = damaged_lines(path, jsonl.read_lines(path, results.damage_of))
+    return aggregate(results.read(path.parent)), damage
 
 
 def _status(run: Run) -> Status:

@@ -9,7 +9,7 @@ from PIL import Image
 
 import datasets
 from datasets.toys import LOG_DENSITIES, TOYS
-from flow.evaluation import table
+from flow.evaluation import results
 
 SETS = [name for name in TOYS if name != "image"]
 
@@ -95,6 +95,6 @@ def test_train_sample_and_evaluate(group, tmp_path, here):
     assert one.shape == (70, 2) and np.array_equal(one, two)
     told = here("evaluate", "--weights", run, "--sampling_steps", "3", "--n_samples", "100", "--methods", "euler", "dopri5")
     assert all(name in told for name in ("SW2", "MMD", "energy", "held_out_log_p", "dopri5", "real (new points)"))
-    control, *rows = table.read_rows(run / "evaluation")
+    control, *rows = results.read(run / "evaluation")
     assert control["metrics"]["held_out_log_p"] == pytest.approx(-math.log(8))  # of the density itself, which is uniform
     assert -6 < rows[0]["metrics"]["held_out_log_p"] == rows[1]["metrics"]["held_out_log_p"] < -math.log(8)

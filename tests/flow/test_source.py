@@ -10,7 +10,7 @@ from PIL import Image
 
 import datasets
 from flow.couplings import PairedCoupling
-from flow.evaluation import table
+from flow.evaluation import results
 from flow.evaluation.metrics_2d import sliced_wasserstein
 from flow.model import FlowModel
 from flow.path import LinearPath
@@ -155,7 +155,7 @@ def test_what_such_a_flow_does_not_give(transfer_run, tmp_path, error):
     run_here(
         "evaluate", "--weights", transfer_run, "--n_samples", 20, "--methods", "euler", "--sampling_steps", 1, "--out", out
     )
-    assert not any("held_out_log_p" in row["metrics"] for row in table.read_rows(out))
+    assert not any("held_out_log_p" in row["metrics"] for row in results.read(out))
     vp = ["train", "-e", tmp_path / "run", *MOONS, *RING, *TINY_RUN, "flow.path=vp", "flow.prediction=noise"]
     assert "flow.source.name=toys: needs flow.path=linear and flow.prediction=velocity" in error(*vp)
     shape = ["train", "-e", tmp_path / "run", *MOONS, *TINY_RUN, "flow.source.name=digits"]

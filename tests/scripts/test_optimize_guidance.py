@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from flow.evaluation import plots, table
+from flow.evaluation import plots, results
 from flow.runtime import step_names, subprocesses
 from flow.sampling import locate
 from scripts import optimize_guidance
@@ -28,7 +28,7 @@ def optimize(monkeypatch, here, main_of, tiny_run, tmp_path):
 
 
 def rows_of(tmp_path) -> list[dict]:
-    return [row for row in table.read_rows(tmp_path / "guidance/evaluation") if row["method"]]
+    return [row for row in results.read(tmp_path / "guidance/evaluation") if row["method"]]
 
 
 def test_table_grows_and_the_best_is_named(optimize, here, tmp_path):

@@ -12,7 +12,8 @@ from conftest import TINY_RUN, run_here
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flow.evaluation import table
+from flow.evaluation import results
+from flow.evaluation.entries import aggregate
 from flow.runtime import step_names
 from flow.sampling import locate, snapshot
 from flow.sampling.sampler import Sampler
@@ -160,7 +161,7 @@ def test_rows_and_figure_of_the_widths(here, copy):
     assert not figure.exists()
     printed = here(*evaluate, "--ema_width", "0.05", "0.2")
     assert figure.stat().st_size > 10_000
-    entries = table.aggregate(table.read_rows(copy / "evaluation"))
+    entries = aggregate(results.read(copy / "evaluation"))
     assert [(e["weights"], e["ema_width"]) for e in entries] == [("copy@120", width) for width in (None, 0.05, 0.2)]
     assert len({e["metrics"]["FD-digits"].mean for e in entries}) == 3
     assert "| ema_width |" in printed

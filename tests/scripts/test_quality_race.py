@@ -8,7 +8,7 @@ from conftest import REPOSITORY, TINY, run_here
 from PIL import Image
 
 from configs.errors import UserError
-from flow.evaluation import table
+from flow.evaluation import results
 from flow.runtime import step_names
 from flow.training import checkpoint
 from scripts.benchmark import quality
@@ -60,9 +60,9 @@ def test_a_second_call_adds_a_seed(race, tmp_path, number, monkeypatch):
             run = out / recipe["name"] / f"seed_{seed}"
             assert step_names.step_of(checkpoint.list_checkpoints(run / "checkpoints")[-1]) == recipe["steps"]
             assert f"seed: {seed}" in (run / "config.yaml").read_text()
-            assert [row["guidance_scale"] for row in table.read_rows(run / "evaluation") if row["method"]] == [1, 1.3333333]
+            assert [row["guidance_scale"] for row in results.read(run / "evaluation") if row["method"]] == [1, 1.3333333]
             on_the_way = [f"seed_{seed}@{recipe['steps'] // 2}"] * (recipe["steps"] > 1)  # of the first average
-            assert [row["weights"] for row in table.read_rows(run / "curve")] == on_the_way
+            assert [row["weights"] for row in results.read(run / "curve")] == on_the_way
     record = json.loads((out / "race.json").read_text())
     record["recipes"][0]["content"] = "other"  # as if the YAML had been edited
     (out / "race.json").write_text(json.dumps(record))
@@ -79,7 +79,7 @@ def test_floor_of_fewer_real_images(race, tmp_path, monkeypatch):
     """Digits have no other split, so one half of them is compared with the other one."""
     monkeypatch.setattr(quality, "training_laps", lambda *_: [0.1] * 20)
     race(shlex.join(RECIPE), flags=["--seeds", "1", "--curve", "1", "--n_samples", "900", "--guidance_scale", "1"])
-    (floor,) = [row for row in table.read_rows(next(tmp_path.glob("race/*/seed_0/evaluation"))) if not row["method"]]
+    (floor,) = [row for row in results.read(next(tmp_path.glob("race/*/seed_0/evaluation"))) if not row["method"]]
     sentence = f"real (half against half), n = 898: FD-digits {floor['metrics']['FD-digits']:.2f}, the floor."
     assert sentence in (tmp_path / "race/race.md").read_text()
 
@@ -99,7 +99,7 @@ def test_equal_images_side_by_side(here, tmp_path):
     assert "256 images a run, 1 seed(s)" in text
     logs = {path: path.read_text().count("$ ") for path in tmp_path.glob("race/*/seed_0.log")}
     assert list(logs.values()) == [4, 4]
-    curves = [{row["images"] for row in table.read_rows(path)} for path in sorted(tmp_path.glob("race/*/seed_0/curve"))]
+    curves = [{row["images"] for row in results.read(path)} for path in sorted(tmp_path.glob("race/*/seed_0/curve"))]
     assert curves == [{64, 128}, {64, 128}]  # of 8 and 4 steps: the checkpoints before the last one
     here(*command)
     assert (tmp_path / "race" / "race.md").read_text() == text
@@ -127,7 +127,7 @@ def test_mistakes(error, tmp_path):
     (tmp_path / "race" / "race.json").write_text(json.dumps(record))
     assert "holds a race of 3 minutes of steps, not 0.005 minutes of steps" in refused("configs/digits.yaml")
     (tmp_path / "race" / "race.json").write_text(json.dumps({**record, "budget": "0.005 minutes of steps"}))
-    table.append_row(tmp_path / "race/digits/seed_0/evaluation", ROW)
+    results.append(tmp_path / "race/digits/seed_0/evaluation", ROW)
     assert "--feature_extractor digits: the rows in " in refused("configs/digits.yaml")
     line = refused("configs/digits.yaml", "--curve", "3")
     assert f"--curve 3: the runs in {tmp_path / 'race'} have 2 points" in line
@@ -163,7 +163,7 @@ def test_flags_may_change_until_there_are_rows(monkeypatch, tmp_path):
     assert fitted("--feature_weights", "missing")["feature_weights"] == "missing"
     changed = fitted("--feature_extractor", "digits")
     assert (changed["feature_extractor"], changed["feature_weights"]) == ("digits", None)
-    table.append_row(tmp_path / "digits/seed_0/curve", ROW)
+    results.append(tmp_path / "digits/seed_0/curve", ROW)
     with pytest.raises(UserError, match=r"--feature_extractor mnist: the rows in .* were measured with digits"):
         fitted("--feature_extractor", "mnist")
     assert fitted("--feature_extractor", "digits") == changed

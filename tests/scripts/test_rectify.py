@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from configs import loading
 from configs.errors import UserError
 from configs.rectify import PairsConfig, RectifyConfig, RouteConfig, StageConfig
-from flow.evaluation import table
+from flow.evaluation import results
 from flow.evaluation.checks import check_before_training
 from flow.evaluation.runner import EvaluationSettings
 from flow.runtime import distributed
@@ -101,15 +101,13 @@ def rectified(tmp_path_factory, config) -> Path:
     return folder
 
 
-def results(folder: Path) -> dict:
+def repeated_files(folder: Path) -> dict:
     """Everything that the second of two equal runs has to repeat: all files but logs, clocks and machine descriptions."""
     files = {p.relative_to(folder): p.read_bytes() for p in sorted(folder.glob("pa*/*"))}
     weights = {}
     for name in ("1-rf", "2-rf", "distilled", "on_paths", "flow_map"):
         weights |= {f"{name} {key}": value.tolist() for key, value in load_file(locate.find(folder / name)).items()}
-    rows = [
-        {k: v for k, v in row.items() if k not in ("seconds", "identity")} for row in table.read_rows(folder / "evaluation")
-    ]
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "identity")} for row in results.read(folder / "evaluation")]
     pictures = {"comparison.png": (folder / "comparison.png").read_bytes()}  # the table has minutes
     return {"pairs": files, "weights": weights, "rows": rows, "pictures": pictures}
 
@@ -127,7 +125,7 @@ def test_table_and_figure(rectified):
     assert [row[0] for row in rows[2:]] == names and "FD-digits / accuracy" in text
     images = {row[0]: row[3] for row in rows[2:]}
     assert images["flow"] == "64" and images["distilled"] == str(3 * 64 + 2 * 40)
-    assert len([row for row in table.read_rows(rectified / "evaluation") if not table.is_control(row)]) == 10
+    assert len([row for row in results.read(rectified / "evaluation") if not results.is_control(row)]) == 10
     assert min(Image.open(rectified / "comparison.png").size) > 200
 
 
@@ -371,7 +369,7 @@ def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
         os.killpg(process.pid, signal.SIGKILL)  # the script and the step that it was at
         process.wait()
     succeed("-m", "scripts.rectify", "-c", config, f"folder={folder}", timeout=600)
-    cut, whole = results(folder), results(rectified)
+    cut, whole = repeated_files(folder), repeated_files(rectified)
     manifests = [name for name in whole["pairs"] if name.name == "manifest.json"]  # these hold the hash of the weights' file
     assert len(manifests) == 3
     for name in manifests:

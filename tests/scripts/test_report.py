@@ -22,7 +22,7 @@ import evaluate
 import sample
 import train
 from configs.errors import UserError
-from flow.evaluation import table
+from flow.evaluation.entries import aggregate
 from flow.runtime import files, lock
 from flow.sampling import trajectory_grids
 from scripts import animate
@@ -200,11 +200,11 @@ def test_best_distance_is_of_the_most_images():
         {**ROW, "n": n, "reference": reference, "metrics": {"FD-digits": distance}, "identity": {"k": k}}
         for k, (n, reference, distance) in enumerate(measured)
     ]
-    best = runs.Run(Path("run"), "run", entries=table.aggregate(rows)).best
+    best = runs.Run(Path("run"), "run", entries=aggregate(rows)).best
     assert (best["n"], best["reference"], best["metrics"]["FD-digits"].mean) == (1000, "digits", 2.0)
     for k, row in enumerate(rows):  # the best one is on images of its own, which are called the same
         row |= {"n": 1000, "reference": "folder", "identity": {"k": k, "reference": "a" if k != 3 else "b"}}
-    best = runs.Run(Path("run"), "run", entries=table.aggregate(rows)).best
+    best = runs.Run(Path("run"), "run", entries=aggregate(rows)).best
     assert best["metrics"]["FD-digits"].mean == 1.0
     assert runs.Run(Path("run"), "run").best is None
 

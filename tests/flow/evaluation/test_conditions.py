@@ -6,7 +6,7 @@ import torch
 from digits_features import digits_extractor, digits_reference, feature_set, write_folder
 
 import datasets
-from flow.evaluation import snapshots, table
+from flow.evaluation import results, snapshots
 from flow.evaluation.frechet import frechet_distance
 from flow.sampling.conditions import conditions_by_frequency, labels_by_frequency
 
@@ -68,7 +68,7 @@ def test_labels_follow_reference_frequency(here, tmp_path, tiny_run, unbalanced,
     drawn.clear()
     here(*command, "--labels", 8, 1)
     assert drawn == [8, 1] * 50
-    rows = [row for row in table.read_rows(tmp_path / "out") if not table.is_control(row)]
+    rows = [row for row in results.read(tmp_path / "out") if not results.is_control(row)]
     assert len(rows) == 4 and {str(row["identity"]["labels"])[:12] for row in rows} == {"by frequency", "[8, 1]"}
 
 

@@ -5,7 +5,7 @@ import torch
 from digits_features import write_folder
 
 import datasets
-from flow.evaluation import control, table
+from flow.evaluation import control, results
 
 
 def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run):
@@ -17,7 +17,7 @@ def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run):
     command += ["--n_samples", 8, f"data.root={tmp_path}", "--out", tmp_path / "out", "data.name=packed"]
     for name in ("test", "other", "test"):
         here(*command, f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / name}}}")
-    rows = table.read_rows(tmp_path / "out")
+    rows = results.read(tmp_path / "out")
     assert [row["weights"] for row in rows] == ["real (held-out images)", "tiny@4", "real (held-out images)"]
     assert rows[0]["metrics"] != rows[2]["metrics"]
 
@@ -50,7 +50,7 @@ def test_the_row_of_real_images_of_mnist(here, tmp_path, real_data):
     for name, kind in (("mnist", "test split"), ("mnist:test", "train split")):
         out = tmp_path / kind
         here("evaluate", "--samples", samples, "--reference", name, "--feature_extractor", "mnist", "--out", out)
-        control = next(row for row in table.read_rows(out) if table.is_control(row))
+        control = next(row for row in results.read(out) if results.is_control(row))
         assert control["weights"] == f"real ({kind})" and control["n"] == 1000
         assert 0.7 < control["metrics"]["FD-mnist"] < 1.8 and control["metrics"]["accuracy"] > 0.98
 
@@ -61,7 +61,7 @@ def test_classes_of_real_images_after_one_without(here, tmp_path, tiny_run):
     common = ["--feature_extractor", "digits", "--metrics", "fid", "per_class", "--out", out]
     here("evaluate", "--samples", unlabeled, "--reference", "digits", *common, f"data.root={tmp_path}")
     here("evaluate", "--weights", tiny_run, "--sampling_steps", 1, "--n_samples", 1200, *common)
-    assert any(map(table.is_class_column, next(filter(table.is_control, table.read_rows(out)))["metrics"]))
+    assert any(map(results.is_class_column, next(filter(results.is_control, results.read(out)))["metrics"]))
 
 
 def test_no_row_of_a_reference_too_small(here, tmp_path, tiny_run):
@@ -70,4 +70,4 @@ def test_no_row_of_a_reference_too_small(here, tmp_path, tiny_run):
     command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 8]
     printed = here(*command, "--reference", folder, f"data.root={tmp_path}", "--out", tmp_path / "out")
     assert f"note: no row of real images: {folder} has too few" in printed
-    assert [table.is_control(row) for row in table.read_rows(tmp_path / "out")] == [False]
+    assert [results.is_control(row) for row in results.read(tmp_path / "out")] == [False]

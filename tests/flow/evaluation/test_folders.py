@@ -8,7 +8,7 @@ from digits_features import noisy_digits, write_folder
 from PIL import Image
 
 import datasets
-from flow.evaluation import table
+from flow.evaluation import results
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_two_processes_measure_a_folder(group, here, tmp_path, n, names, rel):
     ]
     here("evaluate", *command, "--out", tmp_path / "one")
     group("evaluate", *command, "--out", tmp_path / "two")
-    ([one], [two]) = (table.read_rows(tmp_path / name) for name in ("one", "two"))
+    ([one], [two]) = (results.read(tmp_path / name) for name in ("one", "two"))
     for key in ("metrics", "standard_errors"):
         assert one[key] and two[key] == pytest.approx(one[key], rel=rel, abs=0)
 
@@ -55,7 +55,7 @@ def test_labels_follow_the_number_of_an_image(here, error, tmp_path):
     command = ["evaluate", "--samples", folder, "--reference", "digits", "--feature_extractor", "digits", "--no_control"]
     command += ["--metrics", "accuracy", f"data.root={tmp_path}"]
     here(*command)
-    (row,) = table.read_rows(folder / "evaluation")
+    (row,) = results.read(folder / "evaluation")
     assert row["n"] == 69 and row["metrics"]["accuracy"] > 0.9
     (folder / "images/0004.png").rename(folder / "images/four.png")
     assert f"--samples {folder}: not a file of sample.py" in error(*command)
@@ -87,7 +87,7 @@ def test_subfolders_are_labels_if_they_are_classes(here, tmp_path):
         here(
             "evaluate", "--samples", tmp_path / layout, *command, f"data.root={tmp_path}", "--out", tmp_path / f"{layout}_table"
         )
-    by_class, in_turn = (table.read_rows(tmp_path / f"{layout}_table")[0]["metrics"] for layout in ("by_class", "in_turn"))
+    by_class, in_turn = (results.read(tmp_path / f"{layout}_table")[0]["metrics"] for layout in ("by_class", "in_turn"))
     assert by_class["accuracy"] > 0.95 and in_turn == {}
 
 
@@ -103,7 +103,7 @@ def test_renamed_classes_are_measured_again(here, tmp_path):
         (samples / f"{label:06d}").rename(samples / str(label))
     for _ in range(2):
         here(*command)
-    before, after = table.read_rows(tmp_path / "out")
+    before, after = results.read(tmp_path / "out")
     assert before["metrics"] == {} and after["metrics"]["accuracy"] > 0.95
 
 
@@ -117,7 +117,7 @@ def test_labels_beside_prompts_count(here, tmp_path, others):
     (folder / "sampling.json").write_text(json.dumps(note))
     command = ["evaluate", "--samples", folder, "--reference", "digits", "--feature_extractor", "digits", "--no_control"]
     here(*command, "--metrics", "accuracy", f"data.root={tmp_path}")
-    (row,) = table.read_rows(folder / "evaluation")
+    (row,) = results.read(folder / "evaluation")
     assert row["metrics"] == {} if others else row["metrics"]["accuracy"] > 0.9
 
 
@@ -136,7 +136,7 @@ def test_the_current_folder_has_its_name(here, tmp_path, monkeypatch):
     monkeypatch.chdir(samples)
     command = ["evaluate", "--samples", ".", "--reference", "digits", "--feature_extractor", "digits", "--no_control"]
     here(*command, "--metrics", "prc", f"data.root={tmp_path}")
-    assert [row["weights"] for row in table.read_rows(tmp_path / "samples_evaluation")] == ["samples"]
+    assert [row["weights"] for row in results.read(tmp_path / "samples_evaluation")] == ["samples"]
 
 
 def test_folders_refuse_flags_of_sampling(error, tmp_path):

@@ -8,7 +8,7 @@ from digits_features import write_folder
 from PIL import Image
 
 import datasets
-from flow.evaluation import memorization, metrics, table
+from flow.evaluation import memorization, metrics, results
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.reference import from_features
@@ -61,7 +61,7 @@ def test_command(here, tmp_path, tiny_run, monkeypatch):
         "--metrics", "memorization", f"data.root={tmp_path}", "--out", out,
     )  # fmt: skip
     assert "digits has no held-out images" in printed
-    control, row = table.read_rows(out)
+    control, row = results.read(out)
     assert control["metrics"]["memorization"] < 0.05 and row["metrics"]["memorization"] < 0.05
     assert "| 0.0" in (out / "results.md").read_text()
     with Image.open(out / "memorization.png") as figure:
@@ -80,10 +80,10 @@ def test_a_folder_of_training_images_is_copied(here, tmp_path):
     command = ["evaluate", "--samples", samples, "--reference", "digits", "--feature_extractor", "digits"]
     command += ["--metrics", "fid", "memorization", "--no_control", f"data.root={tmp_path}"]
     assert "note: no memorization" in here(*command)
-    (row,) = table.read_rows(out)
+    (row,) = results.read(out)
     assert row["requested"] == ["fid"] and list(row["metrics"]) == ["FD-digits"] and not (out / "memorization.png").exists()
     assert "note: no memorization" not in here(*command, "-c", "configs/digits.yaml")
-    assert table.read_rows(out)[-1]["metrics"]["memorization"] == 1 and (out / "memorization.png").exists()
+    assert results.read(out)[-1]["metrics"]["memorization"] == 1 and (out / "memorization.png").exists()
     before = (out / "results.jsonl").read_bytes()
     for config in ([], ["-c", "configs/digits.yaml"]):
         here(*command, *config)
@@ -102,7 +102,7 @@ def test_held_out_images_belong_to_the_row(here, tmp_path):
     shares = []
     for held_out in ("test", "other", "test"):
         here(*command, "data.name=packed", f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / held_out}}}")
-        (row,) = table.read_rows(tmp_path / "samples_evaluation")
+        (row,) = results.read(tmp_path / "samples_evaluation")
         shares.append(row["metrics"]["memorization"])
     assert shares[0] == shares[2] != shares[1]
 
@@ -125,7 +125,7 @@ def test_all_metrics_on_two_processes(tmp_path, tiny_run):
     for processes in (1, 2):
         for more in (several, moments):
             succeed(*command, tmp_path / str(processes), *more, processes=processes)
-    one, two = (table.read_rows(tmp_path / name) for name in "12")
+    one, two = (results.read(tmp_path / name) for name in "12")
     for a, b in zip(one, two, strict=True):
         assert b["metrics"] == pytest.approx(a["metrics"], rel=1e-5)  # KD is a small difference of large sums
         assert b["standard_errors"] == pytest.approx(a["standard_errors"], rel=1e-5)

@@ -15,7 +15,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 import datasets
-from flow.evaluation import metrics, reference, table
+from flow.evaluation import metrics, reference, results, table
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
 from flow.evaluation.frechet import frechet_distance
@@ -125,7 +125,7 @@ def test_accuracy_beside_another_extractor(here, monkeypatch, tmp_path, tiny_run
         *command, "--feature_extractor", "pixels", "--metrics", "fid", "accuracy", "isc", "--out", tmp_path / "pixels"
     )
     assert printed.count("note: no value of isc here") == 1
-    own, beside = ([row for row in table.read_rows(tmp_path / name) if row.get("NFE")] for name in ("digits", "pixels"))
+    own, beside = ([row for row in results.read(tmp_path / name) if row.get("NFE")] for name in ("digits", "pixels"))
     assert [row["metrics"]["accuracy"] for row in beside] == [row["metrics"]["accuracy"] for row in own]
     assert all(row["metrics"]["FD-pixels"] > 0 for row in beside) and len(beside) == 2
 

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flow.evaluation import animation, pictures, plots, plots_2d, table
+from flow.evaluation import animation, pictures, plots, plots_2d
+from flow.evaluation.entries import Statistic, without_earlier_snapshots
 from flow.sampling import images
 
 
@@ -30,7 +31,7 @@ def entry(nfe: float, fd: float, method: str = "euler", scale: float | None = No
         "images": None,
         "NFE": nfe,
         "forwards": nfe * (1 if scale in (None, 1) else 2),
-        "metrics": {"FID": table.Statistic(fd, math.nan)},
+        "metrics": {"FID": Statistic(fd, math.nan)},
     }
 
 
@@ -73,9 +74,9 @@ def test_intervals_and_the_floor_are_drawn(figures, tmp_path):
     """Bars of the rows, a band of the real images; distances of classes are no lines."""
     rows = [entry(nfe, 4 / nfe) for nfe in (1, 2)]
     for row in rows:
-        row["metrics"] = {"FD-x[3]": table.Statistic(9.0, math.nan), "FID": row["metrics"]["FID"]._replace(interval=0.5)}
+        row["metrics"] = {"FD-x[3]": Statistic(9.0, math.nan), "FID": row["metrics"]["FID"]._replace(interval=0.5)}
     floor = {**entry(1, 0.5), "weights": "real (test split)", "method": None, "NFE": None, "n": 9}
-    floor["metrics"] = {"FID": table.Statistic(0.5, math.nan, 0.2)}
+    floor["metrics"] = {"FID": Statistic(0.5, math.nan, 0.2)}
     plots.distance_against_nfe(tmp_path / "nfe.png", [*rows, floor])
     (axes,) = figures[0].axes
     assert axes.get_ylabel().startswith("FID")
@@ -97,7 +98,7 @@ def test_closest_images_are_pairs(figures, tmp_path):
 
 def snapshot_entry(step: int, nfe: int, fd: float, interval: float) -> dict:
     about = {"weights": f"run@{step}", "images": 100 * step, "steps": nfe, "n": 50}
-    return {**entry(nfe, fd), **about, "metrics": {"FID": table.Statistic(fd, math.nan, interval)}}
+    return {**entry(nfe, fd), **about, "metrics": {"FID": Statistic(fd, math.nan, interval)}}
 
 
 def test_snapshots_are_plotted_by_images(figures, tmp_path):
@@ -120,7 +121,7 @@ def test_earlier_snapshots_leave_nfe_plot():
     """Unless they have a curve of their own."""
     rows = [snapshot_entry(1, 10, 3.0, 0), snapshot_entry(2, 10, 2.0, 0), snapshot_entry(2, 5, 2.0, 0), entry(7, 1.0)]
     last = snapshot_entry(3, 10, 1.0, 0)
-    assert table.without_earlier_snapshots([*rows, last]) == [*rows[1:], last]
+    assert without_earlier_snapshots([*rows, last]) == [*rows[1:], last]
 
 
 @pytest.mark.parametrize("values", [(0.0, 3.0), (-0.1, 2.0), (math.nan, 1.0), (1e-12, 1e3), (3.0, 3.0)])
@@ -250,7 +251,7 @@ def test_distance_against_width_needs_two_widths(tmp_path):
     """Of one run with the same settings; widths with one point each are no lines against NFE."""
     keys = {"captions": None, "method": "heun", "guidance_scale": None, "NFE": 19, "forwards": 19, "n": 50}
     entries = [
-        {**keys, "weights": weights, "ema_width": width, "metrics": {"FID": table.Statistic(value, 0.1, 0.2)}}
+        {**keys, "weights": weights, "ema_width": width, "metrics": {"FID": Statistic(value, 0.1, 0.2)}}
         for weights, width, value in (("a@8", None, 3.0), ("a@8", 0.05, 2.0), ("b@8", 0.1, 2.5))
     ]
     figure = tmp_path / "width.png"
@@ -268,7 +269,7 @@ def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
         "method": "euler",
         "guidance_scale": 1.0,
         "NFE": 2,
-        "metrics": {"FID": table.Statistic(4.0, math.nan)},
+        "metrics": {"FID": Statistic(4.0, math.nan)},
     }
     plots.distance_against_nfe(tmp_path / "one.png", [entry])
     assert not (tmp_path / "one.png").exists()
@@ -280,7 +281,7 @@ def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
         "method": None,
         "NFE": None,
         "n": 9,
-        "metrics": {"FID": table.Statistic(1.0, math.nan)},
+        "metrics": {"FID": Statistic(1.0, math.nan)},
     }
     plots.distance_against_nfe(tmp_path / "control.png", [entry, control])
     assert not (tmp_path / "control.png").exists()

@@ -5,7 +5,7 @@ import pytest
 from digits_features import digits_extractor, digits_reference, feature_set, noisy_digits
 
 from datasets import DataSpec, HeldOut
-from flow.evaluation import metrics, reference, table
+from flow.evaluation import metrics, reference, results
 from flow.evaluation.comparison import Comparison
 from flow.noise import generator
 
@@ -100,7 +100,7 @@ def test_damaged_caches_are_named_and_computed_again(here, tmp_path, tiny_run):
 
     def distance(name: str) -> tuple[str, float]:
         printed = here(*command, "--out", tmp_path / name)
-        (row,) = table.read_rows(tmp_path / name)
+        (row,) = results.read(tmp_path / name)
         return printed, row["metrics"]["FD-digits"]
 
     _, expected = distance("whole")

@@ -5,7 +5,7 @@ from conftest import run_here
 from digits_features import digits_extractor, feature_set, write_folder
 
 import datasets
-from flow.evaluation import control, table
+from flow.evaluation import control, results
 from flow.evaluation.frechet import frechet_distance
 from flow.noise import generator
 from flow.runtime import distributed
@@ -29,9 +29,9 @@ def test_two_processes_find_the_same_numbers(group, evaluated):
     command, out = evaluated
     of_heun = ["--methods", "heun", "--sampling_steps", "3", "--repeats", "1"]
     group(*command[:-1], f"data.root={out / 'other'}", *of_heun, "--out", out / "two")
-    two = table.read_rows(out / "two")
+    two = results.read(out / "two")
     settings = [(row["method"], row["steps"], row["first"]) for row in two]
-    one = [row for row in table.read_rows(out / "one") if (row["method"], row["steps"], row["first"]) in settings]
+    one = [row for row in results.read(out / "one") if (row["method"], row["steps"], row["first"]) in settings]
     assert settings == [(None, None, 0), ("heun", 3, 0)]
     for a, b in zip(one, two, strict=True):
         assert a.get("NFE") == b.get("NFE")
@@ -45,8 +45,8 @@ def test_table_files_and_finished_rows(evaluated, here):
     folder = out / "one"
     names = {"results.jsonl", "results.csv", "results.md", "nfe.png", "memorization.png"}
     assert {p.name for p in folder.iterdir()} == names
-    control, *rows = table.read_rows(folder)
-    assert table.is_control(control) and control["n"] == 60
+    control, *rows = results.read(folder)
+    assert results.is_control(control) and control["n"] == 60
     assert [(r["method"], r["steps"], r["NFE"]) for r in rows[::2]] == [
         ("euler", 1, 1), ("euler", 3, 3), ("heun", 1, 1), ("heun", 3, 5),
     ]  # fmt: skip
@@ -58,7 +58,7 @@ def test_table_files_and_finished_rows(evaluated, here):
     before = (folder / "results.jsonl").read_bytes()
     again = here(*command, "--out", folder, "--rows_file", out / "rows.jsonl")
     assert (folder / "results.jsonl").read_bytes() == before
-    assert table.read_rows(out / "rows.jsonl") == [control, *rows]
+    assert results.read(out / "rows.jsonl") == [control, *rows]
     assert "| euler" in again
 
 
@@ -85,7 +85,7 @@ def test_one_bar_at_a_time(here, tmp_path, tiny_run, monkeypatch):
 
 def test_real_row_without_splits(evaluated, extractor):
     """Two random halves of the reference, of which the first has no more images than the rows have samples."""
-    row_of_real = next(row for row in table.read_rows(evaluated[1] / "one") if table.is_control(row))
+    row_of_real = next(row for row in results.read(evaluated[1] / "one") if results.is_control(row))
     data = datasets.build("digits", None, {})
     order = generator("control").permutation(len(data))
     chosen = control.choose_by_frequency(order[:898].tolist(), data.labels, data.labels[order[898:]], 60)
@@ -101,7 +101,7 @@ def test_rows_of_a_changed_network_are_other_rows(here, tmp_path, tiny_run):
     command += ["--metrics", "fid", "--no_control", "--out", tmp_path]
     for keys in ([], ["flow.prediction=data"], [], ["flow.prediction=data"]):
         here(*command, *keys)
-    plain, changed = table.read_rows(tmp_path)
+    plain, changed = results.read(tmp_path)
     assert plain["metrics"] != changed["metrics"]
 
 
@@ -114,5 +114,5 @@ def test_other_classes_give_no_labels(here, tmp_path, tiny_run):
     command += ["--no_control", "--metrics", "fid", "--out", tmp_path / "out", f"data.root={tmp_path}"]
     here(*command, "--reference", tmp_path / "named")
     here(*command, "--reference", "digits")
-    named, own = table.read_rows(tmp_path / "out")
+    named, own = results.read(tmp_path / "out")
     assert named["identity"]["labels"] == own["identity"]["labels"]

@@ -6,7 +6,7 @@ from conftest import TINY_RUN
 
 import models
 from configs import loading
-from flow.evaluation import table
+from flow.evaluation import results
 from flow.sampling import snapshot
 
 KEYS = [
@@ -32,6 +32,6 @@ def test_no_start_is_measured_twice(here, error, weights, tmp_path):
     line = error(*command, "--n_samples", 16)
     assert "--n_samples 16: the flow starts at 30 samples of toys; with --repeats 2 at most 15" in line and not out.exists()
     here(*command)  # takes them all
-    assert [(row["first"], row["n"]) for row in table.read_rows(out)] == [(0, 15), (15, 15)]
+    assert [(row["first"], row["n"]) for row in results.read(out)] == [(0, 15), (15, 15)]
     train = ["train", "-e", tmp_path / "run", *KEYS, *TINY_RUN, "evaluate.every_steps=2", "evaluate.n_samples=31"]
     assert "evaluate.n_samples=31: the flow starts at 30 samples of toys; at most 30" in error(*train)

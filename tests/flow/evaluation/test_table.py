@@ -6,7 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from flow.evaluation import plots, table
+from flow.evaluation import plots, results, table
+from flow.evaluation.entries import Statistic, aggregate
 
 
 def row(weights: str, n: int, extractor: str, **identity) -> dict:
@@ -26,15 +27,15 @@ def test_rows_of_one_call_among_others(tmp_path):
         row("real (test split)", 70, "mnist", control="split"),
         row("real (test split)", 90, "digits", control="split"),
     ):
-        table.append_row(tmp_path, own)
+        results.append(tmp_path, own)
 
     def seeds(*args) -> list[tuple]:
-        return [(r["weights"], r["identity"]["seed"]) for r in table.rows_of(tmp_path, *args)]
+        return [(r["weights"], r["identity"]["seed"]) for r in results.rows_of(tmp_path, *args)]
 
     assert seeds(80) == [("run@1", 0), ("run@1", 1), ("run@2", 0)]
     assert seeds(80, "digits") == [("run@1", 0), ("run@1", 1)]
-    assert [r["n"] for r in table.floors(tmp_path, 80)] == [70]  # of at most as many images
-    assert table.floors(tmp_path, 30) == []
+    assert [r["n"] for r in results.real_rows(tmp_path, 80)] == [70]  # of at most as many images
+    assert results.real_rows(tmp_path, 30) == []
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_labels_of_references_are_no_difference(tmp_path):
 
 
 def test_many_labels_are_counted():
-    (entry,) = table.aggregate([row("run@1", 40, "digits", labels=list(range(100)))])
+    (entry,) = aggregate([row("run@1", 40, "digits", labels=list(range(100)))])
     assert entry["labels"].startswith("100 labels ") and len(entry["labels"]) < 30
 
 
@@ -83,7 +84,7 @@ def test_only_refitted_times_are_named():
         return {**row("run@1", 40, "digits"), "steps": steps, "NFE": steps, "forwards": steps, "identity": {"times": times}}
 
     def names(*rows: dict) -> list[str]:
-        entries = table.aggregate(list(rows))
+        entries = aggregate(list(rows))
         return [plots.line_name(e, plots.several_of(entries)) for e in entries]
 
     first, again, other = fitted(0, 0.3, 1), fitted(0, 0.4, 1), fitted(0, 0.3, 0.6, 1)
@@ -110,28 +111,28 @@ def test_other_identities_are_variants(tmp_path, first, second, variants):
         return {**row("run@1", 40, "digits", **identity), "steps": steps, "NFE": steps, "forwards": steps}
 
     rows = [measured(steps, identity) for identity in (first, second) for steps in (5, 10)]
-    entries = table.aggregate(rows)
+    entries = aggregate(rows)
     assert len({entry["variant"] for entry in entries} - {None}) == variants
     lines: dict[str, list[int]] = {}
     for entry in entries:
         lines.setdefault(plots.line_name(entry, plots.several_of(entries)), []).append(entry["steps"])
     assert list(lines.values()) == ([[5, 10]] * 2 if variants else [[5, 5, 10, 10]])
     assert ("variant" in table.write(tmp_path, rows)) == ("variant" in (tmp_path / "results.csv").read_text()) == bool(variants)
-    assert all(entry["variant"] is None for single in rows for entry in table.aggregate([single]))
+    assert all(entry["variant"] is None for single in rows for entry in aggregate([single]))
 
 
 def test_variants_are_of_the_same_columns(tmp_path):
     """Two snapshots of a run, and two extractors, are told apart by their names."""
     snapshots = [row(f"run@{k}", 40, "digits", weights_sha256=str(k)) for k in range(2)]
     extractors = [row("run@0", 40, name, weights_sha256="0") for name in ("mnist", "inception-v3-compat")]
-    assert all(entry["variant"] is None for entry in table.aggregate([*snapshots, *extractors]))
+    assert all(entry["variant"] is None for entry in aggregate([*snapshots, *extractors]))
 
 
 def test_aggregate_mean_and_spread():
     """The aggregate is the mean and spread of the ranges."""
     common = {"weights": "w", "method": "euler", "steps": 2, "NFE": 2, "forwards": 2, "guidance_scale": None, "n": 9}
     rows = [{**common, "first": i, "identity": {}, "metrics": {"FID": v}, "seconds": 1.0} for i, v in enumerate((3.0, 5.0))]
-    (entry,) = table.aggregate(rows)
+    (entry,) = aggregate(rows)
     assert entry["metrics"]["FID"][:2] == pytest.approx((4.0, math.sqrt(2)))
     assert entry["ranges"] == 2
 
@@ -141,10 +142,10 @@ def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
     row = {"weights": "w", "method": "dopri5", "steps": None, "guidance_scale": 2.0, "n": 9, "identity": {"seed": 1}}
     for first, nfe in ((0, 72), (9, 74), (18, 79)):
         cost = {"NFE": nfe, "forwards": 2 * nfe, "metrics": {"FID": nfe / 10}, "seconds": 1.0}
-        table.append_row(tmp_path, {**row, "first": first, **cost, "requested": ["fid"]})
-    assert table.contains(tmp_path, {**row, "first": 9, "requested": ["fid"]})  # what is measured is no part of the question
-    rows = table.read_rows(tmp_path)
-    (entry,) = table.aggregate(rows)
+        results.append(tmp_path, {**row, "first": first, **cost, "requested": ["fid"]})
+    assert results.contains(tmp_path, {**row, "first": 9, "requested": ["fid"]})  # what is measured is no part of the question
+    rows = results.read(tmp_path)
+    (entry,) = aggregate(rows)
     assert (entry["ranges"], entry["NFE"], entry["forwards"]) == (3, 75, 150)
     assert entry["metrics"]["FID"][:2] == pytest.approx((7.5, 0.36056), abs=1e-5)
     assert "| 75 (sd 3.6) | 150 (sd 7.2) |" in table.write(tmp_path, rows)
@@ -163,8 +164,8 @@ def test_table_shows_intervals(tmp_path):
         )
     ]  # fmt: skip
     for row in rows:
-        table.append_row(tmp_path, row)
-    intervals = [entry["metrics"]["FID"].interval for entry in table.aggregate(table.read_rows(tmp_path))]
+        results.append(tmp_path, row)
+    intervals = [entry["metrics"]["FID"].interval for entry in aggregate(results.read(tmp_path))]
     assert intervals == pytest.approx([1.96 * 0.5, 1.96 * 0.25, math.nan], nan_ok=True)
     text = table.write(tmp_path, rows)
     assert "3.00 ± 0.98 |" in text and "4.00 ± 0.49 (sd 1.41) |" in text and text.endswith(table.NOTE)
@@ -201,4 +202,4 @@ def test_a_table_takes_the_place_of_the_one_before(tmp_path):
 )  # fmt: skip
 def test_decimals_suit_the_scale_of_a_metric(name, text):
     """A good model has an FD-inception-768 of 0.15 with an interval of 0.005."""
-    assert table.cell(name, table.Statistic(0.1514, math.nan, 0.0049)) == text
+    assert table.cell(name, Statistic(0.1514, math.nan, 0.0049)) == text

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from configs import loading
-from flow.evaluation import table
+from flow.evaluation import results, table
 from flow.runtime import distributed, jsonl
 from flow.training.logging import Logger, read_metrics
 
@@ -27,8 +27,8 @@ DAMAGE = {
 def test_damaged_results_are_named(tmp_path, capsys, content):
     path = tmp_path / "results.jsonl"
     path.write_bytes(json.dumps({**ROW, "first": 9}).encode() + b"\n\n" + content)
-    table.append_row(tmp_path, ROW)
-    assert [row["first"] for row in table.read_rows(tmp_path)] == [9, 0]
+    results.append(tmp_path, ROW)
+    assert [row["first"] for row in results.read(tmp_path)] == [9, 0]
     (warning,) = capsys.readouterr().err.splitlines()
     assert f"{path}, line 3: {DAMAGE[content]}" in warning
 
@@ -42,9 +42,9 @@ def test_results_of_wrong_types_are_named(tmp_path, capsys, key):
         row = {**ROW, key: value}
         if value == "absent":
             del row[key]
-        table.append_row(folder, {**ROW, "first": 9})
-        table.append_row(folder, row)
-        rows = table.read_rows(folder)
+        results.append(folder, {**ROW, "first": 9})
+        results.append(folder, row)
+        rows = results.read(folder)
         warnings = capsys.readouterr().err.splitlines()
         assert len(rows) + len(warnings) == 2 and all("results.jsonl, line 2: it" in w for w in warnings)
         assert table.write(folder, rows).startswith("| weights")
@@ -72,11 +72,11 @@ def test_a_full_disk_leaves_whole_lines(tmp_path):
 
 def test_metrics_of_other_columns_add_up(tmp_path):
     """A row that is measured again with other metrics does not hide the first ones."""
-    table.append_row(tmp_path, ROW)
-    table.append_row(tmp_path, {**ROW, "metrics": {"KID": 0.5}, "requested": ["kid"]})
-    (row,) = table.read_rows(tmp_path)
+    results.append(tmp_path, ROW)
+    results.append(tmp_path, {**ROW, "metrics": {"KID": 0.5}, "requested": ["kid"]})
+    (row,) = results.read(tmp_path)
     assert row["metrics"] == {"FID": 3.0, "KID": 0.5}
-    assert table.contains(tmp_path, {**ROW, "requested": ["kid", "fid"]}) and not table.contains(
+    assert results.contains(tmp_path, {**ROW, "requested": ["kid", "fid"]}) and not results.contains(
         tmp_path, {**ROW, "requested": ["prc"]}
     )
 

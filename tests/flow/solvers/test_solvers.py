@@ -10,11 +10,10 @@ import torch
 from flow import solvers
 from flow.guidance import GuidedVelocity
 from flow.likelihood import T_MAX
-from flow.solvers import time_grids, torchdiffeq
+from flow.solvers import ADAPTIVE, time_grids
 from flow.solvers.multistep import ADAMS_BASHFORTH
 from flow.solvers.runge_kutta import TABLEAUX
 from flow.solvers.sde import DIFFUSION_COEFFICIENTS
-from flow.solvers.torchdiffeq import ADAPTIVE
 
 
 def test_a_failed_integration_is_an_error():
@@ -81,14 +80,15 @@ def test_every_name_of_torchdiffeq_is_a_method():
     from torchdiffeq._impl.odeint import SOLVERS
 
     assert set(SOLVERS) <= set(solvers.SOLVERS)
-    assert set(SOLVERS) == set(torchdiffeq.IGNORES_GRID) | (set(SOLVERS) & set(TABLEAUX))
+    solved_there = {name for name, solver in solvers.SOLVERS.items() if solver.times != "grid"}
+    assert set(SOLVERS) == solved_there | (set(SOLVERS) & set(TABLEAUX))
 
 
 @pytest.mark.filterwarnings("ignore:Functional iteration did not converge")  # by the last bits, with these tolerances
-@pytest.mark.parametrize("method", ["explicit_adams", *torchdiffeq.IMPLICIT])
+@pytest.mark.parametrize("method", [name for name, solver in solvers.SOLVERS.items() if solver.times == "even"])
 def test_adams_methods_of_torchdiffeq(method):
     """At least of fourth order, with the open last step; without one, to a time before the data and back, as accurate."""
-    tight = {"rtol": 1e-12, "atol": 1e-12} if method in torchdiffeq.IMPLICIT else {}
+    tight = {"rtol": 1e-12, "atol": 1e-12} if solvers.SOLVERS[method].options else {}
     logs = [math.log2(rotation_error(method, n, **tight)) for n in (16, 32, 64)]
     assert (logs[0] - logs[-1]) / 2 > 3.8
     x0 = torch.linspace(-2, 2, 8, dtype=torch.float64).view(4, 2)

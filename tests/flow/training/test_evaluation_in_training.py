@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import datasets
 from configs import loading
-from flow.evaluation import table
+from flow.evaluation import results
 from flow.model import FlowModel
 from flow.path import LinearPath
 from flow.runtime import lock
@@ -48,10 +48,10 @@ def copy(run, tmp_path) -> Path:
     return shutil.copytree(run, tmp_path / "run")
 
 
-def results(folder: Path) -> list[dict]:
+def rows_of_snapshots(folder: Path) -> list[dict]:
     """The rows of snapshots, without the time they took."""
     rows = [json.loads(line) for line in (folder / "evaluation/results.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if not table.is_control(row)]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows if not results.is_control(row)]
 
 
 def drop_last_row(file: Path) -> None:
@@ -64,7 +64,7 @@ def test_rows_losses_and_best_snapshot(run):
     assert {p.name for p in (run / "evaluation").iterdir()} == {
         "results.jsonl", "results.csv", "results.md", "snapshots.png", "memorization.png",
     }  # fmt: skip
-    rows, logged = results(run), read_metrics(run / "metrics.jsonl")
+    rows, logged = rows_of_snapshots(run), read_metrics(run / "metrics.jsonl")
     assert [(row["weights"], row["images"], row["n"]) for row in rows] == [("run@3", 96, 80), ("run@4", 128, 80)]
     columns = {row["step"]: row for row in logged if FD in row}
     assert {step: row[FD] for step, row in columns.items()} == {3: rows[0]["metrics"][FD], 4: rows[1]["metrics"][FD]}
@@ -81,13 +81,13 @@ def test_evaluate_adds_what_is_missing(here, copy, run):
     """Of the three snapshots the row of step 3 is there; that of step 4 comes out as in the training."""
     drop_last_row(copy / "evaluation/results.jsonl")
     printed = here("evaluate", "--weights", copy, "--snapshots", "all", *SAME, f"data.root={run.parent}")
-    (third, fourth), rows = results(run), results(copy)
+    (third, fourth), rows = rows_of_snapshots(run), rows_of_snapshots(copy)
     assert rows[0] == third and [row["weights"] for row in rows[1:]] == ["run@2", "run@4"]
     assert rows[2]["identity"] == fourth["identity"] and rows[2]["metrics"] == pytest.approx(fourth["metrics"], rel=1e-6)
     names = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| run@")]
     assert names == ["run@2", "run@3", "run@4"]
     here("evaluate", "--weights", copy / "best.safetensors", *SAME)
-    assert results(copy) == rows
+    assert rows_of_snapshots(copy) == rows
 
 
 def test_kill_before_row_computes_it(here, copy, run):
@@ -96,7 +96,7 @@ def test_kill_before_row_computes_it(here, copy, run):
     drop_last_row(copy / "metrics.jsonl")
     shutil.copy(run / "snapshots/step_00000003.safetensors", copy / "best.safetensors")
     here("train", "-e", copy, "-r", "latest")
-    assert results(copy) == results(run)
+    assert rows_of_snapshots(copy) == rows_of_snapshots(run)
     assert fault_injection.losses(copy / "metrics.jsonl") == fault_injection.losses(run / "metrics.jsonl")
     assert (copy / "best.safetensors").read_bytes() == (run / "best.safetensors").read_bytes()
 
@@ -105,7 +105,7 @@ def test_kill_before_row_computes_it(here, copy, run):
 def test_kill_before_log_logs_the_row(here, copy, run):
     drop_last_row(copy / "metrics.jsonl")
     here("train", "-e", copy, "-r", "latest")
-    assert results(copy) == results(run)
+    assert rows_of_snapshots(copy) == rows_of_snapshots(run)
     assert fault_injection.losses(copy / "metrics.jsonl") == fault_injection.losses(run / "metrics.jsonl")
 
 
@@ -114,7 +114,7 @@ def test_resume_and_evaluation_leave_the_weights(here, copy, run, tmp_path):
     shutil.rmtree(copy / "checkpoints/step_00000004")
     here("train", "-e", copy, "-r", "latest")
     assert fault_injection.compare(copy / "checkpoints", run / "checkpoints") == []
-    assert results(copy) == results(run)
+    assert rows_of_snapshots(copy) == rows_of_snapshots(run)
     here("train", *TRAIN, "-e", tmp_path / "plain")
     for name in ("model.safetensors", "ema.safetensors"):
         a, b = (load_file(folder / "checkpoints/step_00000004" / name) for folder in (run, tmp_path / "plain"))
@@ -160,7 +160,7 @@ def test_best_by_other_settings_is_set_aside(here, copy):
     here("train", "-e", copy, "-r", "latest", "evaluate.seed=1")
     aside = copy / "snapshots/best_before_step_00000003.safetensors"
     assert snapshot.load(aside).step == 4 and f"it is now {aside}" in (copy / "log.txt").read_text()
-    rows = {row["images"]: row for row in results(copy) if row["identity"].get("seed") == 1}
+    rows = {row["images"]: row for row in rows_of_snapshots(copy) if row["identity"].get("seed") == 1}
     best = min(rows.values(), key=lambda row: row["metrics"][FD])
     assert len(rows) == 2 and snapshot.load(copy / "best.safetensors").images == best["images"]
 
@@ -173,7 +173,7 @@ def test_two_processes_find_the_same_numbers(group, tmp_path, run):
     group("train", *still, "train.ddp_comm_hook=fp16", "-e", two)
     losses = [[row for row in fault_injection.losses(r / "metrics.jsonl") if "validation_loss" in row] for r in (one, two)]
     assert losses[0] == losses[1] and len(losses[0]) == 2
-    for a, b in zip(results(one), results(two), strict=True):
+    for a, b in zip(rows_of_snapshots(one), rows_of_snapshots(two), strict=True):
         assert a["metrics"] == pytest.approx(b["metrics"], rel=1e-6)
 
 
@@ -254,7 +254,7 @@ def test_row_beside_a_writer_of_the_table(here, copy, monkeypatch):
     with lock.folder(copy / "evaluation"):
         said = here("train", "-e", copy, "-r", "latest")
     assert "note: the row is in results.jsonl, not yet in the table" in said
-    assert [row["weights"] for row in results(copy)] == ["run@3", "run@4"]
+    assert [row["weights"] for row in rows_of_snapshots(copy)] == ["run@3", "run@4"]
     assert (copy / "evaluation/results.md").read_text() == before
 
 
