@@ -62,7 +62,7 @@ class DataSet(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Of what a network sees of a sample: (C, H, W), or (2,) for points."""
+        """The shape of what a network sees of a sample: (C, H, W), or (2,) for points."""
 
     def fingerprint(self) -> str:
         """Hash of the content, for caches of features."""
@@ -99,7 +99,7 @@ class DataSpec:
 
     @classmethod
     def of(cls, data: Any) -> "DataSpec":
-        """That of the section `data` of a configuration."""
+        """The data set of the section `data` of a configuration."""
         return cls(data.name, data.root, dict(data.args))
 
     @classmethod

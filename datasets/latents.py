@@ -34,7 +34,7 @@ class Latents:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Of a latent: (C, h, w)."""
+        """The shape of a latent: (C, h, w)."""
         return tuple(self.shards[0]["mean"].shape[1:])  # type: ignore[return-value]
 
     @property

@@ -95,7 +95,7 @@ def dequantize(pixels: Tensor, u: Tensor) -> Tensor:
 
 
 def bits_per_dimension(log_p: Tensor, dimensions: int) -> Tensor:
-    """Of 8-bit images: log_p [B] in nats, the log-density of `dequantize(pixels, u)`.
+    """Bits per dimension [B] of 8-bit images from log_p [B] in nats, the log-density of `dequantize(pixels, u)`.
 
     Its mean over u bounds from below the log of the mean density over the bins, which is the log-probability of the pixels
     (uniform dequantisation, Theis et al. 2016, arXiv:1511.01844): the bits are an upper bound. A flow that was trained on the

@@ -38,7 +38,7 @@ def _digest(key: tuple[str | int, ...]) -> bytes:
 
 
 def _hash(text: str):
-    """Of 128 bits, the key size of Philox."""
+    """A BLAKE2b hash of 128 bits, the key size of Philox."""
     return hashlib.blake2b(text.encode(), digest_size=16)
 
 

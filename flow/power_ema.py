@@ -21,7 +21,7 @@ MAX_WIDTH = 12**-0.5  # of gamma = 0, a constant profile; a wider one would give
 
 
 class Profile(NamedTuple):
-    """Of a stored average."""
+    """The width and time of a stored average."""
 
     width: float  # sigma_rel, above 0 and below MAX_WIDTH
     time: float  # above 0

@@ -144,7 +144,7 @@ def check_figure_flags(args, plane: bool) -> None:
 
 
 def guidance_scales(args, model: FlowModel) -> list[float]:
-    """Those of the command line, else 1, or several for grids of a network that can be guided."""
+    """The scales of the command line, else 1, or several for grids of a network that can be guided."""
     if args.guidance_scale:
         return sorted(set(args.guidance_scale))
     guided = can_guide(model) and model.trained_guidance == 1 and (model.null_is_trained or model.guide)

@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def data_section(args) -> schema.DataConfig:
-    """That of a configuration, which may be an autoencoder's. Raises UserError for overrides of other sections."""
+    """The section `data` of a configuration, also of an autoencoder's. Raises UserError for overrides of other sections."""
     if others := [key for key in loading.overridden(args.overrides) if not key.startswith("data.")]:
         raise UserError(f"{others[0]}: of the configuration only data.* has a meaning here; the autoencoder is --vae")
     kind: type = schema.Config

@@ -41,14 +41,14 @@ class Guidance(NamedTuple):
 
     @property
     def curve(self) -> str:
-        """Of the figure."""
+        """What the curve of this candidate is called."""
         by = f"autoguidance by {title_of(self.guide)}" if self.guide else "classifier-free guidance"
         low, high = self.interval
         return by + (f", t from {low:g} to {high:g}" if self.interval != ALL_TIMES else "")
 
     @property
     def flags(self) -> list[str]:
-        """Of sample.py."""
+        """The flags of sample.py for this candidate."""
         interval = [f"{t:g}" for t in self.interval]
         words = ["--guidance_interval", *interval] if self.interval != ALL_TIMES else []
         return [*commands.condition_flags(self.scale), *words, *(["--guide_weights", self.guide] if self.guide else [])]

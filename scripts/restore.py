@@ -175,7 +175,7 @@ def read_mask(path: Path, height: int, width: int) -> Tensor:
 
 
 def parameters(args) -> dict[str, Any]:
-    """Of the degradation, for the record."""
+    """The parameters of the degradation, for the record."""
     if args.task != "inpaint":
         return {flag: getattr(args, flag) or DEFAULTS[flag] for flag, task in TASK_FLAGS.items() if task == args.task}
     if args.mask:
@@ -195,7 +195,7 @@ def check_conditions(conditions: SamplerSettings, model: FlowModel, snap: snapsh
 
 
 def settings_of(args) -> RestorationSettings:
-    """Those of the task, but for what the command line says. Raises ValueError for numbers out of range."""
+    """The settings of the task, but for what the command line says. Raises ValueError for numbers out of range."""
     typed = {name: getattr(args, name) for name in ("step_size", "data_steps") if getattr(args, name) is not None}
     return dataclasses.replace(TASKS[args.task], steps=args.steps, draws=args.draws, **typed)
 

@@ -126,6 +126,14 @@ def test_every_file_has_a_docstring():
     assert [name_of(file) for file in FILES if not ast.get_docstring(parse(file))] == []
 
 
+def test_docstrings_name_their_subject():
+    """\"Of a row.\" leaves it to the name of the function."""
+    own = [f for f in FILES if "tests" not in f.relative_to(REPOSITORY).parts]
+    nodes = [(f, node) for f in own for node in ast.walk(parse(f)) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    texts = [(name_of(f), node.name, ast.get_docstring(node) or "") for f, node in nodes]
+    assert [text for text in texts if text[2].startswith(("Of ", "That of ", "Those "))] == []
+
+
 def test_pickles_are_loaded_as_weights_only():
     """torch.load without weights_only=True runs whatever code a file of weights holds."""
     unsafe = []

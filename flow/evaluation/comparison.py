@@ -37,7 +37,7 @@ class Comparison:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Those that there are features of; none where only moments are known."""
+        """The layers that there are features of; none where only moments are known."""
         return tuple(self.samples.rows) if isinstance(self.samples, FeatureSet) else ()
 
     def set_error(self, column: str, error: float | None) -> None:

@@ -233,13 +233,13 @@ class BlockMoments:
         self.waiting = []
 
     def check_finite(self, owner: str) -> None:
-        """As that of `FeatureSet`."""
+        """As `FeatureSet.check_finite`."""
         if self.bad:
             raise ValueError(_not_finite(owner, len(self.bad), self.n, min(self.bad)))
 
     @property
     def total(self) -> Moments:
-        """Of all blocks."""
+        """The moments of all blocks."""
         total = Moments()
         for block in self.blocks:
             total.merge(block)

@@ -131,7 +131,7 @@ def density_coverage(c: Comparison) -> dict[str, float]:
 
 
 def neighborhoods(c: Comparison, k: int) -> Neighborhoods | None:
-    """Those of samples and reference, computed once for all requested metrics; None for sets without k neighbors."""
+    """Neighborhoods of samples and reference, computed once for all requested metrics; None for sets without k neighbors."""
     features, real = c.matrix(), c.reference.features
     if real is None or min(len(features), len(real)) <= k:
         return None

@@ -34,7 +34,7 @@ class RealImages:
 def load_real_images(
     choice: str | None, accelerator: Accelerator, image_shape: tuple[int, ...], config: Config, flag: str = "--reference"
 ) -> RealImages | None:
-    """Those that samples of this shape are compared with; None for an npz file, which holds statistics alone.
+    """The real images that samples of this shape are compared with; None for an npz file, which holds statistics alone.
 
     Args:
         choice: the value of --reference; None: the training set of the configuration.

@@ -68,7 +68,7 @@ def score(method: str, originals: Tensor, restored: Tensor) -> Scores:
 
 
 def best_baseline(scores: list[Scores]) -> Scores:
-    """That with the highest mean PSNR of all but the flow, the degraded image among them."""
+    """The scores with the highest mean PSNR of all but the flow, the degraded image among them."""
     return max((entry for entry in scores if entry.method != FLOW), key=lambda entry: np.mean(entry.psnr))
 
 

@@ -70,7 +70,7 @@ class Measurement:
 
     @property
     def columns(self) -> dict[str, dict[str, float]]:
-        """Of a row of the table."""
+        """The columns of a row of results.jsonl."""
         errors = {} if self.standard_errors is None else {"standard_errors": self.standard_errors}
         return {"metrics": self.metrics, **errors}
 

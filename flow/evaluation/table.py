@@ -91,7 +91,7 @@ def by_nfe(entries: list[dict], metrics: list[str], names: dict[str, str], extra
 
 
 def decimals(name: str) -> int:
-    """Of a metric in tables, by its name."""
+    """The number of decimals of a metric, by its name."""
     if name in FOUR_DIGITS or name.startswith("KD-"):
         return 4
     return 3 if name in THREE_DIGITS or name.startswith(SMALL_DISTANCE) else 2

@@ -45,8 +45,8 @@ class AlphaFlow(FlowMapLoss):
         self.check("alpha_min", 0 < self.alpha_min <= 1, "more than 0 and at most 1")
 
     @property
-    def passes(self) -> float:  # type: ignore[override]
-        """Of a sample, the mean over a training: the target takes one more while alpha is less than 1."""
+    def passes(self) -> float:
+        """The mean over a training: the target takes one pass more while alpha is less than 1."""
         return 3 + self.guidance_passes + sum(self.needs_second_pass(k / 1000) for k in range(1000)) / 1000
 
     def alpha(self, progress: float) -> float:

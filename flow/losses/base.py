@@ -83,7 +83,6 @@ class FlowLoss(ABC):
     name: ClassVar[str]
     num_uniforms: ClassVar[int] = 1
     draws: ClassVar[dict[str, tuple[int, ...]]] = {}
-    passes: float = 3.0  # passes through the network that a sample costs: 1 forward, 2 backward
     needs_two_times: ClassVar[bool] = False  # of the network: it is a flow map
     needs_derivative: ClassVar[bool] = False  # calls eager.jvp or eager.difference
     needs_states: ClassVar[bool] = False  # reads batch.states
@@ -95,6 +94,11 @@ class FlowLoss(ABC):
         cls.capturable = cls.__dict__.get("capturable", False)  # not inherited: a subclass may read more of the batch
         if "name" in cls.__dict__:  # others are bases of losses
             LOSSES[cls.name] = cls
+
+    @property
+    def passes(self) -> float:
+        """Passes through the network that a sample costs: one forward, a backward pass counts as two."""
+        return 3.0
 
     def check(self, key: str, holds: bool, rule: str) -> None:
         """Raises ValueError that names the argument `key` and the rule where the rule does not hold."""

@@ -50,8 +50,8 @@ class MeanFlow(FlowMapLoss):
             self.check("jvp_precision", self.jvp_precision == "no", "no with derivative=difference, which rounding would drown")
 
     @property
-    def passes(self) -> float:  # type: ignore[override]
-        """Of a sample; the derivative counts as two: the network and its tangent, or the two ends of the difference."""
+    def passes(self) -> float:
+        """The derivative counts as two passes: the network and its tangent, or the two ends of the difference."""
         return 3 + self.guidance_passes + self.mean_map_share * (2 + (self.tangent == "network"))
 
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:

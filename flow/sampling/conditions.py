@@ -18,7 +18,7 @@ MAX_COLUMNS = 20  # of a picture, one for each condition
 def preview_settings(
     config: Config, net: Network, class_names: Sequence[str], labels: tuple[int, ...] | None = None
 ) -> SamplerSettings:
-    """Those of the previews of a training; a network with prompts gets one for each class. labels: in turn; None: all."""
+    """The sampler of the previews of a training; a network with prompts gets one for each class. labels: in turn; None: all."""
     p = config.preview
     prompts = tuple(map(captions.plain, class_names)) if net.max_prompt_bytes else None
     return SamplerSettings(p.sampling_method, p.sampling_steps, p.guidance_scale, seed=p.seed, labels=labels, prompts=prompts)

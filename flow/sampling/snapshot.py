@@ -67,7 +67,7 @@ class Snapshot:
 
     @property
     def decoded_shape(self) -> tuple[int, ...]:
-        """Of the images that come out in the end; `image_shape` is that of what the network sees."""
+        """The shape of the images that come out in the end; `image_shape` is that of what the network sees."""
         return self.space.decoded_shape
 
     @property

@@ -93,13 +93,13 @@ def number_of_starts(source: Source) -> int | None:
 
 
 def fingerprint(model: FlowModel) -> str | None:
-    """Of the samples that a flow from data starts at, once `attach` has read them; None for noise."""
+    """The fingerprint of the samples that a flow from data starts at, once `attach` has read them; None for noise."""
     own = model.source.held_out if isinstance(model.source, DataSource) else model.source
     return _fingerprint(own) if isinstance(own, OrderedSource) else None
 
 
 def training_fingerprint(source: Source) -> str | None:
-    """Of the samples that training and pairs draw from; None for noise."""
+    """The fingerprint of the samples that training and pairs draw from; None for noise."""
     return _fingerprint(source.training) if isinstance(source, DataSource) else None
 
 

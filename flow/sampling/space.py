@@ -35,7 +35,7 @@ class Space:
 
     @property
     def decoded_shape(self) -> tuple[int, ...]:
-        """Of what people see."""
+        """The shape of the images that come out in the end, or of points."""
         return tuple(self.codec["image_shape"]) if self.codec else self.shape
 
     @property

@@ -68,7 +68,7 @@ class TrainingLoader:
 
     @classmethod
     def of(cls, accelerator: Accelerator, config: Config | VaeConfig, data) -> "TrainingLoader":
-        """That of a trainer, on its process."""
+        """The loader of this process, by the configuration."""
         return cls(
             data, seed=config.seed, batch_size=config.train.batch_size,
             gradient_accumulation_steps=config.train.gradient_accumulation_steps,

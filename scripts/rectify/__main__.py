@@ -118,7 +118,7 @@ class Rectify:
         return train_arguments(stage.config, self.folder / name, overrides)
 
     def pairs(self, name: str, teacher: str | None) -> list[str]:
-        """Of make_pairs; each set has noise of its own."""
+        """The make_pairs command of a stage; each set has noise of its own."""
         stage = self.cfg.stages[name]
         assert stage.pairs is not None and teacher is not None
         settings, source = stage.pairs, self.cfg.stages[teacher]

@@ -36,8 +36,8 @@ class Cost:
 
 
 def stage_cost(cfg: RectifyConfig, name: str, elapsed: float) -> Cost:
-    """Of a finished stage: the minutes of its steps without checkpoints and previews, or those of making its pairs, which took
-    `elapsed` seconds (nan: unknown, as a kill came before they were noted)."""
+    """The cost of a finished stage: the minutes of its steps without checkpoints and previews, or those of making its pairs,
+    which took `elapsed` seconds (nan: unknown, as a kill came before they were noted)."""
     stage, folder = cfg.stages[name], Path(cfg.folder) / name
     if stage.pairs is not None:
         manifest = read_manifest(folder)
@@ -117,7 +117,7 @@ def resolve_classes(cfg: RectifyConfig, configs: dict[str, Config]) -> None:
 
 
 def classes_of(config: Config) -> int | None:
-    """Of the network's labels, once `resolve_classes` has counted them; None for a network without labels."""
+    """The number of classes of the network, once `resolve_classes` has counted them; None for a network without labels."""
     return config.model.args.get("num_classes")
 
 

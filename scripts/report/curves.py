@@ -61,7 +61,7 @@ def read_curves(path: Path, modified: int, size: int, points: int) -> tuple[dict
 
 
 def damaged_lines(path: Path, lines: list[jsonl.Line]) -> list[str]:
-    """Those that hold no row, described for a panel."""
+    """The lines that hold no row, described for a panel."""
     return [jsonl.describe(path, line) for line in lines if line.row is None]
 
 

@@ -98,7 +98,7 @@ class Run:
 
     @property
     def environment(self) -> dict:
-        """Of the last start."""
+        """The environment of the last start."""
         return self.starts[-1] if self.starts else {}
 
     @property
@@ -241,7 +241,7 @@ def _read_entries(path: Path) -> tuple[list[dict], list[str]]:
 
 
 def _status(run: Run) -> Status:
-    """From the last event in log.txt, and from the process that has signed the lock file."""
+    """The status by the last event in log.txt and by the process that has signed the lock file."""
     resumed = max(0, len(run.starts) - 1)
     event = ""
     for line in run.log:
@@ -291,7 +291,7 @@ def _figures(folder: Path, pictures: list[Path]) -> list[Path]:
 
 
 def _class_names(run: Run) -> tuple[str, ...] | None:
-    """Of the latest snapshot; None where there is none, or where it is damaged."""
+    """The class names of the latest snapshot; None where there is none, or where it is damaged."""
     try:
         weights = locate.find(run.folder)
     except UserError:  # no snapshot yet
@@ -300,7 +300,7 @@ def _class_names(run: Run) -> tuple[str, ...] | None:
 
 
 def _read_class_names(weights: Path) -> tuple[str, ...]:
-    """From the header of a snapshot, which is checked. Raises ValueError where it is damaged."""
+    """The class names in the header of a snapshot, which is checked. Raises ValueError where it is damaged."""
     try:
         with safe_open(weights, framework="pt") as file:
             entries = file.metadata() or {}
