@@ -40,6 +40,7 @@ class FlowModel:
     trained_guidance: float = 1.0  # the scale inside the velocity that a flow map learned (loss.args.guidance_scale)
     null_is_trained: bool = True  # labels or prompts were dropped in its training (flow.label_dropout above 0)
     decode: Callable[[Tensor], Tensor] | None = None  # of a flow on latents: from the end of the flow to images in [-1, 1]
+    encode: Callable[[Tensor], Tensor] | None = None  # of the same flow: from such images to the data that it leads to
     guide: "FlowModel | None" = None  # a weaker model of the same data, for autoguidance (arXiv:2406.02507)
     source: Source = field(default_factory=GaussianSource)  # of x0
     coupling: str = "independent"  # of its training: flow.coupling

@@ -71,6 +71,12 @@ class VAE(nn.Module):
 
         return self._split_on_oom(decoded, latents, max(latents.shape[-2:]))
 
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Normalised latents (mean - shift) / scale [B, c, h, w], float32, of images [B, C, H, W] in [-1, 1]; `decode` takes
+        them back."""
+        mean, _ = self.encode(images)  # which moves shift and scale to the device
+        return (mean - self.shift) / self.scale
+
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Raises ValueError for images that the autoencoder does not take."""
         channels, height, width = image_shape

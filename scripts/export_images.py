@@ -38,7 +38,7 @@ def main() -> None:
     with error_context("data"):
         data = DataSpec.of(source).build()
         if not Space(data.image_shape, data.codec).is_pixels:
-            raise ValueError(f"data.name={source.name}: holds no images")
+            raise ValueError(f"data.name={source.name}: holds no images; use mnist, folder or another set of pixels")
     if args.save_dir.is_symlink():  # the folder behind it is replaced
         args.save_dir = args.save_dir.resolve()
     with lock.unfinished(args.save_dir) as new:

@@ -48,11 +48,11 @@ def main() -> None:
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model(decode=False)
     if model.net.max_prompt_bytes:
-        raise UserError("--weights: the likelihood under a network with prompts is not defined by images and labels")
-    with error_context("--weights"):
+        raise UserError(f"--weights {args.weights}: reads prompts, which the images do not have; give a flow without them")
+    with error_context(f"--weights {args.weights}"):
         check_density_known(model.source)
     if snap.codec:
-        raise UserError("--weights: a flow on latents gives no likelihood of images")
+        raise UserError(f"--weights {args.weights}: gives no likelihood of images, as it works on latents")
     data = real_images(args, accelerator, snap)
     distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)

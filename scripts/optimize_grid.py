@@ -59,7 +59,8 @@ def main() -> None:
         validate(settings, model)
     accelerator = distributed.build_single_process_accelerator("optimize_grid")
     if note := sources.attach(accelerator, model, None, snap.config.data.root, 2 * args.n_images):  # in two PARTS
-        raise UserError(f"--n_images {args.n_images}: {note}; use fewer, of which twice as many are needed")
+        most = (sources.number_of_starts(model.source) or 0) // 2
+        raise UserError(f"--n_images {args.n_images}: twice as many are needed, and {note}; use at most {most}")
     distributed.prepare_model(model.net, accelerator)
     model.net.eval()
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():

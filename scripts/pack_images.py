@@ -151,7 +151,9 @@ def built_in(args, accelerator: Accelerator, root: str | None) -> Source:
     """A data set that is complete as it is."""
     if args.size or args.channels != 3:
         flag = f"--size {args.size}" if args.size else f"--channels {args.channels}"
-        raise ValueError(f"{flag}: is packed as it is; resize it with scripts.export_images --size, and pack that folder")
+        raise ValueError(
+            f"{flag}: {args.source} is packed as it is; resize it with scripts.export_images --size, and pack that folder"
+        )
     splits = ("train", "test")
     if args.split not in (None, *splits):
         raise ValueError(f"--split {args.split}: must be one of {', '.join(splits)}")

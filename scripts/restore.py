@@ -94,12 +94,12 @@ def main() -> None:
     accelerator = distributed.build_accelerator(args.mixed_precision)  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, None, args.overrides)
     if not snap.space.is_pixels:
-        raise UserError(f"--weights: a flow of {snap.space.kind}; only flows of pixels restore images")
+        raise UserError(f"--weights {args.weights}: a flow of {snap.space.kind}; only flows of pixels restore images")
     build_degradation = degradation_of(args, snap.image_shape)
     model = snap.model()
     if model.source.name != GAUSSIAN:
         raise UserError(
-            f"--weights: flow.source.name={model.source.name}: only flows that start at Gaussian noise restore images"
+            f"--weights {args.weights}: flow.source.name={model.source.name}; only flows from Gaussian noise restore images"
         )
     labels = flags.labels_of(args.labels, snap.class_names)
     prompts = tuple(args.prompts) if args.prompts else None

@@ -38,7 +38,7 @@ ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 MAINS = {  # scripts whose main is not that of the module scripts.NAME
     **{name: name for name in ENTRY_SCRIPTS},
     **{name: f"scripts.{name}.__main__" for name in ("benchmark", "doctor", "rectify", "report")},
-    **{name: f"scripts.dev.{name}" for name in ("fault_injection", "gallery", "train_classifier")},
+    **{name: f"scripts.dev.{name}" for name in ("fault_injection", "gallery", "strip", "train_classifier")},
 }
 REPOSITORY = Path(__file__).parent.parent
 POINTS = 2000  # of the set of `points_flow`

@@ -204,13 +204,12 @@ class Sampler:
     ) -> Tensor:
         """The x0 [b, ...], float64, that the flow would turn into x1: the ODE solved backwards, without guidance.
 
-        x1: uint8 images or floats as the network sees them, [b, ...]. labels, prompts: one for all, or one for each. Raises
-        ValueError for data of another shape, for another number of labels or prompts, and for less than one step.
+        x1: uint8 images or floats as the network sees them, [b, ...]; for a flow on latents also images, uint8 or in [-1, 1].
+        labels, prompts: one for all, or one for each. Raises ValueError for data of another shape, for another number of labels
+        or prompts, and for less than one step.
         """
         _check_count("steps", steps)
-        if tuple(x1.shape[1:]) != self.model.shape:
-            raise ValueError(f"x1 of shape {tuple(x1.shape)}: the flow works on {self.model.shape}")
-        x = to_solver_dtype(to_float(x1.clone()), self.device)
+        x = self._as_network_sees(x1)
         noise = None
         if self.model.source.name == GAUSSIAN:
             noise = to_solver_dtype(gaussian_noise("inversion", seed, range(len(x)), self.model.shape), self.device)
@@ -275,6 +274,16 @@ class Sampler:
         if note := guidance_note(sampler, self.model):
             warnings.warn(note, stacklevel=3)
         return sampler
+
+    def _as_network_sees(self, x1: Tensor) -> Tensor:
+        """Data or images [b, ...] in the solver's precision, on the device. Raises ValueError for those of another shape."""
+        x = to_float(x1.clone())
+        if x.dim() == 4 and self.model.encode and tuple(x.shape[1:]) != self.model.shape:
+            with torch.inference_mode(), self._autocast():
+                x = self.model.encode(x.to(self.device))
+        if tuple(x.shape[1:]) != self.model.shape:
+            raise ValueError(f"x1 of shape {tuple(x1.shape)}: the flow works on {self.model.shape}")
+        return to_solver_dtype(x, self.device)
 
     def _batch(self, indices: range, settings: SamplerSettings, callback=None) -> SampleBatch:
         return sample_batch(self.model, indices, settings, self.device, self._autocast, callback=callback)

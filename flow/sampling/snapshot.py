@@ -76,7 +76,7 @@ class Snapshot:
         return Space(self.image_shape, self.codec)
 
     def model(self, decode: bool = True) -> FlowModel:
-        """The network with these weights, its path and prediction and, with `decode`, the decoder of latents.
+        """The network with these weights, its path and prediction and, with `decode`, decoder and encoder of latents.
 
         Raises:
             UserError: where the weights do not fit, and for an autoencoder that is not that of the training.
@@ -135,8 +135,8 @@ class Snapshot:
 
 
 def flow_model(net: Network, shape: tuple[int, ...], config: Config, codec: CodecSpec | None = None) -> FlowModel:
-    """The network, which sees x of this shape, with path and prediction of the configuration, and the decoder of `codec`, if
-    any.
+    """The network, which sees x of this shape, with path and prediction of the configuration, and decoder and encoder of
+    `codec`, if any.
 
     Raises:
         UserError: for unknown names, and an autoencoder that is not the one of `codec`.
@@ -156,7 +156,8 @@ def flow_model(net: Network, shape: tuple[int, ...], config: Config, codec: Code
         return model
     override = {"source": config.data.autoencoder} if config.data.autoencoder else {}
     with error_context("data.autoencoder" if override else "the autoencoder (data.autoencoder can name another place)"):
-        return replace(model, decode=models.build_codec({**codec, **override}).decode)
+        autoencoder = models.build_codec({**codec, **override})
+    return replace(model, decode=autoencoder.decode, encode=autoencoder.to_latents)
 
 
 def check_codec(key: str, weights: Snapshot, codec: CodecSpec | None) -> None:

@@ -58,7 +58,7 @@ def _stem(name: str) -> str:
 def check_encodable(name: str, data) -> None:
     """Raises UserError for a data set that holds no uint8 images, which autoencoders are trained on and encode."""
     if not Space(data.image_shape, data.codec).is_pixels:
-        raise UserError(f"data.name={name}: holds no images")
+        raise UserError(f"data.name={name}: holds no images; use mnist, folder or another set of pixels")
     if data.access == "memory" and data.images.dtype != torch.uint8:  # those of files are uint8
         kind = str(data.images.dtype).removeprefix("torch.")
         raise UserError(

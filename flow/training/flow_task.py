@@ -226,7 +226,10 @@ def build_coupling(config: Config, data, source: Source, micro_batch_size: int) 
     """The coupling of source and data that flow.coupling names. Raises UserError where the data do not fit it."""
     flow = config.flow
     if (flow.coupling == "paired") != (config.data.name == "pairs"):
-        raise UserError(f"flow.coupling={flow.coupling}: paired and data.name=pairs need each other")
+        raise UserError(
+            f"flow.coupling={flow.coupling}: with data.name={config.data.name}; set flow.coupling=paired and data.name=pairs, "
+            "or neither"
+        )
     if flow.coupling in ("independent", "ot"):
         with error_context("flow.coupling_args"):
             return couplings.build(flow.coupling, config.seed, data.image_shape, micro_batch_size, flow.coupling_args, source)

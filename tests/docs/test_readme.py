@@ -33,7 +33,7 @@ from scripts import (  # fmt: skip
 )
 from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark import baseline, quality
-from scripts.dev import fault_injection, gallery, write_configuration
+from scripts.dev import fault_injection, gallery, strip, write_configuration
 from scripts.doctor import __main__ as doctor
 from scripts.rectify import __main__ as rectify
 from scripts.report import __main__ as report
@@ -44,7 +44,7 @@ SCRIPTS = {
     "-m scripts.optimize_guidance": optimize_guidance, "-m scripts.solver_study": solver_study,
     "-m scripts.likelihood": likelihood, "-m scripts.restore": restore,
     "-m scripts.animate": animate, "-m scripts.compare": compare, "-m scripts.dev.gallery": gallery,
-    "-m scripts.doctor": doctor, "-m scripts.dev.fault_injection": fault_injection,
+    "-m scripts.dev.strip": strip, "-m scripts.doctor": doctor, "-m scripts.dev.fault_injection": fault_injection,
     "-m scripts.benchmark quality": quality, "-m scripts.benchmark": benchmark,
     "-m scripts.export": export, "-m scripts.benchmark.baseline": baseline, "-m scripts.export_images": export_images,
     "-m scripts.train_vae": train_vae, "-m scripts.cache_latents": cache_latents, "-m scripts.posthoc_ema": posthoc_ema,

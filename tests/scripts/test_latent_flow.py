@@ -19,7 +19,7 @@ from datasets import DataSpec
 from datasets.images import to_float
 from datasets.shards import read_shard
 from flow.noise import gaussian_noise, generator
-from flow.sampling import snapshot
+from flow.sampling import Sampler, snapshot
 from flow.sampling.generate import generate
 from flow.sampling.images import read_png, side_by_side_grid, to_uint8
 from flow.sampling.settings import SamplerSettings
@@ -54,6 +54,18 @@ def run(tmp_path_factory, cache) -> Path:
     path = tmp_path_factory.mktemp("runs") / "latent"
     run_here("train", *TRAIN, f"data.args.path={cache}", "-e", path)
     return path
+
+
+def test_images_are_encoded_and_transferred(run):
+    """By the autoencoder of the snapshot: the noise of an image is that of its latents."""
+    sampler = Sampler.load(run)
+    images = sampler.sample(2, steps=2)
+    latents = sampler.model.encode(images.float() / 127.5 - 1)
+    noise = sampler.encode(images, labels=[0, 1], steps=2)
+    assert noise.shape == (2, *sampler.model.shape) and torch.equal(noise, sampler.encode(latents, labels=[0, 1], steps=2))
+    assert sampler.transfer(noise, labels=[0, 1], steps=2).shape == images.shape
+    with pytest.raises(ValueError, match=r"x1 of shape \(2, 3\): the flow works on"):
+        sampler.encode(torch.zeros(2, 3), labels=[0])
 
 
 # ---- the cache

@@ -172,7 +172,9 @@ def test_mistakes(error, tmp_path, tiny_run, folder):
     assert "2000 pairs of 1797 real images" in error(*command, "--save_dir", tmp_path / "a", *many)
     assert not (tmp_path / "a").exists()
     train = ["train", *TINY_TRAIN, "-e", tmp_path / "run"]
-    assert "flow.coupling=paired: paired and data.name=pairs need each other" in error(*train, "flow.coupling=paired")
+    assert "flow.coupling=paired: with data.name=digits; set flow.coupling=paired and data.name=pairs, or neither" in error(
+        *train, "flow.coupling=paired"
+    )
     paired = ["data.name=pairs", f"data.args.path={folder}", "flow.coupling=paired", "flow.coupling_args={block: 4}"]
     assert "flow.coupling_args={'block': 4}: paired takes none" in error(*train, *paired)
     assert "holds no pairs (manifest.json is not there)" in error(*train, "data.name=pairs", f"data.args.path={tmp_path}")

@@ -204,7 +204,9 @@ def test_damaged_images(here, error, tmp_path, photos):
     assert "0 of the source read now" in here(*command, "--skip_damaged")  # the shards without an image are whole, too
 
     line = error("pack_images", "--source", photos, "--skip_damaged", "--save_dir", tmp_path / "sizes")
-    assert "has 10x20 pixels, expected 9x20; resize the images, or set size" in line  # not damage
+    assert (
+        "has 10x20 pixels, expected 9x20; set size, or resize the images, as scripts.pack_images --size does" in line
+    )  # not damage
     line = error(
         "pack_images", "--source", tmp_path / "mixed/b", "--size", 8, "--skip_damaged", "--save_dir", tmp_path / "none"
     )
@@ -293,7 +295,7 @@ def test_mistakes(error, tmp_path, photos):
     assert "--split train: a folder of images has none" in pack(photos, "--split", "train")
     assert "--label_column x: is for Parquet files" in pack(photos, "--label_column", "x")
     assert "--revision x: is for the hub" in pack(photos, "--revision", "x")
-    assert "--size 16: is packed as it is" in pack("digits", "--size", "16")
+    assert "--size 16: digits is packed as it is" in pack("digits", "--size", "16")
     assert "--split dev: must be one of train, test" in pack("digits", "--split", "dev")
     assert "data.name: of the configuration only data.root" in pack("digits", "data.name=mnist")
     assert not (tmp_path / "out").exists()

@@ -189,7 +189,7 @@ def test_latents_are_refused(error, tiny_run, tmp_path):
     codec = {"name": "vae", "source": "owner/name", "digest": 64 * "0", **shape}
     weights = stranger(tiny_run, tmp_path / "latent.safetensors", codec=json.dumps(codec))
     flags = ["--task", "deblur", "--save_dir", tmp_path / "out"]
-    assert "a flow of latents; only flows of pixels restore images" in error("restore", "--weights", weights, *flags)
+    assert ": a flow of latents; only flows of pixels restore images" in error("restore", "--weights", weights, *flags)
 
 
 def test_folder_of_something_else(error, tiny_run, tmp_path):
