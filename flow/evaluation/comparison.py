@@ -1,7 +1,8 @@
-"""The input of a metric: samples beside a reference."""
+"""The input and the output of a metric: samples beside a reference, and what it estimates of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -11,6 +12,13 @@ from flow.evaluation.features import BlockMoments, Extractor, FeatureSet
 from flow.evaluation.memorization import Closest, TrainingSet
 from flow.evaluation.neighbors import Neighborhoods
 from flow.evaluation.reference import Reference
+
+
+class Estimate(NamedTuple):
+    """A column of a row."""
+
+    value: float
+    standard_error: float | None = None  # over samples; None where it is not known
 
 
 @dataclass
@@ -24,8 +32,6 @@ class Comparison:
     class_names: Sequence[str] = ()  # of these labels, where somebody knows them
     training: TrainingSet | None = None  # of the weights
     requested: tuple[str, ...] = ()  # the metrics
-    standard_errors: dict[str, float] = field(default_factory=dict)  # by column, of the metrics that know theirs
-    not_applicable: list[str] = field(default_factory=list)  # metrics without a value: no labels, statistics alone, few images
     closest: Closest | None = None  # what `memorization` found
     neighborhoods: Neighborhoods | None = None  # for all metrics that need them, from the first one
     bar: tqdm = field(default_factory=lambda: tqdm(total=0, disable=True))  # a long metric adds its work to the total
@@ -39,11 +45,6 @@ class Comparison:
     def layers(self) -> tuple[str, ...]:
         """The layers that there are features of; none where only moments are known."""
         return tuple(self.samples.rows) if isinstance(self.samples, FeatureSet) else ()
-
-    def set_error(self, column: str, error: float | None) -> None:
-        """The standard error of a column, None where it is not known."""
-        if error is not None:
-            self.standard_errors[column] = error
 
     @property
     def space(self) -> str:

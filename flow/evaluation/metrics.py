@@ -10,7 +10,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from flow.evaluation import intervals, memorization, neighbors, results
 from flow.evaluation.classifiers import CLASS_NAMES
-from flow.evaluation.comparison import Comparison
+from flow.evaluation.comparison import Comparison, Estimate
 from flow.evaluation.features import BlockMoments
 from flow.evaluation.frechet import extrapolated_distance, frechet_distance
 from flow.evaluation.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Neighborhoods
@@ -23,7 +23,7 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 KID_ERROR_IMAGES = 4096  # a set, at most, that its standard error is estimated from
 
 
-def fid(c: Comparison) -> dict[str, float]:
+def fid(c: Comparison) -> dict[str, Estimate]:
     """Frechet distance in the feature space of the extractor; its interval is about its mean at this n (delta method)."""
     name, ref = c.extractor.distance_name, c.reference
     if isinstance(c.samples, BlockMoments):
@@ -31,21 +31,16 @@ def fid(c: Comparison) -> dict[str, float]:
         error = intervals.frechet_standard_error_of_blocks(blocks, ref.mu, ref.sigma)
     else:
         error = intervals.frechet_standard_error(c.matrix().numpy(), ref.mu, ref.sigma)
-    c.set_error(name, error)
-    return {name: frechet_distance(c.samples.mu, c.samples.sigma, ref.mu, ref.sigma)}
+    return {name: Estimate(frechet_distance(c.samples.mu, c.samples.sigma, ref.mu, ref.sigma), error)}
 
 
-def fd_inf(c: Comparison) -> dict[str, float]:
+def fd_inf(c: Comparison) -> dict[str, Estimate]:
     """Frechet distance of infinitely many samples, extrapolated; its interval is about that limit."""
     result = extrapolated_distance(c.matrix().numpy(), c.reference.mu, c.reference.sigma)
-    if result is None:
-        return {}
-    name = f"{c.extractor.distance_name}_inf"
-    c.set_error(name, result[1])
-    return {name: result[0]}
+    return {} if result is None else {f"{c.extractor.distance_name}_inf": Estimate(*result)}
 
 
-def per_class(c: Comparison) -> dict[str, float]:
+def per_class(c: Comparison) -> dict[str, Estimate]:
     """Frechet distance of each class, of those with more images than features among the samples and in the reference."""
     real, ref = c.reference.features, c.reference
     if real is None or ref.labels is None or c.labels is None:
@@ -57,12 +52,12 @@ def per_class(c: Comparison) -> dict[str, float]:
             continue
         column = results.class_column(c.extractor.distance_name, class_name)
         mu, sigma = others.mean(0), np.cov(others, rowvar=False)
-        distances[column] = frechet_distance(samples.mean(0), np.cov(samples, rowvar=False), mu, sigma)
-        c.set_error(column, intervals.frechet_standard_error(samples, mu, sigma))
+        distance = frechet_distance(samples.mean(0), np.cov(samples, rowvar=False), mu, sigma)
+        distances[column] = Estimate(distance, intervals.frechet_standard_error(samples, mu, sigma))
     return distances
 
 
-def kid(c: Comparison) -> dict[str, float]:
+def kid(c: Comparison) -> dict[str, Estimate]:
     """Kernel distance (Binkowski et al. 2018, arXiv:1801.01401) over 100 subsets of at most 1,000 images.
 
     The variance is that of the mean over the subsets, for these samples, and that of the samples (`kernel_variance`).
@@ -76,11 +71,11 @@ def kid(c: Comparison) -> dict[str, float]:
         features, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, kid_kernel="poly", kid_kernel_poly_degree=3,
         kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1, rng_seed=2020, verbose=False,
     )  # fmt: skip
-    name = f"KD-{c.space}" if c.space else "KID"
+    error = None
     if len(features) > 2:
         variance = kernel_variance(features, real) + result["kernel_inception_distance_std"] ** 2 / KID_SUBSETS
-        c.set_error(name, float(np.sqrt(variance)))
-    return {name: result["kernel_inception_distance_mean"]}
+        error = float(np.sqrt(variance))
+    return {f"KD-{c.space}" if c.space else "KID": Estimate(result["kernel_inception_distance_mean"], error)}
 
 
 def kernel_variance(features: Tensor, real: Tensor) -> float:
@@ -98,7 +93,7 @@ def kernel_variance(features: Tensor, real: Tensor) -> float:
     return float((s - 1) * left_out.var(correction=0) * s / n)
 
 
-def prc(c: Comparison) -> dict[str, float]:
+def prc(c: Comparison) -> dict[str, Estimate]:
     """Precision and recall by the third nearest neighbor (Kynkaanniemi et al. 2019, arXiv:1904.06991).
 
     Precision is the share of samples that lie within the ball of a real image, recall the share of real images within the
@@ -109,12 +104,14 @@ def prc(c: Comparison) -> dict[str, float]:
     if balls is None or balls.recalled is None or balls.recall_left_out is None:
         return {}
     precision = balls.precise.double().mean().item()
-    c.set_error("precision", intervals.share_standard_error(precision, len(balls.precise)))
-    c.set_error("recall", intervals.jackknife_standard_error(balls.recall_left_out))
-    return {"precision": precision, "recall": balls.recalled.double().mean().item()}
+    recall = balls.recalled.double().mean().item()
+    return {
+        "precision": Estimate(precision, intervals.share_standard_error(precision, len(balls.precise))),
+        "recall": Estimate(recall, intervals.jackknife_standard_error(balls.recall_left_out)),
+    }
 
 
-def density_coverage(c: Comparison) -> dict[str, float]:
+def density_coverage(c: Comparison) -> dict[str, Estimate]:
     """Density and coverage by the fifth nearest neighbor (Naeem et al. 2020, arXiv:2002.09797).
 
     Density is the mean over samples of the number of real images whose ball holds them, divided by five, coverage the share
@@ -125,9 +122,11 @@ def density_coverage(c: Comparison) -> dict[str, float]:
     if balls is None:
         return {}
     density = balls.dense.double().numpy() / DENSITY_NEIGHBORS
-    c.set_error("density", intervals.mean_standard_error(density))
-    c.set_error("coverage", intervals.jackknife_standard_error(balls.coverage_left_out))
-    return {"density": float(density.mean()), "coverage": balls.covered.double().mean().item()}
+    coverage = balls.covered.double().mean().item()
+    return {
+        "density": Estimate(float(density.mean()), intervals.mean_standard_error(density)),
+        "coverage": Estimate(coverage, intervals.jackknife_standard_error(balls.coverage_left_out)),
+    }
 
 
 def neighborhoods(c: Comparison, k: int) -> Neighborhoods | None:
@@ -145,7 +144,7 @@ def neighborhoods(c: Comparison, k: int) -> Neighborhoods | None:
     return c.neighborhoods
 
 
-def copied_share(c: Comparison) -> dict[str, float]:
+def copied_share(c: Comparison) -> dict[str, Estimate]:
     """Share of samples that lie closer to a training image than 1% of held-out real images do.
 
     Of a network that does not copy, 0.01 of the samples do. No such number tells memorization from underfitting or a lack of
@@ -159,21 +158,19 @@ def copied_share(c: Comparison) -> dict[str, float]:
     distances, positions = neighbors.nearest_of(features, c.training.features, c.bar.update)
     c.closest = memorization.closest(distances, positions, c.training.threshold)
     share = (distances < c.training.threshold).double().mean().item()
-    c.set_error("memorization", intervals.share_standard_error(share, len(features)))
-    return {"memorization": share}
+    return {"memorization": Estimate(share, intervals.share_standard_error(share, len(features)))}
 
 
-def isc(c: Comparison) -> dict[str, float]:
+def isc(c: Comparison) -> dict[str, Estimate]:
     """Inception Score over ten splits, for which it needs ten images; its standard error is that of their mean."""
     layer = c.extractor.isc_layer
     if not layer or layer not in c.layers or c.samples.n < ISC_SPLITS:
         return {}
     result = isc_features_to_metric(c.matrix(layer), ISC_SPLITS)
-    c.set_error("IS", result["inception_score_std"] / (ISC_SPLITS - 1) ** 0.5)
-    return {"IS": result["inception_score_mean"]}
+    return {"IS": Estimate(result["inception_score_mean"], result["inception_score_std"] / (ISC_SPLITS - 1) ** 0.5)}
 
 
-def accuracy(c: Comparison) -> dict[str, float]:
+def accuracy(c: Comparison) -> dict[str, Estimate]:
     """Share of samples that the classifier puts into the requested class; interval: of a share of n samples.
 
     Where the labels are of classes of other names, or, if nobody knows these, the reference has others, there is none.
@@ -185,11 +182,10 @@ def accuracy(c: Comparison) -> dict[str, float]:
     if names and not same_classes(names, CLASS_NAMES[classifier]):
         return {}
     share = float((c.matrix(layer).argmax(1).numpy() == c.labels).mean())
-    c.set_error("accuracy", intervals.share_standard_error(share, len(c.labels)))
-    return {"accuracy": share}
+    return {"accuracy": Estimate(share, intervals.share_standard_error(share, len(c.labels)))}
 
 
-Metric = Callable[[Comparison], dict[str, float]]  # columns of the table; empty where the metric does not apply
+Metric = Callable[[Comparison], dict[str, Estimate]]  # columns of the table; empty where the metric does not apply
 
 METRICS: dict[str, Metric] = {
     "fid": fid,
@@ -208,8 +204,9 @@ METRICS: dict[str, Metric] = {
 HIGHER_IS_BETTER = ("IS", "accuracy", "precision", "recall", "density", "coverage", "held_out_log_p")
 
 
-def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, float]:
-    """The requested METRICS by column name, in the order of the registry.
+def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, dict[str, Estimate]]:
+    """The columns of each requested metric, in the order of the registry; none where it does not apply: no labels, statistics
+    alone, few images.
 
     Raises:
         ValueError: for fewer than two samples, and for features that are not finite.
@@ -217,15 +214,11 @@ def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, float]:
     if c.samples.n < 2:
         raise ValueError(f"a distance needs at least 2 images, not {c.samples.n}")
     c.samples.check_finite("the samples")
-    requested = [name for name in METRICS if name in metrics]
-    c.requested = tuple(requested)
-    c.bar.reset(len(requested))
-    values: dict[str, float] = {}
-    for name in requested:
+    c.requested = tuple(name for name in METRICS if name in metrics)
+    c.bar.reset(len(c.requested))
+    columns = {}
+    for name in c.requested:
         c.bar.set_postfix_str(name)
-        columns = METRICS[name](c)
-        if not columns:
-            c.not_applicable.append(name)
-        values |= columns
+        columns[name] = METRICS[name](c)
         c.bar.update()
-    return values
+    return columns

@@ -240,8 +240,15 @@ class Evaluation:
             with distributed.progress(self.accelerator, 0, "metrics") as bar:
                 bar.leave = False
                 comparison = Comparison(self.extractor, samples, ref, y, class_names, training, bar=bar)
-                values = metrics.evaluate(comparison, self.settings.metrics)
-                return Measurement(values, comparison.standard_errors, comparison.not_applicable, comparison.closest)
+                by_metric = metrics.evaluate(comparison, self.settings.metrics)
+            columns = {name: estimate for estimates in by_metric.values() for name, estimate in estimates.items()}
+            errors = {name: estimate.standard_error for name, estimate in columns.items()}
+            return Measurement(
+                metrics={name: estimate.value for name, estimate in columns.items()},
+                standard_errors={name: error for name, error in errors.items() if error is not None},
+                not_applicable=[name for name, estimates in by_metric.items() if not estimates],
+                closest=comparison.closest,
+            )
 
     def write_report(self) -> str:
         """Write the table and draw the figures; returns the table, on the main process."""

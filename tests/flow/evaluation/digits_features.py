@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 import datasets
-from flow.evaluation import reference
+from flow.evaluation import metrics, reference
+from flow.evaluation.comparison import Comparison, Estimate
 from flow.evaluation.features import Extractor, FeatureSet
 
 CPU = torch.device("cpu")
@@ -31,6 +32,17 @@ def noisy_digits(n: int, sigma: float = 30.0) -> torch.Tensor:
     images = datasets.build("digits", None, {}).images[:n].float()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     return (images + sigma * noise).clamp(0, 255).to(torch.uint8)
+
+
+def estimates(comparison: Comparison, *names: str) -> dict[str, Estimate]:
+    """The columns of these metrics."""
+    by_metric = metrics.evaluate(comparison, names)
+    return {column: estimate for columns in by_metric.values() for column, estimate in columns.items()}
+
+
+def values(comparison: Comparison, *names: str) -> dict[str, float]:
+    """The same without their standard errors."""
+    return {column: estimate.value for column, estimate in estimates(comparison, *names).items()}
 
 
 def digits_extractor() -> Extractor:

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import succeed
-from digits_features import write_folder
+from digits_features import estimates, write_folder
 from PIL import Image
 
 import datasets
 from flow.evaluation import memorization, metrics, results
-from flow.evaluation.comparison import Comparison
+from flow.evaluation.comparison import Comparison, Estimate
 from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.reference import from_features
 
@@ -18,13 +18,13 @@ def draws(n: int, seed: int) -> torch.Tensor:
     return torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def share(samples: torch.Tensor, training: memorization.TrainingSet) -> tuple[float, Comparison]:
+def share(samples: torch.Tensor, training: memorization.TrainingSet) -> tuple[Estimate, Comparison]:
     extractor = Extractor.__new__(Extractor)
     extractor.name, extractor.layer, extractor.isc_layer, extractor.classifier = "some", "x", None, None
     features = FeatureSet()
     features.add("x", range(len(samples)), {"x": samples})
     c = Comparison(extractor, features, from_features("real", "", features, "x"), training=training)
-    return metrics.evaluate(c, ["memorization"])["memorization"], c
+    return estimates(c, "memorization")["memorization"], c
 
 
 @pytest.mark.parametrize("has_held_out", [True, False])
@@ -34,12 +34,12 @@ def test_copies_are_told_from_new_images(has_held_out):
     training = memorization.training_set(data, images, draws(2000, 1) if has_held_out else None)
     new, _ = share(draws(4000, 2), training)
     copied, c = share(images[:500] + 0.01 * draws(500, 3), training)
-    assert new == pytest.approx(0.01, abs=0.008) and copied == 1
+    assert new.value == pytest.approx(0.01, abs=0.008) and copied.value == 1
     assert c.closest.ratios == sorted(c.closest.ratios) and c.closest.ratios[-1] < 0.2
     assert c.closest.training == c.closest.samples and len(c.closest.samples) == memorization.PAIRS
     mixed, c = share(torch.cat([draws(900, 4), images[:100]]), training)
-    assert 0.1 <= mixed <= 0.13 and min(c.closest.samples) >= 900
-    assert 0.009 < c.standard_errors["memorization"] < 0.011
+    assert 0.1 <= mixed.value <= 0.13 and min(c.closest.samples) >= 900
+    assert 0.009 < mixed.standard_error < 0.011
 
 
 @pytest.mark.parametrize("has_held_out", [True, False])
@@ -49,7 +49,7 @@ def test_duplicates_are_no_chance(has_held_out):
     held_out = torch.cat([draws(2000, 1), images[:200]]) if has_held_out else None
     training = memorization.training_set(data, torch.cat([images, images[:300]]), held_out)
     new, _ = share(draws(4000, 2), training)
-    assert new == pytest.approx(0.01, abs=0.008) and share(images[:500].clone(), training)[0] == 1
+    assert new.value == pytest.approx(0.01, abs=0.008) and share(images[:500].clone(), training)[0].value == 1
 
 
 def test_command(here, tmp_path, tiny_run, monkeypatch):

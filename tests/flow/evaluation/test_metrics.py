@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from digits_features import digits_extractor, digits_reference, feature_set, noisy_digits, write_folder
+from digits_features import digits_extractor, digits_reference, estimates, feature_set, noisy_digits, values, write_folder
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -48,9 +48,9 @@ def test_metrics_equal_torch_fidelity(tmp_path, here, monkeypatch):
 
 def test_a_set_is_at_distance_zero_from_itself(extractor, real):
     same = Comparison(extractor, feature_set(noisy_digits(1797, 0), extractor), real)
-    values = metrics.evaluate(same, ["fid", "prc"])
-    assert abs(values["FD-digits"]) < 1e-6
-    assert values["precision"] == values["recall"] == 1
+    columns = values(same, "fid", "prc")
+    assert abs(columns["FD-digits"]) < 1e-6
+    assert columns["precision"] == columns["recall"] == 1
 
 
 def test_frechet_distance_of_gaussians():
@@ -66,9 +66,7 @@ def test_frechet_distance_of_gaussians():
 def test_distance_grows_with_noise_and_accuracy_falls(extractor, real):
     labels = datasets.build("digits", None, {}).labels.numpy()
     by_noise = [
-        metrics.evaluate(
-            Comparison(extractor, feature_set(noisy_digits(1797, s), extractor), real, labels), ["fid", "accuracy"]
-        )
+        values(Comparison(extractor, feature_set(noisy_digits(1797, s), extractor), real, labels), "fid", "accuracy")
         for s in (0, 30, 90)
     ]
     assert by_noise[0]["FD-digits"] < by_noise[1]["FD-digits"] < by_noise[2]["FD-digits"]
@@ -87,7 +85,7 @@ def test_accuracy_needs_the_same_classes(extractor, real, names, known):
     data = datasets.build("digits", None, {})
     like_ours = replace(real, class_names=tuple(names.split("," if "," in names else None)))
     c = Comparison(extractor, feature_set(data.images[:100], extractor), like_ours, data.labels[:100].numpy())
-    assert list(metrics.evaluate(c, ["accuracy"])) == ["accuracy"] * known
+    assert list(values(c, "accuracy")) == ["accuracy"] * known
 
 
 class PixelFeatures(FeatureExtractorBase):
@@ -138,8 +136,10 @@ def test_distances_of_classes(extractor, real, tmp_path):
     chosen_rows = np.sort(np.concatenate([np.flatnonzero(labels != 7), np.flatnonzero(labels == 7)[:60]]))
     samples = feature_set(noisy_digits(1797), extractor).select("64", chosen_rows)
     c = Comparison(extractor, samples, real, labels[chosen_rows])
-    columns = metrics.evaluate(c, ["fid", "per_class"])
-    assert set(columns) == set(c.standard_errors) == {"FD-digits", *(f"FD-digits[{k}]" for k in range(10) if k != 7)}
+    measured = estimates(c, "fid", "per_class")
+    assert set(measured) == {"FD-digits", *(f"FD-digits[{k}]" for k in range(10) if k != 7)}
+    assert all(estimate.standard_error for estimate in measured.values())
+    columns = {name: estimate.value for name, estimate in measured.items()}
     threes = [features.matrix("64").double().numpy()[chosen == 3] for features, chosen in (
         (samples, labels[chosen_rows]), (real.feature_set, labels))]  # fmt: skip
     moments = [f(x) for x in threes for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))]
@@ -170,7 +170,7 @@ def inception(n: int) -> tuple[Extractor, FeatureSet]:
 def test_the_inception_score_is_a_number_or_absent(n):
     extractor, features = inception(n)
     real = reference.from_features("x", "x", inception(50)[1], "2048")
-    columns = metrics.evaluate(Comparison(extractor, features, real), metrics.DEFAULT)
+    columns = values(Comparison(extractor, features, real), *metrics.DEFAULT)
     assert ("IS" in columns) == (n >= 10) and all(math.isfinite(value) for value in columns.values())
     if n >= 10:
         assert columns["IS"] == isc_features_to_metric(features.matrix("logits_unbiased"))["inception_score_mean"]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from digits_features import estimates
 from prdc import compute_prdc
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -36,22 +37,22 @@ def test_equal_to_the_authors_packages(n, m, monkeypatch):
     monkeypatch.setattr(neighbors, "BLOCK", 64)
     samples, real = gaussians(n, 5, 0), gaussians(m, 5, 1)
     c = comparison(samples, real)
-    found = metrics.evaluate(c, ["prc", "density_coverage"])
+    measured = estimates(c, "prc", "density_coverage")
     by_torch_fidelity = prc_features_to_metric(
         samples.double(), real.double(), prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=False, verbose=False
     )
     by_prdc = compute_prdc(real.double().numpy(), samples.double().numpy(), nearest_k=5)
-    assert found == pytest.approx({
+    assert {name: estimate.value for name, estimate in measured.items()} == pytest.approx({
         "precision": by_torch_fidelity["precision"], "recall": by_torch_fidelity["recall"], "density": by_prdc["density"],
         "coverage": by_prdc["coverage"],
     }, abs=1e-6)  # fmt: skip
-    assert set(c.standard_errors) == set(SHARES)
+    assert set(measured) == set(SHARES) and all(estimate.standard_error for estimate in measured.values())
 
 
 def test_each_metric_alone_is_the_same():
     samples, real = gaussians(200, 4, 0), gaussians(300, 4, 1)
-    both = metrics.evaluate(comparison(samples, real), ["prc", "density_coverage"])
-    alone = [metrics.evaluate(comparison(samples, real), [name]) for name in ("prc", "density_coverage")]
+    both = estimates(comparison(samples, real), "prc", "density_coverage")
+    alone = [estimates(comparison(samples, real), name) for name in ("prc", "density_coverage")]
     assert alone[0] | alone[1] == both
 
 
@@ -69,10 +70,9 @@ def test_distances_are_computed_once(monkeypatch):
 
 
 def test_too_few_images_have_no_neighborhoods():
-    assert metrics.evaluate(comparison(gaussians(3, 2, 0), gaussians(9, 2, 1)), ["prc", "density_coverage"]) == {}
-    assert set(metrics.evaluate(comparison(gaussians(5, 2, 0), gaussians(9, 2, 1)), ["prc", "density_coverage"])) == {
-        "precision", "recall",
-    }  # fmt: skip
+    assert estimates(comparison(gaussians(3, 2, 0), gaussians(9, 2, 1)), "prc", "density_coverage") == {}
+    few = estimates(comparison(gaussians(5, 2, 0), gaussians(9, 2, 1)), "prc", "density_coverage")
+    assert set(few) == {"precision", "recall"}
 
 
 def test_no_tensor_holds_the_distances_of_all_pairs(monkeypatch):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from digits_features import digits_extractor, digits_reference, feature_set, noisy_digits
+from digits_features import digits_extractor, digits_reference, feature_set, noisy_digits, values
 
 from datasets import DataSpec, HeldOut
 from flow.evaluation import metrics, reference, results
@@ -17,9 +17,8 @@ def test_npz_reference_serves_the_distance_alone(tmp_path, extractor, real):
     np.savez(tmp_path / "stats.npz", mu=real.mu, sigma=real.sigma)
     loaded = reference.from_npz(tmp_path / "stats.npz", extractor, 64)
     samples = feature_set(noisy_digits(500), extractor)
-    columns = metrics.evaluate(Comparison(extractor, samples, loaded), metrics.METRICS)
-    expected = metrics.evaluate(Comparison(extractor, samples, real), ["fid"])
-    assert columns == pytest.approx(expected)
+    columns = values(Comparison(extractor, samples, loaded), *metrics.METRICS)
+    assert columns == pytest.approx(values(Comparison(extractor, samples, real), "fid"))
 
 
 def damaged_statistics(kind: str, mu: np.ndarray, sigma: np.ndarray, path) -> None:
