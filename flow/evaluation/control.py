@@ -1,15 +1,18 @@
 """The row of real images: what a perfect model would reach."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from datasets import DataSet
 from flow.evaluation import memorization, reference, results
-from flow.evaluation.real_images import build_if_present, load_features
+from flow.evaluation.features import FeatureSet
+from flow.evaluation.real_images import RealImages, build_if_present, load_features
+from flow.evaluation.reference import Reference
 from flow.evaluation.runner import Evaluation
 from flow.noise import generator
 from flow.sampling.conditions import labels_by_frequency
@@ -23,58 +26,91 @@ def add_control(ev: Evaluation) -> dict | None:
     of the reference that is compared with the other half. Their classes are as frequent as in the reference, as those of
     samples are; within a class, and where there are no labels, they are a random choice.
     """
-    accelerator, source = ev.accelerator, ev.real_images
+    source = ev.real_images
     if not ev.settings.control:
         return None
     if source is None:
-        accelerator.print("note: no row of real images: an npz file of statistics holds none")
+        ev.accelerator.print("note: no row of real images: an npz file of statistics holds none")
         return None
-    other, data = source.spec.held_out(), source.data
-    if other:
-        held_out = build_if_present(accelerator, other.spec, "row of real images")
-        if held_out is None:
-            return None
-        data = held_out
-    order = generator("control").permutation(len(data))
-    pool, rest = (order, None) if other else (order[: len(data) // 2], order[len(data) // 2 :])
-    ref_labels = source.data.labels if rest is None or source.data.labels is None else source.data.labels[rest]
-    n = min(ev.settings.n_samples, len(pool))
-    if n < 2 or (rest is not None and len(rest) < 2):
-        accelerator.print(f"note: no row of real images: {source.name} has too few")
-        return None
-    positions = choose_by_frequency(pool.tolist(), data.labels, ref_labels, n)
+    other = source.spec.held_out()
+    if not other:
+        return _half_against_half(ev, source)
+    data = build_if_present(ev.accelerator, other.spec, "row of real images")
+    return None if data is None else _held_out(ev, source, data, other.title)
+
+
+def _held_out(ev: Evaluation, source: RealImages, data: DataSet, title: str) -> dict | None:
+    """The row of images of another split."""
+    positions = _positions(ev, source, generator("control").permutation(len(data)), data.labels, source.data.labels)
 
     def compute() -> dict | None:
         start = time.perf_counter()
-        layer, ref, training = ev.extractor.layer, ev.reference, ev.training
-        if rest is None:
-            _, samples = load_features(
-                accelerator, ev.extractor, ev.settings.batch_size, data, source, "features of real images",
-                ev.extractor.layers, positions,
-            )  # fmt: skip
-        elif ref.feature_set is not None:
-            samples = ref.feature_set.select(layer, np.array(positions))
-            ref = reference.from_features(ref.name, ref.identity, ref.feature_set.select(layer, rest), layer)
-            ref.class_names, ref.labels = ev.reference.class_names, ev.reference.labels
-            ref.labels = None if ref.labels is None else ref.labels[rest]
-            if training and training.data.fingerprint() == data.fingerprint():  # the other half plays that part, too
-                training = memorization.training_set(data, training.features[torch.from_numpy(rest)], None)
-        else:
-            return None
-        seconds = time.perf_counter() - start
-        if samples is None:
-            return None
-        labels = None if data.labels is None else data.labels[positions]
-        measured = ev.compute_metrics(samples, ref, labels, data.class_names, training)
-        points: Any = data
-        if getattr(points, "log_density", None):
-            measured.metrics["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()
-        return {**measured.columns, "seconds": seconds}
+        _, samples = load_features(
+            ev.accelerator, ev.extractor, ev.settings.batch_size, data, source, "features of real images", ev.extractor.layers,
+            positions,
+        )  # fmt: skip
+        return _measure(ev, data, positions, samples, ev.reference, ev.training, time.perf_counter() - start)
 
-    kind = other.title if other else "half against half"
+    return _evaluate(ev, title, positions, compute, {"images": data.fingerprint()})
+
+
+def _half_against_half(ev: Evaluation, source: RealImages) -> dict | None:
+    """The row of one half of the reference against the other half, which also plays the part of the training set."""
+    data, layer = source.data, ev.extractor.layer
+    order = generator("control").permutation(len(data))
+    half, rest = order[: len(data) // 2], order[len(data) // 2 :]
+    positions = _positions(ev, source, half, data.labels, None if data.labels is None else data.labels[rest])
+
+    def compute() -> dict | None:
+        start = time.perf_counter()
+        ref, training = ev.reference, ev.training
+        if ref.feature_set is None:  # not the main process
+            return None
+        samples = ref.feature_set.select(layer, np.array(positions))
+        other = reference.from_features(ref.name, ref.identity, ref.feature_set.select(layer, rest), layer)
+        other.class_names, other.labels = ref.class_names, None if ref.labels is None else ref.labels[rest]
+        if training and training.data.fingerprint() == data.fingerprint():
+            training = memorization.training_set(data, training.features[torch.from_numpy(rest)], None)
+        return _measure(ev, data, positions, samples, other, training, time.perf_counter() - start)
+
+    return _evaluate(ev, "half against half", positions, compute)
+
+
+def _positions(
+    ev: Evaluation, source: RealImages, pool: np.ndarray, labels: Tensor | None, reference_labels: Tensor | None
+) -> list[int]:
+    """The images of the pool that are measured; none, with a note, where there are too few."""
+    n = min(ev.settings.n_samples, len(pool))
+    if n < 2:
+        ev.accelerator.print(f"note: no row of real images: {source.name} has too few")
+        return []
+    return choose_by_frequency(pool.tolist(), labels, reference_labels, n)
+
+
+def _measure(
+    ev: Evaluation, data: DataSet, positions: list[int], samples: FeatureSet | None, ref: Reference,
+    training: memorization.TrainingSet | None, seconds: float,
+) -> dict | None:  # fmt: skip
+    """The columns of these images, whose features are `samples`, on the main process."""
+    if samples is None:
+        return None
+    labels = None if data.labels is None else data.labels[positions]
+    measured = ev.compute_metrics(samples, ref, labels, data.class_names, training)
+    points: Any = data
+    if getattr(points, "log_density", None):
+        measured.metrics["held_out_log_p"] = points.log_density(points.images[positions].double()).mean().item()
+    return {**measured.columns, "seconds": seconds}
+
+
+def _evaluate(
+    ev: Evaluation, kind: str, positions: list[int], compute: Callable[[], dict | None], identity: dict[str, str] | None = None
+) -> dict | None:
+    """The row of real images of this kind, on the main process; None where there are none."""
+    if not positions:
+        return None
     subject = dict.fromkeys(("captions", "method", "steps", "guidance_scale"))
-    subject = {"weights": f"{results.CONTROL} ({kind})", **subject, "n": n, "first": 0}
-    result = ev.evaluate_row(subject, {"control": kind, **({"images": data.fingerprint()} if other else {})}, compute)
+    subject = {"weights": f"{results.CONTROL} ({kind})", **subject, "n": len(positions), "first": 0}
+    result = ev.evaluate_row(subject, {"control": kind, **(identity or {})}, compute)
     return result[0] if result else None
 
 
