@@ -73,7 +73,9 @@ class VAE(nn.Module):
 
     def to_latents(self, images: Tensor) -> Tensor:
         """Normalised latents (mean - shift) / scale [B, c, h, w], float32, of images [B, C, H, W] in [-1, 1]; `decode` takes
-        them back."""
+        them back. Raises ValueError as `latent_shape` does."""
+        channels, height, width = images.shape[1:]
+        self.latent_shape((channels, height, width))
         mean, _ = self.encode(images)  # which moves shift and scale to the device
         return (mean - self.shift) / self.scale
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from configs import keys, schema
 from configs.errors import UserError, first_line
-from datasets import DataSet, DataSpec, captions
+from datasets import DataSet, DataSpec, captions, default_root
 from datasets.images import to_float
 from datasets.pairs import Shard, read_manifest, shards_of
-from datasets.shards import MANIFEST, save_shard, verify_shard
+from datasets.shards import MANIFEST, resolve_path, save_shard, verify_shard
 from flow.likelihood import invert
 from flow.losses import LOSSES
 from flow.model import FlowModel, Network
@@ -77,7 +77,7 @@ def main() -> None:
     class_names = data.class_names if data else snap.class_names
     labels = flags.labels_of(args.labels, snap.class_names)
     if not labels and data:
-        labels = classes_with_images(data.labels, model.net.num_classes)
+        labels = trained_classes(snap, data, model.net.num_classes)
     classes, prompts = conditions_of(labels, class_names, model.net)
     settings = SamplerSettings(
         args.sampling_method, args.sampling_steps, args.guidance_scale, seed=args.seed, labels=classes, prompts=prompts,
@@ -128,12 +128,23 @@ def read_real_images(
             data = distributed.main_process_first(accelerator, partial(build_or_reason, spec))
     except UserError as error:
         data = str(error)
-    if not isinstance(data, str):
-        return spec, data
-    if needed:
+    absent = isinstance(data, str)
+    if needed and isinstance(data, str):
         raise UserError(data if data.startswith("--weights") else f"data: {data.removeprefix('data: ')}")
-    accelerator.print(f"note: these pairs are made without the training images ({data})")
+    if not distributed.any_process(accelerator, absent):
+        return spec, data
+    reason = f" ({data})" if absent else ", which another process lacks"
+    accelerator.print(f"note: these pairs are made without the training images{reason}")
     return spec, None
+
+
+def trained_classes(snap: snapshot.Snapshot, data: DataSet, num_classes: int | None) -> tuple[int, ...] | None:
+    """The classes that the flow was trained on, where they are not all; those of its own pairs, in a second reflow."""
+    config = snap.config.data
+    if config.name != "pairs" or num_classes is None:
+        return classes_with_images(data.labels, num_classes)
+    labels = read_manifest(resolve_path(Path(config.root or default_root()), config.args["path"])).get("labels")
+    return tuple(labels) if labels else None
 
 
 def build_or_reason(spec: DataSpec) -> DataSet | str:

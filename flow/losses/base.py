@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+PASSES = 3.0  # of flow matching: one forward, a backward pass counts as two
+
 
 @dataclass
 class Batch:
@@ -97,8 +99,8 @@ class FlowLoss(ABC):
 
     @property
     def passes(self) -> float:
-        """Passes through the network that a sample costs: one forward, a backward pass counts as two."""
-        return 3.0
+        """Passes through the network that a sample costs."""
+        return PASSES
 
     def check(self, key: str, holds: bool, rule: str) -> None:
         """Raises ValueError that names the argument `key` and the rule where the rule does not hold."""

@@ -43,6 +43,8 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.received == signal.SIGINT and number == signal.SIGTERM:
+            return  # the launcher has ended by the same Ctrl-C, see `distributed.end_with_launcher`
         if number == signal.SIGHUP:
             print_nowhere(self._terminals)
         self.received = number

@@ -61,8 +61,10 @@ def fitted_scale(snap: Snapshot, method: str, steps: int) -> float | None:
 
 def guidance_note(snap: Snapshot, settings: SamplerSettings) -> str | None:
     """A line where the grid of these settings was fitted with another guidance, else None."""
+    if not settings.times:
+        return None
     fitted, scale = fitted_scale(snap, settings.method, settings.steps), settings.guidance_scale
-    if not settings.times or fitted is None:
+    if fitted is None:
         return None
     grid = f"--time_grid optimized: the grid of {settings.method} with {settings.steps} steps was fitted"
     if fitted != scale:

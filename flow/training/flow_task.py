@@ -81,7 +81,7 @@ class FlowTask:
         self.loader = TrainingLoader.of(accelerator, config, self.data)
         self.coupling = build_coupling(config, self.data, self.model.source, self.loader.micro_batch_size)
         if isinstance(self.coupling, OTCoupling):
-            self.notes.append(f"flow.coupling=ot: pairs within blocks of {self.coupling.block} of a batch")
+            self.notes.append(f"flow.coupling=ot: matches samples within blocks of {self.coupling.block} of each batch")
 
     def load_init_weights(self) -> None:
         """Start from the weights of train.init_from, if any. Raises UserError where they do not fit."""

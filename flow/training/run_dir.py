@@ -34,7 +34,7 @@ FIXED = (
     "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks", "autoencoder.distance",
     "autoencoder.kl_weight", "autoencoder.lpips_weight",
 )  # fmt: skip
-PLACES = ("path", "held_out")  # arguments of data sets that may change, as data may move to another disk
+PLACES = ("path", "held_out")  # arguments of data sets that may change, as data may move to another disk; not of pairs
 # With a checkpoint a flow does not read this again, and config.yaml would name weights that it has not started from. Without
 # one it does. An autoencoder reads the shape of its network from it at every start, from wherever it lies by now.
 FIXED_BY_CHECKPOINT = (*FIXED, "train.init_from")
@@ -141,15 +141,14 @@ def refuse_changes(stored: Any, cfg: Any, origin: str, fixed: Sequence[str] = FI
     """Raises UserError for the first key that resuming cannot change and that differs; `origin` begins the reason."""
     for key in filter(keys.all_keys(type(cfg)).__contains__, fixed):
         before, now = keys.get(stored, key), keys.get(cfg, key)
-        if _without_places(key, before) != _without_places(key, now):
+        of_data = key in ("data.args", "flow.source.args") and cfg.data.name != "pairs"
+        if before != now and not (of_data and _without_places(before) == _without_places(now)):
             raise UserError(f"{key}={now}: {origin} with {before}, which resuming cannot change")
 
 
-def _without_places(key: str, value: Any) -> Any:
-    """A value without where files lie, if it is the arguments of a data set."""
-    if key not in ("data.args", "flow.source.args"):
-        return value
-    return {name: each for name, each in value.items() if name not in PLACES}
+def _without_places(args: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a data set without where its files lie."""
+    return {name: value for name, value in args.items() if name not in PLACES}
 
 
 def _checkpoint_named(path: Path, folder: Path) -> Path:

@@ -4,6 +4,7 @@ Each tracker shows pictures and tables by an API of its own. Rows of numbers nee
 """
 
 import importlib
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def _stored_name(file: Path, first_step: int) -> str | None:
     which is in the file; None for one of an earlier version."""
     if first_step:
         return file.read_text(encoding="utf-8") if file.is_file() else None
-    name = f"{file.parent.name}-{secrets.token_hex(3)}"
+    allowed = re.sub(r"[^\w.=-]", "_", file.parent.name)  # in an id of wandb
+    name = f"{allowed}-{secrets.token_hex(3)}"
     files.write_text(file, name)
     return name

@@ -25,7 +25,7 @@ import torch
 from configs import loading, schema
 from configs.errors import UserError
 from flow.evaluation import table
-from flow.losses import FlowLoss
+from flow.losses.base import PASSES
 from flow.runtime import cli, commands, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from scripts.benchmark import quality
@@ -175,7 +175,7 @@ def medians(name: str, job: dict, results: list[dict], cost: dict, ceilings: dic
     total = sum(seconds.values())
     rate = per_lap / statistics.median(laps)
     # Of flow matching there are three passes, with the two of a backward pass; the plain loop trains nothing else
-    passes = cost["passes"] / FlowLoss.passes if job["variant"] == "project" else 1
+    passes = cost["passes"] / PASSES if job["variant"] == "project" else 1
     flops = {"train": cost["training"] * passes, "sample": cost["forward"] * results[0]["forwards"]}.get(job["kind"])
     gpus = job["processes"] if ceilings["device"] == "cuda" else 1  # one a process; on a CPU all share the machine
     ceiling = max(ceilings[name_of(job["precision"])].values())

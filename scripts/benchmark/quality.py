@@ -316,7 +316,7 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
         "over seeds ± its standard error."
     ]
     note += [
-        f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.{table.decimals(distance)}f}, the floor."
+        f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.{table.decimals(distance)}f}."
         for row in floors
     ]
     files.write_text(args.out / "race.md", f"{text}\n\n{' '.join(note)}\n")

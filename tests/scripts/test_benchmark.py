@@ -37,6 +37,16 @@ def test_sections_add_up_and_do_not_count_twice():
     assert watch.laps == [4] and watch.seconds == {"other": 4}
 
 
+def test_work_of_a_loss_of_more_passes():
+    """A loss of twice the passes of flow matching does twice the work in the same time."""
+    lap = {"laps": [2.0], "images_per_lap": 64, "seconds": {"forward": 1.0, "ema": 1.0}, "forwards": 10}
+    lap |= {"peak_memory_gib": 1.0, "seconds_to_first_step": 3.0}
+    job = {"variant": "project", "kind": "train", "processes": 1, "precision": "no"}
+    ceilings, cost = {"device": "cpu", "fp32": {"matmul": 1e9}}, {"training": 1e6, "forward": 3e5}
+    rows = [benchmark.medians("a", job, [lap], {**cost, "passes": passes}, ceilings) for passes in (3.0, 6.0)]
+    assert [row["flops_per_second"] for row in rows] == [32e6, 64e6] and rows[0]["images_per_second"] == 32
+
+
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_peak_memory_is_in_bytes(monkeypatch, platform, unit):
     """The system counts kibibytes, but for that of Apple."""

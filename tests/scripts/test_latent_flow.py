@@ -66,6 +66,8 @@ def test_images_are_encoded_and_transferred(run):
     assert sampler.transfer(noise, labels=[0, 1], steps=2).shape == images.shape
     with pytest.raises(ValueError, match=r"x1 of shape \(2, 3\): the flow works on"):
         sampler.encode(torch.zeros(2, 3), labels=[0])
+    with pytest.raises(ValueError, match=r"the autoencoder takes images of 1 channel\(s\), these have 3"):
+        sampler.encode(torch.zeros(2, 3, 8, 8), labels=[0])
 
 
 # ---- the cache

@@ -69,7 +69,7 @@ def test_a_second_call_adds_a_seed(race, tmp_path, number, monkeypatch):
     with pytest.raises(UserError, match="from before it changed; name another folder"):
         race(*configs, flags=["--seeds", "2"])
     text = (out / "race.md").read_text()
-    assert text in printed + "\n" and "2 seed(s)" in text and "the floor" in text
+    assert text in printed + "\n" and "2 seed(s)" in text and "real (half against half), n = " in text
     rows = [line for line in text.splitlines() if line.startswith(tuple(f"| {recipe['name']} |" for recipe in recipes))]
     assert len(rows) == 2 * number and all(" to " in row and " ± " in row for row in rows)
     assert Image.open(out / "race.png").width > 400
@@ -80,7 +80,7 @@ def test_floor_of_fewer_real_images(race, tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "training_laps", lambda *_: [0.1] * 20)
     race(shlex.join(RECIPE), flags=["--seeds", "1", "--curve", "1", "--n_samples", "900", "--guidance_scale", "1"])
     (floor,) = [row for row in results.read(next(tmp_path.glob("race/*/seed_0/evaluation"))) if not row["method"]]
-    sentence = f"real (half against half), n = 898: FD-digits {floor['metrics']['FD-digits']:.2f}, the floor."
+    sentence = f"real (half against half), n = 898: FD-digits {floor['metrics']['FD-digits']:.2f}."
     assert sentence in (tmp_path / "race/race.md").read_text()
 
 

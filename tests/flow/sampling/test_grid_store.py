@@ -46,6 +46,12 @@ def test_another_guidance_scale_is_noted(weights, here, tmp_path):
     assert "was fitted at" not in sample(2, "c")
 
 
+def test_other_grids_do_not_need_the_file(weights, here, tmp_path):
+    """It may be of the weights that the file had before."""
+    grid_store.file_of(weights).write_text("{}")
+    here("sample", "--weights", weights, "--n_samples", 1, "--sampling_steps", 1, "--save_dir", tmp_path / "out")
+
+
 def test_replacing_another_scale_is_noted(weights, here):
     """Times that no flow is solved well with, stored as those of another scale."""
     methods = ["euler", "ab2"]

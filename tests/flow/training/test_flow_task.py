@@ -11,7 +11,7 @@ from conftest import TINY_TRAIN
     ("overrides", "note"),
     [
         (["flow.label_dropout=0", "preview.guidance_scale=2"], "note: preview.guidance_scale=2: the null label is not trained"),
-        (["flow.coupling=ot", "flow.coupling_args.block=8"], "note: flow.coupling=ot: pairs within blocks of 8 of a batch"),
+        (["flow.coupling=ot", "flow.coupling_args.block=8"], "note: flow.coupling=ot: matches samples within blocks of 8 of "),
         (
             [
                 "data.args.split=train", "evaluate.loss_every_steps=4", "evaluate.loss_samples=10", "loss.name=mean_flow",

@@ -81,6 +81,19 @@ def test_moved_data_are_resumed_on(photos, here):
     assert "finished step 5" in printed and "samples at the checkpoint" not in printed
 
 
+@pytest.mark.parametrize("name", ["folder", "pairs"])
+def test_only_pairs_keep_their_place(name):
+    """Those of another folder may be of another teacher."""
+    before, now = Config(), Config()
+    for config, path in ((before, "a"), (now, "b")):
+        config.data.name, config.data.args = name, {"path": path}
+    if name == "folder":
+        run_dir.refuse_changes(before, now, "the run was started")
+    else:
+        with pytest.raises(UserError, match="which resuming cannot change"):
+            run_dir.refuse_changes(before, now, "the run was started")
+
+
 def test_another_number_of_images_is_noted(photos, here):
     folder, resume = photos
     shutil.copy(folder / "cat/0.png", folder / "cat/1.png")
