@@ -11,6 +11,7 @@ not in the reference, from the other split of the data set; where it has none, o
 
 import shlex
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -88,9 +89,7 @@ def parse_args():
     )
     args = parser.parse()
     if args.samples:
-        for name in GENERATION:
-            if getattr(args, name) != parser.get_default(name):
-                raise UserError(f"--{name}: does not go with --samples, whose images are there already")
+        parser.refuse_typed(args, GENERATION, "does not go with --samples, whose images are there already")
     return args
 
 
@@ -152,6 +151,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
             if len(paths) > 1:
                 snap = snapshot.load(file, args.config, args.overrides)
                 snap.load_into(net)
+            distributed.check_same(accelerator, snap.sha256, f"--weights {file}")
             width = snap.power_average.width if snap.power_average else None
             subject = {"weights": f"{name}@{snap.step}", "ema_width": width, "images": snap.images, "captions": captions}
             rows += [row for row, _ in evaluator.evaluate(model, snap.sha256, subject)]
@@ -173,7 +173,9 @@ def plan_of(
             options = flags.solver_options(args, method, args.methods)
             for steps in flags.num_steps(args, method):
                 words = commands.condition_flags(1 if args.guide_weights else scale, (prompts or ())[:8]) + args.overrides
-                times = grid_store.load(snap, method, steps, words) if args.time_grid == "optimized" else None
+                times = None
+                if args.time_grid == "optimized":
+                    times = distributed.decided_by_main(partial(grid_store.load, snap, method, steps, words))
                 sampler = SamplerSettings(
                     method, steps, scale, seed=args.seed, labels=labels, prompts=prompts, time_grid=args.time_grid, times=times,
                     options=options, source=args.source,

@@ -5,6 +5,7 @@ little on its batch, so --bspp must stay the same). An interrupted run resumes. 
 (PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -62,7 +63,8 @@ def main() -> None:
         check_request(args, snap, model, settings)
     for note in filter(None, (guidance_note(settings, model), source_note, grid_store.guidance_note(snap, settings))):
         accelerator.print(f"note: {note}")
-    digest = snap.sha256  # on every process: each might have read another file
+    digest = snap.sha256
+    distributed.check_same(accelerator, digest, f"--weights {args.weights}")
     with lock.folder(args.save_dir, accelerator):
         if accelerator.is_main_process:
             start_folder(args, snap, model, settings, digest, accelerator.mixed_precision)
@@ -77,11 +79,13 @@ def settings_of(args, snap: Snapshot, guide_name: str | None) -> SamplerSettings
     labels = flags.labels_of(args.labels, snap.class_names)
     method = args.sampling_method
     [steps] = flags.num_steps(args, method)
-    grid_flags = commands.condition_flags(1 if args.guide_weights else args.guidance_scale, args.prompts) + args.overrides
+    times = None
+    if args.time_grid == "optimized":
+        words = commands.condition_flags(1 if args.guide_weights else args.guidance_scale, args.prompts) + args.overrides
+        times = distributed.decided_by_main(partial(grid_store.load, snap, method, steps, words))
     return SamplerSettings(
         method, steps, args.guidance_scale, seed=args.seed, labels=labels,
-        prompts=tuple(args.prompts) if args.prompts else None, time_grid=args.time_grid,
-        times=grid_store.load(snap, method, steps, grid_flags) if args.time_grid == "optimized" else None,
+        prompts=tuple(args.prompts) if args.prompts else None, time_grid=args.time_grid, times=times,
         options=flags.solver_options(args, method, [method]),
         guidance_interval=tuple(args.guidance_interval), guide=guide_name, source=args.source,
     )  # fmt: skip

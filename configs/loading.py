@@ -146,11 +146,11 @@ def _finished(node: DictConfig) -> Any:
         raise UserError(f"{error.full_key}: {first_line(error)}") from None
     for key, value in stored.unwritable(dataclasses.asdict(config)):
         raise UserError(f"{key}={value!r}: holds a character that no file name and no text can have")
-    for place, value in stored.leaves(dataclasses.asdict(config)):
-        if value != value:
-            raise UserError(f"{stored.dotted(place)}=nan: must be a number")
     config.typed = stored.typed_interpolations(node)
     config.validate()
+    for place, value in stored.leaves(dataclasses.asdict(config)):  # of free arguments
+        if value != value:
+            raise UserError(f"{stored.dotted(place)}=nan: must be a number")
     return config
 
 

@@ -60,7 +60,11 @@ def parse_args():
     flags.add_count_flag(parser, "--check", "decode N latents and compare with their images, also by features", least=2)
     flags.add_feature_flags(parser, INCEPTION)
     flags.add_precision_flag(parser)
-    return parser.parse()
+    args = parser.parse()
+    if not args.check:
+        names = ("feature_extractor", "feature_layer", "feature_weights", "allow_remote_code")
+        parser.refuse_typed(args, names, "is for --check N, which compares images by their features; add it")
+    return args
 
 
 def main() -> None:

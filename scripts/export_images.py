@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageOps
 
 from configs import loading
 from configs.errors import UserError
@@ -82,9 +82,9 @@ def export(args, accelerator: Accelerator, data, into: Path) -> int:
 
 
 def resized(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [C, H, W] -> [C, size, size], by Lanczos."""
-    pixels = images.to_pil(image).resize((size, size), Image.Resampling.LANCZOS)
-    return images.from_pil(pixels)
+    """uint8 [C, H, W] -> [C, size, size]: the central square, by Lanczos."""
+    picture = ImageOps.fit(images.to_pil(image), (size, size), Image.Resampling.LANCZOS)
+    return images.from_pil(picture)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def real_images(args, accelerator: Accelerator, snap: snapshot.Snapshot) -> Data
     if data.image_shape != snap.image_shape:
         raise UserError(f"data: {spec.name} has images of {data.image_shape}, --weights is of {snap.image_shape}")
     if args.n_images > len(data):
-        raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}")
+        raise UserError(f"--n_images {args.n_images}: the data set has {len(data)}; use at most {len(data)}")
     return data
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import keys, schema
-from configs.errors import UserError, first_line
+from configs.errors import UserError
 from datasets import DataSet, DataSpec, captions, default_root
 from datasets.images import to_float
 from datasets.pairs import Shard, read_manifest, shards_of
@@ -121,18 +121,12 @@ def read_real_images(
         snap.check_data()
         with error_context("flow.source"):
             distributed.main_process_first(accelerator, lambda: source.training)
-    try:
-        snap.check_data()
-        with error_context("data"):
-            spec = spec.behind(["pairs"])  # in a second reflow the real images of the first
-            data = distributed.main_process_first(accelerator, partial(build_or_reason, spec))
-    except UserError as error:
-        data = str(error)
+    behind, data = distributed.main_process_first(accelerator, partial(build_or_reason, snap, spec))
     absent = isinstance(data, str)
     if needed and isinstance(data, str):
-        raise UserError(data if data.startswith("--weights") else f"data: {data.removeprefix('data: ')}")
+        raise UserError(data)
     if not distributed.any_process(accelerator, absent):
-        return spec, data
+        return behind, data
     reason = f" ({data})" if absent else ", which another process lacks"
     accelerator.print(f"note: these pairs are made without the training images{reason}")
     return spec, None
@@ -147,12 +141,15 @@ def trained_classes(snap: snapshot.Snapshot, data: DataSet, num_classes: int | N
     return tuple(labels) if labels else None
 
 
-def build_or_reason(spec: DataSpec) -> DataSet | str:
-    """The data set, or why it is not to be had, on every process."""
+def build_or_reason(snap: snapshot.Snapshot, spec: DataSpec) -> tuple[DataSpec, DataSet | str]:
+    """The data set behind `spec`, in a second reflow the real images of the first; or why it is not to be had."""
     try:
-        return spec.build()
-    except (ValueError, FileNotFoundError) as error:
-        return first_line(error)
+        snap.check_data()
+        with error_context("data"):
+            behind = spec.behind(["pairs"])
+            return behind, behind.build()
+    except UserError as error:
+        return spec, str(error)
 
 
 def check_real_images(snap: snapshot.Snapshot, net: Network, data, inverted: int) -> None:

@@ -36,6 +36,7 @@ def parse_args():
     flags.add_methods_flag(parser, FIXED_GRID, ["euler", "ab2", "unipc"])
     parser.add_argument("--steps", nargs="+", type=flags.at_least(2), default=[4, 5, 6, 8, 10], help="(default: 4 5 6 8 10)")
     flags.add_guidance_flag(parser)
+    flags.add_labels_flag(parser)
     flags.add_prompts_flag(parser)
     flags.add_count_flag(parser, "--n_images", "images to fit on, and as many to decide on", 32, least=2)
     flags.add_count_flag(parser, "--reference_steps", "steps of the fine trajectories", 64, least=16)
@@ -49,12 +50,14 @@ def main() -> None:
     if max(args.steps) > args.reference_steps:
         raise UserError(f"--steps {max(args.steps)}: must be at most --reference_steps {args.reference_steps}")
     if hub.is_reference(args.weights):
-        copy = commands.command("-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights))
+        words = ["--weights", args.weights, "--to", hub.name_of(args.weights), "--dtype", "fp32", *args.overrides]
+        copy = commands.command("-m", "scripts.export", *words)
         raise UserError(f"--weights {args.weights}: grids are stored beside the weights; copy them to a folder with: {copy}")
     snap = snapshot.load(args.weights, None, args.overrides)
     model = snap.model(decode=False)
     prompts = tuple(args.prompts) if args.prompts else None
-    settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, prompts=prompts)
+    labels = flags.labels_of(args.labels, snap.class_names)
+    settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, labels=labels, prompts=prompts)
     with error_context("optimize_grid"):
         validate(settings, model)
     accelerator = distributed.build_single_process_accelerator("optimize_grid")
@@ -65,8 +68,11 @@ def main() -> None:
     model.net.eval()
     with lock.folder(snap.path.parent, accelerator), torch.inference_mode():
         saved = optimize(args, accelerator, snap, model, settings)
-    result = f"{len(saved)} optimized grid(s) in {grid_store.file_of(snap.path)}"
-    print(messages.summary(result, args.start, next_step(args, snap, saved)))
+    stored = grid_store.read(snap)
+    kept = [(method, n) for method in args.methods for n in args.steps if str(n) in stored.get(method, {})]
+    result = f"{len(saved)} optimized grid(s) in {grid_store.file_of(snap.path)} are new"
+    result += f", {len(kept)} of {len(args.methods) * len(args.steps)} are there"
+    print(messages.summary(result, args.start, next_step(args, saved or kept, snap)))
 
 
 def optimize(
@@ -157,14 +163,15 @@ def replaced(snap: snapshot.Snapshot, method: str, n: int, guidance_scale: float
     return "" if fitted in (None, guidance_scale) else f"  note: replaces the stored one, which was fitted at w = {fitted:g}"
 
 
-def next_step(args, snap: snapshot.Snapshot, saved: list[tuple[str, int]]) -> str:
+def next_step(args, grids: list[tuple[str, int]], snap: snapshot.Snapshot) -> str:
     """What to do with the grids, or how to find some."""
-    if not saved:
+    if not grids:
         longer = ["--evaluations", str(4 * args.evaluations)]
         return f"search longer with: {commands.command('-m', 'scripts.optimize_grid', *sys.argv[1:], *longer)}"
-    method, n = saved[-1]
+    method, n = grids[-1]
     words = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
-    words += commands.condition_flags(args.guidance_scale, args.prompts) + args.overrides
+    words += commands.condition_flags(args.guidance_scale, args.prompts)
+    words += [*(["--labels", *args.labels] if args.labels else []), *args.overrides]
     return f"use one with: {commands.sample_command(snap.path, f'{locate.name_of(args.weights)}_optimized', *words)}"
 
 

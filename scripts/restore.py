@@ -222,7 +222,7 @@ def load_images(args, snap: snapshot.Snapshot, accelerator: Accelerator) -> tupl
         raise UserError(f"{flag}: {name} has images of {list(data.image_shape)}, the flow {list(snap.image_shape)}")
     if args.n_images > len(data):
         if not args.images:
-            raise UserError(f"--n_images {args.n_images}: {name} has {len(data)}")
+            raise UserError(f"--n_images {args.n_images}: {name} has {len(data)}; use at most {len(data)}")
         accelerator.print(f"note: {name} has {len(data)} images")
     batches = index_batches(range(min(args.n_images, len(data))), 100)
     return name, torch.cat([batch for _, batch in read_images(data, batches)])

@@ -45,6 +45,7 @@ def parse_args():
     )
     flags.add_step_flags(parser, [4, 8, 16, 32, 64], several=True)
     flags.add_guidance_flag(parser)
+    flags.add_labels_flag(parser)
     flags.add_prompts_flag(parser)
     flags.add_count_flag(parser, "--n_images", "number of images", 32)
     flags.add_seed_flag(parser)
@@ -56,7 +57,10 @@ def parse_args():
     flags.add_extractor_flag(parser, "mnist")
     flags.add_precision_flag(parser, "--num_fid_images")
     flags.add_output_flag(parser)
-    return parser.parse()
+    args = parser.parse()
+    if not args.num_fid_images:
+        parser.refuse_typed(args, ("feature_extractor",), "is for --num_fid_images N, which measures a distance; add it")
+    return args
 
 
 def main() -> None:
@@ -67,8 +71,9 @@ def main() -> None:
     if args.num_fid_images and snap.space.is_points:
         raise UserError(f"--num_fid_images {args.num_fid_images}: is for images, and these weights are a flow of points")
     base = SamplerSettings(
-        guidance_scale=args.guidance_scale, seed=args.seed, prompts=tuple(args.prompts) if args.prompts else None
-    )
+        guidance_scale=args.guidance_scale, seed=args.seed, labels=flags.labels_of(args.labels, snap.class_names),
+        prompts=tuple(args.prompts) if args.prompts else None,
+    )  # fmt: skip
     model = snap.model(decode=False)
     with error_context("solver_study"):
         validate(base, model)
@@ -101,31 +106,32 @@ def study(
 ) -> None:  # fmt: skip
     """Write the table and the plots."""
     rows, fine_nfe = distances(args, accelerator, snap, model, base, plan)
-    if args.num_fid_images:
-        add_frechet(args, snap, rows)
+    frechet = add_frechet(args, snap, rows) if args.num_fid_images else ""
     calls = ["forwards"] if any(row["forwards"] != row["NFE"] for row in rows) else []
-    columns = ["method", "grid", "steps", "NFE", *calls, "distance", "order", *(["FD"] if args.num_fid_images else [])]
+    columns = ["method", "grid", "steps", "NFE", *calls, "distance", "order", *([frechet] if frechet else [])]
     with files.csv_file(args.out / "study.csv") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    form = {"distance": ".3g", "order": ".2f", "FD": ".2f"}
+    form = {"distance": ".3g", "order": ".2f", frechet: ".2f"}
     cells = [[format(r[c], form.get(c, "")) for c in columns] for r in rows]
-    text = table.markdown([columns, *cells])
+    note = f"{args.n_images} images of seed {args.seed}, guidance {args.guidance_scale:g}, to t = {args.t_end:g}"
+    note += f"; {frechet} of {args.num_fid_images:,} images" if frechet else ""
+    text = f"{table.markdown([columns, *cells])}\n\n{locate.name_of(args.weights)}: {note}."
     files.write_text(args.out / "study.md", text + "\n")
     plots.error_against_nfe(args.out / "study.png", rows, "distance", "distance to the fine solution")
     (args.out / "fd.png").unlink(missing_ok=True)  # of an earlier study, which this one replaces
     if args.num_fid_images:
-        plots.error_against_nfe(
-            args.out / "fd.png", rows, "FD", f"FD-{args.feature_extractor} of {args.num_fid_images:,} images"
-        )
+        plots.error_against_nfe(args.out / "fd.png", rows, frechet, f"{frechet} of {args.num_fid_images:,} images")
     print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}")
     words = commands.condition_flags(args.guidance_scale, args.prompts)
     step = "fit the times of few steps"
+    words += ["--labels", *args.labels] if args.labels else []
     following = ["-m", "scripts.optimize_grid", "--weights", args.weights, *words, *args.overrides]
     if hub.is_reference(args.weights):  # grids lie beside the weights
         step = "copy the weights"
-        following = ["-m", "scripts.export", "--weights", args.weights, "--to", hub.name_of(args.weights), "--dtype", "fp32"]
+        words = ["--to", hub.name_of(args.weights), "--dtype", "fp32", *args.overrides]
+        following = ["-m", "scripts.export", "--weights", args.weights, *words]
     names = "study.md study.csv study.png" + (" fd.png" if args.num_fid_images else "")
     result = f"{names} in {args.out}"
     print(messages.summary(result, args.start, f"{step} with: {commands.command(*following)}"))
@@ -168,8 +174,8 @@ def distances(
     return rows, fine.nfe
 
 
-def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
-    """Give each row its "FD", measured by evaluate.py from noise of its own."""
+def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> str:
+    """Give each row its Frechet distance, measured by evaluate.py; returns what the column is called."""
     folder = args.out / "evaluation"
     metrics_of = {}
     for name in args.grids:
@@ -177,14 +183,16 @@ def add_frechet(args, snap: snapshot.Snapshot, rows: list[dict]) -> None:
             locate.pinned(args.weights, snap.path), folder, args.overrides, methods=args.methods, nfe=args.nfe,
             sampling_steps=None if args.nfe else args.sampling_steps, time_grid=name, metrics="fid",
             guidance_scale=args.guidance_scale, n_samples=args.num_fid_images, mixed_precision=args.mixed_precision,
-            feature_extractor=args.feature_extractor, no_control=True, config=args.config,
+            feature_extractor=args.feature_extractor, seed=args.seed, labels=args.labels, no_control=True, config=args.config,
         )  # fmt: skip
         for row in evaluate_command.run(words):
             metrics_of[row["method"], row["steps"], json.dumps(row["identity"]["times"])] = row["metrics"]
     for row in rows:
         settings = row["settings"]
         metrics = metrics_of[settings.title, settings.steps, json.dumps(settings.times)]
-        row["FD"] = metrics[distance_name([{"metrics": metrics}])]
+        name = distance_name([{"metrics": metrics}])
+        row[name] = metrics[name]
+    return name
 
 
 if __name__ == "__main__":

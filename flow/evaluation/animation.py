@@ -47,6 +47,7 @@ def write(path: Path, frames: list[np.ndarray], seconds: float = SECONDS) -> lis
     write_gif(path, frames, seconds)
     video = path.with_suffix(".mp4")
     if not shutil.which("ffmpeg"):
+        video.unlink(missing_ok=True)  # of an earlier call, with other frames
         return [path.name]
     try:
         write_mp4(video, frames, seconds)

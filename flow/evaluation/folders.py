@@ -21,7 +21,7 @@ from flow.evaluation.control import add_control
 from flow.evaluation.real_images import load_real_images
 from flow.evaluation.reference import Reference, same_classes
 from flow.evaluation.runner import Evaluation, EvaluationSettings
-from flow.runtime import files
+from flow.runtime import distributed, files
 from flow.runtime.errors import error_context
 from flow.sampling.conditions import labels_for
 from flow.sampling.settings import SamplerSettings
@@ -61,6 +61,7 @@ def write_row(
     name = samples.resolve().name  # of "." too
     subject = {"weights": name, "n": len(data), "first": 0}
     identity = {"images": data.fingerprint(), **classes_identity(labels, own_names, ev.reference)}
+    distributed.check_same(accelerator, identity["images"], f"--samples {samples}, its images")
     images = partial(collecting.read, data, accelerator, settings.batch_size, "samples", key="--samples")
 
     def compute() -> dict | None:

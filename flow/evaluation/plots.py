@@ -328,7 +328,8 @@ def loss_curves(
     i = 0
     for axes, (loss, curves) in zip(panels, losses.items(), strict=True):
         for label, (x, values) in curves.items():
-            width, dashes = (1, "--") if label in validation else (smooth, "-")
+            solid = "-" if i < len(COLORS) else "-."  # colors come again
+            width, dashes = (1, "--") if label in validation else (smooth, solid)
             means = [sum(window := values[max(0, k + 1 - width) : k + 1]) / len(window) for k in range(len(values))]
             color, marker = COLORS[i % len(COLORS)], "o" if len(x) == 1 else None
             axes.plot(x, means, dashes, label=_shown(label), color=color, linewidth=1.2, marker=marker)

@@ -73,6 +73,7 @@ def load_features(
         "" if order is None else f" {hashlib.sha256(json.dumps(list(order)).encode()).hexdigest()[:16]}"
     )
     identity = feature_cache.identity_of(fingerprint, extractor, layers)
+    distributed.check_same(accelerator, identity, f"{source.name}, its images")
     path = source.root / "features" / f"{source.spec.name}-{extractor.name}-{extractor.layer}-{identity}.npz"
     return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, layers, order)
 

@@ -207,6 +207,8 @@ def class_counts(
 
     for load in (lambda: source.data if source else None, lambda: distributed.main_process_first(accelerator, training_set)):
         data = load()
+        if distributed.any_process(accelerator, data is None):
+            continue
         if data is not None and data.labels is not None and has_classes(data.class_names):
             return torch.bincount(data.labels, minlength=num_classes).tolist()
     accelerator.print(

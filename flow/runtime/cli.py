@@ -7,6 +7,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Iterable
 
 from configs import schema
 from configs.errors import UserError, did_you_mean
@@ -74,6 +75,12 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{overrides[0]}: this command takes no configuration keys")
         namespace.overrides, namespace.start = overrides, time.perf_counter()
         return namespace
+
+    def refuse_typed(self, namespace: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+        """Raises UserError for the first of these flags, by their names in the namespace, that is not at its default."""
+        for name in names:
+            if getattr(namespace, name) != self.get_default(name):
+                raise UserError(f"--{name}: {reason}")
 
     def _most_words(self, flag: str) -> float:
         """How many words a flag takes at most; none for one with an optional word."""

@@ -247,6 +247,14 @@ def decided_by_main(decide: Callable[[], Result]) -> Result:
     return value
 
 
+def check_same(accelerator: Accelerator, value: Any, what: str) -> None:
+    """For what every process has read for itself, perhaps on another machine. Raises UserError, on all of them, where one has
+    another value than the main process."""
+    if any_process(accelerator, decided_by_main(lambda: value) != value):
+        remedy = "start all with the same command, and give every machine the same files"
+        raise UserError(f"{what}: processes have read different ones; {remedy}")
+
+
 def main_process_first(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
     """make() on the main process, then on one process of each machine, then on all others: only one downloads."""
     turn = 0 if accelerator.is_main_process else 1 if accelerator.is_local_main_process else 2

@@ -18,12 +18,12 @@ def find(weights: str | Path) -> Path:
     if hub.is_reference(weights):
         return hub.download(weights)
     path = Path(weights)
+    if not path.exists():  # on this machine: the others would wait for it
+        raise UserError(f"--weights {path}: there is no such file or folder")
     return path if path.is_file() else distributed.decided_by_main(lambda: _in_folder(path))
 
 
 def _in_folder(path: Path) -> Path:
-    if not path.exists():
-        raise UserError(f"--weights {path}: there is no such file or folder")
     snapshots = step_names.by_step(path / "snapshots", ".safetensors") or step_names.by_step(path, ".safetensors")
     if snapshots:
         return snapshots[max(snapshots)]

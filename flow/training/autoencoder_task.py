@@ -23,7 +23,7 @@ from flow.sampling import images
 from flow.sampling.generate import shard
 from flow.sampling.header import PowerAverage
 from flow.sampling.images import psnr, to_uint8
-from flow.training.checks import check_encodable
+from flow.training.checks import check_encodable, check_same_data
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 from flow.training.trainer import Callback, Trainer
 from models import autoencoder
@@ -46,6 +46,7 @@ class AutoencoderTask:
             raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
         with error_context("data"):
             self.data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
+        check_same_data(accelerator, config.data.name, self.data)
         check_encodable(config.data.name, self.data)
         torch.manual_seed(config.seed)  # of the initial weights
         self.net = self.build_network()

@@ -4,15 +4,17 @@ from pathlib import PurePath
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from configs import keys
 from configs.errors import UserError
 from configs.schema import Config
-from datasets import captions
+from datasets import DataSet, captions
 from datasets.folder import IMAGE_SUFFIXES
 from datasets.packed import Packed
 from flow.losses import FlowLoss
 from flow.model import FlowModel
+from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.sampling.space import Space
 from flow.source import GAUSSIAN, DataSource, Source
@@ -53,6 +55,11 @@ def _stem(name: str) -> str:
     """The name of an image without its suffix; of a row of a Parquet file its number."""
     path = PurePath(name)
     return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_SUFFIXES else name.rpartition(", ")[2]
+
+
+def check_same_data(accelerator: Accelerator, name: str, data: DataSet) -> None:
+    """Raises UserError where processes, perhaps on several machines, see another number of samples or other classes."""
+    distributed.check_same(accelerator, [len(data), list(data.class_names)], f"data.name={name}, its samples or classes")
 
 
 def check_encodable(name: str, data) -> None:

@@ -30,7 +30,14 @@ from flow.sampling.header import PowerAverage
 from flow.sampling.settings import guidance_note, validate
 from flow.sampling.space import Space
 from flow.source import DataSource, Source
-from flow.training.checks import check_alignment, check_conditioning, check_loss, check_same_flow, check_source
+from flow.training.checks import (
+    check_alignment,
+    check_conditioning,
+    check_loss,
+    check_same_data,
+    check_same_flow,
+    check_source,
+)
 from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
 
 NAMED_CLASSES = 10  # in the log
@@ -51,6 +58,7 @@ class FlowTask:
         self.notes: list[str] = []  # for the start of the log
         with error_context("data"):
             self.data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
+        check_same_data(accelerator, config.data.name, self.data)
         self.space = Space(self.data.image_shape, self.data.codec)
         self.unit = "points" if self.space.is_points else "images"
         self.class_names = tuple(self.data.class_names) if self.data.labels is not None else ()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flow.runtime.distributed import resolve_precision
+from flow.runtime.distributed import decided_by_main, resolve_precision
 
 MIN_SIDE = 32  # inputs and outputs of a hidden layer
 CONDITIONING = {"conditioning", "modulation"}  # layers of the embedding of time and label, by their names in `models`
@@ -94,7 +94,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = torch.bfloat16 if resolve_precision("auto") == "bf16" else torch.float32
+        precision = decided_by_main(lambda: resolve_precision("auto"))  # machines may differ, replicas must not
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -54,6 +54,7 @@ def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, 
         # Until here another process may have started a run in this folder, or resumed it.
         if (run_dir, cfg) != open_run(args.config, args.exp_dir, args.resume, args.overrides, kind):
             raise UserError(f"{run_dir / 'config.yaml'}: another process has changed it; start this command again")
+        distributed.check_same(accelerator, loading.dump(cfg), f"the configuration of {run_dir}")
         try:
             with _quiet_writer_threads():
                 yield run_dir, cfg, accelerator

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,9 @@ EXAMPLES = """\
   python -m scripts.benchmark -c configs/cifar10.yaml --parts train --vary train.batch_size 8 16 32"""
 
 
+SETTINGS = (  # of a job, besides its configuration and its precision
+    "compile", "warmup", "steps", "sampling_batch", "sampling_batches", "sampling_steps", "n_samples", "feature_extractor",
+)  # fmt: skip
 PARTS = ("train", "sample", "evaluate", "scaling")
 COMPUTE = ("forward", "backward", "graph", "network", "decoder", "features")  # sections that are networks
 
@@ -102,8 +106,25 @@ def plan_of(args) -> dict[str, dict]:
     for extra in [[f"{key}={value}"] for value in values] or [[]]:
         overrides = [*args.overrides, *extra]
         loading.load(args.config, overrides)
-        plan |= {", ".join([name, *extra]): {**job, "overrides": overrides} for name, job in jobs(args).items()}
+        for name, job in jobs(args).items():
+            plan[", ".join([name, *extra])] = {**settings_of(args, job["kind"]), **job, "overrides": overrides}
     return plan
+
+
+def settings_of(args, kind: str) -> dict[str, Any]:
+    """The flags that a job of this kind depends on."""
+    of_kind = {
+        "train": {"steps": args.steps},
+        "sample": {
+            "sampling_batch": args.sampling_batch, "sampling_batches": args.sampling_batches,
+            "sampling_steps": args.sampling_steps,
+        },
+        "evaluate": {
+            "sampling_batch": args.sampling_batch, "sampling_steps": args.sampling_steps, "n_samples": args.n_samples,
+            "feature_extractor": args.feature_extractor,
+        },
+    }  # fmt: skip
+    return {"compile": args.compile, "warmup": args.warmup, **of_kind[kind]}
 
 
 def measure(args, plan: dict[str, dict]) -> None:
@@ -157,14 +178,8 @@ def jobs(args) -> dict[str, dict]:
 
 
 def run_job(job: dict, args, scratch: Path) -> dict:
-    """The result of a job with the settings of the command line."""
-    settings = {
-        "overrides": args.overrides, "config": args.config, "compile": args.compile, "steps": args.steps,
-        "warmup": args.warmup, "sampling_batch": args.sampling_batch, "n_samples": args.n_samples,
-        "sampling_batches": args.sampling_batches, "sampling_steps": args.sampling_steps,
-        "feature_extractor": args.feature_extractor,
-    }  # fmt: skip
-    return start_job({**settings, **job}, scratch)
+    """The result of a job with the configuration of the command line."""
+    return start_job({"overrides": args.overrides, "config": args.config, **job}, scratch)
 
 
 def medians(name: str, job: dict, results: list[dict], cost: dict, ceilings: dict) -> dict:
@@ -208,7 +223,10 @@ def report(result: dict) -> str:
                           for p in ceilings if p != "device")]),
         "",
     ]  # fmt: skip
-    head = ["job", "images/s", "slowest to fastest step", "ratio", "GFLOP/s", "of the ceiling", "outside the networks",
+    for kind, row in {row["kind"]: row for row in result["rows"]}.items():
+        lines.append(f"- {kind}: " + ", ".join(f"{name} {row[name]}" for name in SETTINGS if name in row))
+    lines.append("")
+    head = ["job", "images/s", "slowest to fastest step", "ratio to eager", "GFLOP/s", "of the ceiling", "outside the networks",
             "peak GiB", "first step, s"]  # fmt: skip
     cells = [head]
     for r in result["rows"]:

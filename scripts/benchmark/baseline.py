@@ -49,6 +49,7 @@ def main() -> None:
         net, images, labels = material(cfg)
         step, averages = train_for(args.minutes, net, images, labels, cfg)
         names = [name for name, _ in net.named_parameters()]
+        cfg.flow.label_dropout = 0.0  # this loop drops none, whatever the configuration says
         snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
     result = f"{args.out}: {step} steps of {cfg.train.batch_size} images"
     print(messages.summary(result, args.start, f"sample from it with: {commands.sample_command(args.out, args.out.stem)}"))
@@ -90,7 +91,8 @@ def train(net: nn.Module, images: Tensor, labels: Tensor | None, batch_size: int
     floats = images.float() / 127.5 - 1
     data = TensorDataset(floats, torch.zeros(len(floats), dtype=torch.long) if labels is None else labels)
     sampler = RandomSampler(data, replacement=True, num_samples=2**62)
-    for x1, y in DataLoader(data, batch_size=batch_size, sampler=sampler, num_workers=2):
+    loader = DataLoader(data, batch_size=batch_size, sampler=sampler, num_workers=2)
+    for step, (x1, y) in enumerate(loader, start=1):
         x1, y = x1.to(device), y.to(device)
         x0 = torch.randn_like(x1)
         t = torch.rand(len(x1), device=device)
@@ -100,9 +102,10 @@ def train(net: nn.Module, images: Tensor, labels: Tensor | None, batch_size: int
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
+        decay = min(0.9999, (1 + step) / (10 + step))  # so that a short training forgets its random start
         with torch.no_grad():
             for average, p in zip(averages, net.parameters(), strict=True):
-                average.mul_(0.9999).add_(p, alpha=1 - 0.9999)
+                average.mul_(decay).add_(p, alpha=1 - decay)
         loss.item()
         yield averages
 

@@ -209,10 +209,9 @@ def sample_job(job: dict) -> dict:
 
 
 def plain_sample_job(job: dict) -> dict:
-    cfg, data = material(job)
-    shape = data.image_shape
-    net = models.build(cfg.model.name, shape, cfg.model.args)
-    set_defaults(net)
+    cfg, _ = material(job)
+    net, pixels, _ = baseline.material(cfg)
+    shape = tuple(pixels.shape[1:])
     timer = Timer()
     with tempfile.TemporaryDirectory() as scratch:
         batches = baseline.sample(net, shape, net.num_classes, job["sampling_batch"], job["sampling_steps"], Path(scratch))

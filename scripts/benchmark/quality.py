@@ -22,17 +22,19 @@ from pathlib import Path
 
 from configs import loading
 from configs.errors import UserError
+from configs.schema import Config
 from flow.evaluation import intervals, plots, results, runner, table
 from flow.evaluation.checks import check_before_training
 from flow.evaluation.entries import is_distance
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
+from flow.model import why_no_score
 from flow.runtime import cli, commands, files, flags, lock, messages, step_names
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command
 from flow.sampling import exported, snapshot
-from flow.solvers import ADAPTIVE, SOLVERS
+from flow.solvers import ADAPTIVE, SOLVERS, STOCHASTIC
 from scripts.benchmark.trial import seconds_per_step, training_laps
 
 EXAMPLES = """\
@@ -155,15 +157,27 @@ def same_recipe(one: Recipe, other: Recipe) -> bool:
 def check_recipes(args, recipes: list[Recipe]) -> None:
     """Load the feature extractor and the reference once, as evaluate.py will after the first training, which may take hours.
 
-    Raises UserError as `check_evaluation` does.
+    Raises UserError as `check_evaluation` does, and for solvers and guidance that evaluate.py would refuse.
     """
     settings = runner.EvaluationSettings(
         owner="benchmark quality", feature_extractor=args.feature_extractor, feature_layer=args.feature_layer,
         feature_weights=args.feature_weights, reference=args.reference, n_samples=args.n_samples, n_samples_key="--n_samples",
     )  # fmt: skip
     configs = [loading.load(recipe.config, recipe.overrides) for recipe in recipes]
+    for recipe, config in zip(recipes, configs, strict=True):
+        check_rows(args, recipe.name, config)
     for config in {str([config.data, config.flow.source]): config for config in configs}.values():
         check_before_training(config, settings)
+
+
+def check_rows(args, name: str, config: Config) -> None:
+    """Raises UserError for a solver or a guidance scale that a network of this training does not take."""
+    noisy = next((method for method in args.methods if method in STOCHASTIC), None)
+    if noisy and (reason := why_no_score(config.flow.source.name, config.flow.coupling)):
+        raise UserError(f"--methods {noisy}: adds noise, which the recipe {name} does not allow ({reason}); use an ODE solver")
+    has_conditions = config.model.args.get("num_classes") or config.model.args.get("max_prompt_bytes")
+    if not has_conditions and (scale := next((w for w in args.guidance_scale if w != 1), None)):
+        raise UserError(f"--guidance_scale {scale:g}: the recipe {name} trains without labels (model.args.num_classes)")
 
 
 def fitted(args, recipes: list[Recipe]) -> list[Recipe]:

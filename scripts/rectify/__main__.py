@@ -86,12 +86,17 @@ class Rectify:
         """The command of a stage. The seconds of pairs add up in plan.json over the calls that make some of them."""
         stage = self.cfg.stages[name]
         arguments = self.training(name, teacher, pairs) if stage.config else self.pairs(name, teacher)
-        before, start = self.shards(name), time.perf_counter()
+        before, start, seconds = self.shards(name), time.perf_counter(), self.plan(name).get("elapsed", 0.0)
+        if stage.pairs is not None and self.plan(name).get("running"):  # a kill has left the time of its pairs unknown
+            seconds = math.nan
+        if stage.pairs is not None:
+            self.record(name, running=True)
         try:
             run_command(arguments, self.launcher)
         finally:
-            if stage.pairs is not None and self.shards(name) > before:
-                self.record(name, elapsed=self.plan(name).get("elapsed", 0.0) + time.perf_counter() - start)
+            if stage.pairs is not None:
+                made = {"elapsed": seconds + time.perf_counter() - start} if self.shards(name) > before else {}
+                self.record(name, running=False, **made)
 
     def shards(self, name: str) -> int:
         """Whole files of pairs that a stage has written."""
@@ -146,6 +151,8 @@ class Rectify:
         trial: seconds of a step or pair, measured with a scratch folder. Raises UserError for the plan of another budget.
         """
         if self.cfg.minutes is None:
+            if "minutes" in self.plan(name):
+                raise UserError(f"minutes=null: {self.plan_file} is of another budget; name another folder")
             return None
         plan, budget = self.plan(name), {"minutes": self.cfg.minutes, "share": self.cfg.stages[name].share}
         if "count" not in plan:
@@ -172,7 +179,7 @@ class Rectify:
                 raise ValueError("a stage has no entries")
         return plans
 
-    def record(self, name: str, **entries: float | str) -> None:
+    def record(self, name: str, **entries: float | str | bool) -> None:
         plans = self.plans()
         plans[name] = {**plans.get(name, {}), **entries}
         files.write_text(self.plan_file, json.dumps(plans, indent=1))

@@ -105,7 +105,8 @@ def measure(accelerator: Accelerator, cfg: RectifyConfig, folder: Path, row: Row
 
 
 def figure_nfes(cfg: RectifyConfig) -> list[int]:
-    return [*SHOWN_NFE, max(cfg.nfe)]
+    """The rows of the figure: the first numbers of steps of the table, and the largest."""
+    return sorted({nfe for nfe in SHOWN_NFE if nfe in cfg.nfe} | {max(cfg.nfe)})
 
 
 def table_text(cfg: RectifyConfig, measured: list[Measured], costs: dict[str, Cost], entries: list[dict]) -> str:

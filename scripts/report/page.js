@@ -412,7 +412,7 @@
       const alone = measured.length === 1;
       return {
         name: data.runs.length > 1 ? `${data.runs[line.run].name}: ${line.name}` : line.name,
-        color: alone ? `var(--c${k % 7})` : runColor(line.run), dash: DASHES[k % 4], marker: MARKERS[k % 4],
+        color: alone ? `var(--c${k % 7})` : runColor(line.run), dash: alone ? DASHES[k % 4] : runDash(line.run), marker: MARKERS[k % 4],
         x: points.map((point) => point[cost.value]), y: points.map((point) => point.values[name][0]), bars: points.map((point) => point.values[name][1]),
       };
     }).filter((line) => line.x.length);

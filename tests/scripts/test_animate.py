@@ -37,6 +37,8 @@ def test_the_way_of_images_from_noise(tmp_path, tiny_run, here):
 def test_likelihood_by_both_divergences(points_flow, tmp_path, here, monkeypatch):
     monkeypatch.setattr(animate, "MAP_CELLS", 12)
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "flow.gif").write_bytes(b"of an earlier call")
     printed = here(
         "animate", "--weights", points_flow("mixture", 1), "--out", out, "--figures", "likelihood", "--hutchinson_samples", "2"
     )

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -55,6 +56,18 @@ def test_size_of_the_files(here, tmp_path):
     assert torch.equal(images[8].byte(), digits.images[digits.labels[:5].argsort(stable=True)])
     shrunk = torch.nn.functional.avg_pool2d(images[16], 2)
     assert (shrunk - images[8]).abs().mean() < 20 and not torch.equal(shrunk, images[8])
+
+
+def test_images_that_are_not_square_are_cropped(here, tmp_path):
+    """To the central square, as data.args.size does."""
+    (tmp_path / "in").mkdir()
+    pixels = np.zeros((8, 16), dtype=np.uint8)
+    pixels[:, 4:12] = 200
+    Image.fromarray(pixels).save(tmp_path / "in/wide.png")
+    data = ["data.name=folder", f"data.args={{path: {tmp_path / 'in'}, channels: 1}}"]
+    here("export_images", "--save_dir", tmp_path / "out", "--size", 8, *data)
+    (file,) = (tmp_path / "out").iterdir()
+    assert (np.asarray(Image.open(file)) == 200).all()
 
 
 def test_unlabelled_pairs_have_no_class_folders(here, tmp_path):

@@ -289,6 +289,11 @@ def test_cache_of_other_labels_is_refused(here, error, vae_folder, tmp_path, old
     assert f"holds latents of another run ({key} " in line and contents(out) == before
 
 
+def test_extractor_without_a_check_is_refused(error, vae_folder, tmp_path):
+    line = error("cache_latents", "--vae", vae_folder, "--save_dir", tmp_path / "out", *CACHE, "--feature_extractor", "mnist")
+    assert "--feature_extractor: is for --check N" in line
+
+
 @pytest.mark.parametrize(
     ("extractor", "words"), [("mnst", "mnst: unknown; choose one of"), ("mnist", "takes 28x28 images, not 8x8")]
 )

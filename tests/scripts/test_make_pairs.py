@@ -208,7 +208,7 @@ def test_pairs_without_the_training_images(here, error, tmp_path):
     shutil.rmtree(folder)
     few = ["make_pairs", "--weights", tmp_path / "run", "--n_pairs", 4, "--sampling_steps", 1, "--save_dir"]
     printed = here(*few, tmp_path / "pairs")
-    assert "note: these pairs are made without the training images (path=" in printed and str(folder) in printed
+    assert "note: these pairs are made without the training images (data: path=" in printed and str(folder) in printed
     pairs = datasets.build("pairs", None, {"path": str(tmp_path / "pairs")})
     assert pairs.labels.tolist() == [0, 1, 0, 1] and pairs.class_names == ("cat", "dog")
     line = error(*few, tmp_path / "real", "--real_fraction", 0.5)

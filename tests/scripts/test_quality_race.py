@@ -169,6 +169,19 @@ def test_flags_may_change_until_there_are_rows(monkeypatch, tmp_path):
     assert fitted("--feature_extractor", "digits") == changed
 
 
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        ("flow.coupling=ot", ["--methods", "ancestral"], "--methods ancestral: adds noise, which the recipe"),
+        ("model.args.num_classes=null", ["--guidance_scale", 1, 1.5], "--guidance_scale 1.5: the recipe"),
+    ],
+)
+def test_rows_that_evaluate_would_refuse(error, tmp_path, recipe, flags, message):
+    """Before a training, not after it."""
+    command = ["benchmark", "quality", *FLAGS, "--out", tmp_path / "race", "--configs", f"configs/digits.yaml {recipe}"]
+    assert message in error(*command, *flags) and not (tmp_path / "race/race.json").exists()
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", "budget", "curve", "evaluation", "recipes"])
 def test_damaged_race_file_is_named(error, tmp_path, damage):
     """Text that is no JSON object, or a key that is not there."""

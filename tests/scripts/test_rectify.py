@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -298,6 +299,32 @@ def test_trial_of_pairs_of_a_reflow(rectified, tmp_path, config):
     cfg = loading.load(tmp_path / "minutes.yaml", kind=RectifyConfig)
     words = rectify.Rectify(cfg, None, 0.0).pairs("pairs_2-rf", "2-rf")
     assert int(words[words.index("--n_pairs") + 1]) > 0
+
+
+def test_time_of_pairs_after_a_kill_is_unknown(monkeypatch, rectified, tmp_path, config):
+    """A kill leaves no time to note it; what is noted afterwards is not the whole."""
+    folder = shutil.copytree(rectified, tmp_path / "run")
+    cfg = loading.load(config, [f"folder={folder}"], kind=RectifyConfig)
+
+    def add_shard(arguments: list[str], launcher: str | None) -> None:
+        assert json.loads((folder / "plan.json").read_text())["pairs_1-rf"]["running"]
+        (folder / "pairs_1-rf" / "more.safetensors").touch()
+
+    monkeypatch.setattr(rectify, "run_command", add_shard)
+    chain = rectify.Rectify(cfg, None, 0.0)
+    chain.record("pairs_1-rf", running=True, elapsed=3.0)
+    chain.run_stage("pairs_1-rf", "1-rf", None)
+    plan = json.loads((folder / "plan.json").read_text())["pairs_1-rf"]
+    assert math.isnan(plan["elapsed"]) and plan["running"] is False
+
+
+def test_a_folder_of_another_budget(rectified, tmp_path, config):
+    folder = shutil.copytree(rectified, tmp_path / "run")
+    cfg = loading.load(config, [f"folder={folder}"], kind=RectifyConfig)
+    chain = rectify.Rectify(cfg, None, 0.0)
+    chain.record("1-rf", minutes=10, share=0.5, seconds=1.0, count=3)
+    with pytest.raises(UserError, match=r"minutes=null: .*plan\.json is of another budget"):
+        chain.training("1-rf", None, None)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"1-rf": 3}'])

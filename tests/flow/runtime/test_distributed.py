@@ -31,6 +31,18 @@ def test_the_main_process_decides(pair):
     pair(agree)
 
 
+def see_different_files() -> None:
+    """Both processes learn of it, the one whose files are like those of the main process as well."""
+    accelerator = distributed.build_accelerator()
+    distributed.check_same(accelerator, ["a", 3], "data")
+    with pytest.raises(UserError, match="data: processes have read different ones; start all with the same command"):
+        distributed.check_same(accelerator, os.environ["RANK"], "data")
+
+
+def test_processes_notice_different_files(pair):
+    pair(see_different_files)
+
+
 def average_in_half_precision() -> None:
     """Both processes have the gradient 1 + 2^-12, which fp16 rounds to 1."""
     for hook, expected in (("fp16", 1.0), ("no", 1 + 2**-12)):
