@@ -84,6 +84,7 @@ def build_accelerator(
             f"WORLD_SIZE={expected}, but {accelerator.num_processes} process(es) joined; start with "
             "`accelerate-launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`"
         )
+    check_same(accelerator, mixed_precision, f"mixed precision {mixed_precision}, which -mp auto stands for (name one)")
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", mixed_precision):
         accelerator.print(f"note: the launcher's mixed precision {launcher} is not used; pass -mp {launcher} to the script")

@@ -52,6 +52,8 @@ def report(context: Context, level: str, check: Check, text: str) -> None:
     name = check.__name__.replace("_", " ")
     context.lines.append((level, name, text))
     context.accelerator.print(f"{level}  {name}: {text}", flush=True)
+    if level == "fail" and not context.accelerator.is_main_process:  # which may have passed there, on another machine
+        print(f"process {context.accelerator.process_index}: {level}  {name}: {text}", file=sys.stderr, flush=True)
 
 
 CHECKS: list[Check] = [

@@ -7,8 +7,9 @@ import torch
 import datasets
 import models
 from configs import schema
-from configs.schema import Config
-from datasets import DataSpec
+from configs.errors import first_line
+from configs.schema import Config, DataConfig
+from datasets import DataSet, DataSpec
 from flow import losses, time_samplers
 from flow.model import set_defaults
 from flow.runtime import distributed
@@ -29,8 +30,11 @@ USUAL_SHAPES = ((4, 32, 32), (3, 64, 64), (1, 28, 28), (1, 8, 8), (2,))  # that 
 def data(context: Context) -> Lines:
     """Present, readable, finite; for folders, images spread over the whole set."""
     cfg = context.cfg.data
-    with error_context("data"):
-        dataset = distributed.main_process_first(context.accelerator, DataSpec.of(cfg).build)
+    dataset = distributed.main_process_first(context.accelerator, lambda: build_or_reason(cfg))
+    reason = dataset if isinstance(dataset, str) else "another process lacks them, see its line"
+    if distributed.any_process(context.accelerator, isinstance(dataset, str)):
+        yield "fail", f"data: {reason}"
+        return
     context.data = dataset
     text = f"{cfg.name}, {len(dataset):,} of shape {'x'.join(map(str, dataset.image_shape))}"
     text += f", {len(dataset.class_names)} classes" if dataset.labels is not None else ", no labels"
@@ -50,6 +54,14 @@ def data(context: Context) -> Lines:
             yield "fail", f"{error}; remove or replace the file"
             return
     yield "pass", f"{text}; {len(looked_at):,} images were read and are whole"
+
+
+def build_or_reason(cfg: DataConfig) -> DataSet | str:
+    """The data set, or why it is not to be had: an exception would leave the other processes waiting."""
+    try:
+        return DataSpec.of(cfg).build()
+    except (ValueError, FileNotFoundError) as error:
+        return first_line(error)
 
 
 def network(context: Context) -> Lines:

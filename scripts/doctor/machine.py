@@ -17,7 +17,7 @@ from configs import schema
 from configs.schema import Config
 from flow.evaluation.classifiers import SIDES
 from flow.evaluation.features import INCEPTION_FILE
-from flow.runtime import messages
+from flow.runtime import distributed, messages
 from flow.sampling.space import Space
 from flow.training.run_dir import open_run
 from scripts.doctor.configuration import num_checkpoints, times_stored
@@ -113,7 +113,7 @@ def feature_weights(image_shape: tuple[int, ...]) -> tuple[str, str]:
 
 def trial(context: Context) -> Lines:
     """A few steps of train.py itself: speed, end, memory."""
-    if any(level == "fail" for level, _, _ in context.lines):
+    if distributed.any_process(context.accelerator, any(level == "fail" for level, _, _ in context.lines)):
         yield "warn", "skipped; fix what failed above"
         return
     cfg = context.cfg
