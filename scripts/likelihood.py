@@ -7,6 +7,7 @@ Points, which have no levels, get their log-likelihood in nats a point.
 
 import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -56,10 +57,10 @@ def main() -> None:
     data = real_images(args, accelerator, snap)
     distributed.prepare_model(model.net, accelerator)
     model.net.eval().requires_grad_(False)
-    log_p, nfe = log_likelihoods(args, accelerator, model, data)
-    parts = distributed.gather_to_main(accelerator, log_p)
+    parts = distributed.gather_to_main(accelerator, log_likelihoods(args, accelerator, model, data))
     if parts is not None:
-        print_result(args, torch.tensor([value for part in parts for value in part], dtype=torch.float64), nfe, data)
+        values, nfes = zip(*(batch for part in parts for batch in part), strict=True)
+        print_result(args, torch.cat(values), nfes, data)
 
 
 def real_images(args, accelerator: Accelerator, snap: snapshot.Snapshot) -> DataSet:
@@ -81,13 +82,11 @@ def real_images(args, accelerator: Accelerator, snap: snapshot.Snapshot) -> Data
     return data
 
 
-def log_likelihoods(args, accelerator: Accelerator, model: FlowModel, data: DataSet) -> tuple[list[float], int]:
-    """log p, in nats, of the first images that are of this process, dequantized, or of its points; and the NFE of the last
-    batch."""
+def log_likelihoods(args, accelerator: Accelerator, model: FlowModel, data: DataSet) -> list[tuple[Tensor, int]]:
+    """For each batch of this process log p [B] of its dequantized images, or of its points, in nats, and its NFE."""
     batches = shard(accelerator, range(args.n_images), args.bspp)
     points = Space(data.image_shape).is_points
-    values: list[float] = []
-    nfe = 0
+    results = []
     with distributed.progress(accelerator, sum(map(len, batches)), "likelihood (images of this process)") as bar:
         for batch in batches:
             with error_context("data"):
@@ -102,21 +101,24 @@ def log_likelihoods(args, accelerator: Accelerator, model: FlowModel, data: Data
             velocity = build_velocity(model, range(len(batch)), settings, accelerator.device)
             with error_context("likelihood"):
                 log_p, _, nfe = log_likelihood(velocity, x1, eps=directions.to(x1), rtol=args.rtol, atol=args.atol)
-            values += log_p.tolist()
+            results.append((log_p.cpu().double(), nfe))
             bar.update(len(batch))
-    return values, nfe
+    return results
 
 
-def print_result(args, log_p: Tensor, nfe: int, data: DataSet) -> None:
-    """The mean over all images in bits per dimension, or over points in nats, with its standard error."""
+def print_result(args, log_p: Tensor, nfes: Sequence[int], data: DataSet) -> None:
+    """The mean over all images in bits per dimension, or over points in nats, with its standard error; and the NFE of the
+    batches, each of which has its own steps."""
     points = Space(data.image_shape).is_points
     values = log_p if points else bits_per_dimension(log_p, math.prod(data.image_shape))
     error = mean_standard_error(values.numpy())  # of two values at least
+    least, most = min(nfes), max(nfes)
+    nfe = str(most) if least == most else f"{least} to {most}"
     unit = "nats a point, log-likelihood" if points else "bits per dimension"
     result = (
         f"{values.mean().item():.4f} ± {error:.4f} {unit} (mean ± standard error over {len(values)} "
-        f"{'points' if points else 'images'}; dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe} for the last "
-        f"batch, {args.hutchinson_samples} Hutchinson sample(s)"
+        f"{'points' if points else 'images'}; dopri5, rtol {args.rtol:g}, atol {args.atol:g}, NFE {nfe}, "
+        f"{args.hutchinson_samples} Hutchinson sample(s)"
         f"{'' if points else ', uniform dequantization, bins centered on the levels'})"
     )
     more = ["--hutchinson_samples", str(4 * args.hutchinson_samples)]

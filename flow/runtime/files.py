@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ MOST_FOLDERS = 10_000  # of one name with a number behind it
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes `path` when the block ends well, and is removed when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     try:
         with naming(path):
             yield temporary
@@ -32,6 +33,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
             fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: Path) -> Path:
+    """The path beside this one to write to first; another one for every writer, also on machines that share the folder."""
+    return path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from flow.runtime.files import TEMPORARY, naming
+from flow.runtime.files import naming, temporary_path
 
 FONT_SIZE = 13  # pixels
 LINE_HEIGHT = 16
@@ -34,7 +34,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def write_png(path: Path, image: Tensor) -> None:
     """Write a uint8 image [C, H, W] under its name once it is whole."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = temporary_path(path)
     try:  # not files.atomic_file: syncing each of 50,000 small files takes longer than making them again
         with naming(path):
             to_pil(image).save(temporary, format="PNG")

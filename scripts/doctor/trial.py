@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from configs import loading
 from configs.errors import UserError, first_line
@@ -38,9 +39,10 @@ class Trial:
 
 
 class Clock(Callback):
-    """Seconds of each step, of the checkpoint and of the preview that follow the last one."""
+    """Seconds of each step, of the checkpoint and of the preview that follow the last one; a bar shows the steps."""
 
-    def __init__(self):
+    def __init__(self, bar: tqdm):
+        self.bar = bar
         self.steps: list[float] = []
         self.checkpoint = self.preview = 0.0
         self.checkpoint_path = Path()
@@ -48,6 +50,7 @@ class Clock(Callback):
 
     def on_step(self, trainer: Trainer) -> None:
         self.steps.append(self._elapsed())
+        self.bar.update()
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         self.checkpoint, self.checkpoint_path = self._elapsed(), path
@@ -76,13 +79,16 @@ def try_training(config: str | None, overrides: list[str], accelerator: Accelera
         settings = loading.load(config, [*overrides, *short])
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        clock, warmup = Clock(), 1
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), _one_line_errors():
+        warmup = 1
+        # The bar writes to the terminal, which is silent for the training itself.
+        bar = distributed.progress(accelerator, 1 + STEPS, "trial (steps, then a checkpoint and a preview)")
+        clock = Clock(bar)
+        with bar, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), _one_line_errors():
             task = FlowTask(settings, accelerator)
             task.load_init_weights()
-            if cuda_graph.is_possible(accelerator, settings.train, task.loss):
+            if cuda_graph.obstacle(accelerator, settings.train, task.loss) is None:
                 warmup = cuda_graph.EAGER_STEPS + 1  # the capture is the step after them
-                settings.train.steps = warmup + STEPS
+                settings.train.steps = bar.total = warmup + STEPS
             Trainer(task, settings, Path(shared) / "run", accelerator, callbacks=[clock]).fit()
         accelerator.wait_for_everyone()
         saved = distributed.decided_by_main(lambda: {p.name: p.stat().st_size for p in clock.checkpoint_path.iterdir()})

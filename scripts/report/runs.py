@@ -241,14 +241,16 @@ def _read_entries(path: Path) -> tuple[list[dict], list[str]]:
 
 
 def _status(run: Run) -> Status:
-    """The status by the last event in log.txt and by the process that has signed the lock file."""
+    """The status by the end of log.txt and by the process that has signed the lock file."""
     resumed = max(0, len(run.starts) - 1)
-    event = ""
+    events: list[str] = []
     for line in run.log:
         if line.startswith(STARTED):
-            event = ""
+            events = []
         elif line.startswith((logging.ERROR_PREFIX, STOPPED)) or ENDED.search(line):
-            event = line
+            events.append(line)
+    errors = [line for line in events if line.startswith(logging.ERROR_PREFIX)]  # of several processes the first is the cause
+    event = (errors[:1] or events[-1:] or [""])[0]
     holder = lock.holder(run.folder)
     if holder and not event and _is_running(run.folder, holder):
         return Status("running", f"process {holder.pid} on {holder.host} since {holder.since}", resumed)

@@ -16,6 +16,8 @@ def test_command(here, tiny_run):
     printed = here("likelihood", "--weights", tiny_run, "--n_images", "6", "--bspp", "3", "--rtol", "0.05")
     bits = float(re.search(r"([\d.]+) ± [\d.]+ bits per dimension", printed).group(1))
     assert 3 < bits < 20  # of an untrained network: noise
+    least, most = re.search(r"NFE (\d+)(?: to (\d+))?, 1 Hutchinson", printed).groups()  # of the batches
+    assert 7 <= int(least) <= int(most or least)
 
 
 def test_held_out_images_have_bits_of_their_own(here, error, tiny_run):

@@ -279,6 +279,8 @@ def test_status_of_runs(tmp_path):
     assert runs.read_run(run, "run", 100, []).status.kind == "stopped"
     (run / "log.txt").write_text("device: cpu\nerror: the loss of step 3 is not finite\n")
     assert runs.read_run(run, "run", 100, []).status == runs.Status("failed", "the loss of step 3 is not finite", 1)
+    (run / "log.txt").write_text("device: cpu\nerror: process 1: out of memory\nerror: another process has ended\n")
+    assert runs.read_run(run, "run", 100, []).status.detail == "process 1: out of memory"  # the other error follows from it
     (run / "log.txt").write_text("device: cpu\nstopped by SIGTERM; the latest checkpoint is x\n")
     assert runs.read_run(run, "run", 100, []).status == runs.Status("stopped", "stopped by SIGTERM", 1)
 
