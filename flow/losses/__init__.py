@@ -24,7 +24,7 @@ def build(name: str, path: Path, prediction: str, time_sampler: Callable[[Tensor
     """The loss `name` on this path.
 
     prediction: what the network predicts, one of `flow.path.PREDICTIONS`. time_sampler: from uniforms to times, as
-    `flow.time_samplers.build` makes it. args: further arguments of the loss.
+    `flow.time_samplers.build` makes it; the loss gets its times in float32, at most `path.t_max`. args: further arguments.
 
     Raises:
         ValueError: for an unknown name or argument, and for values that do not fit each other.
@@ -35,8 +35,12 @@ def build(name: str, path: Path, prediction: str, time_sampler: Callable[[Tensor
         raise ValueError(f"unknown prediction {prediction!r}; choose from {', '.join(PREDICTIONS)}")
     allowed = {key: p for key, p in inspect.signature(LOSSES[name]).parameters.items() if key not in GIVEN}
     registry.check_arguments(name, args, allowed, _rule)
+
+    def trained_times(u: Tensor) -> Tensor:
+        return path.clip(time_sampler(u).float())
+
     try:
-        return LOSSES[name](path=path, prediction=prediction, time_sampler=time_sampler, **args)  # type: ignore[call-arg]
+        return LOSSES[name](path=path, prediction=prediction, time_sampler=trained_times, **args)  # type: ignore[call-arg]
     except TypeError as error:  # a word where a number belongs
         raise ValueError(f"{name} cannot be built from {args}: {error}") from error
 

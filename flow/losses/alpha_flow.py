@@ -60,8 +60,8 @@ class AlphaFlow(FlowMapLoss):
         return progress >= self.map_start and self.alpha(progress) < 1
 
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
-        assert batch.u is not None
-        t, t_next = self.times(batch.u, batch.progress)
+        assert batch.uniforms is not None
+        t, t_next = self.times(batch.uniforms, batch.progress)
         x, v = x_and_velocity(self.path, batch, t)
         prediction = net(x, t, batch.y, t_next)
         v, alpha = self.guided(eager, x, t, batch.y, v), self.alpha(batch.progress)

@@ -20,7 +20,7 @@ class Batch:
     x1: Tensor  # data [b, ...]: images in [-1, 1], latents or points
     x0: Tensor | None  # source samples [b, ...], coupled with x1
     y: Tensor | None  # labels [b] or prompt tokens [b, L]
-    u: Tensor | None  # stratified uniforms in (0, 1), float64 [b, num_uniforms]
+    uniforms: Tensor | None  # stratified uniforms in (0, 1), float64 [b, num_uniforms]
     step: int  # 0 for the first
     rows: slice  # of the global batch
     sample_ids: range
@@ -70,7 +70,7 @@ class Loss(Protocol):
 
     num_uniforms: int  # stratified uniforms that a sample needs
     draws: dict[str, tuple[int, ...]]  # further standard normal noise by key, with the shape for a sample
-    capturable: bool  # by a CUDA graph: the same operations in each step, on x1, x0, y, u and noise alone, without eager
+    capturable: bool  # by a CUDA graph: the same operations in each step, on x1, x0, y, uniforms and noise alone, without eager
 
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses: ...
 

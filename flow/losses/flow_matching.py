@@ -43,12 +43,12 @@ class FlowMatching(FlowLoss):
         self.distance_between = distances.build(self.distance, self.distance_args or {})
 
     def times(self, u: Tensor) -> Tensor:
-        """The times [b] at which the network is trained, float32, of uniforms u [b]; at most `path.t_max`."""
-        return self.path.clip(self.time_sampler(u).float())
+        """The times [b] at which the network is trained, float32, of uniforms u [b]."""
+        return self.time_sampler(u)
 
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses:
-        assert batch.x0 is not None and batch.u is not None
-        t = self.times(batch.u[:, 0])
+        assert batch.x0 is not None and batch.uniforms is not None
+        t = self.times(batch.uniforms[:, 0])
         prediction = net(self.path.interpolate(batch.x0, batch.x1, t), t, batch.y)
         target = self.path.target(batch.x0, batch.x1, t, self.prediction)
         d = self.distance_between(prediction.float(), target)

@@ -55,8 +55,8 @@ class MeanFlow(FlowMapLoss):
         return 3 + self.guidance_passes + self.mean_map_share * (2 + (self.tangent == "network"))
 
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
-        assert batch.u is not None
-        t, t_next = self.times(batch.u, batch.progress)
+        assert batch.uniforms is not None
+        t, t_next = self.times(batch.uniforms, batch.progress)
         x, v = x_and_velocity(self.path, batch, t)
         prediction = net(x, t, batch.y, t_next)
         target = v = self.guided(eager, x, t, batch.y, v)

@@ -43,14 +43,15 @@ class Trajectory(FlowMapLoss):
         self.check("guidance_mix", self.guidance_mix == 0, "0, as the guidance is that of the teacher's paths")
 
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
-        assert batch.x0 is not None and batch.u is not None and batch.states is not None and batch.state_times is not None
+        assert batch.x0 is not None and batch.uniforms is not None
+        assert batch.states is not None and batch.state_times is not None
         states = torch.cat([batch.x0[:, None], batch.states.float(), batch.x1[:, None]], dim=1)  # [b, K + 2, ...]
         t, weights = times_and_weights(batch.state_times, states.device)
         n, rows = len(t), torch.arange(len(states), device=states.device)
-        i, j = torch.triu_indices(n, n, 1, device=states.device)[:, (batch.u[:, 0] * (n * (n - 1) // 2)).long()]
+        i, j = torch.triu_indices(n, n, 1, device=states.device)[:, (batch.uniforms[:, 0] * (n * (n - 1) // 2)).long()]
         x, step = states[rows, i], broadcast_over(t[j] - t[i], batch.x1)
         velocity = torch.einsum("bk,bk...->b...", weights[i], states)
-        is_map = self.have_two_times(batch.u[:, 1], batch.progress)
+        is_map = self.have_two_times(batch.uniforms[:, 1], batch.progress)
         target = torch.where(broadcast_over(is_map, x), (states[rows, j] - x) / step, velocity)
         return self.weighted(net(x, t[i], batch.y, torch.where(is_map, t[j], t[i])), target, t[i])
 

@@ -6,6 +6,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configs.errors import UserError, first_line
 from flow.losses.flow_map import jump
 from flow.path import broadcast_over
+from flow.runtime import distributed
 
 WITHOUT_JVP = "use loss.args.derivative=difference or loss.name=alpha_flow"
 MAX_STEP = 0.005  # of central differences, in time; as in the code of Transition Models (arXiv:2509.04394)
@@ -131,6 +133,15 @@ class EagerNetwork:
             else:
                 torch.set_rng_state(self._state)
             yield
+
+
+def build(net: nn.Module, wrapped_net: nn.Module, accelerator: Accelerator) -> EagerNetwork:
+    """The `EagerNetwork` of a network that Accelerate has prepared; that of FSDP2 also gets the autocast that other networks
+    have from Accelerate."""
+    if not accelerator.is_fsdp2:
+        return EagerNetwork(net)
+    distributed.autocast_forward(wrapped_net, accelerator)
+    return EagerNetwork(net, "a derivative needs float32, in which FSDP2 has no sharded network", sharded=wrapped_net)
 
 
 @contextmanager

@@ -115,14 +115,14 @@ class FlowTask:
         """Each batch with its source samples, uniforms, further noise and labels, some of which are dropped."""
         seed, size, device = self.config.seed, self.config.train.batch_size, self.accelerator.device
         for step, micro_batches in enumerate(self.loader.steps(first_step, self.config.train.steps), start=first_step):
-            u = time_samplers.stratified(seed, step, size, self.loss.num_uniforms)  # [B, num_uniforms], of the global batch
+            uniforms = time_samplers.stratified(seed, step, size, self.loss.num_uniforms)  # of the global batch
             for i, batch in enumerate(micro_batches):
                 coupled_labels = batch.y if self.net.null is not None else None
                 x0 = self.coupling.sample_x0(batch.sample_ids, batch.indices, batch.x1, coupled_labels)
                 micro_batches[i] = replace(
                     batch,
                     x0=distributed.to_device(x0, device),
-                    u=distributed.to_device(u[batch.rows], device),
+                    uniforms=distributed.to_device(uniforms[batch.rows], device),
                     y=self._condition(batch, step),
                     noise=further_noise(self.loss.draws, seed, batch, device),
                     progress=step / self.config.train.steps,

@@ -63,37 +63,40 @@ def _options(config: OptimizerConfig, accelerator: Accelerator) -> dict[str, Any
     }
 
 
-class StepGuard:
-    """Counts the steps that changed nothing. All processes see the same gradient, so they agree on each step."""
+class OptimizerStep:
+    """Clips the gradient and takes the step of the optimizer, skips it where the gradient is not finite, and counts the steps
+    that were skipped. All processes see the same gradient, so they agree on each step."""
 
-    def __init__(self, accelerator: Accelerator, nonfinite_grad: str):
-        self.accelerator = accelerator
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, config: Any):
+        """net, optimizer: as Accelerate prepared them. config: a `Config` or `VaeConfig`."""
+        self.net, self.optimizer, self.accelerator = net, optimizer, accelerator
+        self.max_norm = config.optimizer.clip_grad_norm or math.inf
         self.scaler = accelerator.scaler
-        # fp16 has its own way, which also lowers its scale
-        self.skips_nonfinite = nonfinite_grad == "skip" and self.scaler is None
+        # The scaler of fp16 skips by itself, and lowers its scale.
+        self.skips_nonfinite = config.train.nonfinite_grad == "skip" and self.scaler is None
         self.scale: float | None = None  # of fp16, after the last step
         self.in_a_row = 0
 
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[Tensor, bool]:
-        """Clip the gradient to max_norm (0: not at all), take a step unless it has to be left out, and forget the gradient.
-        Returns the norm before clipping, and whether the weights changed.
+    def clip_and_step(self) -> tuple[Tensor, bool]:
+        """The norm of the gradient before clipping, and whether the weights changed. Zeroes the gradient.
 
-        The device is waited for only with fp16 and with train.nonfinite_grad=skip. Whether fp16 skipped shows in its scale,
-        which falls then: accelerate looks whether the optimizer's step was called, and that of a fused one always is.
+        Waits for the device only with fp16 and with train.nonfinite_grad=skip. Whether fp16 skipped the step shows in its
+        scale, which falls then: Accelerate only checks whether `step` of the optimizer was called, and with a fused one it
+        always is.
         """
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
-        norm = norm.full_tensor() if is_sharded(norm) else norm  # it stays on the device, which nobody waits for here
+        norm = self.accelerator.clip_grad_norm_(self.net.parameters(), self.max_norm)
+        norm = norm.full_tensor() if is_sharded(norm) else norm
         if self.scaler is not None:
             before = self.scaler.get_scale() if self.scale is None else self.scale
-            optimizer.step()
+            self.optimizer.step()
             self.scale = self.scaler.get_scale()
             updated = self.scale >= before
         else:
             updated = not self.skips_nonfinite or bool(torch.isfinite(norm))
             if updated:
-                optimizer.step()
+                self.optimizer.step()
         self.in_a_row = 0 if updated else self.in_a_row + 1
-        optimizer.zero_grad()
+        self.optimizer.zero_grad()
         return norm, updated
 
     def metrics(self) -> dict[str, float]:

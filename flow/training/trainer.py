@@ -17,14 +17,13 @@ from flow.noise import generator
 from flow.runtime import distributed, messages, step_names
 from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, posthoc_ema
-from flow.training import checkpoint, cuda_graph, run_dir, trackers
+from flow.training import checkpoint, cuda_graph, eager, run_dir, trackers
 from flow.training.averages import RunAverages
-from flow.training.cuda_graph import GraphedUpdate, Update
+from flow.training.cuda_graph import GraphedStep, Step, StepOutput
 from flow.training.data_loader import prefetch
-from flow.training.eager import EagerNetwork
 from flow.training.ema import Ema
 from flow.training.logging import Logger, log_summary, print_row, show_beside_bar
-from flow.training.optimizer import StepGuard, build_optimizer, lr_at, set_options
+from flow.training.optimizer import OptimizerStep, build_optimizer, lr_at, set_options
 from flow.training.statistics import LossStatistics, Throughput
 from flow.training.task import Task
 
@@ -77,45 +76,27 @@ class Trainer:
         """
         self.task, self.config, self.folder, self.accelerator = task, config, folder, accelerator
         self.callbacks, self.timed = callbacks, timed
-        self.step, self.num_updates = 0, 0  # updates: the steps that were not skipped
+        self.step = 0
+        self.num_updates = 0  # steps that were not skipped
+        self.learning_rate = 0.0
         self.last_checkpoint: Path | None = None
         self.stop_requested = False
         self.interrupted = False  # by a signal: the step is the last one of this process
-        device = accelerator.device
         distributed.prepare_model(task.net, accelerator, config.train.compile)
-        self.model, self.optimizer = accelerator.prepare(task.net, build_optimizer(task.net, config.optimizer, accelerator))
-        sharded = accelerator.is_fsdp2
-        if sharded:
-            distributed.autocast_forward(self.model, accelerator)
-        reason = "a derivative needs float32, in which FSDP2 has no sharded network"
-        self.eager = EagerNetwork(
-            task.net, derivative_error=reason if sharded else None, sharded=self.model if sharded else None
-        )
+        optimizer = build_optimizer(task.net, config.optimizer, accelerator)
+        # The network as DDP or FSDP2 has it; task.net is the same without them.
+        self.wrapped_net, self.optimizer = accelerator.prepare(task.net, optimizer)
+        self.eager = eager.build(task.net, self.wrapped_net, accelerator)
         if self.eager.derivative_error and getattr(task.loss, "needs_derivative", False):
             raise UserError(f"loss.name={config.loss.name}: {self.eager.derivative_error}; use loss.name=alpha_flow")
+        self.optimizer_step = OptimizerStep(self.wrapped_net, self.optimizer, accelerator, config)
+        self.graphed = cuda_graph.obstacle(accelerator, config.train, task.loss) is None
+        self.take_step: Step = GraphedStep(self.forward_backward_step) if self.graphed else self.forward_backward_step
         self.averages = RunAverages(task, config, folder, accelerator)
-        self.statistics = LossStatistics(device, config.train.nonfinite_grad)
-        self.guard = StepGuard(accelerator, config.train.nonfinite_grad)
-        self.learning_rate = 0.0
-        self.graphed = cuda_graph.is_possible(accelerator, config.train, task.loss)
-        self.update: Update = GraphedUpdate(self._update) if self.graphed else self._update
+        self.statistics = LossStatistics(accelerator.device, config.train.nonfinite_grad)
         if resume_path:
             self._load_checkpoint(resume_path)
-        self._prepare_folder()
-        self.logger = Logger(accelerator, folder, config, first_step=self.step)
         self.throughput = Throughput(config.train.batch_size, self.step)
-
-    def _prepare_folder(self) -> None:
-        """Describe the run in its folder, and clear it of what a run that is resumed has left past its step. Rows of its
-        evaluation stay: they name the content of their weights."""
-        if self.accelerator.is_main_process:
-            run_dir.write_run_files(self.folder, self.config, self.accelerator)
-            posthoc_ema.rewind(self.folder, self.step)
-            if moved := run_dir.set_aside(self.folder, self.step):
-                where = moved[0].parent.parent
-                what = f"{len(moved)} checkpoints, snapshots and previews past step {self.step}"
-                self.accelerator.print(f"note: {what} are in {where} now")
-        self.accelerator.wait_for_everyone()
 
     @property
     def ema(self) -> Ema:
@@ -137,10 +118,12 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step. SIGTERM, Ctrl-C and a closed terminal or pipe end the process after the step, with a
         checkpoint."""
-        config, unit, start = self.config.train, self.task.unit, time.perf_counter()
-        log_summary(self.logger, self.task.summary(), unit, config, self.step, self.graphed)
-        self.model.train()
-        batches, terminal = self._batches(), sys.stderr.isatty()
+        config = self.config.train
+        start = time.perf_counter()
+        self._open_folder()
+        self.wrapped_net.train()
+        batches = self._batches()
+        terminal = sys.stderr.isatty()
         bar = distributed.progress(self.accelerator, config.steps, "training", self.step, shown=terminal)
         with self.logger.recording_errors(), StopSignal() as stop, bar, closing(batches):
             self._start()
@@ -154,9 +137,9 @@ class Trainer:
                 if self.finished or self.is_due(config.log_every_steps):
                     metrics = self.log()
                     if terminal:
-                        show_beside_bar(bar, metrics, unit)
+                        show_beside_bar(bar, metrics, self.task.unit)
                     else:
-                        print_row(self.accelerator, self.step, config, metrics, unit)
+                        print_row(self.accelerator, self.step, config, metrics, self.task.unit)
                 signaled = distributed.any_process(self.accelerator, stop.received is not None)
                 self.interrupted = signaled and not self.finished  # nothing is left to stop after the last step
                 with self.throughput.paused():
@@ -167,40 +150,44 @@ class Trainer:
         self.logger.info(messages.summary(result, start, self.task.next_command(self.folder)))
 
     def training_step(self, micro_batches: list[Batch]) -> None:
-        """Forward and backward of the micro-batches, one optimizer step, the moving averages."""
-        config = self.config
+        """One step of the optimizer, then the statistics and the moving averages."""
         self._seed_dropout()
-        self.learning_rate = lr_at(config.optimizer, self.num_updates, config.train.steps)
+        self.learning_rate = lr_at(self.config.optimizer, self.num_updates, self.config.train.steps)
         with self.timed("graph") if self.graphed else nullcontext():
-            losses, grad_norm, updated = self.update(micro_batches, self.learning_rate)
+            output = self.take_step(micro_batches, self.learning_rate)
         self.step += 1
-        for part in losses:
-            self.statistics.update(self.step, part)
-        self.statistics.add_grad_norm(self.step, grad_norm, updated)
-        if updated:
+        for losses in output.losses:
+            self.statistics.update(self.step, losses)
+        self.statistics.add_grad_norm(self.step, output.grad_norm, output.updated)
+        if output.updated:
             self.num_updates += 1
             with self.timed("ema"):
                 self.averages.update(self.step, self.num_updates)
         for callback in self.callbacks:
             callback.on_step(self)
 
-    def _update(self, micro_batches: list[Batch], lr: float | Tensor) -> tuple[list[Losses], Tensor, bool]:
-        """Forward and backward of the micro-batches and one optimizer step: the losses, the norm of the gradient, and whether
-        the weights changed."""
-        losses, timed = [], nullcontext if self.graphed else self.timed
-        for batch in micro_batches:
-            if not self.task.loss.capturable:  # the others do not call eager
-                self.eager.start_micro_batch()
-            last = batch is micro_batches[-1]
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+    def forward_backward_step(self, micro_batches: list[Batch], lr: float | Tensor) -> StepOutput:
+        """Forward and backward of each micro-batch, then one step of the optimizer with the mean of their gradients."""
+        timed = nullcontext if self.graphed else self.timed
+        losses = []
+        for i, batch in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped_net):
                 with timed("forward"):
-                    losses.append(self.task.loss(self.model, self.eager, batch))
+                    losses.append(self.forward(batch))
                 with timed("backward"):
                     self.accelerator.backward(losses[-1].per_sample.mean() / len(micro_batches))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with timed("optimizer"):
-            return losses, *self.guard.update(self.model, self.optimizer, self.config.optimizer.clip_grad_norm)
+            grad_norm, updated = self.optimizer_step.clip_and_step()
+        return StepOutput(losses, grad_norm, updated)
+
+    def forward(self, batch: Batch) -> Losses:
+        """The loss of a micro-batch."""
+        if not self.graphed:  # a loss that can be captured does not call `eager`
+            self.eager.start_micro_batch()
+        return self.task.loss(self.wrapped_net, self.eager, batch)
 
     def log(self) -> dict[str, float]:
         """Write the means since the last call to metrics.jsonl and the trackers.
@@ -209,9 +196,9 @@ class Trainer:
             UserError: where a loss or gradient was not finite (train.nonfinite_grad).
         """
         self.statistics.check(self.accelerator, self._checkpoint_hint())
-        self.guard.check(self.step, self._checkpoint_hint())
+        self.optimizer_step.check(self.step, self._checkpoint_hint())
         metrics = self.statistics.compute(self.accelerator)
-        metrics |= {"skipped_steps": self.step - self.num_updates} | self.guard.metrics()
+        metrics |= {"skipped_steps": self.step - self.num_updates} | self.optimizer_step.metrics()
         metrics["learning_rate"] = self.learning_rate
         metrics["images"] = self.step * self.config.train.batch_size
         metrics["images_per_second"] = self.throughput.read(self.step)
@@ -244,6 +231,26 @@ class Trainer:
             self.logger.info(f"step {self.step}: {name} {value:.2f}")
         for callback in self.callbacks:
             callback.on_preview(self, picture)
+
+    def _open_folder(self) -> None:
+        """Describe the run in its folder, set aside the files of later steps than that of a resumed run, and start the log.
+
+        Rows of the evaluation stay, as they name the content of their weights.
+        """
+        if self.accelerator.is_main_process:
+            run_dir.write_run_files(self.folder, self.config, self.accelerator)
+            posthoc_ema.rewind(self.folder, self.step)
+            if moved := run_dir.set_aside(self.folder, self.step):
+                what = f"{len(moved)} checkpoints, snapshots and previews past step {self.step}"
+                self.accelerator.print(f"note: {what} are in {moved[0].parent.parent} now")
+        self.accelerator.wait_for_everyone()
+        self.logger = Logger(self.accelerator, self.folder, self.config, first_step=self.step)
+        config = self.config.train
+        lines = self.task.summary()
+        obstacle = cuda_graph.obstacle(self.accelerator, config, self.task.loss)
+        if config.cuda_graph and obstacle and self.accelerator.device.type == "cuda":
+            lines.append(f"note: train.cuda_graph=true changes nothing here: {obstacle}")
+        log_summary(self.logger, lines, self.task.unit, config, self.step, self.graphed)
 
     def _batches(self) -> Generator[list[Batch], None, None]:
         """The micro-batches of each step."""
@@ -304,7 +311,7 @@ class Trainer:
         set_options(self.optimizer, self.config.optimizer, self.accelerator)
 
     def _follow_checkpoint(self, saved: Path) -> None:
-        """What a checkpoint is followed by: its snapshots, the work of the callbacks, and that older ones are deleted."""
+        """Link the snapshots of a checkpoint, run the callbacks, delete older checkpoints."""
         self.averages.link_snapshots(saved, self.step)
         for callback in self.callbacks:
             callback.on_checkpoint(self, saved)

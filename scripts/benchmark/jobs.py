@@ -147,7 +147,7 @@ def train_job(job: dict) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         accelerator = distributed.build_training_accelerator(config.train, Path(scratch))
         task, warmup = FlowTask(config, accelerator), job["warmup"]
-        if cuda_graph.is_possible(accelerator, config.train, task.loss):
+        if cuda_graph.obstacle(accelerator, config.train, task.loss) is None:
             warmup += cuda_graph.EAGER_STEPS + 1  # the capture is the step after them
         config.train.steps = warmup + job["steps"]
         run = Path(scratch) / "run"

@@ -87,8 +87,8 @@ def gradient(loss: losses.FlowLoss, net: nn.Module, batch: Batch) -> tuple[Tenso
     eager = EagerNetwork(net)
     parts = []
     for rows in torch.arange(len(batch.x1)).split(len(batch.x1) // 20):
-        assert batch.x0 is not None and batch.u is not None
-        part = replace(batch, x1=batch.x1[rows], x0=batch.x0[rows], u=batch.u[rows])
+        assert batch.x0 is not None and batch.uniforms is not None
+        part = replace(batch, x1=batch.x1[rows], x0=batch.x0[rows], uniforms=batch.uniforms[rows])
         net.zero_grad()
         loss(net, eager, part).per_sample.mean().backward()
         parts.append(net.theta.grad.clone())
@@ -119,7 +119,7 @@ def test_sign_of_the_derivative(derivative):
             return torch.ones_like(x)
 
     loss, batch = build_loss("mean_flow", map_share=1.0, weight_power=0, derivative=derivative), batch_of(100)
-    t, t_next = loss.times(batch.u, batch.progress)
+    t, t_next = loss.times(batch.uniforms, batch.progress)
     result = loss(lambda x, t, y, t_next: torch.zeros_like(x), Rising(), batch)
     expected = (batch.x1 - batch.x0)[:, 0] + (t_next - t)
     assert torch.allclose(result.per_sample, expected.square(), rtol=1e-5)
@@ -163,7 +163,7 @@ def image_batch(n: int = 64, **changes) -> Batch:
 
 def test_alpha_one_is_flow_matching_over_two_times():
     loss, net, batch = build_loss("alpha_flow", map_share=1.0, weight_power=0), tiny_net(), image_batch(progress=0.0)
-    t, t_next = loss.times(batch.u, batch.progress)
+    t, t_next = loss.times(batch.uniforms, batch.progress)
     column = t.view(-1, 1, 1, 1)
     prediction = net(column * batch.x1 + (1 - column) * batch.x0, t, None, t_next)
     expected = (prediction - (batch.x1 - batch.x0)).square().flatten(1).mean(1)
@@ -174,7 +174,7 @@ def test_shortcut_model_is_alpha_one_half():
     """With the network's own half step in place of x1 - x0, the target is that of two half steps (arXiv:2410.12557, eq. 4)."""
     loss, net = build_loss("alpha_flow", map_share=1.0, weight_power=0, alpha_min=0.5), tiny_net()
     eager, batch = EagerNetwork(net), image_batch(progress=1.0)
-    t, t_next = loss.times(batch.u, batch.progress)
+    t, t_next = loss.times(batch.uniforms, batch.progress)
     column, half = t.view(-1, 1, 1, 1), (t_next - t).view(-1, 1, 1, 1) / 2
     x = column * batch.x1 + (1 - column) * batch.x0
     middle = (t + t_next) / 2
@@ -222,7 +222,7 @@ def batches_of_paths(n: int = 20_000) -> Callable[[int, int], Batch]:
     def batch(step: int, steps: int) -> Batch:
         rows = torch.randint(n, (4096,), generator=torch.Generator().manual_seed(step))
         u = time_samplers.stratified(0, step, 4096, 2)
-        return replace(stored, x1=stored.x1[rows], x0=stored.x0[rows], states=stored.states[rows], u=u)
+        return replace(stored, x1=stored.x1[rows], x0=stored.x0[rows], states=stored.states[rows], uniforms=u)
 
     return batch
 
@@ -299,7 +299,7 @@ def test_guidance_inside():
 @pytest.mark.parametrize("name", ["mean_flow", "alpha_flow"])
 def test_share_and_weight(name):
     loss, net, batch = build_loss(name, map_share=0.25), tiny_net(), image_batch(n=400, progress=1.0)
-    t, t_next = loss.times(batch.u, batch.progress)
+    t, t_next = loss.times(batch.uniforms, batch.progress)
     assert (t <= t_next).all() and (t < t_next).sum() == 100
     result = loss(net, EagerNetwork(net), batch)
     mse, alpha = result.terms["mse"], torch.where(t_next > t, getattr(loss, "alpha_min", 1.0), 1.0)
