@@ -55,6 +55,7 @@ def main() -> None:
     args = parse_args()
     accelerator = distributed.build_accelerator(args.mixed_precision)  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, args.config, args.overrides)
+    distributed.check_same(accelerator, snap.sha256, f"--weights {args.weights}")
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
     source_note = sources.attach(accelerator, model, args.source, snap.config.data.root, args.n_samples)
@@ -63,11 +64,9 @@ def main() -> None:
         check_request(args, snap, model, settings)
     for note in filter(None, (guidance_note(settings, model), source_note, grid_store.guidance_note(snap, settings))):
         accelerator.print(f"note: {note}")
-    digest = snap.sha256
-    distributed.check_same(accelerator, digest, f"--weights {args.weights}")
     with lock.folder(args.save_dir, accelerator):
         if accelerator.is_main_process:
-            start_folder(args, snap, model, settings, digest, accelerator.mixed_precision)
+            start_folder(args, snap, model, settings, accelerator.mixed_precision)
         accelerator.wait_for_everyone()
         for network in model.networks:
             distributed.prepare_model(network, accelerator, args.compile)
@@ -101,12 +100,12 @@ def check_request(args, snap: Snapshot, model: FlowModel, settings: SamplerSetti
         raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
 
 
-def start_folder(args, snap: Snapshot, model: FlowModel, settings: SamplerSettings, digest: str, mixed_precision: str) -> None:
+def start_folder(args, snap: Snapshot, model: FlowModel, settings: SamplerSettings, mixed_precision: str) -> None:
     """Write sampling.json and make images/, or check that the folder is that of the same images."""
     source = sources.fingerprint(model)
     output.check_output_dir(
-        args.save_dir, digest, snap.decoded_shape, settings, model.net.num_classes, mixed_precision, args.bspp, snap.config,
-        source, snap.class_names,
+        args.save_dir, snap.sha256, snap.decoded_shape, settings, model.net.num_classes, mixed_precision, args.bspp,
+        snap.config, source, snap.class_names,
     )  # fmt: skip
     if not snap.space.is_points:
         images_folder(args).mkdir(exist_ok=True)

@@ -41,6 +41,8 @@ class OTCoupling:
         else ValueError."""
         if block != int(block) or block < 2:
             raise ValueError(f"block={block}: must be a whole number of at least 2")
+        if rows < 2:
+            raise ValueError("needs at least 2 rows that a process takes at once, this batch has 1")
         if rows % block:
             fits = max((size for size in range(2, min(rows, int(block)) + 1) if rows % size == 0), default=rows)
             raise ValueError(f"block={block}: must divide the {rows} rows that a process takes at once; {fits} does")
@@ -58,7 +60,8 @@ class OTCoupling:
         paired = torch.empty_like(x0)
         for group in groups.unique():
             rows = (groups == group).nonzero()[:, 0]
-            rows_x0, rows_x1 = linear_sum_assignment(torch.cdist(a[rows], b[rows]).square().numpy())
+            # |a|^2 + |b|^2 - 2ab, of which only the products depend on who is matched with whom
+            rows_x0, rows_x1 = linear_sum_assignment((a[rows] @ b[rows].T).numpy(), maximize=True)
             paired[rows[rows_x1]] = x0[rows[rows_x0]]
         return paired
 

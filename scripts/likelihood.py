@@ -47,6 +47,7 @@ def main() -> None:
     args = parse_args()
     accelerator = distributed.build_accelerator()  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, None, args.overrides)
+    distributed.check_same(accelerator, snap.sha256, f"--weights {args.weights}")
     model = snap.model(decode=False)
     if model.net.max_prompt_bytes:
         raise UserError(f"--weights {args.weights}: reads prompts, which the images do not have; give a flow without them")

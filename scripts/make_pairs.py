@@ -70,6 +70,7 @@ def main() -> None:
     args = parse_args()
     accelerator = distributed.build_accelerator(args.mixed_precision)  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, args.config, args.overrides)
+    distributed.check_same(accelerator, snap.sha256, f"--weights {args.weights}")
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
     inverted = round(args.real_fraction * args.n_pairs)
@@ -122,13 +123,13 @@ def read_real_images(
         with error_context("flow.source"):
             distributed.main_process_first(accelerator, lambda: source.training)
     behind, data = distributed.main_process_first(accelerator, partial(build_or_reason, snap, spec))
-    absent = isinstance(data, str)
-    if needed and isinstance(data, str):
-        raise UserError(data)
-    if not distributed.any_process(accelerator, absent):
+    if not distributed.any_process(accelerator, isinstance(data, str)):
         return behind, data
-    reason = f" ({data})" if absent else ", which another process lacks"
-    accelerator.print(f"note: these pairs are made without the training images{reason}")
+    reason = data if isinstance(data, str) else "another process lacks them"
+    if needed:
+        raise UserError(f"--real_fraction: needs the training images: {reason}")
+    classes = "; without --labels, pairs of all classes, those without images too" if model.net.num_classes else ""
+    accelerator.print(f"note: these pairs are made without the training images ({reason}){classes}")
     return spec, None
 
 

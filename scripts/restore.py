@@ -93,6 +93,7 @@ def main() -> None:
     args = parse_args()
     accelerator = distributed.build_accelerator(args.mixed_precision)  # first: processes agree on a revision of the hub
     snap = snapshot.load(args.weights, None, args.overrides)
+    distributed.check_same(accelerator, snap.sha256, f"--weights {args.weights}")
     if not snap.space.is_pixels:
         raise UserError(f"--weights {args.weights}: a flow of {snap.space.kind}; only flows of pixels restore images")
     build_degradation = degradation_of(args, snap.image_shape)

@@ -225,10 +225,22 @@ def tune_malloc() -> None:
 
 def end_with_launcher() -> None:
     """Have this process get SIGTERM when `accelerate-launch` ends, which passes no signal on to a single process: that would
-    go on alone and hold its lock. The launcher of several processes ends them itself."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
-    if launched and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "prctl"):
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    go on alone and hold its lock. The launcher of several processes ends them itself, and a shell ends without harm."""
+    launcher = os.getppid()
+    if sys.platform != "linux" or not _is_accelerate(launcher) or not hasattr(libc := ctypes.CDLL(None), "prctl"):
+        return
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_accelerate(process: int) -> bool:
+    """Whether a process of this machine is `accelerate-launch`, `accelerate launch` or a module of accelerate."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(Path(word).name.startswith("accelerate") for word in words[:4])
 
 
 def decided_by_main(decide: Callable[[], Result]) -> Result:

@@ -233,6 +233,12 @@ def labels_of(words: Sequence[str] | None, class_names: Sequence[str]) -> tuple[
     return tuple(labels)
 
 
+def label_words(labels: Sequence[int], class_names: Sequence[str]) -> list[str]:
+    """What names these labels for `labels_of`: their numbers, or their names where a number is the name of another class."""
+    words = map(str, labels)
+    return [class_names[k] if word in class_names else word for k, word in zip(labels, words, strict=True)]
+
+
 def at_least(low: int, most: int = MOST):
     """An argparse type: a whole number of at least `low` and at most `most`."""
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from configs import keys
 from configs.errors import UserError
 from configs.schema import Config
-from datasets import DataSet, captions
+from datasets import DataSet, captions, sample_digest
 from datasets.folder import IMAGE_SUFFIXES
 from datasets.packed import Packed
 from flow.losses import FlowLoss
@@ -58,8 +58,10 @@ def _stem(name: str) -> str:
 
 
 def check_same_data(accelerator: Accelerator, name: str, data: DataSet) -> None:
-    """Raises UserError where processes, perhaps on several machines, see another number of samples or other classes."""
-    distributed.check_same(accelerator, [len(data), list(data.class_names)], f"data.name={name}, its samples or classes")
+    """Raises UserError where processes, perhaps on several machines, see other samples or classes."""
+    with error_context("data"):
+        seen = [sample_digest(data), list(data.class_names)]
+    distributed.check_same(accelerator, seen, f"data.name={name}, its samples or classes")
 
 
 def check_encodable(name: str, data) -> None:

@@ -21,7 +21,7 @@ from flow.guidance import drop_labels
 from flow.losses import Batch, FlowLoss
 from flow.model import FlowModel
 from flow.noise import generator
-from flow.runtime import commands, distributed, files, messages
+from flow.runtime import commands, distributed, files, flags, messages
 from flow.runtime.errors import error_context, renaming
 from flow.sampling import snapshot, sources
 from flow.sampling.conditions import MAX_COLUMNS, classes_with_images, column_names, condition_names, preview_settings
@@ -188,7 +188,8 @@ class FlowTask:
     def next_command(self, folder: Path) -> str:
         prompts = ["--prompts", captions.plain(self.data.class_names[0])] if self.net.max_prompt_bytes else []
         save_dir = files.free_folder(Path("samples") / folder.name)
-        labels = ["--labels", *map(str, self.trained_classes[:MAX_COLUMNS])] if self.trained_classes else []
+        some = (self.trained_classes or ())[:MAX_COLUMNS]
+        labels = ["--labels", *flags.label_words(some, self.class_names)] if some else []
         sample: list[str | Path] = ["sample.py", "--weights", folder, "--n_samples", "64", "--save_dir", save_dir]
         return f"sample with: {commands.command(*sample, *prompts, *labels)}"
 

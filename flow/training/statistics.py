@@ -93,7 +93,7 @@ class LossStatistics:
             metrics |= {f"loss_t_{i / TIME_BINS:.1f}": loss[i] / count[i] for i in range(TIME_BINS) if count[i]}
         metrics |= {name: total / num_samples for name, total in terms.items() if num_samples}
         if not len(norms):
-            return metrics | {"grad_norm": 0.0}
+            return metrics | {"grad_norm": float("nan")}  # all steps were skipped
         median = norms.sort().values[(len(norms) - 1) // 2].item()
         return metrics | {"grad_norm": norms.mean().item(), "grad_norm_median": median, "grad_norm_max": norms.max().item()}
 

@@ -1,11 +1,12 @@
 """What is trained: the interface between the training loop and flows or autoencoders."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
 
+from datasets import DataSet
 from flow.losses import Batch, Loss
 from flow.sampling.header import PowerAverage
 
@@ -15,7 +16,7 @@ class Task(Protocol):
 
     net: nn.Module
     loss: Loss
-    data: Sized  # what it is trained on
+    data: DataSet  # what it is trained on
     script: str  # that trains it, for the command that resumes
     unit: str  # what a batch holds, as in "128 images"
 

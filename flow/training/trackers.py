@@ -4,6 +4,7 @@ Each tracker shows pictures and tables by an API of its own. Rows of numbers nee
 """
 
 import importlib
+import os
 import re
 import secrets
 from pathlib import Path
@@ -39,7 +40,9 @@ def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) 
     trackio_name, wandb_id = folder.name, None
     if "trackio" in config.train.log_with and accelerator.is_main_process:
         trackio_name = _stored_name(folder / TRACKIO_NAME, first_step) or folder.name
-    if "wandb" in config.train.log_with and accelerator.is_main_process:
+    # Offline a resumed run is one of its own: synchronized under the same id, it would replace the first part of the run.
+    alone = first_step and os.environ.get("WANDB_MODE") == "offline"
+    if "wandb" in config.train.log_with and accelerator.is_main_process and not alone:
         wandb_id = _stored_name(folder / WANDB_ID, first_step)
     settings = {
         "wandb": {"name": folder.name, "dir": str(folder), **({"id": wandb_id, "resume": "allow"} if wandb_id else {})},

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.errors import UserError
+from datasets import sample_digest
 from flow.losses import Batch, Losses
 from flow.noise import generator
 from flow.runtime import distributed, messages, step_names
@@ -211,7 +212,8 @@ class Trainer:
         """Write a checkpoint with its snapshots, and delete the oldest ones."""
         self.statistics.check(self.accelerator, self._checkpoint_hint())
         state = {
-            "updates": self.num_updates, "samples": len(self.task.data), "statistics": self.statistics.state(self.accelerator)
+            "updates": self.num_updates, "samples": len(self.task.data), "sample_digest": sample_digest(self.task.data),
+            "statistics": self.statistics.state(self.accelerator),
         }  # fmt: skip
         write_averages = self.averages.gather(self.step, self.num_updates, self._checkpoint_hint())
         checkpoints = self.folder / "checkpoints"
@@ -301,14 +303,21 @@ class Trainer:
             self.step, self.num_updates, self.last_checkpoint = state["step"], state["updates"], path
             self.statistics.load_state(self.accelerator, state["statistics"])
             self.averages.load(path)
-        before, now = state.get("samples"), len(self.task.data)  # checkpoints of earlier versions do not know it
-        if before not in (None, now):
-            self.accelerator.print(
-                f"note: the data set had {before:,} samples at the checkpoint and has {now:,} now: they come in another order"
-            )
+        self._note_changed_data(state)
         if self.step > self.config.train.steps:
             raise UserError(f"train.steps={self.config.train.steps}: the run is at step {self.step} already")
         set_options(self.optimizer, self.config.optimizer, self.accelerator)
+
+    def _note_changed_data(self, state: dict[str, Any]) -> None:
+        """A note where the data set is not that of the checkpoint. Checkpoints of earlier versions know nothing of it."""
+        before, now = state.get("samples"), len(self.task.data)
+        if before not in (None, now):
+            change = f"had {before:,} samples at the checkpoint and has {now:,} now: they come in another order"
+        elif state.get("sample_digest") not in (None, sample_digest(self.task.data)):
+            change = "has other samples than at the checkpoint"
+        else:
+            return
+        self.accelerator.print(f"note: the data set {change}")
 
     def _follow_checkpoint(self, saved: Path) -> None:
         """Link the snapshots of a checkpoint, run the callbacks, delete older checkpoints."""

@@ -38,10 +38,11 @@ def main() -> None:
                 report(context, level, check, text)
         except UserError as error:
             report(context, "fail", check, str(error))
-    failed = sum(level == "fail" for level, _, _ in context.lines)
-    warned = sum(level == "warn" for level, _, _ in context.lines)
-    counts = f"{failed} failed, {warned} warned, {len(context.lines) - failed - warned} passed"
-    if failed:
+    failed = [name for level, name, _ in context.lines if level == "fail"]
+    warned, passed = (sum(level == each for level, _, _ in context.lines) for each in ("warn", "pass"))
+    names = distributed.gather_to_main(accelerator, failed)  # of another machine, too
+    counts = f"{len(set().union(*names or []))} failed, {warned} warned, {passed} passed"
+    if distributed.any_process(accelerator, bool(failed)):
         accelerator.print(messages.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
     train = ["train.py", *commands.config_flags(args), "-e", context.run_dir, *args.overrides]

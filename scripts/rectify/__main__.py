@@ -95,8 +95,9 @@ class Rectify:
             run_command(arguments, self.launcher)
         finally:
             if stage.pairs is not None:
-                made = {"elapsed": seconds + time.perf_counter() - start} if self.shards(name) > before else {}
-                self.record(name, running=False, **made)
+                if self.shards(name) > before or math.isnan(seconds):
+                    self.record(name, elapsed=seconds + time.perf_counter() - start)
+                self.record(name, running=False)
 
     def shards(self, name: str) -> int:
         """Whole files of pairs that a stage has written."""

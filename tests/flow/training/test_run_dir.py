@@ -100,6 +100,13 @@ def test_another_number_of_images_is_noted(photos, here):
     assert "note: the data set had 2 samples at the checkpoint and has 3 now" in here(*resume)
 
 
+def test_other_images_are_noted(photos, here):
+    """As many as before, with other pixels."""
+    folder, resume = photos
+    shutil.copy(folder / "dog/0.png", folder / "cat/0.png")
+    assert "note: the data set has other samples than at the checkpoint" in here(*resume)
+
+
 def test_renamed_classes_are_refused(photos, error):
     """Their labels would go to each other."""
     folder, resume = photos
