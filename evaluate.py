@@ -89,7 +89,7 @@ def parse_args():
     )
     args = parser.parse()
     if args.samples:
-        parser.refuse_typed(args, GENERATION, "does not go with --samples, whose images are there already")
+        args.refuse_typed(GENERATION, "does not go with --samples, whose images are there already")
     return args
 
 
@@ -192,12 +192,10 @@ def suggested_sample(args, weights: Path, row: SamplerSettings) -> str:
     """The command that samples as in this row."""
     words = ["--sampling_method", row.method, "--sampling_steps", str(row.steps), "--time_grid", row.time_grid]
     words += commands.condition_flags(row.guidance_scale, (row.prompts or ())[:8])
-    words += commands.guidance_flags(args) if row.guidance_scale != 1 else []
-    words += commands.source_flags(args) + commands.option_flags(row.options)
-    words += ["--labels", *args.labels] if args.labels and not row.prompts else []
-    words += ["--seed", str(args.seed)]
-    words += commands.config_flags(args)
-    words += commands.precision_flags(args)
+    words += args.typed("guidance_interval", "guide_weights") if row.guidance_scale != 1 else []
+    words += commands.option_flags(row.options)
+    words += args.typed("labels") if not row.prompts else []
+    words += [*args.typed("source"), "--seed", str(args.seed), *args.typed("config", "mixed_precision")]
     return commands.sample_command(weights, f"{weights.stem}_{row.method}_{row.steps}", *words, *args.overrides)
 
 

@@ -124,9 +124,10 @@ def write_points(args, accelerator: Accelerator, snap: Snapshot, model: FlowMode
     output.write_npz(args.save_dir / "samples.npz", points.numpy(), settings, model.net.num_classes)
     images.write_png(args.save_dir / "grid.png", images.scatter_image(points))
     study = files.free_folder(args.save_dir / "study")
-    compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study, *commands.config_flags(args)]
+    compare = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", study]
     result = f"{args.n_samples} points in {args.save_dir / 'samples.npz'} and grid.png, NFE {nfe}"
-    print(messages.summary(result, args.start, f"compare solvers with: {commands.command(*compare, *args.overrides)}"))
+    words = args.typed("config", "seed")
+    print(messages.summary(result, args.start, f"compare solvers with: {commands.command(*compare, *words, *args.overrides)}"))
 
 
 def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
@@ -139,12 +140,9 @@ def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: Fl
     cost = f"NFE {nfe} ({forwards} network calls) per image" if nfe else "none of them new"
     result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
     animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]
-    words = [
-        *commands.config_flags(args), *commands.condition_flags(args.guidance_scale, args.prompts),
-        *(["--labels", *args.labels] if args.labels and not args.prompts else []),
-        *(["--seed", str(args.seed)] if args.seed != SamplerSettings.seed else []),
-        *commands.guidance_flags(args), *commands.source_flags(args),
-    ]  # fmt: skip
+    conditions = ["prompts"] if args.prompts else ["labels"]
+    guidance = ["guidance_scale", "guidance_interval", "guide_weights"]
+    words = args.typed("config", *guidance, *conditions, "seed", "source")
     command = commands.command(*animate, *words, *args.overrides)
     print(messages.summary(result, args.start, f"watch images form with: {command}"))
 

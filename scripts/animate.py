@@ -222,8 +222,9 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
     for name in sorted(set(FILES) - set(figures)):
         (args.out / name).unlink(missing_ok=True)  # of an earlier call, perhaps of other weights
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
-    words = commands.condition_flags(1 if settings.guide else settings.guidance_scale, args.prompts)  # it takes no guide
-    command = commands.command(*study, *commands.config_flags(args), *words, *args.overrides)
+    words = commands.condition_flags(1 if settings.guide else settings.guidance_scale)  # it takes no guide
+    words += args.typed("config", "prompts", "labels", "seed")
+    command = commands.command(*study, *words, *args.overrides)
     print(messages.summary(f"{' '.join(figures)} in {args.out}", args.start, f"compare solvers with: {command}"))
 
 

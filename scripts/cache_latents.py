@@ -63,7 +63,7 @@ def parse_args():
     args = parser.parse()
     if not args.check:
         names = ("feature_extractor", "feature_layer", "feature_weights", "allow_remote_code")
-        parser.refuse_typed(args, names, "is for --check N, which compares images by their features; add it")
+        args.refuse_typed(names, "is for --check N, which compares images by their features; add it")
     return args
 
 

@@ -170,8 +170,7 @@ def next_step(args, grids: list[tuple[str, int]], snap: snapshot.Snapshot) -> st
         return f"search longer with: {commands.command('-m', 'scripts.optimize_grid', *sys.argv[1:], *longer)}"
     method, n = grids[-1]
     words = ["--sampling_method", method, "--sampling_steps", str(n), "--time_grid", "optimized"]
-    words += commands.condition_flags(args.guidance_scale, args.prompts)
-    words += [*(["--labels", *args.labels] if args.labels else []), *args.overrides]
+    words += [*args.typed("guidance_scale", "prompts", "labels"), *args.overrides]
     return f"use one with: {commands.sample_command(snap.path, f'{locate.name_of(args.weights)}_optimized', *words)}"
 
 

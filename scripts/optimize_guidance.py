@@ -131,7 +131,7 @@ def main() -> None:
         str(args.sampling_steps),
         "--seed",
         str(args.seed),
-        *commands.precision_flags(args),
+        *args.typed("mixed_precision"),
     ]
     result = f"best: guidance {best.scale:g}, {best.curve}: {value}; table and guidance.png in {args.out}"
     sample = commands.sample_command(args.weights, "best_guidance", *words, *args.overrides)

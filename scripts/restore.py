@@ -347,13 +347,9 @@ def print_summary(args) -> None:
     next_task = "deblur" if args.task != "deblur" else "inpaint"
     folder = files.free_folder(args.save_dir.parent / next_task)
     command = ["-m", "scripts.restore", "--weights", args.weights, "--task", next_task, "--save_dir", folder]
-    command += ["--n_images", str(len(flow.psnr)), *(["--images", args.images] if args.images else [])]
-    command += ["--noise", f"{args.noise:g}", "--steps", str(args.steps), "--draws", str(args.draws)]
-    conditions = [
-        *(["--labels", *args.labels] if args.labels else []),
-        *commands.condition_flags(args.guidance_scale, args.prompts),
-    ]
-    line = commands.command(*command, *conditions, *args.overrides)
+    command += ["--n_images", str(len(flow.psnr))]
+    command += args.typed("images", "noise", "steps", "draws", "seed", "labels", "prompts", "guidance_scale", "mixed_precision")
+    line = commands.command(*command, *args.overrides)
     print(messages.summary(result, args.start, f"try another degradation with: {line}"))
 
 

@@ -59,7 +59,7 @@ def parse_args():
     flags.add_output_flag(parser)
     args = parser.parse()
     if not args.num_fid_images:
-        parser.refuse_typed(args, ("feature_extractor",), "is for --num_fid_images N, which measures a distance; add it")
+        args.refuse_typed(("feature_extractor",), "is for --num_fid_images N, which measures a distance; add it")
     return args
 
 
@@ -89,7 +89,7 @@ def main() -> None:
 
 def plan_of(args, snap: snapshot.Snapshot) -> list[SamplerSettings]:
     """The methods, grids and steps that are compared. Raises UserError for an optimized grid that is not stored."""
-    words = commands.condition_flags(args.guidance_scale, args.prompts) + args.overrides
+    words = args.typed("guidance_scale", "prompts", "labels") + args.overrides
     return [
         SamplerSettings(
             method, n, time_grid=name, times=grid_store.load(snap, method, n, words) if name == "optimized" else None
@@ -124,10 +124,9 @@ def study(
     if args.num_fid_images:
         plots.error_against_nfe(args.out / "fd.png", rows, frechet, f"{frechet} of {args.num_fid_images:,} images")
     print(f"{text}\nfine solution: dopri5, NFE {fine_nfe}")
-    words = commands.condition_flags(args.guidance_scale, args.prompts)
     step = "fit the times of few steps"
-    words += ["--labels", *args.labels] if args.labels else []
-    following = ["-m", "scripts.optimize_grid", "--weights", args.weights, *words, *args.overrides]
+    words = args.typed("guidance_scale", "prompts", "labels") + args.overrides
+    following = ["-m", "scripts.optimize_grid", "--weights", args.weights, *words]
     if hub.is_reference(args.weights):  # grids lie beside the weights
         step = "copy the weights"
         words = ["--to", hub.name_of(args.weights), "--dtype", "fp32", *args.overrides]

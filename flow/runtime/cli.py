@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from typing import Any
 
 from configs import schema
 from configs.errors import UserError, did_you_mean
@@ -17,13 +18,36 @@ from flow.runtime import files
 _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
 
+class Arguments(argparse.Namespace):
+    """The flags of a command by their names, `overrides`, a list of `key=value`, and `start`, the time for
+    `messages.summary`."""
+
+    overrides: list[str]
+    start: float
+    flags: dict[str, tuple[str, Any]]  # by the names: the flag and its default
+
+    def typed(self, *names: str) -> list[str]:
+        """The words of these flags, without those at their defaults: for a command that takes the same flags."""
+        words = []
+        for name in names:
+            (flag, default), value = self.flags[name], getattr(self, name)
+            if value != default:
+                values = [] if value is True else value if isinstance(value, list | tuple) else [value]
+                words += [flag, *(f"{each:g}" if isinstance(each, float) else str(each) for each in values)]
+        return words
+
+    def refuse_typed(self, names: Iterable[str], reason: str) -> None:
+        """Raises UserError for the first of these flags that is not at its default."""
+        for name in names:
+            if self.typed(name):
+                raise UserError(f"--{name}: {reason}")
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that also takes configuration overrides and whose errors are one line with the nearest name.
 
-    `parse()` returns the namespace with `overrides`, a list of `key=value`, and `start`, the time for
-    `messages.summary`. An override is written `key=value`, `--key=value` or `--key value`; a flag of the script wins over a key
-    of the same name. After a
-    flag that takes one value, `name=value` is its value; an error where the name is a key.
+    An override is written `key=value`, `--key=value` or `--key value`; a flag of the script wins over a key of the same name.
+    After a flag that takes one value, `name=value` is its value; an error where the name is a key.
     """
 
     def __init__(self, description: str, examples: str, kind: type = schema.Config, keys: str = "configs/schema.py"):
@@ -38,7 +62,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):  # called by argparse
         raise UserError(message)
 
-    def parse(self, argv: list[str] | None = None, takes_keys: bool = True) -> argparse.Namespace:
+    def parse(self, argv: list[str] | None = None, takes_keys: bool = True) -> Arguments:
         """takes_keys: of the configuration. Raises UserError for an unknown flag or key, naming the nearest."""
         _print_any_name()
         flags, keys = list(self._option_string_actions), all_keys(self.kind)
@@ -65,7 +89,7 @@ class Parser(argparse.ArgumentParser):
                 overrides.append(f"{key}={argv.pop(0)}")
             else:
                 raise UserError(f"unknown flag {name!r}.{did_you_mean(name, flags + [f'--{k}' for k in keys])}")
-        namespace, unknown = self.parse_known_args(rest)
+        namespace, unknown = self.parse_known_args(rest, Arguments())
         if unknown:
             flag = dict(zip(rest[2:], rest, strict=False)).get(unknown[0], "")  # the word two places before
             if flag in flags and self._option_string_actions[flag].nargs is None and not unknown[0].startswith("-"):
@@ -73,14 +97,11 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0], flags)}")
         if overrides and not takes_keys:
             raise UserError(f"{overrides[0]}: this command takes no configuration keys")
-        namespace.overrides, namespace.start = overrides, time.perf_counter()
+        namespace.overrides = overrides
+        namespace.start = time.perf_counter()
+        options = [action for action in self._actions if action.option_strings]
+        namespace.flags = {each.dest: (each.option_strings[0], self.get_default(each.dest)) for each in options}
         return namespace
-
-    def refuse_typed(self, namespace: argparse.Namespace, names: Iterable[str], reason: str) -> None:
-        """Raises UserError for the first of these flags, by their names in the namespace, that is not at its default."""
-        for name in names:
-            if getattr(namespace, name) != self.get_default(name):
-                raise UserError(f"--{name}: {reason}")
 
     def _most_words(self, flag: str) -> float:
         """How many words a flag takes at most; none for one with an optional word."""

@@ -1,6 +1,5 @@
 """Command lines that a user would type: what scripts run, print, and suggest as the next step."""
 
-import argparse
 import json
 import os
 import re
@@ -132,28 +131,6 @@ def condition_flags(guidance_scale: float = 1.0, prompts: Sequence[str] | None =
     """The flags of a guidance scale and prompts, for a suggested command."""
     flags = ["--guidance_scale", f"{guidance_scale:g}"] if guidance_scale != 1 else []
     return [*flags, "--prompts", *prompts] if prompts else flags
-
-
-def guidance_flags(args: argparse.Namespace) -> list[str]:
-    """--guidance_interval and --guide_weights as they were typed, which go with `condition_flags`."""
-    low, high = args.guidance_interval
-    flags = ["--guidance_interval", f"{low:g}", f"{high:g}"] if (low, high) != (0, 1) else []
-    return [*flags, "--guide_weights", args.guide_weights] if args.guide_weights else flags
-
-
-def config_flags(args: argparse.Namespace) -> list[str]:
-    """-c as it was typed."""
-    return ["-c", str(args.config)] if args.config else []
-
-
-def precision_flags(args: argparse.Namespace) -> list[str]:
-    """-mp as it was typed."""
-    return ["-mp", args.mixed_precision] if args.mixed_precision != "no" else []
-
-
-def source_flags(args: argparse.Namespace) -> list[str]:
-    """--source as it was typed."""
-    return ["--source", args.source] if args.source else []
 
 
 def option_flag(name: str) -> str:

@@ -7,7 +7,7 @@ launches almost as many kernels as the network.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -95,4 +95,5 @@ def graph_inputs(batch: Batch) -> dict[str, Tensor]:
 def with_inputs(batch: Batch, inputs: dict[str, Tensor]) -> Batch:
     """The batch with these tensors as its `graph_inputs`."""
     noise = {key: inputs[f"noise.{key}"] for key in batch.noise}
-    return replace(batch, noise=noise, **{name: value for name, value in inputs.items() if not name.startswith("noise.")})
+    own: dict[str, Any] = {name: value for name, value in inputs.items() if not name.startswith("noise.")}
+    return replace(batch, noise=noise, **own)

@@ -149,7 +149,7 @@ def measure(args, plan: dict[str, dict]) -> None:
               "ceilings": ceilings, "rows": rows, "rounds": results}  # fmt: skip
     text = report(result)
     print(text)
-    train = ["train.py", *commands.config_flags(args), *args.overrides]
+    train = ["train.py", *args.typed("config"), *args.overrides]
     command = commands.command(*train, "-e", files.free_folder(Path("runs") / Path(args.config or "run").stem))
     where = f" in {args.out}" if args.out else ""
     if args.out:

@@ -45,7 +45,7 @@ def main() -> None:
     if distributed.any_process(accelerator, bool(failed)):
         accelerator.print(messages.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
-    train = ["train.py", *commands.config_flags(args), "-e", context.run_dir, *args.overrides]
+    train = ["train.py", *args.typed("config"), "-e", context.run_dir, *args.overrides]
     accelerator.print(messages.summary(counts, args.start, f"start the training with: {commands.relaunched(*train)}"))
 
 

@@ -102,12 +102,12 @@ def test_image_folders(here, error, tmp_path):
     folder.mkdir()
     plain = [*TINY_TRAIN, "data.name=folder", "model.args.num_classes=null", "data.num_workers=0", "-e", tmp_path / "run"]
     assert "holds no image" in error("train", *plain, f"data.args={{path: {folder}, size: 8, channels: 1}}")
-    for k in range(8):
-        Image.new("L", (9, 9), 10 * k).save(folder / f"{k}.png")
-    (folder / "3.png").write_bytes((folder / "3.png").read_bytes()[:40])
-    line = error("train", *plain, f"data.args={{path: {folder}, size: 8, channels: 1}}")
-    assert "3.png: not a readable image" in line
-    (folder / "3.png").unlink()  # mended, the run goes on, though it had no checkpoint yet
+    for k in range(80):
+        Image.new("L", (9, 9), k).save(folder / f"{k:02d}.png")
+    (folder / "04.png").write_bytes((folder / "04.png").read_bytes()[:40])  # none of the 64 that are looked at first
+    line = error("train", *plain, f"data.args={{path: {folder}, size: 8, channels: 1}}", "train.batch_size=79")
+    assert "04.png: not a readable image" in line
+    (folder / "04.png").unlink()  # mended, the run goes on, though it had no checkpoint yet
     here("train", "-e", tmp_path / "run", "-r", "latest", "train.steps=1")
     plain[-1] = tmp_path / "new"
     assert "there is no such folder" in error("train", *plain, "data.args={path: nowhere}")
