@@ -93,7 +93,8 @@ def settings_of(args, snap: Snapshot, guide_name: str | None) -> SamplerSettings
 def check_request(args, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
     """Raises ValueError for settings and flags that the network cannot serve."""
     validate(settings, model)
-    labels, classes = settings.labels, len(snap.class_names)
+    labels = settings.labels
+    classes = len(snap.class_names)
     if settings.prompts and labels and not all(0 <= label < classes for label in labels):
         raise ValueError(f"--labels {' '.join(args.labels)}: with --prompts they are classes, from 0 to {classes - 1}")
     if args.grid_by_class and not (settings.prompts or model.net.num_classes):

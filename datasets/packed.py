@@ -62,7 +62,8 @@ class Packed:
         shards = np.searchsorted(self._ends, indices, side="right")
         rows = np.asarray(indices) - (self._ends - self.counts)[shards]
         for k, (shard, row) in enumerate(zip(shards.tolist(), rows.tolist(), strict=True)):
-            file, start = self._file(self.paths[shard]), self._starts[shard] + row * size
+            file = self._file(self.paths[shard])
+            start = self._starts[shard] + row * size
             if os.preadv(file.descriptor, [memory[k * size : (k + 1) * size]], start) != size:
                 raise OSError(f"{self.paths[shard]}: was cut off; run pack_images with the same arguments")
         return images

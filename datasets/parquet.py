@@ -45,7 +45,9 @@ class Parquet(EncodedImages):
         check_format(size, channels)
         super().__init__(path, [path / name for name in files], size, channels)
         self.notes = []
-        schema, groups, columns = None, [], []
+        schema = None
+        groups = []
+        columns = []
         for name, file in zip(files, self.files, strict=True):
             with _opened(file) as opened:
                 schema = schema or opened.schema_arrow

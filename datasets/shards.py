@@ -84,7 +84,8 @@ def verify_shard(path: Path, rows: int) -> str | None:
 
 def stored_settings(folder: Path, pattern: str) -> list[dict[str, Any]] | None:
     """The settings in the headers of the shards that can be read; None where there are no shards."""
-    shards, settings = sorted(folder.glob(pattern)) if folder.is_dir() else [], []
+    shards = sorted(folder.glob(pattern)) if folder.is_dir() else []
+    settings = []
     for path in shards:
         with contextlib.suppress(SafetensorError, OSError):  # an unreadable shard is written again
             settings.append(read_shard(path)[1].get("settings", {}))
@@ -110,7 +111,8 @@ def open_shards(folder: Path, manifest: dict[str, Any], path: str, kind: str) ->
     Raises ValueError that names the first shard that is not what the manifest says. Only sizes and digests in the headers are
     compared: reading everything would take minutes for a large set.
     """
-    again, shards = f"run {SCRIPTS[kind]} with the same arguments: it makes this shard again", []
+    again = f"run {SCRIPTS[kind]} with the same arguments: it makes this shard again"
+    shards = []
     for entry in manifest["shards"]:
         try:
             tensors, header = read_shard(folder / entry["name"])

@@ -46,7 +46,8 @@ class OTCoupling:
         if rows % block:
             fits = max((size for size in range(2, min(rows, int(block)) + 1) if rows % size == 0), default=rows)
             raise ValueError(f"block={block}: must divide the {rows} rows that a process takes at once; {fits} does")
-        self.independent, self.block = IndependentCoupling(source, seed, image_shape), block
+        self.independent = IndependentCoupling(source, seed, image_shape)
+        self.block = block
 
     def sample_x0(self, sample_ids: Sequence[int], indices: Sequence[int], x1: Tensor, y: Tensor | None) -> Tensor:
         """As Coupling.sample_x0, for a multiple of `block` samples."""
@@ -108,6 +109,9 @@ class PairedCoupling:
         return x0
 
 
+COUPLINGS: dict[str, Callable[..., Coupling]] = {"independent": IndependentCoupling, "ot": OTCoupling}  # of new samples
+
+
 def build(
     name: str, seed: int, image_shape: tuple[int, ...], rows: int, args: dict[str, Any], source: Source | None = None
 ) -> Coupling:
@@ -116,6 +120,6 @@ def build(
 
     Raises ValueError for an unknown name or argument and for a value out of range.
     """
-    choices: dict[str, Callable[..., Coupling]] = {"independent": IndependentCoupling, "ot": OTCoupling}
-    coupling, given = registry.pick("coupling", choices, name, args), (source or GaussianSource(), seed, image_shape)
+    coupling = registry.pick("coupling", COUPLINGS, name, args)
+    given = (source or GaussianSource(), seed, image_shape)
     return coupling(*given, rows=rows) if name == "ot" else coupling(*given)  # the others draw each sample on its own

@@ -46,7 +46,8 @@ def log_likelihood(
         raise ValueError(f"method={method}: needs times; use one of {', '.join(ADAPTIVE)}, or give times to flow.likelihood")
     if x1.requires_grad and torch.is_grad_enabled():
         raise ValueError("x1 requires a gradient, and log_likelihood gives none: pass x1.detach()")
-    shape, n = x1.shape, len(x1)
+    shape = x1.shape
+    n = len(x1)
     basis = torch.eye(x1[0].numel(), dtype=x1.dtype, device=x1.device) if eps is None else eps.flatten(2)
 
     def velocity_and_divergence(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,8 @@ def log_likelihood(
     state = state - END_EPS * augmented(middle, 1 - END_EPS / 2, 1 - END_EPS / 2)
     backwards = [start, *(t for t in reversed(times or []) if 0 < t < start), 0.0]
     solution = solvers.solve(augmented, state, backwards, method, **options)
-    x0, integral = solution.x[:, :-1], -solution.x[:, -1]
+    x0 = solution.x[:, :-1]
+    integral = -solution.x[:, -1]
     log_prior = -0.5 * x0.square().sum(1) - 0.5 * x0.shape[1] * math.log(2 * math.pi)
     return log_prior - integral, x0.view(shape), solution.nfe + 2
 

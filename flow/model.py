@@ -61,7 +61,7 @@ class FlowModel:
             raise ValueError(f"data_std={data_std}: preconditioning needs flow.path=linear and flow.prediction=velocity")
 
     @property
-    def no_score(self) -> str | None:
+    def score_error(self) -> str | None:
         """Why the score does not follow from the velocity; None: it does."""
         return why_no_score(self.source.name, self.coupling)
 

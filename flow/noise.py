@@ -23,7 +23,8 @@ def generators(*key: str | int, positions: Iterable[int]) -> Iterator[np.random.
     """`generator(*key, p)` for each of the positions, ten times as fast: it is one object, which each turn sets anew, and
     what the keys have in common is hashed once."""
     bits = np.random.Philox(key=0)
-    result, state = np.random.Generator(bits), bits.state
+    result = np.random.Generator(bits)
+    state = bits.state
     common = _hash("(" + "".join(f"{part!r}, " for part in _plain(key)))
     for p in positions:
         hashed = common.copy()

@@ -52,33 +52,33 @@ class Path(ABC):
         """What a network with this prediction learns of the pair: x0, x1 or the velocity, [B, ...]."""
         return {"data": x1, "noise": x0}[prediction] if prediction != "velocity" else self.velocity(x0, x1, t)
 
-    def predict_x0_x1(self, x: Tensor, t: Tensor, value: Tensor, source: str) -> tuple[Tensor, Tensor]:
-        """(x0, x1) of the point x [B, ...] at the times t [B] where `source` (velocity, data, noise or score) is `value`.
+    def predict_x0_x1(self, x: Tensor, t: Tensor, value: Tensor, given: str) -> tuple[Tensor, Tensor]:
+        """(x0, x1) of the point x [B, ...] at the times t [B] where `given` (velocity, data, noise or score) is `value`.
 
         data has a pole at t = 1, noise and score have one where alpha = 0. Raises ValueError for an unknown name.
         """
         alpha, sigma, alpha_dot, sigma_dot = self._broadcast_coefficients(x, t)
-        if source == "velocity":
+        if given == "velocity":
             det = alpha * sigma_dot - alpha_dot * sigma
             return (alpha * value - alpha_dot * x) / det, (sigma_dot * x - sigma * value) / det
-        if source == "data":
+        if given == "data":
             return (x - alpha * value) / sigma, value
-        if source in ("noise", "score"):
-            x0 = value if source == "noise" else -sigma * value
+        if given in ("noise", "score"):
+            x0 = value if given == "noise" else -sigma * value
             return x0, (x - sigma * x0) / alpha
-        raise ValueError(f"{source!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
+        raise ValueError(f"{given!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
 
-    def convert(self, x: Tensor, t: Tensor, value: Tensor, source: str, target: str) -> Tensor:
+    def convert(self, x: Tensor, t: Tensor, value: Tensor, given: str, wanted: str) -> Tensor:
         """From one of velocity, data, noise, score to another, at the point x [B, ...] and times t [B] in (0, 1).
 
         The score is that of the marginal, -E[x0 | x_t] / sigma, when `value` is a conditional mean.
         """
-        x0, x1 = self.predict_x0_x1(x, t, value, source)
-        if target == "score":
+        x0, x1 = self.predict_x0_x1(x, t, value, given)
+        if wanted == "score":
             return -x0 / self._broadcast_coefficients(x, t)[1]
-        if target not in PREDICTIONS:
-            raise ValueError(f"{target!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
-        return self.target(x0, x1, t, target)
+        if wanted not in PREDICTIONS:
+            raise ValueError(f"{wanted!r}: must be one of {', '.join((*PREDICTIONS, 'score'))}")
+        return self.target(x0, x1, t, wanted)
 
     def _broadcast_coefficients(self, x: Tensor, t: Tensor) -> list[Tensor]:
         """The coefficients, ready to multiply x [B, ...]."""

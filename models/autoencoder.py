@@ -125,7 +125,8 @@ class VAE(nn.Module):
         """Tiles of half the longer side. diffusers takes them from the configured sample_size, which need not fit the images;
         with sides divisible by 4 its quarter of overlap is a whole number of latents."""
         tile = 4 * max(1, latent_side // 8)
-        self.net.tile_latent_min_size, self.net.tile_sample_min_size = tile, tile * self.factor
+        self.net.tile_latent_min_size = tile
+        self.net.tile_sample_min_size = tile * self.factor
         self.net.enable_tiling()
 
 

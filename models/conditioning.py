@@ -21,7 +21,7 @@ class Conditioning(nn.Module):
         features: int | None = None,
     ):
         """num_classes: None for no labels; label num_classes is the null label. two_times: t_next is an input.
-        time_frequency, min_time_frequency: fastest and slowest feature of t in radians.
+        time_frequency, min_time_frequency: highest and lowest angular frequency of the features of t.
         features: number of features of t that an MLP reads, even; None: `size` features and no MLP.
 
         Raises ValueError for frequencies out of range and an odd number of features.

@@ -37,7 +37,7 @@ class MiniUNet(nn.Module):
         """image_shape: (C, H, W), sides divisible by 2 patch. width: channels at the first resolution, where a pixel is a
         patch of this side; twice as many at the second, half the resolution, which has self-attention.
         blocks_per_level: residual blocks of each resolution. head_channels: channels of an attention head.
-        time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
+        time_frequency: highest angular frequency of the features of t; lower is smoother in time, for fewer steps.
         num_classes: for labels; label num_classes is the null label. max_prompt_bytes: for prompts of at most so many bytes,
         read by cross-attention; the empty prompt is the null condition. At most one of the two.
         two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.

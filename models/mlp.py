@@ -33,9 +33,9 @@ class MLP(nn.Module):
         two_times: bool = False,
     ):
         """image_shape: of a point, e.g. (2,). width, depth: of the hidden layers.
-        num_frequencies: of sines and cosines of the position
-        beside itself: sharp edges need them, a smooth density is smoother without. time_frequency: fastest feature of t
-        in radians. num_classes: None for an unconditional network; label num_classes is the null label.
+        num_frequencies: of the sines and cosines of the position that the network also reads: sharp edges need them, a smooth
+        density is smoother without. time_frequency: highest angular frequency of the features of t.
+        num_classes: None for an unconditional network; label num_classes is the null label.
         two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
         """
         super().__init__()

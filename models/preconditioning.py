@@ -27,9 +27,11 @@ class Preconditioned(nn.Module):
                 setattr(self, name, getattr(net, name))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
-        shape, s = (-1, *[1] * (x.dim() - 1)), self.data_std
+        shape = (-1, *[1] * (x.dim() - 1))
+        s = self.data_std
         variance = (t * s) ** 2 + (1 - t) ** 2
-        c_in, c_skip = variance.rsqrt(), (t * s**2 - (1 - t)) / variance
+        c_in = variance.rsqrt()
+        c_skip = (t * s**2 - (1 - t)) / variance
         more = () if t_next is None else (t_next,)  # networks with one time need not take it
         output = self.net(c_in.view(shape) * x, t, y, *more)
         return c_skip.view(shape) * x + (s * c_in).view(shape) * output.to(x.dtype)

@@ -50,7 +50,7 @@ class UNet(nn.Module):
         attention_resolutions: heights of the levels with attention, in patches. head_channels: channels of an attention head.
         dropout: share of the features that each residual block sets to 0 in training.
         patch: the first level works on patches of this side as channels, which costs patch^2 times less.
-        time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
+        time_frequency: highest angular frequency of the features of t; lower is smoother in time, for fewer steps.
         num_classes: None for an unconditional network; label num_classes is the null label.
         two_times: t_next is an input, and the prediction is the mean velocity from t to t_next, a flow map.
         middle_attention: attention between the two blocks at the lowest resolution, whether that is named or not.

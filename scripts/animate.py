@@ -186,7 +186,8 @@ def draw_grids(
                 visible = snap.space.to_visible(decode(model, accelerator.autocast, states[step]))
                 figures[file] = snap.space.picture(visible, len(names) or 10, names)
                 grids.append(trajectory_grids.Grid(file, step, times[step], scale))
-    title, steps = snap.title(args.weights), len(times) - 1
+    title = snap.title(args.weights)
+    steps = len(times) - 1
     content = trajectory_grids.TrajectoryGrids(title, args.sampling_method, steps, args.seed, n, tuple(names), tuple(grids))
     trajectory_grids.write(out, content, figures)
     scales = " ".join(f"{each.guidance_scale:g}" for each in settings) if can_guide(model) else "none"

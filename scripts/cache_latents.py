@@ -244,7 +244,10 @@ def check(args, accelerator: Accelerator, data: DataSet, extractor: Extractor) -
     count = min(args.check, len(data))
     image_indices = generator("check").permutation(len(data))[:count].tolist()  # folders are sorted by class
     local_batches = shard(accelerator, range(count), args.bspp)
-    real_features, recon_features, ratios, shown = FeatureSet(), FeatureSet(), [], None
+    real_features = FeatureSet()
+    recon_features = FeatureSet()
+    ratios = []
+    shown = None
     with distributed.progress(accelerator, sum(map(len, local_batches)), "reconstructions (of this process)") as bar:
         read = read_images(data, [[image_indices[k] for k in batch] for batch in local_batches])
         for batch, (indices, real) in zip(local_batches, read, strict=True):

@@ -72,7 +72,8 @@ def main() -> None:
         graph.check_packages()
     snap = snapshot.load(args.weights, None, args.overrides)
     sampler = build_graph(args, snap) if graphs else None  # before anything is written
-    results, weights = [], args.push or args.to or args.out or args.weights
+    results = []
+    weights = args.push or args.to or args.out or args.weights
     if args.to or args.push:  # first, as it may be refused
         results.append(write_folder(args, snap))
     if args.out:
@@ -105,7 +106,9 @@ def write_folder(args, snap: Snapshot) -> str:
 
 def build_graph(args, snap: Snapshot) -> tuple[SamplerSettings, FlowModel, ExportedProgram]:
     """The settings of the graph, and what `graph.build` makes of them. Raises UserError as it does."""
-    method, steps, time_grid = args.sampling_method or "euler", args.sampling_steps, args.time_grid or "uniform"
+    method = args.sampling_method or "euler"
+    steps = args.sampling_steps
+    time_grid = args.time_grid or "uniform"
     times = grid_store.load(snap, method, steps) if time_grid == "optimized" else None
     scale = grid_store.fitted_scale(snap, method, steps) if times else None
     if scale is not None and snap.config.model.args.get("num_classes"):  # else the graph takes no scale

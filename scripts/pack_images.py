@@ -198,13 +198,15 @@ def pack(args, accelerator: Accelerator, source: Source) -> None:
 
 def default_shard_images(count: int, image_shape: Sequence[int]) -> int:
     """Images per file: few files for large sets, several for small ones, as processes take whole files."""
-    size, (low, high) = torch.Size(image_shape).numel(), SHARD_BYTES
+    size = torch.Size(image_shape).numel()
+    (low, high) = SHARD_BYTES
     return max(1, low // size, min(-(-count // NUM_SHARDS), high // size))
 
 
 def settings_of(args, source: Source, per_shard: int) -> dict[str, Any]:
     """The settings that determine every shard, which are part of its header."""
-    data, origin = source.data, source.origin["args"]
+    data = source.data
+    origin = source.origin["args"]
     return {
         "revision": origin.get("revision"),
         "split": origin.get("split"),
@@ -232,7 +234,9 @@ def read_shard_images(
                 raise ValueError(f"{error}; remove it, or leave out such images with --skip_damaged") from None
             return None
 
-    images, readable, skipped = torch.empty((len(cut), *data.image_shape), dtype=torch.uint8), [], []
+    images = torch.empty((len(cut), *data.image_shape), dtype=torch.uint8)
+    readable = []
+    skipped = []
     for k, image in zip(cut, pool.map(read, cut), strict=True):
         if image is None:
             assert isinstance(data, EncodedImages)

@@ -34,7 +34,8 @@ def main() -> None:
 def train() -> None:
     """The training, unless somebody has gone on with it: a run cannot be resumed to end before it stands."""
     config = str(commands.shipped("digits.yaml"))
-    steps, reached = loading.load(config).train.steps, max(step_names.by_step(RUN / "checkpoints"), default=0)
+    steps = loading.load(config).train.steps
+    reached = max(step_names.by_step(RUN / "checkpoints"), default=0)
     if reached > steps:
         print(f"note: {RUN} is at step {reached} already, past the {steps} of {config}")
     else:

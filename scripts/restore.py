@@ -231,7 +231,8 @@ def load_images(args, snap: snapshot.Snapshot, accelerator: Accelerator) -> tupl
 
 def is_done(folder: Path, record: dict) -> bool:
     """Whether the folder holds the results of this record. Raises UserError where they are of another run."""
-    path, existing = folder / "restore.json", None
+    path = folder / "restore.json"
+    existing = None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
@@ -248,7 +249,8 @@ def restore_images(
     settings: RestorationSettings,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """(measurements, restored images uint8 [N, C, H, W]) of all processes on the main one, None on the others."""
-    parts, shape = [], tuple(originals.shape[1:])
+    parts = []
+    shape = tuple(originals.shape[1:])
     batches = shard(accelerator, range(len(originals)), args.bspp)
     total = sum(map(len, batches)) * settings.steps
     with (

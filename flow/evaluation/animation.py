@@ -25,7 +25,8 @@ def figure_to_array(figure: Figure) -> np.ndarray:
 
 def with_time_bar(frame: np.ndarray, t: float, start: str = "noise") -> np.ndarray:
     """The frame uint8 [H, W, 3] above a bar from `start` (t = 0) to data (t = 1) that is filled up to t: [H + 32, W, 3]."""
-    width, middle = frame.shape[1], BAR_HEIGHT // 2
+    width = frame.shape[1]
+    middle = BAR_HEIGHT // 2
     strip = Image.new("RGB", (width, BAR_HEIGHT), "white")
     draw, font = ImageDraw.Draw(strip), ImageFont.load_default(13)
     left, right = 52, max(60, width - 106)

@@ -30,7 +30,9 @@ class DigitClassifier(nn.Module):
         stages: list[nn.Module] = []
         while side > 4:  # 28 -> 14 -> 7 -> 3, 8 -> 4
             stages += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
-            channels, width, side = width, 64, side // 2
+            channels = width
+            width = 64
+            side = side // 2
         self.features = nn.Sequential(
             *stages, nn.Flatten(), nn.Dropout(0.3), nn.Linear(channels * side * side, FEATURES), nn.ReLU()
         )
@@ -51,7 +53,9 @@ class CifarClassifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.GELU())
-        channels, self.down, self.residual = 32, nn.ModuleList(), nn.ModuleList()
+        channels = 32
+        self.down = nn.ModuleList()
+        self.residual = nn.ModuleList()
         for width in self.WIDTHS:
             pooled = nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(2))
             self.down.append(nn.Sequential(pooled, nn.BatchNorm2d(width), nn.GELU()))
@@ -85,7 +89,8 @@ class ClassifierFeatures(FeatureExtractorBase):
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs):
         super().__init__(name, features_list)
-        self.side, self.net = SIDES[name], build(name)
+        self.side = SIDES[name]
+        self.net = build(name)
         self.gray = isinstance(self.net, DigitClassifier)
         weights = load_file(feature_extractor_weights_path or weights_file(name))
         self.net.load_state_dict(weights)  # those of cifar10 are stored in half precision

@@ -68,7 +68,8 @@ def _half_against_half(ev: Evaluation, source: RealImages) -> dict | None:
             return None
         samples = ref.feature_set.select(layer, np.array(positions))
         other = reference.from_features(ref.name, ref.identity, ref.feature_set.select(layer, rest), layer)
-        other.class_names, other.labels = ref.class_names, None if ref.labels is None else ref.labels[rest]
+        other.class_names = ref.class_names
+        other.labels = None if ref.labels is None else ref.labels[rest]
         if training and training.data.fingerprint() == data.fingerprint():
             training = memorization.training_set(data, training.features[torch.from_numpy(rest)], None)
         return _measure(ev, data, positions, samples, other, training, time.perf_counter() - start)

@@ -76,7 +76,8 @@ class Extractor:
         self.net.eval().to(device)
         self.net.to(memory_format=torch.channels_last)  # Inception is 1.4 times as fast on a CPU (docs/performance.md)
         self.weights_hash = _digest(self.net)
-        self.class_layer, self.second_net = "logits" if self.classifier else None, None
+        self.class_layer = "logits" if self.classifier else None
+        self.second_net = None
         if self.classifier and self.classifier != name:
             self.class_layer = CLASS_LAYER
             self.second_net = classifiers.ClassifierFeatures(self.classifier, ["logits"]).to(device)

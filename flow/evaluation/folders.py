@@ -111,7 +111,8 @@ def read_folder(samples: Path) -> tuple[EncodedImages, dict[str, Any] | None]:
     """The images of a folder, and what sample.py wrote beside them, None for a folder from elsewhere."""
     if not samples.is_dir():
         raise UserError(f"--samples {samples}: there is no such folder")
-    note, stored = samples / "sampling.json", None
+    note = samples / "sampling.json"
+    stored = None
     if note.is_file():
         with error_context(f"--samples {samples}: sampling.json cannot be used"):
             stored = sampling_of(files.read_json(note))
@@ -127,7 +128,9 @@ def sampling_of(stored: dict[str, Any]) -> dict[str, Any]:
     """What sample.py wrote beside its images. Raises ValueError where it is something else."""
     whole = {"image_shape", "labels", "num_classes"} <= stored.keys()
     if whole:
-        shape, labels, classes = stored["image_shape"], stored["labels"] or [], stored["num_classes"] or 0
+        shape = stored["image_shape"]
+        labels = stored["labels"] or []
+        classes = stored["num_classes"] or 0
         if isinstance(shape, list) and len(shape) == 1:
             raise ValueError("it is of points, not of images; evaluate their flow with --weights")
         names = stored.get("class_names") or []  # earlier versions stored none

@@ -45,7 +45,8 @@ def per_class(c: Comparison) -> dict[str, Estimate]:
     real, ref = c.reference.features, c.reference
     if real is None or ref.labels is None or c.labels is None:
         return {}
-    features, distances = c.matrix(), {}
+    features = c.matrix()
+    distances = {}
     for label, class_name in enumerate(ref.class_names):
         samples, others = features[c.labels == label].double().numpy(), real[ref.labels == label].double().numpy()
         if min(len(samples), len(others)) <= real.shape[1]:
@@ -131,11 +132,13 @@ def density_coverage(c: Comparison) -> dict[str, Estimate]:
 
 def neighborhoods(c: Comparison, k: int) -> Neighborhoods | None:
     """Neighborhoods of samples and reference, computed once for all requested metrics; None for sets without k neighbors."""
-    features, real = c.matrix(), c.reference.features
+    features = c.matrix()
+    real = c.reference.features
     if real is None or min(len(features), len(real)) <= k:
         return None
     if c.neighborhoods is None:
-        recall, known = "prc" in c.requested, c.reference.neighbors
+        recall = "prc" in c.requested
+        known = c.reference.neighbors
         sets = [features] * recall + [real] * (known is None)  # whose own neighbors are computed
         c.bar.total += sum(neighbors.num_blocks(len(x)) for x in sets) + neighbors.num_blocks(len(features), len(real))
         if known is None:

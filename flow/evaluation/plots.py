@@ -331,7 +331,8 @@ def loss_curves(
             solid = "-" if i < len(COLORS) else "-."  # colors come again
             width, dashes = (1, "--") if label in validation else (smooth, solid)
             means = [sum(window := values[max(0, k + 1 - width) : k + 1]) / len(window) for k in range(len(values))]
-            color, marker = COLORS[i % len(COLORS)], "o" if len(x) == 1 else None
+            color = COLORS[i % len(COLORS)]
+            marker = "o" if len(x) == 1 else None
             axes.plot(x, means, dashes, label=_shown(label), color=color, linewidth=1.2, marker=marker)
             i += 1
         _value_scale(axes)

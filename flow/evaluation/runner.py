@@ -116,7 +116,8 @@ class Evaluation:
                     accelerator, extractor, settings.batch_size, source.data, source, what, real_layers(extractor)
                 )
                 real = reference.from_features(source.name, identity, features, extractor.layer)
-                real.labels, real.class_names = label_array(source.data), source.data.class_names
+                real.labels = label_array(source.data)
+                real.class_names = source.data.class_names
         counts = {"samples": settings.n_samples, "reference": dimension + 1 if source is None else len(source.data)}
         for name, n in counts.items():
             if n <= dimension and not points:
@@ -135,7 +136,8 @@ class Evaluation:
         assert source is not None, "it is no npz file"
 
         def features_of(data: DataSet, what: str) -> Tensor | None:
-            layers, batch_size = real_layers(extractor), self.settings.batch_size
+            layers = real_layers(extractor)
+            batch_size = self.settings.batch_size
             _, features = load_features(accelerator, extractor, batch_size, data, source, what, layers)
             return None if features is None else features.matrix(extractor.layer)
 
@@ -161,7 +163,8 @@ class Evaluation:
 
         `images_of` gives samples by their positions; it is called here, where the network still has the weights of the row.
         """
-        closest, training = measured.closest if measured else None, self.training
+        closest = measured.closest if measured else None
+        training = self.training
         if closest is None or training is None:
             return
         samples = images_of(closest.samples)

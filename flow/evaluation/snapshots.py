@@ -126,7 +126,8 @@ class SnapshotEvaluator:
         """The columns of row `number`, of the images `indices`, on the main process; None on the others."""
         ev, accelerator, settings = self.evaluation, self.evaluation.accelerator, self.evaluation.settings
         counter, batches = NFECounter(), shard(accelerator, indices, settings.batch_size)
-        local, total = sum(map(len, batches)), len(self.plan) * settings.repeats
+        local = sum(map(len, batches))
+        total = len(self.plan) * settings.repeats
         name = f"images of this process, row {number + 1} of {total}"
         bar = distributed.progress(accelerator, local * total, name, local * number)
         bar.leave = False  # the next bar takes its place

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from flow.losses.base import Batch, Eager, Losses
-from flow.losses.flow_map import FlowMapLoss, jump, x_and_velocity
+from flow.losses.flow_map import GuidedFlowMapLoss, jump, x_and_velocity
 from flow.path import broadcast_over
 
 TEMPERATURE = 25.0  # of the sigmoid, as in the paper's configurations
 
 
 @dataclass(kw_only=True)
-class AlphaFlow(FlowMapLoss):
+class AlphaFlow(GuidedFlowMapLoss):
     """|u(x, t, s) - sg[alpha v + (1 - alpha) u(w, s', s)]|^2 / alpha at w = x + (s' - t) v, s' = t + alpha (s - t).
 
     Zhang et al. 2025 (arXiv:2510.20771, section 4), whose time runs the other way. alpha = 1 is flow matching over (t, s); for

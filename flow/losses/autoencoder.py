@@ -31,7 +31,8 @@ class AutoencoderLoss:
     ):
         """lpips: perceptual distance [b] of images in [-1, 1]; needed where its weight is not 0."""
         self.draws = {"posterior": latent_shape}
-        self.distance_name, self.distance = distance, distances.build(distance, {})
+        self.distance_name = distance
+        self.distance = distances.build(distance, {})
         self.kl_weight, self.lpips_weight, self.lpips = kl_weight, lpips_weight, lpips
 
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses:

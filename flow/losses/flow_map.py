@@ -33,8 +33,6 @@ class FlowMapLoss(FlowLoss):
     map_start: float = 0.0  # share of the training that learns the velocity alone, before any sample has two times; in [0, 1)
     weight_power: float = 1.0  # p; 0 is the plain squared error
     weight_offset: float = 1e-6  # c
-    guidance_scale: float = 1.0  # w of the guided velocity that is learned; 1 is off
-    guidance_mix: float = 0.0  # kappa in [0, 1), see `guided`
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, LinearPath) or self.prediction != "velocity":
@@ -43,13 +41,6 @@ class FlowMapLoss(FlowLoss):
         self.check("map_start", 0 <= self.map_start < 1, "0 or more and less than 1")
         self.check("weight_power", self.weight_power >= 0, "0 or more")
         self.check("weight_offset", self.weight_offset > 0, "more than 0")
-        self.check("guidance_scale", self.guidance_scale > 0, "more than 0; 1 is off")
-        self.check("guidance_mix", 0 <= self.guidance_mix < 1, "0 or more and less than 1")
-
-    @property
-    def guidance_passes(self) -> int:
-        """Passes through the network that `guided` takes."""
-        return (self.guidance_scale != 1) + (self.guidance_mix > 0)
 
     @property
     def mean_map_share(self) -> float:
@@ -64,6 +55,33 @@ class FlowMapLoss(FlowLoss):
         """(t, t_next) float32 [b], t <= t_next, of uniforms u [b, 3] at this share of the training."""
         t, t_next = self.time_sampler(u[:, :2]).float().sort(dim=1).values.unbind(1)
         return t, torch.where(self.have_two_times(u[:, 2], progress), t_next, t)
+
+    def weighted(self, prediction: Tensor, target: Tensor, t: Tensor, alpha: Tensor | float = 1.0) -> Losses:
+        """e / alpha with e [b] the squared error, weighted by (alpha^2 / (e + c))^p; unweighted as the term `mse`.
+
+        alpha: that of alpha-Flow, [b] or a number; its weight for p = 1 is alpha / (e + c) of e.
+        """
+        e = mse(prediction.float(), target)
+        weight = (alpha**2 / (e.detach() + self.weight_offset)) ** self.weight_power
+        return Losses(weight * e / alpha, t, {"mse": e})
+
+
+@dataclass(kw_only=True)
+class GuidedFlowMapLoss(FlowMapLoss):
+    """Base of the losses whose targets come from the network, which can learn the guided velocity in place of v."""
+
+    guidance_scale: float = 1.0  # w of the guided velocity that is learned; 1 is off
+    guidance_mix: float = 0.0  # kappa in [0, 1), see `guided`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check("guidance_scale", self.guidance_scale > 0, "more than 0; 1 is off")
+        self.check("guidance_mix", 0 <= self.guidance_mix < 1, "0 or more and less than 1")
+
+    @property
+    def guidance_passes(self) -> int:
+        """Passes through the network that `guided` takes."""
+        return (self.guidance_scale != 1) + (self.guidance_mix > 0)
 
     def guided(self, eager: Eager, x: Tensor, t: Tensor, y: Tensor | None, v: Tensor) -> Tensor:
         """The velocity [b, ...] in place of v = x1 - x0 whose mean over v is the guided one.
@@ -87,15 +105,6 @@ class FlowMapLoss(FlowLoss):
             target = target + kappa * eager.as_trained(x, t, y, t)
         dropped = (y == eager.null).flatten(1).all(1) if y.dim() > 1 else y == eager.null
         return torch.where(broadcast_over(dropped, v), v, target)
-
-    def weighted(self, prediction: Tensor, target: Tensor, t: Tensor, alpha: Tensor | float = 1.0) -> Losses:
-        """e / alpha with e [b] the squared error, weighted by (alpha^2 / (e + c))^p; unweighted as the term `mse`.
-
-        alpha: that of alpha-Flow, [b] or a number; its weight for p = 1 is alpha / (e + c) of e.
-        """
-        e = mse(prediction.float(), target)
-        weight = (alpha**2 / (e.detach() + self.weight_offset)) ** self.weight_power
-        return Losses(weight * e / alpha, t, {"mse": e})
 
 
 def x_and_velocity(path: Path, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from flow.losses.base import Batch, Eager, Losses
-from flow.losses.flow_map import FlowMapLoss, x_and_velocity
+from flow.losses.flow_map import GuidedFlowMapLoss, x_and_velocity
 from flow.path import broadcast_over
 
 TANGENTS = ("path", "network")
@@ -16,7 +16,7 @@ JVP_PRECISIONS = ("no", "bf16")
 
 
 @dataclass(kw_only=True)
-class MeanFlow(FlowMapLoss):
+class MeanFlow(GuidedFlowMapLoss):
     """u(x, t, s) regressed on sg[v + (s - t) du/dt], with du/dt along dx/dt = v at fixed s (Geng et al. 2025,
     arXiv:2505.13447, section 4.1).
 

@@ -37,11 +37,6 @@ class Trajectory(FlowMapLoss):
     map_share: float = 0.75
     weight_power: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check("guidance_scale", self.guidance_scale == 1, "1, as the guidance is that of the teacher's paths")
-        self.check("guidance_mix", self.guidance_mix == 0, "0, as the guidance is that of the teacher's paths")
-
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
         assert batch.x0 is not None and batch.uniforms is not None
         assert batch.states is not None and batch.state_times is not None
@@ -49,7 +44,8 @@ class Trajectory(FlowMapLoss):
         t, weights = times_and_weights(batch.state_times, states.device)
         n, rows = len(t), torch.arange(len(states), device=states.device)
         i, j = torch.triu_indices(n, n, 1, device=states.device)[:, (batch.uniforms[:, 0] * (n * (n - 1) // 2)).long()]
-        x, step = states[rows, i], broadcast_over(t[j] - t[i], batch.x1)
+        x = states[rows, i]
+        step = broadcast_over(t[j] - t[i], batch.x1)
         velocity = torch.einsum("bk,bk...->b...", weights[i], states)
         is_map = self.have_two_times(batch.uniforms[:, 1], batch.progress)
         target = torch.where(broadcast_over(is_map, x), (states[rows, j] - x) / step, velocity)

@@ -74,7 +74,8 @@ class Parser(argparse.ArgumentParser):
             name, equals, value = token.partition("=")
             key = name.removeprefix("--")
             if name in flags:
-                flag, takes = name, 0 if equals else self._most_words(name)
+                flag = name
+                takes = 0 if equals else self._most_words(name)
             is_word = not name.startswith("--") and (not equals or (takes > 0 and key not in keys and "." not in key))
             if name in flags or not _KEY.fullmatch(key) or is_word:
                 rest.append(token)

@@ -99,7 +99,8 @@ class _FolderLock:
     """The lock of a folder, for one process."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, path / files.LOCK
+        self.path = path
+        self.file = path / files.LOCK
         # The library would otherwise fall back to a file whose existence is the lock, and which outlives its process.
         self.lock = FileLock(self.file, fallback_to_soft=False, on_acquired=self._sign)
         self.created: list[Path] = []  # folders, the deepest first

@@ -52,7 +52,8 @@ def write_missing(
     Returns:
         How many items all processes wrote, on the main process; on the others 0.
     """
-    local_files, num_written = list(plan.items())[accelerator.process_index :: accelerator.num_processes], 0
+    local_files = list(plan.items())[accelerator.process_index :: accelerator.num_processes]
+    num_written = 0
     with distributed.progress(accelerator, sum(len(indices) for _, indices in local_files), desc) as bar:
         for path, indices in local_files:
             damage = verify(path, len(indices))

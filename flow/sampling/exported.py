@@ -114,7 +114,9 @@ def card(snap: Snapshot, dtype: str, license_name: str, shown: str) -> str:
     """The model card: YAML metadata, then Markdown."""
     from huggingface_hub import ModelCardData
 
-    config, prompts, run = snap.config, bool(snap.config.model.args.get("max_prompt_bytes")), locate.run_of(snap.path)
+    config = snap.config
+    prompts = bool(snap.config.model.args.get("max_prompt_bytes"))
+    run = locate.run_of(snap.path)
     results = run / "evaluation" / "results.md" if run else None
     metrics = results.read_text(encoding="utf-8", errors="replace").strip() if results and results.is_file() else None
     tags = ["flow-matching", "pytorch", config.model.name, config.data.name]
@@ -166,7 +168,8 @@ def _write_picture(path: Path, snap: Snapshot) -> None:
     if preview is not None and preview.is_file():
         shutil.copyfile(preview, path)
         return
-    n, model = snap.config.preview.n_samples, snap.model()
+    n = snap.config.preview.n_samples
+    model = snap.model()
     settings = preview_settings(snap.config, model.net, snap.class_names)
     with error_context("preview"):
         samples = Sampler(model).sample(

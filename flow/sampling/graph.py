@@ -68,7 +68,8 @@ def build(snap: Snapshot, settings: SamplerSettings) -> tuple[FlowModel, Exporte
     model.eval()
     batch = Dim("batch", min=1)
     images = {0: batch}
-    inputs, shapes = _inputs(model, snap, range(3), 2.0), (images, {0: batch}, None)
+    inputs = _inputs(model, snap, range(3), 2.0)
+    shapes = (images, {0: batch}, None)
     try:
         with torch.no_grad():
             program = torch.export.export(SamplerGraph(model, settings), inputs, dynamic_shapes=shapes[: len(inputs)])
@@ -154,7 +155,8 @@ def metadata(snap: Snapshot, settings: SamplerSettings) -> dict[str, Any]:
 
 def _inputs(model: FlowModel, snap: Snapshot, indices: Sequence[int], scale: float) -> tuple[Tensor, ...]:
     """Noise, and with labels those of the classes in turn and the scale."""
-    noise, classes = model.draw_x0("sample", SamplerSettings.seed, indices), model.net.num_classes
+    noise = model.draw_x0("sample", SamplerSettings.seed, indices)
+    classes = model.net.num_classes
     if classes is None:
         return (noise,)
     return noise, torch.tensor([k % classes for k in indices]), torch.tensor(scale)

@@ -63,7 +63,8 @@ def guidance_note(snap: Snapshot, settings: SamplerSettings) -> str | None:
     """A line where the grid of these settings was fitted with another guidance, else None."""
     if not settings.times:
         return None
-    fitted, scale = fitted_scale(snap, settings.method, settings.steps), settings.guidance_scale
+    fitted = fitted_scale(snap, settings.method, settings.steps)
+    scale = settings.guidance_scale
     if fitted is None:
         return None
     grid = f"--time_grid optimized: the grid of {settings.method} with {settings.steps} steps was fitted"
@@ -84,7 +85,8 @@ def _read(snap: Snapshot) -> tuple[Grids, Scales]:
         return {}, {}
     try:
         stored = files.read_json(path)
-        fitted_to, grids = stored["weights_sha256"], {m: dict(of) for m, of in stored["grids"].items()}
+        fitted_to = stored["weights_sha256"]
+        grids = {m: dict(of) for m, of in stored["grids"].items()}
         for steps, times in ((n, times) for of in grids.values() for n, times in of.items()):
             if len(times) != int(steps) + 1 or times != sorted(map(float, times)) or (times[0], times[-1]) != (0, 1):
                 raise ValueError(f"{times} are no times of {steps} steps")

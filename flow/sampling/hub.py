@@ -80,7 +80,9 @@ def push(folder: Path, reference: str, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    key, repo, api = f"--push {reference}", check_push(reference), HfApi()
+    key = f"--push {reference}"
+    repo = check_push(reference)
+    api = HfApi()
     _call(key, lambda: api.create_repo(repo, private=private or None, exist_ok=True))
     existing = set(_call(key, lambda: api.list_repo_files(repo))) - {".gitattributes"}
     if others := existing - set(FILES):

@@ -51,7 +51,8 @@ def check_output_dir(
         **({"source_fingerprint": source} if source else {}),
         **({"class_names": list(class_names)} if class_names else {}),
     }
-    path, existing = folder / "sampling.json", None
+    path = folder / "sampling.json"
+    existing = None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
@@ -106,7 +107,8 @@ def sample_points(
 ) -> tuple[Tensor | None, float]:  # fmt: skip
     """Points float32 [N, 2] of all processes, in order, on the main process (None on the others), and their NFE."""
     batches = shard(accelerator, indices, batch_size)
-    parts, counter = [], NFECounter()
+    parts = []
+    counter = NFECounter()
     with distributed.progress(accelerator, sum(map(len, batches)), "sampling (points of this process)") as bar:
         for batch in generate(accelerator, model, batches, settings):
             parts.append((batch.indices.start, batch.images))

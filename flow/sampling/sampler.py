@@ -39,7 +39,9 @@ class Sampler:
         """model: its networks go to the device. device: default is that of `distributed.default_device`.
         dtype: of autocast; float32 turns autocast off. snapshot: where the model comes from, for optimized time grids.
         guide_name: of autoguidance."""
-        self.model, self.device, self.dtype = model, device or distributed.default_device(), dtype
+        self.model = model
+        self.device = device or distributed.default_device()
+        self.dtype = dtype
         self.snapshot, self.guide_name = snapshot, guide_name
         for net in model.networks:
             net.to(self.device)

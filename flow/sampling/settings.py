@@ -71,10 +71,10 @@ def guidance_note(settings: SamplerSettings, model: FlowModel) -> str | None:
 def validate(settings: SamplerSettings, model: FlowModel) -> None:
     """Raises ValueError for settings that the model cannot serve."""
     net = model.net
-    if settings.method in solvers.STOCHASTIC and model.no_score:
+    if settings.method in solvers.STOCHASTIC and model.score_error:
         raise ValueError(
             f"sampling_method={settings.method}: adds noise, which needs a source of Gaussian noise independent of the data "
-            f"({model.no_score}); use an ODE solver such as heun"
+            f"({model.score_error}); use an ODE solver such as heun"
         )
     solvers.validate_options(settings.method, **dict(settings.options))
     if not 0 <= settings.guidance_scale < math.inf:

@@ -266,7 +266,8 @@ def _configuration(
 ) -> tuple[Config, dict[str, Any]]:
     """The configuration of a snapshot, and the places that its header names and neither the command line nor, as the file is
     the user's `own`, the run folder confirms."""
-    source, typed = f"--weights {path}", loading.overridden(overrides)
+    source = f"--weights {path}"
+    typed = loading.overridden(overrides)
     unconfirmed: dict[str, Any] = {}
     base, places = loading.parse_parts(text, source, Config, typed)
     if config_path:

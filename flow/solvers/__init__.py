@@ -141,7 +141,8 @@ def solve(
         raise ValueError(f"times from {time_grid[0]:g} to {time_grid[-1]:g}: must lie in [0, 1] and start before 1")
     if method in STOCHASTIC and time_grid[-1] < time_grid[0]:
         raise ValueError(f"{method} adds noise, so it cannot be solved backwards; use an ODE solver such as heun")
-    whole_step, nfe = SOLVERS[method].whole_step and time_grid[-1] > time_grid[0], 0
+    whole_step = SOLVERS[method].whole_step and time_grid[-1] > time_grid[0]
+    nfe = 0
 
     def counted(x: Tensor, t: float, t_next: float | None = None) -> Tensor:
         nonlocal nfe

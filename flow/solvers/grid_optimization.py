@@ -46,7 +46,8 @@ def dynamic_programming_grid(states: Sequence[Tensor], velocities: Sequence[Tens
     for n in range(1, steps + 1):
         through = cost[n - 1][:, None] + error
         parent[n], cost[n] = through.argmin(0), through.min(0)
-    j, times = m, [1.0]
+    j = m
+    times = [1.0]
     for n in range(steps, 0, -1):
         j = parent[n, j]
         times.append(j / m)

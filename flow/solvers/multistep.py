@@ -43,7 +43,8 @@ def dpm_solver_2m(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]
     prev: tuple[float, Tensor] | None = None  # lambda and data prediction of the last point
     for t, t_next in pairwise(time_grid):
         v = velocity(x, t)
-        x1_pred, lmbda = x + (1 - t) * v, _half_log_snr(t)
+        x1_pred = x + (1 - t) * v
+        lmbda = _half_log_snr(t)
         if prev is None or not all(map(math.isfinite, (prev[0], lmbda, _half_log_snr(t_next)))):
             x = _ddim_step(x, x1_pred, t, t_next)
         else:

@@ -50,7 +50,8 @@ def integrate(method: str, velocity: StageVelocity, x: Tensor, time_grid: Sequen
 
 def step(method: str, velocity: StageVelocity, x: Tensor, t: float, t_next: float) -> Tensor:
     """x [B, ...] at t -> x at t_next."""
-    tableau, h = TABLEAUX[method], t_next - t
+    tableau = TABLEAUX[method]
+    h = t_next - t
     if t_next == 1 and tableau.final:
         tableau = TABLEAUX[tableau.final]
     stages: list[Tensor] = []

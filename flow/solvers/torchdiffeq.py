@@ -51,7 +51,9 @@ def adams(
     data, is one of an open Runge-Kutta method (order 3, which leaves a global order of 4). Raises ValueError for a tolerance
     out of range.
     """
-    steps, start, end = len(time_grid) - 1, time_grid[0], time_grid[-1]
+    steps = len(time_grid) - 1
+    start = time_grid[0]
+    end = time_grid[-1]
     times = [start + (end - start) * i / steps for i in range(steps)]
     states = _odeint(method, velocity, x, times if end == 1 else [*times, end], rtol, atol, ADAMS)
     yield from states[1:]

@@ -96,7 +96,8 @@ class AutoencoderTask:
         """Originals above their reconstructions, and the mean PSNR in dB."""
         assert isinstance(net, VAE)
         net.eval()
-        n, parts = min(self.config.preview_images, len(self.data)), []
+        n = min(self.config.preview_images, len(self.data))
+        parts = []
         for batch in shard(self.accelerator, range(n), PREVIEW_BATCH):
             with error_context("data"):
                 real = torch.stack([self.data[k * len(self.data) // n][0] for k in batch])

@@ -112,7 +112,8 @@ def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
     for key, off in (("guidance_scale", 1), ("guidance_mix", 0)):
         if (value := getattr(loss, key, off)) != off and net.null is None:
             raise UserError(f"loss.args.{key}={value}: needs a network with labels (model.args.num_classes) or prompts")
-    scale, dropout = getattr(loss, "guidance_scale", 1), config.flow.label_dropout
+    scale = getattr(loss, "guidance_scale", 1)
+    dropout = config.flow.label_dropout
     if scale != 1 and not dropout:  # guidance_mix alone takes nothing from the null label
         null = "prompt" if net.max_prompt_bytes else "label"
         raise UserError(

@@ -91,8 +91,10 @@ class TrainingLoader:
 
     def indices(self, step: int) -> np.ndarray:
         """Data set indices [B] of the global batch of a step; every image comes once an epoch."""
-        n, start = len(self.data), step * self.batch_size
-        parts, position = [], start
+        n = len(self.data)
+        start = step * self.batch_size
+        parts = []
+        position = start
         while position < start + self.batch_size:  # a batch may straddle epochs, or hold several of a tiny set
             epoch, offset = divmod(position, n)
             take = min(n - offset, start + self.batch_size - position)

@@ -40,7 +40,7 @@ class EagerNetwork:
         self.null: int | None = getattr(net, "null", None)
         self._device = next(net.parameters()).device
         frequencies: list[Any] = [module.time_frequency for module in net.modules() if hasattr(module, "time_frequency")]
-        self.step = min([MAX_STEP, *(MAX_PHASE / frequency for frequency in frequencies)])  # of `difference`
+        self.difference_step = min([MAX_STEP, *(MAX_PHASE / frequency for frequency in frequencies)])  # of `difference`
         self._foreign: set[str] | None = None  # operations of others in it, as long as its derivative is not checked
         self.start_micro_batch()
 
@@ -101,7 +101,7 @@ class EagerNetwork:
         """
         if self.derivative_error:
             raise UserError(self.derivative_error)
-        low, high = (t - self.step).clamp(min=0), (t + self.step).clamp(max=1)
+        low, high = (t - self.difference_step).clamp(min=0), (t + self.difference_step).clamp(max=1)
         if t_next is not None:  # beyond it the network has not been trained
             high = torch.where(t_next > t, torch.minimum(high, t_next), high)
         before, after = (self(jump(x, t, end, v), end, y, t_next) for end in (low, high))

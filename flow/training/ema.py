@@ -23,7 +23,7 @@ class Averages:
 
     @torch.no_grad()
     def move(self, shares: Sequence[float]) -> None:
-        """Move each average by its share of the way to the weights of now, from 0 to 1."""
+        """average + share (weights - average) for each average, its share in [0, 1]; `weights` are those of the network now."""
         if not shares:
             return
         weights = [local_shard(value.detach()).float() for value in _floating(self.net).values()]
@@ -32,8 +32,8 @@ class Averages:
 
     @contextmanager
     def average_parameters(self, index: int = 0) -> Iterator[nn.Module]:
-        """The network with the averaged weights inside the block; with its own, and in the mode of before, after it, whatever
-        happens.
+        """The network with the averaged weights inside the block. After it the network has its own weights and mode again, also
+        after an error.
 
         Of a sharded network it is an unsharded copy, so that processes may sample different numbers of batches.
         """

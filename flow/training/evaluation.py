@@ -59,7 +59,8 @@ class EvaluateSnapshots(Callback):
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
         if trainer.interrupted or not (trainer.finished or trainer.is_due(self.settings.every_steps)):
             return
-        start, main = time.perf_counter(), trainer.accelerator.is_main_process
+        start = time.perf_counter()
+        main = trainer.accelerator.is_main_process
         images = trainer.step * trainer.config.train.batch_size
         subject = {"weights": f"{trainer.folder.name}@{trainer.step}", "images": images, "captions": self.captions}
         digest = files.sha256(path / EMA_FILE) if main else ""
@@ -164,7 +165,8 @@ def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings
         raise UserError(
             f"evaluate.metrics={evaluate.metrics}: unknown metric {unknown[0]!r}; choose from {', '.join(metrics.METRICS)}"
         )
-    best, columns = evaluate.keep_best, ("fid", *metrics.HIGHER_IS_BETTER, "memorization")
+    best = evaluate.keep_best
+    columns = ("fid", *metrics.HIGHER_IS_BETTER, "memorization")
     if best and best not in columns and not best.startswith(DISTANCES):
         raise UserError(f"evaluate.keep_best={best}: must be a distance or one of {', '.join(columns)}")
     if evaluate.sampling_method not in SOLVERS:

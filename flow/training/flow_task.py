@@ -134,7 +134,8 @@ class FlowTask:
         self, path: Path, weights: dict[str, Tensor], step: int, half_life_images: int,
         power_average: PowerAverage | None = None,
     ) -> None:  # fmt: skip
-        names, shape = self.class_names if self.net.null is not None else (), self.data.image_shape
+        names = self.class_names if self.net.null is not None else ()
+        shape = self.data.image_shape
         snapshot.save(path, weights, self.config, shape, step, half_life_images, self.data.codec, names, power_average)
 
     def read_snapshot(self, path: Path) -> dict[str, Tensor]:
@@ -155,7 +156,8 @@ class FlowTask:
         n, settings = self.config.preview.n_samples, self.preview_settings
         batches = shard(self.accelerator, range(n), self.space.preview_batch_size)
         samples = generate(self.accelerator, self.model_with(net), batches, settings)
-        parts, reason = [], None
+        parts = []
+        reason = None
         try:
             parts = [(batch.indices.start, batch.images) for batch in samples]
         except UserError as error:  # a picture less is no reason to end a training
@@ -202,7 +204,8 @@ class FlowTask:
 
     def _condition(self, batch: Batch, step: int) -> Tensor | None:
         """Labels [b] or tokens [b, L], some of them replaced by the null condition; None for unconditional networks."""
-        y, config = self._encode_condition(batch), self.config
+        y = self._encode_condition(batch)
+        config = self.config
         if y is None:
             return None
         return drop_labels(y, batch.rows, config.seed, step, config.train.batch_size, config.flow.label_dropout, self.net.null)

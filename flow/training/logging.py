@@ -45,7 +45,8 @@ class Logger:
         try:
             yield
         except Exception as error:
-            is_users, is_main = isinstance(error, UserError), self.accelerator.is_main_process
+            is_users = isinstance(error, UserError)
+            is_main = self.accelerator.is_main_process
             if is_main or not is_users:
                 place = "" if is_main else f"process {self.accelerator.process_index}: "
                 kind = "" if is_users else f"{type(error).__name__}: "

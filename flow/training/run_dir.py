@@ -109,7 +109,8 @@ def open_run(
 
 def changes_by_yaml(run_dir: Path, cfg: Any, overrides: list[str]) -> list[str]:
     """KEY=VALUE (was VALUE) for what is different in the stored configuration and not said by the overrides."""
-    kind, path = type(cfg), run_dir / "config.yaml"
+    kind = type(cfg)
+    path = run_dir / "config.yaml"
     before = loading.parse(path.read_text(encoding="utf-8"), str(path), kind, stored.typed_values(cfg))
     typed = loading.overridden(overrides, kind)
     changed = [key for key in keys.all_keys(kind) if keys.get(before, key) != keys.get(cfg, key)]
@@ -183,7 +184,8 @@ def set_aside(run_dir: Path, step: int) -> list[Path]:
 
     A run that was resumed from before them has them: the checkpoints are damaged, the others are of an abandoned training.
     """
-    moved, destination = [], files.free_folder(run_dir / "set_aside")
+    moved = []
+    destination = files.free_folder(run_dir / "set_aside")
     for folder in (run_dir / "checkpoints", run_dir / "snapshots", run_dir / "samples"):
         for path in sorted(folder.glob("step_*")):
             if (parsed := step_names.parse(path)) and parsed[0] > step:

@@ -111,11 +111,14 @@ class Throughput:
     """Images per second of training since the last reading; pauses do not count."""
 
     def __init__(self, batch_size: int, step: int):
-        self.batch_size, self.step, self.start = batch_size, step, time.perf_counter()
+        self.batch_size = batch_size
+        self.step = step
+        self.start = time.perf_counter()
 
     def read(self, step: int) -> float:
         seconds, steps = time.perf_counter() - self.start, step - self.step
-        self.step, self.start = step, time.perf_counter()
+        self.step = step
+        self.start = time.perf_counter()
         return steps * self.batch_size / seconds
 
     @contextmanager

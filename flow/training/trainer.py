@@ -300,7 +300,9 @@ class Trainer:
     def _load_checkpoint(self, path: Path) -> None:
         with checkpoint.reading(path):
             state = checkpoint.load(self.accelerator, path)
-            self.step, self.num_updates, self.last_checkpoint = state["step"], state["updates"], path
+            self.step = state["step"]
+            self.num_updates = state["updates"]
+            self.last_checkpoint = path
             self.statistics.load_state(self.accelerator, state["statistics"])
             self.averages.load(path)
         self._note_changed_data(state)

@@ -42,7 +42,8 @@ class ValidationLoss(Callback):
         if not (trainer.finished or trainer.is_due(self.task.config.evaluate.loss_every_steps)):
             return
         with trainer.throughput.paused(), trainer.ema.average_parameters() as averaged:
-            model, config = self.task.model_with(averaged), self.task.config
+            model = self.task.model_with(averaged)
+            config = self.task.config
             losses = validation_losses(
                 self.task.accelerator, model, self.data, config.evaluate.loss_samples, config.seed, config.evaluate.batch_size
             )

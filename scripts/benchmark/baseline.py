@@ -57,7 +57,8 @@ def main() -> None:
 
 def train_for(minutes: float, net: nn.Module, images: Tensor, labels: Tensor | None, cfg: Config) -> tuple[int, list[Tensor]]:
     """Train so long; the number of steps and the averages. The bar counts seconds."""
-    accelerator, seconds = distributed.build_single_process_accelerator("baseline"), 60 * minutes
+    accelerator = distributed.build_single_process_accelerator("baseline")
+    seconds = 60 * minutes
     with distributed.progress(accelerator, round(seconds), "plain loop (seconds)") as bar:
         start = time.monotonic()
         for step, averages in enumerate(train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr), start=1):

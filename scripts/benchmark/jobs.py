@@ -146,7 +146,8 @@ def train_job(job: dict) -> dict:
     ])  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         accelerator = distributed.build_training_accelerator(config.train, Path(scratch))
-        task, warmup = FlowTask(config, accelerator), job["warmup"]
+        task = FlowTask(config, accelerator)
+        warmup = job["warmup"]
         if cuda_graph.obstacle(accelerator, config.train, task.loss) is None:
             warmup += cuda_graph.EAGER_STEPS + 1  # the capture is the step after them
         config.train.steps = warmup + job["steps"]

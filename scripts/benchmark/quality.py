@@ -299,7 +299,8 @@ def rows_of(args, recipe: Recipe, seed: int, folder: str = "evaluation") -> list
 
 def report(args, recipes: list[Recipe], seeds: int) -> None:
     """Write and print race.md and draw race.png for the seeds that are finished."""
-    settings, distance = list(settings_of(args)), ""
+    settings = list(settings_of(args))
+    distance = ""
     lines: list[list[str]] = []
     for method, steps, scale in settings:
         cells: dict[str, list[dict]] = {}
@@ -310,7 +311,8 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
         if not lines:
             head = ["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]
             lines.append([name for i, name in enumerate(head) if i < 8 or name != distance])
-        base, digits = [row["metrics"][distance] for row in cells[recipes[0].name]], table.decimals(distance)
+        base = [row["metrics"][distance] for row in cells[recipes[0].name]]
+        digits = table.decimals(distance)
         for recipe in recipes:
             rows = cells[recipe.name]
             values = [row["metrics"][distance] for row in rows]

@@ -96,7 +96,8 @@ class TimedNetwork:
     """A network or feature extractor whose calls are a section of a timer."""
 
     def __init__(self, net: Any, timer: Timer, name: str):
-        self.net, self._call = net, timer.watch(name, net)
+        self.net = net
+        self._call = timer.watch(name, net)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)

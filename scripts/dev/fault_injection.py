@@ -142,7 +142,10 @@ class Experiment:
     """Kills and restarts of one script, all in one folder."""
 
     def __init__(self, script: str, seed: int, folder: Path):
-        self.script, self.seed, self.folder, self.log = script, seed, folder, folder / "log.txt"
+        self.script = script
+        self.seed = seed
+        self.folder = folder
+        self.log = folder / "log.txt"
         self.weights = folder / "weights"
         self.rng = random.Random(seed)
         os.environ["FLOW_NUM_THREADS"] = "1"

@@ -43,7 +43,8 @@ def main() -> None:
         lr, augment = 6e-3, flipped_and_shifted
         optimizer: torch.optim.Optimizer = MuonWithAdamW(net, lr, fused=True, weight_decay=2e-2)
     else:
-        lr, augment = 2e-3, RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.92, 1.08))
+        lr = 2e-3
+        augment = RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.92, 1.08))
         optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=not color)
     with trange(steps, desc=args.name) as bar:
@@ -85,7 +86,8 @@ def split(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         data = datasets.build("digits", None, {})
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         test, train = order[: len(data) // 6], order[len(data) // 6 :]
-        x, y = data.images.float() / 255, data.labels
+        x = data.images.float() / 255
+        y = data.labels
         return x[train], y[train], x[test], y[test]
     train, test = (datasets.build(name, None, {"train": part}) for part in (True, False))
     return train.images.float() / 255, train.labels, test.images.float() / 255, test.labels

@@ -6,23 +6,43 @@ import json
 import re
 import shlex
 import typing
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from configs import rectify, schema, vae
+from datasets import DATASETS
+from flow.couplings import COUPLINGS
+from flow.losses import GIVEN, LOSSES
 from flow.runtime import cli, files, messages
 from flow.runtime.errors import cli_main
+from flow.time_samplers import TIME_SAMPLERS
+from models import MODELS
 
-PAGE = Path(__file__).parents[2] / "docs/configuration.md"
+REPOSITORY = Path(__file__).parents[2]
+PAGE = REPOSITORY / "docs/configuration.md"
 INTRODUCTION = """\
 # Configuration
 
 A configuration starts from the defaults. The YAML file of `-c` overrides them, and `key=value` (also `--key value` and
 `--key=value`) overrides both. An unknown key is an error that suggests the nearest one. Arguments (`data.args`,
 `model.args`, ...) are checked against the signature of the function that takes them; a new name (`model.name=`,
-`data.name=`, ...) on the command line starts from empty arguments. Keys are fields of dataclasses in `configs/`, from which
-`python -m scripts.dev.write_configuration` writes this page.
+`data.name=`, ...) on the command line starts from empty arguments: [their names and defaults](#arguments). Keys are fields of
+dataclasses in `configs/`, from which `python -m scripts.dev.write_configuration` writes this page.
 """
+ARGUMENTS = """\
+## Arguments
+
+With their defaults; the file says what each means. Every network also takes `data_std`, the standard deviation of the data,
+which scales its input and output (`models/preconditioning.py`).
+"""
+REGISTRIES: tuple[tuple[str, Mapping[str, Callable], tuple[str, ...]], ...] = (  # key, choices, what is no argument
+    ("model.args", MODELS, ("image_shape",)),
+    ("loss.args", LOSSES, GIVEN),
+    ("data.args", DATASETS, ("root",)),
+    ("flow.time_sampler_args", TIME_SAMPLERS, ("u",)),
+    ("flow.coupling_args", COUPLINGS, ("source", "seed", "image_shape", "rows")),
+)
 SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("Training a flow", "`train.py`, `configs/schema.py`", schema.Config),
     ("Training an autoencoder", "`scripts/train_vae.py`, `configs/vae.py`", vae.VaeConfig),
@@ -43,7 +63,24 @@ def page() -> str:
     for title, source, config_class in SECTIONS:
         rows = [f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in keys(config_class)]
         parts.append("\n".join([f"## {title}\n\n{source}.\n\n| key | default | meaning |\n|---|---|---|", *rows]) + "\n")
+    parts.append(ARGUMENTS)
+    for key, choices, given in REGISTRIES:
+        rows = [f"| `{name}` | {arguments(choice, given)} | {source_of(choice)} |" for name, choice in choices.items()]
+        parts.append("\n".join([f"| name | `{key}` | file |\n|---|---|---|", *rows]) + "\n")
     return "\n".join(parts)
+
+
+def arguments(choice: Callable, given: Collection[str]) -> str:
+    """The arguments of a choice with their defaults, but for those that are `given`."""
+    parameters = [p for name, p in inspect.signature(choice).parameters.items() if name not in given]
+    words = [p.name if p.default is p.empty else f"{p.name}: {shown(p.default)}" for p in parameters]
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def source_of(choice: Callable) -> str:
+    """A link to the file of a choice."""
+    path = Path(inspect.getfile(choice)).relative_to(REPOSITORY)
+    return f"[{path}](../{path})"
 
 
 def keys(config_class: type, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -187,7 +187,8 @@ def learning_rate(context: Context) -> Lines:
 def pauses(context: Context) -> Lines:
     """How much of the run a crash can cost."""
     cfg = context.cfg.train
-    own, every = cfg.checkpoint_every_steps, [n for n in (cfg.checkpoint_every_steps, context.cfg.evaluate.every_steps) if n]
+    own = cfg.checkpoint_every_steps
+    every = [n for n in (cfg.checkpoint_every_steps, context.cfg.evaluate.every_steps) if n]
     if not every or min(every) >= cfg.steps:
         yield "warn", f"train.checkpoint_every_steps={own}: a crash costs the whole run; set it to {max(1, cfg.steps // 10)}"
     else:
@@ -196,7 +197,8 @@ def pauses(context: Context) -> Lines:
 
 def num_checkpoints(cfg: Config) -> int:
     """How many a training writes: those of its own interval and of the evaluation, and the last."""
-    steps, intervals = cfg.train.steps, (cfg.train.checkpoint_every_steps, cfg.evaluate.every_steps)
+    steps = cfg.train.steps
+    intervals = (cfg.train.checkpoint_every_steps, cfg.evaluate.every_steps)
     return len({steps, *(k for every in intervals if every for k in range(every, steps, every))})
 
 

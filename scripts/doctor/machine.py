@@ -55,7 +55,8 @@ def versions(requirements: Path) -> tuple[str, str]:
 
 def devices(context: Context) -> Lines:
     """Processes against GPUs; build_accelerator has refused a launcher that starts too few."""
-    accelerator, gpus = context.accelerator, torch.cuda.device_count()
+    accelerator = context.accelerator
+    gpus = torch.cuda.device_count()
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     text = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {torch.get_num_threads()} thread(s) each"
     if accelerator.device.type == "cuda" and here < gpus:
@@ -121,7 +122,8 @@ def trial(context: Context) -> Lines:
     context.trial = result = try_training(context.args.config, context.args.overrides, context.accelerator, parent)
     rate = cfg.train.batch_size / result.seconds_per_step
     yield "pass", f"{STEPS} steps of {result.seconds_per_step:.3g} s, {rate:,.0f} images/s; the first took {result.first:.3g} s"
-    checkpoints, every = num_checkpoints(cfg), cfg.train.sample_every_steps
+    checkpoints = num_checkpoints(cfg)
+    every = cfg.train.sample_every_steps
     previews = math.ceil(cfg.train.steps / every) if every else 1
     seconds = (
         cfg.train.steps * result.seconds_per_step + checkpoints * result.checkpoint_seconds + previews * result.preview_seconds

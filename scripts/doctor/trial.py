@@ -53,7 +53,8 @@ class Clock(Callback):
         self.bar.update()
 
     def on_checkpoint(self, trainer: Trainer, path: Path) -> None:
-        self.checkpoint, self.checkpoint_path = self._elapsed(), path
+        self.checkpoint = self._elapsed()
+        self.checkpoint_path = path
 
     def on_preview(self, trainer: Trainer, picture: Tensor | None) -> None:
         self.preview = self._elapsed()

@@ -55,14 +55,18 @@ class Rectify:
     """The stages in their order, then the comparison."""
 
     def __init__(self, cfg: RectifyConfig, launcher: str | None, start: float):
-        self.cfg, self.launcher, self.start, self.folder = cfg, launcher, start, Path(cfg.folder)
+        self.cfg = cfg
+        self.launcher = launcher
+        self.start = start
+        self.folder = Path(cfg.folder)
         self.plan_file = self.folder / "plan.json"
         self.rows = table_rows(cfg)
 
     def run(self) -> None:
         stages = {name: (route, k) for route in self.cfg.routes.values() for k, name in enumerate(route.stages)}
         self.plans()  # a damaged plan is named before hours of training
-        self.count, self.done = len(stages) + len(self.rows) + 1, 0
+        self.count = len(stages) + len(self.rows) + 1
+        self.done = 0
         for name, (route, k) in stages.items():
             self.announce(f"{'training' if self.cfg.stages[name].config else 'pairs'}: {name}")
             self.run_stage(name, *self.cfg.before(route, k))
@@ -127,7 +131,8 @@ class Rectify:
         """The make_pairs command of a stage; each set has noise of its own."""
         stage = self.cfg.stages[name]
         assert stage.pairs is not None and teacher is not None
-        settings, source = stage.pairs, self.cfg.stages[teacher]
+        settings = stage.pairs
+        source = self.cfg.stages[teacher]
 
         def seconds(scratch: Path) -> float:
             passes = pair_passes(settings, 1 - settings.real_fraction, settings.real_fraction)
@@ -155,7 +160,8 @@ class Rectify:
             if "minutes" in self.plan(name):
                 raise UserError(f"minutes=null: {self.plan_file} is of another budget; name another folder")
             return None
-        plan, budget = self.plan(name), {"minutes": self.cfg.minutes, "share": self.cfg.stages[name].share}
+        plan = self.plan(name)
+        budget = {"minutes": self.cfg.minutes, "share": self.cfg.stages[name].share}
         if "count" not in plan:
             print(f"trial: what {'a step' if self.cfg.stages[name].config else 'a pair'} of {name} takes", flush=True)
             with tempfile.TemporaryDirectory() as scratch:

@@ -138,7 +138,8 @@ def titles_of(measured: list[Measured]) -> dict[str, str]:
 
 def best_row(cfg: RectifyConfig, measured: list[Measured], entries: list[dict]) -> Row:
     """The row of the smallest distance at the smallest NFE."""
-    distance, rows = distance_name(entries), {m.key: m.row for m in measured}
+    distance = distance_name(entries)
+    rows = {m.key: m.row for m in measured}
     fewest = [e for e in entries if e["NFE"] == min(cfg.nfe) and model_key(e) in rows]  # others are of earlier calls
     return rows[model_key(min(fewest, key=lambda e: e["metrics"][distance].mean))]
 

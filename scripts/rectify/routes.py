@@ -38,7 +38,8 @@ class Cost:
 def stage_cost(cfg: RectifyConfig, name: str, elapsed: float) -> Cost:
     """The cost of a finished stage: the minutes of its steps without checkpoints and previews, or those of making its pairs,
     which took `elapsed` seconds (nan: unknown, as a kill came before they were noted)."""
-    stage, folder = cfg.stages[name], Path(cfg.folder) / name
+    stage = cfg.stages[name]
+    folder = Path(cfg.folder) / name
     if stage.pairs is not None:
         manifest = read_manifest(folder)
         generated, inverted = manifest["generated"], manifest["inverted"]

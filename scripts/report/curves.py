@@ -90,7 +90,8 @@ def _thin(rows: list[dict], seconds: list[float], points: int) -> Curves:
     n = len(rows)
     starts = np.arange(n)
     if n > points:
-        linear, factors = np.linspace(0, n - 1, points * 3 // 4), np.geomspace(1, n, points // 4) - 1
+        linear = np.linspace(0, n - 1, points * 3 // 4)
+        factors = np.geomspace(1, n, points // 4) - 1
         starts = np.unique(np.concatenate([linear, factors]).astype(int))
     last = np.append(starts[1:], n) - 1  # row of each neighborhood, which gives its place on the axes
     curves = Curves(

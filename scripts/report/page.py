@@ -105,7 +105,9 @@ def _with_room(
 ) -> tuple[list[dict[str, Any]], int]:
     """What is known of these pictures, with their addresses, as long as more than the share `reserved` of the budget is left
     and not several in a row were too large; and for how many there was no room."""
-    shown, refused, in_a_row = [], pictures.left_out, 0
+    shown = []
+    refused = pictures.left_out
+    in_a_row = 0
     for k, (path, known) in enumerate(waiting):
         if in_a_row == MAX_REFUSED or not pictures.has_room(reserved):
             return shown, pictures.left_out - refused + len(waiting) - k
@@ -320,7 +322,8 @@ def _comparison(runs: list[Run], metrics: list[str]) -> list[list[str]]:
         if len(measured) < 2:
             continue
         (best, a), (following, b) = sorted(measured.items(), key=lambda item: item[1].mean)[:2]
-        interval, verdict = math.hypot(a.interval, b.interval), ""
+        interval = math.hypot(a.interval, b.interval)
+        verdict = ""
         difference = table.cell(metrics[0], Statistic(b.mean - a.mean, math.nan, interval))
         if math.isfinite(interval):
             verdict = "clear" if b.mean - a.mean > interval else "not clear: within the interval"

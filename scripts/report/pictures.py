@@ -37,7 +37,8 @@ class Pictures:
 
     def take_problems(self) -> list[str]:
         """Lines on the damaged pictures since the last call."""
-        problems, self._problems = self._problems, []
+        problems = self._problems
+        self._problems = []
         return problems
 
     def source(self, path: Path) -> str | None:

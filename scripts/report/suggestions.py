@@ -33,7 +33,8 @@ def suggest(
     `environment` is that of the last start; `values` the configuration by dotted key, with `interpolations` once more;
     `class_names` those of the weights of a flow, None where there are none to sample from; `best` the best entry of its tables.
     """
-    folder, program = folder if folder.name not in ("", "..") else folder.resolve(), _program(environment)
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    program = _program(environment)
     launcher = _launcher(environment)
     typed = [shlex.quote(f"{key}={value}") for key, value in interpolations.items()]  # a stored configuration resolves nothing
     copy = files.free_folder(folder.with_name(f"{folder.name}_again"))

@@ -168,7 +168,7 @@ def test_a_coupling_leaves_no_score(tiny_run, coupling):
     sampler.model.coupling = coupling
     with pytest.raises(ValueError, match=f"flow.coupling={coupling}: the noise depends on the data"):
         sampler.sample(2, method="euler_maruyama", steps=2)
-    assert FlowModel(sampler.model.net, LinearPath(), (2,)).no_score is None
+    assert FlowModel(sampler.model.net, LinearPath(), (2,)).score_error is None
 
 
 def test_images_from_a_folder_keep_their_order(tmp_path, here, error):
