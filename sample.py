@@ -66,7 +66,9 @@ def main() -> None:
         accelerator.print(f"note: {note}")
     with lock.folder(args.save_dir, accelerator):
         if accelerator.is_main_process:
-            start_folder(args, snap, model, settings, accelerator.mixed_precision)
+            output.check_output_dir(args.save_dir, snap, model, settings, accelerator.mixed_precision, args.bspp)
+            if not snap.space.is_points:
+                images_folder(args).mkdir(exist_ok=True)
         accelerator.wait_for_everyone()
         for network in model.networks:
             distributed.prepare_model(network, accelerator, args.compile)
@@ -99,17 +101,6 @@ def check_request(args, snap: Snapshot, model: FlowModel, settings: SamplerSetti
         raise ValueError(f"--labels {' '.join(args.labels)}: with --prompts they are classes, from 0 to {classes - 1}")
     if args.grid_by_class and not (settings.prompts or model.net.num_classes):
         raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
-
-
-def start_folder(args, snap: Snapshot, model: FlowModel, settings: SamplerSettings, mixed_precision: str) -> None:
-    """Write sampling.json and make images/, or check that the folder is that of the same images."""
-    source = sources.fingerprint(model)
-    output.check_output_dir(
-        args.save_dir, snap.sha256, snap.decoded_shape, settings, model.net.num_classes, mixed_precision, args.bspp,
-        snap.config, source, snap.class_names,
-    )  # fmt: skip
-    if not snap.space.is_points:
-        images_folder(args).mkdir(exist_ok=True)
 
 
 def images_folder(args) -> Path:

@@ -42,7 +42,7 @@ class OTCoupling:
         if block != int(block) or block < 2:
             raise ValueError(f"block={block}: must be a whole number of at least 2")
         if rows < 2:
-            raise ValueError("needs at least 2 rows that a process takes at once, this batch has 1")
+            raise ValueError("needs at least 2 rows in a micro-batch, here it is 1; use a larger train.batch_size")
         if rows % block:
             fits = max((size for size in range(2, min(rows, int(block)) + 1) if rows % size == 0), default=rows)
             raise ValueError(f"block={block}: must divide the {rows} rows that a process takes at once; {fits} does")

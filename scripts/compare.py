@@ -118,7 +118,7 @@ def compare(
     result = f"{' '.join([*names_written, 'compare.png', 'compare.md'])} in {args.out}"
     folder = files.free_folder(args.out / locate.name_of(args.weights[0]))
     animate = ["-m", "scripts.animate", "--weights", args.weights[0], "--out", folder]
-    animate += args.typed("source")
+    animate += args.typed("source", "seed")
     print(messages.summary(result, args.start, f"see one of them alone with: {commands.command(*animate, *args.overrides)}"))
 
 

@@ -88,7 +88,7 @@ def main() -> None:
         validate(settings, model)
         invertible_indices: list[int] = []
         if data:
-            check_real_images(snap, model.net, data, inverted)
+            check_real_images(snap, model.net, spec, data, inverted)
             invertible_indices = indices_to_invert(args, data, labels, inverted)
         times = build_time_grid(settings, model.path)
         kept_steps = states_to_keep(args.keep_states or 0, len(times) - 1)
@@ -128,7 +128,7 @@ def read_real_images(
     reason = data if isinstance(data, str) else "another process lacks them"
     if needed:
         raise UserError(f"--real_fraction: needs the training images: {reason}")
-    classes = "; without --labels, pairs of all classes, those without images too" if model.net.num_classes else ""
+    classes = "; without --labels they cover all classes, also those without training images" if model.net.num_classes else ""
     accelerator.print(f"note: these pairs are made without the training images ({reason}){classes}")
     return spec, None
 
@@ -153,12 +153,12 @@ def build_or_reason(snap: snapshot.Snapshot, spec: DataSpec) -> tuple[DataSpec, 
         return spec, str(error)
 
 
-def check_real_images(snap: snapshot.Snapshot, net: Network, data, inverted: int) -> None:
+def check_real_images(snap: snapshot.Snapshot, net: Network, spec: DataSpec, data, inverted: int) -> None:
     """Raises ValueError for a data set whose images the network does not make, or, where some are to be inverted, whose classes
     or latents are not those of the network."""
     if data.image_shape != snap.image_shape:
         raise ValueError(
-            f"data.name={snap.config.data.name}: has images of {data.image_shape}, --weights makes {snap.image_shape}; use the "
+            f"data.name={spec.name}: has images of {data.image_shape}, --weights makes {snap.image_shape}; use the "
             "data set of its training"
         )
     if not inverted:

@@ -59,7 +59,7 @@ def parse_args():
     flags.add_output_flag(parser)
     args = parser.parse()
     if not args.num_fid_images:
-        args.refuse_typed(("feature_extractor",), "is for --num_fid_images N, which measures a distance; add it")
+        args.refuse_typed(("feature_extractor", "mixed_precision"), "has no effect without --num_fid_images N; add it")
     return args
 
 

@@ -21,8 +21,7 @@ class FlowMatching(FlowLoss):
     1 / (d + c)^p without gradient; p = 1 is the loss normalization of Simple ReFlow (Kim et al. 2024, arXiv:2410.07815).
 
     Example:
-        >>> times = time_samplers.build("uniform")
-        >>> loss = FlowMatching(path=LinearPath(), prediction="velocity", time_sampler=times)
+        >>> loss = losses.build("flow_matching", LinearPath(), "velocity", time_samplers.build("uniform"), {})
         >>> loss(net, eager, batch).per_sample.mean().backward()
     """
 
@@ -44,7 +43,7 @@ class FlowMatching(FlowLoss):
 
     def times(self, u: Tensor) -> Tensor:
         """The times [b] at which the network is trained, float32, of uniforms u [b]."""
-        return self.time_sampler(u)
+        return self.time_sampler(u).float()
 
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses:
         assert batch.x0 is not None and batch.uniforms is not None

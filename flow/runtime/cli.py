@@ -33,7 +33,7 @@ class Arguments(argparse.Namespace):
             (flag, default), value = self.flags[name], getattr(self, name)
             if value != default:
                 values = [] if value is True else value if isinstance(value, list | tuple) else [value]
-                words += [flag, *(f"{each:g}" if isinstance(each, float) else str(each) for each in values)]
+                words += [flag, *(f"{each:.15g}" if isinstance(each, float) else str(each) for each in values)]
         return words
 
     def refuse_typed(self, names: Iterable[str], reason: str) -> None:

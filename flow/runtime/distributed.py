@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Collection
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 PR_SET_PDEATHSIG = 1  # of prctl.h
+DIFFERENT = "processes have read different ones; start all with the same command, and give every machine the same files"
 SCRIPT_TIMEOUT_MINUTES = 24 * 60  # a process of a script may work on its share for hours while others wait for it
 
 LAUNCHER_SETTINGS = {  # environment variables of accelerate: the value that changes nothing, and what to do about another one
@@ -84,7 +86,7 @@ def build_accelerator(
             f"WORLD_SIZE={expected}, but {accelerator.num_processes} process(es) joined; start with "
             "`accelerate-launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`"
         )
-    check_same(accelerator, mixed_precision, f"mixed precision {mixed_precision}, which -mp auto stands for (name one)")
+    check_same(accelerator, mixed_precision, "mixed precision", "differs between processes; name one, the same everywhere")
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", mixed_precision):
         accelerator.print(f"note: the launcher's mixed precision {launcher} is not used; pass -mp {launcher} to the script")
@@ -225,9 +227,11 @@ def tune_malloc() -> None:
 
 def end_with_launcher() -> None:
     """Have this process get SIGTERM when `accelerate-launch` ends, which passes no signal on to a single process: that would
-    go on alone and hold its lock. The launcher of several processes ends them itself, and a shell ends without harm."""
+    go on alone and hold its lock. The launcher of several processes ends them itself. Only accelerate as the parent counts, as
+    a shell may end while its processes go on."""
     launcher = os.getppid()
-    if sys.platform != "linux" or not _is_accelerate(launcher) or not hasattr(libc := ctypes.CDLL(None), "prctl"):
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+    if not alone or sys.platform != "linux" or not _is_accelerate(launcher) or not hasattr(libc := ctypes.CDLL(None), "prctl"):
         return
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # it ended before
@@ -240,7 +244,7 @@ def _is_accelerate(process: int) -> bool:
         words = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     except OSError:
         return False
-    return any(Path(word).name.startswith("accelerate") for word in words[:4])
+    return any(re.fullmatch(r"accelerate(-launch|\.commands\..+)?", Path(word).name) for word in words[:4])
 
 
 def decided_by_main(decide: Callable[[], Result]) -> Result:
@@ -260,12 +264,11 @@ def decided_by_main(decide: Callable[[], Result]) -> Result:
     return value
 
 
-def check_same(accelerator: Accelerator, value: Any, what: str) -> None:
+def check_same(accelerator: Accelerator, value: Any, what: str, problem: str = DIFFERENT) -> None:
     """For what every process has read for itself, perhaps on another machine. Raises UserError, on all of them, where one has
     another value than the main process."""
     if any_process(accelerator, decided_by_main(lambda: value) != value):
-        remedy = "start all with the same command, and give every machine the same files"
-        raise UserError(f"{what}: processes have read different ones; {remedy}")
+        raise UserError(f"{what}: {problem}")
 
 
 def main_process_first(accelerator: Accelerator, make: Callable[[], Any]) -> Any:

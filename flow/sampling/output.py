@@ -16,47 +16,42 @@ from flow.model import FlowModel
 from flow.runtime import distributed, files
 from flow.runtime.errors import error_context
 from flow.runtime.output_dir import check_same_settings
-from flow.sampling import images
+from flow.sampling import images, sources
 from flow.sampling.conditions import column_names, condition_names, labels_for
 from flow.sampling.generate import NFECounter, generate, shard
 from flow.sampling.images import ImageWriter, is_whole_png, png_path
 from flow.sampling.settings import SamplerSettings
+from flow.sampling.snapshot import Snapshot
 from flow.solvers import HAS_TOLERANCES
 
 GRID_IMAGES = 100  # at most
 
 
 def check_output_dir(
-    folder: Path, digest: str, image_shape: tuple[int, ...], settings: SamplerSettings, num_classes: int | None,
-    mixed_precision: str, batch_size: int, config: Config, source: str | None, class_names: Sequence[str] = (),
-) -> None:  # fmt: skip
+    folder: Path, snap: Snapshot, model: FlowModel, settings: SamplerSettings, mixed_precision: str, batch_size: int
+) -> None:
     """Write sampling.json, or check that the existing one is of the same images.
-
-    Args:
-        digest: of the weights.
-        config: theirs, with what the command line has changed.
-        source: fingerprint of the samples that a flow from data starts at; None for noise.
-        class_names: of the labels, for who reads the folder; () where nobody knows them.
 
     Raises:
         UserError: for a folder of another run.
     """
+    source = sources.fingerprint(model)
     record = {
-        "weights_sha256": digest,
+        "weights_sha256": snap.sha256,
         **dataclasses.asdict(settings),
-        "num_classes": num_classes,
+        "num_classes": model.net.num_classes,
         "mixed_precision": mixed_precision,
-        "image_shape": image_shape,
+        "image_shape": snap.decoded_shape,
         **({"bspp": batch_size} if settings.method in HAS_TOLERANCES else {}),
         **({"source_fingerprint": source} if source else {}),
-        **({"class_names": list(class_names)} if class_names else {}),
+        **({"class_names": list(snap.class_names)} if snap.class_names else {}),
     }
     path = folder / "sampling.json"
     existing = None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
-    record = json.loads(json.dumps(record | network_record(config)))
+    record = json.loads(json.dumps(record | network_record(snap.config)))
     later = ("flow", "model", "source_fingerprint", "class_names")  # which folders of earlier versions do not have
     older = {key: record[key] for key in later if key in record}
     check_same_settings(folder, None if existing is None else [older | existing], record, "images", "sample.py")

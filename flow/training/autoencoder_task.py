@@ -46,7 +46,7 @@ class AutoencoderTask:
             raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
         with error_context("data"):
             self.data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
-        check_same_data(accelerator, config.data.name, self.data)
+        self.sample_digest = check_same_data(accelerator, config.data.name, self.data)
         check_encodable(config.data.name, self.data)
         torch.manual_seed(config.seed)  # of the initial weights
         self.net = self.build_network()

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from configs import keys
-from configs.errors import UserError
+from configs.errors import UserError, first_line
 from configs.schema import Config
 from datasets import DataSet, captions, sample_digest
 from datasets.folder import IMAGE_SUFFIXES
@@ -57,11 +57,18 @@ def _stem(name: str) -> str:
     return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_SUFFIXES else name.rpartition(", ")[2]
 
 
-def check_same_data(accelerator: Accelerator, name: str, data: DataSet) -> None:
-    """Raises UserError where processes, perhaps on several machines, see other samples or classes."""
-    with error_context("data"):
-        seen = [sample_digest(data), list(data.class_names)]
-    distributed.check_same(accelerator, seen, f"data.name={name}, its samples or classes")
+def check_same_data(accelerator: Accelerator, name: str, data: DataSet) -> str:
+    """The `sample_digest` of the data. Raises UserError, on all processes, where one cannot read the samples, or sees other
+    samples or classes."""
+    digest, reason = "", ""
+    try:
+        digest = sample_digest(data)
+    except (ValueError, OSError) as error:
+        reason = first_line(error)
+    if distributed.any_process(accelerator, bool(reason)):
+        raise UserError(f"data: {reason or 'another process cannot read them'}")
+    distributed.check_same(accelerator, [digest, list(data.class_names)], f"data.name={name}, its samples or classes")
+    return digest
 
 
 def check_encodable(name: str, data) -> None:

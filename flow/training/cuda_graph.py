@@ -39,7 +39,7 @@ def obstacle(accelerator: Accelerator, config: TrainConfig, loss: Loss) -> str |
         "there are several processes": accelerator.num_processes > 1,
         "fp16 skips steps, which the CPU has to decide": accelerator.scaler is not None,
         "train.nonfinite_grad=skip skips steps, which the CPU has to decide": config.nonfinite_grad != "raise",
-        "the steps of this loss differ": not loss.capturable,
+        "this loss cannot be captured": not loss.capturable,
     }
     return next((reason for reason, applies in obstacles.items() if applies), None)
 

@@ -58,7 +58,7 @@ class FlowTask:
         self.notes: list[str] = []  # for the start of the log
         with error_context("data"):
             self.data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
-        check_same_data(accelerator, config.data.name, self.data)
+        self.sample_digest = check_same_data(accelerator, config.data.name, self.data)
         self.space = Space(self.data.image_shape, self.data.codec)
         self.unit = "points" if self.space.is_points else "images"
         self.class_names = tuple(self.data.class_names) if self.data.labels is not None else ()

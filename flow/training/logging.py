@@ -41,17 +41,14 @@ class Logger:
     @contextmanager
     def recording_errors(self) -> Iterator[None]:
         """An error that leaves the block is a line of log.txt too, so that a run that fails is told from a killed one. The
-        terminal gets it from whoever handles it. Errors of a user, which all processes have, are those of the main process."""
+        terminal gets it from whoever handles it. Each process writes its own: a damaged image may be in the share of one."""
         try:
             yield
         except Exception as error:
-            is_users = isinstance(error, UserError)
-            is_main = self.accelerator.is_main_process
-            if is_main or not is_users:
-                place = "" if is_main else f"process {self.accelerator.process_index}: "
-                kind = "" if is_users else f"{type(error).__name__}: "
-                with suppress(OSError):  # a full disk, or a machine without the folder: the error itself matters more
-                    files.append_line(self.folder / "log.txt", f"{ERROR_PREFIX}{place}{kind}{first_line(error)}")
+            place = "" if self.accelerator.is_main_process else f"process {self.accelerator.process_index}: "
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            with suppress(OSError):  # a full disk, or a machine without the folder: the error itself matters more
+                files.append_line(self.folder / "log.txt", f"{ERROR_PREFIX}{place}{kind}{first_line(error)}")
             raise
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

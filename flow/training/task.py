@@ -1,12 +1,11 @@
 """What is trained: the interface between the training loop and flows or autoencoders."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from datasets import DataSet
 from flow.losses import Batch, Loss
 from flow.sampling.header import PowerAverage
 
@@ -16,7 +15,8 @@ class Task(Protocol):
 
     net: nn.Module
     loss: Loss
-    data: DataSet  # what it is trained on
+    data: Sized  # what it is trained on
+    sample_digest: str  # of the data, see `datasets.sample_digest`
     script: str  # that trains it, for the command that resumes
     unit: str  # what a batch holds, as in "128 images"
 

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.errors import UserError
-from datasets import sample_digest
 from flow.losses import Batch, Losses
 from flow.noise import generator
 from flow.runtime import distributed, messages, step_names
@@ -212,7 +211,7 @@ class Trainer:
         """Write a checkpoint with its snapshots, and delete the oldest ones."""
         self.statistics.check(self.accelerator, self._checkpoint_hint())
         state = {
-            "updates": self.num_updates, "samples": len(self.task.data), "sample_digest": sample_digest(self.task.data),
+            "updates": self.num_updates, "samples": len(self.task.data), "sample_digest": self.task.sample_digest,
             "statistics": self.statistics.state(self.accelerator),
         }  # fmt: skip
         write_averages = self.averages.gather(self.step, self.num_updates, self._checkpoint_hint())
@@ -315,7 +314,7 @@ class Trainer:
         before, now = state.get("samples"), len(self.task.data)
         if before not in (None, now):
             change = f"had {before:,} samples at the checkpoint and has {now:,} now: they come in another order"
-        elif state.get("sample_digest") not in (None, sample_digest(self.task.data)):
+        elif state.get("sample_digest") not in (None, self.task.sample_digest):
             change = "has other samples than at the checkpoint"
         else:
             return

@@ -33,8 +33,9 @@ dataclasses in `configs/`, from which `python -m scripts.dev.write_configuration
 ARGUMENTS = """\
 ## Arguments
 
-With their defaults; the file says what each means. Every network also takes `data_std`, the standard deviation of the data,
-which scales its input and output (`models/preconditioning.py`).
+The tables list arguments with their defaults; the file explains each. `flow.source.args` are those of `data.args`. Every
+network also takes `data_std`, the standard deviation of the data, which scales its input and output
+(`models/preconditioning.py`).
 """
 REGISTRIES: tuple[tuple[str, Mapping[str, Callable], tuple[str, ...]], ...] = (  # key, choices, what is no argument
     ("model.args", MODELS, ("image_shape",)),

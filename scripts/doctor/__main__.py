@@ -38,11 +38,11 @@ def main() -> None:
                 report(context, level, check, text)
         except UserError as error:
             report(context, "fail", check, str(error))
-    failed = [name for level, name, _ in context.lines if level == "fail"]
-    warned, passed = (sum(level == each for level, _, _ in context.lines) for each in ("warn", "pass"))
-    names = distributed.gather_to_main(accelerator, failed)  # of another machine, too
-    counts = f"{len(set().union(*names or []))} failed, {warned} warned, {passed} passed"
-    if distributed.any_process(accelerator, bool(failed)):
+    own = {name for level, name, _ in context.lines if level == "fail"}
+    failed = set().union(*distributed.gather_to_main(accelerator, own) or [])  # some on another machine alone
+    others = [level for level, name, _ in context.lines if name not in failed]
+    counts = f"{len(failed)} failed, {others.count('warn')} warned, {others.count('pass')} passed"
+    if distributed.any_process(accelerator, bool(own)):
         accelerator.print(messages.summary(counts, args.start, "fix what failed and start this command again"))
         sys.exit(2)
     train = ["train.py", *args.typed("config"), "-e", context.run_dir, *args.overrides]

@@ -99,9 +99,9 @@ class Rectify:
             run_command(arguments, self.launcher)
         finally:
             if stage.pairs is not None:
-                if self.shards(name) > before or math.isnan(seconds):
-                    self.record(name, elapsed=seconds + time.perf_counter() - start)
-                self.record(name, running=False)
+                worked = self.shards(name) > before or math.isnan(seconds)
+                cost = {"elapsed": seconds + time.perf_counter() - start} if worked else {}
+                self.record(name, running=False, **cost)
 
     def shards(self, name: str) -> int:
         """Whole files of pairs that a stage has written."""

@@ -12,7 +12,7 @@ from conftest import REPOSITORY, TINY, succeed
 
 from configs.errors import UserError
 from scripts.benchmark import __main__ as benchmark
-from scripts.benchmark import timer
+from scripts.benchmark import report, timer
 from scripts.benchmark.timer import Timer
 
 
@@ -43,7 +43,7 @@ def test_work_of_a_loss_of_more_passes():
     lap |= {"peak_memory_gib": 1.0, "seconds_to_first_step": 3.0}
     job = {"variant": "project", "kind": "train", "processes": 1, "precision": "no"}
     ceilings, cost = {"device": "cpu", "fp32": {"matmul": 1e9}}, {"training": 1e6, "forward": 3e5}
-    rows = [benchmark.medians("a", job, [lap], {**cost, "passes": passes}, ceilings) for passes in (3.0, 6.0)]
+    rows = [report.medians("a", job, [lap], {**cost, "passes": passes}, ceilings) for passes in (3.0, 6.0)]
     assert [row["flops_per_second"] for row in rows] == [32e6, 64e6] and rows[0]["images_per_second"] == 32
 
 

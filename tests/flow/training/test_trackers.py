@@ -4,12 +4,14 @@ import importlib
 import json
 import sqlite3
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from accelerate.tracking import GeneralTracker, on_main_process
 from conftest import TINY_TRAIN
 
 from configs import loading
+from configs.schema import Config
 from flow.runtime import distributed
 from flow.training import checkpoint, trackers
 from flow.training.flow_task import FlowTask
@@ -86,6 +88,24 @@ def test_table_of_the_evaluation(here, monkeypatch, tmp_path):
         weights = [row[columns.index("weights")] for row in rows]
         assert [name for name in weights if not name.startswith("real")] == names
         assert all(row[columns.index("FD-digits")] for row in rows)
+
+
+@pytest.mark.parametrize(("mode", "first_step", "has_id"), [("offline", 0, True), ("offline", 4, False), ("online", 4, True)])
+def test_ids_of_wandb(monkeypatch, tmp_path, mode, first_step, has_id):
+    """A part of a run that was resumed offline has none: sent under the id of the first part, it would replace that."""
+    monkeypatch.setenv("WANDB_MODE", mode)
+    (tmp_path / "wandb_id.txt").write_text("run-0123")
+    settings: dict = {}
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        log_with=["wandb"],
+        trackers=[],
+        init_trackers=lambda _, config, init_kwargs: settings.update(init_kwargs),
+    )
+    config = Config()
+    config.train.log_with = ["wandb"]
+    trackers.start(accelerator, tmp_path, config, first_step)
+    assert ("id" in settings["wandb"]) == has_id
 
 
 def test_tensorboard_has_everything(here, tmp_path):
