@@ -41,7 +41,7 @@ class DiT(nn.Module):
         positions: "rope" turns queries and keys, so that tokens know where others are; "sine" adds features of row and column
         to a token, so that it knows where it is.
         dropout: share of the hidden features of each MLP that is set to 0 in training.
-        time_frequency: fastest feature of t in radians; lower is smoother in time, for fewer steps.
+        time_frequency: highest angular frequency of the features of t; lower is smoother in time, for fewer steps.
         num_classes: None for an unconditional network; label num_classes is the null label. The embedding of the label is
         added to that of the time. cross_attention: tokens also attend to label and time, each as it needs.
         qk_norm: root mean square norm of queries and keys (Esser et al. 2024, arXiv:2403.03206), against attention that
@@ -65,7 +65,8 @@ class DiT(nn.Module):
         self.skip = zero_init(nn.Linear(width, 1))  # the last layer norm loses how large the noise of a token is
         rows, columns = image_shape[1] // patch, image_shape[2] // patch
         rope = positions == "rope"
-        self.register_buffer("rotation", angles(rows, columns, width // heads) if rope else None, persistent=False)
+        rotation = features(angles(rows, columns, width // heads)) if rope else None
+        self.register_buffer("rotation", rotation, persistent=False)
         self.register_buffer("position_features", None if rope else features(angles(rows, columns, width)), persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
@@ -131,10 +132,10 @@ def features(angle: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """x [B, heads, L, dim], its pairs (i, i + dim / 2) turned by angles [L, dim / 2]."""
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x [B, heads, L, dim], its pairs (i, i + dim / 2) turned by angles whose cosines and sines are `rotation` [L, dim]."""
     a, b = x.chunk(2, dim=3)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = rotation.to(x.dtype).chunk(2, dim=1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=3)
 
 

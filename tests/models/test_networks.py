@@ -7,7 +7,7 @@ from torch import nn
 import models
 from configs import loading
 from models.conditioning import sinusoidal_embedding
-from models.dit import angles, rotate
+from models.dit import angles, features, rotate
 from models.layers import Attention
 
 SMALL = {"width": 16, "channel_mult": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4], "head_channels": 16}
@@ -314,7 +314,7 @@ def test_parameter_count_of_celebahq_dit():
 def test_rotary_scores_depend_on_distance():
     """Rotary scores depend on the difference of places."""
     q, k = torch.randn(2, 8, dtype=torch.float64)
-    turn = angles(4, 5, 8).double()
+    turn = features(angles(4, 5, 8)).double()
     scores = rotate(q.expand(1, 1, 20, 8), turn)[0, 0] @ rotate(k.expand(1, 1, 20, 8), turn)[0, 0].T
     at = lambda r, c: r * 5 + c  # noqa: E731
     assert torch.allclose(scores[at(0, 0), at(1, 2)], scores[at(2, 1), at(3, 3)])
