@@ -19,11 +19,10 @@ from accelerate import Accelerator
 from configs import loading
 from configs.errors import UserError
 from flow.evaluation import control, folders, metrics, results, runner, snapshots
-from flow.evaluation.features import INCEPTION
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
-from flow.sampling import grid_store, guide, locate, output, posthoc_ema, snapshot, sources
+from flow.sampling import grid_store, guide, locate, posthoc_ema, snapshot, sources
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.solvers import SOLVERS
@@ -67,7 +66,7 @@ def parse_args():
     flags.add_batch_size_flag(parser)
     flags.add_precision_flag(parser)
     flags.add_compile_flag(parser)
-    flags.add_feature_flags(parser, INCEPTION)
+    flags.add_feature_flags(parser)
     parser.add_argument(
         "--reference",
         metavar="DIR|NPZ|NAME",
@@ -141,7 +140,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     captions = (args.captions or "plain") if net.max_prompt_bytes else None
     settings = evaluation_settings(args, f"--weights {args.weights}", args.n_samples or default_number(model, args.repeats))
     changed = args.config or any(key.startswith(("flow.", "model.")) for key in loading.overridden(args.overrides))
-    further = output.network_record(snap.config) if changed else {}
+    further = snapshot.network_record(snap.config) if changed else {}
     with lock.folder(out, accelerator):
         evaluator = snapshots.SnapshotEvaluator.build(
             settings, accelerator, out, snap.config, snap.space, model, snap.class_names, plan, captions_of, not labels, further

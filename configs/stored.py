@@ -1,4 +1,4 @@
-"""Configurations that lie beside results: written without text from the environment, read without asking it anything.
+"""Stored configurations, which keep ${oc.env:...} as it was typed: no value of the environment is written or looked up.
 
 A stored configuration travels, in the header of a snapshot or in a run folder. What an interpolation such as ${oc.env:HOME}
 stands for belongs to the machine, so it is written as it was typed, and nothing resolves it where the file is read.

@@ -1,7 +1,7 @@
 """Data sets: `build(name, root, args)` gives images and labels: uint8 in memory (`Images`), decoded from files (`Folder`) or
 read from the disk (`Packed`), or float16 with the noise that they were made from (`Pairs`), the posteriors of an autoencoder
-(`Latents`), or points in place of images (`PointSet`). `data.codec` describes the autoencoder that decodes them; None: they
-are what they are.
+(`Latents`), or points in place of images (`PointSet`). `data.codec` describes the autoencoder that decodes latents; it is
+None for images and points.
 
 `Dataset` and `IterableDataset` below are never instantiated: where the Hugging Face package `datasets` is installed,
 accelerate imports these two names from whatever package is called `datasets`, and finds this one.

@@ -37,7 +37,7 @@ class Images:
 
 
 def to_float(x: Tensor) -> Tensor:
-    """What a data set holds as networks see it, float32: uint8 images go to [-1, 1]; pairs, latents and points are there."""
+    """Samples as networks see them, float32: uint8 images mapped to [-1, 1]; pairs, latents and points keep their values."""
     return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x.float()
 
 

@@ -1,7 +1,7 @@
 """Folders of shards: safetensors files with a digest of their content, and manifest.json, which says what they hold.
 
-What data sets that a script writes (`pairs`, `latents`, `packed`) lie in: a writer that was killed resumes with the shards
-that are not whole.
+The data sets that scripts write (`pairs`, `latents`, `packed`) are such folders. A writer that was killed and is started again
+writes only shards that are missing or damaged.
 """
 
 import contextlib

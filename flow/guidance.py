@@ -38,7 +38,7 @@ class GuidedVelocity:
     Salimans 2022, arXiv:2207.12598, eq. 6, with scale w = 1 + their w): w = 1 is off, w = 0 ignores the labels. Both halves go
     through the network as one batch. With a guide it is autoguidance, v_g + w (v_c - v_g), where v_g is the velocity of the
     guide, a weaker model, with the same labels (Karras et al. 2024, arXiv:2406.02507, eq. 3). Outside of the interval of t the
-    velocity is v_c alone (Kynkaanniemi et al. 2024, arXiv:2404.07724); it holds for each stage of a solver.
+    velocity is v_c alone (Kynkaanniemi et al. 2024, arXiv:2404.07724); the interval is checked at each stage of a solver.
 
     `forwards` counts network calls per image, those of the guide included.
 

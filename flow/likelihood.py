@@ -111,8 +111,8 @@ def invert(velocity: Velocity, x1: Tensor, noise: Tensor | None, steps: int, met
     """x0 [B, ...] of the images x1 [B, ...]: the flow solved from t = 0.98 back to 0 in `steps` steps.
 
     It starts at x_t = t x1 + (1 - t) noise with standard normal noise [B, ...], a sample of the flow's own marginal at
-    that time: a clean image has no place there, and would come out as noise of too small a variance. Without noise, for a flow
-    between two data sets, it starts at x1 and t = 1 - END_EPS.
+    that time. A clean image is no such sample; the noise found for it would have too small a variance. Without noise, for a
+    flow between two data sets, it starts at x1 and t = 1 - END_EPS.
     """
     start, x = (1 - END_EPS, x1) if noise is None else (T_MAX, T_MAX * x1 + (1 - T_MAX) * noise)
     times = [start * (1 - i / steps) for i in range(steps + 1)]

@@ -48,7 +48,7 @@ SHOWN = 1500  # particles of flow.gif at most: more would hide each other
 STRIP = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 MAP_CELLS = 80  # of a side of the likelihood map
 PERCENT = 100
-MAP_NATS = 8  # below the highest log-density are shown
+MAP_NATS = 8  # the map shows log-densities down to so many nats below the highest
 MASS = 0.01  # densities above this share of the highest count as inside the mass
 
 
@@ -277,11 +277,11 @@ def likelihood_map(
         error_context("--figures likelihood"),
     ):
         for k, (name, eps) in enumerate(estimates.items(), start=1):
-            watched = counting_back(velocity, lambda percent, k=k: bar.update(PERCENT * (k - 1) + percent - bar.n))
+            watched = reporting_progress(velocity, lambda percent, k=k: bar.update(PERCENT * (k - 1) + percent - bar.n))
             maps[name] = log_likelihood(watched, at, rtol=1e-4, atol=1e-4, eps=eps)[0].cpu()
             bar.update(PERCENT * k - bar.n)
     captions = [""] * len(maps)
-    exact = exact_density(snap, at.cpu()) if settings.guidance_scale == 1 else None  # guidance changes the density
+    exact = exact_log_density(snap, at.cpu()) if settings.guidance_scale == 1 else None  # guidance changes the density
     if exact is not None:
         inside = exact > exact.max() + np.log(MASS)
         errors = [(values - exact)[inside].abs().mean().item() for values in maps.values()]
@@ -300,9 +300,9 @@ def likelihood_map(
     return "likelihood.png"
 
 
-def counting_back(velocity: Velocity, report: Callable[[int], object]) -> Velocity:
-    """The velocity, whose calls report the share of the time from 1 back to 0 that they have come through, in percent; a solver
-    that tries a step again does not go back."""
+def reporting_progress(velocity: Velocity, report: Callable[[int], object]) -> Velocity:
+    """The velocity; each call reports how much of the way from t = 1 back to 0 is done, in percent. A step that a solver tries
+    again does not lower it."""
     reached = 0.0
 
     def watched(x: Tensor, t: float, t_next: float) -> Tensor:
@@ -314,7 +314,7 @@ def counting_back(velocity: Velocity, report: Callable[[int], object]) -> Veloci
     return watched
 
 
-def exact_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
+def exact_log_density(snap: snapshot.Snapshot, at: Tensor) -> Tensor | None:
     """The log-density of the real data at points [N, 2], where it has a formula and the data are here."""
     try:
         snap.check_data()

@@ -26,7 +26,7 @@ from configs.vae import VaeConfig
 from datasets import DataSet, DataSpec
 from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
-from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
+from flow.evaluation.features import Extractor, FeatureSet, merge
 from flow.evaluation.frechet import frechet_distance
 from flow.evaluation.intervals import mean_standard_error
 from flow.evaluation.reading import read_images
@@ -58,7 +58,7 @@ def parse_args():
     flags.add_batch_size_flag(parser, 32)
     flags.add_count_flag(parser, "--shard_images", "images per file", 1024)
     flags.add_count_flag(parser, "--check", "decode N latents and compare with their images, also by features", least=2)
-    flags.add_feature_flags(parser, INCEPTION)
+    flags.add_feature_flags(parser)
     flags.add_precision_flag(parser)
     args = parser.parse()
     if not args.check:

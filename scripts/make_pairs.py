@@ -32,7 +32,7 @@ from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
-from flow.sampling import guide, locate, output, snapshot, sources
+from flow.sampling import guide, locate, snapshot, sources
 from flow.sampling.conditions import classes_with_images
 from flow.sampling.generate import build_velocity, check_finite, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
@@ -223,7 +223,7 @@ def described(snap: snapshot.Snapshot, starts: Source, class_names: Sequence[str
         "image_shape": snap.image_shape,
         "class_names": class_names,
         "data": asdict(real),
-        **output.network_record(snap.config),
+        **snapshot.network_record(snap.config),
         **({"source": asdict(source)} if source.name != GAUSSIAN else {}),
         **({"codec": snap.codec} if snap.codec else {}),
         **({"source_fingerprint": drawn_from} if drawn_from else {}),

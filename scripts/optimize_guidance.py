@@ -67,7 +67,7 @@ def parse_args():
     flags.add_count_flag(parser, "--sampling_steps", "steps of the solver", 10)
     flags.add_count_flag(parser, "--n_samples", "images per row", 5000, least=2)
     flags.add_seed_flag(parser)
-    flags.add_extractor_flag(parser, "mnist")
+    flags.add_extractor_flag(parser)
     flags.add_precision_flag(parser)
     flags.add_launcher_flag(parser, "evaluate.py")
     flags.add_output_flag(parser)

@@ -38,9 +38,9 @@ EXAMPLES = """\
   accelerate-launch --multi_gpu --num_processes 8 -m scripts.pack_images --source hf:owner/name --size 64 --save_dir data/x"""
 HUB = "hf:"
 BUILT_IN = ("digits", "mnist", "fashion_mnist", "cifar10")
-SHARD_BYTES = (2**24, 2**29)  # of pixels, at least and at most; between the two a set has
+SHARD_BYTES = (2**24, 2**29)  # of the pixels of a shard, at least and at most
 PARQUET_FLAGS = ("split", "files", "image_column", "label_column")
-NUM_SHARDS = 256  # files, which can all be open
+NUM_SHARDS = 256  # of a set for which that is within SHARD_BYTES; so many files can be open at once
 THREADS = 4  # that decode, a process
 NAMED_IMAGES = 5  # of those that are left out, in a note
 

@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def train() -> None:
-    """The training, unless somebody has gone on with it: a run cannot be resumed to end before it stands."""
+    """Train, unless the run is already past the last step of its configuration: no run can be resumed to an earlier step."""
     config = str(commands.shipped("digits.yaml"))
     steps = loading.load(config).train.steps
     reached = max(step_names.by_step(RUN / "checkpoints"), default=0)

@@ -41,7 +41,7 @@ from flow.restoration import (
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
-from flow.sampling import images, output, snapshot
+from flow.sampling import images, snapshot
 from flow.sampling.generate import build_velocity, check_finite, index_batches, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, validate
 from flow.source import GAUSSIAN
@@ -114,7 +114,7 @@ def main() -> None:
         "weights_sha256": snap.sha256, "task": args.task, "degradation": parameters(args), "noise": args.noise,
         "images": name, "images_sha256": hashlib.sha256(originals.numpy().tobytes()).hexdigest(),
         **dataclasses.asdict(settings), "labels": labels, "prompts": args.prompts, "guidance_scale": args.guidance_scale,
-        "seed": args.seed, "mixed_precision": accelerator.mixed_precision, **output.network_record(snap.config),
+        "seed": args.seed, "mixed_precision": accelerator.mixed_precision, **snapshot.network_record(snap.config),
     }  # fmt: skip
     record = json.loads(json.dumps(record))
     with lock.folder(args.save_dir, accelerator):

@@ -54,7 +54,7 @@ def parse_args():
     )
     parser.add_argument("--float64", action="store_true", help="the network in float64, to see small distances")
     flags.add_count_flag(parser, "--num_fid_images", "Frechet distance of N images (default: none)", least=2)
-    flags.add_extractor_flag(parser, "mnist")
+    flags.add_extractor_flag(parser)
     flags.add_precision_flag(parser, "--num_fid_images")
     flags.add_output_flag(parser)
     args = parser.parse()

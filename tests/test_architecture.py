@@ -83,12 +83,12 @@ def test_imports_are_found():
 
 @pytest.mark.parametrize("place", MAY_IMPORT)
 def test_imports_point_down(place):
-    """No module imports a room above its own."""
+    """No module imports a package of a higher level."""
     strangers = [
         f"{name_of(file)} imports {name}"
         for file in files_of(place)
         for name, _ in imports(parse(file))
-        if name.split(".")[0] in PROJECT and not any(f"{name}.".startswith(f"{room}.") for room in MAY_IMPORT[place])
+        if name.split(".")[0] in PROJECT and not any(f"{name}.".startswith(f"{package}.") for package in MAY_IMPORT[place])
     ]
     assert strangers == []
 
@@ -108,7 +108,7 @@ def test_packages_from_outside(place):
 
 
 def test_nothing_imports_tests_or_entry_scripts():
-    """torch-fidelity installs a package called `tests`; an entry script is the top of the house."""
+    """torch-fidelity installs a package called `tests`, too; entry scripts are imported by scripts and tests alone."""
     strangers = []
     for file in FILES:
         top = {"tests"} if file.relative_to(REPOSITORY).parts[0] in ("tests", "scripts") else {"tests", *ENTRY_SCRIPTS}

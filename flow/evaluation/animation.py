@@ -40,18 +40,18 @@ def with_time_bar(frame: np.ndarray, t: float, start: str = "noise") -> np.ndarr
     return np.concatenate([frame, np.asarray(strip)])
 
 
-def write(path: Path, frames: list[np.ndarray], seconds: float = SECONDS) -> list[str]:
+def write(path: Path, frames: list[np.ndarray]) -> list[str]:
     """The frames uint8 [H, W, 3] as the GIF `path` and, where ffmpeg is installed, the same as MP4; the names of the files.
 
     The MP4 is left out where ffmpeg fails, with a note.
     """
-    write_gif(path, frames, seconds)
+    write_gif(path, frames)
     video = path.with_suffix(".mp4")
     if not shutil.which("ffmpeg"):
         video.unlink(missing_ok=True)  # of an earlier call, with other frames
         return [path.name]
     try:
-        write_mp4(video, frames, seconds)
+        write_mp4(video, frames)
     except subprocess.CalledProcessError as error:
         video.unlink(missing_ok=True)  # of an earlier call, with other frames
         print(f"note: no {video.name}, as ffmpeg ended with status {error.returncode}")
@@ -59,10 +59,11 @@ def write(path: Path, frames: list[np.ndarray], seconds: float = SECONDS) -> lis
     return [path.name, video.name]
 
 
-def write_gif(path: Path, frames: list[np.ndarray], seconds: float, hold_seconds: float = 1.5) -> None:
+def write_gif(path: Path, frames: list[np.ndarray], seconds: float = SECONDS, hold_seconds: float = 1.5) -> None:
     """Frames uint8 [H, W, 3] that last `seconds` in total; the last frame is held before the loop restarts."""
     sheet = np.concatenate([frames[i] for i in (0, len(frames) // 2, -1)]).reshape(-1, 3)
-    # One palette for all frames, so that colors do not flicker; by the root of their pixels, so that small dots keep theirs.
+    # One palette for all frames, so that colors do not flicker. A color counts by the root of its number of pixels, so that
+    # small dots keep theirs.
     shades, counts = np.unique(sheet, axis=0, return_counts=True)
     weighted = np.repeat(shades, np.sqrt(counts).astype(int), axis=0)
     palette = Image.fromarray(weighted[None]).quantize(COLORS, kmeans=3, dither=Image.Dither.NONE)
@@ -73,11 +74,11 @@ def write_gif(path: Path, frames: list[np.ndarray], seconds: float, hold_seconds
         indexed[0].save(temporary, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
 
 
-def write_mp4(path: Path, frames: list[np.ndarray], seconds: float) -> None:
+def write_mp4(path: Path, frames: list[np.ndarray]) -> None:
     """The same as a video, by ffmpeg. Raises CalledProcessError where it fails."""
     height, width = (side // 2 * 2 for side in frames[0].shape[:2])  # even, as video coders want them
     command = ["ffmpeg", "-loglevel", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    command += ["-r", f"{len(frames) / seconds:g}", "-i", "-", "-pix_fmt", "yuv420p"]
+    command += ["-r", f"{len(frames) / SECONDS:g}", "-i", "-", "-pix_fmt", "yuv420p"]
     content = b"".join(frame[:height, :width].tobytes() for frame in frames)
     with files.atomic_file(path) as temporary:
         temporary.touch()  # a folder that cannot be written to is an error that names the file, not one of ffmpeg

@@ -62,7 +62,7 @@ def aggregate(rows: list[dict]) -> list[dict]:
 
 
 def without_earlier_snapshots(entries: list[dict]) -> list[dict]:
-    """The entries without those of a snapshot that has a single NFE and that the same run has a later one of."""
+    """The entries without those of snapshots that were measured at a single NFE where the same run has a later snapshot."""
     latest: dict[str, int] = {}
     for e in entries:
         latest[run_of(e)] = max(latest.get(run_of(e), 0), e["images"] or 0)
@@ -78,7 +78,7 @@ def run_of(entry: dict) -> str:
 
 
 def model_key(entry: dict) -> str:
-    """What an entry of the table is of: "WEIGHTS_HASH, GUIDANCE SCALE, METHOD"."""
+    """The weights, guidance scale and method of an entry as one text: "WEIGHTS, GUIDANCE SCALE, METHOD"."""
     scale = 1 if entry["guidance_scale"] is None else entry["guidance_scale"]
     return f"{entry['weights']}, {scale:g}, {entry['method']}"
 
@@ -131,11 +131,12 @@ def _leave_out_times(entries: list[dict]) -> None:
 
 
 def _name_variants(entries: list[dict], identities: list[dict]) -> None:
-    """Name entries that differ only in what no column shows, by a digest of it: they are no repeats of each other, and no line
-    of a figure may hold both. One that has none of the differing things stays without, and so does the latest of several
-    contents of a snapshot.
+    """Set VARIANT: a digest of what sets an entry apart in its identity where no column shows it, so that no line of a figure
+    joins such entries.
 
-    Compared are those of a run that differ in steps, cost, snapshot and width alone, over which lines run.
+    Compared are the entries of a run that differ at most in steps, cost, snapshot and width. VARIANT stays None for an entry
+    that has none of the differing names. Where a snapshot of one name has had several contents, the hash of the content counts
+    for all but the latest.
     """
     alike: dict[str, list[int]] = {}
     for k, (entry, identity) in enumerate(zip(entries, identities, strict=True)):

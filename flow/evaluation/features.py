@@ -64,7 +64,7 @@ class Extractor:
         if weights is not None:
             validate_weights_file(weights)
         try:
-            # It would unpickle whatever is there; CLIP's are no pickles, but archives that torch refuses to read as weights.
+            # torch-fidelity would unpickle any file. CLIP's weights are archives, which torch refuses to load as weights.
             with nullcontext() if name.startswith("clip") else mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
                 self.net = cls(name, self.net_layers, feature_extractor_weights_path=str(weights) if weights else None)
         except Exception as error:  # downloads and state dicts fail in many ways
@@ -296,7 +296,7 @@ def _not_finite(owner: str, bad: int, n: int, first: int) -> str:
 
 
 def validate_weights_file(weights: Path) -> None:
-    """A file that is not there or holds more than weights, by name."""
+    """Raises ValueError that names the file where it does not exist or holds more than plain weights."""
     if not weights.is_file():
         raise ValueError(f"--feature_weights {weights}: there is no such file")
     with open(weights, "rb") as file:

@@ -7,7 +7,7 @@ from scipy.special import stdtrit
 
 NORMAL_95 = 1.96  # standard errors on each side of a 95% interval
 BLOCKS = 32  # of moments; Student's t of 31 degrees of freedom lies within 1.96 in 94% of all cases
-JACKKNIFE_BLOCKS = 10  # of recall and coverage, whose jackknife is on the safe side by more than a t of 9 is not
+JACKKNIFE_BLOCKS = 10  # for recall and coverage, whose jackknife errors are too large by more than Student's t would add
 GOLDEN = (5**0.5 - 1) / 2
 
 

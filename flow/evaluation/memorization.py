@@ -19,7 +19,7 @@ class TrainingSet:
 
     data: DataSet
     features: Tensor  # [m, d]
-    threshold: float  # squared distance that a share of QUANTILE of real images that are no training images lies below
+    threshold: float  # squared distance; a share QUANTILE of held-out real images is nearer to a training image
 
 
 @dataclass

@@ -60,7 +60,7 @@ def build_accelerator(
     if mixed_precision == "fp16" and not has_accelerator:
         raise UserError("train.mixed_precision=fp16: needs a GPU; on a CPU use bf16 or no")
     timeout = timedelta(minutes=timeout_minutes)
-    prepare_launch(has_accelerator, timeout)
+    _prepare_fsdp(has_accelerator, timeout)
     # Without cpu=True, two processes on a machine without GPUs would each be process 0 of 1.
     try:
         accelerator = Accelerator(
@@ -225,6 +225,16 @@ def tune_malloc() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def peak_bytes() -> int:
+    """Bytes that this process held at most, on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # here, as Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def end_with_launcher() -> None:
     """Have this process get SIGTERM when `accelerate-launch` ends, which passes no signal on to a single process: that would
     go on alone and hold its lock. The launcher of several processes ends them itself. Only accelerate as the parent counts, as
@@ -323,7 +333,8 @@ def gather_in_order(accelerator: Accelerator, parts: list[tuple[int, Any]]) -> l
 
 @functools.cache
 def _control_group(world: dist.ProcessGroup, timeout: timedelta):
-    """Flags and objects travel over the CPU, whatever carries the gradients. A process may be in one world after another."""
+    """A gloo group for flags and objects, whatever backend carries the gradients; one for each default group, as a process may
+    create several in turn."""
     return dist.new_group(backend="gloo", timeout=timeout)
 
 
@@ -348,11 +359,12 @@ def _check_launch() -> None:
         )
 
 
-def prepare_launch(has_accelerator: bool, timeout: timedelta) -> None:
-    """Call before the Accelerator is built. Raises UserError for FSDP's first version, whose flat weights have no names, and
-    for sharded checkpoints, whose metadata is a pickle.
+def _prepare_fsdp(has_accelerator: bool, timeout: timedelta) -> None:
+    """Prepare a launch with FSDP, before the Accelerator is built; does nothing without it. Processes on CPUs are declared to
+    be GPUs: accelerate shards only those, although gloo shards on CPUs just as well, which the tests rely on.
 
-    accelerate shards only what it takes for GPUs; gloo shards on CPUs just as well, which the tests rely on.
+    Raises UserError for FSDP's first version, whose flat weights have no names, and for sharded checkpoints, whose metadata is
+    a pickle.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
         return

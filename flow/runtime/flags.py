@@ -13,7 +13,7 @@ from configs.errors import UserError, did_you_mean
 from flow.runtime import cli, commands, messages
 from flow.solvers import ADAPTIVE, SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 
-MOST = 2**31 - 1  # of whole numbers, far above all that can be counted to
+MOST = 2**31 - 1  # default upper limit of a whole number on the command line
 MOST_SEED = schema.INT64_LIMIT - 1
 WEIGHTS = "run folder, checkpoint folder, .safetensors file or hf:owner/name[@revision]"  # what --weights takes
 
@@ -82,15 +82,15 @@ def add_methods_flag(parser: argparse.ArgumentParser, choices: Iterable[str], de
     parser.add_argument("--methods", nargs="+", choices=choices, default=default, help=f"solvers (default: {shown})")
 
 
-def add_extractor_flag(parser: argparse.ArgumentParser, default: str) -> None:
+def add_extractor_flag(parser: argparse.ArgumentParser, default: str = "mnist") -> None:
     """--feature_extractor, by name."""
     use = f"network of the Frechet distance (default: {default})"
     parser.add_argument("--feature_extractor", default=default, metavar="NAME", help=use)
 
 
-def add_feature_flags(parser: argparse.ArgumentParser, default: str) -> None:
+def add_feature_flags(parser: argparse.ArgumentParser) -> None:
     """--feature_extractor, --feature_layer, --feature_weights and --allow_remote_code."""
-    add_extractor_flag(parser, default)
+    add_extractor_flag(parser, schema.EvaluateConfig.feature_extractor)
     parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
     parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
     parser.add_argument("--allow_remote_code", action="store_true", help="run code from GitHub: the dinov2 extractors need it")

@@ -80,11 +80,10 @@ def generate(
     model: FlowModel,
     batches: Iterable[range],
     settings: SamplerSettings,
-    noise_key: str = "sample",
 ) -> Iterator[SampleBatch]:
     """The images of these batches, usually those of `shard`, batch by batch.
 
-    Image k is a function of the weights, the settings and k: its noise comes from (noise_key, seed, k), its label or prompt
+    Image k is a function of the weights, the settings and k: its noise comes from ("sample", seed, k), its label or prompt
     from k. Batches are cut by index, never by process, so 1 and 8 processes make the same images. Methods with tolerances
     meet them over a batch: their images also depend on those beside them, by about the error that the tolerances leave.
     The state of the solver is float64 where the device has it. Raises ValueError for settings that `validate` refuses.
@@ -92,7 +91,7 @@ def generate(
     validate(settings, model)
     model.eval()
     for batch in batches:
-        yield sample_batch(model, batch, settings, accelerator.device, accelerator.autocast, noise_key)
+        yield sample_batch(model, batch, settings, accelerator.device, accelerator.autocast)
 
 
 def sample_batch(

@@ -50,7 +50,7 @@ def power_average(metadata: Mapping[str, str]) -> PowerAverage | None:
 
 
 def take_places(config: Config, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Remove from a stored configuration the places that are not `typed` on the command line: {key: place}.
+    """Remove all places from a stored configuration; returns those that are not `typed` on the command line: {key: place}.
 
     A place is data.root, data.autoencoder, and of data.args and flow.source.args what is called a path or has a slash in it.
     """

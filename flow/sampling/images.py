@@ -23,7 +23,7 @@ LINE_HEIGHT = 16
 MIN_CELL = 48  # pixels of an image in a grid with names
 MAX_CELL = 100  # to which it is enlarged for the sake of a long word above it
 NAME_WIDTH = 180  # pixels, at most, of names on the left
-SMALL_WEBP = 30_000  # bytes up to which a lossless WebP is not tried to be made smaller
+SMALL_WEBP = 30_000  # bytes; of a larger lossless WebP a lossy version is tried as well
 WEBP_QUALITY = 85  # of lossy WebP
 
 
@@ -134,7 +134,8 @@ def scatter_image(points: Tensor, side: int = 400) -> Tensor:
 
 
 def grid(images: Tensor, columns: int, transposed: bool = False, zoomed: bool = True, zoom: int = 1) -> Tensor:
-    """uint8 [N, C, H, W] side by side, as one uint8 [C', H', W'] picture, `zoomed` to at least 400 pixels or else `zoom`.
+    """uint8 [N, C, H, W] side by side, as one uint8 [C', H', W'] picture, enlarged by the whole factor `zoom`; with `zoomed` by
+    more where its longer side would have fewer than 400 pixels.
 
     Image k stands in column k mod `columns`; with `transposed` in row k mod `columns`, where gaps at the end are black.
     """

@@ -11,12 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from configs.schema import Config
 from flow.model import FlowModel
 from flow.runtime import distributed, files
 from flow.runtime.errors import error_context
 from flow.runtime.output_dir import check_same_settings
-from flow.sampling import images, sources
+from flow.sampling import images, snapshot, sources
 from flow.sampling.conditions import column_names, condition_names, labels_for
 from flow.sampling.generate import NFECounter, generate, shard
 from flow.sampling.images import ImageWriter, is_whole_png, png_path
@@ -51,21 +50,12 @@ def check_output_dir(
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):
             existing = files.read_json(path)
-    record = json.loads(json.dumps(record | network_record(snap.config)))
+    record = json.loads(json.dumps(record | snapshot.network_record(snap.config)))
     later = ("flow", "model", "source_fingerprint", "class_names")  # which folders of earlier versions do not have
     older = {key: record[key] for key in later if key in record}
     check_same_settings(folder, None if existing is None else [older | existing], record, "images", "sample.py")
     if existing is None:
         files.write_text(path, json.dumps(record, indent=1))
-
-
-def network_record(config: Config) -> dict[str, Any]:
-    """What a configuration says about the samples of given weights: the network, its path, prediction and source."""
-    flow = config.flow
-    return {
-        "flow": {"path": flow.path, "prediction": flow.prediction, "source": dataclasses.asdict(flow.source)},
-        "model": dataclasses.asdict(config.model),
-    }
 
 
 def write_images(

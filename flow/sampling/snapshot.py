@@ -5,6 +5,7 @@ file; it resolves no interpolation; and the places that it names (data.root, pat
 only where the file lies in a run folder or the command line repeats them. A snapshot of the Hugging Face hub is a stranger's.
 """
 
+import dataclasses
 import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -254,6 +255,15 @@ def _whole_file(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"--weights {path}: not a whole safetensors file ({error})") from None
+
+
+def network_record(config: Config) -> dict[str, Any]:
+    """What a configuration says about the samples of given weights: the network, its path, prediction and source."""
+    flow = config.flow
+    return {
+        "flow": {"path": flow.path, "prediction": flow.prediction, "source": dataclasses.asdict(flow.source)},
+        "model": dataclasses.asdict(config.model),
+    }
 
 
 def first_nonfinite(tensors: Mapping[str, Tensor]) -> str | None:

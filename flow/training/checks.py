@@ -19,7 +19,7 @@ from flow.runtime.errors import error_context
 from flow.sampling.space import Space
 from flow.source import GAUSSIAN, DataSource, Source
 
-MEANING = ("flow.path", "flow.prediction")  # of what a network puts out, whatever its shape
+SAME_FLOW = ("flow.path", "flow.prediction")  # keys that decide what the output of a network means
 
 
 def check_alignment(data, source: Source) -> None:
@@ -97,7 +97,7 @@ def check_source(config: Config, model: FlowModel) -> None:
 
 def check_same_flow(key: str, before: Config, now: Config) -> None:
     """Raises UserError where weights of the configuration `before` put out something else than those of `now`."""
-    for name in MEANING:
+    for name in SAME_FLOW:
         if (was := keys.get(before, name)) != (here := keys.get(now, name)):
             raise UserError(f"{key}: was trained with {name}={was}, here it is {here}; set {name}={was}, or use other weights")
 

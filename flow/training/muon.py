@@ -92,8 +92,9 @@ class Muon(torch.optim.Optimizer):
     instructions for it (docs/performance.md).
     """
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, matrices: Iterable[Tensor]):
+        """lr and weight_decay are set before each step."""
+        super().__init__(matrices, {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.95})
         precision = decided_by_main(lambda: resolve_precision("auto"))  # machines may differ, replicas must not
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 

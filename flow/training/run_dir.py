@@ -26,7 +26,7 @@ from flow.runtime.errors import error_context
 from flow.training import checkpoint
 from flow.training.trackers import TRACKERS
 
-# What a checkpoint cannot be resumed with another value of: weights or optimizer would not fit, or images would repeat.
+# Keys whose value must be that of the checkpoint: otherwise weights or optimizer would not fit, or images would repeat.
 FIXED = (
     "seed", "data.name", "data.args", "model.name", "model.args", "train.batch_size", "ema.half_life_images",
     "ema.power_widths", "flow.time_sampler", "flow.time_sampler_args", "flow.path", "flow.prediction", "flow.source.name",
@@ -35,8 +35,8 @@ FIXED = (
     "autoencoder.kl_weight", "autoencoder.lpips_weight",
 )  # fmt: skip
 PLACES = ("path", "held_out")  # arguments of data sets that may change, as data may move to another disk; not of pairs
-# With a checkpoint a flow does not read this again, and config.yaml would name weights that it has not started from. Without
-# one it does. An autoencoder reads the shape of its network from it at every start, from wherever it lies by now.
+# A flow reads train.init_from once, before its first checkpoint: with another value after it, config.yaml would name weights
+# that the run did not start from. An autoencoder reads its network's shape from there at every start; that path may change.
 FIXED_BY_CHECKPOINT = (*FIXED, "train.init_from")
 
 

@@ -39,11 +39,11 @@ def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) 
     accelerator.log_with = [*known, *(TRACKERS[name](folder) for name in config.train.log_with if name in TRACKERS)]
     trackio_name, wandb_id = folder.name, None
     if "trackio" in config.train.log_with and accelerator.is_main_process:
-        trackio_name = _stored_name(folder / TRACKIO_NAME, first_step) or folder.name
+        trackio_name = _name_to_resume(folder / TRACKIO_NAME, first_step) or folder.name
     # Offline a resumed run is one of its own: synchronized under the same id, it would replace the first part of the run.
     alone = first_step and os.environ.get("WANDB_MODE") == "offline"
     if "wandb" in config.train.log_with and accelerator.is_main_process and not alone:
-        wandb_id = _stored_name(folder / WANDB_ID, first_step)
+        wandb_id = _name_to_resume(folder / WANDB_ID, first_step)
     settings = {
         "wandb": {"name": folder.name, "dir": str(folder), **({"id": wandb_id, "resume": "allow"} if wandb_id else {})},
         "trackio": {"name": trackio_name, "resume": "allow" if first_step else "never", "embed": False},
@@ -92,9 +92,9 @@ def _to_scalar(value: object) -> int | float | str | bool:
     return value if isinstance(value, int | float | str | bool) else str(value)
 
 
-def _stored_name(file: Path, first_step: int) -> str | None:
-    """The name of the run folder and a random end, as runs of other folders may have the same name. A resumed run has its own,
-    which is in the file; None for one of an earlier version."""
+def _name_to_resume(file: Path, first_step: int) -> str | None:
+    """The name by which a tracker resumes this run, in `file`. A first start makes it from the run folder and random letters,
+    as runs in other folders may have the same name; a resumed run reads it, None where an earlier version stored none."""
     if first_step:
         return file.read_text(encoding="utf-8") if file.is_file() else None
     allowed = re.sub(r"[^\w.=-]", "_", file.parent.name)  # in an id of wandb

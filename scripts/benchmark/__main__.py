@@ -48,7 +48,7 @@ def parse_args():
     flags.add_count_flag(parser, "--sampling_batches", "batches per round", 3)
     flags.add_count_flag(parser, "--sampling_steps", "Euler steps", 5)
     flags.add_count_flag(parser, "--n_samples", "images of evaluate", 500, least=4)
-    flags.add_extractor_flag(parser, "mnist")
+    flags.add_extractor_flag(parser)
     parser.add_argument("--processes", nargs="+", type=flags.at_least(1), default=[1, 2], help="of scaling (default: 1 2)")
     parser.add_argument("--vary", nargs="+", metavar=("KEY", "VALUE"), default=[], help="all of it for each value of a key")
     flags.add_compile_flag(parser)

@@ -46,7 +46,7 @@ def main() -> None:
     if (cfg.flow.path, cfg.flow.prediction) != ("linear", "velocity"):
         raise UserError(f"flow.path={cfg.flow.path}, flow.prediction={cfg.flow.prediction}: must be linear and velocity")
     with lock.unfinished(args.out):  # where nothing can be written, that is said before the training
-        net, images, labels = material(cfg)
+        net, images, labels = load_network_and_data(cfg)
         step, averages = train_for(args.minutes, net, images, labels, cfg)
         names = [name for name, _ in net.named_parameters()]
         cfg.flow.label_dropout = 0.0  # this loop drops none, whatever the configuration says
@@ -70,7 +70,7 @@ def train_for(minutes: float, net: nn.Module, images: Tensor, labels: Tensor | N
     raise AssertionError("the training is endless")
 
 
-def material(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:
+def load_network_and_data(cfg: Config) -> tuple[nn.Module, Tensor, Tensor | None]:
     """The network, the images and the labels of a configuration. Raises UserError for what the loop cannot train."""
     with error_context("data"):
         data = DataSpec.of(cfg.data).build()

@@ -32,7 +32,7 @@ from flow.training import cuda_graph
 from flow.training.flow_task import FlowTask, build_loss
 from flow.training.trainer import Callback, Trainer
 from scripts.benchmark import baseline
-from scripts.benchmark.timer import TimedNetwork, Timer, peak_bytes
+from scripts.benchmark.timer import TimedNetwork, Timer
 from scripts.benchmark.trial import name_of
 
 
@@ -56,14 +56,14 @@ def measured(job: dict, timer: Timer, images_per_lap: int, forwards: int = 1) ->
     """The result of a job of steps or batches."""
     return {
         "laps": timer.laps, "seconds": dict(timer.seconds), "images_per_lap": images_per_lap, "forwards": forwards,
-        "peak_memory_gib": peak_bytes() / 2**30, "seconds_to_first_step": timer.first_lap - job["started"],
+        "peak_memory_gib": distributed.peak_bytes() / 2**30, "seconds_to_first_step": timer.first_lap - job["started"],
     }  # fmt: skip
 
 
 def cost_job(job: dict) -> dict:
     """Parameters of the network, floating-point operations of one image (training: a forward and a backward pass), and the
     passes of its loss."""
-    cfg, data = material(job)
+    cfg, data = load_config_and_data(job)
     shape = data.image_shape
     with torch.device("meta"):
         net = models.build(cfg.model.name, shape, cfg.model.args)
@@ -112,7 +112,7 @@ def ceilings_job(job: dict) -> dict:
     return result
 
 
-def material(job: dict):
+def load_config_and_data(job: dict):
     """The configuration and its data set."""
     cfg = loading.load(job["config"], job["overrides"])
     with error_context("data"):
@@ -164,7 +164,7 @@ def train_job(job: dict) -> dict:
 
 def plain_train_job(job: dict) -> dict:
     cfg = loading.load(job["config"], job["overrides"])
-    net, images, labels = baseline.material(cfg)
+    net, images, labels = baseline.load_network_and_data(cfg)
     timer = Timer()
     steps = baseline.train(net, images, labels, cfg.train.batch_size, cfg.optimizer.lr)
     for _ in timer.timed(steps, job["warmup"], job["steps"]):
@@ -178,7 +178,7 @@ def blank_snapshot(job: dict) -> Path:
     name = f"blank-{hashlib.sha256(repr(job['overrides']).encode()).hexdigest()[:16]}"
     path = Path(job["scratch"]) / name / "snapshots" / "step_00000000.safetensors"  # a run folder: its autoencoder is used
     if not path.is_file():
-        cfg, data = material(job)
+        cfg, data = load_config_and_data(job)
         net = models.build(cfg.model.name, data.image_shape, cfg.model.args)
         snapshot.save(path, net.state_dict(), cfg, data.image_shape, 0, 1, data.codec)
         files.write_text(path.parent.parent / "config.yaml", loading.dump(cfg))
@@ -210,8 +210,8 @@ def sample_job(job: dict) -> dict:
 
 
 def plain_sample_job(job: dict) -> dict:
-    cfg, _ = material(job)
-    net, pixels, _ = baseline.material(cfg)
+    cfg, _ = load_config_and_data(job)
+    net, pixels, _ = baseline.load_network_and_data(cfg)
     shape = tuple(pixels.shape[1:])
     timer = Timer()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,8 +1,5 @@
-"""Where the time of a script goes: its own functions, wrapped from outside, so that the loops stay free of clocks; and the
-memory that it took."""
+"""Where the time of a script goes: its own functions, wrapped from outside, so that the loops stay free of clocks."""
 
-import resource
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -13,14 +10,6 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
-
-
-def peak_bytes() -> int:
-    """Bytes that this process held at most, on the GPU where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Timer:
@@ -60,7 +49,7 @@ class Timer:
         self.first_lap = self.first_lap or time.time()
 
     def timed(self, items: Iterable[T], warmup: int, count: int) -> Iterator[T]:
-        """The items, each with its work a lap, forgotten for the first `warmup` ones; ends after `count` more."""
+        """The items; the time of each is a lap. Drops the first `warmup` laps and ends after `count` more."""
         for done, item in enumerate(items, start=1):
             yield item
             self.lap()

@@ -1,6 +1,4 @@
-"""Starts the jobs of jobs.py, each in a process of its own, and tries out with short ones what a training step or an image
-takes.
-"""
+"""Starts the jobs of jobs.py, each in a process of its own; short ones measure what a training step or an image takes."""
 
 import json
 import os
@@ -13,8 +11,8 @@ from configs import loading
 from configs.errors import UserError
 from flow.runtime import commands, distributed, subprocesses
 
-WARMUP_STEPS = 4  # of a trial of training steps, which are not measured
-TRIAL_STEPS = 20  # that are
+WARMUP_STEPS = 4  # first steps of a trial, not measured
+TRIAL_STEPS = 20  # steps after them, measured
 
 
 def start_job(job: dict, scratch: Path) -> dict:

@@ -60,7 +60,7 @@ def report(context: Context, level: str, check: Check, text: str) -> None:
 CHECKS: list[Check] = [
     machine.packages, machine.devices, machine.folder,
     configuration.data, configuration.network, configuration.long_steps, configuration.batch, configuration.learning_rate,
-    configuration.ema, configuration.pauses,
+    configuration.ema, configuration.checkpoints,
     machine.features, configuration.evaluation, machine.trial, machine.memory, machine.disk,
 ]  # fmt: skip
 

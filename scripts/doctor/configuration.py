@@ -184,7 +184,7 @@ def learning_rate(context: Context) -> Lines:
         yield "pass", text
 
 
-def pauses(context: Context) -> Lines:
+def checkpoints(context: Context) -> Lines:
     """How much of the run a crash can cost."""
     cfg = context.cfg.train
     own = cfg.checkpoint_every_steps

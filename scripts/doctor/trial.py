@@ -20,7 +20,6 @@ from flow.runtime import distributed, files
 from flow.training import cuda_graph
 from flow.training.flow_task import FlowTask
 from flow.training.trainer import Callback, Trainer
-from scripts.benchmark.timer import peak_bytes
 
 STEPS = 5  # that are measured; the one before them is not, as it allocates and compiles, nor are those of `cuda_graph`
 
@@ -95,7 +94,7 @@ def try_training(config: str | None, overrides: list[str], accelerator: Accelera
         saved = distributed.decided_by_main(lambda: {p.name: p.stat().st_size for p in clock.checkpoint_path.iterdir()})
         trial = Trial(
             clock.steps[0], statistics.median(clock.steps[warmup:]), clock.checkpoint, clock.preview,
-            sum(saved.values()), sum(size for name, size in saved.items() if name.startswith("ema")), peak_bytes(),
+            sum(saved.values()), sum(size for name, size in saved.items() if name.startswith("ema")), distributed.peak_bytes(),
         )  # fmt: skip
         accelerator.wait_for_everyone()  # before the folder goes
         shutil.rmtree(shared, ignore_errors=True)  # on another machine it is one of its own

@@ -3,8 +3,8 @@
 #   sbatch --nodes 2 --gpus-per-node 8 scripts/launch/slurm_train.sh -c configs/cifar10.yaml -e /shared/runs/cifar10 -mp auto
 # The folder must lie on a disk that all machines see. Two minutes before its time is over (or when it is preempted) the job
 # gets SIGTERM, writes a checkpoint and ends. Slurm requeues it by itself only after preemption or the failure of a node; after its
-# time limit submit the same command again: it resumes from the checkpoint. Downloads happen on one machine: fetch the data set before
-# where compute nodes have no network.
+# time limit submit the same command again: it resumes from the checkpoint. Downloads happen on one machine: where
+# compute nodes have no network, fetch the data set before submitting.
 #SBATCH --job-name=flow
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=32

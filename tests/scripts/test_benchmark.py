@@ -2,17 +2,20 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import REPOSITORY, TINY, succeed
 
 from configs.errors import UserError
+from flow.runtime import distributed
 from scripts.benchmark import __main__ as benchmark
-from scripts.benchmark import report, timer
+from scripts.benchmark import report
 from scripts.benchmark.timer import Timer
 
 
@@ -50,10 +53,10 @@ def test_work_of_a_loss_of_more_passes():
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("darwin", 1)])
 def test_peak_memory_is_in_bytes(monkeypatch, platform, unit):
     """The system counts kibibytes, but for that of Apple."""
-    monkeypatch.setattr(timer.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(timer.sys, "platform", platform)
-    monkeypatch.setattr(timer.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3))
-    assert timer.peak_bytes() == 3 * unit
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3))
+    assert distributed.peak_bytes() == 3 * unit
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import POINTS, REPOSITORY, TINY_TRAIN, contents, run_here, succeed
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,8 +22,8 @@ from datasets.images import Images
 from datasets.pairs import Pairs
 from flow.couplings import PairedCoupling
 from flow.noise import gaussian_noise
-from flow.sampling import locate, output, snapshot
-from flow.sampling.generate import generate, index_batches
+from flow.sampling import locate, snapshot
+from flow.sampling.generate import index_batches, sample_batch
 from flow.sampling.settings import SamplerSettings
 from flow.source import GaussianSource
 from scripts import make_pairs
@@ -53,7 +52,7 @@ def test_folder_and_data_set(folder, data, tiny_run):
     assert sorted(contents(folder)) == [*(f"{name}.safetensors" for name in NAMES), "manifest.json"]
     snap = snapshot.load(tiny_run)
     assert json.loads((folder / "manifest.json").read_text()) == {
-        **output.network_record(snap.config), "real_fingerprint": datasets.build("digits", None, {}).fingerprint(),
+        **snapshot.network_record(snap.config), "real_fingerprint": datasets.build("digits", None, {}).fingerprint(),
         "weights_sha256": snap.sha256, "sampling_method": "heun", "sampling_steps": 3, "guidance_scale": 2,
         "guidance_interval": [0, 1], "guide": None, "seed": 4, "labels": None, "mixed_precision": "no", "bspp": 5,
         "generated": 40, "inverted": 10, "shard_pairs": 15, "state_times": [], "image_shape": [1, 8, 8],
@@ -69,7 +68,8 @@ def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
     """Images of the data set against the sampling function, started from the noise that training will use."""
     model = snapshot.load(tiny_run).model(decode=False)
     settings = SamplerSettings("heun", 3, 2.0, seed=4)
-    for made in generate(Accelerator(cpu=True), model, index_batches(range(40), 5), settings, noise_key="pairs"):
+    for batch in index_batches(range(40), 5):
+        made = sample_batch(model, batch, settings, torch.device("cpu"), noise_key="pairs")
         k = slice(made.indices.start, made.indices.stop)
         assert torch.equal(made.x.half(), data.images[k]) and torch.equal(made.labels, data.labels[k])
     given = PairedCoupling(GaussianSource(), data.seed, data.generated, data.noise, data.image_shape)

@@ -105,14 +105,6 @@ class PixelFeatures(FeatureExtractorBase):
     def get_default_feature_layer_for_metric(metric: str) -> str:
         return "64"
 
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> torch.Tensor:
-        return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-
 
 def test_accuracy_beside_another_extractor(here, monkeypatch, tmp_path, tiny_run):
     """By the classifier of the data set; what else has no value is named once."""
