@@ -76,14 +76,12 @@ class EagerNetwork:
 
         bf16 = precision == "bf16"
         exact = nullcontext() if bf16 else without_tf32()
-        with self._plain(bf16), exact, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), contiguous_norms(self.net):
-            try:
-                with nullcontext() if self._foreign is not None else ForeignOperations() as foreign:
-                    _, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
-            except NotImplementedError as error:
-                if "forward AD" not in str(error):  # torch's words; else it is the network's own error
-                    raise
-                raise UserError(f"the network has no forward-mode derivative ({first_line(error)}); {WITHOUT_JVP}") from error
+        watch = ForeignOperations() if self._foreign is None else nullcontext()
+        with (
+            self._plain(bf16), exact, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), contiguous_norms(self.net),
+            one_line_jvp_errors(), watch as foreign,
+        ):  # fmt: skip
+            _, du_dt, *_ = torch.func.jvp(output, (x, t), (v, torch.ones_like(t)))
         if foreign:
             self._foreign = foreign.names
         if self._foreign:
@@ -154,6 +152,17 @@ def without_tf32() -> Iterator[None]:
         yield
     finally:
         cudnn.allow_tf32 = before
+
+
+@contextmanager
+def one_line_jvp_errors() -> Iterator[None]:
+    """Raises UserError, which names what to use instead, where torch has no forward-mode derivative of an operation."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "forward AD" not in str(error):  # torch's words; else it is the network's own error
+            raise
+        raise UserError(f"the network has no forward-mode derivative ({first_line(error)}); {WITHOUT_JVP}") from error
 
 
 @contextmanager

@@ -68,10 +68,10 @@ def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
     """Images of the data set against the sampling function, started from the noise that training will use."""
     model = snapshot.load(tiny_run).model(decode=False)
     settings = SamplerSettings("heun", 3, 2.0, seed=4)
-    for batch in index_batches(range(40), 5):
-        made = sample_batch(model, batch, settings, torch.device("cpu"), noise_key="pairs")
-        k = slice(made.indices.start, made.indices.stop)
-        assert torch.equal(made.x.half(), data.images[k]) and torch.equal(made.labels, data.labels[k])
+    for indices in index_batches(range(40), 5):
+        batch = sample_batch(model, indices, settings, torch.device("cpu"), noise_key="pairs")
+        k = slice(indices.start, indices.stop)
+        assert torch.equal(batch.x.half(), data.images[k]) and torch.equal(batch.labels, data.labels[k])
     given = PairedCoupling(GaussianSource(), data.seed, data.generated, data.noise, data.image_shape)
     assert torch.equal(given.sample_x0(range(3), [7, 39, 41], data.images, None), torch.cat([
         gaussian_noise("pairs", 4, [7, 39], (1, 8, 8)), data.noise[1:2].float()
