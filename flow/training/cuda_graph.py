@@ -32,7 +32,7 @@ Step = Callable[[list[Batch], float | Tensor], StepOutput]  # of the micro-batch
 
 
 def obstacle(accelerator: Accelerator, config: TrainConfig, loss: Loss) -> str | None:
-    """Why a training step is no CUDA graph; None where it is one."""
+    """Why a training step cannot be one CUDA graph; None where it can."""
     obstacles = {
         "train.cuda_graph=false": not config.cuda_graph,
         "there is no NVIDIA GPU": accelerator.device.type != "cuda",
