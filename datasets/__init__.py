@@ -9,7 +9,6 @@ accelerate imports these two names from whatever package is called `datasets`, a
 
 import hashlib
 import inspect
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from datasets.latents import source as latents_source
 from datasets.packed import packed
 from datasets.pairs import pairs
 from datasets.pairs import source as pairs_source
+from datasets.places import default_root
 from datasets.toys import TOYS, toys
 from flow import registry
 
@@ -90,11 +90,6 @@ class Dataset: ...
 
 
 class IterableDataset: ...
-
-
-def default_root() -> Path:
-    """Where data sets lie when nobody says otherwise: $FLOW_DATA, else ./data."""
-    return Path(os.environ.get("FLOW_DATA") or "data").expanduser()
 
 
 def has_test_split(name: str) -> bool:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from datasets.shards import open_shards, read_manifest, resolve_path
+from datasets.places import resolve_path
+from datasets.shards import open_shards, read_manifest
 
 
 @dataclass

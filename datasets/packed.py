@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.shards import open_shards, read_manifest, resolve_path
+from datasets.places import resolve_path
+from datasets.shards import open_shards, read_manifest
 
 KIND = "packed images"
 PATTERN = "images_*.safetensors"  # of the shards

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from datasets import shards
 from datasets.images import Images
-from datasets.shards import read_shard, resolve_path, verify_shard
+from datasets.places import resolve_path
+from datasets.shards import read_shard, verify_shard
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from datasets.folder import EncodedImages, check_format
+from datasets.encoded import EncodedImages, check_format
 
 NO_LABELS = "none"  # as the name of a column
 LABEL_NAMES = ("label", "labels", "class", "fine_label")  # looked for in this order

@@ -19,12 +19,6 @@ MANIFEST = "manifest.json"
 SCRIPTS = {"pairs": "make_pairs", "latents": "cache_latents", "packed images": "pack_images"}  # that write a folder of a kind
 
 
-def resolve_path(root: Path, path: str) -> Path:
-    """The folder `path` as it is, or below `root` where there is only that one."""
-    folder = Path(path)
-    return root / folder if not folder.is_dir() and (root / folder).is_dir() else folder
-
-
 def read_manifest(folder: Path, kind: str, keys: set[str]) -> dict[str, Any]:
     """The manifest of a folder of `kind`, a key of SCRIPTS.
 

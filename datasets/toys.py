@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.folder import read_image
+from datasets.encoded import read_image
 from datasets.images import Images
 
 UNIFORMS_PER_POINT = 4  # uniform numbers that a point is made from

@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from configs import keys, schema
 from configs.errors import UserError
-from datasets import DataSet, DataSpec, captions, default_root
+from datasets import DataSet, DataSpec, captions
 from datasets.images import to_float
 from datasets.pairs import Shard, read_manifest, shards_of
-from datasets.shards import MANIFEST, resolve_path, save_shard, verify_shard
+from datasets.places import default_root, resolve_path
+from datasets.shards import MANIFEST, save_shard, verify_shard
 from flow.likelihood import invert
 from flow.losses import LOSSES
 from flow.model import FlowModel, Network

@@ -23,7 +23,8 @@ import datasets
 from configs import loading
 from configs.errors import UserError
 from datasets import DataSet, hub
-from datasets.folder import IMAGE_SUFFIXES, EncodedImages, Folder, UnreadableImage, files_below
+from datasets.encoded import EncodedImages, UnreadableImage
+from datasets.folder import IMAGE_SUFFIXES, Folder, files_below
 from datasets.packed import PATTERN
 from datasets.parquet import NO_LABELS, Parquet, select_files
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from datasets import DataSpec
-from datasets.folder import read_image
+from datasets.encoded import read_image
 from datasets.images import to_float
 from flow.evaluation import restoration as scoring
 from flow.evaluation.reading import read_images

@@ -15,7 +15,7 @@ from torch import Tensor
 import datasets
 from configs.errors import UserError
 from configs.schema import Config
-from datasets.folder import EncodedImages
+from datasets.encoded import EncodedImages
 from flow.evaluation import collecting
 from flow.evaluation.control import add_control
 from flow.evaluation.real_images import load_real_images

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-import datasets
 from configs.errors import UserError, first_line
 from configs.schema import Config
 from datasets import DataSet, DataSpec
 from datasets.packed import is_packed
+from datasets.places import default_root
 from flow.evaluation import feature_cache
 from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointExtractor
@@ -40,7 +40,7 @@ def load_real_images(
         choice: the value of --reference; None: the training set of the configuration.
         flag: what an error names.
     """
-    root = Path(config.data.root) if config.data.root else datasets.default_root()
+    root = Path(config.data.root) if config.data.root else default_root()
     if choice and choice.endswith(".npz"):
         if Space(image_shape).is_points:
             raise UserError(f"{flag} {choice}: points are compared with toys:SHAPE, not with statistics")

@@ -7,10 +7,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import datasets
 import models
 from configs import keys, loading, schema
 from configs.errors import UserError
+from datasets.places import default_root
 from flow import path
 from flow.model import FlowModel
 from flow.sampling import locate
@@ -114,7 +114,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     assert (config.data.root, config.data.args["path"]) == (f"{tmp_path}/data", f"{tmp_path}/photos")
     assert config.train.init_from == f"{tmp_path}/runs/a"
     monkeypatch.setenv("FLOW_DATA", "~/sets")
-    assert datasets.default_root() == tmp_path / "sets"
+    assert default_root() == tmp_path / "sets"
 
 
 @pytest.mark.parametrize("override", ["train.log_with=[[1]]", "optimizer.betas=[{a: 1}, 0.9]"])

@@ -13,6 +13,7 @@ import datasets
 from datasets import DataSpec
 from datasets.folder import Folder
 from datasets.images import Images
+from datasets.places import default_root
 
 RGB = (10, 200, 30)
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -304,9 +305,9 @@ def test_classes_of_mnist(tmp_path):
 
 def test_default_root(monkeypatch):
     monkeypatch.setenv("FLOW_DATA", "/somewhere")
-    assert datasets.default_root() == Path("/somewhere")
+    assert default_root() == Path("/somewhere")
     monkeypatch.delenv("FLOW_DATA")
-    assert datasets.default_root() == Path("data")
+    assert default_root() == Path("data")
 
 
 def test_mnist(real_data):
