@@ -1,4 +1,4 @@
-"""The images of a process, and features or their moments collected from all processes."""
+"""The images of a process, and features collected from all processes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from datasets import DataSet
-from flow.evaluation.features import BlockMoments, Extractor, FeatureSet, merge, merge_blocks
+from flow.evaluation.features import Extractor, FeatureSet, merge
 from flow.evaluation.metrics_2d import PointExtractor
 from flow.evaluation.reading import read_images
 from flow.runtime import distributed
@@ -42,18 +42,4 @@ def collect(
         outputs = extractor(images)
         features.add(extractor.layer, indices, {name: outputs[name] for name in layers or outputs})
     parts = distributed.gather_to_main(accelerator, features)
-    if parts is None:
-        return None
-    return merge(parts)
-
-
-def collect_moments(
-    accelerator: Accelerator, extractor: Extractor, stream: Iterable[tuple[range, Tensor]]
-) -> BlockMoments | None:
-    """The moments of the features of all images of all processes, on the main process; None on the others."""
-    moments = BlockMoments()
-    for indices, images in stream:
-        moments.add(extractor.layer, indices, extractor(images))
-    moments.flush()
-    parts = distributed.gather_to_main(accelerator, moments)
-    return None if parts is None else merge_blocks(parts)
+    return None if parts is None else merge(parts)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.evaluation.features import BlockMoments, Extractor, FeatureSet
+from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.memorization import Closest, TrainingSet
 from flow.evaluation.neighbors import Neighborhoods
 from flow.evaluation.reference import Reference
@@ -26,7 +26,7 @@ class Comparison:
     """Features of samples and of a reference, for the functions of `metrics.METRICS`."""
 
     extractor: Extractor
-    samples: FeatureSet | BlockMoments  # moments alone where the Frechet distance is the only metric
+    samples: FeatureSet
     reference: Reference
     labels: np.ndarray | None = None  # int64 [n], the requested classes of the samples
     class_names: Sequence[str] = ()  # of these labels, where somebody knows them
@@ -38,13 +38,12 @@ class Comparison:
 
     def matrix(self, layer: str | None = None) -> Tensor:
         """Features [n, d] of the samples; layer None: that of the distances."""
-        assert isinstance(self.samples, FeatureSet), "moments alone serve the Frechet distance"
         return self.samples.matrix(layer or self.extractor.layer)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The layers that there are features of; none where only moments are known."""
-        return tuple(self.samples.rows) if isinstance(self.samples, FeatureSet) else ()
+        """The layers that there are features of."""
+        return tuple(self.samples.rows)
 
     @property
     def space(self) -> str:

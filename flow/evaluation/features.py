@@ -17,10 +17,9 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from configs.errors import first_line
 from flow.evaluation import classifiers
-from flow.evaluation.intervals import BLOCKS, block_of
+from flow.evaluation.moments import mean_and_covariance
 
 INCEPTION, INCEPTION_LAYER = "inception-v3-compat", "2048"
-STATISTICS_ROWS = 4096  # at a time in float64
 CLASS_LAYER = "class_logits"  # of the classifier beside an extractor; Inception has a layer "logits" of its own
 REMOTE_CODE = "dinov2"  # extractors of torch-fidelity whose network is code that torch.hub downloads from GitHub and runs
 INCEPTION_FILE = Path(URL_INCEPTION_V3).name  # as torch.hub stores it
@@ -111,60 +110,26 @@ class Extractor:
 
 
 @dataclass
-class Moments:
-    """What a Frechet distance needs of features: their number, sum and outer sum in float64."""
-
-    n: int = 0
-    total: np.ndarray | None = None  # [d]
-    outer: np.ndarray | None = None  # [d, d]
-
-    def add(self, features: Tensor) -> None:
-        """Add features [b, d]."""
-        for x in features.split(STATISTICS_ROWS):
-            x = x.double()
-            self.merge(Moments(len(x), x.sum(0).numpy(), (x.T @ x).numpy()))
-
-    def merge(self, other: "Moments") -> None:
-        """Add those of other images."""
-        self.n += other.n
-        if self.total is None or self.outer is None:
-            self.total, self.outer = other.total, other.outer
-        elif other.total is not None and other.outer is not None:
-            self.total, self.outer = self.total + other.total, self.outer + other.outer
-
-    @property
-    def mu(self) -> np.ndarray:
-        assert self.total is not None, "no features yet"
-        return self.total / self.n
-
-    @property
-    def sigma(self) -> np.ndarray:
-        """Unbiased covariance [d, d]."""
-        return (self.outer - self.n * np.outer(self.mu, self.mu)) / (self.n - 1)
-
-
-@dataclass
 class FeatureSet:
-    """Features of a set of images, with their moments."""
+    """Features of a set of images, with mean and covariance of one layer."""
 
-    layer: str = ""  # that the moments are of
+    layer: str = ""  # that the mean and the covariance are of
     indices: list[range] = field(default_factory=list)
     rows: dict[str, list[np.ndarray]] = field(default_factory=dict)  # layer -> blocks [b, d], in the order of indices
 
     def add(self, layer: str, indices: range, features: dict[str, Tensor]) -> None:
-        """Add a batch of {layer: [b, d]}; the moments are those of `layer`."""
+        """Add a batch of {layer: [b, d]}; mean and covariance are those of `layer`."""
         self.layer = layer
         self.indices.append(indices)
         for name, value in features.items():
             self.rows.setdefault(name, []).append(value.numpy())
-        self.__dict__.pop("moments", None)
+        self.__dict__.pop("moments", None)  # of the images before
 
     @cached_property
-    def moments(self) -> Moments:
-        """Summed in the order of the image indices: to the bit the same for any number of processes."""
-        moments = Moments()
-        moments.add(self.matrix(self.layer))
-        return moments
+    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean [d] and unbiased covariance [d, d], summed in the order of the image indices: to the bit the same for any number
+        of processes."""
+        return mean_and_covariance(self.matrix(self.layer).numpy())
 
     def matrix(self, layer: str) -> Tensor:
         """All features [n, d], float32, in the order of the image indices."""
@@ -173,7 +138,7 @@ class FeatureSet:
         return torch.from_numpy(np.concatenate(blocks) if len(blocks) > 1 else blocks[0])
 
     def select(self, layer: str, positions: np.ndarray) -> "FeatureSet":
-        """The images at these positions [k] of the order, with moments of `layer`."""
+        """The images at these positions [k] of the order, with mean and covariance of `layer`."""
         selection = FeatureSet()
         selection.add(layer, range(len(positions)), {name: self.matrix(name)[positions] for name in self.rows})
         return selection
@@ -187,7 +152,10 @@ class FeatureSet:
             for k in np.flatnonzero(~np.isfinite(block).all(1))
         ]
         if bad:
-            raise ValueError(_not_finite(owner, len(set(bad)), self.n, min(bad)))
+            raise ValueError(
+                f"the features of {len(set(bad))} of {self.n} images of {owner} are not finite (NaN or infinite), the first is "
+                f"image {min(bad)}"
+            )
 
     @property
     def n(self) -> int:
@@ -195,68 +163,11 @@ class FeatureSet:
 
     @property
     def mu(self) -> np.ndarray:
-        return self.moments.mu
+        return self.moments[0]
 
     @property
     def sigma(self) -> np.ndarray:
-        return self.moments.sigma
-
-
-class BlockMoments:
-    """Moments of features in `intervals.BLOCKS` blocks of images by index, in memory that does not grow with their number.
-
-    For a Frechet distance with its standard error and nothing else. Rows wait until there are enough of them to be worth an
-    update of all blocks.
-    """
-
-    def __init__(self) -> None:
-        self.blocks = [Moments() for _ in range(BLOCKS)]
-        self.waiting: list[tuple[range, Tensor]] = []
-        self.bad: list[int] = []  # images with features that are not finite
-
-    def add(self, layer: str, indices: range, features: dict[str, Tensor]) -> None:
-        """Add a batch of {layer: [b, d]}, of which `layer` counts."""
-        self.waiting.append((indices, features[layer]))
-        if sum(len(batch) for batch, _ in self.waiting) >= STATISTICS_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Add the waiting rows to their blocks."""
-        if not self.waiting:
-            return
-        indices = np.concatenate([np.array(batch) for batch, _ in self.waiting])
-        rows = torch.cat([features for _, features in self.waiting])
-        self.bad += indices[(~rows.isfinite().all(1)).numpy()].tolist()
-        members = block_of(indices, BLOCKS)
-        for k, block in enumerate(self.blocks):
-            if (members == k).any():
-                block.add(rows[torch.from_numpy(members == k)])
-        self.waiting = []
-
-    def check_finite(self, owner: str) -> None:
-        """As `FeatureSet.check_finite`."""
-        if self.bad:
-            raise ValueError(_not_finite(owner, len(self.bad), self.n, min(self.bad)))
-
-    @property
-    def total(self) -> Moments:
-        """The moments of all blocks."""
-        total = Moments()
-        for block in self.blocks:
-            total.merge(block)
-        return total
-
-    @property
-    def n(self) -> int:
-        return sum(block.n for block in self.blocks)
-
-    @property
-    def mu(self) -> np.ndarray:
-        return self.total.mu
-
-    @property
-    def sigma(self) -> np.ndarray:
-        return self.total.sigma
+        return self.moments[1]
 
 
 def merge(parts: list[FeatureSet]) -> FeatureSet:
@@ -274,25 +185,11 @@ def merge(parts: list[FeatureSet]) -> FeatureSet:
     return merged
 
 
-def merge_blocks(parts: list[BlockMoments]) -> BlockMoments:
-    """The moments of what the processes hold; nothing may wait any more."""
-    merged = BlockMoments()
-    for part in parts:
-        merged.bad += part.bad
-        for block, other in zip(merged.blocks, part.blocks, strict=True):
-            block.merge(other)
-    return merged
-
-
 def _digest(net: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in net.state_dict().items():
         digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _not_finite(owner: str, bad: int, n: int, first: int) -> str:
-    return f"the features of {bad} of {n} images of {owner} are not finite (NaN or infinite), the first is image {first}"
 
 
 def validate_weights_file(weights: Path) -> None:

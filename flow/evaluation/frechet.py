@@ -3,6 +3,7 @@
 import numpy as np
 
 from flow.evaluation.intervals import block_of, influence_of_samples, symmetric_root
+from flow.evaluation.moments import mean_and_covariance
 
 PARTS = (1, 2, 3, 4, 5)  # the samples are cut into so many subsets: 15 distances in all
 IMAGES_A_FEATURE = 2  # that the smallest subset needs, below which the distance is not linear in 1 / n
@@ -45,9 +46,9 @@ def extrapolated_distance(features: np.ndarray, mu: np.ndarray, sigma: np.ndarra
     for count in PARTS:
         block = block_of(np.arange(n), count)
         for k in range(count):
-            x = features[block == k].astype(np.float64)
-            sizes.append(len(x))
-            distances.append(frechet_distance(x.mean(0), np.cov(x, rowvar=False), mu, sigma) - influence[block == k].mean())
+            subset = features[block == k]
+            sizes.append(len(subset))
+            distances.append(frechet_distance(*mean_and_covariance(subset), mu, sigma) - influence[block == k].mean())
     size = np.array(sizes, dtype=np.float64)
     design = np.stack([size, np.ones_like(size)], axis=1)  # (1, 1 / size) times the root of the weight
     target = size * np.array(distances)

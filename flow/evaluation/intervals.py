@@ -1,12 +1,11 @@
 """How far a metric would move with another draw of the samples: standard errors, the reference being fixed."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from scipy.special import stdtrit
 
+from flow.evaluation.moments import centered_rows, mean_and_covariance
+
 NORMAL_95 = 1.96  # standard errors on each side of a 95% interval
-BLOCKS = 32  # of moments; Student's t of 31 degrees of freedom lies within 1.96 in 94% of all cases
 JACKKNIFE_BLOCKS = 10  # for recall and coverage, whose jackknife errors are too large by more than Student's t would add
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -78,14 +77,12 @@ def influence_of_samples(features: np.ndarray, mu: np.ndarray, sigma: np.ndarray
     n, d = features.shape
     if n <= d:
         return None
-    x = features.astype(np.float64)
-    m = x.mean(0)
-    x -= m
-    derivative = frechet_influence(m, x.T @ x / (n - 1), mu, sigma)
+    m, s = mean_and_covariance(features)
+    derivative = frechet_influence(m, s, mu, sigma)
     if derivative is None:
         return None
     a, b = derivative
-    psi = x @ a + ((x @ b) * x).sum(1)
+    psi = np.concatenate([x @ a + ((x @ b) * x).sum(1) for x in centered_rows(features, m)])
     return psi - psi.mean()
 
 
@@ -98,33 +95,6 @@ def frechet_standard_error(features: np.ndarray, mu: np.ndarray, sigma: np.ndarr
     """
     psi = influence_of_samples(features, mu, sigma)
     return None if psi is None else float(psi.std() / np.sqrt(len(psi)))
-
-
-def frechet_standard_error_of_blocks(
-    blocks: Sequence[tuple[int, np.ndarray, np.ndarray]], mu: np.ndarray, sigma: np.ndarray
-) -> float | None:
-    """`frechet_standard_error` of features of which only (number, sum [d], outer sum [d, d]) of J blocks are there.
-
-    The mean of the influence function over a block is a function of these three; the means of the blocks are independent, and
-    their spread gives the standard error of the mean of them all, to first order the same as leaving out a block at a time,
-    for one decomposition in place of J. None as in `influence_of_samples`, and for a single block.
-    """
-    n, d = sum(size for size, _, _ in blocks), len(mu)
-    if n <= d or len(blocks) < 2:
-        return None
-    m = np.sum([total for _, total, _ in blocks], axis=0) / n
-    s = (np.sum([outer for _, _, outer in blocks], axis=0) - n * np.outer(m, m)) / (n - 1)
-    derivative = frechet_influence(m, s, mu, sigma)
-    if derivative is None:
-        return None
-    a, b = derivative
-    sums = []  # of psi over each block
-    for size, total, outer in blocks:
-        centered = outer - np.outer(m, total) - np.outer(total, m) + size * np.outer(m, m)
-        sums.append(a @ (total - size * m) + (centered * b).sum())
-    share = np.array([size for size, _, _ in blocks]) / n
-    residuals = np.array(sums) / n - share * (sum(sums) / n)
-    return float(np.sqrt(np.square(residuals).sum() * len(blocks) / (len(blocks) - 1)))
 
 
 def symmetric_root(sigma: np.ndarray) -> np.ndarray:

@@ -11,13 +11,12 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from flow.evaluation import intervals, memorization, neighbors, results
 from flow.evaluation.classifiers import CLASS_NAMES
 from flow.evaluation.comparison import Comparison, Estimate
-from flow.evaluation.features import BlockMoments
 from flow.evaluation.frechet import extrapolated_distance, frechet_distance
+from flow.evaluation.moments import mean_and_covariance
 from flow.evaluation.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Neighborhoods
 from flow.evaluation.reference import same_classes
 
 DEFAULT = ("fid", "isc", "accuracy")  # those that take seconds, whatever the number of images
-FROM_MOMENTS = ("fid",)  # those that need no features, only their moments
 ISC_SPLITS = 10
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 KID_ERROR_IMAGES = 4096  # a set, at most, that its standard error is estimated from
@@ -26,11 +25,7 @@ KID_ERROR_IMAGES = 4096  # a set, at most, that its standard error is estimated 
 def fid(c: Comparison) -> dict[str, Estimate]:
     """Frechet distance in the feature space of the extractor; its interval is about its mean at this n (delta method)."""
     name, ref = c.extractor.distance_name, c.reference
-    if isinstance(c.samples, BlockMoments):
-        blocks = [(b.n, b.total, b.outer) for b in c.samples.blocks if b.total is not None and b.outer is not None]
-        error = intervals.frechet_standard_error_of_blocks(blocks, ref.mu, ref.sigma)
-    else:
-        error = intervals.frechet_standard_error(c.matrix().numpy(), ref.mu, ref.sigma)
+    error = intervals.frechet_standard_error(c.matrix().numpy(), ref.mu, ref.sigma)
     return {name: Estimate(frechet_distance(c.samples.mu, c.samples.sigma, ref.mu, ref.sigma), error)}
 
 
@@ -48,12 +43,12 @@ def per_class(c: Comparison) -> dict[str, Estimate]:
     features = c.matrix()
     distances = {}
     for label, class_name in enumerate(ref.class_names):
-        samples, others = features[c.labels == label].double().numpy(), real[ref.labels == label].double().numpy()
+        samples, others = features[c.labels == label].numpy(), real[ref.labels == label].numpy()
         if min(len(samples), len(others)) <= real.shape[1]:
             continue
         column = results.class_column(c.extractor.distance_name, class_name)
-        mu, sigma = others.mean(0), np.cov(others, rowvar=False)
-        distance = frechet_distance(samples.mean(0), np.cov(samples, rowvar=False), mu, sigma)
+        mu, sigma = mean_and_covariance(others)
+        distance = frechet_distance(*mean_and_covariance(samples), mu, sigma)
         distances[column] = Estimate(distance, intervals.frechet_standard_error(samples, mu, sigma))
     return distances
 

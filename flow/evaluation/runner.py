@@ -31,8 +31,7 @@ from flow.evaluation import (
 )
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.entries import aggregate, without_earlier_snapshots
-from flow.evaluation.features import CLASS_LAYER, INCEPTION, BlockMoments, Extractor, FeatureSet
-from flow.evaluation.intervals import BLOCKS
+from flow.evaluation.features import CLASS_LAYER, INCEPTION, Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointExtractor
 from flow.evaluation.real_images import RealImages, build_if_present, load_features, load_real_images
 from flow.evaluation.reference import Reference
@@ -211,14 +210,7 @@ class Evaluation:
     def measure(self, stream: Iterable[tuple[range, Tensor]], labels: Tensor | None) -> tuple[Measurement | None, float]:
         """Metrics of a stream of images, on the main process (None on the others), and the seconds that the stream took."""
         start = time.perf_counter()
-        samples: FeatureSet | BlockMoments | None
-        # Moments of all blocks on all processes, in float64, take less memory than the features in float32
-        smaller = self.settings.n_samples > 2 * BLOCKS * self.dimension * self.accelerator.num_processes
-        suffice = set(self.settings.metrics) <= set(metrics.FROM_MOMENTS)
-        if smaller and suffice and not isinstance(self.extractor, PointExtractor):
-            samples = collecting.collect_moments(self.accelerator, self.extractor, stream)
-        else:
-            samples = collecting.collect(self.accelerator, self.extractor, stream)
+        samples = collecting.collect(self.accelerator, self.extractor, stream)
         seconds = time.perf_counter() - start
         if samples is None:
             return None, seconds
@@ -230,13 +222,13 @@ class Evaluation:
         return measured, seconds
 
     def compute_metrics(
-        self, samples: FeatureSet | BlockMoments, ref: Reference, labels: Tensor | None, class_names: Sequence[str],
+        self, samples: FeatureSet, ref: Reference, labels: Tensor | None, class_names: Sequence[str],
         training: memorization.TrainingSet | None,
     ) -> Measurement:  # fmt: skip
         """The requested metrics, under a bar of their own."""
         with error_context(self.settings.owner):
             if isinstance(self.extractor, PointExtractor):
-                assert ref.features is not None and isinstance(samples, FeatureSet), "points are compared with points"
+                assert ref.features is not None, "points are compared with points"
                 values = metrics_2d.evaluate(samples.matrix(self.extractor.layer), ref.features)
                 return Measurement(values, None, [name for name in self.settings.metrics if name != "fid"])
             y = None if labels is None else labels.numpy()

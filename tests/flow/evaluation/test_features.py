@@ -1,4 +1,4 @@
-"""Features of images: those of several processes and their moments in blocks, the classifiers, layers of Inception."""
+"""Features of images: those of several processes, the classifiers, layers of Inception."""
 
 import json
 
@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch_fidelity
 from conftest import run_script
-from digits_features import CPU, digits_extractor, estimates, feature_set, noisy_digits, write_folder
+from digits_features import CPU, digits_extractor, feature_set, noisy_digits, write_folder
 
 import datasets
 from flow.evaluation import metrics, reference
 from flow.evaluation.classifiers import weights_file
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.features import INCEPTION, BlockMoments, Extractor, FeatureSet, merge, merge_blocks
+from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
 
 extractor = pytest.fixture(digits_extractor, scope="module")
 
@@ -30,40 +30,20 @@ def test_merging_processes_changes_nothing(extractor):
     assert np.allclose(whole.sigma, np.cov(whole.matrix("64").double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
 
 
-def test_moments_of_blocks_equal_the_features(extractor):
-    """Also of two processes, and the standard error is about that of the features."""
-    images = noisy_digits(1797)
-    whole, parts = feature_set(images, extractor), [BlockMoments(), BlockMoments()]
-    for number, first in enumerate(range(0, 1797, 100)):
-        batch = images[first : first + 100]
-        parts[number % 2].add(extractor.layer, range(first, first + len(batch)), extractor(batch))
-    for part in parts:
-        part.flush()
-    merged = merge_blocks(parts)
-    assert merged.n == 1797
-    assert np.allclose(merged.mu, whole.mu, rtol=1e-8) and np.allclose(merged.sigma, whole.sigma, rtol=1e-8, atol=1e-8)
-    real = reference.from_features("digits", "x", feature_set(noisy_digits(1797, 0), extractor), extractor.layer)
-    blocks, rows = (Comparison(extractor, samples, real) for samples in (merged, whole))
-    a, b = (estimates(c, "fid")["FD-digits"] for c in (blocks, rows))
-    assert a.value == pytest.approx(b.value, rel=1e-8) and a.standard_error == pytest.approx(b.standard_error, rel=0.4)
-
-
-def test_blocks_count_features_that_are_not_finite(extractor):
+def test_features_that_are_not_finite_are_counted(extractor):
     """In any of the processes; the first by index is named, though it was not added first."""
     images, layer = noisy_digits(300), extractor.layer
     real = reference.from_features("digits", "x", feature_set(noisy_digits(1797, 0), extractor), layer)
-    parts = [BlockMoments(), BlockMoments()]
+    parts = [FeatureSet(), FeatureSet()]
     for number, first in enumerate((200, 0, 100)):
         features = extractor(images[first : first + 100])[layer].clone()
         for image, value in ((210, np.inf), (117, np.nan)):
             if image in range(first, first + 100):
                 features[image - first, 5] = value
         parts[number % 2].add(layer, range(first, first + 100), {layer: features})
-    for part in parts:
-        part.flush()
     message = r"the features of 2 of 300 images of the samples are not finite .* the first is image 117"
     with pytest.raises(ValueError, match=message):
-        metrics.evaluate(Comparison(extractor, merge_blocks(parts), real), ["fid"])
+        metrics.evaluate(Comparison(extractor, merge(parts), real), ["fid"])
 
 
 @pytest.mark.parametrize(("name", "least"), [("digits", 0.98), ("mnist", 0.98), ("cifar10", 0.85)])
