@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from configs.errors import UserError
 from configs.schema import Config
@@ -11,6 +10,7 @@ from datasets import DataSpec
 from flow.evaluation import reference
 from flow.evaluation.real_images import load_real_images
 from flow.evaluation.runner import EvaluationSettings, load_extractor
+from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.sampling import sources
 from flow.sampling.space import Space
@@ -39,11 +39,8 @@ def check_before_training(config: Config, settings: EvaluationSettings) -> None:
     with error_context("data"):
         data = DataSpec.of(config.data).build()
     shape, flow = Space(data.image_shape, data.codec).decoded_shape, config.flow.source
-    accelerator = Accelerator(cpu=True, mixed_precision="no")
-    try:
+    with distributed.cpu_accelerator() as accelerator:
         check_evaluation(settings, accelerator, config, shape, sources.build(flow.name, config.data.root, flow.args))
-    finally:  # accelerate keeps device and precision for the rest of the process, which may need others
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def check_number_of_starts(settings: EvaluationSettings, source: Source) -> None:

@@ -6,7 +6,8 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedType, LoggerType, broadcast_object_list, str_to_bool
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -194,6 +195,16 @@ def build_single_process_accelerator(script: str) -> Accelerator:
     if accelerator.num_processes > 1:
         raise UserError(f"{script}: works on one process, not on {accelerator.num_processes}; start it with python -m")
     return accelerator
+
+
+@contextmanager
+def cpu_accelerator() -> Iterator[Accelerator]:
+    """An accelerator of this process alone, on the CPU in fp32, for checks. Accelerate keeps device and precision for the rest
+    of a process, which may need others, so they are forgotten at the end."""
+    try:
+        yield Accelerator(cpu=True, mixed_precision="no")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def set_threads() -> str | None:

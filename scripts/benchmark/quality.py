@@ -29,12 +29,14 @@ from flow.evaluation.entries import is_distance
 from flow.evaluation.features import FEATURE_EXTRACTORS_REGISTRY
 from flow.evaluation.metrics import METRICS
 from flow.model import why_no_score
-from flow.runtime import cli, commands, files, flags, lock, messages, step_names
+from flow.runtime import cli, commands, distributed, files, flags, lock, messages, step_names
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import error_context
 from flow.runtime.subprocesses import run_chains, run_command
 from flow.sampling import exported, snapshot
 from flow.solvers import ADAPTIVE, SOLVERS, STOCHASTIC
+from flow.training.flow_task import FlowTask
+from flow.training.optimizer import build_optimizer
 from scripts.benchmark.trial import seconds_per_step, training_laps
 
 EXAMPLES = """\
@@ -155,9 +157,10 @@ def same_recipe(one: Recipe, other: Recipe) -> bool:
 
 
 def check_recipes(args, recipes: list[Recipe]) -> None:
-    """Load the feature extractor and the reference once, as evaluate.py will after the first training, which may take hours.
+    """Build what train.py will build of each recipe, and load the feature extractor and the reference once, as evaluate.py will
+    after the first training: a mistake in the last recipe would otherwise show after hours.
 
-    Raises UserError as `check_evaluation` does, and for solvers and guidance that evaluate.py would refuse.
+    Raises UserError for what either of the two would refuse.
     """
     settings = runner.EvaluationSettings(
         owner="benchmark quality", feature_extractor=args.feature_extractor, feature_layer=args.feature_layer,
@@ -166,8 +169,19 @@ def check_recipes(args, recipes: list[Recipe]) -> None:
     configs = [loading.load(recipe.config, recipe.overrides) for recipe in recipes]
     for recipe, config in zip(recipes, configs, strict=True):
         check_rows(args, recipe.name, config)
+        check_training(recipe.name, config)
     for config in {str([config.data, config.flow.source]): config for config in configs}.values():
         check_before_training(config, settings)
+
+
+def check_training(name: str, config: Config) -> None:
+    """Raises UserError for data, a network, a loss or an optimizer that train.py would refuse."""
+    with distributed.cpu_accelerator() as accelerator:
+        try:
+            task = FlowTask(config, accelerator)
+            build_optimizer(task.net, config.optimizer, accelerator)
+        except UserError as error:
+            raise UserError(f"the recipe {name}: {error}") from None
 
 
 def check_rows(args, name: str, config: Config) -> None:

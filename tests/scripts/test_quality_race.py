@@ -112,6 +112,10 @@ def test_mistakes(error, tmp_path):
     assert "comes twice" in refused("configs/digits.yaml", "configs/digits.yaml")
     assert "train.steps is set by the race" in refused("configs/digits.yaml train.steps=3")
     assert "unknown key 'optimizer.rl'" in refused("configs/digits.yaml optimizer.rl=3")
+    line = refused("configs/digits.yaml", "configs/digits.yaml flow.time_sampler=edm")
+    assert "the recipe digits_flow.time_sampler=edm: flow.time_sampler: unknown time sampler 'edm'" in line
+    narrow = "configs/digits.yaml optimizer.name=muon model.args.width=8 model.args.head_channels=16"
+    assert ": optimizer: name=muon: the network has no hidden layer with 32 inputs" in refused(narrow)
     assert "so only with --images" in refused("configs/digits.yaml", "--jobs", "2")
     assert "'0': must be a finite number above 0" in refused("configs/digits.yaml", "--minutes", "0")
     assert "--configs '\"': No closing quotation" in refused('"')
