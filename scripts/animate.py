@@ -188,7 +188,7 @@ def draw_grids(
                 grids.append(trajectory_grids.Grid(file, step, times[step], scale))
     title = snap.title(args.weights)
     steps = len(times) - 1
-    content = trajectory_grids.TrajectoryGrids(title, args.sampling_method, steps, args.seed, n, tuple(names), tuple(grids))
+    content = trajectory_grids.TrajectoryGrids(title, args.sampling_method, steps, args.seed, tuple(names), tuple(grids))
     trajectory_grids.write(out, content, figures)
     scales = " ".join(f"{each.guidance_scale:g}" for each in settings) if can_guide(model) else "none"
     result = f"{len(figures)} grids in {out}, of {steps} solver steps, guidance scales: {scales}"
@@ -220,8 +220,9 @@ def draw(args, accelerator: Accelerator, snap: snapshot.Snapshot, model: FlowMod
             figures.append(strip(args.out, times, states))
     if plane and "likelihood" in args.figures:
         figures.append(likelihood_map(args.out, accelerator, model, settings, snap, args.hutchinson_samples or DIRECTIONS))
-    for name in sorted(set(FILES) - set(figures)):
-        (args.out / name).unlink(missing_ok=True)  # of an earlier call, perhaps of other weights
+    earlier = [name for name in FILES if name not in figures and (args.out / name).exists()]
+    if earlier:
+        print(f"note: {args.out} also holds figures of an earlier call, perhaps of other weights: {' '.join(earlier)}")
     study = ["-m", "scripts.solver_study", "--weights", args.weights, "--out", files.free_folder(args.out / "study")]
     words = commands.condition_flags(1 if settings.guide else settings.guidance_scale)  # it takes no guide
     words += args.typed("config", "prompts", "labels", "seed")

@@ -39,7 +39,6 @@ class TrajectoryGrids:
     solver: str
     steps: int  # of the solver from t = 0 to t = 1
     seed: int  # of the noise
-    n: int  # images of a grid
     columns: tuple[str, ...]  # the classes or prompts above the columns, where there are names
     grids: tuple[Grid, ...]
 
@@ -72,7 +71,7 @@ def read(path: Path) -> TrajectoryGrids:
         raise ValueError("columns: must be a list of names")
     steps = _count(values, "steps")
     return TrajectoryGrids(
-        _entry(values, "weights", str), _entry(values, "solver", str), steps, _count(values, "seed"), _count(values, "n"),
+        _entry(values, "weights", str), _entry(values, "solver", str), steps, _count(values, "seed"),
         tuple(columns), tuple(_grid(row, i, steps) for i, row in enumerate(rows)),
     )  # fmt: skip
 

@@ -42,6 +42,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.muon = Muon(self.views)
         self.adamw = torch.optim.AdamW(others, fused=fused)
 
+    def summary(self) -> str:
+        """How many parameters each of the two trains, for the start of the log."""
+        own, others = (sum(p.numel() for p in group["params"]) for group in self.param_groups)
+        return f"optimizer: Muon trains the hidden matrices ({own:,} parameters), AdamW the other {others:,}"
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of both, with the options of `param_groups`."""

@@ -23,6 +23,7 @@ from flow.training.cuda_graph import GraphedStep, Step, StepOutput
 from flow.training.data_loader import prefetch
 from flow.training.ema import Ema
 from flow.training.logging import Logger, log_summary, print_row, show_beside_bar
+from flow.training.muon import MuonWithAdamW
 from flow.training.optimizer import OptimizerStep, build_optimizer, lr_at, set_options
 from flow.training.statistics import LossStatistics, Throughput
 from flow.training.task import Task
@@ -248,6 +249,8 @@ class Trainer:
         self.logger = Logger(self.accelerator, self.folder, self.config, first_step=self.step)
         config = self.config.train
         lines = self.task.summary()
+        if isinstance(optimizer := self.optimizer.optimizer, MuonWithAdamW):
+            lines.append(optimizer.summary())
         obstacle = cuda_graph.obstacle(self.accelerator, config, self.task.loss)
         if config.cuda_graph and obstacle and self.accelerator.device.type == "cuda":
             lines.append(f"note: train.cuda_graph=true changes nothing here: {obstacle}")

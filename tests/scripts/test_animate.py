@@ -44,7 +44,8 @@ def test_likelihood_by_both_divergences(points_flow, tmp_path, here, monkeypatch
     )
     exact, estimate = (float(x) for x in re.findall(r"mean absolute error ([\d.]+) nats", printed))
     assert exact > 0.3 and exact != estimate  # of a flow that has not been trained
-    assert [p.name for p in out.iterdir()] == ["likelihood.png"]
+    assert {p.name for p in out.iterdir()} == {"flow.gif", "likelihood.png"}
+    assert f"note: {out} also holds figures of an earlier call, perhaps of other weights: flow.gif" in printed
 
 
 @pytest.mark.parametrize("flag", [["--figures", "flow"], ["--hutchinson_samples", "2"]])

@@ -114,7 +114,7 @@ def add_grids(run: Path, steps: int = 4, scales: tuple[float, ...] = (1.0, 2.0))
             file = f"step_{step}_{scale}.webp"
             grids.append(trajectory_grids.Grid(file, step, step / steps, scale))
             pictures[file] = torch.full((1, 8, 8), int(40 * step + 5 * (scale or 0)) % 256, dtype=torch.uint8)
-    content = trajectory_grids.TrajectoryGrids("run@10", "heun", steps, 8888, 30, ("zero", HOSTILE), tuple(grids))
+    content = trajectory_grids.TrajectoryGrids("run@10", "heun", steps, 8888, ("zero", HOSTILE), tuple(grids))
     folder = run / trajectory_grids.FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     trajectory_grids.write(folder, content, pictures)

@@ -55,6 +55,10 @@ def test_hidden_matrix_by_torch():
         torch.testing.assert_close(net.get_parameter(name), reference.get_parameter(name), atol=1e-3, rtol=0)
 
 
+def test_summary_counts_the_parameters_of_both():
+    assert "(18,432 parameters), AdamW the other 2,819" in optimizer_of(network()).summary()
+
+
 def test_weight_decay():
     """Without gradients nothing else moves: w becomes w (1 - lr decay), of both."""
     net = network()
