@@ -31,7 +31,7 @@ class StageConfig:
 class RouteConfig:
     stages: list[str] = field(default_factory=list)  # stages in order; routes with the same first stages share them
     guidance_scale: list[float] = field(default_factory=lambda: [1.0])  # a row of the table each
-    methods: list[str] = field(default_factory=lambda: ["euler"])  # a row of the table each: euler, consistency, ...
+    methods: list[str] = field(default_factory=lambda: ["euler"])  # solvers, each a row: euler, consistency, ...
 
 
 @dataclass
@@ -41,9 +41,9 @@ class RectifyConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)  # by the name of their folder
     routes: dict[str, RouteConfig] = field(default_factory=dict)  # by their name in the table
     nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # NFE columns of the table
-    n_samples: int = limited(2_000, min=2)  # images a cell of the table
+    n_samples: int = limited(2_000, min=2)  # images for each cell of the table
     feature_extractor: str = "mnist"  # of evaluate.py
-    straightness_images: int = limited(200, min=2)  # over which the straightness deviation is the mean
+    straightness_images: int = limited(200, min=2)  # images, over which the straightness deviation is averaged
     straightness_steps: int = limited(50, min=1)  # Euler steps of its integral
 
     def validate(self) -> None:

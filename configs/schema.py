@@ -55,7 +55,7 @@ class FlowConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     coupling: str = limited("independent", choices=COUPLINGS)  # independent | ot | aligned | paired, see docs/transfer.md
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
-    time_sampler: str = "uniform"  # of t: uniform, logit_normal (middle), u_shaped (ends), exponential (noise), edm_skewed
+    time_sampler: str = "uniform"  # law of t: uniform, logit_normal (middle), u_shaped (ends), exponential (noise), edm_skewed
     time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the time sampler
     label_dropout: float = limited(0.1, fraction=True)  # probability that a label or prompt becomes the null one, for guidance
 
@@ -122,7 +122,7 @@ class PreviewConfig:
     sampling_method: str = "heun"  # a solver of docs/solvers.md
     sampling_steps: int = limited(18, min=1)  # steps of its solver
     guidance_scale: float = limited(1.0, min=0)  # 1: off
-    seed: int = limited(8888, min=0)  # of its noise
+    seed: int = limited(8888, min=0)  # of the noise
 
 
 @dataclass
@@ -133,8 +133,8 @@ class EvaluateConfig:
     sampling_method: str = "heun"  # a solver of docs/solvers.md
     sampling_steps: int = limited(18, min=1)  # steps of its solver
     guidance_scale: float = limited(1.0, min=0)  # 1: off
-    seed: int = limited(8888, min=0)  # of its noise
-    batch_size: int = limited(100, min=1)  # images a process takes at once
+    seed: int = limited(8888, min=0)  # of the noise
+    batch_size: int = limited(100, min=1)  # images of a batch of each process
     feature_extractor: str = "inception-v3-compat"  # as --feature_extractor of evaluate.py
     feature_layer: str | None = None  # null: that of the Fréchet distance
     feature_weights: str | None = None  # local file, for machines without network
@@ -159,7 +159,7 @@ class TrainerConfig:
 
 @dataclass
 class Config(TrainerConfig):
-    seed: int = limited(0, min=0)  # of everything random in training
+    seed: int = limited(0, min=0)  # of all that is random in training
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)

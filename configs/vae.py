@@ -18,7 +18,7 @@ class AutoencoderConfig:  # ignored but for the loss where train.init_from names
 
 @dataclass
 class VaeConfig(TrainerConfig):
-    seed: int = limited(0, min=0)  # of everything random in training
+    seed: int = limited(0, min=0)  # of all that is random in training
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -17,7 +17,7 @@ from flow.runtime.errors import cli_main
 GAP = 12  # pixels between two pictures
 EXAMPLES = """\
   python -m scripts.dev.strip --pictures animation/trajectory.gif docs/images/gallery/checkerboard/flow.gif \\
-      runs/cifar10_cpu/evaluation/nfe.png --out docs/images/strip.gif"""
+      runs/cifar10_cpu/evaluation_strip/nfe.png --out docs/images/strip.gif"""
 
 
 def parse_args():
