@@ -66,16 +66,16 @@ def parse_args(argv: list[str] | None = None):
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=flags.positive, help="of training steps, for each run")
     budget.add_argument("--images", type=flags.at_least(1, most=10**18), help="that each run sees")
-    parser.add_argument("--jobs", type=flags.at_least(1), default=1, help="runs at the same time, with --images (default: 1)")
-    parser.add_argument("--seeds", type=flags.at_least(1), default=3, help="runs of each recipe, seeds 0, 1, ... (default: 3)")
-    parser.add_argument("--curve", type=flags.at_least(1), default=4, help="points of the distance in training (default: 4)")
-    parser.add_argument("--trial_rounds", type=flags.at_least(1), default=3, help="turns of the trial (default: 3)")
+    flags.add_count_flag(parser, "--jobs", "runs at the same time, with --images", 1)
+    flags.add_count_flag(parser, "--seeds", "runs of each recipe, seeds 0, 1, ...", 3)
+    flags.add_count_flag(parser, "--curve", "points of the distance in training", 4)
+    flags.add_count_flag(parser, "--trial_rounds", "turns of the trial", 3)
     flags.add_methods_flag(parser, SOLVERS, ["euler"])
     parser.add_argument(
         "--sampling_steps", nargs="+", type=flags.at_least(1), default=[20], help="of the solvers (default: 20)"
     )
     flags.add_guidance_flag(parser, several=True)
-    parser.add_argument("--n_samples", type=flags.at_least(2), default=5_000, help="images a row (default: 5000)")
+    flags.add_count_flag(parser, "--n_samples", "images a row", 5000, least=2)
     parser.add_argument("--feature_extractor", choices=FEATURE_EXTRACTORS_REGISTRY, default="mnist", help="(default: mnist)")
     parser.add_argument("--feature_layer", metavar="LAYER", help="(default: that of the Frechet distance)")
     parser.add_argument("--feature_weights", type=Path, metavar="PATH", help="local file, for machines without network")
@@ -168,17 +168,18 @@ def check_recipes(args, recipes: list[Recipe]) -> None:
     )  # fmt: skip
     configs = [loading.load(recipe.config, recipe.overrides) for recipe in recipes]
     for recipe, config in zip(recipes, configs, strict=True):
+        check_training(recipe.name, config)  # which counts the classes
         check_rows(args, recipe.name, config)
-        check_training(recipe.name, config)
     for config in {str([config.data, config.flow.source]): config for config in configs}.values():
         check_before_training(config, settings)
 
 
 def check_training(name: str, config: Config) -> None:
-    """Raises UserError for data, a network, a loss or an optimizer that train.py would refuse."""
+    """Raises UserError for data, a network, initial weights, a loss or an optimizer that train.py would refuse."""
     with distributed.cpu_accelerator() as accelerator:
         try:
             task = FlowTask(config, accelerator)
+            task.load_init_weights()
             build_optimizer(task.net, config.optimizer, accelerator)
         except UserError as error:
             raise UserError(f"the recipe {name}: {error}") from None
@@ -288,6 +289,7 @@ def commands_of(args, recipe: Recipe, seed: int) -> Iterator[list[str]]:
     overrides = [
         *recipe.overrides, f"seed={seed}", f"train.steps={recipe.steps}", "train.sample_every_steps=0", "train.log_with=[]",
         f"train.checkpoint_every_steps={checkpoint_every(args, recipe)}", "train.keep_snapshots=0",
+        "evaluate.every_steps=0", "evaluate.loss_every_steps=0", "evaluate.keep_best=null",
     ]  # fmt: skip
     yield train_arguments(recipe.config, run, overrides)
     precision = loading.load(recipe.config, recipe.overrides).train.mixed_precision
@@ -313,29 +315,26 @@ def rows_of(args, recipe: Recipe, seed: int, folder: str = "evaluation") -> list
 
 def report(args, recipes: list[Recipe], seeds: int) -> None:
     """Write and print race.md and draw race.png for the seeds that are finished."""
-    settings = list(settings_of(args))
-    distance = ""
-    lines: list[list[str]] = []
-    for method, steps, scale in settings:
-        cells: dict[str, list[dict]] = {}
+    cells: dict[tuple, list[dict]] = {}  # the rows of the seeds
+    for setting in settings_of(args):
         for recipe in recipes:
-            cells[recipe.name] = [pick(rows_of(args, recipe, seed), method, steps, scale) for seed in range(seeds)]
-        names = list(dict.fromkeys(name for rows in cells.values() for row in rows for name in row["metrics"]))
-        distance = next(filter(is_distance, names))
-        if not lines:
-            head = ["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]
-            lines.append([name for i, name in enumerate(head) if i < 8 or name != distance])
-        base = [row["metrics"][distance] for row in cells[recipes[0].name]]
-        digits = table.decimals(distance)
+            cells[*setting, recipe.name] = [pick(rows_of(args, recipe, seed), *setting) for seed in range(seeds)]
+    names = list(dict.fromkeys(name for rows in cells.values() for row in rows for name in row["metrics"]))
+    distance = next(filter(is_distance, names))
+    names.remove(distance)
+    digits = table.decimals(distance)
+    lines = [["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]]
+    for method, steps, scale in settings_of(args):
+        base = [row["metrics"][distance] for row in cells[method, steps, scale, recipes[0].name]]
         for recipe in recipes:
-            rows = cells[recipe.name]
+            rows = cells[method, steps, scale, recipe.name]
             values = [row["metrics"][distance] for row in rows]
-            others = [mean_of([row["metrics"].get(name) for row in rows], 3) for name in names if name != distance]
+            others = [mean_of([row["metrics"].get(name) for row in rows], 3) for name in names]
             rate = f"{batch_size(recipe) / recipe.seconds_per_step:.0f}" if args.minutes else ""
             errors = [row.get("standard_errors", {}).get(distance) for row in rows]
             change = "" if recipe is recipes[0] else difference(values, base, digits)
             lines.append([
-                recipe.name, str(recipe.steps), rate, method, f"{rows[0]['NFE']:g}",
+                recipe.name, str(recipe.steps), rate, method, f"{statistics.fmean(row['NFE'] for row in rows):g}",
                 f"{scale:g}", spread(values, errors, digits), change, *others,
             ])  # fmt: skip
     floors = results.real_rows(run_dir(args, recipes[0], 0) / "evaluation", args.n_samples)

@@ -43,7 +43,7 @@ def test_a_second_call_adds_a_seed(race, tmp_path, number, monkeypatch):
     """And trains nothing again. The trial of a race of one is not run."""
     if number == 1:
         monkeypatch.setattr(quality, "training_laps", lambda *_: [0.1] * 20)
-    averages = [*RECIPE, "ema.half_life_images=[500, 50]"]
+    averages = [*RECIPE, "ema.half_life_images=[500, 50]", "evaluate.every_steps=1"]  # which a race does not do
     configs = [shlex.join(averages), shlex.join([*averages, "optimizer.lr=2e-3"])][:number]
     race(*configs, flags=["--seeds", "1"])
     out = tmp_path / "race"
@@ -63,12 +63,14 @@ def test_a_second_call_adds_a_seed(race, tmp_path, number, monkeypatch):
             assert [row["guidance_scale"] for row in results.read(run / "evaluation") if row["method"]] == [1, 1.3333333]
             on_the_way = [f"seed_{seed}@{recipe['steps'] // 2}"] * (recipe["steps"] > 1)  # of the first average
             assert [row["weights"] for row in results.read(run / "curve")] == on_the_way
+    text = (out / "race.md").read_text()
+    race(*configs, flags=["--seeds", "1", "--methods", "euler", "midpoint", "--metrics", "fid"])  # rows of other metrics
+    assert [line.count("|") for line in (out / "race.md").read_text().split("\n\n")[0].splitlines()] == [10] * (2 + 4 * number)
     record = json.loads((out / "race.json").read_text())
     record["recipes"][0]["content"] = "other"  # as if the YAML had been edited
     (out / "race.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="from before it changed; name another folder"):
         race(*configs, flags=["--seeds", "2"])
-    text = (out / "race.md").read_text()
     assert text in printed + "\n" and "2 seed(s)" in text and "real (half against half), n = " in text
     rows = [line for line in text.splitlines() if line.startswith(tuple(f"| {recipe['name']} |" for recipe in recipes))]
     assert len(rows) == 2 * number and all(" to " in row and " ± " in row for row in rows)
@@ -114,6 +116,8 @@ def test_mistakes(error, tmp_path):
     assert "unknown key 'optimizer.rl'" in refused("configs/digits.yaml optimizer.rl=3")
     line = refused("configs/digits.yaml", "configs/digits.yaml flow.time_sampler=edm")
     assert "the recipe digits_flow.time_sampler=edm: flow.time_sampler: unknown time sampler 'edm'" in line
+    line = refused(f"configs/digits.yaml train.init_from={tmp_path / 'none'}")
+    assert f"train.init_from={tmp_path / 'none'}: " in line
     narrow = "configs/digits.yaml optimizer.name=muon model.args.width=8 model.args.head_channels=16"
     assert ": optimizer: name=muon: the network has no hidden layer with 32 inputs" in refused(narrow)
     assert "so only with --images" in refused("configs/digits.yaml", "--jobs", "2")
@@ -177,7 +181,11 @@ def test_flags_may_change_until_there_are_rows(monkeypatch, tmp_path):
     ("recipe", "flags", "message"),
     [
         ("flow.coupling=ot", ["--methods", "ancestral"], "--methods ancestral: adds noise, which the recipe"),
-        ("model.args.num_classes=null", ["--guidance_scale", 1, 1.5], "--guidance_scale 1.5: the recipe"),
+        (
+            "model.args.num_classes=null preview.guidance_scale=1",
+            ["--guidance_scale", 1, 1.5],
+            "--guidance_scale 1.5: the recipe",
+        ),
     ],
 )
 def test_rows_that_evaluate_would_refuse(error, tmp_path, recipe, flags, message):
