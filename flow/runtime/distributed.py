@@ -1,4 +1,4 @@
-"""The processes of a run: the accelerator, threads and memory, collectives, sharded weights."""
+"""The processes of a run: the accelerator, threads and memory, collectives."""
 
 import ctypes
 import functools
@@ -10,21 +10,18 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DDPCommunicationHookType, DistributedType, LoggerType, broadcast_object_list, str_to_bool
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.schema import TrainConfig
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -388,33 +385,3 @@ def _prepare_fsdp(has_accelerator: bool, timeout: timedelta) -> None:
     if not has_accelerator and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=True, timeout=timeout)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-
-def is_sharded(value: Tensor) -> "TypeGuard[DTensor]":
-    """Whether this is a DTensor. Its class is not imported for that, which would cost a second at the start of every script."""
-    return hasattr(value, "placements")
-
-
-def local_shard(value: Tensor) -> Tensor:
-    """This process's part, which shares its memory with the whole; an unsharded tensor is its own part."""
-    return value.to_local() if is_sharded(value) else value
-
-
-def full_tensor(value: Tensor) -> Tensor:
-    """The unsharded tensor, on the CPU where it had to be gathered; every process calls it, for the same tensors in order."""
-    return value.full_tensor().cpu() if is_sharded(value) else value
-
-
-@torch.no_grad()
-def copy_(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    """Copy tensors by name; whole ones into the shards of sharded ones."""
-    split = {name: _shard_like(source[name], target[name]) for name in source}
-    torch._foreach_copy_([local_shard(target[name]) for name in split], [local_shard(value) for value in split.values()])
-
-
-def _shard_like(value: Tensor, target: Tensor) -> Tensor:
-    if is_sharded(target) and not is_sharded(value):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
-    return value

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flow import power_ema
-from flow.runtime.distributed import copy_, full_tensor, is_sharded, local_shard
+from flow.runtime.sharding import copy_, full_tensor, is_sharded, local_shard
 
 
 class Averages:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import OptimizerConfig
-from flow.runtime.distributed import is_sharded
 from flow.runtime.errors import error_context
+from flow.runtime.sharding import is_sharded
 from flow.training.muon import MuonWithAdamW, match_layout
 
 MAX_SKIPPED_IN_A_ROW = 50  # so many skipped steps mean that there is nothing more to learn

@@ -10,7 +10,7 @@ import yaml
 from conftest import REPOSITORY, run_script, succeed
 from safetensors.torch import load_file
 
-from flow.runtime import distributed
+from flow.runtime import distributed, sharding
 from flow.training.ema import Ema
 
 DIT = "model.args={width: 16, depth: 2, heads: 2, patch: 2, num_classes: 10}"
@@ -51,7 +51,7 @@ def test_sharded_checkpoints_are_refused(error, monkeypatch, tmp_path):
 
 def test_unsharded_tensors_are_their_own_parts():
     net = torch.nn.Linear(2, 2)
-    assert distributed.local_shard(net.weight) is net.weight and distributed.full_tensor(net.weight) is net.weight
+    assert sharding.local_shard(net.weight) is net.weight and sharding.full_tensor(net.weight) is net.weight
     ema = Ema(net, [100], 0)
     with ema.average_parameters() as averaged:
         assert averaged is net
