@@ -109,11 +109,16 @@ def open_shards(folder: Path, manifest: dict[str, Any], path: str, kind: str) ->
     shards = []
     for entry in manifest["shards"]:
         try:
-            tensors, header = read_shard(folder / entry["name"])
+            name, digest, images = entry["name"], entry["digest"], entry["images"]
+        except (KeyError, TypeError):
+            reason = f"{MANIFEST} is damaged, a shard lacks its name, digest or number of images"
+            raise ValueError(f"path={path}: {reason}; run {SCRIPTS[kind]} with the same arguments") from None
+        try:
+            tensors, header = read_shard(folder / name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"path={path}: {entry['name']} is missing or damaged ({error}); {again}") from None
-        if header.get("digest") != entry["digest"] or any(len(tensor) != entry["images"] for tensor in tensors.values()):
-            raise ValueError(f"path={path}: {entry['name']} is not the shard of this manifest; {again}")
+            raise ValueError(f"path={path}: {name} is missing or damaged ({error}); {again}") from None
+        if header.get("digest") != digest or any(len(tensor) != images for tensor in tensors.values()):
+            raise ValueError(f"path={path}: {name} is not the shard of this manifest; {again}")
         shards.append(tensors)
     return shards
 

@@ -29,7 +29,7 @@ class IndependentCoupling:
 
 
 class OTCoupling:
-    """Source samples and images of a batch paired so that the squared distances add up to the least (Pooladian et al. 2023,
+    """Source samples and images of a batch paired to minimize the sum of squared distances (Pooladian et al. 2023,
     arXiv:2304.14772; Tong et al. 2024, arXiv:2302.00482): minibatch optimal transport with an exact assignment.
 
     Within blocks of consecutive rows, so that the pairs are the same for any number of processes, and, where labels are

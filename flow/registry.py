@@ -37,7 +37,7 @@ def pick(kind: str, registry: Mapping[str, Callable], name: str, args: dict[str,
     """registry[name] with `args` for those of its parameters whose default is a number.
 
     Raises:
-        ValueError: for an unknown name or argument, naming what exists, and for a value that is no finite number.
+        ValueError: for an unknown name or argument, naming what exists, and for a value that is not a finite number.
     """
     if name not in registry:
         raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(registry)}")

@@ -27,7 +27,7 @@ from datasets import DataSet, DataSpec
 from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.evaluation.features import Extractor, FeatureSet, merge
-from flow.evaluation.frechet import frechet_distance
+from flow.evaluation.frechet import frechet_distance, too_few
 from flow.evaluation.intervals import mean_standard_error
 from flow.evaluation.reading import read_images
 from flow.noise import generator
@@ -37,7 +37,7 @@ from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import images
 from flow.sampling.generate import index_batches, shard
 from flow.sampling.images import psnr, to_uint8
-from flow.training.checks import check_encodable
+from flow.training.checks import check_encodable, check_same_data
 from models import autoencoder
 from models.autoencoder import VAE
 
@@ -69,11 +69,11 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
-    args.mixed_precision = distributed.resolve_precision(args.mixed_precision)
     source = data_section(args)
-    accelerator = distributed.build_accelerator(args.mixed_precision)
+    accelerator = distributed.build_accelerator(distributed.resolve_precision(args.mixed_precision))
     with error_context("data"):
         data = distributed.main_process_first(accelerator, DataSpec.of(source).build)
+    check_same_data(accelerator, source.name, data)
     check_encodable(source.name, data)
     for note in data.notes:
         accelerator.print(f"note: {note}")
@@ -104,7 +104,7 @@ def cache(
     args, accelerator: Accelerator, source: schema.DataConfig, data: DataSet, vae: VAE, latent_shape: tuple[int, int, int]
 ) -> int:
     """Write the shards that are missing or damaged, then the manifest. The number of images that were encoded."""
-    settings = distributed.decided_by_main(lambda: settings_of(args, data, vae, latent_shape))
+    settings = distributed.decided_by_main(lambda: settings_of(args, accelerator, data, vae, latent_shape))
     cuts = index_batches(range(len(data)), args.shard_images)
     plan = {args.save_dir / f"latents_{i:05d}.safetensors": cut for i, cut in enumerate(cuts)}
     if accelerator.is_main_process:
@@ -133,7 +133,7 @@ def train_command(save_dir: Path, data: DataSet, latent_shape: tuple[int, int, i
     return commands.command("train.py", "-c", config, "-e", folder, *(commands.override(k, v) for k, v in overrides.items()))
 
 
-def settings_of(args, data: DataSet, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
+def settings_of(args, accelerator: Accelerator, data: DataSet, vae: VAE, latent_shape: tuple[int, int, int]) -> dict[str, Any]:
     """The settings that determine every shard, which are part of its header."""
     settings = {
         "autoencoder": vae.digest,
@@ -146,7 +146,7 @@ def settings_of(args, data: DataSet, vae: VAE, latent_shape: tuple[int, int, int
         "flipped": args.flipped,
         "bspp": args.bspp,
         "shard_images": args.shard_images,
-        "mixed_precision": args.mixed_precision,
+        "mixed_precision": accelerator.mixed_precision,
     }
     return json.loads(json.dumps(settings))
 
@@ -159,7 +159,6 @@ def check_output_dir(save_dir: Path, settings: dict[str, Any]) -> None:
     """
     existing = stored_settings(save_dir, "latents_*.safetensors")
     check_same_settings(save_dir, existing, settings, "latents", "cache_latents")
-    save_dir.mkdir(parents=True, exist_ok=True)
 
 
 def write_shard(
@@ -264,6 +263,8 @@ def check(args, accelerator: Accelerator, data: DataSet, extractor: Extractor) -
         return
     decibels = torch.tensor([ratio for part, _, _ in everything for ratio in part])
     real, recon = (merge([part[i] for part in everything]) for i in (1, 2))
+    if count <= len(real.mu):
+        print(f"warning: {too_few(count, '--check', len(real.mu))}")
     distance = frechet_distance(real.mu, real.sigma, recon.mu, recon.sigma)
     error = mean_standard_error(decibels.numpy())
     result = {

@@ -17,7 +17,6 @@ from flow.runtime import cli, commands, distributed, files, flags, lock, message
 from flow.runtime.errors import cli_main, error_context
 from flow.sampling import images
 from flow.sampling.space import Space
-from scripts.pack_images import fitting
 
 EXAMPLES = "  python -m scripts.export_images --save_dir data/mnist64 --size 64 data.name=mnist"
 AHEAD = 1000  # images a round
@@ -48,9 +47,8 @@ def main() -> None:
         files.atomic_rename_dir(new, args.save_dir)
     height, width = (args.size, args.size) if args.size else data.image_shape[1:]
     folder = {"path": str(args.save_dir), "size": None, **({"channels": 1} if data.image_shape[0] == 1 else {})}
-    run_dir = files.free_folder(Path("runs") / args.save_dir.name)
-    overrides = ["data.horizontal_flip=false", commands.override("data.args", folder), *fitting(height, width)]
-    train = commands.command("train.py", "-c", commands.shipped("photos64.yaml"), "-e", run_dir, *overrides)
+    overrides = ["data.horizontal_flip=false", commands.override("data.args", folder)]
+    train = commands.train_photos_command(args.save_dir.name, height, width, *overrides)
     print(messages.summary(f"{count} images in {args.save_dir}", args.start, f"train on them with: {train}"))
 
 

@@ -26,6 +26,7 @@ from flow.sampling import snapshot
 from flow.sampling.generate import build_velocity, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, validate
 from flow.sampling.space import Space
+from flow.training.checks import check_same_data
 
 EXAMPLES = "  python -m scripts.likelihood --weights runs/mnist --n_images 200 --test"
 
@@ -76,6 +77,7 @@ def real_images(args, accelerator: Accelerator, snap: snapshot.Snapshot) -> Data
                 raise UserError(f"--test: data.name={spec.name}, data.args={spec.args} has no held-out images; leave it out")
             spec = other.spec
         data = distributed.main_process_first(accelerator, spec.build)
+        check_same_data(accelerator, spec.name, data)
     if data.image_shape != snap.image_shape:
         raise UserError(f"data: {spec.name} has images of {data.image_shape}, --weights is of {snap.image_shape}")
     if args.n_images > len(data):

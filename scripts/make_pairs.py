@@ -39,6 +39,7 @@ from flow.sampling.generate import build_velocity, check_finite, index_batches, 
 from flow.sampling.settings import SamplerSettings, build_time_grid, guidance_note, validate
 from flow.solvers import DETERMINISTIC
 from flow.source import GAUSSIAN, DataSource, Source
+from flow.training.checks import check_same_data
 
 EXAMPLES = """\
   python -m scripts.make_pairs --weights runs/mnist_mini_cond --n_pairs 20000 --save_dir runs/pairs --guidance_scale 1.5
@@ -125,6 +126,7 @@ def read_real_images(
             distributed.main_process_first(accelerator, lambda: source.training)
     behind, data = distributed.main_process_first(accelerator, partial(build_or_reason, snap, spec))
     if not distributed.any_process(accelerator, isinstance(data, str)):
+        check_same_data(accelerator, behind.name, data)
         return behind, data
     reason = data if isinstance(data, str) else "another process lacks them"
     if needed:

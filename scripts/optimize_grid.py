@@ -87,7 +87,7 @@ def optimize(
     }
     # Velocity evaluations, each on one part: of the fine trajectories, and of every method and number of steps at most.
     fine_cost = len(PARTS) * grid_optimization.EVALUATIONS_A_STEP * args.reference_steps
-    errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + bool(stored) + args.evaluations
+    errors = 2 * (len(time_grids.GRIDS) + 1) + bool(stored) + args.evaluations
     costs = {(method, n): errors * solvers.nfe(method, n) for method in args.methods for n in args.steps}
     saved: list[tuple[str, int]] = []
     with distributed.progress(accelerator, fine_cost + sum(costs.values()), "velocity evaluations") as bar:

@@ -173,8 +173,7 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
             mixed_precision=args.mixed_precision,
         )  # fmt: skip
         rows += evaluate_command.run(words, args.launcher)
-    names = {c.guide: guide.name_of(snapshot.load(c.guide), c.guide) for c in candidates if c.guide}
-    by_columns = {columns(c, names): c for c in candidates}
+    by_columns = {columns(c): c for c in candidates}
     by_candidate, real = {}, {}
     for row in rows:
         [entry] = aggregate([row])
@@ -186,9 +185,9 @@ def evaluate(args, snap: snapshot.Snapshot, candidates: list[Guidance], n: int) 
     return by_candidate, list(real.values())
 
 
-def columns(c: Guidance, names: dict[str, str]) -> tuple[float, str | None, str | None]:
+def columns(c: Guidance) -> tuple[float, str | None, str | None]:
     """What evaluate.py writes of it in a row."""
-    settings = SamplerSettings(guidance_scale=c.scale, guidance_interval=c.interval, guide=c.guide and names[c.guide])
+    settings = SamplerSettings(guidance_scale=c.scale, guidance_interval=c.interval, guide=c.guide and title_of(c.guide))
     written = columns_of(settings)
     return c.scale, written.get("guidance_interval"), written.get("guide")
 

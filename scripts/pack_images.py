@@ -9,7 +9,7 @@ result does not depend on the number of processes.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,10 +175,10 @@ def pack(args, accelerator: Accelerator, source: Source) -> None:
     """Write the shards that are missing or damaged, then the manifest."""
     data = source.data
     per_shard = args.shard_images or default_shard_images(len(data), data.image_shape)
-    settings = distributed.decided_by_main(lambda: json.loads(json.dumps(settings_of(args, source, per_shard))))
+    settings = json.loads(json.dumps(settings_of(args, source, per_shard)))
+    distributed.check_same(accelerator, settings, f"--source {args.source}")
     if accelerator.is_main_process:
         check_same_settings(args.save_dir, stored_settings(args.save_dir, PATTERN), settings, "images", "pack_images")
-        args.save_dir.mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
     cuts = [range(len(data))[i : i + per_shard] for i in range(0, len(data), per_shard)]
     plan = {args.save_dir / f"images_{i:05d}.safetensors": cut for i, cut in enumerate(cuts)}
@@ -279,24 +279,12 @@ def report(args, manifest: dict[str, Any], num_written: int) -> None:
 
 
 def train_command(args, image_shape: list[int]) -> str:
-    """The command that trains a U-Net for photos, on patches and with attention that fit the images."""
+    """The command that trains on these images."""
     _, height, width = image_shape
-    overrides = ["data.name=packed", commands.override("data.args.path", str(args.save_dir)), *fitting(height, width)]
+    overrides = ["data.name=packed", commands.override("data.args.path", str(args.save_dir))]
     if args.source in BUILT_IN:
         overrides.append("data.horizontal_flip=false")
-    run_dir = files.free_folder(Path("runs") / args.save_dir.name)
-    return commands.command("train.py", "-c", commands.shipped("photos64.yaml"), "-e", run_dir, *overrides)
-
-
-def fitting(height: int, width: int) -> Iterator[str]:
-    """What makes the U-Net of photos64.yaml, of three levels, fit images of another size."""
-    if height % 8 or width % 8:
-        yield "model.args.patch=1"
-    if height % 4 or width % 4:
-        yield "model.args.channel_mult=[1]"
-        yield "model.args.attention_resolutions=[]"
-    elif height != 64 or width % 8:
-        yield f"model.args.attention_resolutions=[{height // (4 if height % 8 or width % 8 else 8)}]"
+    return commands.train_photos_command(args.save_dir.name, height, width, *overrides)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from flow import losses
 from flow.evaluation import plots
 from flow.runtime import cli, commands, flags, jsonl, messages
 from flow.runtime.errors import cli_main
+from flow.sampling.locate import names_of
 from flow.training.logging import read_metrics
-from scripts.report.runs import names_of
 
 EXAMPLES = """\
   python -m scripts.plot_loss --runs runs/mnist_mini_cond --out loss.png

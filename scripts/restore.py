@@ -110,9 +110,11 @@ def main() -> None:
         check_conditions(conditions, model, snap)
         settings = settings_of(args)
     name, originals = load_images(args, snap, accelerator)
+    digest = hashlib.sha256(originals.numpy().tobytes()).hexdigest()
+    distributed.check_same(accelerator, digest, "--images")
     record = {
         "weights_sha256": snap.sha256, "task": args.task, "degradation": parameters(args), "noise": args.noise,
-        "images": name, "images_sha256": hashlib.sha256(originals.numpy().tobytes()).hexdigest(),
+        "images": name, "images_sha256": digest,
         **dataclasses.asdict(settings), "labels": labels, "prompts": args.prompts, "guidance_scale": args.guidance_scale,
         "seed": args.seed, "mixed_precision": accelerator.mixed_precision, **snapshot.network_record(snap.config),
     }  # fmt: skip

@@ -47,6 +47,8 @@ def write_row(
     if trained:
         ev.load_training(config, data.image_shape)
     elif "memorization" in settings.metrics:
+        if settings.metrics == ("memorization",):
+            raise UserError("--metrics memorization: the training set of these images is not known; name it with -c")
         accelerator.print("note: no memorization: the training set of these images is not known; name it with -c")
         ev.settings = replace(settings, metrics=tuple(name for name in settings.metrics if name != "memorization"))
     real_labels = real_images.data.labels if real_images and labels is not None else None

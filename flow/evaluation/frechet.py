@@ -20,6 +20,14 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return float(distance)
 
 
+def too_few(n: int, name: str, dimension: int) -> str:
+    """What to say where n <= dimension."""
+    return (
+        f"{n} images ({name}) are too few for a Frechet distance of {dimension} features: with n <= {dimension} the covariance "
+        "is singular and the distance far too large; take more, better 10,000"
+    )
+
+
 def can_extrapolate(n: int, dimension: int) -> bool:
     """Whether the smallest subset of n samples has enough images a feature."""
     return n // PARTS[-1] >= IMAGES_A_FEATURE * dimension

@@ -36,7 +36,12 @@ def mean_standard_error(values: np.ndarray) -> float | None:
 def mean_interval(values: np.ndarray) -> float | None:
     """Half of the 95% interval of the mean of independent values [n], by Student's t; None for a single one."""
     error = mean_standard_error(values)
-    return None if error is None else float(stdtrit(len(values) - 1, 0.975)) * error
+    return None if error is None else student_t(len(values)) * error
+
+
+def student_t(n: int) -> float:
+    """Standard errors on each side of a 95% interval of the mean of n independent values."""
+    return float(stdtrit(n - 1, 0.975))
 
 
 def jackknife_standard_error(left_out: np.ndarray) -> float:

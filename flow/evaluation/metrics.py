@@ -160,12 +160,14 @@ def copied_share(c: Comparison) -> dict[str, Estimate]:
 
 
 def isc(c: Comparison) -> dict[str, Estimate]:
-    """Inception Score over ten splits, for which it needs ten images; its standard error is that of their mean."""
+    """Inception Score over ten splits, for which it needs ten images; its interval is that of their mean by Student's t."""
     layer = c.extractor.isc_layer
     if not layer or layer not in c.layers or c.samples.n < ISC_SPLITS:
         return {}
     result = isc_features_to_metric(c.matrix(layer), ISC_SPLITS)
-    return {"IS": Estimate(result["inception_score_mean"], result["inception_score_std"] / (ISC_SPLITS - 1) ** 0.5)}
+    error = result["inception_score_std"] / (ISC_SPLITS - 1) ** 0.5
+    wider = intervals.student_t(ISC_SPLITS) / intervals.NORMAL_95  # as tables multiply by the latter
+    return {"IS": Estimate(result["inception_score_mean"], wider * error)}
 
 
 def accuracy(c: Comparison) -> dict[str, Estimate]:

@@ -339,5 +339,4 @@ def loss_curves(
         _count_scale(axes, "optimizer steps" if against == "step" else "training images")
         axes.set_ylabel(loss)
         axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(path, figure)

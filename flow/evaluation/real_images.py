@@ -82,14 +82,16 @@ def build_if_present(accelerator: Accelerator, spec: DataSpec, purpose: str) -> 
     """The data set; None on every process where one lacks its files, with a warning: "no `purpose`". Raises UserError that
     names the purpose for a damaged one."""
 
-    def load() -> DataSet | None:
+    def load() -> DataSet | str:
         try:
             return spec.build()
         except FileNotFoundError as error:
-            accelerator.print(f"warning: no {purpose}: {error}")
-            return None
+            return str(error)
         except ValueError as error:
             raise UserError(f"{purpose}: {first_line(error)}") from error
 
     data = distributed.main_process_first(accelerator, load)
-    return None if distributed.any_process(accelerator, data is None) else data
+    if distributed.any_process(accelerator, isinstance(data, str)):
+        accelerator.print(f"warning: no {purpose}: {data if isinstance(data, str) else 'another process lacks them'}")
+        return None
+    return data

@@ -73,12 +73,6 @@ def find(folder: Path, row: dict) -> dict | None:
     return {key_of(r): r for r in read(folder)}.get(key_of(row))
 
 
-def contains(folder: Path, row: dict) -> bool:
-    """Whether results.jsonl holds the same measurement with at least the requested metrics of `row`."""
-    existing = find(folder, row)
-    return existing is not None and set(row["requested"]) <= set(existing["requested"])
-
-
 def damage_of(row: dict) -> str | None:
     """Why a JSON object is not a row of results.jsonl, or None."""
     kinds = {"weights": str, "n": int, "identity": dict, "metrics": dict, "seconds": int | float, "requested": list}

@@ -32,6 +32,7 @@ from flow.evaluation import (
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.entries import aggregate, without_earlier_snapshots
 from flow.evaluation.features import CLASS_LAYER, INCEPTION, Extractor, FeatureSet
+from flow.evaluation.frechet import too_few
 from flow.evaluation.metrics_2d import PointExtractor
 from flow.evaluation.real_images import RealImages, build_if_present, load_features, load_real_images
 from flow.evaluation.reference import Reference
@@ -120,10 +121,7 @@ class Evaluation:
         counts = {"samples": settings.n_samples, "reference": dimension + 1 if source is None else len(source.data)}
         for name, n in counts.items():
             if n <= dimension and not points:
-                accelerator.print(
-                    f"warning: {n} images ({name}) are too few for a Frechet distance of {dimension} features: with n <= "
-                    f"{dimension} the covariance is singular and the distance far too large; take more, better 10,000"
-                )
+                accelerator.print(f"warning: {too_few(n, name, dimension)}")
         return cls(settings, accelerator, out, extractor, real, source, dimension, class_names)
 
     def load_training(self, config: Config, image_shape: tuple[int, ...]) -> None:
@@ -183,13 +181,14 @@ class Evaluation:
         identity = {**identity, "extractor": extractor, "reference": self.reference.identity, **self.training_identity}
         row = {**subject, "reference": self.reference.name, "identity": identity, "requested": self._requested()}
         main = self.accelerator.is_main_process
-        if not distributed.any_process(self.accelerator, main and results.contains(self.out, row)):
+        existing = results.find(self.out, row) if main else None
+        has_metrics = existing is not None and set(row["requested"]) <= set(existing["requested"])
+        if not distributed.any_process(self.accelerator, has_metrics):
             result = compute()
             if result is None:
                 return None
             results.append(self.out, {**row, **result})
             return {**row, **result}, True
-        existing = results.find(self.out, row) if main else None
         return (existing, False) if existing else None
 
     def _requested(self) -> list[str]:

@@ -157,7 +157,7 @@ class SnapshotEvaluator:
 def columns_of(sampler: SamplerSettings) -> dict[str, str]:
     """The interval, the guide and the source of a row, where it has them."""
     low, high = sampler.guidance_interval
-    columns = {"guidance_interval": f"{low:g} to {high:g}"} if (low, high) != ALL_TIMES else {}
+    columns = {"guidance_interval": f"{low:.15g} to {high:.15g}"} if (low, high) != ALL_TIMES else {}
     return columns | {name: value for name in ("guide", "source") if (value := getattr(sampler, name))}
 
 

@@ -47,7 +47,7 @@ class AlphaFlow(GuidedFlowMapLoss):
     @property
     def passes(self) -> float:
         """The mean over a training: the target takes one pass more while alpha is less than 1."""
-        return 3 + self.guidance_passes + sum(self.needs_second_pass(k / 1000) for k in range(1000)) / 1000
+        return super().passes + self.guidance_passes + sum(self.needs_second_pass(k / 1000) for k in range(1000)) / 1000
 
     def alpha(self, progress: float) -> float:
         """alpha at this share of the training: 1 - sigmoid, set to 1 within `alpha_min` of it, and at least `alpha_min`."""

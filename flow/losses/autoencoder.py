@@ -18,7 +18,6 @@ class AutoencoderLoss:
     (images, noise) to (reconstructions, mean, std).
     """
 
-    num_uniforms = 0
     capturable = True
 
     def __init__(

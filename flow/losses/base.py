@@ -25,7 +25,7 @@ class Batch:
     rows: slice  # of the global batch
     sample_ids: range
     indices: list[int]  # of the data set
-    noise: dict[str, Tensor] = field(default_factory=dict)  # Loss.draws by key: standard normal [b, *shape]
+    noise: dict[str, Tensor] = field(default_factory=dict)  # standard normal [b, *shape] for each key of the loss's `draws`
     progress: float = 0.0  # the share of the training that is done, step / train.steps
     states: Tensor | None = None  # [b, K, ...], float16: states of a teacher's path from x0 to x1, between the two
     state_times: tuple[float, ...] | None = None  # of the K states, in (0, 1), rising
@@ -46,7 +46,6 @@ class Eager(Protocol):
     A call on the rows of the training pass replays its dropout masks. A call on fewer rows draws other masks.
     """
 
-    derivative_error: str | None  # why there is no derivative here, or None
     null: int | None  # the y that stands for no condition
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor: ...
@@ -68,8 +67,6 @@ class Eager(Protocol):
 class Loss(Protocol):
     """A training loss. It is stateless: a schedule is a function of `batch.step` or `batch.progress`."""
 
-    num_uniforms: int  # stratified uniforms that a sample needs
-    draws: dict[str, tuple[int, ...]]  # further standard normal noise by key, with the shape for a sample
     capturable: bool  # by a CUDA graph: the same operations in each step, on x1, x0, y, uniforms and noise alone, without eager
 
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses: ...
@@ -83,8 +80,8 @@ class FlowLoss(ABC):
     """
 
     name: ClassVar[str]
-    num_uniforms: ClassVar[int] = 1
-    draws: ClassVar[dict[str, tuple[int, ...]]] = {}
+    num_uniforms: ClassVar[int] = 1  # stratified uniforms that a sample needs
+    draws: ClassVar[dict[str, tuple[int, ...]]] = {}  # further standard normal noise by key, with the shape for a sample
     needs_two_times: ClassVar[bool] = False  # of the network: it is a flow map
     needs_derivative: ClassVar[bool] = False  # calls eager.jvp or eager.difference
     needs_states: ClassVar[bool] = False  # reads batch.states

@@ -94,8 +94,7 @@ class GuidedFlowMapLoss(FlowMapLoss):
         """
         if self.guidance_scale == 1 and self.guidance_mix == 0:
             return v
-        if y is None or eager.null is None:
-            raise ValueError(f"{self.name}: guidance_scale={self.guidance_scale}: needs a network with labels or prompts")
+        assert y is not None and eager.null is not None, "`check_loss` refuses networks without a condition"
         kappa = self.guidance_mix
         omega = self.guidance_scale * (1 - kappa)
         target = omega * v
@@ -103,7 +102,7 @@ class GuidedFlowMapLoss(FlowMapLoss):
             target = target + (1 - kappa - omega) * eager.as_trained(x, t, torch.full_like(y, eager.null), t)
         if kappa:
             target = target + kappa * eager.as_trained(x, t, y, t)
-        dropped = (y == eager.null).flatten(1).all(1) if y.dim() > 1 else y == eager.null
+        dropped = (y == eager.null).view(len(y), -1).all(1)
         return torch.where(broadcast_over(dropped, v), v, target)
 
 

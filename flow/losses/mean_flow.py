@@ -52,7 +52,7 @@ class MeanFlow(GuidedFlowMapLoss):
     @property
     def passes(self) -> float:
         """The derivative counts as two passes: the network and its tangent, or the two ends of the difference."""
-        return 3 + self.guidance_passes + self.mean_map_share * (2 + (self.tangent == "network"))
+        return super().passes + self.guidance_passes + self.mean_map_share * (2 + (self.tangent == "network"))
 
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
         assert batch.uniforms is not None

@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,24 @@ def shipped(name: str) -> Path:
     return path if path.is_file() else REPOSITORY / path
 
 
+def train_photos_command(name: str, height: int, width: int, *overrides: str) -> str:
+    """A command that trains the U-Net of photos64.yaml in a new folder runs/NAME, with patches and attention that fit images of
+    this size, for `summary`."""
+    run_dir = files.free_folder(Path("runs") / name)
+    return command("train.py", "-c", shipped("photos64.yaml"), "-e", run_dir, *overrides, *_fitting(height, width))
+
+
+def _fitting(height: int, width: int) -> Iterator[str]:
+    """What makes the U-Net of photos64.yaml, of three levels, fit images of another size."""
+    if height % 8 or width % 8:
+        yield "model.args.patch=1"
+    if height % 4 or width % 4:
+        yield "model.args.channel_mult=[1]"
+        yield "model.args.attention_resolutions=[]"
+    elif height != 64 or width % 8:
+        yield f"model.args.attention_resolutions=[{height // (4 if height % 8 or width % 8 else 8)}]"
+
+
 def override(key: str, value: Any) -> str:
     """`key=value`, the value as YAML on one line."""
     return f"{key}={_yaml(value)}"
@@ -129,7 +147,7 @@ def sample_command(weights: str | Path, name: str, *flags: str) -> str:
 
 def condition_flags(guidance_scale: float = 1.0, prompts: Sequence[str] | None = None) -> list[str]:
     """The flags of a guidance scale and prompts, for a suggested command."""
-    flags = ["--guidance_scale", f"{guidance_scale:g}"] if guidance_scale != 1 else []
+    flags = ["--guidance_scale", f"{guidance_scale:.15g}"] if guidance_scale != 1 else []
     return [*flags, "--prompts", *prompts] if prompts else flags
 
 

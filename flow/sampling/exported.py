@@ -45,7 +45,7 @@ def write_weights(path: Path, snap: Snapshot, dtype: str) -> None:
 
 
 def check_license(name: str) -> None:
-    """Raises UserError for what is no identifier of a license on the hub."""
+    """Raises UserError for anything but the identifier of a license on the hub."""
     if not _LICENSE.fullmatch(name):
         raise UserError(f"--license {name}: must be an identifier of the Hugging Face hub, e.g. mit, cc-by-4.0, other")
 

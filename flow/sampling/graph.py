@@ -67,9 +67,8 @@ def build(snap: Snapshot, settings: SamplerSettings) -> tuple[FlowModel, Exporte
         raise UserError(f"{source}: a network that reads prompts has no graph; use sample.py")
     model.eval()
     batch = Dim("batch", min=1)
-    images = {0: batch}
-    inputs = _inputs(model, snap, range(3), 2.0)
-    shapes = (images, {0: batch}, None)
+    inputs = _inputs(model, range(3), 2.0)
+    shapes = ({0: batch}, {0: batch}, None)  # of noise, labels and scale
     try:
         with torch.no_grad():
             program = torch.export.export(SamplerGraph(model, settings), inputs, dynamic_shapes=shapes[: len(inputs)])
@@ -153,7 +152,7 @@ def metadata(snap: Snapshot, settings: SamplerSettings) -> dict[str, Any]:
     }
 
 
-def _inputs(model: FlowModel, snap: Snapshot, indices: Sequence[int], scale: float) -> tuple[Tensor, ...]:
+def _inputs(model: FlowModel, indices: Sequence[int], scale: float) -> tuple[Tensor, ...]:
     """Noise, and with labels those of the classes in turn and the scale."""
     noise = model.draw_x0("sample", SamplerSettings.seed, indices)
     classes = model.net.num_classes
@@ -166,7 +165,7 @@ def _check(key: str, snap: Snapshot, settings: SamplerSettings, model: FlowModel
     """The largest difference between a graph and the sampler here, in gray levels. Raises UserError where it is too large."""
     differences = []
     for size, scale in CHECKS:
-        inputs = _inputs(model, snap, range(size), scale)
+        inputs = _inputs(model, range(size), scale)
         exact = replace(settings, guidance_scale=scale if len(inputs) > 1 else 1.0)
         with torch.inference_mode():
             expected = sample_batch(model, range(size), exact, torch.device("cpu")).x

@@ -89,7 +89,7 @@ def _read(snap: Snapshot) -> tuple[Grids, Scales]:
         grids = {m: dict(of) for m, of in stored["grids"].items()}
         for steps, times in ((n, times) for of in grids.values() for n, times in of.items()):
             if len(times) != int(steps) + 1 or times != sorted(map(float, times)) or (times[0], times[-1]) != (0, 1):
-                raise ValueError(f"{times} are no times of {steps} steps")
+                raise ValueError(f"{times} are not the times of {steps} steps")
         fitted_with = stored.get("guidance_scales", {})  # of earlier versions: not there
         scales = {m: {n: float(scale) for n, scale in of.items()} for m, of in fitted_with.items()}
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""The header of a snapshot, read as a stranger's: types, sizes, places."""
+"""The header of a snapshot, read as untrusted input: types, sizes, places."""
 
 import json
 import math

@@ -65,6 +65,12 @@ def name_of(weights: str | Path) -> str:
     return path.resolve().name if path.is_dir() else path.stem
 
 
+def names_of(folders: list[Path]) -> list[str]:
+    """The names of runs beside each other: those of their folders, as far as these are different."""
+    names = [folder.resolve().name for folder in folders]
+    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+
+
 def pinned(weights: str, file: Path) -> str:
     """What names this very snapshot to another command, where `weights` named it here: the latest one of a run may change."""
     return weights if hub.is_reference(weights) else str(file)

@@ -126,7 +126,7 @@ class Sampler:
         if t_next is not None and not t <= t_next <= 1:
             raise ValueError(f"t_next={t_next}: must be from t={t} to 1")
         with self._autocast():
-            return self._velocity(len(x), labels, prompts, guidance_scale)(x, t, t_next)
+            return self._velocity(len(x), labels, prompts, guidance_scale)(x.to(self.device), t, t_next)
 
     def trajectory(
         self,
@@ -310,6 +310,6 @@ class Sampler:
 
 
 def _check_count(name: str, value: int) -> None:
-    """Raises ValueError for what is no whole number of at least 1."""
+    """Raises ValueError for anything but a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")

@@ -58,7 +58,7 @@ def guidance_note(settings: SamplerSettings, model: FlowModel) -> str | None:
     if model.trained_guidance != 1:
         return f"{scale}: comes on top of the scale {model.trained_guidance:g} that the network was trained with"
     if settings.guide is None and not model.null_is_trained:
-        return f"{scale}: the null label is not trained (flow.label_dropout=0), so this is no classifier-free guidance"
+        return f"{scale}: the null label is not trained (flow.label_dropout=0), so this is not classifier-free guidance"
     # each evaluation of `consistency` leads to t = 1, however many steps there are
     long_steps = settings.method == "consistency" or settings.steps * LONG_STEP < 1
     if model.net.two_times and solvers.SOLVERS[settings.method].whole_step and long_steps:

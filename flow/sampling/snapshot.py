@@ -226,7 +226,7 @@ def load(weights: str | Path, config_path: str | None = None, overrides: list[st
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The entries of a snapshot's header, as text. Raises UserError for a file that is no snapshot."""
+    """The entries of a snapshot's header, as text. Raises UserError for a file that is not a snapshot."""
     with _whole_file(path) as file:
         metadata = file.metadata() or {}
     missing = header.KEYS - metadata.keys()

@@ -61,7 +61,8 @@ def given(x0: Tensor) -> OrderedSource:
 
 
 def attach(accelerator: Accelerator, model: FlowModel, text: str | None, root: str | None, n: int = 0) -> str | None:
-    """Read what images of the model start from; returns a note where n images take a sample again.
+    """Read what images of the model start from; returns a note where n images need more samples than there are, so that some
+    are used twice.
 
     text: what --source names, in its order: a data set (NAME, NAME:train, NAME:test) or a folder of images, which are resized.
     None: the held-out samples of the training, or noise.

@@ -27,7 +27,8 @@ def reference_trajectory(
 
 
 def dynamic_programming_grid(states: Sequence[Tensor], velocities: Sequence[Tensor], steps: int) -> list[float]:
-    """The N + 1 times, of those of the trajectory, whose Euler steps leave it by the least in sum (root mean square).
+    """The N + 1 times, of those of the trajectory, for which the errors (root mean square) of the single Euler steps have the
+    smallest sum.
 
     The step from t_i to t_j errs by x_i + (t_j - t_i) v_i - x_j.
     """
@@ -70,7 +71,7 @@ def refine_grid(error: Callable[[list[float]], float], times: list[float], evalu
 
     if len(steps) == 1:
         return times
-    best, best_error = list(times), error(list(times))
+    best, best_error = list(times), np.inf  # the first vertex of the simplex is this grid
 
     def objective(logits: np.ndarray) -> float:
         nonlocal best, best_error

@@ -4,7 +4,8 @@ On the linear path x0 = x - t v is the predicted noise and s = -x0 / (1 - t). Th
 arXiv:2401.08740) with g^2 for their diffusion coefficient w. Increments are functions of (seed, image, step).
 
 The authors' code (willisma/SiT, transport/path.py and integrators.py) adds sqrt(2 D) dW, so its D is g^2 / 2: a form there
-with its norm n is the coefficient of that shape here with noise_scale = sqrt(2 n).
+with its norm n is the coefficient of that shape here with noise_scale = sqrt(2 n), except "decreasing", where n is a factor of
+the cosine: there noise_scale = sqrt(2) for n = 1.
 """
 
 import math
@@ -42,8 +43,8 @@ def _integrate(
 
     `noise(i)` is standard normal [B, ...], the increment of step i.
 
-    Within a step h the noise added is at most half of that which belongs to its end: g^2 h <= ((1 - t) / 2)^2. Coefficients
-    that do not vanish at the data would otherwise leave noise in the image; with more steps the limit goes away.
+    Within a step h the noise added is at most half of that which belongs to its end: g^2 h <= ((1 - t_next) / 2)^2.
+    Coefficients that do not vanish at the data would otherwise leave noise in the image; with more steps the limit goes away.
     With noise_scale 0 these are euler and heun. The last step to t = 1 is Euler's without noise: it lands on the data
     prediction, so that none is left in the image. Raises ValueError for a scale out of range and an unknown diffusion.
     """
@@ -75,7 +76,7 @@ def _integrate(
 
 
 def euler_maruyama(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float], **options: Any) -> Iterator[Tensor]:
-    """Order 1/2 in the noise: the drift at the start of each step. Options and errors as in `_integrate`."""
+    """The drift at the start of each step: strong order 1, as the noise is additive. Options and errors as in `_integrate`."""
     return _integrate(False, velocity, x, time_grid, **options)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from flow import registry
 
-# Before t = 1, where the velocity is undefined, as x no longer depends on x0. Adaptive methods and the likelihood,
-# which have no grid that fixes the last step, solve up to (from) 1 - END_EPS and take one open step beyond.
+# At t = 1 the velocity is undefined, as x no longer depends on x0. Adaptive methods and the likelihood, which have no grid that
+# fixes the last step, stop (start) at this distance from it; one open step covers the rest.
 END_EPS = 1e-3
 SHIFT = 3.0  # of `shift`, that of Stable Diffusion 3 at 1024x1024 pixels
 RHO, SIGMA_MIN, SIGMA_MAX = 7.0, 0.002, 80.0  # of `edm`

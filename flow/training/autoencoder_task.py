@@ -24,7 +24,7 @@ from flow.sampling.generate import shard
 from flow.sampling.header import PowerAverage
 from flow.sampling.images import psnr, to_uint8
 from flow.training.checks import check_encodable, check_same_data
-from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
+from flow.training.data_loader import TrainingLoader, loss_noise, packing_notes
 from flow.training.trainer import Callback, Trainer
 from models import autoencoder
 from models.autoencoder import VAE
@@ -79,7 +79,7 @@ class AutoencoderTask:
         seed, device = self.config.seed, self.accelerator.device
         for micro_batches in self.loader.steps(first_step, self.config.train.steps):
             for i, batch in enumerate(micro_batches):
-                micro_batches[i] = replace(batch, y=None, noise=further_noise(self.loss.draws, seed, batch, device))
+                micro_batches[i] = replace(batch, y=None, noise=loss_noise(self.loss.draws, seed, batch, device))
             yield micro_batches
 
     def write_snapshot(

@@ -163,8 +163,8 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return generator("order", seed, epoch).permutation(n)
 
 
-def further_noise(draws: dict[str, tuple[int, ...]], seed: int, batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The noise of `Loss.draws` [b, *shape], on the device: functions of (key, seed, sample id)."""
+def loss_noise(draws: dict[str, tuple[int, ...]], seed: int, batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The noise of the `draws` of a loss [b, *shape], on the device: functions of (key, seed, sample id)."""
     # named apart from the other streams of a training: a loss may call its noise "train", as x0 is called
     noise = {key: gaussian_noise(f"loss {key}", seed, batch.sample_ids, shape) for key, shape in draws.items()}
     return {key: distributed.to_device(value, device) for key, value in noise.items()}

@@ -41,7 +41,7 @@ class EagerNetwork:
         self._device = next(net.parameters()).device
         frequencies: list[Any] = [module.time_frequency for module in net.modules() if hasattr(module, "time_frequency")]
         self.difference_step = min([MAX_STEP, *(MAX_PHASE / frequency for frequency in frequencies)])  # of `difference`
-        self._foreign: set[str] | None = None  # operations of others in it, as long as its derivative is not checked
+        self._foreign: set[str] | None = None  # operations in it that are not torch's; None: not looked for yet
         self.start_micro_batch()
 
     def start_micro_batch(self) -> None:

@@ -38,7 +38,7 @@ from flow.training.checks import (
     check_same_flow,
     check_source,
 )
-from flow.training.data_loader import TrainingLoader, further_noise, packing_notes
+from flow.training.data_loader import TrainingLoader, loss_noise, packing_notes
 
 NAMED_CLASSES = 10  # in the log
 
@@ -124,7 +124,7 @@ class FlowTask:
                     x0=distributed.to_device(x0, device),
                     uniforms=distributed.to_device(uniforms[batch.rows], device),
                     y=self._condition(batch, step),
-                    noise=further_noise(self.loss.draws, seed, batch, device),
+                    noise=loss_noise(self.loss.draws, seed, batch, device),
                     progress=step / self.config.train.steps,
                     **self._states(batch),
                 )

@@ -84,6 +84,8 @@ def open_run(
     Raises UserError.
     """
     run_dir = _resumed_folder(config, exp_dir, resume) if resume else exp_dir or _default_folder(config)
+    if run_dir.name in ("", ".."):  # a run is called after its folder
+        run_dir = run_dir.resolve()
     stored_file = run_dir / "config.yaml"
     if not resume:
         cfg = loading.load(config, overrides, kind=kind)

@@ -3,10 +3,13 @@
 Each tracker shows pictures and tables by an API of its own. Rows of numbers need none: Accelerate sends those.
 """
 
+import dataclasses
+import functools
 import importlib
 import os
 import re
 import secrets
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker
 from torch import Tensor
 
-from configs import keys
+from configs import keys, stored
 from flow.runtime import files
 
 PROJECT = "flow-matching"  # the project of all runs, in trackers that have projects
@@ -32,17 +35,22 @@ def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) 
     """
     if not config.train.log_with:
         return
-    flat = {key: _to_scalar(keys.get(config, key)) for key in keys.all_keys(type(config))}
+    # As in config.yaml, without values of the environment: some trackers send them elsewhere.
+    tree = stored.restore(dataclasses.asdict(config), getattr(config, "typed", {}))
+    flat = {key: _to_scalar(functools.reduce(getitem, key.split("."), tree)) for key in keys.all_keys(type(config))}
+    names = [str(tracker) for tracker in accelerator.log_with]
     # TensorBoard takes the name of its folder where others take the name of the project.
-    tensorboard = TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1)
-    known = [tensorboard if str(tracker) == "tensorboard" else tracker for tracker in accelerator.log_with]
+    known = [
+        TensorBoardTracker("tensorboard", folder, purge_step=first_step + 1) if name == "tensorboard" else tracker
+        for name, tracker in zip(names, accelerator.log_with, strict=True)
+    ]
     accelerator.log_with = [*known, *(TRACKERS[name](folder) for name in config.train.log_with if name in TRACKERS)]
     trackio_name, wandb_id = folder.name, None
     if "trackio" in config.train.log_with and accelerator.is_main_process:
         trackio_name = _name_to_resume(folder / TRACKIO_NAME, first_step) or folder.name
     # Offline a resumed run is one of its own: synchronized under the same id, it would replace the first part of the run.
     alone = first_step and os.environ.get("WANDB_MODE") == "offline"
-    if "wandb" in config.train.log_with and accelerator.is_main_process and not alone:
+    if "wandb" in names and accelerator.is_main_process and not alone:
         wandb_id = _name_to_resume(folder / WANDB_ID, first_step)
     settings = {
         "wandb": {"name": folder.name, "dir": str(folder), **({"id": wandb_id, "resume": "allow"} if wandb_id else {})},

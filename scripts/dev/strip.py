@@ -39,7 +39,6 @@ def main() -> None:
     for k in range(count):
         parts = [frames[min(k, len(frames) - 1)] for frames in columns]
         strip.append(np.concatenate([piece for part in parts for piece in (part, gap)][:-1], axis=1))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     animation.write_gif(args.out, strip)
     height, width, _ = strip[0].shape
     again = ["-m", "scripts.dev.strip", "--pictures", *args.pictures, "--height", str(max(16, height // 2)), "--out", args.out]

@@ -11,8 +11,9 @@ from pathlib import Path
 from configs.errors import UserError
 from flow.runtime import cli, flags, lock, messages
 from flow.runtime.errors import cli_main
+from flow.sampling.locate import names_of
 from scripts.report import page
-from scripts.report.runs import MARKS, Run, find_runs, names_of, read_run
+from scripts.report.runs import MARKS, Run, find_runs, read_run
 from scripts.report.suggestions import TRAJECTORY
 
 EXAMPLES = """\

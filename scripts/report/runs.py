@@ -135,12 +135,6 @@ def find_runs(paths: list[Path]) -> list[Path]:
     return list(folders.values())
 
 
-def names_of(folders: list[Path]) -> list[str]:
-    """The names of the runs: those of their folders, as far as these are different."""
-    names = [folder.resolve().name for folder in folders]
-    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
-
-
 def read_run(folder: Path, name: str, points: int, pictures: list[Path]) -> Run:
     """Everything about a run. points: of a curve, at most. pictures: further folders with figures of it."""
     run = Run(folder, name)

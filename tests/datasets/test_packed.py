@@ -127,6 +127,15 @@ def test_damaged_shards_are_named(tmp_path, path, damage):
         datasets.build("packed", None, {"path": str(copy)})
 
 
+def test_damaged_list_of_shards(tmp_path, path):
+    shutil.copytree(path, tmp_path / "copy")
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["shards"][1]["digest"]
+    (tmp_path / "copy/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged, a shard lacks its name, digest .*; run pack_images with"):
+        datasets.build("packed", None, {"path": str(tmp_path / "copy")})
+
+
 def test_shard_that_is_cut_off_in_use(tmp_path, path):
     shutil.copytree(path, tmp_path / "copy")
     data = datasets.build("packed", None, {"path": str(tmp_path / "copy")})

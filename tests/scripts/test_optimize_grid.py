@@ -98,7 +98,7 @@ def test_one_bar_counts_all_evaluations(tmp_path, tiny_run, main_of, capsys):
     tune = ["optimize_grid", "--weights", weights, "--methods", "euler", "heun", "--steps", "2", "3"]
     main_of(*tune, "--n_images", "2", "--reference_steps", "16", "--evaluations", "3")()
     bars = re.findall(r"([^\r\n]+): +\d+%\|[^|]*\| (\d+)/(\d+)", capsys.readouterr().err)
-    errors = 2 * (len(time_grids.GRIDS) + 1) + 1 + 3
+    errors = 2 * (len(time_grids.GRIDS) + 1) + 3
     total = 2 * 2 * 16 + errors * (2 + 3 + 3 + 5)  # NFE of euler and heun with two and three steps
     assert {(name, int(end)) for name, _, end in bars} == {("velocity evaluations", total)}
     assert bars[-1][1] == bars[-1][2]

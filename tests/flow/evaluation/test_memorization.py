@@ -68,7 +68,7 @@ def test_command(here, tmp_path, tiny_run, monkeypatch):
         assert np.asarray(figure.convert("L")).std() > 10
 
 
-def test_a_folder_of_training_images_is_copied(here, tmp_path):
+def test_a_folder_of_training_images_is_copied(here, error, tmp_path):
     """With -c, which names the training set; without it the column stays empty, and can be filled later.
 
     What is written lies beside the folder: in it, its picture would be one of the images.
@@ -84,6 +84,8 @@ def test_a_folder_of_training_images_is_copied(here, tmp_path):
     assert row["requested"] == ["fid"] and list(row["metrics"]) == ["FD-digits"] and not (out / "memorization.png").exists()
     assert "note: no memorization" not in here(*command, "-c", "configs/digits.yaml")
     assert results.read(out)[-1]["metrics"]["memorization"] == 1 and (out / "memorization.png").exists()
+    line = error(*command, "--metrics", "memorization")
+    assert "--metrics memorization: the training set of these images is not known" in line
     before = (out / "results.jsonl").read_bytes()
     for config in ([], ["-c", "configs/digits.yaml"]):
         here(*command, *config)

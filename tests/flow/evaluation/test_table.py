@@ -143,7 +143,7 @@ def test_repeats_of_an_adaptive_method_are_one_row(tmp_path):
     for first, nfe in ((0, 72), (9, 74), (18, 79)):
         cost = {"NFE": nfe, "forwards": 2 * nfe, "metrics": {"FID": nfe / 10}, "seconds": 1.0}
         results.append(tmp_path, {**row, "first": first, **cost, "requested": ["fid"]})
-    assert results.contains(tmp_path, {**row, "first": 9, "requested": ["fid"]})  # what is measured is no part of the question
+    assert results.find(tmp_path, {**row, "first": 9, "requested": ["fid"]})  # what is measured is no part of the question
     rows = results.read(tmp_path)
     (entry,) = aggregate(rows)
     assert (entry["ranges"], entry["NFE"], entry["forwards"]) == (3, 75, 150)

@@ -16,7 +16,7 @@ from datasets.images import Images
 from flow.losses import Batch
 from flow.noise import gaussian_noise
 from flow.sampling.images import to_uint8
-from flow.training.data_loader import TrainingLoader, further_noise
+from flow.training.data_loader import TrainingLoader, loss_noise
 
 
 def numbered(n: int) -> Images:
@@ -215,5 +215,5 @@ def test_a_batch_that_does_not_divide(batch_size, world_size, gradient_accumulat
 def test_noise_of_a_loss_is_not_that_of_x0():
     """Whatever key a loss of one's own chooses."""
     (batch,) = next(make(numbered(6), 6).steps(0, 1))
-    noise = further_noise({"train": (2,)}, 3, batch, torch.device("cpu"))["train"]
+    noise = loss_noise({"train": (2,)}, 3, batch, torch.device("cpu"))["train"]
     assert noise.shape == (6, 2) and not torch.equal(noise, gaussian_noise("train", 3, batch.sample_ids, (2,)))

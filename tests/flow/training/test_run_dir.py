@@ -118,7 +118,8 @@ def test_checkpoint_named_in_its_own_folder(here, tiny_run, tmp_path, monkeypatc
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     monkeypatch.chdir(run / "checkpoints")
-    assert "finished step 5" in here("train", "-r", "step_00000004", "train.steps=5")
+    printed = here("train", "-r", "step_00000004", "train.steps=5")
+    assert "finished step 5" in printed and f"sample.py --weights {run} " in printed
 
 
 @pytest.mark.parametrize("key", run_dir.FIXED)

@@ -35,7 +35,7 @@ class JSONTracker(GeneralTracker):
 
     @on_main_process
     def store_init_configuration(self, values):
-        self.path.write_text(json.dumps({"seed": values["seed"]}) + "\n")
+        self.path.write_text(json.dumps({key: values[key] for key in ("seed", "data.root", "data.args")}) + "\n")
 
     @on_main_process
     def log(self, values, step=None, **kwargs):
@@ -55,12 +55,15 @@ WITH_PREVIEW = [word for word in TINY_TRAIN if not word.startswith(("train.sampl
 
 
 def test_registered_tracker(here, monkeypatch, tmp_path):
-    """One line of TRACKERS; it gets the configuration and the rows of metrics.jsonl."""
+    """One line of TRACKERS; it gets the configuration, without values of the environment, and the rows of metrics.jsonl."""
+    monkeypatch.setenv("PLACE", str(tmp_path / "hunter2"))
     monkeypatch.setitem(trackers.TRACKERS, "json", JSONTracker)
     here("train", *TINY_TRAIN[:-4], "preview.n_samples=4", "preview.sampling_steps=1", "preview.guidance_scale=1",
-         "-e", tmp_path / "run", "train.log_with=[json]")  # fmt: skip
+         "-e", tmp_path / "run", "train.log_with=[json]", "data.root=${oc.env:PLACE}")  # fmt: skip
     first, *rows = map(json.loads, (tmp_path / "run" / "trackers.jsonl").read_text().splitlines())
-    assert first == {"seed": 0} and rows == read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first == {"seed": 0, "data.root": "${oc.env:PLACE}", "data.args": "{}"} and rows == read_metrics(
+        tmp_path / "run" / "metrics.jsonl"
+    )
 
 
 def test_unknown_tracker_is_one_line(error, monkeypatch, tmp_path):
