@@ -1,4 +1,4 @@
-"""Train on the embedded digits, sample with guidance, tabulate distance against NFE: minutes on a CPU.
+"""Train on the embedded digits, sample with guidance, tabulate distance against NFE: two minutes on a CPU.
 
 Each step is a command that a user would type, and is printed. Run it again to resume.
 """
@@ -25,7 +25,6 @@ def main() -> None:
     run_command(f"{sample} --sampling_method heun --sampling_steps 10".split())
     evaluate = f"evaluate.py --weights {RUN} --feature_extractor digits --n_samples 1797 --bspp 599 --metrics fid prc accuracy"
     run_command(f"{evaluate} --methods euler heun --sampling_steps 2 5 10".split())
-    run_command(f"{evaluate} --methods heun --sampling_steps 10 --guidance_scale 2 --out {RUN}/evaluation_guided".split())
     result = f"\n{samples}/grid.png (guided samples, a column per class), {RUN}/evaluation/nfe.png (the table as a plot)"
     animate = commands.command("-m", "scripts.animate", "--weights", RUN, "--out", files.free_folder(Path("figures/digits")))
     print(messages.summary(result, args.start, f"watch digits form with: {animate}"))

@@ -55,7 +55,7 @@ DROPOUT = (  # TINY's network with dropout, given after it
     "num_classes: 10, dropout: 0.1}"
 )
 TINY_RUN = [
-    "train.steps=4", "train.batch_size=32", "train.log_every_steps=2", "train.checkpoint_every_steps=2",
+    "optimizer.name=adamw", "train.steps=4", "train.batch_size=32", "train.log_every_steps=2", "train.checkpoint_every_steps=2",
     "train.sample_every_steps=0", "train.log_with=[]", "preview.n_samples=4", "preview.sampling_steps=1",
     "preview.guidance_scale=1",
 ]  # fmt: skip
