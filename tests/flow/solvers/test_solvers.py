@@ -20,7 +20,9 @@ def test_a_failed_integration_is_an_error():
     """SciPy and torchdiffeq notice it in their own ways; no state of the middle is taken for the end."""
     for method in ADAPTIVE:
         with pytest.raises(ValueError, match=f"{method}: the velocity is not finite, or too steep"):
-            solvers.solve(lambda x, t, t_next: x / (0.5 - t) ** 3, torch.ones(2, 3).double(), [0.0, 1.0], method)
+            # with the default tolerances, methods of order 2 take a million evaluations to get there
+            loose = {"rtol": 1e-1, "atol": 1e-1}
+            solvers.solve(lambda x, t, t_next: x / (0.5 - t) ** 3, torch.ones(2, 3).double(), [0.0, 1.0], method, **loose)
     x = torch.ones(2, 3).requires_grad_()
     with pytest.raises(ValueError, match="scipy_solver: gives no gradient"):
         solvers.solve(lambda x, t, t_next: x, x, [0.0, 1.0], "scipy_solver")
