@@ -55,7 +55,7 @@ class FlowConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     coupling: str = limited("independent", choices=COUPLINGS)  # independent | ot | aligned | paired, see docs/transfer.md
     coupling_args: dict[str, Any] = field(default_factory=dict)  # arguments of the coupling
-    time_sampler: str = "uniform"  # law of t: uniform, logit_normal (middle), u_shaped (ends), exponential (noise), edm_skewed
+    time_sampler: str = "uniform"  # draws t: uniform, logit_normal (middle), u_shaped (ends), exponential (noise), edm_skewed
     time_sampler_args: dict[str, Any] = field(default_factory=dict)  # arguments of the time sampler
     label_dropout: float = limited(0.1, fraction=True)  # probability that a label or prompt becomes the null one, for guidance
 

@@ -1,4 +1,4 @@
-"""Frames as GIF, and as MP4 where ffmpeg is installed."""
+"""Frames as GIF, as WebP, and as MP4 where ffmpeg is installed."""
 
 import shutil
 import subprocess
@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flow.runtime import files
 
+WEBP_QUALITY = 60  # of an animated WebP, from 0 to 100
 COLORS = 128  # of a GIF: flat drawings need no more, and the file stays small
 SECONDS = 4.0  # of a GIF, before its end is held
 BAR_HEIGHT = 32  # pixels of the bar of time
@@ -68,10 +69,20 @@ def write_gif(path: Path, frames: list[np.ndarray], seconds: float = SECONDS, ho
     weighted = np.repeat(shades, np.sqrt(counts).astype(int), axis=0)
     palette = Image.fromarray(weighted[None]).quantize(COLORS, kmeans=3, dither=Image.Dither.NONE)
     indexed = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    each = max(20, round(1000 * seconds / len(frames)))
-    durations = [each] * (len(frames) - 1) + [each + round(1000 * hold_seconds)]
+    _save(path, indexed, "GIF", seconds, hold_seconds, optimize=False)
+
+
+def write_webp(path: Path, frames: list[np.ndarray], seconds: float = SECONDS, hold_seconds: float = 1.5) -> None:
+    """The same as an animated WebP, which for photos is a third as large as a GIF."""
+    _save(path, [Image.fromarray(frame) for frame in frames], "WEBP", seconds, hold_seconds, quality=WEBP_QUALITY, method=6)
+
+
+def _save(path: Path, pictures: list[Image.Image], kind: str, seconds: float, hold_seconds: float, **options: int) -> None:
+    each = max(20, round(1000 * seconds / len(pictures)))
+    durations = [each] * (len(pictures) - 1) + [each + round(1000 * hold_seconds)]
+    first, *others = pictures
     with files.atomic_file(path) as temporary:
-        indexed[0].save(temporary, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False)
+        first.save(temporary, kind, save_all=True, append_images=others, duration=durations, loop=0, **options)
 
 
 def write_mp4(path: Path, frames: list[np.ndarray]) -> None:

@@ -34,6 +34,7 @@ FIXED = (
     "autoencoder.channels", "autoencoder.latent_channels", "autoencoder.blocks", "autoencoder.distance",
     "autoencoder.kl_weight", "autoencoder.lpips_weight",
 )  # fmt: skip
+NEEDS_CONFIG = "-c: a configuration is needed, e.g. -c configs/digits.yaml (or -e DIR -r latest to resume)"
 PLACES = ("path", "held_out")  # arguments of data sets that may change, as data may move to another disk; not of pairs
 # A flow reads train.init_from once, before its first checkpoint: with another value after it, config.yaml would name weights
 # that the run did not start from. An autoencoder reads its network's shape from there at every start; that path may change.
@@ -88,6 +89,8 @@ def open_run(
         run_dir = run_dir.resolve()
     stored_file = run_dir / "config.yaml"
     if not resume:
+        if not config and not overrides:
+            raise UserError(NEEDS_CONFIG)
         cfg = loading.load(config, overrides, kind=kind)
         if run_dir.is_file():
             raise UserError(f"-e {run_dir}: is a file; name a folder")
@@ -244,7 +247,7 @@ def _resumed_folder(config: str | None, exp_dir: Path | None, resume: str) -> Pa
 
 def _default_folder(config: str | None) -> Path:
     if not config:
-        raise UserError("-c: a configuration is needed, e.g. -c configs/digits.yaml (or -e DIR -r latest to resume)")
+        raise UserError(NEEDS_CONFIG)
     return Path("runs") / Path(config).stem
 
 

@@ -1,6 +1,6 @@
-"""Animations and pictures beside each other as one GIF, such as the one at the top of the README.
+"""Animations and pictures beside each other as one animated WebP, such as the one at the top of the README.
 
-`python -m scripts.dev.strip --pictures a.gif b.gif c.png --out strip.gif`; all get the same height, and an animation that ends
+`python -m scripts.dev.strip --pictures a.gif b.gif c.png --out strip.webp`; all get the same height, and an animation that ends
 earlier than others holds its last frame.
 """
 
@@ -17,16 +17,16 @@ from flow.runtime.errors import cli_main
 GAP = 12  # pixels between two pictures
 EXAMPLES = """\
   python -m scripts.dev.strip --pictures animation/trajectory.gif docs/images/gallery/checkerboard/flow.gif \\
-      runs/cifar10_cpu/evaluation_strip/nfe.png --out docs/images/strip.gif"""
+      runs/cifar10_cpu/evaluation_strip/nfe.png --out docs/images/strip.webp"""
 
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     parser.add_argument(
-        "--pictures", nargs="+", type=Path, required=True, metavar="FILE", help="GIF or PNG, from left to right"
+        "--pictures", nargs="+", type=Path, required=True, metavar="FILE", help="GIF, WebP or PNG, from left to right"
     )
-    flags.add_count_flag(parser, "--height", "pixels of the strip", 230, least=16)
-    flags.add_output_flag(parser, use="output file, a GIF", metavar="FILE")
+    flags.add_count_flag(parser, "--height", "pixels of the strip", 200, least=16)
+    flags.add_output_flag(parser, use="output file, a WebP", metavar="FILE")
     return parser.parse()
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     for k in range(count):
         parts = [frames[min(k, len(frames) - 1)] for frames in columns]
         strip.append(np.concatenate([piece for part in parts for piece in (part, gap)][:-1], axis=1))
-    animation.write_gif(args.out, strip)
+    animation.write_webp(args.out, strip)
     height, width, _ = strip[0].shape
     again = ["-m", "scripts.dev.strip", "--pictures", *args.pictures, "--height", str(max(16, height // 2)), "--out", args.out]
     result = f"{args.out}: {count} frames of {width}x{height} pixels, {args.out.stat().st_size / 2**20:.1f} MiB"

@@ -79,6 +79,10 @@ def test_training_that_cannot_start(arguments, message, error, tmp_path):
     assert not run.exists()
 
 
+def test_training_of_nothing(error, tmp_path):
+    assert "-c: a configuration is needed, e.g. -c configs/digits.yaml" in error("train", "-e", tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

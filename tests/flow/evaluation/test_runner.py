@@ -24,6 +24,13 @@ def evaluated(tmp_path_factory, tiny_run):
     return command, out
 
 
+def test_few_images_are_enough_for_other_metrics(here, evaluated):
+    """No warning about the Fréchet distance, for which nobody asks."""
+    command, out = evaluated
+    printed = here(*command, "--metrics", "accuracy", "--repeats", "1", "--out", out / "accuracy")
+    assert "accuracy" in printed and "too few for a Frechet distance" not in printed
+
+
 def test_two_processes_find_the_same_numbers(group, evaluated):
     """Also those of the reference, which the second run computes anew."""
     command, out = evaluated
