@@ -92,6 +92,10 @@ class RectifyConfig:
                     raise UserError(
                         f"{key}.stages: {stage!r} builds on other stages than in routes.{other}; give it a new name"
                     )
+        if self.minutes is None:
+            return
+        if none := next((stage for stage in route.stages if not self.stages[stage].share), None):
+            raise UserError(f"stages.{none}.share=0: must be more than 0, its share of the {self.minutes:g} minutes")
         total = sum(self.stages[stage].share for stage in route.stages)
-        if self.minutes is not None and abs(total - 1) > 1e-6:
+        if abs(total - 1) > 1e-6:
             raise UserError(f"{key}.stages: their shares of the minutes add up to {total:g}, not to 1")

@@ -7,10 +7,10 @@ from configs.schema import DataConfig, EmaConfig, OptimizerConfig, TrainConfig, 
 
 
 @dataclass
-class AutoencoderConfig:  # ignored but for the loss where train.init_from names one to fine-tune
-    channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])  # by level; sides halve from one to the next
-    latent_channels: int = 4  # of a latent
-    blocks: int = 2  # residual blocks of each resolution
+class AutoencoderConfig:
+    channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])  # by level; unused with train.init_from
+    latent_channels: int = 4  # of a latent; unused with train.init_from
+    blocks: int = 2  # residual blocks of each resolution; unused with train.init_from
     distance: str = limited("l1", choices=("l1", "mse"))  # l1 | mse, between images in [-1, 1], mean over pixels
     kl_weight: float = limited(1e-6, min=0)  # of KL(posterior | N(0, I)), summed over a latent
     lpips_weight: float = limited(0.0, min=0)  # of the perceptual distance; needs the package lpips

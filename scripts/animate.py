@@ -142,6 +142,10 @@ def check_figure_flags(args, plane: bool) -> None:
             raise UserError(f"--{flag}: does not go with --trajectory_grids, which draws these grids alone")
         if not plane:
             raise UserError(f"--{flag}: is for flows of points, and --weights is a flow of images; leave it out")
+    if args.figures and "likelihood" not in args.figures:
+        args.refuse_typed(["hutchinson_samples"], "is for --figures likelihood")
+    if args.figures == ["likelihood"]:
+        args.refuse_typed(["n", "frames", "steps_a_frame"], "is for --figures flow and density")
 
 
 def guidance_scales(args, model: FlowModel) -> list[float]:

@@ -213,7 +213,6 @@ def write_manifest(args, source: schema.DataConfig, data: DataSet, settings: dic
             "name": "vae", "source": args.vae, "digest": settings["autoencoder"], "shift": first, "scale": scale,
             "image_shape": settings["image_shape"],
         },
-        "class_names": data.class_names,
         "data": asdict(DataSpec.of(source)),
         **listed,
     }  # fmt: skip

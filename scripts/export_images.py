@@ -32,6 +32,8 @@ def parse_args():
 
 def main() -> None:
     args = parse_args()
+    if other := next((key for key in loading.overridden(args.overrides) if not key.startswith("data.")), None):
+        raise UserError(f"{other}: only keys of data have a meaning here")
     source = loading.load(None, args.overrides).data
     accelerator = distributed.build_single_process_accelerator("export_images")
     with error_context("data"):

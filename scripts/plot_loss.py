@@ -41,7 +41,7 @@ def main() -> None:
     args = parse_args()
     if args.out.suffix != ".png":
         raise UserError(f"--out {args.out}: must end in .png")
-    losses: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}  # by loss and run
     runs = list(dict.fromkeys(args.runs))
     labels = names_of(runs)
     for run, label in zip(runs, labels, strict=True):
@@ -55,11 +55,11 @@ def main() -> None:
         if len(x) < len(rows):
             print(f"{file}: {len(rows) - len(x)} of {len(rows)} rows have no loss or no {args.against}")
         training_name, validation_name = loss_names(run / "config.yaml")
-        losses.setdefault(training_name, {})[label] = x, values
+        curves.setdefault(training_name, {})[label] = x, values
         if validation[0]:
-            losses.setdefault(validation_name, {})[f"{label}{VALIDATION}"] = validation
+            curves.setdefault(validation_name, {})[f"{label}{VALIDATION}"] = validation
     dashed = {f"{label}{VALIDATION}" for label in labels}
-    plots.loss_curves(args.out, losses, args.against, args.smooth, dashed)
+    plots.loss_curves(args.out, curves, args.against, args.smooth, dashed)
     smoother = commands.command("-m", "scripts.plot_loss", *sys.argv[1:], "--smooth", str(10 * args.smooth))
     print(messages.summary(f"{len(labels)} run(s) in {args.out}", args.start, f"smooth them with: {smoother}"))
 

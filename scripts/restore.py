@@ -120,7 +120,10 @@ def main() -> None:
     }  # fmt: skip
     record = json.loads(json.dumps(record))
     with lock.folder(args.save_dir, accelerator):
-        if not distributed.any_process(accelerator, accelerator.is_main_process and is_done(args.save_dir, record)):
+        if accelerator.is_main_process:
+            check_output_dir(args.save_dir, record)
+        is_done = accelerator.is_main_process and is_complete(args.save_dir, len(originals))
+        if not distributed.any_process(accelerator, is_done):
             distributed.prepare_model(model.net, accelerator)
             model.eval()
             parts = restore_images(args, accelerator, model, originals, build_degradation, conditions, settings)
@@ -142,12 +145,12 @@ def degradation_of(args, shape: tuple[int, ...]):
             raise UserError(f"--task colorize: needs a flow of images with 3 channels, this one has {channels}")
         return lambda indices: Grayscale()
     if args.task == "deblur":
-        blur = GaussianBlur(args.blur or DEFAULTS["blur"])
+        blur = GaussianBlur(value_of(args, "blur"))
         if blur.sigma > min(height, width):
             raise UserError(f"--blur {blur.sigma:g}: must be at most the side of the images, {min(height, width)} pixels")
         return lambda indices: blur
     if args.task == "super_resolution":
-        factor = args.factor or DEFAULTS["factor"]
+        factor = value_of(args, "factor")
         if height % factor or width % factor:
             raise UserError(f"--factor {factor}: {height}x{width} pixels must be divisible by it")
         return lambda indices: Downsampling(factor)
@@ -158,7 +161,7 @@ def degradation_of(args, shape: tuple[int, ...]):
         with error_context("--mask_box"):
             known = box_mask(height, width, args.mask_box)
         return lambda indices: Inpainting(known)
-    share = DEFAULTS["mask_fraction"] if args.mask_fraction is None else args.mask_fraction
+    share = value_of(args, "mask_fraction")
     with error_context("--mask_fraction"):
         random_masks(height, width, share, args.seed, range(1))
     return lambda indices: Inpainting(random_masks(height, width, share, args.seed, indices))
@@ -180,11 +183,16 @@ def read_mask(path: Path, height: int, width: int) -> Tensor:
 def parameters(args) -> dict[str, Any]:
     """The parameters of the degradation, for the record."""
     if args.task != "inpaint":
-        return {flag: getattr(args, flag) or DEFAULTS[flag] for flag, task in TASK_FLAGS.items() if task == args.task}
+        return {flag: value_of(args, flag) for flag, task in TASK_FLAGS.items() if task == args.task}
     if args.mask:
         return {"mask_sha256": files.sha256(args.mask)}
-    share = DEFAULTS["mask_fraction"] if args.mask_fraction is None else args.mask_fraction
-    return {"mask_box": args.mask_box} if args.mask_box else {"mask_fraction": share}
+    return {"mask_box": args.mask_box} if args.mask_box else {"mask_fraction": value_of(args, "mask_fraction")}
+
+
+def value_of(args, flag: str) -> float:
+    """What was typed, else the default, which is not argparse's, as a flag of another task is refused."""
+    typed = getattr(args, flag)
+    return DEFAULTS[flag] if typed is None else typed
 
 
 def check_conditions(conditions: SamplerSettings, model: FlowModel, snap: snapshot.Snapshot) -> None:
@@ -231,19 +239,36 @@ def load_images(args, snap: snapshot.Snapshot, accelerator: Accelerator) -> tupl
     return name, torch.cat([batch for _, batch in read_images(data, batches)])
 
 
-def is_done(folder: Path, record: dict) -> bool:
-    """Whether the folder holds the results of this record. Raises UserError where they are of another run."""
+def check_output_dir(folder: Path, record: dict) -> None:
+    """Write restore.json, or check that the existing one is of the same images. Raises UserError where it is not."""
     path = folder / "restore.json"
     existing = None
     if path.is_file():
-        with error_context(f"{path}: is damaged; name another folder with --save_dir"):
-            existing = files.read_json(path)
-    older = {key: record[key] for key in ("flow", "model")}  # which folders of earlier versions do not have
-    recorded = None if existing is None else [older | (existing.get("settings") or {})]
-    check_same_settings(folder, recorded, record, "images", "scripts.restore")
+        older = {key: record[key] for key in ("flow", "model")}  # which folders of earlier versions do not have
+        existing = [older | read_record(path)["settings"]]
+    check_same_settings(folder, existing, record, "images", "scripts.restore")
     if existing is None:
         files.write_text(path, json.dumps({"settings": record}, indent=1))
-    return bool(existing and existing.get("scores"))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """restore.json: settings and, once all is written, scores. Raises UserError for a damaged one."""
+    with error_context(f"{path}: is damaged; name another folder with --save_dir"):
+        record = files.read_json(path)
+        if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+            raise ValueError("it has no settings")
+        try:
+            record["scores"] = [scoring.Scores(**entry) for entry in record.get("scores", [])]
+        except TypeError:
+            raise ValueError("scores holds something else") from None
+    return record
+
+
+def is_complete(folder: Path, count: int) -> bool:
+    """Whether all that `write_results` writes is there, with so many images."""
+    pictures = [folder / "restore.png", *(images.png_path(folder / "images", k) for k in range(count))]
+    tables = bool(read_record(folder / "restore.json")["scores"]) and (folder / "restore.md").is_file()
+    return tables and all(map(images.is_whole_png, pictures))
 
 
 def restore_images(
@@ -337,7 +362,7 @@ def write_results(
 
 def print_summary(args) -> None:
     """The table and the last line."""
-    scores = [scoring.Scores(**entry) for entry in files.read_json(args.save_dir / "restore.json")["scores"]]
+    scores = read_record(args.save_dir / "restore.json")["scores"]
     print((args.save_dir / "restore.md").read_text(encoding="utf-8").rstrip())
     [flow] = [entry for entry in scores if entry.method == scoring.FLOW]
     best = scoring.best_baseline(scores)

@@ -58,6 +58,8 @@ def parse_args():
     flags.add_precision_flag(parser, "--num_fid_images")
     flags.add_output_flag(parser)
     args = parser.parse()
+    if args.prompts and args.num_fid_images:
+        raise UserError("--prompts: does not go with --num_fid_images, whose images have the plain captions of all classes")
     if not args.num_fid_images:
         args.refuse_typed(("feature_extractor", "mixed_precision"), "has no effect without --num_fid_images N; add it")
     return args

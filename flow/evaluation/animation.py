@@ -65,7 +65,8 @@ def write_gif(path: Path, frames: list[np.ndarray], seconds: float = SECONDS, ho
     sheet = np.concatenate([frames[i] for i in (0, len(frames) // 2, -1)]).reshape(-1, 3)
     # One palette for all frames, so that colors do not flicker. A color counts by the root of its number of pixels, so that
     # small dots keep theirs.
-    shades, counts = np.unique(sheet, axis=0, return_counts=True)
+    codes, counts = np.unique(sheet @ np.array([1 << 16, 1 << 8, 1]), return_counts=True)  # numbers sort faster than rows
+    shades = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8)
     weighted = np.repeat(shades, np.sqrt(counts).astype(int), axis=0)
     palette = Image.fromarray(weighted[None]).quantize(COLORS, kmeans=3, dither=Image.Dither.NONE)
     indexed = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]

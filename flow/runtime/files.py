@@ -162,6 +162,11 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return value
 
 
+def resolve_unnamed(path: Path) -> Path:
+    """The path; where it ends without a name, as `.` and `..` do, the absolute one, which others can be named after."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def free_folder(path: Path, may_hold: Callable[[Path], bool] = lambda folder: False) -> Path:
     """The path, or with a number behind it the first one that is not there yet or empty: for a command that is suggested.
 

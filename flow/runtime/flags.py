@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs import schema
 from configs.errors import UserError, did_you_mean
-from flow.runtime import cli, commands, messages
+from flow.runtime import cli, commands, files, messages
 from flow.solvers import ADAPTIVE, SOLVERS, max_steps_for_nfe, sde, time_grids, validate_options
 
 MOST = 2**31 - 1  # default upper limit of a whole number on the command line
@@ -150,7 +150,7 @@ def add_output_flag(
     required: bool = True,
 ) -> None:
     """The output folder or file."""
-    parser.add_argument(flag, type=Path, required=required, metavar=metavar, help=use)
+    parser.add_argument(flag, type=lambda word: files.resolve_unnamed(Path(word)), required=required, metavar=metavar, help=use)
 
 
 def add_widths_flag(parser: argparse.ArgumentParser, flag: str, use: str, required: bool = False) -> None:

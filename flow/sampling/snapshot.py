@@ -38,6 +38,10 @@ from flow.sampling.space import Space
 CodecSpec = dict[str, Any]
 FileIdentity = tuple[int, int, int]  # inode, modification time in ns, size in bytes
 
+OF_TRAININGS = {  # keys that look as if they were flags of the scripts that use weights, and those flags
+    "seed": "--seed", "train.mixed_precision": "-mp", "train.compile": "--compile", "evaluate.n_samples": "--n_samples",
+}  # fmt: skip
+
 
 @dataclass
 class Snapshot:
@@ -280,6 +284,8 @@ def _configuration(
     typed = loading.overridden(overrides)
     unconfirmed: dict[str, Any] = {}
     base, places = loading.parse_parts(text, source, Config, typed)
+    if key := next((key for key in OF_TRAININGS if key in typed and key not in places), None):
+        raise UserError(f"{key}={typed[key]}: is a key of trainings; where weights are used, {OF_TRAININGS[key]} sets it")
     if config_path:
         config = loading.load(config_path, overrides)
     else:

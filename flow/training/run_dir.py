@@ -85,8 +85,7 @@ def open_run(
     Raises UserError.
     """
     run_dir = _resumed_folder(config, exp_dir, resume) if resume else exp_dir or _default_folder(config)
-    if run_dir.name in ("", ".."):  # a run is called after its folder
-        run_dir = run_dir.resolve()
+    run_dir = files.resolve_unnamed(run_dir)  # a run is called after its folder
     stored_file = run_dir / "config.yaml"
     if not resume:
         if not config and not overrides:

@@ -33,6 +33,10 @@ EXAMPLES = """\
 
 
 PARTS = ("train", "sample", "evaluate", "scaling")
+PARTS_OF = {  # flags that only some of them read
+    "sampling_batch": ("sample", "evaluate"), "sampling_steps": ("sample", "evaluate"), "sampling_batches": ("sample",),
+    "n_samples": ("evaluate",), "feature_extractor": ("evaluate",), "processes": ("scaling",),
+}  # fmt: skip
 
 
 def parse_args():
@@ -54,6 +58,11 @@ def parse_args():
     flags.add_compile_flag(parser)
     flags.add_output_flag(parser, use="output folder (default: only printed)", required=False)
     args = parser.parse()
+    if not args.config and not args.overrides:
+        raise UserError("-c: a configuration is needed, e.g. -c configs/mnist.yaml")
+    for flag, parts in PARTS_OF.items():
+        if not set(parts) & set(args.parts):
+            args.refuse_typed([flag], f"is for --parts {' or '.join(parts)}")
     if len(args.vary) == 1:
         raise UserError(f"--vary {args.vary[0]}: give a key and its values")
     keys = {*loading.overridden(args.overrides), *args.vary[:1]}
@@ -80,7 +89,9 @@ def check_folder(args, plan: dict[str, dict]) -> None:
     if path.exists():
         with error_context(f"--out {args.out}: its benchmark.json is damaged; name another folder"):
             record = files.read_json(path)
-        before, now = (shlex.join([r.get("config") or "defaults", *r.get("overrides", [])]) for r in (record, vars(args)))
+            if not isinstance(record, dict) or not isinstance(record.get("overrides"), list):
+                raise ValueError("it holds something else")
+        before, now = (shlex.join([r.get("config") or "defaults", *r["overrides"]]) for r in (record, vars(args)))
         if before != now:
             raise UserError(f"--out {args.out}: holds a benchmark of {before}, now {now}; name another folder")
         if record.get("plan", plan) != plan:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchvision.utils import save_image
 
 import models
-from configs import loading, schema
+from configs import keys, loading, schema
 from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSpec
@@ -43,8 +43,7 @@ def main() -> None:
     if args.out.exists():
         raise UserError(f"--out {args.out}: exists already; name another file")
     cfg = loading.load(args.config, args.overrides)
-    if (cfg.flow.path, cfg.flow.prediction) != ("linear", "velocity"):
-        raise UserError(f"flow.path={cfg.flow.path}, flow.prediction={cfg.flow.prediction}: must be linear and velocity")
+    check_plain(cfg)
     with lock.unfinished(args.out):  # where nothing can be written, that is said before the training
         net, images, labels = load_network_and_data(cfg)
         step, averages = train_for(args.minutes, net, images, labels, cfg)
@@ -53,6 +52,17 @@ def main() -> None:
         snapshot.save(args.out, dict(zip(names, averages, strict=True)), cfg, tuple(images.shape[1:]), step, 1)
     result = f"{args.out}: {step} steps of {cfg.train.batch_size} images"
     print(messages.summary(result, args.start, f"sample from it with: {commands.sample_command(args.out, args.out.stem)}"))
+
+
+def check_plain(cfg: Config) -> None:
+    """Raises UserError for a configuration that does not train plain flow matching, which the weights would claim."""
+    plain = {"flow.path": "linear", "flow.prediction": "velocity", "flow.source.name": "gaussian",
+             "flow.coupling": "independent", "loss.name": "flow_matching"}  # fmt: skip
+    for key, value in plain.items():
+        if keys.get(cfg, key) != value:
+            raise UserError(f"{key}={keys.get(cfg, key)}: must be {value}, as the plain loop trains nothing else")
+    if cfg.model.args.get("two_times"):
+        raise UserError("model.args.two_times=true: must be false, as the plain loop gives the network one time")
 
 
 def train_for(minutes: float, net: nn.Module, images: Tensor, labels: Tensor | None, cfg: Config) -> tuple[int, list[Tensor]]:

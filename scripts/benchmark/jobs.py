@@ -210,7 +210,7 @@ def sample_job(job: dict) -> dict:
 
 
 def plain_sample_job(job: dict) -> dict:
-    cfg, _ = load_config_and_data(job)
+    cfg = loading.load(job["config"], job["overrides"])
     net, pixels, _ = baseline.load_network_and_data(cfg)
     shape = tuple(pixels.shape[1:])
     timer = Timer()

@@ -204,6 +204,8 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
             record = files.read_json(path)
             if lacking := {"budget", "curve", "evaluation", "recipes"} - record.keys():
                 raise ValueError(f"it has no {min(lacking)}")
+            if not isinstance(record["evaluation"], dict):
+                raise ValueError("evaluation holds something else")
             try:
                 stored = {entry["name"]: Recipe(**entry) for entry in record["recipes"]}
             except (TypeError, KeyError):
@@ -218,7 +220,7 @@ def fitted(args, recipes: list[Recipe]) -> list[Recipe]:
                 raise UserError(f"--{flag} {now}: the rows in {args.out} were measured with {then}; name another folder")
     for recipe in recipes:
         known = stored.get(recipe.name)
-        if known and (known.config, known.overrides) != (recipe.config, recipe.overrides):
+        if known and not same_recipe(known, recipe):
             raise UserError(f"--out {args.out}: holds a recipe {recipe.name} with other keys; name another folder")
         if known and known.content not in ("", recipe.content):
             raise UserError(f"--out {args.out}: has runs of {recipe.config} from before it changed; name another folder")

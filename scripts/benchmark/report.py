@@ -60,7 +60,7 @@ def markdown(result: dict) -> str:
     for overrides, cost in result["costs"].items():
         cfg = loading.load(result["config"], ast.literal_eval(overrides))
         lines.append(
-            f"- {result['config']} {overrides}: {cfg.model.name} of {cost['parameters'] / 1e6:.1f} M parameters, "
+            f"- {result['config'] or 'defaults'} {overrides}: {cfg.model.name} of {cost['parameters'] / 1e6:.1f} M parameters, "
             f"{cost['forward'] / 1e9:.2f} GFLOP an image forward, {cost['training'] / 1e9:.2f} forward and backward; "
             f"training batches of {cfg.train.batch_size}"
         )

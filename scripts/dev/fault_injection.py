@@ -111,7 +111,7 @@ def parse_args():
     parser.add_argument("--script", choices=JOBS, default="train", help="script to kill (default: train)")
     flags.add_seed_flag(parser, 0, "moments")
     flags.add_output_flag(parser, use="folder that keeps everything (default: a temporary one)", required=False)
-    return parser.parse()
+    return parser.parse(takes_keys=False)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def parse_args():
     )
     flags.add_count_flag(parser, "--height", "pixels of the strip", 200, least=16)
     flags.add_output_flag(parser, use="output file, a WebP", metavar="FILE")
-    return parser.parse()
+    return parser.parse(takes_keys=False)
 
 
 def main() -> None:

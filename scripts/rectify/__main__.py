@@ -18,6 +18,7 @@ from pathlib import Path
 from configs import loading
 from configs.errors import UserError
 from configs.rectify import RectifyConfig, RouteConfig
+from datasets.shards import MANIFEST
 from flow.runtime import cli, commands, files, flags, lock, messages
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import cli_main, error_context
@@ -163,13 +164,17 @@ class Rectify:
         plan = self.plan(name)
         budget = {"minutes": self.cfg.minutes, "share": self.cfg.stages[name].share}
         if "count" not in plan:
+            if any((self.folder / name / file).exists() for file in ("config.yaml", MANIFEST)):
+                raise UserError(
+                    f"minutes={self.cfg.minutes:g}: {self.folder / name} began without a budget; name another folder"
+                )
             print(f"trial: what {'a step' if self.cfg.stages[name].config else 'a pair'} of {name} takes", flush=True)
             with tempfile.TemporaryDirectory() as scratch:
                 seconds = trial(Path(scratch))
             fitting = max(1, round(60 * budget["minutes"] * budget["share"] / seconds))
             self.record(name, **budget, seconds=seconds, count=fitting)
             return fitting
-        if budget != {key: plan[key] for key in budget}:
+        if budget != {key: plan.get(key) for key in budget}:
             raise UserError(f"minutes={self.cfg.minutes:g}: {self.plan_file} is of another budget; name another folder")
         return plan["count"]
 
@@ -182,8 +187,8 @@ class Rectify:
             return {}
         with error_context(f"{self.plan_file}: is damaged; name another folder"):
             plans = files.read_json(self.plan_file)
-            if not all(isinstance(plan, dict) for plan in plans.values()):
-                raise ValueError("a stage has no entries")
+            if not all(isinstance(plan, dict) and ("count" not in plan or "minutes" in plan) for plan in plans.values()):
+                raise ValueError("a stage lacks entries")
         return plans
 
     def record(self, name: str, **entries: float | str | bool) -> None:

@@ -55,7 +55,7 @@ def table_rows(cfg: RectifyConfig) -> list[Row]:
         for scale in route.guidance_scale:
             for method in route.methods:
                 guided = f", w = {scale:g}" if scale != 1 else ""
-                by = f", {method}" if len(route.methods) > 1 and method != "euler" else ""
+                by = f", {method}" if method != "euler" else ""
                 rows.append(Row(name + guided + by, route, scale, method))
     return rows
 

@@ -70,6 +70,10 @@ def check_routes(cfg: RectifyConfig) -> None:
     """Raises UserError for what would otherwise fail after hours, in the middle of a route."""
     configs = {name: loading.load(stage.config, stage.overrides) for name, stage in cfg.stages.items() if stage.config}
     for name, config in configs.items():
+        if cfg.minutes is not None and "train.steps" in loading.overridden(cfg.stages[name].overrides):
+            raise UserError(
+                f"stages.{name}.overrides: train.steps is set by minutes={cfg.minutes:g}; set minutes=null or leave it out"
+            )
         with error_context(str(cfg.stages[name].config)):
             build_loss(config)
         shape = datasets.expected_shape(config.data.name, config.data.args)
@@ -144,8 +148,10 @@ def check_stage(
                 raise ValueError(
                     f"{stage.pairs.sampling_method!r} cannot make pairs: its images depend on more than their noise"
                 )
-            if cfg.minutes is not None and stage.pairs.sampling_method in solvers.HAS_TOLERANCES:
-                raise ValueError(f"{stage.pairs.sampling_method!r} chooses its own number of evaluations, which fits no budget")
+            if stage.pairs.sampling_method in solvers.HAS_TOLERANCES:
+                raise ValueError(
+                    f"{stage.pairs.sampling_method!r} chooses its own number of evaluations, which the table counts"
+                )
         if stage.pairs.guidance_scale != 1 and not classes_of(configs[teacher]):
             scale = stage.pairs.guidance_scale
             raise UserError(f"stages.{name}.pairs.guidance_scale={scale}: needs labels (model.args.num_classes)")

@@ -33,7 +33,7 @@ def suggest(
     `environment` is that of the last start; `values` the configuration by dotted key, with `interpolations` once more;
     `class_names` those of the weights of a flow, None where there are none to sample from; `best` the best entry of its tables.
     """
-    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    folder = files.resolve_unnamed(folder)
     program = _program(environment)
     launcher = _launcher(environment)
     typed = [shlex.quote(f"{key}={value}") for key, value in interpolations.items()]  # a stored configuration resolves nothing

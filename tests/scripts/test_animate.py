@@ -54,4 +54,7 @@ def test_flags_of_figures_that_are_not_drawn(flag, points_flow, tiny_run, tmp_pa
     assert f"{flag[0]}: is for flows of points" in error("animate", "--weights", tiny_run, *out, *flag)
     grids = ["animate", "--weights", points_flow("moons", 1), *out, "--trajectory_grids", *flag]
     assert f"{flag[0]}: does not go with --trajectory_grids" in error(*grids)
+    points = ["animate", "--weights", points_flow("mixture", 1), *out, "--figures"]
+    assert "--hutchinson_samples: is for --figures likelihood" in error(*points, "flow", "--hutchinson_samples", "2")
+    assert "--frames: is for --figures flow and density" in error(*points, "likelihood", "--frames", "3")
     assert not (tmp_path / "out").exists()

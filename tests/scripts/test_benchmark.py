@@ -64,6 +64,7 @@ def test_peak_memory_is_in_bytes(monkeypatch, platform, unit):
     [
         (None, "is a file; name a folder"),
         ("{", "its benchmark.json is damaged; name another folder"),
+        ('{"overrides": 3}', "its benchmark.json is damaged; name another folder"),
         ('{"config": "configs/mnist.yaml", "overrides": []}', "holds a benchmark of configs/mnist.yaml, now configs"),
         ('{"config": "configs/digits.yaml", "overrides": [], "plan": {}}', "holds a benchmark with other flags"),
     ],
@@ -149,13 +150,27 @@ def test_the_gpu_check_on_a_cpu_with_tiny_numbers(tmp_path, real_data):
     ("config", "minutes", "message"),
     [
         ("digits", "nan", "argument --minutes: 'nan': must be a finite number above 0"),
-        ("mnist_ddpm", "1", "flow.path=vp, flow.prediction=noise: must be linear and velocity"),
+        ("mnist_ddpm", "1", "flow.path=vp: must be linear, as the plain loop trains nothing else"),
+        ("mnist_transfer", "1", "flow.source.name=mnist: must be gaussian"),
+        ("digits_mean_flow", "1", "loss.name=mean_flow: must be flow_matching"),
     ],
 )
 def test_what_the_plain_loop_does_not_train(error, tmp_path, config, minutes, message):
     out = tmp_path / "plain.safetensors"
     command = ["benchmark.baseline", "-c", f"configs/{config}.yaml", "--minutes", minutes, "--out", out]
     assert message in error(*command) and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "-c: a configuration is needed"),
+        (["-c", "configs/digits.yaml", "--processes", "2"], "--processes: is for --parts scaling"),
+        (["-c", "configs/digits.yaml", "--parts", "train", "--sampling_steps", "2"], "is for --parts sample or evaluate"),
+    ],
+)
+def test_flags_of_other_parts(error, words, message):
+    assert message in error("benchmark", *words)
 
 
 def test_plain_loop_needs_a_place_for_its_file(error, tmp_path):

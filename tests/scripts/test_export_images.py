@@ -32,6 +32,7 @@ def test_broken_image_leaves_no_folder(here, error, tmp_path):
     before, after = (datasets.build("folder", None, {"path": str(path), "channels": 1}) for path in (source, out))
     assert len(after) == 3 and all(torch.equal(after[k][0], before[k][0]) for k in range(3))
     assert f"--save_dir {out}: exists already" in error(*command)
+    assert "train.steps: only keys of data have a meaning here" in error(*command, "train.steps=5")
 
 
 @pytest.mark.parametrize("names", [("a/b", "a-b"), (".hidden", "seen"), ("..", "seen")])

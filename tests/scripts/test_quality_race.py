@@ -194,11 +194,13 @@ def test_rows_that_evaluate_would_refuse(error, tmp_path, recipe, flags, message
     assert message in error(*command, *flags) and not (tmp_path / "race/race.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "budget", "curve", "evaluation", "recipes"])
+@pytest.mark.parametrize("damage", ["{", "[]", "budget", "curve", "evaluation", "recipes", "no flags"])
 def test_damaged_race_file_is_named(error, tmp_path, damage):
     """Text that is no JSON object, or a key that is not there."""
     record = {"budget": "0.005 minutes of steps", "curve": 2, "evaluation": {}, "recipes": []}
     text = json.dumps({key: value for key, value in record.items() if key != damage}) if damage in record else damage
+    if damage == "no flags":
+        text = json.dumps({**record, "evaluation": []})
     (tmp_path / "race.json").write_text(text)
     line = error("benchmark", "quality", *FLAGS, "--out", tmp_path, "--configs", "configs/digits.yaml")
     assert f"{tmp_path / 'race.json'}: is damaged; name another folder with --out" in line

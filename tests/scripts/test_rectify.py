@@ -226,7 +226,15 @@ def test_mistakes_come_out_before_anything_is_trained(error, tmp_path, config):
     assert "feature_extractor=mnst: unknown; choose one of" in refused("feature_extractor", "mnst")
     assert "the extractor takes 28x28 images, not 8x8" in refused("feature_extractor", "mnist")
     assert "use velocity or data" in refused("stages", "distilled", "overrides", ["flow.prediction=noise"])
-    assert "shares of the minutes add up to 0, not to 1" in refused("minutes", 3)
+    assert "stages.1-rf.share=0: must be more than 0, its share of the 3 minutes" in refused("minutes", 3)
+    assert "'dopri5' chooses its own number of evaluations" in refused(*pairs_of_paths, "sampling_method", "dopri5")
+    one = {**whole, "minutes": 3, "routes": {"flow": {"stages": ["1-rf"]}}}
+    for wrong, line in [
+        ({"share": 0.9}, "shares of the minutes add up to 0.9, not to 1"),
+        ({"share": 1.0, "overrides": ["train.steps=5"]}, "overrides: train.steps is set by minutes=3"),
+    ]:
+        (tmp_path / "changed.yaml").write_text(yaml.safe_dump({**one, "stages": {"1-rf": {**stages["1-rf"], **wrong}}}))
+        assert line in error(*command)
     assert "'heun' does not take one evaluation a step" in refused("routes", "flow", "methods", ["heun"])
     assert "'dopri5' does not take one evaluation a step" in refused("routes", "flow", "methods", ["dopri5"])
     assert "'consistency' needs the score" in refused("routes", "distilled", "methods", ["consistency"])
@@ -291,6 +299,7 @@ def test_sets_of_pairs_keep_their_seeds(tmp_path, config):
 def test_trial_of_pairs_of_a_reflow(rectified, tmp_path, config):
     """The network before them was trained on pairs itself, wherever the YAML says that those lie."""
     folder = shutil.copytree(rectified, tmp_path / "run")
+    shutil.rmtree(folder / "pairs_2-rf")
     whole = yaml.safe_load(config.read_text()) | {"minutes": 1.0, "folder": str(folder)}
     whole["routes"] = {"flow": {"stages": ["1-rf"]}}
     for stage in whole["stages"].values():
@@ -299,6 +308,8 @@ def test_trial_of_pairs_of_a_reflow(rectified, tmp_path, config):
     cfg = loading.load(tmp_path / "minutes.yaml", kind=RectifyConfig)
     words = rectify.Rectify(cfg, None, 0.0).pairs("pairs_2-rf", "2-rf")
     assert int(words[words.index("--n_pairs") + 1]) > 0
+    with pytest.raises(UserError, match=r"minutes=1: .*1-rf began without a budget"):
+        rectify.Rectify(cfg, None, 0.0).training("1-rf", None, None)
 
 
 def test_time_of_pairs_after_a_kill_is_unknown(monkeypatch, rectified, tmp_path, config):
@@ -327,7 +338,7 @@ def test_a_folder_of_another_budget(rectified, tmp_path, config):
         chain.training("1-rf", None, None)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"1-rf": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"1-rf": 3}', '{"1-rf": {"count": 3}}'])
 def test_damaged_plan_is_named(error, monkeypatch, tmp_path, config, text):
     monkeypatch.setattr(rectify, "run_command", lambda arguments, launcher: None)
     (tmp_path / "plan.json").write_text(text)

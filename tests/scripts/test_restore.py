@@ -79,6 +79,20 @@ def test_interrupted_call_continues(here, tiny_run, tmp_path):
     assert list(scores(tmp_path / "out").values()) == before
 
 
+def test_lost_files_are_made_again(here, error, tiny_run, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--weights", tiny_run, "--task", "deblur", "--blur", "1", "--save_dir", out, *QUICK]
+    here("restore", *arguments)
+    lost = {name: (out / name).read_bytes() for name in ("restore.md", "restore.png", "images/000002.png")}
+    for name in lost:
+        (out / name).unlink()
+    here("restore", *arguments)
+    assert {name: (out / name).read_bytes() for name in lost} == lost
+    for damage in ("[]", '{"settings": [1]}', '{"settings": {}, "scores": [1]}'):
+        (out / "restore.json").write_text(damage)
+        assert f"{out / 'restore.json'}: is damaged; name another folder with --save_dir" in error("restore", *arguments)
+
+
 def test_suggested_command_runs(here, tiny_run, tmp_path):
     text = here("restore", "--weights", tiny_run, "--task", "deblur", "--save_dir", tmp_path / "deblur", *QUICK)
     (line,) = re.findall(r"with: (.+)$", text, re.M)

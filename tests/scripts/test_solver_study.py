@@ -84,6 +84,7 @@ def test_the_study(tmp_path, tiny_run, here, error):
 def test_study_of_points_has_no_frechet_distance(error, points_flow, tmp_path):
     study = ["solver_study", "--weights", points_flow("mixture", 1), "--out", tmp_path / "out", "--num_fid_images", "40"]
     assert "--num_fid_images 40: is for images, and these weights are a flow of points" in error(*study)
+    assert "--prompts: does not go with --num_fid_images" in error(*study, "--prompts", "a three")
     assert not (tmp_path / "out").exists()
 
 

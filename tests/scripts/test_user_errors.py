@@ -190,6 +190,9 @@ def test_weights(script, error, tiny_run, tmp_path):
     assert "holds no snapshot" in error(script, "--weights", tmp_path, *more)
     line = error(script, "--weights", tiny_run, *more, "model.args.width=32")
     assert "do not fit the network (model.name, model.args)" in line
+    assert "seed=5: is a key of trainings; where weights are used, --seed sets it" in error(
+        script, "--weights", tiny_run, *more, "seed=5"
+    )
     assert "0 to 9" in error(script, "--weights", tiny_run, *more, "--labels", "3", "10")
     assert "must be a whole number of at least 1" in error(script, "--weights", tiny_run, *more, "--sampling_steps", "0")
     assert not (tmp_path / "out").exists()

@@ -62,6 +62,13 @@ def test_free_folder(tmp_path):
     assert files.free_folder(tmp_path / ("x" * 300)) == tmp_path / ("x" * 300)
 
 
+def test_folders_without_a_name(tmp_path, monkeypatch):
+    """Others are named after them."""
+    monkeypatch.chdir(tmp_path)
+    assert files.resolve_unnamed(Path()) == tmp_path and files.resolve_unnamed(Path("..")) == tmp_path.parent
+    assert files.resolve_unnamed(Path("a/b")) == Path("a/b")
+
+
 def test_folder_that_is_closed_is_not_free(tmp_path, monkeypatch):
     """Of another user; it does not end a training that has only its hint left to print."""
     (tmp_path / "a").mkdir()
