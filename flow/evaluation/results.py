@@ -55,10 +55,9 @@ def read(path: Path) -> list[dict]:
     return list(rows.values())
 
 
-def rows_of(folder: Path, n: int, extractor: str | None = None) -> list[dict]:
-    """The rows of n samples that were measured with this feature extractor (None: with any). The folder may hold those of
-    other calls."""
-    return [row for row in read(folder) if row["n"] == n and _is_measured_with(extractor, row)]
+def rows_of(folder: Path, n: int) -> list[dict]:
+    """The rows of n samples. The folder may hold those of other calls."""
+    return [row for row in read(folder) if row["n"] == n]
 
 
 def real_rows(folder: Path, n: int) -> list[dict]:
@@ -118,10 +117,6 @@ def key_of(row: dict, names: tuple[str, ...] = (*SETTINGS, "first")) -> str:
     """What makes two rows the same measurement. Snapshots are the same by their content, whatever they are called."""
     hashed = WEIGHTS_HASH in row["identity"]
     return json.dumps([row.get(name) for name in names if not (hashed and name == "weights")], sort_keys=True)
-
-
-def _is_measured_with(extractor: str | None, row: dict) -> bool:
-    return extractor in (None, row["identity"].get("extractor", [None])[0])
 
 
 @cache  # rows are read again before each new one

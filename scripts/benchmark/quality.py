@@ -325,27 +325,31 @@ def report(args, recipes: list[Recipe], seeds: int) -> None:
     distance = next(filter(is_distance, names))
     names.remove(distance)
     digits = table.decimals(distance)
-    lines = [["recipe", "steps", "images/s", "solver", "NFE", "guidance", distance, "change", *names]]
+    speed = ["images/s"] if args.minutes else []
+    lines = [["recipe", "steps", *speed, "solver", "NFE", "guidance", distance, "change", *names]]
     for method, steps, scale in settings_of(args):
         base = [row["metrics"][distance] for row in cells[method, steps, scale, recipes[0].name]]
         for recipe in recipes:
             rows = cells[method, steps, scale, recipe.name]
             values = [row["metrics"][distance] for row in rows]
             others = [mean_of([row["metrics"].get(name) for row in rows], 3) for name in names]
-            rate = f"{batch_size(recipe) / recipe.seconds_per_step:.0f}" if args.minutes else ""
+            rate = [f"{batch_size(recipe) / recipe.seconds_per_step:.0f}"] if args.minutes else []
             errors = [row.get("standard_errors", {}).get(distance) for row in rows]
             change = "" if recipe is recipes[0] else difference(values, base, digits)
             lines.append([
-                recipe.name, str(recipe.steps), rate, method, f"{statistics.fmean(row['NFE'] for row in rows):g}",
+                recipe.name, str(recipe.steps), *rate, method, f"{statistics.fmean(row['NFE'] for row in rows):g}",
                 f"{scale:g}", spread(values, errors, digits), change, *others,
             ])  # fmt: skip
     floors = results.real_rows(run_dir(args, recipes[0], 0) / "evaluation", args.n_samples)
     text = table.markdown(lines)
-    note = [
-        f"{budget(args)} a run, {seeds} seed(s), {args.n_samples:,} images a row. {distance}: mean over the "
-        "seeds ± its 95% interval over samples, then the smallest and the largest seed. Change: to the first recipe, the mean "
-        "over seeds ± its standard error."
-    ]
+    note = [f"{budget(args)} a run, {seeds} seed(s), {args.n_samples:,} images a row."]
+    if seeds == 1:
+        note += [f"{distance} ± its 95% interval over samples. Change: to the first recipe."]
+    else:
+        note += [
+            f"{distance}: mean over the seeds ± its 95% interval over samples, then the smallest and the largest seed. Change: "
+            "to the first recipe, the mean over seeds ± its standard error."
+        ]
     note += [
         f"{row['weights']}, n = {row['n']:,}: {distance} {row['metrics'][distance]:.{table.decimals(distance)}f}."
         for row in floors

@@ -19,10 +19,10 @@ from configs import loading
 from configs.errors import UserError
 from configs.rectify import RectifyConfig, RouteConfig
 from datasets.shards import MANIFEST
-from flow.runtime import cli, commands, files, flags, lock, messages
+from flow.evaluation import evaluate_command
+from flow.runtime import cli, commands, files, flags, lock, messages, subprocesses
 from flow.runtime.commands import evaluate_arguments, train_arguments
 from flow.runtime.errors import cli_main, error_context
-from flow.runtime.subprocesses import run_command
 from scripts.benchmark.trial import sampling_seconds, seconds_per_step, training_laps
 from scripts.rectify.comparison import Row, compare, table_rows
 from scripts.rectify.routes import Cost, check_routes, check_table, first_config, pair_passes, stage_cost
@@ -71,11 +71,13 @@ class Rectify:
         for name, (route, k) in stages.items():
             self.announce(f"{'training' if self.cfg.stages[name].config else 'pairs'}: {name}")
             self.run_stage(name, *self.cfg.before(route, k))
+        results = []
         for row in self.rows:
             self.announce(f"evaluation of {row.title}")
-            run_command(self.evaluation(row), self.launcher)
+            results += evaluate_command.run(self.evaluation(row), self.launcher)
         self.announce("comparison")
-        best = compare(self.cfg, self.folder, self.rows, {row.network: self.route_cost(row.route) for row in self.rows})
+        costs = {row.network: self.route_cost(row.route) for row in self.rows}
+        best = compare(self.cfg, self.folder, self.rows, costs, results)
         result = f"comparison.md and comparison.png in {self.folder}"
         steps = min(self.cfg.nfe)
         words = ["--sampling_method", best.method, "--sampling_steps", str(steps), *commands.condition_flags(best.scale)]
@@ -97,7 +99,7 @@ class Rectify:
         if stage.pairs is not None:
             self.record(name, running=True)
         try:
-            run_command(arguments, self.launcher)
+            subprocesses.run_command(arguments, self.launcher)
         finally:
             if stage.pairs is not None:
                 worked = self.shards(name) > before or math.isnan(seconds)

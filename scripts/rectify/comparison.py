@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from configs.rectify import RectifyConfig, RouteConfig
-from flow.evaluation import pictures, results, table
+from flow.evaluation import pictures, table
 from flow.evaluation.entries import aggregate, distance_name, model_key
+from flow.evaluation.results import is_control
 from flow.evaluation.straightness import mean_straightness_deviation
 from flow.guidance import network_calls
 from flow.model import FlowModel
@@ -60,14 +61,13 @@ def table_rows(cfg: RectifyConfig) -> list[Row]:
     return rows
 
 
-def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, Cost]) -> Row:
+def compare(cfg: RectifyConfig, folder: Path, rows: list[Row], costs: dict[str, Cost], results: list[dict]) -> Row:
     """Write and print comparison.md, draw comparison.png. The row of the smallest distance at the smallest NFE.
 
-    costs: of the route to each network.
+    costs: of the route to each network. results: the rows of evaluate.py, those of real images among them.
     """
     measured = measure_rows(cfg, folder, rows)
-    stored = results.rows_of(folder / "evaluation", cfg.n_samples, cfg.feature_extractor)
-    entries = aggregate([row for row in stored if row.get("steps") in cfg.nfe])
+    entries = aggregate([row for row in results if not is_control(row)])
     text = table_text(cfg, measured, costs, entries)
     files.write_text(folder / "comparison.md", f"{text}\n")
     draw(folder / "comparison.png", cfg, measured)
@@ -140,7 +140,7 @@ def best_row(cfg: RectifyConfig, measured: list[Measured], entries: list[dict]) 
     """The row of the smallest distance at the smallest NFE."""
     distance = distance_name(entries)
     rows = {m.key: m.row for m in measured}
-    fewest = [e for e in entries if e["NFE"] == min(cfg.nfe) and model_key(e) in rows]  # others are of earlier calls
+    fewest = [e for e in entries if e["NFE"] == min(cfg.nfe)]
     return rows[model_key(min(fewest, key=lambda e: e["metrics"][distance].mean))]
 
 

@@ -26,7 +26,7 @@ from configs.rectify import PairsConfig, RectifyConfig, RouteConfig, StageConfig
 from flow.evaluation import results
 from flow.evaluation.checks import check_before_training
 from flow.evaluation.runner import EvaluationSettings
-from flow.runtime import distributed
+from flow.runtime import distributed, subprocesses
 from flow.sampling import locate, snapshot
 from flow.training import checkpoint
 from scripts.rectify import __main__ as rectify
@@ -90,7 +90,7 @@ def rectified(tmp_path_factory, config) -> Path:
     """The whole chain, its commands run in this process, which saves the seconds of ten starts."""
     folder = tmp_path_factory.mktemp("rectify") / "whole"
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as err:
-        patch.setattr(rectify, "run_command", run_command_here)
+        patch.setattr(subprocesses, "run_command", run_command_here)
         printed = run_here("rectify", "-c", config, f"folder={folder}")
     assert "| model" in printed
     stages = re.findall(r"^stage (\d+) of (\d+): (.*) \(\d+\.\d (?:s|min) so far\)$", printed, re.M)
@@ -321,7 +321,7 @@ def test_time_of_pairs_after_a_kill_is_unknown(monkeypatch, rectified, tmp_path,
         assert json.loads((folder / "plan.json").read_text())["pairs_1-rf"]["running"]
         (folder / "pairs_1-rf" / "more.safetensors").touch()
 
-    monkeypatch.setattr(rectify, "run_command", add_shard)
+    monkeypatch.setattr(subprocesses, "run_command", add_shard)
     chain = rectify.Rectify(cfg, None, 0.0)
     chain.record("pairs_1-rf", running=True, elapsed=3.0)
     chain.run_stage("pairs_1-rf", "1-rf", None)
@@ -340,7 +340,7 @@ def test_a_folder_of_another_budget(rectified, tmp_path, config):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"1-rf": 3}', '{"1-rf": {"count": 3}}'])
 def test_damaged_plan_is_named(error, monkeypatch, tmp_path, config, text):
-    monkeypatch.setattr(rectify, "run_command", lambda arguments, launcher: None)
+    monkeypatch.setattr(subprocesses, "run_command", lambda arguments, launcher: None)
     (tmp_path / "plan.json").write_text(text)
     assert f"{tmp_path / 'plan.json'}: is damaged" in error("rectify", "-c", config, f"folder={tmp_path}")
     assert (tmp_path / "plan.json").read_text() == text
