@@ -11,7 +11,6 @@ not in the reference, from the other split of the data set; where it has none, o
 
 import shlex
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -31,6 +30,7 @@ N_SAMPLES = 50_000
 GENERATION = (  # flags that say how images are made
     "methods", "sampling_steps", "nfe", "time_grid", "guidance_scale", "guidance_interval", "guide_weights", "source", "labels",
     "captions", "n_samples", "repeats", "seed", "rtol", "atol", "sde_noise_scale", "eta", "diffusion", "compile",
+    "mixed_precision",
 )  # fmt: skip
 EXAMPLES = """\
   accelerate-launch evaluate.py --weights runs/mnist --feature_extractor mnist --methods euler heun --sampling_steps 5 10 50
@@ -89,6 +89,8 @@ def parse_args():
     args = parser.parse()
     if args.samples:
         args.refuse_typed(GENERATION, "does not go with --samples, whose images are there already")
+        if other := next((key for key in loading.overridden(args.overrides) if not key.startswith("data.")), None):
+            raise UserError(f"{other}: does not go with --samples, for which only keys of data have a meaning")
     return args
 
 
@@ -172,9 +174,7 @@ def plan_of(
             options = flags.solver_options(args, method, args.methods)
             for steps in flags.num_steps(args, method):
                 words = commands.condition_flags(1 if args.guide_weights else scale, (prompts or ())[:8]) + args.overrides
-                times = None
-                if args.time_grid == "optimized":
-                    times = distributed.decided_by_main(partial(grid_store.load, snap, method, steps, words))
+                times = grid_store.times_of(args.time_grid, snap, method, steps, words)
                 sampler = SamplerSettings(
                     method, steps, scale, seed=args.seed, labels=labels, prompts=prompts, time_grid=args.time_grid, times=times,
                     options=options, source=args.source,
@@ -206,7 +206,8 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
     out = args.out or (folder / "evaluation" if stored else folder.with_name(f"{folder.name}_evaluation"))
     with lock.folder(out, accelerator):
         config = loading.load(args.config, args.overrides)
-        rows = folders.write_row(settings, accelerator, out, args.samples, config, data, stored, trained=bool(args.config))
+        trained = bool(args.config) or "data.name" in loading.overridden(args.overrides)
+        rows = folders.write_row(settings, accelerator, out, args.samples, config, data, stored, trained)
     write_rows_file(args, accelerator, rows)
     show = f"cat {shlex.quote(str(out / 'results.md'))}"
     print_summary(args, accelerator, out, f"see the table again with: {show}")

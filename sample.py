@@ -5,7 +5,6 @@ little on its batch, so --bspp must stay the same). An interrupted run resumes. 
 (PNG), grid.png, sampling.json and, with --npz, samples.npz.
 """
 
-from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -13,7 +12,7 @@ from accelerate import Accelerator
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context, printable
-from flow.sampling import grid_store, guide, images, output, snapshot, sources
+from flow.sampling import grid_store, guide, images, named_data, output, snapshot, sources
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.sampling.snapshot import Snapshot
 from flow.solvers import SOLVERS
@@ -80,10 +79,8 @@ def settings_of(args, snap: Snapshot, guide_name: str | None) -> SamplerSettings
     labels = flags.labels_of(args.labels, snap.class_names)
     method = args.sampling_method
     [steps] = flags.num_steps(args, method)
-    times = None
-    if args.time_grid == "optimized":
-        words = commands.condition_flags(1 if args.guide_weights else args.guidance_scale, args.prompts) + args.overrides
-        times = distributed.decided_by_main(partial(grid_store.load, snap, method, steps, words))
+    words = commands.condition_flags(1 if args.guide_weights else args.guidance_scale, args.prompts) + args.overrides
+    times = grid_store.times_of(args.time_grid, snap, method, steps, words)
     return SamplerSettings(
         method, steps, args.guidance_scale, seed=args.seed, labels=labels,
         prompts=tuple(args.prompts) if args.prompts else None, time_grid=args.time_grid, times=times,
@@ -99,12 +96,14 @@ def check_request(args, snap: Snapshot, model: FlowModel, settings: SamplerSetti
     classes = len(snap.class_names)
     if settings.prompts and labels and not all(0 <= label < classes for label in labels):
         raise ValueError(f"--labels {' '.join(args.labels)}: with --prompts they are classes, from 0 to {classes - 1}")
+    if args.grid_by_class and snap.space.is_points:
+        raise ValueError("--grid_by_class: is for images, and --weights is a flow of points")
     if args.grid_by_class and not (settings.prompts or model.net.num_classes):
         raise ValueError("--grid_by_class: this network was trained without labels (model.args.num_classes)")
 
 
 def images_folder(args) -> Path:
-    return args.save_dir / "images"
+    return args.save_dir / named_data.IMAGES
 
 
 def write_points(args, accelerator: Accelerator, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:

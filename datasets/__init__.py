@@ -123,7 +123,7 @@ class DataSpec:
         Raises ValueError for another split or shape and for a data set without splits.
         """
         name, colon, split = text.partition(":")
-        if name not in DATASETS:
+        if name not in SHAPES:  # the others need a path
             return None
         if name == "toys":
             shapes = [shape for shape in TOYS if shape != "image"]  # which needs a path

@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -76,6 +77,10 @@ class EncodedImages(ABC):
 
     def fingerprint(self) -> str:
         """Hash of the content: the bytes of the files in order, the crop and the size."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.blake2b(f"{self.size} {self.channels}".encode(), digest_size=16)
         for file in self.files:
             digest.update(hashlib.blake2b(file.read_bytes(), digest_size=16).digest())

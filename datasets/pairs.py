@@ -51,7 +51,10 @@ def pairs(root: Path, path: str) -> Pairs:
         damage = verify_shard(folder / shard.name, len(shard.indices))
         if damage:
             raise ValueError(f"path={path}: {damage}; run make_pairs with the same arguments: it regenerates this shard")
-        for name, tensor in read_shard(folder / shard.name)[0].items():
+        tensors = read_shard(folder / shard.name)[0]
+        if unknown := tensors.keys() - parts.keys():
+            raise ValueError(f"path={path}: {shard.name} holds {min(unknown)}, which pairs do not have; make them again")
+        for name, tensor in tensors.items():
             parts[name].append(tensor)
     joined = {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}
     return Pairs(

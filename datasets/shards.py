@@ -107,6 +107,8 @@ def open_shards(folder: Path, manifest: dict[str, Any], path: str, kind: str) ->
     """
     again = f"run {SCRIPTS[kind]} with the same arguments: it makes this shard again"
     shards = []
+    if not manifest["shards"]:
+        raise ValueError(f"path={path}: {MANIFEST} is damaged, it lists no shard; run {SCRIPTS[kind]} with the same arguments")
     for entry in manifest["shards"]:
         try:
             name, digest, images = entry["name"], entry["digest"], entry["images"]

@@ -27,7 +27,7 @@ from datasets import DataSet, DataSpec
 from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.evaluation.features import Extractor, FeatureSet, merge
-from flow.evaluation.frechet import frechet_distance, too_few_images
+from flow.evaluation.frechet import frechet_distance, too_few_images_message
 from flow.evaluation.intervals import mean_standard_error
 from flow.evaluation.reading import read_images
 from flow.noise import generator
@@ -263,7 +263,7 @@ def check(args, accelerator: Accelerator, data: DataSet, extractor: Extractor) -
     decibels = torch.tensor([ratio for part, _, _ in everything for ratio in part])
     real, recon = (merge([part[i] for part in everything]) for i in (1, 2))
     if count <= len(real.mu):
-        print(f"warning: {too_few_images(count, '--check', len(real.mu))}")
+        print(f"warning: {too_few_images_message(count, '--check', len(real.mu))}")
     distance = frechet_distance(real.mu, real.sigma, recon.mu, recon.sigma)
     error = mean_standard_error(decibels.numpy())
     result = {

@@ -41,7 +41,7 @@ from flow.restoration import (
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
-from flow.sampling import images, snapshot
+from flow.sampling import images, named_data, snapshot
 from flow.sampling.generate import build_velocity, check_finite, index_batches, shard, to_solver_dtype
 from flow.sampling.settings import SamplerSettings, validate
 from flow.source import GAUSSIAN
@@ -63,7 +63,7 @@ def parse_args():
     parser.add_argument("--task", choices=TASKS, required=True, help="what was done to the images")
     flags.add_output_flag(parser, "--save_dir")
     flags.add_count_flag(parser, "--n_images", "the first of the data set or folder", 100)
-    parser.add_argument("--images", type=Path, metavar="DIR", help="images to degrade (default: held out of the training)")
+    parser.add_argument("--images", metavar="DIR|NAME", help="images to degrade (default: held out of the training)")
     parser.add_argument("--noise", type=flags.nonnegative, default=0.05, metavar="STD", help="of the degraded images, whose "
                         "pixels are in [-1, 1] (default: 0.05)")  # fmt: skip
     missing = parser.add_mutually_exclusive_group()
@@ -214,7 +214,8 @@ def settings_of(args) -> RestorationSettings:
 def load_images(args, snap: snapshot.Snapshot, accelerator: Accelerator) -> tuple[str, Tensor]:
     """(what they are called, the first images uint8 [N, C, H, W]) of --images, else held out of the training."""
     if args.images:
-        name, spec = str(args.images), DataSpec.of_folder(args.images, snap.image_shape)
+        with error_context("--images"):
+            name, spec = args.images, named_data.spec_of(args.images, snap.config.data.root, snap.image_shape)
     else:
         snap.check_data()
         with error_context("data"):

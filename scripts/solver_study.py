@@ -94,7 +94,7 @@ def plan_of(args, snap: snapshot.Snapshot) -> list[SamplerSettings]:
     words = args.typed("guidance_scale", "prompts", "labels") + args.overrides
     return [
         SamplerSettings(
-            method, n, time_grid=name, times=grid_store.load(snap, method, n, words) if name == "optimized" else None
+            method, n, time_grid=name, times=grid_store.times_of(name, snap, method, n, words)
         )
         for method in args.methods
         for name in args.grids

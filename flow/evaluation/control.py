@@ -127,7 +127,9 @@ def choose_by_frequency(pool: Sequence[int], labels: Tensor | None, reference_la
         return list(pool[:n])
     classes = labels.tolist()
     counts = reference_labels.bincount(minlength=max(classes) + 1).tolist()
-    by_class = {c: iter([k for k in pool if classes[k] == c]) for c in range(len(counts))}
-    positions = [k for c in labels_by_frequency(counts, n) if (k := next(by_class[c], None)) is not None]
+    by_class: list[list[int]] = [[] for _ in counts]
+    for k in reversed(pool):
+        by_class[classes[k]].append(k)
+    positions = [by_class[c].pop() for c in labels_by_frequency(counts, n) if by_class[c]]
     used = set(positions)
     return positions + [k for k in pool if k not in used][: n - len(positions)]

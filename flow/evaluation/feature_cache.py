@@ -18,11 +18,11 @@ from flow.runtime import distributed, files
 
 def cached(
     accelerator: Accelerator, extractor: Extractor | PointExtractor, data: DataSet, identity: str, path: Path,
-    batch_size: int, what: str, layers: Sequence[str], order: Sequence[int] | None = None,
+    batch_size: int, what: str, key: str, layers: Sequence[str], order: Sequence[int] | None = None,
 ) -> FeatureSet | None:  # fmt: skip
     """The features of the images of a data set, image k from data[order[k]], on the main process (None on the others): from the
     file at `path` where it holds those of this `identity` (see `identity_of`), else computed and stored there; a damaged
-    file is named and written again."""
+    file is named and written again. `what` is the name of the bar, `key` that of an error about an image."""
     n = len(data) if order is None else len(order)
     features = None
     if accelerator.is_main_process:
@@ -32,7 +32,8 @@ def cached(
             accelerator.print(f"warning: {path}: damaged cache of features ({error}); computing them again")
     if distributed.any_process(accelerator, features is not None):
         return features
-    features = collecting.collect(accelerator, extractor, collecting.read(data, accelerator, batch_size, what, order), layers)
+    images = collecting.read(data, accelerator, batch_size, what, order, key)
+    features = collecting.collect(accelerator, extractor, images, layers)
     if features is not None:
         try:
             with files.atomic_file(path) as temporary:

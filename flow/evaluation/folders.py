@@ -23,6 +23,7 @@ from flow.evaluation.reference import Reference, same_classes
 from flow.evaluation.runner import Evaluation, EvaluationSettings
 from flow.runtime import distributed, files
 from flow.runtime.errors import error_context
+from flow.sampling import named_data
 from flow.sampling.conditions import labels_for
 from flow.sampling.settings import SamplerSettings
 
@@ -40,9 +41,11 @@ def write_row(
     real_images = load_real_images(settings.reference, accelerator, data.image_shape, config)
     labels, own_names = labels_of(samples, data, stored)
     real_names = real_images.data.class_names if real_images else ()
-    if (real_images or not stored) and not has_classes(real_names, own_names, stored):
-        labels = None
-    classes_of = [real_images.spec.name] if real_images and labels is not None else []
+    comparable = labels is not None and has_classes(real_names, own_names, stored)
+    classes_of = [config.data.name] if trained else []
+    classes_of += [real_images.spec.name] if real_images and comparable else []
+    for note in data.notes:
+        accelerator.print(f"note: {note}")
     ev = Evaluation.build(settings, accelerator, out, data.image_shape, real_images, classes_of, own_names)
     if trained:
         ev.load_training(config, data.image_shape)
@@ -51,8 +54,8 @@ def write_row(
             raise UserError("--metrics memorization: the training set of these images is not known; name it with -c")
         accelerator.print("note: no memorization: the training set of these images is not known; name it with -c")
         ev.settings = replace(settings, metrics=tuple(name for name in settings.metrics if name != "memorization"))
-    real_labels = real_images.data.labels if real_images and labels is not None else None
-    if labels is None:
+    real_labels = real_images.data.labels if real_images and comparable else None
+    if not comparable:
         ev.reference.labels = None
     if stored and not stored["labels"] and real_labels is not None and len(set(real_labels.bincount().tolist())) > 1:
         accelerator.print(
@@ -113,14 +116,13 @@ def read_folder(samples: Path) -> tuple[EncodedImages, dict[str, Any] | None]:
     """The images of a folder, and what sample.py wrote beside them, None for a folder from elsewhere."""
     if not samples.is_dir():
         raise UserError(f"--samples {samples}: there is no such folder")
-    note = samples / "sampling.json"
+    note = samples / named_data.RECORD
     stored = None
     if note.is_file():
         with error_context(f"--samples {samples}: sampling.json cannot be used"):
             stored = sampling_of(files.read_json(note))
-    path, channels = (samples / "images", stored["image_shape"][0]) if stored else (samples, 3)
     with error_context("--samples"):
-        args = {"path": str(path), "channels": channels}
+        args = {"path": str(named_data.images_in(samples)), "channels": stored["image_shape"][0] if stored else 3}
         data = datasets.build(name="folder", root=None, args=args)
     assert isinstance(data, EncodedImages)
     return data, stored
@@ -132,12 +134,12 @@ def sampling_of(stored: dict[str, Any]) -> dict[str, Any]:
     if whole:
         shape = stored["image_shape"]
         labels = stored["labels"] or []
-        classes = stored["num_classes"] or 0
+        classes = 1 if stored["num_classes"] is None else stored["num_classes"]
         if isinstance(shape, list) and len(shape) == 1:
             raise ValueError("it is of points, not of images; evaluate their flow with --weights")
         names = stored.get("class_names") or []  # earlier versions stored none
         lists = all(isinstance(value, list) for value in (shape, labels, names)) and len(shape) == 3
-        whole = lists and all(type(n) is int and 0 <= n < 2**31 for n in [*shape, *labels, classes])
+        whole = lists and all(type(n) is int and 0 <= n < 2**31 for n in [*shape, *labels, classes]) and classes > 0
         whole = whole and all(isinstance(name, str) for name in names)
     if not whole:
         raise ValueError("it lacks image_shape, labels or num_classes, or holds something else there or in class_names")

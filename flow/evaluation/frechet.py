@@ -20,7 +20,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return float(distance)
 
 
-def too_few_images(n: int, name: str, dimension: int) -> str:
+def too_few_images_message(n: int, name: str, dimension: int) -> str:
     """What to say where n <= dimension."""
     return (
         f"{n} images ({name}) are too few for a Frechet distance of {dimension} features: with n <= {dimension} the covariance "

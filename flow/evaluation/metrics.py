@@ -125,11 +125,12 @@ def density_coverage(c: Comparison) -> dict[str, Estimate]:
     }
 
 
-def neighborhoods(c: Comparison, k: int) -> Neighborhoods | None:
-    """Neighborhoods of samples and reference, computed once for all requested metrics; None for sets without k neighbors."""
+def neighborhoods(c: Comparison, more_than: int) -> Neighborhoods | None:
+    """Neighborhoods of samples and reference, computed once for all requested metrics; None where either has not `more_than`
+    so many."""
     features = c.matrix()
     real = c.reference.features
-    if real is None or min(len(features), len(real)) <= k:
+    if real is None or min(len(features), len(real)) <= more_than:
         return None
     if c.neighborhoods is None:
         recall = "prc" in c.requested

@@ -125,7 +125,7 @@ def distance_against_width(path: Path, entries: list[dict]) -> None:
     for i, label in enumerate(lines):
         if label in others:
             half_life = others[label]["metrics"][name].mean
-            label = f"{label.partition(',')[0]}, half-life average"
+            label = f"{label}, half-life average"
             axes.axhline(half_life, color=COLORS[i % len(COLORS)], linestyle="--", linewidth=1, label=label)
     _floors(axes, entries, name)
     widths = [e["ema_width"] for line in lines.values() for e in line]
@@ -164,7 +164,7 @@ def _settings(entry: dict, shown: dict[str, bool]) -> str:
         return [text.format(entry[key]) for key, text in form.items() if shown.get(key) and entry.get(key) is not None]
 
     parts = [text.partition(" (")[0] for text in formatted(guidance)] + formatted({"ema_width": ", EMA width {:g}"})
-    parts += [f", {entry['captions']} captions"] if shown["captions"] else []
+    parts += [f", {entry['captions']} captions"] if shown["captions"] and entry["captions"] else []
     return "".join(parts + formatted(measured))
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from configs.errors import UserError, first_line
 from configs.schema import Config
 from datasets import DataSet, DataSpec
-from datasets.packed import is_packed
 from datasets.places import default_root
 from flow.evaluation import feature_cache
 from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointExtractor
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
+from flow.sampling import named_data
 from flow.sampling.space import Space
 
 
@@ -29,6 +29,7 @@ class RealImages:
     spec: DataSpec
     data: DataSet
     root: Path  # of the cache
+    flag: str  # what an error about an image names
 
 
 def load_real_images(
@@ -49,19 +50,15 @@ def load_real_images(
         if choice is None:
             spec = DataSpec.of(config.data).behind()
             root = Path(spec.root) if spec.root else root
-        elif named := DataSpec.parse(choice, root):
-            spec = named
-        elif is_packed(Path(choice)):
-            spec = DataSpec("packed", root, {"path": choice})
         else:
-            if Space(image_shape).is_points:
-                raise ValueError(f"{choice}: points are compared with toys:SHAPE")
-            spec = replace(DataSpec.of_folder(choice, image_shape), root=root)  # a path may be relative to it
+            spec = named_data.spec_of(choice, root, image_shape)
         data = distributed.main_process_first(accelerator, spec.build)
+        for note in data.notes if choice else ():  # a training has printed those of its own data
+            accelerator.print(f"note: {note}")
         name = choice or (f"toys {spec.args['name']}" if spec.name == "toys" else spec.name)
         if data.image_shape[1:] != image_shape[1:]:
             raise ValueError(f"{name} has images of {data.image_shape[1:]} pixels, the samples {image_shape[1:]}")
-    return RealImages(name, spec, data, root)
+    return RealImages(name, spec, data, root, flag if choice else "data")
 
 
 def load_features(
@@ -75,7 +72,8 @@ def load_features(
     identity = feature_cache.identity_of(fingerprint, extractor, layers)
     distributed.check_same(accelerator, identity, f"{source.name}, its images")
     path = source.root / "features" / f"{source.spec.name}-{extractor.name}-{extractor.layer}-{identity}.npz"
-    return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, layers, order)
+    bar = (what, source.flag)
+    return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, *bar, layers, order)
 
 
 def build_if_present(accelerator: Accelerator, spec: DataSpec, purpose: str) -> DataSet | None:

@@ -32,7 +32,7 @@ from flow.evaluation import (
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.entries import aggregate, without_earlier_snapshots
 from flow.evaluation.features import CLASS_LAYER, INCEPTION, Extractor, FeatureSet
-from flow.evaluation.frechet import too_few_images
+from flow.evaluation.frechet import too_few_images_message
 from flow.evaluation.metrics_2d import PointExtractor
 from flow.evaluation.real_images import RealImages, build_if_present, load_features, load_real_images
 from flow.evaluation.reference import Reference
@@ -121,7 +121,7 @@ class Evaluation:
         counts = {"samples": settings.n_samples, "reference": dimension + 1 if source is None else len(source.data)}
         for name, n in counts.items():
             if n <= dimension and not points and "fid" in settings.metrics:
-                accelerator.print(f"warning: {too_few_images(n, name, dimension)}")
+                accelerator.print(f"warning: {too_few_images_message(n, name, dimension)}")
         return cls(settings, accelerator, out, extractor, real, source, dimension, class_names)
 
     def load_training(self, config: Config, image_shape: tuple[int, ...]) -> None:

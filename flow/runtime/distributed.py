@@ -160,16 +160,23 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def prepare_model(net: nn.Module, accelerator: Accelerator, compiled: bool = False) -> None:
-    """The network to the device, in the memory layout in which it is fastest there, and through torch.compile if requested.
+    """The network to the device, in the memory layout in which it is fastest there, and through torch.compile if requested."""
+    if accelerator.is_fsdp2:  # which shards contiguous weights only
+        net.to(accelerator.device).to(memory_format=torch.contiguous_format)
+    else:
+        place(net, accelerator.device, accelerator.mixed_precision == "no")
+    if compiled:
+        net.compile()
+
+
+def place(net: nn.Module, device: torch.device, in_float32: bool) -> None:
+    """The network to the device, in the memory layout in which it is fastest there.
 
     Pixels with their channels side by side are what the tensor cores of GPUs work on; on a CPU that is also faster in fp32,
     but slower in bf16, whose group norm loses more than the convolutions gain (docs/performance.md).
     """
-    side_by_side = accelerator.device.type == "cuda" or accelerator.mixed_precision == "no"
-    side_by_side = side_by_side and not accelerator.is_fsdp2  # which shards contiguous weights only
-    net.to(accelerator.device).to(memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
-    if compiled:
-        net.compile()
+    side_by_side = device.type == "cuda" or in_float32
+    net.to(device).to(memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
 
 
 def autocast_forward(model: nn.Module, accelerator: Accelerator) -> None:

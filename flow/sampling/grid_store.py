@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from configs.errors import UserError
 from datasets import captions
-from flow.runtime import commands, files
+from flow.runtime import commands, distributed, files
 from flow.sampling.settings import ALL_TIMES, SamplerSettings
 from flow.sampling.snapshot import Snapshot
 from flow.solvers import FIXED_GRID
@@ -27,6 +28,12 @@ def store(snap: Snapshot, method: str, times: list[float], guidance_scale: float
     scales.setdefault(method, {})[steps] = guidance_scale
     stored = {"weights_sha256": snap.sha256, "grids": grids, "guidance_scales": scales}
     files.write_text(file_of(snap.path), json.dumps(stored, indent=1))
+
+
+def times_of(time_grid: str, snap: Snapshot, method: str, steps: int, flags: Sequence[str] = ()) -> tuple[float, ...] | None:
+    """The times of an optimized grid, the same on every process; None for the other grids, which are formulas. `flags` and
+    errors are those of `load`."""
+    return distributed.decided_by_main(partial(load, snap, method, steps, flags)) if time_grid == "optimized" else None
 
 
 def load(snap: Snapshot, method: str, steps: int, flags: Sequence[str] = ()) -> tuple[float, ...]:

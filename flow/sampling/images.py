@@ -164,16 +164,17 @@ def labelled_grid(images: Tensor, columns: int, names: Sequence[str], transposed
     `names[k]` belongs to column (row) k; no names leave the margin out. Names that the font cannot draw are replaced by
     their numbers, see `margin_names`.
     """
+    columns = min(columns, len(images))
     if not names:
         return grid(images, columns, transposed)
-    shown = margin_names(names)[0][: min(columns, len(images))]
+    shown = margin_names(names)[0][:columns]
     words = [] if transposed else [_font().getlength(word) for name in shown for word in name.split()]
     zoom = math.ceil(max(MIN_CELL, min(max(words, default=0.0) + 4, MAX_CELL)) / (images.shape[-1] + 1))
     picture = grid(images, columns, transposed, zoom=zoom)
     if transposed:
         margin = _names_on_the_left(shown, pitch=picture.shape[1] // columns, height=picture.shape[1])
     else:
-        margin = _names_above(shown, pitch=picture.shape[2] // min(columns, len(images)), width=picture.shape[2])
+        margin = _names_above(shown, pitch=picture.shape[2] // columns, width=picture.shape[2])
     return torch.cat([from_pil(margin).expand(len(picture), -1, -1), picture], dim=2 if transposed else 1)
 
 

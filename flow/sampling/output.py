@@ -15,7 +15,7 @@ from flow.model import FlowModel
 from flow.runtime import distributed, files
 from flow.runtime.errors import error_context
 from flow.runtime.output_dir import check_same_settings
-from flow.sampling import images, snapshot, sources
+from flow.sampling import images, named_data, snapshot, sources
 from flow.sampling.conditions import column_names, condition_names, labels_for
 from flow.sampling.generate import NFECounter, generate, shard
 from flow.sampling.images import ImageWriter, is_whole_png, png_path
@@ -45,7 +45,7 @@ def check_output_dir(
         **({"source_fingerprint": source} if source else {}),
         **({"class_names": list(snap.class_names)} if snap.class_names else {}),
     }
-    path = folder / "sampling.json"
+    path = folder / named_data.RECORD
     existing = None
     if path.is_file():
         with error_context(f"{path}: is damaged; name another folder with --save_dir"):

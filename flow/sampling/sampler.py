@@ -44,7 +44,7 @@ class Sampler:
         self.dtype = dtype
         self.snapshot, self.guide_name = snapshot, guide_name
         for net in model.networks:
-            net.to(self.device)
+            distributed.place(net, self.device, dtype == torch.float32)
         model.eval()
 
     @classmethod

@@ -3,20 +3,18 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-import datasets
 from datasets import DataSet, DataSpec
 from datasets.images import Images, to_float
 from flow.model import FlowModel
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
-from flow.sampling.space import Space
+from flow.sampling import named_data
 from flow.source import GAUSSIAN, DataSource, GaussianSource, OrderedSource, Source
 
 THREADS = 4  # that decode images
@@ -64,8 +62,7 @@ def attach(accelerator: Accelerator, model: FlowModel, text: str | None, root: s
     """Read what images of the model start from; returns a note where n images need more samples than there are, so that some
     are used twice.
 
-    text: what --source names, in its order: a data set (NAME, NAME:train, NAME:test) or a folder of images, which are resized.
-    None: the held-out samples of the training, or noise.
+    text: what --source names, in its order (see `named_data.spec_of`). None: the held-out samples of the training, or noise.
 
     Raises:
         UserError: for what is neither, for samples of another shape, and for a --source where the flow starts at noise.
@@ -83,6 +80,9 @@ def attach(accelerator: Accelerator, model: FlowModel, text: str | None, root: s
         return None
     with error_context("--source" if text else "flow.source"):
         source.draw("sample", 0, [0], model.shape)
+    if text and isinstance(source.samples, DataSamples):
+        for note in source.samples.data.notes:
+            accelerator.print(f"note: {note}")
     count = len(source.samples)
     return f"{source.name} has {count:,} samples, so after the first {count:,} images they come again" if n > count else None
 
@@ -114,13 +114,7 @@ def replace_by(model: FlowModel, text: str, root: str | None) -> None:
     with error_context("--source"):
         if model.source.name == GAUSSIAN:
             raise ValueError(f"{text}: this flow starts at Gaussian noise; flow.source of its training makes it start at data")
-        if named := DataSpec.parse(text, root):
-            samples = _read(named, "--source")
-        elif Path(text).is_dir() and not Space(model.shape).is_points:
-            samples = _read(DataSpec.of_folder(text, model.shape), "--source")
-        else:
-            raise ValueError(f"{text}: must be a folder of images or one of {', '.join(datasets.DATASETS)}")
-        model.source = OrderedSource(samples, text)
+        model.source = OrderedSource(_read(named_data.spec_of(text, root, model.shape), "--source"), text)
 
 
 def _read(spec: DataSpec, key: str = "flow.source") -> DataSamples:

@@ -134,6 +134,9 @@ def test_damaged_list_of_shards(tmp_path, path):
     (tmp_path / "copy/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"manifest\.json is damaged, a shard lacks its name, digest .*; run pack_images with"):
         datasets.build("packed", None, {"path": str(tmp_path / "copy")})
+    (tmp_path / "copy/manifest.json").write_text(json.dumps({**manifest, "shards": []}))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged, it lists no shard; run pack_images with"):
+        datasets.build("packed", None, {"path": str(tmp_path / "copy")})
 
 
 def test_shard_that_is_cut_off_in_use(tmp_path, path):

@@ -190,7 +190,9 @@ def test_images_from_a_folder_keep_their_order(tmp_path, here, error):
         assert torch.equal(image, expected[k].flatten())
     assert json.loads((tmp_path / "a" / "sampling.json").read_text())["source"] == str(folder)
     assert "source" in error(*command, "--save_dir", tmp_path / "a")
-    assert "must be a folder of images or one of digits" in error(*command, "--save_dir", tmp_path / "b", "--source", "nowhere")
+    assert "nowhere: there is no such folder of images, and no such data set" in error(
+        *command, "--save_dir", tmp_path / "b", "--source", "nowhere"
+    )
     Image.new("L", (8, 8)).save(folder / "0a.png")  # which moves the others back by one
     assert "source_fingerprint" in error(*command, "--save_dir", tmp_path / "a", "--source", folder)
 

@@ -56,6 +56,8 @@ def test_labels_follow_the_number_of_an_image(here, error, tmp_path):
     assert row["n"] == 69 and row["metrics"]["accuracy"] > 0.9
     (folder / "images/0004.png").rename(folder / "images/four.png")
     assert f"--samples {folder}: not a file of sample.py" in error(*command)
+    (folder / "sampling.json").write_text('{"image_shape": [1, 8, 8], "labels": null, "num_classes": 0}')
+    assert f"--samples {folder}: sampling.json cannot be used" in error(*command)
 
 
 def test_images_of_two_sizes_are_named(error, tmp_path):
@@ -104,6 +106,21 @@ def test_renamed_classes_are_measured_again(here, tmp_path):
     assert before["metrics"] == {} and after["metrics"]["accuracy"] > 0.95
 
 
+def test_accuracy_beside_real_images_without_classes(here, tmp_path):
+    """And a note says why a reference with subfolders has none."""
+    data = datasets.build("digits", None, {})
+    for label in range(10):
+        write_folder(tmp_path / "samples" / str(label), data.images[data.labels == label][:8])
+        write_folder(tmp_path / "real" / str(label), data.images[data.labels == label][8:16])
+    (tmp_path / "real/0/0000.png").rename(tmp_path / "real/stray.png")
+    command = ["--reference", tmp_path / "real", "--feature_extractor", "digits", "--no_control", "--metrics", "accuracy"]
+    printed = here(
+        "evaluate", "--samples", tmp_path / "samples", *command, f"data.root={tmp_path}", "--out", tmp_path / "table"
+    )
+    assert f"note: path={tmp_path / 'real'}: no classes, as 1 file (stray.png) beside the subfolders" in printed
+    assert results.read(tmp_path / "table")[0]["metrics"]["accuracy"] > 0.95
+
+
 @pytest.mark.parametrize("others", [False, True])
 def test_labels_beside_prompts_count(here, tmp_path, others):
     """Where their classes, which sampling.json names, are those of the reference."""
@@ -139,7 +156,9 @@ def test_the_current_folder_has_its_name(here, tmp_path, monkeypatch):
 def test_folders_refuse_flags_of_sampling(error, tmp_path):
     line = error("evaluate", "--samples", tmp_path, "--reference", "digits", "--n_samples", 100)
     assert "--n_samples: does not go with --samples" in line
-    assert "--methods: does not go" in error("evaluate", "--samples", tmp_path, "--reference", "digits", "--methods", "heun")
+    command = ["evaluate", "--samples", tmp_path, "--reference", "digits"]
+    assert "--methods: does not go" in error(*command, "--methods", "heun")
+    assert "train.steps: does not go with --samples" in error(*command, "train.steps=5")
 
 
 def test_wide_images_have_a_wide_reference(error, tmp_path):
