@@ -83,6 +83,8 @@ def main() -> None:
         source = open_source(args, accelerator, loading.load(None, args.overrides).data.root)
     for note in source.data.notes:
         accelerator.print(f"note: {note}")
+    if args.channels == 3 and begins_gray(source.data):
+        accelerator.print("note: the first image is gray; --channels 1 packs gray images in a third of the space")
     with lock.folder(args.save_dir, accelerator):
         pack(args, accelerator, source)
 
@@ -163,6 +165,17 @@ def built_in(args, accelerator: Accelerator, root: str | None) -> Source:
         arguments = {"train": args.split != "test"}
     data = distributed.main_process_first(accelerator, lambda: datasets.build(args.source, root, arguments))
     return Source(data, data.fingerprint(), {"name": args.source, "root": root, "args": arguments})
+
+
+def begins_gray(data: DataSet) -> bool:
+    """Whether the first image is a file whose three channels are equal."""
+    if not isinstance(data, EncodedImages):
+        return False
+    try:
+        image = data.decode(0)
+    except UnreadableImage:  # which packing names
+        return False
+    return bool((image == image[:1]).all())
 
 
 def listing(data: EncodedImages) -> str:

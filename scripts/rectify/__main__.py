@@ -119,9 +119,9 @@ class Rectify:
             raise UserError(f"stages.{name}: {stage.config} or its overrides have changed since it began; name another folder")
         self.record(name, content=content)
         if teacher and "train.init_from" not in loading.overridden(overrides):
-            overrides.append(f"train.init_from={self.folder / teacher}")
+            overrides.append(commands.override("train.init_from", str(self.folder / teacher)))
         if loading.load(stage.config, overrides).data.name == "pairs":
-            overrides.append(f"data.args.path={self.folder / str(pairs)}")
+            overrides.append(commands.override("data.args.path", str(self.folder / str(pairs))))
 
         def seconds(scratch: Path) -> float:
             return seconds_per_step([training_laps(str(stage.config), overrides, scratch) for _ in range(TRIAL_ROUNDS)])

@@ -232,6 +232,14 @@ def test_first_image_may_be_damaged(here, error, tmp_path):
     assert f"{folder / '0.png'}: not a readable image" in line
 
 
+def test_gray_images_are_noted(here, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.linear_gradient("L").resize((8, 8)).save(tmp_path / "photos" / "a.png")
+    command = ["pack_images", "--source", tmp_path / "photos", "--save_dir"]
+    assert "note: the first image is gray; --channels 1 packs" in here(*command, tmp_path / "color")
+    assert "is gray" not in here(*command, tmp_path / "gray", "--channels", 1)
+
+
 def test_damaged_rows_of_parquet(here, error, tmp_path):
     good = io.BytesIO()
     Image.new("L", (8, 8), 7).save(good, "png")
