@@ -99,7 +99,8 @@ def main() -> None:
     if (args.weights is None) == (args.samples is None):
         raise UserError("give either --weights PATH or --samples DIR")
     if args.samples and not args.reference:
-        raise UserError("--samples: a --reference is needed: a folder, an npz file or the name of a data set")
+        needed = "; memorization also needs -c, the training" if "memorization" in args.metrics and not args.config else ""
+        raise UserError(f"--samples: a --reference is needed: a folder, an npz file or the name of a data set{needed}")
     for flag in filter(vars(args).get, ("snapshots", "ema_width")):
         if args.samples or args.time_grid == "optimized":
             other = "--samples" if args.samples else "--time_grid optimized, whose times are fitted to one snapshot"

@@ -19,6 +19,10 @@ class StopSignal:
     SIGHUP. SIGHUP stays ignored where it is ignored at the start, as nohup does.
     """
 
+    def __init__(self, notice: str = ""):
+        """notice: printed to stderr when the first SIGTERM or Ctrl-C arrives, as what is running may take long to end."""
+        self.notice = notice
+
     def __enter__(self) -> "StopSignal":
         self.received: int | None = None
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
@@ -47,6 +51,10 @@ class StopSignal:
             return  # the launcher has ended by the same Ctrl-C, see `distributed.end_with_launcher`
         if number == signal.SIGHUP:
             print_nowhere(self._terminals)
+        elif self.notice and self.received is None:
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            with suppress(OSError):  # not by print, which may be what the signal has interrupted
+                os.write(2, f"\n{signal.Signals(number).name}: {self.notice}{again}\n".encode())
         self.received = number
 
     def _lose_output(self) -> None:

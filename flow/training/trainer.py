@@ -126,7 +126,9 @@ class Trainer:
         batches = self._batches()
         terminal = sys.stderr.isatty()
         bar = distributed.progress(self.accelerator, config.steps, "training", self.step, shown=terminal)
-        with self.logger.recording_errors(), StopSignal() as stop, bar, closing(batches):
+        notice = "the training stops when this step, checkpoint or preview is done"
+        stopping = StopSignal(notice if self.accelerator.is_main_process else "")
+        with self.logger.recording_errors(), stopping as stop, bar, closing(batches):
             self._start()
             if self.stop_requested and not self.last_checkpoint:
                 self.save_checkpoint()

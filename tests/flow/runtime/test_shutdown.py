@@ -65,6 +65,16 @@ def test_ctrl_c_after_another_signal():
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.parametrize(
+    ("number", "line"), [(signal.SIGTERM, "SIGTERM: soon"), (signal.SIGINT, "SIGINT: soon; Ctrl-C again stops at once")]
+)
+def test_first_signal_is_answered_at_once(capfd, number, line):
+    with StopSignal("soon"):
+        signal.raise_signal(number)
+        signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err == f"\n{line}\n"
+
+
 def test_threads_that_are_no_number(monkeypatch):
     monkeypatch.setenv("FLOW_NUM_THREADS", "²")
     with pytest.raises(UserError, match="FLOW_NUM_THREADS=²: must be a whole number of at least 1"):
