@@ -92,7 +92,15 @@ class FlowLoss(ABC):
         super().__init_subclass__(**kwargs)
         cls.capturable = cls.__dict__.get("capturable", False)  # not inherited: a subclass may read more of the batch
         if "name" in cls.__dict__:  # others are bases of losses
+            other = LOSSES.get(cls.name)
+            if other and other.__module__ != cls.__module__:
+                raise TypeError(f"{cls.__module__}: the loss {cls.name!r} exists already, in {other.__module__}")
             LOSSES[cls.name] = cls
+
+    @property
+    def uses_time_sampler(self) -> bool:
+        """Whether flow.time_sampler has an effect."""
+        return True
 
     @property
     def passes(self) -> float:

@@ -37,6 +37,10 @@ class Distillation(FlowMatching):
         self.check("steps", self.steps >= 1 and self.steps == int(self.steps), "a whole number of at least 1")
         self.check("flow_share", 0 <= self.flow_share < 1, "0 or more and less than 1")
 
+    @property
+    def uses_time_sampler(self) -> bool:
+        return self.flow_share > 0
+
     def times(self, u: Tensor) -> Tensor:
         """The times [b], float32, of uniforms u [b]: below `flow_share` those of flow.time_sampler, above it the times 0, 1/N,
         ..., (N - 1)/N of N Euler steps, in equal numbers."""

@@ -37,6 +37,10 @@ class Trajectory(FlowMapLoss):
     map_share: float = 0.75
     weight_power: float = 0.0
 
+    @property
+    def uses_time_sampler(self) -> bool:
+        return False
+
     def __call__(self, net: Callable[..., Tensor], eager: Eager, batch: Batch) -> Losses:
         assert batch.x0 is not None and batch.uniforms is not None
         assert batch.states is not None and batch.state_times is not None

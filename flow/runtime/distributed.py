@@ -74,6 +74,8 @@ def build_accelerator(
     except ValueError as error:  # e.g. bf16 on a GPU that has none
         raise UserError(f"train.mixed_precision={mixed_precision}, train.log_with={log_with}: {error}") from None
     if accelerator.is_fsdp2:
+        if ddp_comm_hook != "no":
+            raise UserError(f"train.ddp_comm_hook={ddp_comm_hook}: has no effect on sharded weights (FSDP2); set it to no")
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         # Accelerate's policy would cast the inputs, so t and the time features, to 16 bits; see `autocast_forward`.
@@ -241,8 +243,8 @@ def tune_malloc() -> None:
 
 
 def peak_bytes() -> int:
-    """Bytes that this process held at most, on the GPU where there is one."""
-    if torch.cuda.is_available():
+    """Bytes that this process held at most, on the GPU where it uses one."""
+    if _has_accelerator() and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource  # here, as Windows has none
 

@@ -44,6 +44,8 @@ class AutoencoderTask:
         self.config, self.accelerator = config, accelerator
         if accelerator.is_fsdp2:
             raise UserError("train_vae: an autoencoder is not sharded; start it with one of the other configs/accelerate")
+        if config.data.autoencoder:
+            raise UserError(f"data.autoencoder={config.data.autoencoder}: is for flows; train.init_from names one to fine-tune")
         with error_context("data"):
             self.data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
         self.sample_digest = check_same_data(accelerator, config.data.name, self.data)

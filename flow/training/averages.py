@@ -30,10 +30,10 @@ class RunAverages:
         self.ema = Ema(task.net, self.half_lives, config.ema.warmup_ratio, task.build_network)
         self.power_ema = PowerEma(task.net, schema.power_widths(config), task.build_network)
 
-    def update(self, step: int, updates: int) -> None:
+    def update(self, updates: int) -> None:
         """Call after an optimizer step that was not skipped."""
         batch_size = self.config.train.batch_size
-        self.ema.update(batch_size, step * batch_size)
+        self.ema.update(batch_size, updates * batch_size)
         self.power_ema.update(updates)
 
     def gather(self, step: int, updates: int, hint: str) -> Callable[[Path], None]:

@@ -51,7 +51,7 @@ class GraphedStep:
     """
 
     def __init__(self, step: Step):
-        self.take_step = step
+        self.plain_step = step
         self.calls = 0
         self.lr = torch.zeros((), device="cuda")
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -61,7 +61,7 @@ class GraphedStep:
         self.lr.fill_(lr)
         self.calls += 1
         if self.calls <= EAGER_STEPS:
-            return self.take_step(micro_batches, self.lr)
+            return self.plain_step(micro_batches, self.lr)
         if self.graph is None:
             self.graph = self._capture(micro_batches)
         for static, batch in zip(self.inputs, micro_batches, strict=True):
@@ -77,7 +77,7 @@ class GraphedStep:
         try:
             # thread_local: the thread that makes the next batch may go on with its copies
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.outputs = self.take_step(captured, self.lr)
+                self.outputs = self.plain_step(captured, self.lr)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

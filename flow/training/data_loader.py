@@ -54,14 +54,11 @@ class TrainingLoader:
     def __post_init__(self):
         data, device = self.data, self.device
         self.micro_batch_size = micro_batch_size(self.batch_size, self.world_size, self.gradient_accumulation_steps)
-        self.latent = data.access == "posterior"
         if self.horizontal_flip and Space(data.image_shape, data.codec).is_points:
             raise UserError("data.horizontal_flip=true: points have no mirror image; set it to false")
-        if self.latent and self.horizontal_flip and not data.has_flipped:
+        if data.access == "posterior" and self.horizontal_flip and not data.has_flipped:
             raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
-        self.on_disk = data.access == "disk"
-        self.in_memory = data.access == "memory"
-        if self.in_memory:
+        if data.access == "memory":
             fits = device.type != "cuda" or data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
             self.images = data.images.to(device) if fits else data.images
             self.labels = data.labels.to(self.images.device) if data.labels is not None else None
@@ -109,9 +106,9 @@ class TrainingLoader:
                 yield indices[self.row_slice(micro)].tolist()
 
     def _select(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
-        if self.latent:  # drawn when the step is known
+        if self.data.access == "posterior":  # drawn when the step is known
             return None, self.data.labels[indices] if self.data.labels is not None else None
-        if self.on_disk:
+        if self.data.access == "disk":
             images = distributed.to_device(self.data.read(indices), self.device)
             return images, self.data.labels[indices] if self.data.labels is not None else None
         index = distributed.to_device(torch.tensor(indices), self.images.device)

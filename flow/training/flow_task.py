@@ -40,7 +40,7 @@ from flow.training.checks import (
 )
 from flow.training.data_loader import TrainingLoader, loss_noise, packing_notes
 
-NAMED_CLASSES = 10  # in the log
+NAMED_IN_LOG = 10  # classes
 
 
 class FlowTask:
@@ -60,6 +60,11 @@ class FlowTask:
             self.data = distributed.main_process_first(accelerator, DataSpec.of(config.data).build)
         self.sample_digest = check_same_data(accelerator, config.data.name, self.data)
         self.space = Space(self.data.image_shape, self.data.codec)
+        if config.data.autoencoder and self.data.codec is None:
+            raise UserError(
+                f"data.autoencoder={config.data.autoencoder}: data.name={config.data.name} holds no latents; encode the images "
+                "once with scripts.cache_latents"
+            )
         self.unit = "points" if self.space.is_points else "images"
         self.class_names = tuple(self.data.class_names) if self.data.labels is not None else ()
         if not resuming:
@@ -73,6 +78,8 @@ class FlowTask:
         check_conditioning(self.data, self.net)
         self.loss = build_loss(config)
         check_loss(config, self.loss, self.net, self.data)
+        if config.flow.time_sampler != "uniform" and not self.loss.uses_time_sampler:
+            self.notes.append(f"flow.time_sampler={config.flow.time_sampler}: has no effect on loss.name={config.loss.name}")
         self.trained_classes = classes_with_images(self.data.labels, self.net.num_classes)
         with error_context("preview"):
             self.preview_settings = preview_settings(config, self.net, self.data.class_names, self.trained_classes)
@@ -83,7 +90,7 @@ class FlowTask:
             names = condition_names(self.preview_settings, self.data.class_names, self.net.num_classes)
             self.notes.append(
                 f"model.args.num_classes={self.net.num_classes}: only {len(names)} classes have images "
-                f"({messages.first_names(names, NAMED_CLASSES)}), and only they are trained; sample with --labels"
+                f"({messages.first_names(names, NAMED_IN_LOG)}), and only they are trained; sample with --labels"
             )
         distributed.main_process_first(accelerator, lambda: check_source(config, self.model))
         self.loader = TrainingLoader.of(accelerator, config, self.data)
@@ -143,7 +150,7 @@ class FlowTask:
         key = f"data.args={self.config.data.args}"
         snapshot.check_codec(key, average, self.data.codec)
         if average.class_names and self.class_names and average.class_names != self.class_names:
-            before, now = (messages.first_names(names, NAMED_CLASSES) for names in (average.class_names, self.class_names))
+            before, now = (messages.first_names(names, NAMED_IN_LOG) for names in (average.class_names, self.class_names))
             raise UserError(f"{key}: has the classes {now}; the checkpoint was trained with {before}")
         return average.weights
 
@@ -176,7 +183,7 @@ class FlowTask:
         net, data = self.net, self.data
         condition, names = "no labels", data.class_names
         if net.num_classes is not None:
-            condition = f"{net.num_classes} classes ({messages.first_names(names, NAMED_CLASSES)})"
+            condition = f"{net.num_classes} classes ({messages.first_names(names, NAMED_IN_LOG)})"
         elif data.labels is not None and "num_classes" not in self.config.model.args:
             condition += f" (model.args.num_classes=auto would use the {len(names)} classes of the data set)"
         condition = f"prompts of at most {net.max_prompt_bytes} bytes" if net.max_prompt_bytes else condition

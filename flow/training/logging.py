@@ -97,7 +97,7 @@ def log_summary(logger: Logger, lines: list[str], unit: str, config: Any, step: 
 def show_beside_bar(bar: tqdm, metrics: dict[str, float], unit: str) -> None:
     """Metrics in a terminal."""
     rate = f"{metrics['images_per_second']:.0f} {unit}/s"
-    bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {rate}", refresh=False)
+    bar.set_postfix_str(f"loss {metrics.get('loss', math.nan):.4f}, {rate}", refresh=False)
 
 
 def print_row(accelerator: Accelerator, step: int, config: Any, metrics: dict[str, float], unit: str) -> None:
@@ -105,8 +105,8 @@ def print_row(accelerator: Accelerator, step: int, config: Any, metrics: dict[st
     rate = metrics["images_per_second"]
     left = (config.steps - step) * config.batch_size / rate if rate > 0 else math.nan
     accelerator.print(
-        f"step {step:{len(str(config.steps))}} of {config.steps}  loss {metrics['loss']:.4f}  "
-        f"gradient norm {metrics['grad_norm']:.3g}  lr {metrics['learning_rate']:.2e}  {rate:.0f} {unit}/s  "
+        f"step {step:{len(str(config.steps))}} of {config.steps}  loss {metrics.get('loss', math.nan):.4f}  "
+        f"gradient norm {metrics.get('grad_norm', math.nan):.3g}  lr {metrics['learning_rate']:.2e}  {rate:.0f} {unit}/s  "
         f"{messages.duration(left)} left",
         flush=True,
     )

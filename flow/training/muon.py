@@ -20,7 +20,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     and convolutions; AdamW for norms, biases, embeddings, the layers that touch pixels, and those of the embedding of time, on
     which Muon would cost as much as on the rest of a small U-Net. The last two kinds are known by their names (`OUTER`,
     `CONDITIONING`), which layers of your own network may have as well. AdamW also has matrices outside nn.Linear and
-    nn.Conv2d: the attention of the text encoder and its convolution over bytes.
+    nn.Conv2d: queries, keys and values of the text encoder and its convolution over bytes.
 
     A convolution counts as the matrix [outputs, inputs * height * width]. An orthogonal step is scaled by
     0.2 sqrt(max(rows, columns)) to the root mean square of a usual step of AdamW, so that both take the same learning rate and

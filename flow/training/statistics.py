@@ -80,7 +80,7 @@ class LossStatistics:
 
     def compute(self, accelerator: Accelerator) -> dict[str, float]:
         """Means of the loss, in each time bin that had samples, and of the terms; mean, median and largest of the gradient
-        norms, whose spikes a mean hides; resets."""
+        norms, whose spikes a mean hides; resets. What has no value, as all steps were skipped, is left out."""
         loss, count = accelerator.reduce(self.sums, "sum").tolist()
         terms = {name: accelerator.reduce(value, "sum").item() for name, value in self.terms.items()}
         norms = self._norms()
@@ -88,12 +88,12 @@ class LossStatistics:
         self.terms.clear()
         self.grad_norms.clear()
         num_samples = sum(count)
-        metrics = {"loss": sum(loss) / num_samples if num_samples else float("nan")}
+        metrics = {"loss": sum(loss) / num_samples} if num_samples else {}
         if self.by_time:
             metrics |= {f"loss_t_{i / TIME_BINS:.1f}": loss[i] / count[i] for i in range(TIME_BINS) if count[i]}
         metrics |= {name: total / num_samples for name, total in terms.items() if num_samples}
-        if not len(norms):
-            return metrics | {"grad_norm": float("nan")}  # all steps were skipped
+        if not len(norms):  # all steps were skipped
+            return metrics
         median = norms.sort().values[(len(norms) - 1) // 2].item()
         return metrics | {"grad_norm": norms.mean().item(), "grad_norm_median": median, "grad_norm_max": norms.max().item()}
 

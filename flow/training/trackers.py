@@ -46,7 +46,7 @@ def start(accelerator: Accelerator, folder: Path, config: Any, first_step: int) 
     ]
     accelerator.log_with = [*known, *(TRACKERS[name](folder) for name in config.train.log_with if name in TRACKERS)]
     trackio_name, wandb_id = folder.name, None
-    if "trackio" in config.train.log_with and accelerator.is_main_process:
+    if "trackio" in names and accelerator.is_main_process:
         trackio_name = _name_to_resume(folder / TRACKIO_NAME, first_step) or folder.name
     # Offline a resumed run is one of its own: synchronized under the same id, it would replace the first part of the run.
     alone = first_step and os.environ.get("WANDB_MODE") == "offline"

@@ -153,7 +153,7 @@ class Trainer:
         self.logger.info(messages.summary(result, start, self.task.next_command(self.folder)))
 
     def training_step(self, micro_batches: list[Batch]) -> None:
-        """One step of the optimizer, then the statistics and the moving averages."""
+        """One step of the optimizer, then the statistics and the moving averages. Raises UserError where the run only skips."""
         self._seed_dropout()
         self.learning_rate = lr_at(self.config.optimizer, self.num_updates, self.config.train.steps)
         with self.timed("graph") if self.graphed else nullcontext():
@@ -165,7 +165,8 @@ class Trainer:
         if output.updated:
             self.num_updates += 1
             with self.timed("ema"):
-                self.averages.update(self.step, self.num_updates)
+                self.averages.update(self.num_updates)
+        self.optimizer_step.check(self.step, self._checkpoint_hint())
         for callback in self.callbacks:
             callback.on_step(self)
 
@@ -196,15 +197,15 @@ class Trainer:
         """Write the means since the last call to metrics.jsonl and the trackers.
 
         Raises:
-            UserError: where a loss or gradient was not finite (train.nonfinite_grad).
+            UserError: where a loss or gradient was not finite (train.nonfinite_grad=raise).
         """
         self.statistics.check(self.accelerator, self._checkpoint_hint())
-        self.optimizer_step.check(self.step, self._checkpoint_hint())
         metrics = self.statistics.compute(self.accelerator)
         metrics |= {"skipped_steps": self.step - self.num_updates} | self.optimizer_step.metrics()
         metrics["learning_rate"] = self.learning_rate
         metrics["images"] = self.step * self.config.train.batch_size
-        metrics["images_per_second"] = self.throughput.read(self.step)
+        rate = self.throughput.read(self.step)
+        metrics["images_per_second"] = distributed.decided_by_main(lambda: rate)  # callbacks of all processes see the same
         self.logger.log(self.step, metrics)
         for callback in self.callbacks:
             callback.on_log(self, metrics)

@@ -104,3 +104,20 @@ def test_capturable_is_not_inherited():
         pass
 
     assert FlowMatching.capturable and not Other.capturable
+
+
+def test_names_of_losses_are_not_taken_twice():
+    with pytest.raises(TypeError, match=r"the loss 'flow_matching' exists already, in flow\.losses\.flow_matching"):
+        type("Copied", (FlowMatching,), {"name": "flow_matching", "__module__": "flow.losses.copied"})
+    assert losses.LOSSES["flow_matching"] is FlowMatching
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("trajectory", {}, False), ("distillation", {}, False), ("distillation", {"flow_share": 0.4}, True),
+        ("flow_matching", {}, True),
+    ],
+)  # fmt: skip
+def test_which_losses_draw_their_times(name, args, expected):
+    assert losses.build(name, PATH, "velocity", GIVEN["time_sampler"], args).uses_time_sampler == expected

@@ -78,15 +78,18 @@ def test_with_skip_such_a_step_leaves_no_trace(here, ruin, watched, tmp_path):
     assert watched["rates"] == [1, 2, 3, 4] and watched["averaged"] == 4
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1, 2, 2]
+    assert ["grad_norm" in row for row in rows] == [True, False, True, True, False, True]
     assert all(value.isfinite().all() for value in load_file(locate.find(run)).values())
     state = checkpoint.load(distributed.build_accelerator(), checkpoint.list_checkpoints(run / "checkpoints")[-1])
     assert (state["step"], state["updates"]) == (6, 4)
 
 
 def test_a_run_that_only_skips_ends(error, ruin, monkeypatch, tmp_path):
+    """At once, however rarely it logs."""
     monkeypatch.setattr(optimizer, "MAX_SKIPPED_IN_A_ROW", 10)
     ruin()
-    line = error("train", *MLP, "-e", tmp_path / "run", "train.nonfinite_grad=skip", "train.steps=100")
+    skipping = ["train.nonfinite_grad=skip", "train.steps=100", "train.log_every_steps=100"]
+    line = error("train", *MLP, "-e", tmp_path / "run", *skipping)
     assert "the gradients of the last 10 steps up to 10 were not finite, and all of them were skipped" in line
 
 
