@@ -15,7 +15,7 @@ from flow.sampling import exported, posthoc_ema, snapshot
 EXAMPLES = """\
   python train.py -c configs/digits.yaml -e runs/widths 'ema.power_widths=[0.05, 0.1]' ema.power_every_steps=20
   python -m scripts.posthoc_ema --weights runs/widths --width 0.02 0.05 0.1 0.2
-  python -m scripts.posthoc_ema --weights runs/widths --width 0.1 --step 700"""
+  python -m scripts.posthoc_ema --weights runs/widths --width 0.1 --step 550"""
 
 
 def parse_args():

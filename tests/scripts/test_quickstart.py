@@ -23,13 +23,13 @@ def start(here, monkeypatch, tmp_path) -> Callable[[], tuple[str, list[list[str]
     return call
 
 
-@pytest.mark.parametrize(("step", "trains"), [(350, True), (700, True), (2000, False)])
+@pytest.mark.parametrize(("step", "trains"), [(275, True), (550, True), (2000, False)])
 def test_longer_training_is_left_as_it_is(start, step, trains):
     """Which train.py would refuse to resume."""
     (quickstart.RUN / f"checkpoints/step_{step:08d}").mkdir(parents=True)
     printed, commands = start()
     assert (commands[0][0] == "train.py") == trains
-    assert ("runs/digits is at step 2000 already, past the 700 of " in printed) == (not trains)
+    assert ("runs/digits is at step 2000 already, past the 550 of " in printed) == (not trains)
 
 
 def test_samples_of_other_weights_stay(start):
@@ -42,7 +42,7 @@ def test_samples_of_other_weights_stay(start):
         assert f"\n{chosen}/grid.png" in printed
         return chosen
 
-    weights = quickstart.RUN / "snapshots/step_00000700.safetensors"
+    weights = quickstart.RUN / "snapshots/step_00000550.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
     assert folder() == Path("samples/quickstart")
