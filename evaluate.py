@@ -99,7 +99,8 @@ def main() -> None:
     if (args.weights is None) == (args.samples is None):
         raise UserError("give either --weights PATH or --samples DIR")
     if args.samples and not args.reference:
-        needed = "; memorization also needs -c, the training" if "memorization" in args.metrics and not args.config else ""
+        lacks_training = "memorization" in args.metrics and not names_training(args)
+        needed = "; memorization also needs the training, by -c or data.name" if lacks_training else ""
         raise UserError(f"--samples: a --reference is needed: a folder, an npz file or the name of a data set{needed}")
     for flag in filter(vars(args).get, ("snapshots", "ema_width")):
         if args.samples or args.time_grid == "optimized":
@@ -207,11 +208,15 @@ def evaluate_folder(args, accelerator: Accelerator) -> None:
     out = args.out or (folder / "evaluation" if stored else folder.with_name(f"{folder.name}_evaluation"))
     with lock.folder(out, accelerator):
         config = loading.load(args.config, args.overrides)
-        trained = bool(args.config) or "data.name" in loading.overridden(args.overrides)
-        rows = folders.write_row(settings, accelerator, out, args.samples, config, data, stored, trained)
+        rows = folders.write_row(settings, accelerator, out, args.samples, config, data, stored, names_training(args))
     write_rows_file(args, accelerator, rows)
     show = f"cat {shlex.quote(str(out / 'results.md'))}"
     print_summary(args, accelerator, out, f"see the table again with: {show}")
+
+
+def names_training(args) -> bool:
+    """Whether the command says what the generator of a folder was trained on."""
+    return bool(args.config) or "data.name" in loading.overridden(args.overrides)
 
 
 def write_rows_file(args, accelerator: Accelerator, rows: list[dict]) -> None:

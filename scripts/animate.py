@@ -145,7 +145,7 @@ def check_figure_flags(args, plane: bool) -> None:
     if args.figures and "likelihood" not in args.figures:
         args.refuse_typed(["hutchinson_samples"], "is for --figures likelihood")
     if args.figures == ["likelihood"]:
-        args.refuse_typed(["n", "frames", "steps_a_frame"], "is for --figures flow and density")
+        args.refuse_typed(["n", "frames", "steps_a_frame", "sampling_method"], "is for --figures flow and density")
 
 
 def guidance_scales(args, model: FlowModel) -> list[float]:

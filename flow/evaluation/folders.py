@@ -42,6 +42,8 @@ def write_row(
     labels, own_names = labels_of(samples, data, stored)
     real_names = real_images.data.class_names if real_images else ()
     comparable = labels is not None and has_classes(real_names, own_names, stored)
+    if not comparable and not own_names and real_images:  # nobody knows which classes the labels are of
+        labels = None
     classes_of = [config.data.name] if trained else []
     classes_of += [real_images.spec.name] if real_images and comparable else []
     for note in data.notes:
@@ -51,8 +53,10 @@ def write_row(
         ev.load_training(config, data.image_shape)
     elif "memorization" in settings.metrics:
         if settings.metrics == ("memorization",):
-            raise UserError("--metrics memorization: the training set of these images is not known; name it with -c")
-        accelerator.print("note: no memorization: the training set of these images is not known; name it with -c")
+            raise UserError(
+                "--metrics memorization: the training set of these images is not known; name it with -c or data.name"
+            )
+        accelerator.print("note: no memorization: the training set of these images is not known; name it with -c or data.name")
         ev.settings = replace(settings, metrics=tuple(name for name in settings.metrics if name != "memorization"))
     real_labels = real_images.data.labels if real_images and comparable else None
     if not comparable:

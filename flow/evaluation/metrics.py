@@ -126,8 +126,8 @@ def density_coverage(c: Comparison) -> dict[str, Estimate]:
 
 
 def neighborhoods(c: Comparison, more_than: int) -> Neighborhoods | None:
-    """Neighborhoods of samples and reference, computed once for all requested metrics; None where either has not `more_than`
-    so many."""
+    """Neighborhoods of samples and reference, computed once for all requested metrics; None where either has no more than
+    `more_than` members."""
     features = c.matrix()
     real = c.reference.features
     if real is None or min(len(features), len(real)) <= more_than:

@@ -52,7 +52,8 @@ class StopSignal:
         if number == signal.SIGHUP:
             print_nowhere(self._terminals)
         elif self.notice and self.received is None:
-            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # the launcher has left, and a second Ctrl-C is the shell's
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT and not launched else ""
             with suppress(OSError):  # not by print, which may be what the signal has interrupted
                 os.write(2, f"\n{signal.Signals(number).name}: {self.notice}{again}\n".encode())
         self.received = number

@@ -38,7 +38,7 @@ from flow.sampling.space import Space
 CodecSpec = dict[str, Any]
 FileIdentity = tuple[int, int, int]  # inode, modification time in ns, size in bytes
 
-OF_TRAININGS = {  # keys that look as if they were flags of the scripts that use weights, and those flags
+OF_TRAININGS = {  # keys that have no effect where weights are used, and the flags that have
     "seed": "--seed", "train.mixed_precision": "-mp", "train.compile": "--compile", "evaluate.n_samples": "--n_samples",
 }  # fmt: skip
 
@@ -284,8 +284,9 @@ def _configuration(
     typed = loading.overridden(overrides)
     unconfirmed: dict[str, Any] = {}
     base, places = loading.parse_parts(text, source, Config, typed)
-    if key := next((key for key in OF_TRAININGS if key in typed and key not in places), None):
-        raise UserError(f"{key}={typed[key]}: is a key of trainings; where weights are used, {OF_TRAININGS[key]} sets it")
+    if key := next((key for key in OF_TRAININGS if key in typed), None):
+        flag = OF_TRAININGS[key]
+        raise UserError(f"{key}={typed[key]}: is a key of trainings without effect here; sample.py and evaluate.py have {flag}")
     if config_path:
         config = loading.load(config_path, overrides)
     else:

@@ -1,7 +1,7 @@
 """The optimizer, its learning rate, and the steps that are skipped where the gradient is not finite."""
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -103,14 +103,17 @@ class OptimizerStep:
         """The loss scale of fp16; nothing without one."""
         return {"loss_scale": self.scale} if self.scale is not None else {}
 
-    def check(self, step: int, hint: str) -> None:
-        """Raises UserError where the run only skips: many steps in a row, or a loss scale that has collapsed."""
+    @property
+    def only_skips(self) -> bool:
+        """Whether nothing is learned any more: many skipped steps in a row, or a loss scale that has collapsed."""
+        return self.in_a_row >= MAX_SKIPPED_IN_A_ROW or (self.scale is not None and self.scale < MIN_LOSS_SCALE)
+
+    def fail(self, step: int, hint: str) -> NoReturn:
+        """Raises UserError for a run that `only_skips`."""
         if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
             message = (
                 f"the gradients of the last {self.in_a_row} steps up to {step} were not finite, and all of them were skipped"
             )
-        elif self.scale is not None and self.scale < MIN_LOSS_SCALE:
-            message = f"the loss scale of fp16 has collapsed to {self.scale:g} at step {step}"
         else:
-            return
+            message = f"the loss scale of fp16 has collapsed to {self.scale:g} at step {step}"
         raise UserError(f"{message}; {hint}. A smaller optimizer.lr or train.mixed_precision=bf16 may help")

@@ -41,7 +41,7 @@ class Callback:
         """After each optimizer step; `trainer.step` counts it."""
 
     def on_log(self, trainer: "Trainer", metrics: dict[str, float]) -> None:
-        """After a row of metrics was written."""
+        """After a row of metrics was written; without `loss` or `grad_norm` where none since the last row was finite."""
 
     def on_checkpoint(self, trainer: "Trainer", path: Path) -> None:
         """After a checkpoint and its snapshots were written; a resumed run calls it again with the checkpoint it starts from,
@@ -166,7 +166,9 @@ class Trainer:
             self.num_updates += 1
             with self.timed("ema"):
                 self.averages.update(self.num_updates)
-        self.optimizer_step.check(self.step, self._checkpoint_hint())
+        if self.optimizer_step.only_skips:
+            self.statistics.check(self.accelerator, self._checkpoint_hint())  # which names the first step, if it is to raise
+            self.optimizer_step.fail(self.step, self._checkpoint_hint())
         for callback in self.callbacks:
             callback.on_step(self)
 

@@ -89,7 +89,8 @@ def check_folder(args, plan: dict[str, dict]) -> None:
     if path.exists():
         with error_context(f"--out {args.out}: its benchmark.json is damaged; name another folder"):
             record = files.read_json(path)
-            if not isinstance(record, dict) or not isinstance(record.get("overrides"), list):
+            overrides = record.get("overrides") if isinstance(record, dict) else None
+            if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
                 raise ValueError("it holds something else")
         before, now = (shlex.join([r.get("config") or "defaults", *r["overrides"]]) for r in (record, vars(args)))
         if before != now:

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import captions
 from flow.evaluation import classifiers
 from flow.runtime import commands, files
+from flow.sampling.snapshot import OF_TRAININGS
 from flow.solvers import SOLVERS
 from flow.source import GAUSSIAN
 from flow.training import run_dir
@@ -45,7 +46,8 @@ def suggest(
     }
     if class_names is not None:
         uses = _uses(folder, values, class_names, best)
-        suggested |= {key: " ".join([command, *typed]) for key, command in uses.items()}
+        read = [word for key, word in zip(interpolations, typed, strict=True) if key not in OF_TRAININGS]
+        suggested |= {key: " ".join([command, *read]) for key, command in uses.items()}
     return suggested
 
 

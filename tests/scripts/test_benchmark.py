@@ -64,7 +64,7 @@ def test_peak_memory_is_in_bytes(monkeypatch, platform, unit):
     [
         (None, "is a file; name a folder"),
         ("{", "its benchmark.json is damaged; name another folder"),
-        ('{"overrides": 3}', "its benchmark.json is damaged; name another folder"),
+        ('{"overrides": [3]}', "its benchmark.json is damaged; name another folder"),
         ('{"config": "configs/mnist.yaml", "overrides": []}', "holds a benchmark of configs/mnist.yaml, now configs"),
         ('{"config": "configs/digits.yaml", "overrides": [], "plan": {}}', "holds a benchmark with other flags"),
     ],

@@ -191,7 +191,7 @@ def test_weights(script, error, tiny_run, tmp_path):
     assert "holds no snapshot" in error(script, "--weights", tmp_path, *more)
     line = error(script, "--weights", tiny_run, *more, "model.args.width=32")
     assert "do not fit the network (model.name, model.args)" in line
-    assert "seed=5: is a key of trainings; where weights are used, --seed sets it" in error(
+    assert "seed=5: is a key of trainings without effect here; sample.py and evaluate.py have --seed" in error(
         script, "--weights", tiny_run, *more, "seed=5"
     )
     assert "0 to 9" in error(script, "--weights", tiny_run, *more, "--labels", "3", "10")
@@ -334,5 +334,5 @@ def test_velocity_without_a_solution(error, points_flow, tmp_path):
     for script in ("compare", "animate"):
         assert "sampling_method=dopri5: dopri5: the velocity is not finite" in error(script, *flags)
     assert "sampling_method=dopri5: " in error("animate", *flags, "--trajectory_grids")
-    del flags[4:6]  # frames, of which this figure has none
+    del flags[4:]  # this figure has no frames, and a solver of its own
     assert "--figures likelihood: dopri5: the velocity is not finite" in error("animate", *flags, "--figures", "likelihood")

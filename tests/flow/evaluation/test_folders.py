@@ -121,6 +121,16 @@ def test_accuracy_beside_real_images_without_classes(here, tmp_path):
     assert results.read(tmp_path / "table")[0]["metrics"]["accuracy"] > 0.95
 
 
+def test_classes_that_nobody_knows(here, tmp_path):
+    """Of an earlier sample.py, in another number than those of the reference: no accuracy by its names."""
+    folder = tmp_path / "samples"
+    write_folder(folder / "images", datasets.build("digits", None, {}).images[:20])
+    (folder / "sampling.json").write_text('{"image_shape": [1, 8, 8], "labels": null, "num_classes": 5}')
+    command = ["evaluate", "--samples", folder, "--reference", "digits", "--feature_extractor", "digits", "--no_control"]
+    here(*command, "--metrics", "accuracy", f"data.root={tmp_path}")
+    assert results.read(folder / "evaluation")[0]["metrics"] == {}
+
+
 @pytest.mark.parametrize("others", [False, True])
 def test_labels_beside_prompts_count(here, tmp_path, others):
     """Where their classes, which sampling.json names, are those of the reference."""

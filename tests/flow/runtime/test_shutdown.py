@@ -68,7 +68,8 @@ def test_ctrl_c_after_another_signal():
 @pytest.mark.parametrize(
     ("number", "line"), [(signal.SIGTERM, "SIGTERM: soon"), (signal.SIGINT, "SIGINT: soon; Ctrl-C again stops at once")]
 )
-def test_first_signal_is_answered_at_once(capfd, number, line):
+def test_first_signal_is_answered_at_once(capfd, monkeypatch, number, line):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     with StopSignal("soon"):
         signal.raise_signal(number)
         signal.raise_signal(signal.SIGTERM)

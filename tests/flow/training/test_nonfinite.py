@@ -93,14 +93,14 @@ def test_a_run_that_only_skips_ends(error, ruin, monkeypatch, tmp_path):
     assert "the gradients of the last 10 steps up to 10 were not finite, and all of them were skipped" in line
 
 
-def broken_pairs(monkeypatch) -> None:
-    """Digits as floats in [-1, 1], one image of which is not a number."""
+def broken_pairs(monkeypatch, which: int | slice = 7) -> None:
+    """Digits as floats in [-1, 1], one image of which, or several, is not a number."""
     build = datasets.build
 
     def broken(*args):
         data = build(*args)
         data.images = data.images.float() / 127.5 - 1
-        data.images[7] = float("nan")
+        data.images[which] = float("nan")
         return data
 
     monkeypatch.setattr(datasets, "build", broken)
@@ -118,6 +118,14 @@ def test_nan_in_the_data(error, here, monkeypatch, tmp_path, mode):
     here("train", *arguments)
     rows = read_metrics(run / "metrics.jsonl")
     assert rows[-1]["skipped_steps"] in (1, 2) and all(row["loss"] < 5 for row in rows)
+
+
+def test_rows_without_a_number(here, monkeypatch, tmp_path):
+    """What has no finite value is left out, as JSON has no NaN; a line of the log says nan."""
+    broken_pairs(monkeypatch, slice(None))
+    printed = here("train", *MLP, "-e", tmp_path / "run", "train.nonfinite_grad=skip", "train.checkpoint_every_steps=0")
+    assert "loss nan  gradient norm nan" in printed and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    assert all(row.keys().isdisjoint({"loss", "grad_norm"}) for row in read_metrics(tmp_path / "run/metrics.jsonl"))
 
 
 @pytest.fixture
