@@ -102,6 +102,8 @@ def main() -> None:
         lacks_training = "memorization" in args.metrics and not names_training(args)
         needed = "; memorization also needs the training, by -c or data.name" if lacks_training else ""
         raise UserError(f"--samples: a --reference is needed: a folder, an npz file or the name of a data set{needed}")
+    if args.samples and Path(args.reference).resolve() == args.samples.resolve():
+        raise UserError(f"--reference {args.reference}: is the folder of the samples; name real images")
     for flag in filter(vars(args).get, ("snapshots", "ema_width")):
         if args.samples or args.time_grid == "optimized":
             other = "--samples" if args.samples else "--time_grid optimized, whose times are fitted to one snapshot"

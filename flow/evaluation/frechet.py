@@ -17,7 +17,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     """
     shared = np.linalg.svd(symmetric_root(sigma1) @ symmetric_root(sigma2), compute_uv=False).sum()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * shared
-    return float(distance)
+    return max(0.0, float(distance))  # rounding may leave -1e-12 of equal ones
 
 
 def too_few_images_message(n: int, name: str, dimension: int) -> str:

@@ -169,6 +169,7 @@ def test_folders_refuse_flags_of_sampling(error, tmp_path):
     command = ["evaluate", "--samples", tmp_path, "--reference", "digits"]
     assert "--methods: does not go" in error(*command, "--methods", "heun")
     assert "train.steps: does not go with --samples" in error(*command, "train.steps=5")
+    assert "is the folder of the samples; name real images" in error("evaluate", "--samples", tmp_path, "--reference", tmp_path)
 
 
 def test_wide_images_have_a_wide_reference(error, tmp_path):
