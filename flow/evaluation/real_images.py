@@ -72,8 +72,8 @@ def load_features(
     identity = feature_cache.identity_of(fingerprint, extractor, layers)
     distributed.check_same(accelerator, identity, f"{source.name}, its images")
     path = source.root / "features" / f"{source.spec.name}-{extractor.name}-{extractor.layer}-{identity}.npz"
-    bar = (what, source.flag)
-    return identity, feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, *bar, layers, order)
+    features = feature_cache.cached(accelerator, extractor, data, identity, path, batch_size, what, source.flag, layers, order)
+    return identity, features
 
 
 def build_if_present(accelerator: Accelerator, spec: DataSpec, purpose: str) -> DataSet | None:
