@@ -20,7 +20,7 @@ from configs.errors import UserError
 from flow.evaluation import control, folders, metrics, results, runner, snapshots
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context
 from flow.sampling import grid_store, guide, locate, posthoc_ema, snapshot, sources
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
@@ -248,4 +248,4 @@ def evaluation_settings(args, owner: str, n_samples: int) -> runner.EvaluationSe
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, CONTINUES)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import cli_main, error_context, printable
+from flow.runtime.errors import CONTINUES, cli_main, error_context, printable
 from flow.sampling import grid_store, guide, images, named_data, output, snapshot, sources
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.sampling.snapshot import Snapshot
@@ -153,4 +153,4 @@ def write_grid_and_npz(args, snap: Snapshot, settings: SamplerSettings, num_clas
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, CONTINUES)

@@ -32,7 +32,7 @@ from flow.evaluation.intervals import mean_standard_error
 from flow.evaluation.reading import read_images
 from flow.noise import generator
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import images
 from flow.sampling.generate import index_batches, shard
@@ -280,4 +280,4 @@ def check(args, accelerator: Accelerator, data: DataSet, extractor: Extractor) -
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, CONTINUES)

@@ -31,7 +31,7 @@ from flow.losses import LOSSES
 from flow.model import FlowModel, Network
 from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, locate, snapshot, sources
 from flow.sampling.conditions import classes_with_images
@@ -382,4 +382,4 @@ class PairMaker:
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, CONTINUES)

@@ -18,7 +18,7 @@ from flow.evaluation import evaluate_command, plots, results, table
 from flow.evaluation.entries import aggregate, distance_name
 from flow.evaluation.snapshots import columns_of
 from flow.runtime import cli, commands, distributed, flags, lock, messages
-from flow.runtime.errors import cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context
 from flow.sampling import guide, locate, snapshot
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
 from flow.solvers import SOLVERS
@@ -211,4 +211,4 @@ def curves(by_candidate: dict[Guidance, dict]) -> dict[str, list[dict]]:
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, CONTINUES)

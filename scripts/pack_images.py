@@ -29,7 +29,7 @@ from datasets.packed import PATTERN
 from datasets.parquet import NO_LABELS, Parquet, select_files
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 
 EXAMPLES = """\
@@ -301,4 +301,4 @@ def train_command(args, image_shape: list[int]) -> str:
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, CONTINUES)

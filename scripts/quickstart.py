@@ -9,7 +9,7 @@ from pathlib import Path
 from configs import loading
 from flow.runtime import cli, commands, files, messages, step_names
 from flow.runtime.commands import train_arguments
-from flow.runtime.errors import cli_main
+from flow.runtime.errors import CONTINUES, cli_main
 from flow.runtime.subprocesses import run_command
 from flow.sampling import locate
 
@@ -49,4 +49,4 @@ def holds_samples_of_run(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, CONTINUES)

@@ -39,7 +39,7 @@ from flow.restoration import (
     restore,
 )  # fmt: skip
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context
 from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images, named_data, snapshot
 from flow.sampling.generate import build_velocity, check_finite, index_batches, shard, to_solver_dtype
@@ -384,4 +384,4 @@ def print_summary(args) -> None:
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, CONTINUES)

@@ -3,8 +3,6 @@
 import ctypes
 import functools
 import os
-import re
-import signal
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -22,10 +20,10 @@ from tqdm import tqdm
 
 from configs.errors import UserError
 from configs.schema import TrainConfig
+from flow.runtime import shutdown
 
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
-PR_SET_PDEATHSIG = 1  # of prctl.h
 DIFFERENT = "processes have read different ones; start all with the same command, and give every machine the same files"
 SCRIPT_TIMEOUT_MINUTES = 24 * 60  # a process of a script may work on its share for hours while others wait for it
 
@@ -52,7 +50,7 @@ def build_accelerator(
     _check_launch()
     thread_note = set_threads()
     tune_malloc()
-    end_with_launcher()
+    shutdown.end_with_launcher()
     has_accelerator = _has_accelerator()
     mixed_precision = resolve_precision(mixed_precision)
     if mixed_precision == "fp16" and not has_accelerator:
@@ -250,28 +248,6 @@ def peak_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def end_with_launcher() -> None:
-    """Have this process get SIGTERM when `accelerate-launch` ends, which passes no signal on to a single process: that would
-    go on alone and hold its lock. The launcher of several processes ends them itself. Only accelerate as the parent counts, as
-    a shell may end while its processes go on."""
-    launcher = os.getppid()
-    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
-    if not alone or sys.platform != "linux" or not _is_accelerate(launcher) or not hasattr(libc := ctypes.CDLL(None), "prctl"):
-        return
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != launcher:  # it ended before
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_accelerate(process: int) -> bool:
-    """Whether a process of this machine is `accelerate-launch`, `accelerate launch` or a module of accelerate."""
-    try:
-        words = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
-    except OSError:
-        return False
-    return any(re.fullmatch(r"accelerate(-launch|\.commands\..+)?", Path(word).name) for word in words[:4])
 
 
 def decided_by_main(decide: Callable[[], Result]) -> Result:

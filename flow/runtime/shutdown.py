@@ -1,14 +1,18 @@
 """SIGTERM, Ctrl-C, a closed terminal and a closed pipe ask a run to stop at the end of its step; a second Ctrl-C stops it at
 once."""
 
+import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
+PR_SET_PDEATHSIG = 1  # of prctl.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
 
 
@@ -48,7 +52,7 @@ class StopSignal:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received == signal.SIGINT and number == signal.SIGTERM:
-            return  # the launcher has ended by the same Ctrl-C, see `distributed.end_with_launcher`
+            return  # the launcher has ended by the same Ctrl-C, see `end_with_launcher`
         if number == signal.SIGHUP:
             print_nowhere(self._terminals)
         elif self.notice and self.received is None:
@@ -89,6 +93,28 @@ class _Output:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def end_with_launcher() -> None:
+    """Have this process get SIGTERM when `accelerate-launch` ends, which passes no signal on to a single process: that would
+    go on alone and hold its lock. The launcher of several processes ends them itself. Only accelerate as the parent counts, as
+    a shell may end while its processes go on."""
+    launcher = os.getppid()
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_WORLD_SIZE" not in os.environ
+    if not alone or sys.platform != "linux" or not _is_accelerate(launcher) or not hasattr(libc := ctypes.CDLL(None), "prctl"):
+        return
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_accelerate(process: int) -> bool:
+    """Whether a process of this machine is `accelerate-launch`, `accelerate launch` or a module of accelerate."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
+    except OSError:
+        return False
+    return any(re.fullmatch(r"accelerate(-launch|\.commands\..+)?", Path(word).name) for word in words[:4])
 
 
 def flush_output() -> None:

@@ -22,7 +22,7 @@ from datasets.shards import MANIFEST
 from flow.evaluation import evaluate_command
 from flow.runtime import cli, commands, files, flags, lock, messages, subprocesses
 from flow.runtime.commands import evaluate_arguments, train_arguments
-from flow.runtime.errors import cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context
 from scripts.benchmark.trial import sampling_seconds, seconds_per_step, training_laps
 from scripts.rectify.comparison import Row, compare, table_rows
 from scripts.rectify.routes import Cost, check_routes, check_table, first_config, pair_passes, stage_cost
@@ -215,4 +215,4 @@ def elapsed(start: float) -> str:
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, CONTINUES)

@@ -1,8 +1,6 @@
 """What processes agree on, and the precision of the gradients between them."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -88,17 +86,7 @@ def test_a_launcher_changes_no_training(monkeypatch, name, value, advice):
         distributed.build_accelerator()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a process with its parent")
-@pytest.mark.parametrize(("parent", "signal"), [("accelerate-launch", 15), ("accelerate_runs.sh", 0)])
-def test_only_a_launcher_takes_its_process_along(tmp_path, parent, signal):
-    """A shell may end while its processes go on."""
-    child = "import ctypes; from flow.runtime import distributed; distributed.end_with_launcher(); "
-    child += (
-        "number = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(number)); print(number.value)"  # PR_GET_PDEATHSIG
-    )
-    script = tmp_path / parent
-    script.write_text(f"{sys.executable} -c '{child}'\ntrue\n")
-    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no", "PYTHONPATH": str(Path(__file__).parents[3])}
-    environment.pop("LOCAL_WORLD_SIZE", None)
-    run = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout == f"{signal}\n"
+def test_threads_that_are_no_number(monkeypatch):
+    monkeypatch.setenv("FLOW_NUM_THREADS", "²")
+    with pytest.raises(UserError, match="FLOW_NUM_THREADS=²: must be a whole number of at least 1"):
+        distributed.set_threads()

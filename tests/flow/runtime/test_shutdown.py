@@ -1,13 +1,14 @@
 """What asks a run to stop, beside the signals that the tests of train.py send."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from configs.errors import UserError
-from flow.runtime import distributed
+from flow.runtime.errors import CONTINUES, cli_main
 from flow.runtime.shutdown import StopSignal
 
 PRINTS = """
@@ -76,7 +77,28 @@ def test_first_signal_is_answered_at_once(capfd, monkeypatch, number, line):
     assert capfd.readouterr().err == f"\n{line}\n"
 
 
-def test_threads_that_are_no_number(monkeypatch):
-    monkeypatch.setenv("FLOW_NUM_THREADS", "²")
-    with pytest.raises(UserError, match="FLOW_NUM_THREADS=²: must be a whole number of at least 1"):
-        distributed.set_threads()
+@pytest.mark.parametrize(("more", "line"), [((), "interrupted"), ((CONTINUES,), "interrupted; the same command continues")])
+def test_ctrl_c_says_what_goes_on(capsys, monkeypatch, more, line):
+    """One line of the first process; a traceback would hide it."""
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as left:
+            cli_main(lambda: signal.raise_signal(signal.SIGINT), *more)
+        assert left.value.code == 130
+    assert capsys.readouterr().err == f"\n{line}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a process with its parent")
+@pytest.mark.parametrize(("parent", "number"), [("accelerate-launch", signal.SIGTERM), ("accelerate_runs.sh", 0)])
+def test_only_a_launcher_takes_its_process_along(tmp_path, parent, number):
+    """A shell may end while its processes go on."""
+    child = "import ctypes; from flow.runtime import shutdown; shutdown.end_with_launcher(); "
+    child += (
+        "number = ctypes.c_int(); ctypes.CDLL(None).prctl(2, ctypes.byref(number)); print(number.value)"  # PR_GET_PDEATHSIG
+    )
+    script = tmp_path / parent
+    script.write_text(f"{sys.executable} -c '{child}'\ntrue\n")
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "no", "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment.pop("LOCAL_WORLD_SIZE", None)
+    run = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == f"{int(number)}\n"
