@@ -10,10 +10,12 @@ class UserError(ValueError):
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:
     """' Did you mean X?' or '' — the tail of an error about an unknown name."""
-    last = word.split(".")[-1]  # `steps` for `train.steps`
-    matches = [c for c in choices if c.endswith(f".{last}") and "/" not in c][:1]
-    matches = matches or difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    names = {choice.removeprefix("--"): choice for choice in choices}  # the dashes of flags would make all of them alike
+    word = word.removeprefix("--")
+    last = word.split(".")[-1]  # `steps` for `train.steps` and `--sampling_steps`
+    ends = [name for mark in "._" for name in names if name.endswith(mark + last) and "/" not in name]
+    matches = ends or difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f" Did you mean {names[matches[0]]!r}?" if matches else ""
 
 
 def first_line(error: Exception) -> str:

@@ -89,7 +89,8 @@ class Parser(argparse.ArgumentParser):
                     raise UserError(f"--{key}: a value is missing")
                 overrides.append(f"{key}={argv.pop(0)}")
             else:
-                raise UserError(f"unknown flag {name!r}.{did_you_mean(name, flags + [f'--{k}' for k in keys])}")
+                nearest = did_you_mean(name, flags) or did_you_mean(key, keys if takes_keys else [])
+                raise UserError(f"unknown flag {name!r}.{nearest}")
         namespace, unknown = self.parse_known_args(rest, Arguments())
         if unknown:
             flag = dict(zip(rest[2:], rest, strict=False)).get(unknown[0], "")  # the word two places before

@@ -97,6 +97,19 @@ def test_unknown_keys_come_with_a_suggestion(parse, words):
         loading.load(None, parse(*words).overrides)
 
 
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        ("--n_sample 3", " Did you mean '--n_samples'?"),
+        ("--steps 3", " Did you mean '--sampling_steps'?"),  # and not train.steps
+        ("--lr 3", " Did you mean 'optimizer.lr'?"),  # and not --rtol
+        ("--evaluation_dir x", ""),  # and not evaluate.seed
+    ],
+)
+def test_unknown_flags_come_with_a_suggestion(error, words, nearest):
+    assert error("sample", *words.split()) == f"error: unknown flag {words.split()[0]!r}.{nearest}"
+
+
 def test_names_that_are_not_utf8_are_printed(parse, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8"))
