@@ -262,9 +262,9 @@ def check(args, accelerator: Accelerator, data: DataSet, extractor: Extractor) -
         return
     decibels = torch.tensor([ratio for part, _, _ in everything for ratio in part])
     real, recon = (merge([part[i] for part in everything]) for i in (1, 2))
-    if count <= len(real.mu):
-        print(f"warning: {too_few_images_message(count, '--check', len(real.mu))}")
-    distance = frechet_distance(real.mu, real.sigma, recon.mu, recon.sigma)
+    if count <= (dimension := len(real.moments.mu)):
+        print(f"warning: {too_few_images_message(count, '--check', dimension)}")
+    distance = frechet_distance(real.moments, recon.moments)
     error = mean_standard_error(decibels.numpy())
     result = {
         "images": count, "PSNR": round(decibels.mean().item(), 3), "PSNR_error": error and round(error, 3),

@@ -17,7 +17,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from configs.errors import first_line
 from flow.evaluation import classifiers
-from flow.evaluation.moments import mean_and_covariance
+from flow.evaluation.moments import Moments
 
 INCEPTION, INCEPTION_LAYER = "inception-v3-compat", "2048"
 CLASS_LAYER = "class_logits"  # of the classifier beside an extractor; Inception has a layer "logits" of its own
@@ -126,10 +126,9 @@ class FeatureSet:
         self.__dict__.pop("moments", None)  # of the images before
 
     @cached_property
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [d] and unbiased covariance [d, d], summed in the order of the image indices: to the bit the same for any number
-        of processes."""
-        return mean_and_covariance(self.matrix(self.layer).numpy())
+    def moments(self) -> Moments:
+        """Summed in the order of the image indices: to the bit the same for any number of processes."""
+        return Moments.of(self.matrix(self.layer).numpy())
 
     def matrix(self, layer: str) -> Tensor:
         """All features [n, d], float32, in the order of the image indices."""
@@ -160,14 +159,6 @@ class FeatureSet:
     @property
     def n(self) -> int:
         return sum(map(len, self.indices))
-
-    @property
-    def mu(self) -> np.ndarray:
-        return self.moments[0]
-
-    @property
-    def sigma(self) -> np.ndarray:
-        return self.moments[1]
 
 
 def merge(parts: list[FeatureSet]) -> FeatureSet:

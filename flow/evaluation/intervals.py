@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.special import stdtrit
 
-from flow.evaluation.moments import centered_rows, mean_and_covariance
+from flow.evaluation.moments import Moments, centered_rows
 
 NORMAL_95 = 1.96  # standard errors on each side of a 95% interval
 JACKKNIFE_BLOCKS = 10  # for recall and coverage, whose jackknife errors are too large by more than Student's t would add
@@ -53,8 +53,8 @@ def jackknife_standard_error(left_out: np.ndarray) -> float:
     return float(np.sqrt((len(left_out) - 1) * left_out.var()))
 
 
-def frechet_influence(m: np.ndarray, s: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """(a [d], B [d, d]) of the influence function of the Frechet distance to the mean mu [d] and covariance sigma [d, d].
+def frechet_influence(samples: Moments, reference: Moments) -> tuple[np.ndarray, np.ndarray] | None:
+    """(a [d], B [d, d]) of the influence function of the Frechet distance to a reference with mean mu and covariance sigma.
 
     At samples with mean m and covariance S the distance moves with a sample x by
 
@@ -64,45 +64,38 @@ def frechet_influence(m: np.ndarray, s: np.ndarray, mu: np.ndarray, sigma: np.nd
     B is the derivative of the distance by S, as T is the optimal map between the two Gaussians. None for features that are
     all the same, where there is no derivative.
     """
-    root = symmetric_root(sigma)
-    values, vectors = np.linalg.eigh(root @ s @ root)
+    root = reference.root
+    values, vectors = np.linalg.eigh(root @ samples.sigma @ root)
     smallest = values[-1] * 1e-12  # below it: features that never change, which take no part
     if smallest <= 0:
         return None
     inverse_roots = np.where(values > smallest, values.clip(smallest) ** -0.5, 0)
     optimal_map = root @ ((vectors * inverse_roots) @ vectors.T) @ root
-    return 2 * (m - mu), np.eye(len(m)) - optimal_map
+    return 2 * (samples.mu - reference.mu), np.eye(len(root)) - optimal_map
 
 
-def influence_of_samples(features: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> np.ndarray | None:
-    """psi [n] of `frechet_influence`, with mean 0, of features [n, d].
+def influence_of_samples(features: np.ndarray, samples: Moments, reference: Moments) -> np.ndarray | None:
+    """psi [n] of `frechet_influence`, with mean 0, of features [n, d] and their moments.
 
     None where the distance has no derivative: for n <= d, where S is singular, and for features that are all the same.
     """
     n, d = features.shape
     if n <= d:
         return None
-    m, s = mean_and_covariance(features)
-    derivative = frechet_influence(m, s, mu, sigma)
+    derivative = frechet_influence(samples, reference)
     if derivative is None:
         return None
     a, b = derivative
-    psi = np.concatenate([x @ a + ((x @ b) * x).sum(1) for x in centered_rows(features, m)])
+    psi = np.concatenate([x @ a + ((x @ b) * x).sum(1) for x in centered_rows(features, samples.mu)])
     return psi - psi.mean()
 
 
-def frechet_standard_error(features: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> float | None:
-    """Standard error of the Frechet distance of features [n, d] to the mean mu [d] and covariance sigma [d, d].
+def frechet_standard_error(features: np.ndarray, samples: Moments, reference: Moments) -> float | None:
+    """Standard error of the Frechet distance of features [n, d], whose moments are `samples`, to a reference.
 
     The delta method: the standard deviation over the samples of the influence function, divided by the root of n. It
     estimates the spread of the distance of n samples about its mean E[FD_n] at this n, not about its limit for many samples.
     Where the samples have the reference's own distribution it is about 1.5 times too wide. None as in `influence_of_samples`.
     """
-    psi = influence_of_samples(features, mu, sigma)
+    psi = influence_of_samples(features, samples, reference)
     return None if psi is None else float(psi.std() / np.sqrt(len(psi)))
-
-
-def symmetric_root(sigma: np.ndarray) -> np.ndarray:
-    """Symmetric square root of a covariance matrix [d, d]."""
-    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
-    return (vectors * np.sqrt(values.clip(0))) @ vectors.T

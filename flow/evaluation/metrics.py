@@ -12,7 +12,7 @@ from flow.evaluation import intervals, memorization, neighbors, results
 from flow.evaluation.classifiers import CLASS_NAMES
 from flow.evaluation.comparison import Comparison, Estimate
 from flow.evaluation.frechet import extrapolated_distance, frechet_distance
-from flow.evaluation.moments import mean_and_covariance
+from flow.evaluation.moments import Moments
 from flow.evaluation.neighbors import DENSITY_NEIGHBORS, PRECISION_NEIGHBORS, Neighborhoods
 from flow.evaluation.reference import same_classes
 
@@ -24,14 +24,14 @@ KID_ERROR_IMAGES = 4096  # a set, at most, that its standard error is estimated 
 
 def fid(c: Comparison) -> dict[str, Estimate]:
     """Frechet distance in the feature space of the extractor; its interval is about its mean at this n (delta method)."""
-    name, ref = c.extractor.distance_name, c.reference
-    error = intervals.frechet_standard_error(c.matrix().numpy(), ref.mu, ref.sigma)
-    return {name: Estimate(frechet_distance(c.samples.mu, c.samples.sigma, ref.mu, ref.sigma), error)}
+    samples, reference = c.samples.moments, c.reference.moments
+    error = intervals.frechet_standard_error(c.matrix().numpy(), samples, reference)
+    return {c.extractor.distance_name: Estimate(frechet_distance(samples, reference), error)}
 
 
 def fd_inf(c: Comparison) -> dict[str, Estimate]:
     """Frechet distance of infinitely many samples, extrapolated; its interval is about that limit."""
-    result = extrapolated_distance(c.matrix().numpy(), c.reference.mu, c.reference.sigma)
+    result = extrapolated_distance(c.matrix().numpy(), c.samples.moments, c.reference.moments)
     return {} if result is None else {f"{c.extractor.distance_name}_inf": Estimate(*result)}
 
 
@@ -47,9 +47,9 @@ def per_class(c: Comparison) -> dict[str, Estimate]:
         if min(len(samples), len(others)) <= real.shape[1]:
             continue
         column = results.class_column(c.extractor.distance_name, class_name)
-        mu, sigma = mean_and_covariance(others)
-        distance = frechet_distance(*mean_and_covariance(samples), mu, sigma)
-        distances[column] = Estimate(distance, intervals.frechet_standard_error(samples, mu, sigma))
+        moments, target = Moments.of(samples), Moments.of(others)
+        error = intervals.frechet_standard_error(samples, moments, target)
+        distances[column] = Estimate(frechet_distance(moments, target), error)
     return distances
 
 

@@ -11,18 +11,18 @@ from torch import Tensor
 from configs.errors import first_line
 from flow.evaluation.features import Extractor, FeatureSet
 from flow.evaluation.metrics_2d import PointExtractor
+from flow.evaluation.moments import Moments
 
 TOLERANCE = 1e-5  # of a covariance that was stored in float32, relative to its largest entry or eigenvalue
 
 
 @dataclass
 class Reference:
-    """Mean [d] and unbiased covariance [d, d] in float64; features [n, d], or None where only statistics are known."""
+    """Moments of the features; the features [n, d] themselves, or None where only statistics are known."""
 
     name: str
     identity: str  # hash of content and extractor, for tables
-    mu: np.ndarray
-    sigma: np.ndarray
+    moments: Moments
     features: Tensor | None
     feature_set: FeatureSet | None = None  # the features with those of further layers
     labels: np.ndarray | None = None  # int64 [n], where their classes are those of the samples
@@ -53,7 +53,7 @@ def from_npz(path: Path, extractor: Extractor | PointExtractor, dimension: int) 
             f"{extractor.name} layer {extractor.layer}"
         )
     check_statistics(mu, sigma, f"--reference {path}")
-    return Reference(path.name, hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:16], mu, sigma, None)
+    return Reference(path.name, hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:16], Moments(mu, sigma), None)
 
 
 def check_statistics(mu: np.ndarray, sigma: np.ndarray, owner: str) -> None:
@@ -73,8 +73,8 @@ def from_features(name: str, identity: str, features: FeatureSet | None, layer: 
     """features None: a process that computes no metrics. Raises ValueError for features that are not finite and for fewer than
     two images."""
     if features is None:
-        return Reference(name, identity, np.empty(0), np.empty((0, 0)), None)
+        return Reference(name, identity, Moments(np.empty(0), np.empty((0, 0))), None)
     if features.n < 2:
         raise ValueError(f"{name} holds {features.n} image; a reference needs at least 2")
     features.check_finite(name)
-    return Reference(name, identity, features.mu, features.sigma, features.matrix(layer), features)
+    return Reference(name, identity, features.moments, features.matrix(layer), features)

@@ -84,14 +84,14 @@ def test_a_perfect_model_of_an_unbalanced_set_is_near(extractor):
         used = [iter(images) for images in held_out]
         samples = torch.stack([next(used[label]) for label in labels])
         stats = [feature_set(images, extractor) for images in (samples, real)]
-        return frechet_distance(stats[0].mu, stats[0].sigma, stats[1].mu, stats[1].sigma)
+        return frechet_distance(stats[0].moments, stats[1].moments)
 
     assert 4 * distance(labels_by_frequency(counts, 90)) < distance([k % 2 for k in range(90)])
 
 
 def test_classes_take_turns_without_data(here, tmp_path, tiny_run, extractor, real):
     """Without data to count, classes take turns."""
-    np.savez(tmp_path / "stats.npz", mu=real.mu, sigma=real.sigma)
+    np.savez(tmp_path / "stats.npz", mu=real.moments.mu, sigma=real.moments.sigma)
     command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--sampling_steps", 1, "--n_samples", 70]
     command += ["--reference", tmp_path / "stats.npz", "--out", tmp_path / "out"]
     assert "warning" not in here(*command)  # the digits of the training are here

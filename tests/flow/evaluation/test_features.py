@@ -26,8 +26,8 @@ def test_merging_processes_changes_nothing(extractor):
         parts[number % 2].add(extractor.layer, range(first, first + 100), extractor(images[first : first + 100]))
     merged = merge(parts)
     assert torch.equal(merged.matrix("64"), whole.matrix("64"))  # in the order of the images
-    assert np.array_equal(merged.sigma, whole.sigma) and np.array_equal(merged.mu, whole.mu)
-    assert np.allclose(whole.sigma, np.cov(whole.matrix("64").double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
+    assert np.array_equal(merged.moments.sigma, whole.moments.sigma) and np.array_equal(merged.moments.mu, whole.moments.mu)
+    assert np.allclose(whole.moments.sigma, np.cov(whole.matrix("64").double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
 
 
 def test_features_that_are_not_finite_are_counted(extractor):

@@ -12,6 +12,7 @@ from flow.evaluation.intervals import (
     share_standard_error,
 )
 from flow.evaluation.metrics import kernel_variance
+from flow.evaluation.moments import Moments
 
 
 def draws(d: int, n: int, repeats: int, shift: float):
@@ -22,8 +23,9 @@ def draws(d: int, n: int, repeats: int, shift: float):
     distances, errors = [], []
     for _ in range(repeats):
         x = np.maximum(rng.standard_normal((n, d)) @ np.linalg.cholesky(sigma).T, -shift)
-        distances.append(frechet_distance(x.mean(0), np.cov(x.T), mu, sigma))
-        errors.append(frechet_standard_error(x.astype(np.float32), mu, sigma))
+        samples = Moments(x.mean(0), np.cov(x.T))
+        distances.append(frechet_distance(samples, Moments(mu, sigma)))
+        errors.append(frechet_standard_error(x.astype(np.float32), samples, Moments(mu, sigma)))
     return np.array(distances), np.array(errors)
 
 
@@ -45,17 +47,15 @@ def test_samples_of_the_reference_get_a_wide_interval():
 def test_a_constant_feature_changes_nothing():
     rng = np.random.default_rng(1)
     x = rng.standard_normal((50, 3))
-    error = frechet_standard_error(x, np.ones(3), np.eye(3))
-    padded = frechet_standard_error(np.c_[x, np.zeros(50)], np.r_[np.ones(3), 0], np.diag([1.0, 1, 1, 0]))
-    assert padded == pytest.approx(error)
+    wider = np.c_[x, np.zeros(50)]
+    error = frechet_standard_error(x, Moments.of(x), Moments(np.ones(3), np.eye(3)))
+    padded = Moments(np.r_[np.ones(3), 0], np.diag([1.0, 1, 1, 0]))
+    assert frechet_standard_error(wider, Moments.of(wider), padded) == pytest.approx(error)
 
 
-def test_too_few_samples_have_no_interval():
-    assert frechet_standard_error(np.eye(4), np.zeros(4), np.eye(4)) is None
-
-
-def test_equal_samples_have_no_interval():
-    assert frechet_standard_error(np.ones((9, 4)), np.zeros(4), np.eye(4)) is None
+@pytest.mark.parametrize("x", [np.eye(4), np.ones((9, 4))], ids=["too few", "equal"])
+def test_samples_that_have_no_interval(x):
+    assert frechet_standard_error(x, Moments.of(x), Moments(np.zeros(4), np.eye(4))) is None
 
 
 def coverage(values: np.ndarray, errors: np.ndarray, target: float) -> float:
@@ -63,23 +63,25 @@ def coverage(values: np.ndarray, errors: np.ndarray, target: float) -> float:
 
 
 def moved_gaussian(d: int, n: int, repeats: int):
-    """(distance, mu, sigma, sets): `repeats` sets of n samples of a Gaussian at a known distance to that of mu and sigma."""
+    """(distance, reference, sets): `repeats` sets of n samples of a Gaussian at a known distance to the reference."""
     rng = np.random.default_rng(1)
     mixing = rng.standard_normal((d, d)) / d**0.5
     mu, sigma = np.zeros(d), mixing @ mixing.T + 0.05 * np.eye(d)
     root = 1.2 * np.linalg.cholesky(sigma)
     sets = (rng.standard_normal((n, d)) @ root.T + 0.2 for _ in range(repeats))
-    return frechet_distance(mu + 0.2, root @ root.T, mu, sigma), mu, sigma, sets
+    reference = Moments(mu, sigma)
+    return frechet_distance(Moments(mu + 0.2, root @ root.T), reference), reference, sets
 
 
 def test_limit_of_many_samples():
     """The interval of fd_inf holds the known distance in 90 to 98% of 200 sets, and its bias is a small part of the plain
     distance's."""
-    distance, mu, sigma, sets = moved_gaussian(8, 400, 200)
+    distance, reference, sets = moved_gaussian(8, 400, 200)
     plain, limits, errors = [], [], []
     for x in sets:
-        plain.append(frechet_distance(x.mean(0), np.cov(x.T), mu, sigma))
-        limit, error = extrapolated_distance(x, mu, sigma)
+        samples = Moments.of(x)
+        plain.append(frechet_distance(samples, reference))
+        limit, error = extrapolated_distance(x, samples, reference)
         limits.append(limit)
         errors.append(error)
     plain, limits = np.array(plain), np.array(limits)
@@ -89,9 +91,8 @@ def test_limit_of_many_samples():
 
 
 def test_limit_needs_two_images_a_feature():
-    x = np.random.default_rng(0).standard_normal((79, 8))
-    assert extrapolated_distance(x, np.zeros(8), np.eye(8)) is None
-    assert extrapolated_distance(np.ones((200, 8)), np.zeros(8), np.eye(8)) is None
+    for x in (np.random.default_rng(0).standard_normal((79, 8)), np.ones((200, 8))):
+        assert extrapolated_distance(x, Moments.of(x), Moments(np.zeros(8), np.eye(8))) is None
 
 
 @pytest.mark.parametrize("order", ["in turn", "sorted"])

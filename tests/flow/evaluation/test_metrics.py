@@ -19,6 +19,7 @@ from flow.evaluation import metrics, reference, results, table
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
 from flow.evaluation.frechet import frechet_distance
+from flow.evaluation.moments import Moments
 
 extractor = pytest.fixture(digits_extractor, scope="module")
 real = pytest.fixture(digits_reference, scope="module")
@@ -57,10 +58,10 @@ def test_frechet_distance_of_gaussians():
     """Also for singular covariances, and for more features than images."""
     mu = np.array([1.0, 2.0, 0.0])
     a, b = np.diag([4.0, 1.0, 0.0]), np.diag([1.0, 1.0, 9.0])
-    assert frechet_distance(mu, a, mu * 0, b) == pytest.approx(5 + 1 + 9)
+    assert frechet_distance(Moments(mu, a), Moments(mu * 0, b)) == pytest.approx(5 + 1 + 9)
     few = np.random.default_rng(0).normal(size=(20, 200))
-    sigma = np.cov(few, rowvar=False)
-    assert abs(frechet_distance(few.mean(0), sigma, few.mean(0), sigma)) < 1e-6
+    same = Moments(few.mean(0), np.cov(few, rowvar=False))
+    assert abs(frechet_distance(same, same)) < 1e-6
 
 
 def test_distance_grows_with_noise_and_accuracy_falls(extractor, real):
@@ -134,7 +135,7 @@ def test_distances_of_classes(extractor, real, tmp_path):
     columns = {name: estimate.value for name, estimate in measured.items()}
     threes = [features.matrix("64").double().numpy()[chosen == 3] for features, chosen in (
         (samples, labels[chosen_rows]), (real.feature_set, labels))]  # fmt: skip
-    moments = [f(x) for x in threes for f in (lambda x: x.mean(0), lambda x: np.cov(x.T))]
+    moments = [Moments(x.mean(0), np.cov(x.T)) for x in threes]
     assert columns["FD-digits[3]"] == pytest.approx(frechet_distance(*moments))
     row = {"weights": "w", "n": len(chosen_rows), "identity": {}, "seconds": 1.0, "requested": ["fid"], "NFE": 1, "forwards": 1}
     rows = [

@@ -14,7 +14,7 @@ real = pytest.fixture(digits_reference, scope="module")
 
 
 def test_npz_reference_serves_the_distance_alone(tmp_path, extractor, real):
-    np.savez(tmp_path / "stats.npz", mu=real.mu, sigma=real.sigma)
+    np.savez(tmp_path / "stats.npz", mu=real.moments.mu, sigma=real.moments.sigma)
     loaded = reference.from_npz(tmp_path / "stats.npz", extractor, 64)
     samples = feature_set(noisy_digits(500), extractor)
     columns = values(Comparison(extractor, samples, loaded), *metrics.METRICS)
@@ -65,7 +65,7 @@ def damaged_statistics(kind: str, mu: np.ndarray, sigma: np.ndarray, path) -> No
 def test_damaged_statistics_are_named(kind, message, error, tmp_path, tiny_run, real):
     path = tmp_path / "stats.npz"
     if kind != "absent":
-        damaged_statistics(kind, real.mu, real.sigma, path)
+        damaged_statistics(kind, real.moments.mu, real.moments.sigma, path)
     command = ["--weights", tiny_run, "--n_samples", 4, "--sampling_steps", 1, "--feature_extractor", "digits"]
     line = error("evaluate", *command, "--reference", path, "--out", tmp_path / "out")
     assert str(path) in line and message in line
@@ -74,7 +74,7 @@ def test_damaged_statistics_are_named(kind, message, error, tmp_path, tiny_run, 
 def test_mutated_statistics_are_refused_or_the_same(extractor, real, tmp_path):
     """No flipped byte and no cut changes a number without a word."""
     path = tmp_path / "stats.npz"
-    np.savez(path, mu=real.mu, sigma=real.sigma)
+    np.savez(path, mu=real.moments.mu, sigma=real.moments.sigma)
     whole, draws, refused = path.read_bytes(), generator("mutations"), 0
     for k in range(300):
         mutated = bytearray(whole)
@@ -89,7 +89,8 @@ def test_mutated_statistics_are_refused_or_the_same(extractor, real, tmp_path):
             assert str(path) in str(error)
             refused += 1
         else:
-            assert np.array_equal(loaded.mu, real.mu) and np.array_equal(loaded.sigma, real.sigma)
+            assert np.array_equal(loaded.moments.mu, real.moments.mu)
+            assert np.array_equal(loaded.moments.sigma, real.moments.sigma)
     assert refused > 200
 
 
