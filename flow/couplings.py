@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flow import registry
-from flow.source import DataSource, GaussianSource, Source
+from flow.source import DataSource, Source
 
 
 class Coupling(Protocol):
@@ -112,14 +112,11 @@ class PairedCoupling:
 COUPLINGS: dict[str, Callable[..., Coupling]] = {"independent": IndependentCoupling, "ot": OTCoupling}  # of new samples
 
 
-def build(
-    name: str, seed: int, image_shape: tuple[int, ...], rows: int, args: dict[str, Any], source: Source | None = None
-) -> Coupling:
-    """The coupling `name` of new samples of the source (None: Gaussian noise), for processes that take so many rows of a batch
-    at once.
+def build(name: str, source: Source, seed: int, image_shape: tuple[int, ...], rows: int, args: dict[str, Any]) -> Coupling:
+    """The coupling `name` of new samples of the source, for processes that take so many rows of a batch at once.
 
     Raises ValueError for an unknown name or argument and for a value out of range.
     """
     coupling = registry.pick("coupling", COUPLINGS, name, args)
-    given = (source or GaussianSource(), seed, image_shape)
-    return coupling(*given, rows=rows) if name == "ot" else coupling(*given)  # the others draw each sample on its own
+    more = {"rows": rows} if name == "ot" else {}  # the others draw each sample on its own
+    return coupling(source, seed, image_shape, **more)

@@ -251,7 +251,7 @@ def build_coupling(config: Config, data, source: Source, micro_batch_size: int) 
         )
     if flow.coupling in ("independent", "ot"):
         with error_context("flow.coupling_args"):
-            return couplings.build(flow.coupling, config.seed, data.image_shape, micro_batch_size, flow.coupling_args, source)
+            return couplings.build(flow.coupling, source, config.seed, data.image_shape, micro_batch_size, flow.coupling_args)
     if flow.coupling_args:
         raise UserError(f"flow.coupling_args={flow.coupling_args}: {flow.coupling} takes none")
     if config.data.horizontal_flip:

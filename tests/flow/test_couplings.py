@@ -12,10 +12,11 @@ from configs import loading
 from flow import couplings
 from flow.noise import gaussian_noise
 from flow.runtime import distributed
+from flow.source import GaussianSource
 from flow.training.flow_task import FlowTask
 from flow.training.logging import read_metrics
 
-SHAPE = (1, 2, 2)
+SHAPE, NOISE = (1, 2, 2), GaussianSource()
 
 
 def cost(x0: torch.Tensor, x1: torch.Tensor) -> float:
@@ -23,13 +24,13 @@ def cost(x0: torch.Tensor, x1: torch.Tensor) -> float:
 
 
 def test_fresh_noise_by_position():
-    x0 = couplings.build("independent", 3, SHAPE, 8, {}).sample_x0([5, 2], [0, 1], torch.zeros(2, *SHAPE), None)
+    x0 = couplings.build("independent", NOISE, 3, SHAPE, 8, {}).sample_x0([5, 2], [0, 1], torch.zeros(2, *SHAPE), None)
     assert torch.equal(x0, gaussian_noise("train", 3, [5, 2], SHAPE))
 
 
 def test_the_assignment_is_the_cheapest_of_all():
     x1 = torch.randn(6, *SHAPE)
-    ot = couplings.build("ot", 0, SHAPE, 6, {"block": 6})
+    ot = couplings.build("ot", NOISE, 0, SHAPE, 6, {"block": 6})
     x0 = ot.sample_x0(range(6), range(6), x1, None)
     fresh = gaussian_noise("train", 0, range(6), SHAPE)
     assert sorted(x0.flatten(1).tolist()) == sorted(fresh.flatten(1).tolist())  # the same draws in another order
@@ -40,7 +41,7 @@ def test_the_assignment_is_the_cheapest_of_all():
 def test_pairs_stay_within_a_class_and_a_block():
     x1, y = torch.randn(16, *SHAPE), torch.tensor([0, 1] * 8)
     fresh = gaussian_noise("train", 3, range(16), SHAPE).flatten(1).tolist()
-    x0 = couplings.build("ot", 3, SHAPE, 16, {"block": 8}).sample_x0(range(16), range(16), x1, y).flatten(1).tolist()
+    x0 = couplings.build("ot", NOISE, 3, SHAPE, 16, {"block": 8}).sample_x0(range(16), range(16), x1, y).flatten(1).tolist()
     came_from = [fresh.index(row) for row in x0]
     assert sorted(came_from) == list(range(16)) and came_from != list(range(16))
     assert all(row % 2 == source % 2 and row // 8 == source // 8 for row, source in enumerate(came_from))
@@ -48,7 +49,7 @@ def test_pairs_stay_within_a_class_and_a_block():
 
 def test_processes_find_the_same_pairs():
     x1 = torch.randn(16, *SHAPE)
-    ot = couplings.build("ot", 0, SHAPE, 8, {"block": 4})
+    ot = couplings.build("ot", NOISE, 0, SHAPE, 8, {"block": 4})
     whole = ot.sample_x0(range(16), range(16), x1, None)
     shares = [ot.sample_x0(range(i, i + 8), range(i, i + 8), x1[i : i + 8], None) for i in (0, 8)]
     assert torch.equal(whole, torch.cat(shares))
@@ -68,13 +69,13 @@ def test_pairs_without_generated_ones_draw_nothing():
 
 def test_mistakes():
     with pytest.raises(ValueError, match="unknown coupling 'od'; choose from independent, ot"):
-        couplings.build("od", 0, SHAPE, 8, {})
+        couplings.build("od", NOISE, 0, SHAPE, 8, {})
     with pytest.raises(ValueError, match="block=1: must be a whole number of at least 2"):
-        couplings.build("ot", 0, SHAPE, 8, {"block": 1})
+        couplings.build("ot", NOISE, 0, SHAPE, 8, {"block": 1})
     with pytest.raises(ValueError, match="independent has no argument 'block'"):
-        couplings.build("independent", 0, SHAPE, 8, {"block": 4})
+        couplings.build("independent", NOISE, 0, SHAPE, 8, {"block": 4})
     with pytest.raises(ValueError, match="block=64: must divide the 10 rows"):
-        couplings.build("ot", 0, SHAPE, 10, {})
+        couplings.build("ot", NOISE, 0, SHAPE, 10, {})
 
 
 def test_training_with_it(here, error, tmp_path, tiny_run):
