@@ -84,7 +84,10 @@ def parse_args():
         required=False,
     )
     parser.add_argument(
-        "--rows_file", type=Path, metavar="FILE", help="also write the rows of this command, new or not, as JSON lines"
+        "--rows_file",
+        type=Path,
+        metavar="FILE",
+        help="also write the rows of this command, new or not, as JSON lines; a new file",
     )
     args = parser.parse()
     if args.samples:
@@ -104,6 +107,8 @@ def main() -> None:
         raise UserError(f"--samples: a --reference is needed: a folder, an npz file or the name of a data set{needed}")
     if args.samples and Path(args.reference).resolve() == args.samples.resolve():
         raise UserError(f"--reference {args.reference}: is the folder of the samples; name real images")
+    if args.rows_file and args.rows_file.exists():
+        raise UserError(f"--rows_file {args.rows_file}: is there already; name a new file")
     for flag in filter(vars(args).get, ("snapshots", "ema_width")):
         if args.samples or args.time_grid == "optimized":
             other = "--samples" if args.samples else "--time_grid optimized, whose times are fitted to one snapshot"

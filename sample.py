@@ -124,7 +124,7 @@ def write_points(args, accelerator: Accelerator, snap: Snapshot, model: FlowMode
 def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: FlowModel, settings: SamplerSettings) -> None:
     """Write images/, grid.png and, with --npz, samples.npz."""
     folder, indices = images_folder(args), range(args.n_samples)
-    nfe, forwards = output.write_images(accelerator, model, indices, args.bspp, settings, folder)
+    nfe, forwards = output.write_images(accelerator, model, indices, args.bspp, settings, folder, snap.space.decoded_shape)
     if not accelerator.is_main_process:
         return
     write_grid_and_npz(args, snap, settings, model.net.num_classes)

@@ -21,6 +21,7 @@ INT64_LIMIT = 2**63  # for the whole numbers of torch
 MAX_EMA_WIDTH = 12**-0.5  # 0.2887, the sigma_rel of an average with equal weights
 
 Kind = TypeVar("Kind")  # a configuration: a dataclass of keys and sections with validate()
+OF_WEIGHTS = ("data", "model", "flow", "loss")  # the sections that mean something where weights are used, not trained
 AUTO = "auto"  # of model.args.num_classes: as many as the data set has
 
 

@@ -70,8 +70,8 @@ class EncodedImages(ABC):
             (_, height, width), (_, *expected) = image.shape, self.image_shape
             name = self.path / self.name_of(index)
             raise ValueError(
-                f"{name}: has {height}x{width} pixels, expected {expected[0]}x{expected[1]}; set size, or resize "
-                "the images, as scripts.pack_images --size does"
+                f"{name}: has {height}x{width} pixels, expected {expected[0]}x{expected[1]}; resize the images, or read them "
+                "with data.args.size=N in a training, --size N in scripts.pack_images"
             )
         return image, -1 if self.labels is None else int(self.labels[index])
 

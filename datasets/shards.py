@@ -32,12 +32,15 @@ def read_manifest(folder: Path, kind: str, keys: set[str]) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("data", {}), dict):
+            raise ValueError("it holds something else")
         missing = (keys | {"data", "class_names"}) - manifest.keys()
         if missing or not {"name", "root", "args"} <= manifest["data"].keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'name, root and args of data'}")
         return manifest
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"path={file}: not a manifest of {kind} ({error})") from None
+    except ValueError as error:
+        again = f"make them again in another folder, with scripts.{SCRIPTS[kind]}"
+        raise ValueError(f"path={folder}: {MANIFEST} is damaged or not that of {kind} ({error}); {again}") from None
 
 
 def save_shard(path: Path, tensors: dict[str, Tensor], header: dict[str, Any] | None = None) -> None:

@@ -58,7 +58,7 @@ class Panel:
 
 def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
-    parser.add_argument("--weights", nargs="+", required=True, metavar="PATH", help="run folders or .safetensors files")
+    flags.add_weights_flag(parser, several=True)
     parser.add_argument("--names", nargs="+", metavar="TEXT", help="titles, one for each (default: names of the runs)")
     flags.add_output_flag(parser)
     flags.add_method_flag(parser, DETERMINISTIC, "euler")

@@ -31,7 +31,7 @@ from flow.losses import LOSSES
 from flow.model import FlowModel, Network
 from flow.noise import gaussian_noise, generator
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import CONTINUES, cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context, renaming
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import guide, locate, snapshot, sources
 from flow.sampling.conditions import classes_with_images
@@ -285,10 +285,10 @@ def check_output_dir(save_dir: Path, manifest: dict[str, Any]) -> None:
     """
     existing = None
     if (save_dir / MANIFEST).is_file():
-        with error_context("--save_dir"):
+        with renaming("data: path=", "--save_dir "), error_context("data"):
             before = read_manifest(save_dir)
-            later = ("source_fingerprint", "real_fingerprint", "flow", "model")  # folders of earlier versions have none
-            existing = [without_root({key: manifest[key] for key in later if key in manifest} | before)]
+        later = ("source_fingerprint", "real_fingerprint", "flow", "model")  # folders of earlier versions have none
+        existing = [without_root({key: manifest[key] for key in later if key in manifest} | before)]
     check_same_settings(save_dir, existing, without_root(manifest), "pairs", "make_pairs")
     if existing is None:
         files.write_text(save_dir / MANIFEST, json.dumps(manifest, indent=1))

@@ -93,5 +93,4 @@ def write_mp4(path: Path, frames: list[np.ndarray]) -> None:
     command += ["-r", f"{len(frames) / SECONDS:g}", "-i", "-", "-pix_fmt", "yuv420p"]
     content = b"".join(frame[:height, :width].tobytes() for frame in frames)
     with files.atomic_file(path) as temporary:
-        temporary.touch()  # a folder that cannot be written to is an error that names the file, not one of ffmpeg
         subprocess.run([*command, f"file:{temporary}"], input=content, check=True)  # a colon would begin a protocol

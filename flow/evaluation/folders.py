@@ -92,8 +92,12 @@ def labels_of(samples: Path, data: EncodedImages, stored: dict[str, Any] | None)
     if not stored:
         return data.labels, data.class_names
     turns = tuple(stored["labels"]) if stored["labels"] else None
-    with error_context(f"--samples {samples}: not a file of sample.py"):
-        indices = [int(Path(data.name_of(k)).stem) for k in range(len(data))]  # an interrupted run leaves gaps
+    names = [data.name_of(k) for k in range(len(data))]
+    if foreign := next((name for name in names if not Path(name).stem.isdecimal()), None):
+        raise UserError(
+            f"--samples {samples}: {named_data.IMAGES}/{foreign} is not an image of sample.py; move it out of this folder"
+        )
+    indices = [int(Path(name).stem) for name in names]  # an interrupted run leaves gaps
     labels = labels_for(indices, SamplerSettings(labels=turns), stored["num_classes"])
     return labels, tuple(stored.get("class_names") or ())
 

@@ -58,6 +58,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.kind = kind  # whose keys can be overridden
+        self.sections: tuple[str, ...] = ()  # those whose keys have an effect; empty: all
 
     def error(self, message: str):  # called by argparse
         raise UserError(message)
@@ -89,7 +90,8 @@ class Parser(argparse.ArgumentParser):
                     raise UserError(f"--{key}: a value is missing")
                 overrides.append(f"{key}={argv.pop(0)}")
             else:
-                nearest = did_you_mean(name, flags) or did_you_mean(key, keys if takes_keys else [])
+                useful = [k for k in keys if takes_keys and (not self.sections or k.split(".")[0] in self.sections)]
+                nearest = did_you_mean(name, flags) or did_you_mean(key, useful)
                 raise UserError(f"unknown flag {name!r}.{nearest}")
         namespace, unknown = self.parse_known_args(rest, Arguments())
         if unknown:

@@ -22,12 +22,16 @@ MOST_FOLDERS = 10_000  # of one name with a number behind it
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it becomes `path` when the block ends well, and is removed when it does not."""
+    """A temporary file to write to, empty at first; it becomes `path` when the block ends well, and is removed when it does
+    not. Its mode is that of every new file here, whatever the writer makes of it: safetensors lets the owner alone read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
         with naming(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)
             fsync(temporary)
             os.replace(temporary, path)
             fsync(path.parent)
@@ -103,6 +107,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 def link(source: Path, path: Path) -> None:
     """Give a file a second name, in place of what has it; a copy where the file system has no hard links."""
     with atomic_file(path) as temporary:
+        temporary.unlink()
         try:
             os.link(source, temporary)
         except OSError:
@@ -110,8 +115,9 @@ def link(source: Path, path: Path) -> None:
 
 
 def atomic_rename_dir(temporary: Path, path: Path) -> None:
-    """Sync a finished temporary folder and give it its name; an empty folder of this name is replaced."""
-    _sync_tree(temporary)
+    """Sync a finished temporary folder and give it its name; an empty folder of this name is replaced. Files in it get the mode
+    of every new file, as in `atomic_file`."""
+    _finish_tree(temporary)
     if is_empty_dir(path):  # but for leftovers
         shutil.rmtree(path)
     os.replace(temporary, path)
@@ -120,7 +126,7 @@ def atomic_rename_dir(temporary: Path, path: Path) -> None:
 
 def replace_dir(temporary: Path, path: Path) -> None:
     """As `atomic_rename_dir`, in place of a folder of this name, which is there until the new one is synced."""
-    _sync_tree(temporary)
+    _finish_tree(temporary)
     before = path.with_name(f"{TEMPORARY}{path.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     if path.exists():
@@ -130,8 +136,17 @@ def replace_dir(temporary: Path, path: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
+def _finish_tree(folder: Path) -> None:
+    """Set the modes of all files, and wait until all is on the disk."""
+    inside = list(folder.rglob("*"))
+    probe = temporary_path(folder / "mode")
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in inside:
+        if path.is_file():
+            path.chmod(mode)
+    for path in [*inside, folder]:
         fsync(path)
 
 

@@ -35,9 +35,10 @@ def add_resume_flag(parser: cli.Parser) -> cli.Parser:
     return parser
 
 
-def add_weights_flag(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """--weights of one model."""
-    parser.add_argument("--weights", required=required, metavar="PATH", help=WEIGHTS)
+def add_weights_flag(parser: cli.Parser, required: bool = True, several: bool = False) -> None:
+    """--weights. Keys of trainings have no effect then, see `snapshot.load`."""
+    parser.sections = schema.OF_WEIGHTS
+    parser.add_argument("--weights", nargs="+" if several else None, required=required, metavar="PATH", help=WEIGHTS)
 
 
 def add_config_flag(

@@ -77,14 +77,15 @@ def png_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def is_whole_png(path: Path) -> bool:
-    """Whether all chunks of the file are there and have their checksums; the pixels are not decoded."""
+def is_whole_png(path: Path, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether all chunks of the file are there and have their checksums, and the image has the shape (C, H, W), if given; the
+    pixels are not decoded."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()
+            return shape is None or (len(image.getbands()), image.height, image.width) == shape
     except (OSError, SyntaxError):  # Pillow's SyntaxError: a broken file
         return False
-    return True
 
 
 def read_png(path: Path) -> np.ndarray:

@@ -60,8 +60,10 @@ def check_output_dir(
 
 def write_images(
     accelerator: Accelerator, model: FlowModel, indices: range, batch_size: int, settings: SamplerSettings, folder: Path,
+    shape: tuple[int, ...],
 ) -> tuple[float, float]:  # fmt: skip
-    """Write images as folder/000000.png and so on; batches that are there whole are not computed again. Damage is named.
+    """Write images of a shape (C, H, W) as folder/000000.png and so on; batches that are there whole are not computed again.
+    What is damaged or has another shape is named and replaced.
 
     Returns:
         (NFE, forwards) per image on the main process; (0, 0) where nothing was computed.
@@ -71,9 +73,9 @@ def write_images(
     with distributed.progress(accelerator, sum(map(len, batches)), "sampling (images of this process)") as bar:
 
         def is_done(batch: range) -> bool:
-            missing = [path for k in batch if not is_whole_png(path := png_path(folder, k))]
+            missing = [path for k in batch if not is_whole_png(path := png_path(folder, k), shape)]
             for path in filter(Path.exists, missing):
-                bar.write(f"{path}: damaged; making it again")
+                bar.write(f"{path}: damaged, or of another size; making it again")
             bar.update(0 if missing else len(batch))
             return not missing
 

@@ -38,8 +38,10 @@ from flow.sampling.space import Space
 CodecSpec = dict[str, Any]
 FileIdentity = tuple[int, int, int]  # inode, modification time in ns, size in bytes
 
-OF_TRAININGS = {  # keys that have no effect where weights are used, and the flags that have
-    "seed": "--seed", "train.mixed_precision": "-mp", "train.compile": "--compile", "evaluate.n_samples": "--n_samples",
+FLAGS = {  # that have the effect of a key of trainings where weights are used
+    "seed": "--seed", "train.mixed_precision": "-mp", "train.compile": "--compile", "train.batch_size": "--bspp",
+    **{f"{section}.{name}": f"--{name}" for section in ("evaluate", "preview") for name in (
+        "n_samples", "sampling_steps", "guidance_scale")},
 }  # fmt: skip
 
 
@@ -284,9 +286,9 @@ def _configuration(
     typed = loading.overridden(overrides)
     unconfirmed: dict[str, Any] = {}
     base, places = loading.parse_parts(text, source, Config, typed)
-    if key := next((key for key in OF_TRAININGS if key in typed), None):
-        flag = OF_TRAININGS[key]
-        raise UserError(f"{key}={typed[key]}: is a key of trainings without effect here; sample.py and evaluate.py have {flag}")
+    if key := next((key for key in typed if key.split(".")[0] not in schema.OF_WEIGHTS), None):
+        instead = f"; sample.py and evaluate.py have {FLAGS[key]}" if key in FLAGS else ""
+        raise UserError(f"{key}={typed[key]}: is a key of trainings without effect here{instead}")
     if config_path:
         config = loading.load(config_path, overrides)
     else:

@@ -77,7 +77,7 @@ class EvaluateSnapshots(Callback):
             return
         if is_new:
             seconds = messages.duration(time.perf_counter() - start)
-            trainer.logger.info(f"step {trainer.step}: {table.summary(row)}; evaluated in {seconds}")
+            trainer.logger.info(f"step {trainer.step}: {table.summary(row) or 'no metric has a value'}; evaluated in {seconds}")
         values = {name: value for name, value in row["metrics"].items() if value is not None}
         if is_new or not _is_logged(trainer, values):  # a kill may have come in between
             trainer.logger.log(trainer.step, {**values, "images": images})

@@ -6,10 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from configs import schema
 from datasets import captions
 from flow.evaluation import classifiers
 from flow.runtime import commands, files
-from flow.sampling.snapshot import OF_TRAININGS
 from flow.solvers import SOLVERS
 from flow.source import GAUSSIAN
 from flow.training import run_dir
@@ -46,7 +46,7 @@ def suggest(
     }
     if class_names is not None:
         uses = _uses(folder, values, class_names, best)
-        read = [word for key, word in zip(interpolations, typed, strict=True) if key not in OF_TRAININGS]
+        read = [word for key, word in zip(interpolations, typed, strict=True) if key.split(".")[0] in schema.OF_WEIGHTS]
         suggested |= {key: " ".join([command, *read]) for key, command in uses.items()}
     return suggested
 

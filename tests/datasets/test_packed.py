@@ -152,7 +152,10 @@ def test_folders_of_another_kind(error, tmp_path, photos, path):
     with pytest.raises(FileNotFoundError, match=r"holds no packed images .* scripts\.pack_images"):
         datasets.build("packed", None, {"path": str(photos)})
     (tmp_path / "manifest.json").write_text('{"data": {"name": "mnist", "root": null, "args": {}}, "class_names": []}')
-    with pytest.raises(ValueError, match=r"not a manifest of packed images .*it lacks crop, digest, image_shape, shards, size"):
+    with pytest.raises(
+        ValueError,
+        match=r"not that of packed images .*it lacks crop, digest, image_shape, shards, size",
+    ):
         datasets.build("packed", None, {"path": str(tmp_path)})
     shutil.copytree(path, tmp_path / "unfinished")
     (tmp_path / "unfinished/manifest.json").unlink()

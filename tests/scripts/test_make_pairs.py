@@ -110,7 +110,7 @@ def test_damaged_shards_are_made_again(here, tmp_path, folder, tiny_run):
 @pytest.mark.parametrize("text", ["{", "[]", '{"seed": 1}', '{"data": {"name": "mnist"}}'])
 def test_a_manifest_of_something_else(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(ValueError, match="not a manifest of pairs"):
+    with pytest.raises(ValueError, match="is damaged or not that of pairs"):
         datasets.build("pairs", None, {"path": str(tmp_path)})
 
 

@@ -205,7 +205,7 @@ def test_damaged_images(here, error, tmp_path, photos):
 
     line = error("pack_images", "--source", photos, "--skip_damaged", "--save_dir", tmp_path / "sizes")
     assert (
-        "has 10x20 pixels, expected 9x20; set size, or resize the images, as scripts.pack_images --size does" in line
+        "has 10x20 pixels, expected 9x20; resize the images, or read them with data.args.size=N in a training, " in line
     )  # not damage
     line = error(
         "pack_images", "--source", tmp_path / "mixed/b", "--size", 8, "--skip_damaged", "--save_dir", tmp_path / "none"

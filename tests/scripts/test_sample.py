@@ -60,12 +60,14 @@ def test_two_processes_write_the_same_bytes(group, tmp_path, tiny_run, sampled):
 
 
 def test_a_run_that_was_cut_off_goes_on_where_it_was(here, tmp_path, tiny_run, sampled):
-    """Whole batches stay untouched; a missing image and damaged ones (a crash of the machine) are made again."""
+    """Whole batches stay untouched; a missing image, damaged ones (a crash of the machine) and one of another size are made
+    again."""
     out = tmp_path / "cut"
     shutil.copytree(sampled, out)
     (out / "samples.npz").unlink()
     (out / "images" / "000009.png").unlink()
     (out / "images" / "000024.png").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(out / "images" / "000020.png")
     (out / "images" / "000016.png").write_bytes((sampled / "images" / "000016.png").read_bytes()[:60])
     (out / "images" / ".tmp-1-000010.png").write_bytes(b"half")
     os.utime(out / "images" / "000000.png", (1, 1))

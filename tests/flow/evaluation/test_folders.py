@@ -55,7 +55,7 @@ def test_labels_follow_the_number_of_an_image(here, error, tmp_path):
     (row,) = results.read(folder / "evaluation")
     assert row["n"] == 69 and row["metrics"]["accuracy"] > 0.9
     (folder / "images/0004.png").rename(folder / "images/four.png")
-    assert f"--samples {folder}: not a file of sample.py" in error(*command)
+    assert f"--samples {folder}: images/four.png is not an image of sample.py; move it out of this folder" in error(*command)
     (folder / "sampling.json").write_text('{"image_shape": [1, 8, 8], "labels": null, "num_classes": 0}')
     assert f"--samples {folder}: sampling.json cannot be used" in error(*command)
 

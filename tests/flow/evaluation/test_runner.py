@@ -47,7 +47,7 @@ def test_two_processes_find_the_same_numbers(group, evaluated):
         assert set(a["metrics"]) - set(a["standard_errors"]) == {"FD-digits"}  # of fewer images than features
 
 
-def test_table_files_and_finished_rows(evaluated, here):
+def test_table_files_and_finished_rows(evaluated, here, error):
     command, out = evaluated
     folder = out / "one"
     names = {"results.jsonl", "results.csv", "results.md", "nfe.png", "memorization.png"}
@@ -67,6 +67,10 @@ def test_table_files_and_finished_rows(evaluated, here):
     assert (folder / "results.jsonl").read_bytes() == before
     assert results.read(out / "rows.jsonl") == [control, *rows]
     assert "| euler" in again
+    for file in (out / "rows.jsonl", folder / "results.jsonl"):
+        line = error(*command, "--out", folder, "--rows_file", file)
+        assert f"--rows_file {file}: is there already; name a new file" in line
+    assert (folder / "results.jsonl").read_bytes() == before
 
 
 def test_one_bar_at_a_time(here, tmp_path, tiny_run, monkeypatch):

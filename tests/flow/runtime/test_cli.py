@@ -98,16 +98,18 @@ def test_unknown_keys_come_with_a_suggestion(parse, words):
 
 
 @pytest.mark.parametrize(
-    ("words", "nearest"),
+    ("command", "nearest"),
     [
-        ("--n_sample 3", " Did you mean '--n_samples'?"),
-        ("--steps 3", " Did you mean '--sampling_steps'?"),  # and not train.steps
-        ("--lr 3", " Did you mean 'optimizer.lr'?"),  # and not --rtol
-        ("--evaluation_dir x", ""),  # and not evaluate.seed
+        ("sample --n_sample 3", " Did you mean '--n_samples'?"),
+        ("sample --steps 3", " Did you mean '--sampling_steps'?"),  # and not train.steps
+        ("train --lr 3", " Did you mean 'optimizer.lr'?"),
+        ("sample --lr 3", ""),  # and not optimizer.lr, which has no effect there
+        ("evaluate --evaluation_dir x", ""),  # and not evaluate.seed
     ],
 )
-def test_unknown_flags_come_with_a_suggestion(error, words, nearest):
-    assert error("sample", *words.split()) == f"error: unknown flag {words.split()[0]!r}.{nearest}"
+def test_unknown_flags_come_with_a_suggestion(error, command, nearest):
+    script, *words = command.split()
+    assert error(script, *words) == f"error: unknown flag {words[0]!r}.{nearest}"
 
 
 def test_names_that_are_not_utf8_are_printed(parse, monkeypatch):

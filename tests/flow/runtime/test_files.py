@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from flow.runtime import files
 
@@ -20,6 +22,24 @@ def test_failed_write_keeps_old_content(tmp_path):
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
     files.write_text(path, "neu: ü")
     assert path.read_text(encoding="utf-8") == "neu: ü" and list(path.parent.iterdir()) == [path]
+
+
+def test_others_may_read_what_is_written(tmp_path):
+    """As the umask says, also files of safetensors, which are the owner's alone at first."""
+    umask = os.umask(0o027)
+    try:
+        with files.atomic_file(tmp_path / "a.safetensors") as temporary:
+            save_file({"a": torch.zeros(1)}, temporary)
+        (tmp_path / "new").mkdir()
+        save_file({"a": torch.zeros(1)}, tmp_path / "new" / "b.safetensors")
+        files.atomic_rename_dir(tmp_path / "new", tmp_path / "b")
+        files.link(tmp_path / "a.safetensors", tmp_path / "c.safetensors")
+    finally:
+        os.umask(umask)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*.safetensors")} == {
+        f"{name}.safetensors": "0o640" for name in "abc"
+    }
+    assert (tmp_path / "c.safetensors").samefile(tmp_path / "a.safetensors")
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads the names of open files")
