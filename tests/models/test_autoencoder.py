@@ -51,10 +51,20 @@ def test_tiles_cover_the_image(monkeypatch, sides):
     mean, _ = vae.encode(whole)
     for name in ("encode", "decode"):
         monkeypatch.setattr(vae.net, name, full_for_whole_images(vae.net, getattr(vae.net, name)))
+    seen = {name: sides_seen_by(getattr(vae.net, f"{name}r")) for name in ("encode", "decode")}
     with pytest.warns(UserWarning, match="tiles"):
         tiled = vae.decode(z)
     assert tiled.isfinite().all()  # its numbers are others, as a tile has norms and attention of its own
     assert tiled.shape == whole.shape and vae.encode(whole)[0].shape == mean.shape
+    for tiles, longest in ((seen["decode"], max(sides)), (seen["encode"], max(whole.shape[-2:]))):
+        assert len(tiles) > 1 and max(map(max, tiles)) <= longest // 2
+
+
+def sides_seen_by(module) -> list[tuple[int, ...]]:
+    """Height and width of what the module is called with, filled by later calls."""
+    seen: list[tuple[int, ...]] = []
+    module.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    return seen
 
 
 def full_for_whole_images(net, function):
