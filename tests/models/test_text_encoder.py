@@ -8,8 +8,10 @@ from conftest import TINY_RUN
 
 import models
 from datasets import captions
+from flow.evaluation import results
 from flow.guidance import drop_labels
 from models import text_encoder
+from models.mini_unet import MiniUNet
 
 NAMES = tuple("0123456789")
 MNIST_NAMES = ("0 - zero", "7 - seven")
@@ -104,31 +106,24 @@ def test_captions_name_their_class(names):
     assert len({len(captions.held_out(name)) for name in names}) == 1
 
 
-def test_training_and_prompting(tmp_path, here, error):
+def test_training_and_prompting(tmp_path, here, error, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "samples"
     config = tmp_path / "text.yaml"
     config.write_text(yaml.safe_dump({"data": {"name": "digits"}, "model": {"name": "mini_unet", "args": NET}}))
     arguments = ["-c", config, *TINY_RUN]
     here("train", *arguments, "-e", run)
     sample = ["--weights", run, "--n_samples", "6", "--save_dir", out, "--sampling_steps", "2"]
-    here(
-        "sample",
-        *sample,
-        "--prompts",
-        "a handwritten three",
-        "数字7",
-        "--guidance_scale",
-        "2",
-        "--grid_by_class",
-        "-mp",
-        "bf16",
-    )
+    here("sample", *sample, "--prompts", "a handwritten three", "数字7", "--guidance_scale", "2", "--grid_by_class")
     assert len(list((out / "images").iterdir())) == 6
     assert "reads prompts (of at most 48 bytes): give some with --prompts" in error("sample", *sample)
     assert "has 60 bytes, this network reads at most 48" in error("sample", *sample, "--prompts", "x" * 60)
-    evaluate = ["--weights", run, "--sampling_steps", "1", "--n_samples", "60", "--metrics", "accuracy", "fid"]
+    read, encode = [], MiniUNet.encode
+    monkeypatch.setattr(MiniUNet, "encode", lambda net, prompts: read.extend(prompts) or encode(net, prompts))
+    evaluate = ["--weights", run, "--sampling_steps", "1", "--n_samples", "60", "--metrics", "accuracy", "fid", "--no_control"]
     told = here("evaluate", *evaluate, "--feature_extractor", "digits", "--captions", "held_out", "--out", tmp_path / "table")
-    assert "accuracy" in told
+    assert set(read) == {wording for name in NAMES for wording in captions.held_out(name)}
     assert "| captions |" in told and "held_out" in told
+    (row,) = results.read(tmp_path / "table")
+    assert row["captions"] == "held_out" and 0 <= row["metrics"]["accuracy"] < 0.5  # the network knows nothing yet
     line = error("train", *arguments, "model.args.max_prompt_bytes=10", "-e", tmp_path / "short")
     assert "model.args.max_prompt_bytes=10: captions have up to" in line
