@@ -262,6 +262,16 @@ def points_flow(tmp_path):
 
 
 @pytest.fixture(scope="session")
+def packed_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packed digits: train, test, and the images of train in other shards. Tests must not write to it."""
+    root = tmp_path_factory.mktemp("packed_digits")
+    for name, split in (("train", "train"), ("test", "test"), ("other", "train")):
+        shards = ["--shard_images", 99] * (name == "other")
+        run_here("pack_images", "--source", "digits", "--split", split, *shards, "--save_dir", root / name)
+    return root
+
+
+@pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained AutoencoderKL as diffusers writes it: images 1x8x8, latents 2x4x4. Tests must not write to it."""
     pytest.importorskip("diffusers")

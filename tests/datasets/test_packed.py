@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import datasets
 from datasets.packed import Packed
 from flow.sampling import locate
+from flow.training.logging import read_metrics
 
 SMALL = ["model.name=mlp", "model.args={width: 16}"]
 
@@ -87,19 +88,23 @@ def test_training_equals_that_from_the_folder(here, tmp_path, photos, path):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_reference_and_held_out(here, error, tmp_path, path, tiny_run):
+def test_reference_and_held_out(here, error, tmp_path, path, tiny_run, packed_digits):
     """--reference takes packed images; data.args.held_out is the row of real images and the validation loss."""
     small = ["--sampling_steps", 1, "--methods", "euler", "--n_samples", 8, "--metrics", "fid", "--feature_extractor", "digits"]
-    gray, other = tmp_path / "gray", tmp_path / "other"
-    here("pack_images", "--source", "digits", "--split", "train", "--save_dir", gray)
-    here("pack_images", "--source", "digits", "--split", "test", "--save_dir", other)
-    said = here("evaluate", "--weights", tiny_run, *small, "--reference", gray, "--out", tmp_path / "out")
+    gray, root = packed_digits / "train", f"data.root={tmp_path}"
+    said = here("evaluate", "--weights", tiny_run, *small, "--reference", gray, "--out", tmp_path / "out", root)
     assert "real (half against half)" in said
-    args = f"data.args={{path: {gray}, held_out: {other}}}"
-    said = here("evaluate", "--weights", tiny_run, *small, "--out", tmp_path / "held", "data.name=packed", args)
+    test, other = (f"data.args={{path: {gray}, held_out: {packed_digits / name}}}" for name in ("test", "other"))
+    said = here("evaluate", "--weights", tiny_run, *small, "--out", tmp_path / "held", root, "data.name=packed", test)
     assert "real (held-out images)" in said
     train = ["train", *SMALL, *TINY_RUN, "evaluate.loss_every_steps=4", "evaluate.loss_samples=20", "data.name=packed"]
-    assert "validation loss" in here(*train, args, "-e", tmp_path / "run")
+    rows = {}
+    for run, args in (("one", test), ("two", other), ("three", test)):
+        here(*train, args, "-e", tmp_path / run)
+        rows[run] = {key: value for row in read_metrics(tmp_path / run / "metrics.jsonl") for key, value in row.items()}
+    assert rows["one"]["loss"] == rows["two"]["loss"]
+    validation = {run: row["validation_loss"] for run, row in rows.items()}
+    assert validation["one"] == validation["three"] != validation["two"]
     line = error(*train, f"data.args.path={gray}", "-e", tmp_path / "none")
     assert "has no held-out part" in line and "data.args.held_out" in line
     line = error(*train, f"data.args={{path: {gray}, held_out: {path}}}", "-e", tmp_path / "none")

@@ -1,5 +1,7 @@
 """The row of real images: held-out ones, or one half of the reference against the other."""
 
+import shutil
+
 import pytest
 import torch
 from digits_features import write_folder
@@ -8,29 +10,25 @@ import datasets
 from flow.evaluation import control, results
 
 
-def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run):
+def test_other_held_out_images_are_another_row(here, tmp_path, tiny_run, packed_digits):
     """Of real images: the folder of the held-out ones may be made anew."""
-    for name in ("train", "test"):
-        here("pack_images", "--source", "digits", "--split", name, "--save_dir", tmp_path / name)
-    here("pack_images", "--source", "digits", "--split", "train", "--shard_images", 99, "--save_dir", tmp_path / "other")
     command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--metrics", "fid", "--sampling_steps", 1]
     command += ["--n_samples", 8, f"data.root={tmp_path}", "--out", tmp_path / "out", "data.name=packed"]
     for name in ("test", "other", "test"):
-        here(*command, f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / name}}}")
+        here(*command, f"data.args={{path: {packed_digits / 'train'}, held_out: {packed_digits / name}}}")
     rows = results.read(tmp_path / "out")
     assert [row["weights"] for row in rows] == ["real (held-out images)", "tiny@4", "real (held-out images)"]
     assert rows[0]["metrics"] != rows[2]["metrics"]
 
 
-def test_damaged_held_out_images_are_an_error(here, error, tmp_path, tiny_run):
+def test_damaged_held_out_images_are_an_error(error, tmp_path, tiny_run, packed_digits):
     """In the words of what they are for; a folder that is not there is a warning."""
-    for name in ("train", "test"):
-        here("pack_images", "--source", "digits", "--split", name, "--save_dir", tmp_path / name)
+    shutil.copytree(packed_digits / "test", tmp_path / "test")
     for path in (tmp_path / "test").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-100])
     command = ["evaluate", "--weights", tiny_run, "--feature_extractor", "digits", "--metrics", "fid", "--sampling_steps", 1]
     command += ["--n_samples", 8, f"data.root={tmp_path}", "--out", tmp_path / "out", "data.name=packed"]
-    line = error(*command, f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / 'test'}}}")
+    line = error(*command, f"data.args={{path: {packed_digits / 'train'}, held_out: {tmp_path / 'test'}}}")
     assert line.startswith("error: row of real images: ") and "images_" in line
 
 

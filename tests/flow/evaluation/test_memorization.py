@@ -93,17 +93,16 @@ def test_a_folder_of_training_images_is_copied(here, error, tmp_path):
     assert len(list(samples.iterdir())) == 70
 
 
-def test_held_out_images_belong_to_the_row(here, tmp_path):
+def test_held_out_images_belong_to_the_row(here, tmp_path, packed_digits):
     """They are the threshold: with others the row is computed anew."""
-    for name in ("train", "test"):
-        here("pack_images", "--source", "digits", "--split", name, "--save_dir", tmp_path / name)
-    here("pack_images", "--source", "digits", "--split", "train", "--shard_images", 99, "--save_dir", tmp_path / "other")
     samples = write_folder(tmp_path / "samples", datasets.build("digits", None, {}).images[:70])
-    command = ["evaluate", "--samples", samples, "--reference", tmp_path / "train", "--feature_extractor", "digits"]
+    command = ["evaluate", "--samples", samples, "--reference", packed_digits / "train", "--feature_extractor", "digits"]
     command += ["--metrics", "memorization", "--no_control", f"data.root={tmp_path}", "-c", "configs/digits.yaml"]
     shares = []
     for held_out in ("test", "other", "test"):
-        here(*command, "data.name=packed", f"data.args={{path: {tmp_path / 'train'}, held_out: {tmp_path / held_out}}}")
+        here(
+            *command, "data.name=packed", f"data.args={{path: {packed_digits / 'train'}, held_out: {packed_digits / held_out}}}"
+        )
         (row,) = results.read(tmp_path / "samples_evaluation")
         shares.append(row["metrics"]["memorization"])
     assert shares[0] == shares[2] != shares[1]
