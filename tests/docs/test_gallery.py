@@ -3,19 +3,14 @@
 import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 
-import train
-from configs import loading
-from scripts import animate, compare, make_pairs
 from scripts.dev import gallery
 
 PAGE = (REPOSITORY / "docs" / "gallery.md").read_text(encoding="utf-8")
-PARSERS = {"train.py": train, "scripts.animate": animate, "scripts.compare": compare, "scripts.make_pairs": make_pairs}
 
 
 @pytest.fixture
@@ -33,19 +28,13 @@ def gallery_commands(monkeypatch, here):
     return call
 
 
-def test_commands_of_the_gallery_are_those_of_its_page(gallery_commands, monkeypatch, tmp_path):
+def test_commands_of_the_gallery_are_those_of_its_page(gallery_commands, monkeypatch):
     monkeypatch.setattr(
         gallery, "train_arguments", lambda config, run, given: ["train.py", "-c", config, "-e", str(run), *given]
     )
     commands = gallery_commands()
     shown = re.sub(r" *\\\n *", " ", PAGE.partition("## The strip")[0])  # which is made of pictures of other pages
-    for command in commands:
-        assert f"python {shlex.join(command)}\n" in shown
-        script = command[1] if command[0] == "-m" else command[0]
-        monkeypatch.setattr(sys, "argv", command[command.index(script) :])
-        args = PARSERS[script].parse_args()
-        if getattr(args, "config", None):
-            loading.load(str(REPOSITORY / args.config), args.overrides)
+    assert [command for command in commands if f"python {shlex.join(command)}\n" not in shown] == []
     assert len(re.findall(r"^python ", shown, re.M)) == len(commands)
 
 

@@ -1,5 +1,6 @@
 """The README: its example runs, its tables and commands are those of the code, in both languages."""
 
+import functools
 import re
 import shlex
 import sys
@@ -59,15 +60,23 @@ def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / name).read_text(encoding="utf-8"), re.S)
 
 
-def commands() -> list[str]:
-    """Every command of a script in the README, the pages of docs/ and the headers of configs/, line continuations joined."""
+def lines() -> list[str]:
+    """Those of the README and the pages of docs/ that are bash, and the headers of configs/, line continuations joined."""
     docs = [p for p in sorted((REPOSITORY / "docs").glob("*.md")) if p.name != "extending.md"]  # which has a test of its own
     pages = ["README.md", *(str(p.relative_to(REPOSITORY)) for p in docs)]
-    headers = [
-        re.sub("^#", "", p.read_text(encoding="utf-8"), flags=re.M) for p in sorted((REPOSITORY / "configs").rglob("*.yaml"))
-    ]
-    text = "\n".join([*(block for page in pages for block in blocks(page, "bash")), *headers]).replace("\\\n", " ")
-    return [line for line in text.splitlines() if re.search(COMMAND, line)]
+    files = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+    headers = ["\n".join(re.findall("^#(.*)", p.read_text(encoding="utf-8"), re.M)) for p in files]
+    text = "\n".join([*(block for page in pages for block in blocks(page, "bash")), *headers])
+    return text.replace("\\\n", " ").splitlines()
+
+
+def commands() -> list[str]:
+    """Every command of a script in them, each once, without what starts it."""
+    found = (match.groups() for line in lines() if (match := re.search(COMMAND, line)))
+    return list(dict.fromkeys(f"{script} {shlex.join(shlex.split(rest, comments=True))}" for script, rest in found))
+
+
+load = functools.cache(lambda path, overrides, kind: loading.load(path, list(overrides), kind=kind))
 
 
 def test_example_runs_as_shown(capsys):
@@ -110,14 +119,20 @@ def test_readme_is_short():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
 
 
-@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def test_every_command_is_of_a_known_script():
+    """A misspelt one would not be looked at below."""
+    started = [line for line in lines() if re.search(r"^[^#]*\b(python|accelerate-launch|torchrun)\b.* (-m |\S*\.py\b)", line)]
+    assert [line for line in started if not re.search(COMMAND, line) and "-m pytest" not in line] == []
+
+
+@pytest.mark.parametrize("command", commands())
 def test_commands_are_accepted(command, monkeypatch):
     """Each command parses, and its configuration keys and files exist."""
-    script, arguments = re.search(COMMAND, command).groups()
-    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments, comments=True)])
+    script, arguments = re.fullmatch(COMMAND, command).groups()
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(arguments)])
     args = SCRIPTS[script].parse_args()
     if getattr(args, "config", None):
-        loading.load(str(REPOSITORY / args.config), args.overrides, kind=KINDS.get(SCRIPTS[script], schema.Config))
+        load(str(REPOSITORY / args.config), tuple(args.overrides), KINDS.get(SCRIPTS[script], schema.Config))
 
 
 def test_both_languages_have_the_same_code():

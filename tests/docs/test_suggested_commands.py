@@ -131,13 +131,19 @@ def tiny(words: list[str]) -> tuple[str, list[str]]:
     return script, [*arguments, *more]
 
 
+def words_of(suggestion: str) -> list[str]:
+    """The words of a suggested command from its program on, without the variable that makes `scripts` found elsewhere."""
+    return [word for word in shlex.split(suggestion) if not word.startswith("PYTHONPATH=")]
+
+
 @pytest.mark.parametrize("chain", [quickstart, gallery], ids=["quickstart", "gallery"])
-def test_suggestion_after_chain_parses(here, monkeypatch, chain):
+def test_suggestion_after_chain_parses(here, monkeypatch, tmp_path, chain):
     """The commands of the chain are not run here."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chain, "run_command", lambda arguments: None)
     monkeypatch.setattr(gallery, "outdated", lambda figures, weights: False)
     (line,) = SUGGESTION.findall(here(chain.__name__.rpartition(".")[2]))
-    script, arguments = tiny(shlex.split(line)[1:])
+    script, arguments = tiny(words_of(line)[1:])
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     parsed = {"sample.py": sample, "scripts.animate": animate}[script].parse_args()
     assert parsed.weights in ("runs/digits", "runs/gallery/checkerboard")
@@ -155,7 +161,7 @@ def test_hint_of_training_works_after_quickstart(here, home, monkeypatch):
     monkeypatch.setattr(quickstart, "run_command", run_command)
     here("quickstart")
     (hint,) = hints["train.py"]
-    script, arguments = tiny(shlex.split(hint)[1:])
+    script, arguments = tiny(words_of(hint)[1:])
     here(script.removesuffix(".py"), *arguments)
     assert {path.parent.name for path in home.glob("samples/*/grid.png")} == {"digits", "quickstart"}
 
@@ -170,7 +176,7 @@ def test_commands_in_order_with_every_suggested_one(here, home, pages):
         script, arguments = tiny(words)
         said = here(script.removeprefix("scripts.").removesuffix(".py"), *arguments)
         for line in SUGGESTION.findall(said):
-            program, *rest = [word for word in shlex.split(line) if not word.startswith("PYTHONPATH=")]  # of this folder
+            program, *rest = words_of(line)
             assert shutil.which(program) or Path(program).is_file(), line
             if program == "cat":
                 assert Path(*rest).is_file()
