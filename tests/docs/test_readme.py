@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import REPOSITORY
 
 import evaluate
@@ -80,12 +81,19 @@ load = functools.cache(lambda path, overrides, kind: loading.load(path, list(ove
 
 
 def test_example_runs_as_shown(capsys):
-    """With a tenth of its steps: what is shown is the same program."""
+    """With a tenth of its steps: what is shown is the same program. Its samples are better than noise by little then, but the
+    velocity is neither too small nor too large."""
     (code,) = blocks("README.md", "python")
     assert len(code.splitlines()) <= 45
-    exec(compile(code.replace("range(4000)", "range(400)"), "README.md", "exec"), {})
+    names: dict = {}
+    exec(compile(code.replace("range(4000)", "range(400)"), "README.md", "exec"), names)
     share = re.search(r"(\d+)% of the samples lie on dark squares, NFE 99", capsys.readouterr().out)
     assert share and int(share.group(1)) > 49  # noise alone gives 46
+    x0, x1, t = torch.randn(20_000, 2), names["checkerboard"](20_000), torch.rand(20_000)
+    with torch.no_grad():
+        velocity = names["net"](torch.lerp(x0, x1, t[:, None]), t)
+    best_scale = ((x1 - x0) * velocity).sum() / velocity.square().sum()
+    assert 0.9 < best_scale < 1.1  # 0.95 to 1.00 with four seeds
 
 
 def test_configuration_page_is_that_of_the_schema():
