@@ -102,6 +102,7 @@ def test_rows_of_guidance(tmp_path, here):
         (["--guidance_scale", "2", "--guide_weights", "SIZE"], "is a model of images of (1, 16, 16), --weights of (1, 8, 8)"),
         (["--guidance_scale", "2", "--guide_weights", "CLASSES"], "was trained with other classes or prompts than --weights"),
         (["--guidance_scale", "2", "--guide_weights", "SOURCE"], "starts at digits, --weights at gaussian"),
+        (["--guidance_scale", "2", "--guide_weights", "MAP"], "is a flow map, --weights a flow; give one of the same kind"),
     ],
 )
 def test_guides_that_do_not_fit(flags, message, error, tmp_path):
@@ -112,6 +113,7 @@ def test_guides_that_do_not_fit(flags, message, error, tmp_path):
         "SIZE": lambda path: save(path, network(1, large, attention_resolutions=[8]), large, (), attention),
         "CLASSES": lambda path: save(path, network(1, num_classes=3), SHAPE, (), "model.args.num_classes=3"),
         "SOURCE": lambda path: save(path, network(1), SHAPE, (), "flow.source.name=digits"),
+        "MAP": lambda path: save(path, network(1, two_times=True), SHAPE, (), "model.args.two_times=true"),
     }
     flags = [guides[flag](tmp_path / "guide.safetensors") if flag in guides else flag for flag in flags]
     line = error("sample", "--weights", strong, "--n_samples", "2", "--save_dir", tmp_path / "out", *flags)
