@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_fidelity
 from digits_features import digits_extractor, digits_reference, estimates, feature_set, noisy_digits, values, write_folder
+from scipy.stats import t as student
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -19,6 +20,7 @@ from flow.evaluation import metrics, reference, results, table
 from flow.evaluation.comparison import Comparison
 from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
 from flow.evaluation.frechet import frechet_distance
+from flow.evaluation.intervals import NORMAL_95
 from flow.evaluation.moments import Moments
 
 extractor = pytest.fixture(digits_extractor, scope="module")
@@ -163,16 +165,17 @@ def inception(n: int) -> tuple[Extractor, FeatureSet]:
 def test_the_inception_score_is_a_number_or_absent(n):
     extractor, features = inception(n)
     real = reference.from_features("x", "x", inception(50)[1], "2048")
-    columns = values(Comparison(extractor, features, real), *metrics.DEFAULT)
-    assert ("IS" in columns) == (n >= 10) and all(math.isfinite(value) for value in columns.values())
+    measured = estimates(Comparison(extractor, features, real), *metrics.DEFAULT)
+    assert ("IS" in measured) == (n >= 10) and all(math.isfinite(estimate.value) for estimate in measured.values())
     if n >= 10:
-        assert columns["IS"] == isc_features_to_metric(features.matrix("logits_unbiased"))["inception_score_mean"]
+        expected = isc_features_to_metric(features.matrix("logits_unbiased"))
+        assert measured["IS"].value == expected["inception_score_mean"]
+        half_width = student.ppf(0.975, 9) * expected["inception_score_std"] / 3  # of the mean of ten splits
+        assert NORMAL_95 * measured["IS"].standard_error == pytest.approx(half_width)
 
 
-def test_features_that_are_not_finite_are_refused(extractor, real):
+def test_reference_that_is_not_finite_is_refused(extractor):
     features = feature_set(noisy_digits(200), extractor)
     features.rows["64"][1][17, 3] = np.nan
-    with pytest.raises(ValueError, match=r"of 1 of 200 images of the samples are not finite .* the first is image 117"):
-        metrics.evaluate(Comparison(extractor, features, real), ["fid"])
     with pytest.raises(ValueError, match="of 1 of 200 images of mine are not finite"):
         reference.from_features("mine", "x", features, "64")
