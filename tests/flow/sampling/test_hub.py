@@ -83,6 +83,16 @@ def test_pushed_and_sampled(here, error, server, tiny_run, tmp_path):
     assert "holds other files (notes.txt)" in error("export", "--weights", tiny_run, "--push", "hf:me/new")
 
 
+def test_guide_and_first_weights_from_the_hub(here, server, export, tiny_run, tmp_path):
+    """As from the run that was exported."""
+    for name, guide in {"local": tiny_run, "hub": "hf:me/tiny"}.items():
+        here("sample", "--weights", tiny_run, "--guide_weights", guide, *SAMPLE, "--save_dir", tmp_path / name)
+    assert images(tmp_path / "local") == images(tmp_path / "hub")
+    one_small_step = ["train.init_from=hf:me/tiny", "train.steps=1", "optimizer.lr=1e-9"]
+    here("train", *TINY_TRAIN, *one_small_step, "-e", tmp_path / "run")
+    torch.testing.assert_close(snapshot.load(tmp_path / "run").weights, snapshot.load(tiny_run).weights, rtol=0, atol=1e-7)
+
+
 def test_nothing_that_runs_is_fetched(server, export, client, tmp_path, tiny_run):
     marks = [tmp_path / name for name in ("unpickled", "imported")]
     code = f"open({str(marks[1])!r}, 'w')"
@@ -180,14 +190,17 @@ def test_exported_folder(here, error, tiny_run, tmp_path):
     assert list(tmp_path.iterdir()) == [folder] and "give at least one of" in error("export", "--weights", tiny_run)
 
 
-def test_samples_are_of_the_exported_average(here, tmp_path):
+def test_export_has_samples_and_table_of_the_run(here, tmp_path):
     """The preview of the run is of its first moving average."""
     run = tmp_path / "run"
     here("train", *TINY_TRAIN, "ema.half_life_images=[100, 7]", "-e", run)
     (run / "samples" / "step_00000004.png").write_bytes(b"the preview")
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "results.md").write_text("| weights | FD-digits |\n|---|---|\n| run@4 | 12.5 |\n")
     for name, of_first in (("step_00000004.safetensors", True), ("step_00000004.ema_7.safetensors", False)):
         here("export", "--weights", run / "snapshots" / name, "--to", tmp_path / name)
         assert ((tmp_path / name / "samples.png").read_bytes() == b"the preview") == of_first
+        assert "## Measured\n\n| weights | FD-digits |\n" in (tmp_path / name / "README.md").read_text()
 
 
 @pytest.mark.slow
