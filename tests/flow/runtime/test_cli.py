@@ -138,3 +138,12 @@ def test_killed_data_worker_is_one_line(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert left.value.code == 1
     assert line.startswith("error: DataLoader worker (pid 7) is killed by signal: Killed") and "data.num_workers" in line
+
+
+def test_traceback_on_request(error, main_of, monkeypatch, tmp_path):
+    """FLOW_TRACEBACK=1 leaves the error of a user to Python, which prints where it comes from."""
+    given = ["sample", "--weights", tmp_path / "none", "--n_samples", 1, "--save_dir", tmp_path / "out"]
+    assert "none" in error(*given)
+    monkeypatch.setenv("FLOW_TRACEBACK", "1")
+    with pytest.raises(UserError, match="none"):
+        cli_main(main_of(*given))

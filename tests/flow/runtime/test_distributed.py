@@ -62,6 +62,39 @@ def test_a_process_on_its_own_decides():
     assert distributed.decided_by_main(lambda: 3) == 3
 
 
+@pytest.fixture
+def threads():
+    """Whatever a test sets them to, they are one again after it."""
+    yield
+    torch.set_num_threads(1)
+
+
+def test_threads_of_flow_num_threads(monkeypatch, threads):
+    for number in ("3", "2"):
+        monkeypatch.setenv("FLOW_NUM_THREADS", number)
+        assert distributed.set_threads() is None and torch.get_num_threads() == int(number)
+    monkeypatch.setenv("FLOW_NUM_THREADS", "²")
+    with pytest.raises(UserError, match="FLOW_NUM_THREADS=²: must be a whole number of at least 1"):
+        distributed.set_threads()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes", "omp_threads", "expected"),
+    [(True, "1", "1", 8), (True, "2", "1", 4), (True, "8", "1", None), (True, "2", "3", None), (False, "", "1", None)],
+)
+def test_one_thread_of_a_launcher_is_ignored(monkeypatch, threads, launcher, processes, omp_threads, expected):
+    """The cores are divided among the processes; what a user sets stays."""
+    for name in ("FLOW_NUM_THREADS", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    if launcher:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    monkeypatch.setenv("OMP_NUM_THREADS", omp_threads)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    note = distributed.set_threads()
+    assert torch.get_num_threads() == (expected or 1)
+    assert (note is None) == (expected is None) and (note is None or note.startswith(f"threads: {expected} a process"))
+
+
 def test_an_unknown_word_for_the_cpu(monkeypatch):
     """An empty one is none."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
