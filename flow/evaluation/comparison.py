@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from flow.evaluation.features import Extractor, FeatureSet
+from flow.evaluation.features import FeatureSet, FeatureSpace
 from flow.evaluation.memorization import Closest, TrainingSet
 from flow.evaluation.neighbors import Neighborhoods
 from flow.evaluation.reference import Reference
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 class Comparison:
     """Features of samples and of a reference, for the functions of `metrics.METRICS`."""
 
-    extractor: Extractor
+    extractor: FeatureSpace
     samples: FeatureSet
     reference: Reference
     labels: np.ndarray | None = None  # int64 [n], the requested classes of the samples

@@ -25,7 +25,37 @@ REMOTE_CODE = "dinov2"  # extractors of torch-fidelity whose network is code tha
 INCEPTION_FILE = Path(URL_INCEPTION_V3).name  # as torch.hub stores it
 
 
-class Extractor:
+@dataclass(eq=False)
+class FeatureSpace:
+    """The features of an extractor by the names that metrics ask for."""
+
+    name: str  # of the extractor
+    layer: str  # of the distances
+    classifier: str | None = None  # that the logits are of
+
+    @property
+    def isc_layer(self) -> str | None:
+        """The layer of the Inception Score, the network's last: weights that serve an earlier one may not hold it."""
+        return "logits_unbiased" if (self.name, self.layer) == (INCEPTION, INCEPTION_LAYER) else None
+
+    @property
+    def class_layer(self) -> str | None:
+        """The layer of the logits, of the extractor itself or of a classifier beside it."""
+        if self.classifier is None:
+            return None
+        return "logits" if self.classifier == self.name else CLASS_LAYER
+
+    @property
+    def distance_name(self) -> str:
+        """FID for Inception's pooled features alone; the Frechet distance in any other space is not a FID. Its name holds the
+        layer where that is not the default one."""
+        if self.name == INCEPTION:
+            return "FID" if self.layer == INCEPTION_LAYER else f"FD-inception-{self.layer}"
+        default = FEATURE_EXTRACTORS_REGISTRY[self.name].get_default_feature_layer_for_metric("fid")
+        return f"FD-{self.name}" + ("" if self.layer == default else f"-{self.layer}")
+
+
+class Extractor(FeatureSpace):
     """images uint8 [B, C, H, W] with 1 or 3 channels -> {layer: features [B, d] float32 on the CPU}."""
 
     def __init__(
@@ -43,13 +73,11 @@ class Extractor:
             raise ValueError(f"--feature_extractor {name}: unknown; choose one of {', '.join(FEATURE_EXTRACTORS_REGISTRY)}")
         cls = FEATURE_EXTRACTORS_REGISTRY[name]
         layers = cls.get_provided_features_list()
-        self.name, self.device = name, device
-        self.layer = layer or cls.get_default_feature_layer_for_metric("fid")
-        if self.layer not in layers:
+        layer = layer or cls.get_default_feature_layer_for_metric("fid")
+        if layer not in layers:
             raise ValueError(f"--feature_layer {layer}: {name} has no such layer; choose one of {', '.join(layers)}")
-        self.classifier = name if name in classifiers.SIDES else classifier  # that the logits are of
-        # The Inception Score is of the network's last layer: weights that serve an earlier one may not hold it.
-        self.isc_layer = "logits_unbiased" if name == INCEPTION and self.layer == INCEPTION_LAYER else None
+        super().__init__(name, layer, name if name in classifiers.SIDES else classifier)
+        self.device = device
         extra = "logits" if name in classifiers.SIDES else self.isc_layer
         self.net_layers = list(dict.fromkeys(filter(None, (self.layer, extra))))
         if name.startswith(REMOTE_CODE):
@@ -75,10 +103,8 @@ class Extractor:
         self.net.eval().to(device)
         self.net.to(memory_format=torch.channels_last)  # Inception is 1.4 times as fast on a CPU (docs/performance.md)
         self.weights_hash = _digest(self.net)
-        self.class_layer = "logits" if self.classifier else None
         self.second_net = None
         if self.classifier and self.classifier != name:
-            self.class_layer = CLASS_LAYER
             self.second_net = classifiers.ClassifierFeatures(self.classifier, ["logits"]).to(device)
         self.layers = [*self.net_layers, CLASS_LAYER] if self.second_net else self.net_layers
 
@@ -88,15 +114,6 @@ class Extractor:
         if self.second_net is not None and CLASS_LAYER in layers:
             key += f" {self.classifier} {_digest(self.second_net)}"
         return key
-
-    @property
-    def distance_name(self) -> str:
-        """FID for Inception's pooled features alone; the Frechet distance in any other space is not a FID. Its name holds the
-        layer where that is not the default one."""
-        if self.name == INCEPTION:
-            return "FID" if self.layer == INCEPTION_LAYER else f"FD-inception-{self.layer}"
-        default = FEATURE_EXTRACTORS_REGISTRY[self.name].get_default_feature_layer_for_metric("fid")
-        return f"FD-{self.name}" + ("" if self.layer == default else f"-{self.layer}")
 
     def dimension(self, image_shape: tuple[int, int, int]) -> int:
         """Number of features; raises ValueError where the extractor does not take images of this shape."""

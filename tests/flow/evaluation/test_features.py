@@ -13,7 +13,7 @@ import datasets
 from flow.evaluation import metrics, reference
 from flow.evaluation.classifiers import weights_file
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, merge
+from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, FeatureSpace, merge
 
 extractor = pytest.fixture(digits_extractor, scope="module")
 
@@ -58,12 +58,9 @@ def test_classifiers_know_their_classes(request, name, least):
 
 
 def test_only_inception_2048_is_called_fid():
-    names = {}
-    for name, layer in ((INCEPTION, "2048"), (INCEPTION, "768"), ("mnist", "64"), ("mnist", "logits")):
-        blank = Extractor.__new__(Extractor)
-        blank.name, blank.layer = name, layer
-        names[name, layer] = blank.distance_name
-    assert list(names.values()) == ["FID", "FD-inception-768", "FD-mnist", "FD-mnist-logits"]
+    spaces = ((INCEPTION, "2048"), (INCEPTION, "768"), ("mnist", "64"), ("mnist", "logits"))
+    names = [FeatureSpace(*names).distance_name for names in spaces]
+    assert names == ["FID", "FD-inception-768", "FD-mnist", "FD-mnist-logits"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from PIL import Image
 import datasets
 from flow.evaluation import memorization, metrics, results
 from flow.evaluation.comparison import Comparison, Estimate
-from flow.evaluation.features import Extractor, FeatureSet
+from flow.evaluation.features import FeatureSet, FeatureSpace
 from flow.evaluation.reference import from_features
 
 
@@ -19,11 +19,9 @@ def draws(n: int, seed: int) -> torch.Tensor:
 
 
 def share(samples: torch.Tensor, training: memorization.TrainingSet) -> tuple[Estimate, Comparison]:
-    extractor = Extractor.__new__(Extractor)
-    extractor.name, extractor.layer, extractor.isc_layer, extractor.classifier = "some", "x", None, None
     features = FeatureSet()
     features.add("x", range(len(samples)), {"x": samples})
-    c = Comparison(extractor, features, from_features("real", "", features, "x"), training=training)
+    c = Comparison(FeatureSpace("some", "x"), features, from_features("real", "", features, "x"), training=training)
     return estimates(c, "memorization")["memorization"], c
 
 

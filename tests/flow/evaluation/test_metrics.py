@@ -18,7 +18,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 import datasets
 from flow.evaluation import metrics, reference, results, table
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.features import INCEPTION, Extractor, FeatureSet
+from flow.evaluation.features import INCEPTION, FeatureSet, FeatureSpace
 from flow.evaluation.frechet import frechet_distance
 from flow.evaluation.intervals import NORMAL_95
 from flow.evaluation.moments import Moments
@@ -150,22 +150,19 @@ def test_distances_of_classes(extractor, real, tmp_path):
     assert "[3]" not in (tmp_path / "results.md").read_text() and "FD-digits[3]" in (tmp_path / "results.csv").read_text()
 
 
-def inception(n: int) -> tuple[Extractor, FeatureSet]:
+def inception(n: int) -> tuple[FeatureSpace, FeatureSet]:
     """What Inception would give of n images, at random, with eight features."""
-    blank = Extractor.__new__(Extractor)
-    blank.name, blank.layer, blank.isc_layer = INCEPTION, "2048", "logits_unbiased"
-    blank.classifier, blank.class_layer = None, None
     features, generator = FeatureSet(), torch.Generator().manual_seed(0)
     outputs = {name: torch.randn(n, 8, generator=generator) for name in ("2048", "logits_unbiased")}
     features.add("2048", range(n), outputs)
-    return blank, features
+    return FeatureSpace(INCEPTION, "2048"), features
 
 
 @pytest.mark.parametrize("n", [9, 10, 25])
 def test_the_inception_score_is_a_number_or_absent(n):
-    extractor, features = inception(n)
+    space, features = inception(n)
     real = reference.from_features("x", "x", inception(50)[1], "2048")
-    measured = estimates(Comparison(extractor, features, real), *metrics.DEFAULT)
+    measured = estimates(Comparison(space, features, real), *metrics.DEFAULT)
     assert ("IS" in measured) == (n >= 10) and all(math.isfinite(estimate.value) for estimate in measured.values())
     if n >= 10:
         expected = isc_features_to_metric(features.matrix("logits_unbiased"))

@@ -10,7 +10,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from flow.evaluation import metrics, neighbors
 from flow.evaluation.comparison import Comparison
-from flow.evaluation.features import Extractor, FeatureSet
+from flow.evaluation.features import FeatureSet, FeatureSpace
 from flow.evaluation.intervals import NORMAL_95, jackknife_standard_error, mean_standard_error, share_standard_error
 from flow.evaluation.reference import from_features
 
@@ -23,12 +23,10 @@ def gaussians(n: int, d: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 
 def comparison(samples: torch.Tensor, real: torch.Tensor) -> Comparison:
     """Of two sets of features, as of an extractor without classes."""
-    extractor = Extractor.__new__(Extractor)
-    extractor.name, extractor.layer, extractor.isc_layer, extractor.classifier = "some", "x", None, None
     sets = [FeatureSet(), FeatureSet()]
     for features, values in zip(sets, (samples, real), strict=True):
         features.add("x", range(len(values)), {"x": values})
-    return Comparison(extractor, sets[0], from_features("real", "", sets[1], "x"))
+    return Comparison(FeatureSpace("some", "x"), sets[0], from_features("real", "", sets[1], "x"))
 
 
 @pytest.mark.parametrize(("n", "m"), [(130, 200), (64, 65), (7, 300)])
