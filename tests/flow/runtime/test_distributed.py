@@ -15,8 +15,9 @@ def refuse(rank: int, kind: type[Exception] = UserError) -> None:
     raise kind(f"refused by {rank}")
 
 
-def agree() -> None:
-    """For each of two processes, which would decide otherwise on its own."""
+def the_main_process_decides() -> None:
+    """For each of two processes, which would decide otherwise on its own: one that looks later, at a folder that has changed
+    since, gets the same answer."""
     rank = int(os.environ["RANK"])
     distributed.build_accelerator()
     assert distributed.decided_by_main(lambda: ("decided by", rank)) == ("decided by", 0)
@@ -26,24 +27,15 @@ def agree() -> None:
         assert error.type is raised
 
 
-def test_the_main_process_decides(pair):
-    """One that looks later, at a folder that has changed since, gets the same answer."""
-    pair(agree)
-
-
-def see_different_files() -> None:
-    """Both processes learn of it, the one whose files are like those of the main process as well."""
+def processes_notice_different_files() -> None:
+    """Both learn of it, the one whose files are like those of the main process as well."""
     accelerator = distributed.build_accelerator()
     distributed.check_same(accelerator, ["a", 3], "data")
     with pytest.raises(UserError, match="data: processes have read different ones; start all with the same command"):
         distributed.check_same(accelerator, os.environ["RANK"], "data")
 
 
-def test_processes_notice_different_files(pair):
-    pair(see_different_files)
-
-
-def average_in_half_precision() -> None:
+def gradients_between_processes_have_their_precision() -> None:
     """Both processes have the gradient 1 + 2^-12, which fp16 rounds to 1."""
     for hook, expected in (("fp16", 1.0), ("no", 1 + 2**-12)):
         config = loading.load(None, [f"train.ddp_comm_hook={hook}", "train.log_with=[]"])
@@ -54,8 +46,15 @@ def average_in_half_precision() -> None:
         assert net.weight.grad.item() == expected
 
 
-def test_precision_of_gradients_between_processes(pair):
-    pair(average_in_half_precision)
+def keep_promises() -> None:
+    the_main_process_decides()
+    processes_notice_different_files()
+    gradients_between_processes_have_their_precision()
+
+
+def test_promises_of_two_processes(pair):
+    """Of one pair, whose start takes seconds: the traceback names the one that does not hold."""
+    pair(keep_promises)
 
 
 def test_a_process_on_its_own_decides():
