@@ -1,5 +1,7 @@
 """The reference: statistics in an npz file, the cache of its features, its splits by name."""
 
+import re
+
 import numpy as np
 import pytest
 from digits_features import digits_extractor, digits_reference, feature_set, noisy_digits, values
@@ -62,13 +64,20 @@ def damaged_statistics(kind: str, mu: np.ndarray, sigma: np.ndarray, path) -> No
         ("empty", "not an npz file"), ("bad CRC", "Bad CRC-32"), ("npy", "not an npz file"), ("absent", "No such file"),
     ],
 )  # fmt: skip
-def test_damaged_statistics_are_named(kind, message, error, tmp_path, tiny_run, real):
+def test_damaged_statistics_are_named(kind, message, tmp_path, extractor, real):
     path = tmp_path / "stats.npz"
     if kind != "absent":
         damaged_statistics(kind, real.moments.mu, real.moments.sigma, path)
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        reference.from_npz(path, extractor, 64)
+    assert str(path) in str(refused.value)
+
+
+def test_damaged_statistics_are_one_line(error, tmp_path, tiny_run, real):
+    damaged_statistics("nan", real.moments.mu, real.moments.sigma, path := tmp_path / "stats.npz")
     command = ["--weights", tiny_run, "--n_samples", 4, "--sampling_steps", 1, "--feature_extractor", "digits"]
     line = error("evaluate", *command, "--reference", path, "--out", tmp_path / "out")
-    assert str(path) in line and message in line
+    assert f"--reference {path}: mu holds values that are not finite" in line
 
 
 def test_mutated_statistics_are_refused_or_the_same(extractor, real, tmp_path):

@@ -116,9 +116,3 @@ def test_a_launcher_changes_no_training(monkeypatch, name, value, advice):
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name}={value}, which the launcher has set: .*{advice}"):
         distributed.build_accelerator()
-
-
-def test_threads_that_are_no_number(monkeypatch):
-    monkeypatch.setenv("FLOW_NUM_THREADS", "²")
-    with pytest.raises(UserError, match="FLOW_NUM_THREADS=²: must be a whole number of at least 1"):
-        distributed.set_threads()

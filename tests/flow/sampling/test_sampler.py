@@ -37,13 +37,17 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def sampler(tiny_run) -> Sampler:
+    return Sampler.load(tiny_run, device="cpu")
+
+
 @pytest.mark.parametrize(("method", "arguments", "options", "message"), WRONG)
-def test_wrong_arguments_are_named(tiny_run, method, arguments, options, message):
+def test_wrong_arguments_are_named(sampler, method, arguments, options, message):
     with pytest.raises(ValueError, match=message):
-        getattr(Sampler.load(tiny_run, device="cpu"), method)(*arguments, **options)
+        getattr(sampler, method)(*arguments, **options)
 
 
 @pytest.mark.parametrize("labels", [np.array([3, 1]), torch.tensor([3, 1]), (3, 1)])
-def test_labels_of_any_kind(tiny_run, labels):
-    sampler = Sampler.load(tiny_run, device="cpu")
+def test_labels_of_any_kind(sampler, labels):
     assert torch.equal(sampler.sample(2, labels=labels, steps=2), sampler.sample(2, labels=[3, 1], steps=2))

@@ -6,6 +6,7 @@ import pytest
 from conftest import TINY_TRAIN, stranger
 from safetensors.torch import load_file
 
+from configs.errors import UserError
 from flow.sampling import locate, snapshot
 
 
@@ -84,10 +85,17 @@ def test_trained_guidance_is_a_number(error, tiny_run, tmp_path, value):
         ("class_names", '["0", 1]'), ("class_names", r'["\ud800"]'), ("class_names", r'["a\u0000b"]'),
     ],
 )  # fmt: skip
-def test_a_header_of_other_types_is_broken(error, tiny_run, tmp_path, entry, value):
+def test_a_header_of_other_types_is_broken(tiny_run, tmp_path, entry, value):
     path = stranger(tiny_run, tmp_path / "s.safetensors", **{entry: value})
+    with pytest.raises(UserError, match=rf"its header is broken \({entry}") as refused:
+        snapshot.load(path)
+    assert len(str(refused.value)) < 400
+
+
+def test_broken_header_is_one_line(error, tiny_run, tmp_path):
+    path = stranger(tiny_run, tmp_path / "s.safetensors", image_shape="[1, 60000, 60000]")
     line = error("sample", "--weights", path, "--n_samples", "2", "--save_dir", tmp_path / "out")
-    assert f"its header is broken ({entry}" in line and len(line) < 400
+    assert f"--weights {path}: " in line and "its header is broken (image_shape" in line
 
 
 @pytest.mark.parametrize(
