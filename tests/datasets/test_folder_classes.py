@@ -117,14 +117,6 @@ def test_single_class_has_no_labels(here, photos, tmp_path):
     assert "no labels" in here("train", *PHOTOS, data(folder), "-e", tmp_path / "two", "train.steps=1")
 
 
-def test_corrupt_image_is_named(error, photos, tmp_path):
-    """A corrupt image in a folder of classes is an error that names it."""
-    (tmp_path / "photos/a").mkdir(parents=True)
-    (tmp_path / "photos/a/broken.png").write_bytes((photos / "cats/0.png").read_bytes()[:60])
-    message = error("train", *PHOTOS, data(tmp_path / "photos"), "-e", tmp_path / "run", "train.steps=1")
-    assert "broken.png: not a readable image" in message
-
-
 def test_flips_of_points_are_refused(error, tmp_path):
     message = error("train", "-c", "configs/toy.yaml", "-e", tmp_path / "run", "data.horizontal_flip=true")
     assert message == "error: data.horizontal_flip=true: points have no mirror image; set it to false"
