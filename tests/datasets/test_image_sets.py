@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision.datasets as tv_datasets
 from PIL import Image
+from small_files import write_idx
 from torch import Tensor
 
 import datasets
@@ -279,12 +280,6 @@ def test_without_files_and_network(tmp_path, monkeypatch, name, content):
     with pytest.raises(FileNotFoundError, match=r"files are damaged.*FLOW_DATA") as error:
         datasets.build(name, tmp_path, {})
     assert str(tmp_path) in str(error.value)
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    """The format of MNIST's files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes())
 
 
 def test_classes_of_mnist(tmp_path):

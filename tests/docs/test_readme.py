@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
+from pages import blocks
 
 import evaluate
 import sample
@@ -55,10 +56,6 @@ SCRIPTS = {
 KINDS = {rectify: RectifyConfig, train_vae: VaeConfig}  # of configuration, where it is not that of train.py
 COMMAND = rf"(?<![\w/])({'|'.join(map(re.escape, SCRIPTS))}) (.*)$"
 READMES = ("README.md", "README_zh.md")
-
-
-def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (REPOSITORY / name).read_text(encoding="utf-8"), re.S)
 
 
 def lines() -> list[str]:

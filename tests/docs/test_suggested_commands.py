@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from pages import blocks
 from PIL import Image
-from test_readme import blocks
+from small_files import write_idx
 
 import datasets
 import sample
@@ -61,12 +62,6 @@ LEFT_OUT = ("scripts.rectify", "runs/mnist_rectify", "scripts.benchmark", "evalu
 SUGGESTION = re.compile(r"with: (.+)$", re.M)
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
-    """The format of MNIST's files."""
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    path.write_bytes(header + array.astype(np.uint8).tobytes())
-
-
 @pytest.fixture
 def home(main_of, monkeypatch, tmp_path) -> Path:
     """A working folder with the shipped files and small data in the place of MNIST and CIFAR-10; the current one."""
@@ -74,7 +69,6 @@ def home(main_of, monkeypatch, tmp_path) -> Path:
         (tmp_path / name).symlink_to(REPOSITORY / name)
     rng = np.random.default_rng(0)
     raw = tmp_path / "data/MNIST/raw"
-    raw.mkdir(parents=True)
     digits = datasets.build("digits", None, {})
     for part, rows in {"train": slice(0, 20), "t10k": slice(20, 40)}.items():
         images = np.kron(digits.images[rows, 0].numpy(), np.ones((3, 3)))  # 24x24

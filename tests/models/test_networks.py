@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_networks import SMALL, attention_heights
 from torch import nn
 
 import models
@@ -10,7 +11,7 @@ from models.conditioning import sinusoidal_embedding
 from models.dit import angles, features, rotate
 from models.layers import Attention
 
-SMALL = {"width": 16, "channel_mult": [1, 2], "blocks_per_level": 1, "attention_resolutions": [4], "head_channels": 16}
+UNET = SMALL["unet"]
 
 
 def perturbed(net: nn.Module) -> nn.Module:
@@ -20,16 +21,6 @@ def perturbed(net: nn.Module) -> nn.Module:
         for p in net.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return net.eval()
-
-
-def attention_heights(net: nn.Module, shape: tuple[int, int, int]) -> list[int]:
-    """The height of the image at each attention layer that the forward pass goes through."""
-    heights: list[int] = []
-    for module in net.modules():
-        if isinstance(module, Attention):
-            module.register_forward_hook(lambda m, inputs, out: heights.append(inputs[0].shape[2]))
-    net(torch.zeros(1, *shape), torch.zeros(1))
-    return heights
 
 
 @pytest.mark.parametrize(
@@ -48,7 +39,7 @@ def attention_heights(net: nn.Module, shape: tuple[int, int, int]) -> list[int]:
 )
 def test_initial_output_is_zero(shape, args):
     """The output has the shape of the input and is zero at first."""
-    net = models.build("unet", shape, SMALL | args)
+    net = models.build("unet", shape, UNET | args)
     x, t = torch.randn(3, *shape), torch.tensor([0.0, 0.4, 1.0])
     y = torch.tensor([0, 1, 2]) if net.num_classes else None
     out = net(x, t, y)
@@ -63,7 +54,7 @@ def test_initial_output_is_zero(shape, args):
 )
 def test_attention_sits_at_its_resolutions(asked, heights):
     """One block a level on the way down and two on the way up; the lowest level also has the middle."""
-    args = SMALL | {"channel_mult": [1, 2, 2], "attention_resolutions": asked}
+    args = UNET | {"channel_mult": [1, 2, 2], "attention_resolutions": asked}
     net = models.build("unet", (1, 16, 16), args)
     assert sorted(attention_heights(net, (1, 16, 16))) == sorted(heights)
     for module in net.modules():
@@ -72,7 +63,7 @@ def test_attention_sits_at_its_resolutions(asked, heights):
 
 
 def test_attention_resolutions_count_patches():
-    net = models.build("unet", (1, 16, 16), SMALL | {"patch": 2, "attention_resolutions": [8]})
+    net = models.build("unet", (1, 16, 16), UNET | {"patch": 2, "attention_resolutions": [8]})
     assert set(attention_heights(net, (1, 16, 16))) == {8}
 
 
@@ -118,7 +109,7 @@ def test_attention_mixes_pixels_and_heads_stay_apart():
 )
 def test_arguments_that_do_not_fit(args, message):
     with pytest.raises(ValueError, match=message):
-        models.build("unet", (1, 8, 8), SMALL | args)
+        models.build("unet", (1, 8, 8), UNET | args)
 
 
 def test_a_width_beyond_every_memory():
@@ -133,7 +124,7 @@ def test_unknown_network():
 
 def test_labels_change_output():
     """Labels change the output, and so does the null label."""
-    net = perturbed(models.build("unet", (1, 8, 8), SMALL | {"num_classes": 3}))
+    net = perturbed(models.build("unet", (1, 8, 8), UNET | {"num_classes": 3}))
     assert net.num_classes == 3
     x, t = torch.randn(1, 1, 8, 8).expand(4, -1, -1, -1), torch.full((4,), 0.5)
     out = net(x, t, torch.arange(4))  # label 3 is the null label
@@ -145,14 +136,14 @@ def test_labels_change_output():
 
 
 def test_time_changes_the_output():
-    net = perturbed(models.build("unet", (1, 8, 8), SMALL))
+    net = perturbed(models.build("unet", (1, 8, 8), UNET))
     x = torch.randn(1, 1, 8, 8).expand(3, -1, -1, -1)
     early, same, late = net(x, torch.tensor([0.3, 0.3, 0.31]))
     assert torch.allclose(early, same, atol=1e-6) and not torch.allclose(early, late, atol=1e-4)
 
 
 def test_images_of_a_batch_do_not_see_each_other():
-    net = perturbed(models.build("unet", (1, 8, 8), SMALL | {"num_classes": 2}))
+    net = perturbed(models.build("unet", (1, 8, 8), UNET | {"num_classes": 2}))
     x, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.tensor([0, 1, 2])
     alone = torch.cat([net(x[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(3)])
     assert torch.allclose(net(x, t, y), alone, atol=1e-5)
@@ -167,7 +158,7 @@ def test_images_of_a_batch_do_not_see_each_other():
     ],
 )
 def test_the_gradient_reaches_every_parameter(args):
-    net = perturbed(models.build("unet", (1, 16, 16), SMALL | {"attention_resolutions": [8]} | args))
+    net = perturbed(models.build("unet", (1, 16, 16), UNET | {"attention_resolutions": [8]} | args))
     y = torch.tensor([0, 1, 2]) if net.num_classes else None
     net(torch.randn(3, 1, 16, 16), torch.rand(3), y).square().mean().backward()
     without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -177,7 +168,7 @@ def test_the_gradient_reaches_every_parameter(args):
 
 
 def test_dropout_acts_in_training_only():
-    net = perturbed(models.build("unet", (1, 8, 8), SMALL | {"dropout": 0.5}))
+    net = perturbed(models.build("unet", (1, 8, 8), UNET | {"dropout": 0.5}))
     x, t = torch.randn(1, 1, 8, 8), torch.zeros(1)
     assert torch.equal(net(x, t), net(x, t))
     net.train()
@@ -201,7 +192,7 @@ def test_time_embedding_of_a_narrow_range():
 
 
 @pytest.mark.parametrize(
-    ("name", "args"), [("unet", SMALL), ("mini_unet", {"width": 16}), ("dit", {"width": 32, "depth": 1, "heads": 2})]
+    ("name", "args"), [("unet", UNET), ("mini_unet", {"width": 16}), ("dit", {"width": 32, "depth": 1, "heads": 2})]
 )
 def test_a_lower_time_frequency_is_smoother_in_time(name, args):
     t = torch.linspace(0.5, 0.51, 11)

@@ -1,7 +1,7 @@
 """The U-Net of DDPM's drawing: torchcfm's CIFAR-10 network, and its parameters counted layer by layer."""
 
 import torch
-from test_networks import SMALL, attention_heights
+from small_networks import SMALL, attention_heights
 
 import models
 from configs import loading
@@ -31,7 +31,7 @@ def residual(c_in: int, c_out: int, emb: int) -> int:
 
 def test_parameter_count_of_ddpm_unet():
     """Layer by layer for two levels of 8 and 16 channels, one block each, attention in the middle only."""
-    args = SMALL | {"width": 8, "attention_resolutions": [], "middle_attention": True, "scale_shift_norm": False}
+    args = SMALL["unet"] | {"width": 8, "attention_resolutions": [], "middle_attention": True, "scale_shift_norm": False}
     net = models.build("unet", (3, 8, 8), args | {"resblock_updown": False})
     emb = 32
     time = (8 + 1) * emb + (emb + 1) * emb

@@ -17,6 +17,7 @@ import torchvision.datasets as tv_datasets
 from conftest import TINY_TRAIN
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_files import Payload
 
 import datasets
 from configs import loading
@@ -28,16 +29,6 @@ from flow.runtime.errors import cli_main
 from flow.sampling import images, locate
 from flow.training import checkpoint
 from flow.training.data_loader import TrainingLoader
-
-
-class Payload:
-    """Unpickled, it makes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 @pytest.fixture

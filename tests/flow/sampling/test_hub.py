@@ -10,6 +10,7 @@ import torch
 from conftest import TINY_TRAIN, run_here, stranger, succeed
 from hub_server import HubServer, serve
 from huggingface_hub import ModelCard, constants
+from small_files import Payload
 
 from configs.errors import UserError
 from flow.sampling import Sampler, hub, snapshot
@@ -47,16 +48,6 @@ def export(server: HubServer, tiny_run, tmp_path_factory) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     server.repositories["me/tiny"] = dict(files)
     return files
-
-
-class Payload:
-    """Unpickled, it creates a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def images(folder: Path) -> list[bytes]:
