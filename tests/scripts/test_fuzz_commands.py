@@ -1,25 +1,20 @@
 """Mutated configurations and command lines: each runs or ends in one line, exit code 2, and leaves no half of a run behind."""
 
-import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
 import pytest
 from conftest import TINY_RUN
+from fuzzing import CASES, Outcomes, attempt
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.keys import all_keys
 from configs.schema import Config
-from flow.runtime.errors import cli_main
 
 SMALL = [*TINY_RUN, "model.name=mlp", "model.args={width: 8, depth: 1, num_classes: 10}", "train.steps=2"]
 SMALL += ["evaluate.feature_extractor=digits", "evaluate.n_samples=10"]
-CASES = int(os.environ.get("FLOW_FUZZ_CASES", "2000"))  # of the long test
 SLOW_OR_REMOTE = ("train.compile", "train.steps")  # left alone: minutes of compilation, endless runs
 
 NUMBERS = st.one_of(
@@ -90,49 +85,6 @@ SAMPLE_FLAGS = st.one_of(
     st.tuples(st.sampled_from(SAMPLE_WORDS), WORDS).map(list),
     st.sampled_from([["--npz"], ["--grid_by_class"], ["--no_such_flag"], ["--labels"], ["--prompts"], ["-c", ""]]),
 )
-
-
-class Outcomes(Counter):
-    """How many cases ended in which way; `failures` describes those with a traceback, a wrong number or half of a run."""
-
-    def __init__(self):
-        super().__init__()
-        self.failures: list[str] = []
-
-    @contextmanager
-    def case(self, shown: object) -> Iterator[None]:
-        """One case; what its assertions find is a failure, and the next case goes on."""
-        try:
-            yield
-        except AssertionError as error:
-            self.failures.append(f"{shown}: {error}")
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{n} {what}" for what, n in sorted(self.items()))
-        return f"{self.total()} cases: {counts}; {len(self.failures)} failures"
-
-
-def attempt(main_of, capsys, script: str, arguments: list[str]) -> str:
-    """Run the script in this process; returns 'ran' or its one line of error, and fails on anything else."""
-    return attempt_and_read(main_of, capsys, script, arguments)[0]
-
-
-def attempt_and_read(main_of, capsys, script: str, arguments: list[str]) -> tuple[str, str]:
-    """The same, with all that was printed."""
-    shown = f"{script} {arguments}"
-    try:
-        with pytest.raises(SystemExit) as left:
-            cli_main(main_of(script, *arguments))
-    except BaseException as error:
-        raise AssertionError(f"{shown}: {type(error).__name__} {error}") from error
-    printed = capsys.readouterr()
-    told = printed.err
-    if left.value.code == 0:
-        return "ran", printed.out + printed.err
-    lines = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert left.value.code == 2 and len(lines) == 1 and "Traceback" not in told, f"{shown}: {left.value.code}\n{told}"
-    assert told.rstrip("\n").endswith(lines[0]), f"{shown}: more than a line after it\n{told}"
-    return lines[0], printed.out + printed.err
 
 
 def check_training(main_of, capsys, parts: list[list[str]]) -> str:

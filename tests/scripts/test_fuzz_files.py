@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fuzzing import CASES, Outcomes, attempt, attempt_and_read
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_fuzz_commands import CASES, Outcomes, attempt, attempt_and_read
 
 from flow.sampling import images, locate, snapshot
 from flow.training.logging import read_metrics

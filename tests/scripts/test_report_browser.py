@@ -6,7 +6,7 @@ Needs `pip install playwright` and a Chromium (`apt-get install chromium`); skip
 import shutil
 
 import pytest
-from test_report import HOSTILE, add_grids, make_run
+from report_runs import HOSTILE, add_grids, make_run
 
 from scripts.report import page, runs
 
