@@ -113,7 +113,8 @@ def test_training_and_prompting(tmp_path, here, error, monkeypatch):
     arguments = ["-c", config, *TINY_RUN]
     here("train", *arguments, "-e", run)
     sample = ["--weights", run, "--n_samples", "6", "--save_dir", out, "--sampling_steps", "2"]
-    here("sample", *sample, "--prompts", "a handwritten three", "数字7", "--guidance_scale", "2", "--grid_by_class")
+    guided = ["--guidance_scale", "2", "--grid_by_class", "-mp", "bf16"]
+    here("sample", *sample, "--prompts", "a handwritten three", "数字7", *guided)
     assert len(list((out / "images").iterdir())) == 6
     assert "reads prompts (of at most 48 bytes): give some with --prompts" in error("sample", *sample)
     assert "has 60 bytes, this network reads at most 48" in error("sample", *sample, "--prompts", "x" * 60)
