@@ -18,7 +18,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Moments":
-        """Those of features [n, d], n at least 2; the covariance is the unbiased one."""
+        """The moments of features [n, d], n at least 2; the covariance is the unbiased one."""
         n, d = features.shape
         mu = features.mean(0, dtype=np.float64)
         outer = np.zeros((d, d))

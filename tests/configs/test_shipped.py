@@ -15,6 +15,7 @@ from flow import couplings
 from flow.sampling.conditions import preview_settings
 from flow.sampling.settings import validate
 from flow.sampling.snapshot import flow_model
+from flow.source import GaussianSource
 from flow.training.checks import check_conditioning, check_loss
 from flow.training.flow_task import build_loss
 from models import autoencoder
@@ -45,7 +46,9 @@ def test_training_fits_together(name):
     check_loss(config, build_loss(config), net, SimpleNamespace(state_times=(0.0, 0.5, 1.0)))
     validate(preview_settings(config, net, NAMES), model)
     if config.flow.coupling in couplings.COUPLINGS:
-        couplings.build(config.flow.coupling, config.seed, shape, config.train.batch_size, config.flow.coupling_args)
+        couplings.build(
+            config.flow.coupling, GaussianSource(), config.seed, shape, config.train.batch_size, config.flow.coupling_args
+        )
     else:
         assert config.flow.coupling_args == {}
 
