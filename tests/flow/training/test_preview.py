@@ -1,6 +1,19 @@
 """Previews during a training."""
 
+import numpy as np
 from conftest import TINY_TRAIN
+
+from flow.sampling import Sampler, images, locate
+
+
+def test_preview_has_averaged_weights(here, tmp_path):
+    """The grid of the snapshot at preview.seed; the last weights, which have moved far, and another seed give another."""
+    run = tmp_path / "run"
+    fast = ["optimizer.lr=0.01", "optimizer.warmup_steps=0", "preview.seed=7", "preview.n_samples=10"]
+    here("train", *TINY_TRAIN, *fast, "-e", run)
+    samples = Sampler.load(locate.find(run), "cpu").sample(10, steps=1, method="heun", seed=7)
+    expected = images.labelled_grid(samples, 10, [str(label) for label in range(10)])
+    assert np.array_equal(images.read_png(run / "samples/step_00000004.png"), expected.permute(1, 2, 0))
 
 
 def test_a_failed_preview_does_not_end_the_run(here, tmp_path):
