@@ -26,12 +26,12 @@ from scripts.doctor.configuration import num_checkpoints
 
 TRAIN = [*TINY_TRAIN, DROPOUT, "data.args.split=train", "train.keep_checkpoints=0"]
 EVALUATE = [
-    "evaluate.every_steps=3", "evaluate.n_samples=80", "evaluate.sampling_steps=1", "evaluate.feature_extractor=digits",
-    "evaluate.keep_best=fid", "evaluate.loss_every_steps=2", "evaluate.loss_samples=120",
+    "evaluate.every_steps=3", "evaluate.n_samples=80", "evaluate.sampling_steps=1", "evaluate.guidance_scale=2",
+    "evaluate.feature_extractor=digits", "evaluate.keep_best=fid", "evaluate.loss_every_steps=2", "evaluate.loss_samples=120",
     "evaluate.metrics=[fid, accuracy, memorization]",
 ]  # fmt: skip
-SAME = ["--methods", "heun", "--sampling_steps", "1", "--n_samples", "80", "--feature_extractor", "digits"]
-SAME += ["--metrics", "fid", "accuracy", "memorization"]
+SAME = ["--methods", "heun", "--sampling_steps", "1", "--guidance_scale", "2", "--n_samples", "80"]
+SAME += ["--feature_extractor", "digits", "--metrics", "fid", "accuracy", "memorization"]
 FD = "FD-digits"
 
 
@@ -73,6 +73,11 @@ def test_rows_losses_and_best_snapshot(run):
     assert [row["step"] for row in logged if "loss" in row] == [2, 4]
     best = min(rows, key=lambda row: row["metrics"][FD])
     assert snapshot.load(run / "best.safetensors").images == best["images"]
+    held_out = datasets.build("digits", None, {"split": "test"})
+    for row in (row for row in logged if "validation_loss" in row):
+        model = snapshot.load(run / f"snapshots/step_{row['step']:08d}.safetensors").model()
+        losses = validation_losses(Accelerator(cpu=True), model, held_out, 120, 0, 100)
+        assert row["validation_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
     log = (run / "log.txt").read_text()
     assert f"step 3: {FD} " in log and f"step 3: best {FD} so far, the snapshot is kept as {run}/best.safetensors" in log
 
@@ -217,6 +222,8 @@ def test_validation_loss_of_zero():
         (["evaluate.keep_best=fid"], "keep_best=fid: must be null where evaluate.every_steps is 0"),
         (["evaluate.every_steps=2", "evaluate.metrics=[fd]"], "evaluate.metrics=['fd']: unknown metric 'fd'; choose from"),
         (["evaluate.every_steps=2", "evaluate.feature_extractor=x"], "evaluate.feature_extractor=x: unknown; choose one of"),
+        ([*EVALUATE, "evaluate.feature_layer=x"], "evaluate.feature_layer=x: digits has no such layer"),
+        ([*EVALUATE, "evaluate.feature_weights=/none"], "evaluate.feature_weights=/none: there is no such file"),
         ([*EVALUATE, "evaluate.metrics=[]"], "evaluate.metrics=[]: name at least one of fid, "),
         ([*EVALUATE, "evaluate.keep_best=recall"], "keep_best=recall: evaluate.metrics=['fid', 'accuracy', 'memo"),
         (
