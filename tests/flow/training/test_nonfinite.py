@@ -1,17 +1,21 @@
 """Numbers that are not finite: the run stops or skips the step, as configured, and skipped steps leave no trace."""
 
+from functools import partial
+
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import TINY_RUN
 from safetensors.torch import load_file
 
 import datasets
 from flow.runtime import distributed, step_names
+from flow.runtime.errors import cli_main
 from flow.sampling import locate
 from flow.training import checkpoint, optimizer
 from flow.training.ema import Ema
 from flow.training.logging import read_metrics
+from flow.training.optimizer import OptimizerStep
+from flow.training.trainer import Callback
 
 # A network of two layers on the digits, without the configuration file: a step takes milliseconds.
 MLP = [*TINY_RUN, "model.name=mlp", "model.args={width: 16, depth: 1}", "train.log_every_steps=1", "train.steps=6"]
@@ -19,38 +23,37 @@ MLP = [*TINY_RUN, "model.name=mlp", "model.args={width: 16, depth: 1}", "train.l
 
 @pytest.fixture
 def ruin(monkeypatch):
-    """ruin(step, value): put a value that is not finite into the gradient of that step (from 1), by way of backward."""
+    """ruin(step, value): put a value that is not finite into the gradient of that step (from 1)."""
 
-    backward = Accelerator.backward
+    clip_and_step = OptimizerStep.clip_and_step
 
     def prepare(*steps: int, value: float = float("inf")) -> None:
         calls = [0]
 
-        def broken(accelerator, loss, **kwargs):
-            backward(accelerator, loss, **kwargs)
+        def broken(step):
             calls[0] += 1
             if not steps or calls[0] in steps:
-                for group in accelerator._optimizers[0].param_groups:
-                    group["params"][0].grad.view(-1)[0] = value
+                next(step.net.parameters()).grad.view(-1)[0] = value
+            return clip_and_step(step)
 
-        monkeypatch.setattr(Accelerator, "backward", broken)
+        monkeypatch.setattr(OptimizerStep, "clip_and_step", broken)
 
     return prepare
 
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Learning rates of the steps that were taken, and how often the moving average moved."""
-    seen = {"rates": [], "averaged": 0}
+    """Learning rates of the steps that were taken, and the images after which the moving average moved."""
+    seen = {"rates": [], "images": []}
     adam, update = torch.optim.AdamW.step, Ema.update
 
     def step(optimizer, *args, **kwargs):
         seen["rates"].append(optimizer.param_groups[0]["lr"])
         return adam(optimizer, *args, **kwargs)
 
-    def averaged(ema, *args):
-        seen["averaged"] += 1
-        update(ema, *args)
+    def averaged(ema, batch_size, images):
+        seen["images"].append(images)
+        update(ema, batch_size, images)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     monkeypatch.setattr(Ema, "update", averaged)
@@ -75,7 +78,7 @@ def test_with_skip_such_a_step_leaves_no_trace(here, ruin, watched, tmp_path):
     run = tmp_path / "run"
     warm = ["train.nonfinite_grad=skip", "optimizer.warmup_steps=6", "optimizer.lr=6"]
     here("train", *MLP, "-e", run, *warm, "train.steps=6")
-    assert watched["rates"] == [1, 2, 3, 4] and watched["averaged"] == 4
+    assert watched["rates"] == [1, 2, 3, 4] and watched["images"] == [32, 64, 96, 128]
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [0, 1, 1, 1, 2, 2]
     assert ["grad_norm" in row for row in rows] == [True, False, True, True, False, True]
@@ -91,6 +94,24 @@ def test_a_run_that_only_skips_ends(error, ruin, monkeypatch, tmp_path):
     skipping = ["train.nonfinite_grad=skip", "train.steps=100", "train.log_every_steps=100"]
     line = error("train", *MLP, "-e", tmp_path / "run", *skipping)
     assert "the gradients of the last 10 steps up to 10 were not finite, and all of them were skipped" in line
+
+
+class BreakAverage(Callback):
+    """A number of the moving average is infinite after step 3."""
+
+    def on_step(self, trainer):
+        if trainer.step == 3:
+            next(iter(trainer.ema.shadow[0].values())).view(-1)[0] = float("inf")
+
+
+def test_averages_not_finite_are_not_saved(main_of, capsys, tmp_path):
+    """One line, and the checkpoint before stays the last one."""
+    with pytest.raises(SystemExit) as left:
+        cli_main(partial(main_of("train", *MLP, "-e", tmp_path / "run"), [BreakAverage()]))
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    (saved,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert left.value.code == 2 and step_names.step_of(saved) == 2
+    assert "is not finite after step 4" in line and line.startswith("error: the average of ") and str(saved) in line
 
 
 def broken_pairs(monkeypatch, which: int | slice = 7) -> None:
@@ -136,7 +157,14 @@ def loss_scaler(monkeypatch):
     def started(*args, **kwargs):
         accelerator = start(*args, **kwargs)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=1000)
-        accelerator.unscale_gradients = lambda *ignored: accelerator.scaler.unscale_(accelerator._optimizers[0].optimizer)
+        prepare = accelerator.prepare
+
+        def prepared(net, optimizer):
+            net, optimizer = prepare(net, optimizer)
+            accelerator.unscale_gradients = lambda: accelerator.scaler.unscale_(optimizer.optimizer)
+            return net, optimizer
+
+        accelerator.prepare = prepared
         return accelerator
 
     def use(scaled: bool) -> None:
@@ -151,7 +179,7 @@ def test_scaler_overflow_leaves_no_trace(here, ruin, watched, loss_scaler, tmp_p
     ruin(1, 4)
     warm = ["optimizer.warmup_steps=6", "optimizer.lr=6"]
     here("train", *MLP, "-e", tmp_path / "run", *warm)
-    assert watched["rates"] == [1, 1, 2, 3, 3, 4] and watched["averaged"] == 4
+    assert watched["rates"] == [1, 1, 2, 3, 3, 4] and watched["images"] == [32, 64, 96, 128]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["skipped_steps"] for row in rows] == [1, 1, 1, 2, 2, 2]
     assert [row["loss_scale"] for row in rows] == [8, 8, 8, 4, 4, 4]

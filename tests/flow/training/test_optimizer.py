@@ -1,10 +1,12 @@
-"""The learning rate of each update."""
+"""The learning rate of each update, and the length of a step."""
 
 import numpy as np
 import pytest
+import torch
+from accelerate import Accelerator
 
-from configs.schema import OptimizerConfig
-from flow.training.optimizer import lr_at
+from configs.schema import Config, OptimizerConfig
+from flow.training.optimizer import OptimizerStep, lr_at
 
 
 @pytest.mark.parametrize(
@@ -25,3 +27,16 @@ def test_learning_rate(schedule, warmup, values):
     config = OptimizerConfig(lr=3e-4, warmup_steps=warmup, schedule=schedule)
     rates = [lr_at(config, update, 10) for update in range(11)]
     assert rates == pytest.approx([3e-4 * value for value in values], abs=1e-12)
+
+
+@pytest.mark.parametrize(("clip", "length"), [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])
+def test_gradient_is_clipped_to_its_norm(clip, length):
+    """One of norm 5, whose norm before clipping comes out; 0 turns it off."""
+    config, net, accelerator = Config(), torch.nn.Linear(2, 1, bias=False), Accelerator(cpu=True)
+    config.optimizer.clip_grad_norm = clip
+    torch.nn.init.zeros_(net.weight)
+    net.weight.grad = torch.tensor([[3.0, 4.0]])
+    optimizer = accelerator.prepare(torch.optim.SGD(net.parameters(), lr=1))
+    norm, updated = OptimizerStep(net, optimizer, accelerator, config).clip_and_step()
+    assert (norm.item(), updated) == (5, True)
+    torch.testing.assert_close(net.weight.data, torch.tensor([[-3.0, -4.0]]) * (length / 5))
