@@ -125,6 +125,12 @@ def test_sampling_json_records_what_decides_an_image(sampled, tiny_run):
     assert json.loads((sampled / "sampling.json").read_text()) == json.loads(json.dumps(expected))
 
 
+def test_nfe_buys_as_many_steps_as_it_pays(here, tmp_path, tiny_run):
+    """Two evaluations a step of heun but the last: five steps take 9, six would take 11."""
+    few = ["--n_samples", 1, "--sampling_method", "heun", "--nfe", 10]
+    assert "NFE 9 (" in here("sample", "--weights", tiny_run, "--save_dir", tmp_path / "out", *few)
+
+
 @pytest.mark.parametrize("script", ["sample", "evaluate"])
 def test_mistakes_about_solvers(error, tmp_path, tiny_run, script):
     flag = "--sampling_method" if script == "sample" else "--methods"
