@@ -1,7 +1,8 @@
-"""Trackers: those of Accelerate by name, those of the project by its registry; sample grids; a run stopped by a callback."""
+"""Trackers: those of Accelerate by name, those of the project by its registry; sample grids."""
 
 import importlib
 import json
+import shutil
 import sqlite3
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -10,13 +11,9 @@ import pytest
 from accelerate.tracking import GeneralTracker, on_main_process
 from conftest import TINY_TRAIN
 
-from configs import loading
 from configs.schema import Config
-from flow.runtime import distributed
-from flow.training import checkpoint, trackers
-from flow.training.flow_task import FlowTask
+from flow.training import trackers
 from flow.training.logging import read_metrics
-from flow.training.trainer import Callback, Trainer
 
 
 class JSONTracker(GeneralTracker):
@@ -124,6 +121,18 @@ def test_tensorboard_has_everything(here, tmp_path):
     assert len(texts) == 2 and "run@4" not in texts[0] and "| run@4" in texts[1]
 
 
+def test_tensorboard_drops_abandoned_steps(here, tmp_path):
+    """A run that is resumed from an earlier checkpoint has each of its steps once."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    here("train", *WITH_PREVIEW, "-e", run, "train.log_with=[tensorboard]")
+    shutil.rmtree(run / "checkpoints/step_00000004")
+    here("train", "-e", run, "-r", "latest")
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4]
+
+
 def test_wandb_has_everything(here, monkeypatch, tmp_path):
     """Offline. The numbers are in a file of wandb's own format, in which they stand as text."""
     wandb = pytest.importorskip("wandb")
@@ -179,44 +188,3 @@ def test_aim_names_the_run(here, tmp_path):
     with sqlite3.connect(tmp_path / "run/.aim/run_metadata.sqlite") as base:
         names = base.execute("select run.name, experiment.name from run join experiment on experiment.id = experiment_id")
         assert names.fetchall() == [("run", "flow-matching")]
-
-
-class StopAt(Callback):
-    """Stops a run in one of the hooks of a step, and keeps the steps of the checkpoints."""
-
-    def __init__(self, hook: str, step: int):
-        self.at, self.saved = (hook, step), []
-
-    def reach(self, hook: str, trainer: Trainer) -> None:
-        if (hook, trainer.step) == self.at:
-            trainer.stop()
-
-    def on_start(self, trainer: Trainer) -> None:
-        self.reach("on_start", trainer)
-
-    def on_step(self, trainer: Trainer) -> None:
-        self.reach("on_step", trainer)
-
-    def on_checkpoint(self, trainer: Trainer, path) -> None:
-        self.saved.append(trainer.step)
-        self.reach("on_checkpoint", trainer)
-
-    def on_preview(self, trainer: Trainer, picture) -> None:
-        self.reach("on_preview", trainer)
-
-
-@pytest.mark.parametrize(
-    ("hook", "step", "saved"),
-    [("on_start", 0, [0]), ("on_step", 3, [2, 3]), ("on_checkpoint", 2, [2]), ("on_preview", 3, [2, 3])],
-)
-def test_stop_ends_with_checkpoint(here, tmp_path, hook, step, saved):
-    """One of the current step, whatever hook it comes from, without an exit code; the run resumes as an uninterrupted one."""
-    config = loading.load(TINY_TRAIN[1], [*TINY_TRAIN[2:], "train.sample_every_steps=3"])
-    accelerator = distributed.build_training_accelerator(config.train, tmp_path / "run")
-    callback = StopAt(hook, step)
-    trainer = Trainer(FlowTask(config, accelerator), config, tmp_path / "run", accelerator, callbacks=[callback])
-    trainer.fit()
-    assert trainer.step == step and not trainer.finished and callback.saved == saved
-    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")][-1] == f"step_{step:08d}"
-    here("train", "-e", tmp_path / "run", "-r", "latest")
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 4
