@@ -8,6 +8,7 @@ from PIL import Image
 
 from configs import loading
 from flow.evaluation import plots
+from flow.training.logging import read_metrics
 from scripts.plot_loss import loss_names
 
 
@@ -22,9 +23,21 @@ def test_curves_of_two_runs(here, monkeypatch, tmp_path, tiny_run):
     assert "2 run(s)" in printed and [list(curves) for curves in drawn.values()] == [["old/tiny", "tiny"]]
 
 
-def test_picture(here, tmp_path, tiny_run):
+@pytest.mark.parametrize(("flags", "against", "x"), [([], "step", [2, 4]), (["--against", "images"], "images", [64, 128])])
+def test_picture(here, monkeypatch, tmp_path, tiny_run, flags, against, x):
+    """Every logged loss, over steps or images."""
     out = tmp_path / "plots" / "loss.png"
-    here("plot_loss", "--runs", tiny_run, "--against", "images", "--smooth", "2", "--out", out)
+    draw, drawn = plots.loss_curves, []
+
+    def loss_curves(path, losses, *rest):
+        drawn.append((losses, *rest))
+        draw(path, losses, *rest)
+
+    monkeypatch.setattr(plots, "loss_curves", loss_curves)
+    here("plot_loss", "--runs", tiny_run, *flags, "--smooth", "2", "--out", out)
+    ((losses, *rest),) = drawn
+    values = [row["loss"] for row in read_metrics(tiny_run / "metrics.jsonl")]
+    assert [curves["tiny"] for curves in losses.values()] == [(x, values)] and rest[:2] == [against, 2]
     assert min(Image.open(out).size) > 300
 
 

@@ -12,7 +12,7 @@ from conftest import TINY_RUN, run_here
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flow.evaluation import results
+from flow.evaluation import plots, results
 from flow.evaluation.entries import aggregate
 from flow.runtime import step_names
 from flow.sampling import locate, snapshot
@@ -152,7 +152,14 @@ def test_runs_without_stay_as_they_were(tiny_run):
     assert all(snapshot.load(tiny_run / f"snapshots/{step}.safetensors").power_average is None for step in steps)
 
 
-def test_rows_and_figure_of_the_widths(here, copy):
+def test_rows_and_figure_of_the_widths(here, copy, monkeypatch):
+    figures, save = {}, plots.save
+
+    def save_and_keep(path, figure, **options):
+        figures[path.name] = figure
+        save(path, figure, **options)
+
+    monkeypatch.setattr(plots, "save", save_and_keep)
     common = ["--weights", copy, "--n_samples", "70", "--sampling_steps", "1", "--feature_extractor", "digits"]
     evaluate = ["evaluate", *common, "--metrics", "fid", "--no_control"]
     here(*evaluate)
@@ -160,10 +167,15 @@ def test_rows_and_figure_of_the_widths(here, copy):
     here(*evaluate, "--ema_width", "0.05")
     assert not figure.exists()
     printed = here(*evaluate, "--ema_width", "0.05", "0.2")
-    assert figure.stat().st_size > 10_000
+    assert figure.is_file()
     entries = aggregate(results.read(copy / "evaluation"))
     assert [(e["weights"], e["ema_width"]) for e in entries] == [("copy@120", width) for width in (None, 0.05, 0.2)]
-    assert len({e["metrics"]["FD-digits"].mean for e in entries}) == 3
+    half_life, *of_widths = (e["metrics"]["FD-digits"].mean for e in entries)
+    assert len({half_life, *of_widths}) == 3
+    (axes,) = figures["ema_width.png"].axes
+    solid, dashed = (line for line in axes.lines if line.get_linestyle() in ("-", "--") and len(line.get_xdata()) == 2)
+    assert (list(solid.get_xdata()), list(solid.get_ydata())) == ([0.05, 0.2], of_widths)
+    assert list(dashed.get_ydata()) == [half_life, half_life]
     assert "| ema_width |" in printed
     lines = (copy / "evaluation/results.jsonl").read_text().splitlines()
     assert len(lines) == 3  # the row of 0.05 was not computed again

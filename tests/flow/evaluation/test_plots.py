@@ -247,19 +247,23 @@ def test_time_bar_says_where_the_flow_starts():
     assert len(columns) and columns.max() < 52  # left of the bar
 
 
-def test_distance_against_width_needs_two_widths(tmp_path):
-    """Of one run with the same settings; widths with one point each are no lines against NFE."""
+def test_distance_against_width_needs_two_widths(figures, tmp_path):
+    """Of one run with the same settings; widths with one point each are no lines against NFE. A dashed line is the half-life
+    average."""
     keys = {"captions": None, "method": "heun", "guidance_scale": None, "NFE": 19, "forwards": 19, "n": 50}
     entries = [
         {**keys, "weights": weights, "ema_width": width, "metrics": {"FID": Statistic(value, 0.1, 0.2)}}
         for weights, width, value in (("a@8", None, 3.0), ("a@8", 0.05, 2.0), ("b@8", 0.1, 2.5))
     ]
-    figure = tmp_path / "width.png"
-    plots.distance_against_width(figure, entries)
+    plots.distance_against_width(tmp_path / "width.png", entries)
     plots.distance_against_nfe(tmp_path / "nfe.png", entries)
-    assert not list(tmp_path.iterdir())
-    plots.distance_against_width(figure, [*entries, {**entries[1], "ema_width": 0.2}])
-    assert figure.stat().st_size > 10_000
+    assert figures == []
+    wider = {**entries[1], "ema_width": 0.2, "metrics": {"FID": Statistic(1.5, 0.1, 0.2)}}
+    plots.distance_against_width(tmp_path / "width.png", [*entries, wider])
+    (axes,) = figures[0].axes
+    solid, dashed = (line for line in axes.lines if line.get_linestyle() in ("-", "--") and len(line.get_xdata()) == 2)
+    assert (list(solid.get_xdata()), list(solid.get_ydata())) == ([0.05, 0.2], [2.0, 1.5])
+    assert dashed.get_linestyle() == "--" and list(dashed.get_ydata()) == [3.0, 3.0]
 
 
 def test_plot_is_drawn_only_where_there_is_a_line(tmp_path):
