@@ -530,6 +530,27 @@ def test_long_run_is_thinned(report, tmp_path):
     assert (tmp_path / "out/index.html").stat().st_size < 300_000
 
 
+@pytest.mark.parametrize(("count", "most"), [(12, 500), (40, 200)])
+def test_many_runs_share_the_points(report, tmp_path, count, most):
+    """6,000 of a curve of all runs together, but at least 200 of each."""
+    rows = "".join(f'{{"step": {k}, "loss": {k % 7}}}\n' for k in range(1, 2001))
+    for i in range(count):
+        (make_run(tmp_path / f"runs/{i}") / "metrics.jsonl").write_text(rows)
+    lengths = [len(run["curves"]["columns"]["loss"]["y"]) for run in report(tmp_path / "runs").data["runs"]]
+    assert len(lengths) == count and all(0.8 * most < length <= most for length in lengths)
+
+
+def test_figures_of_other_folders(report, tmp_path):
+    """Those in a folder of the name of a run are its own, others are of the first run."""
+    folders = [make_run(tmp_path / name) for name in ("a", "b")]
+    for name in ("b", "elsewhere"):
+        (tmp_path / "figures" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "figures" / name / f"of_{name}.png")
+    report(*folders, "--figures", *(tmp_path / "figures").iterdir())
+    html = (tmp_path / "out/index.html").read_text()
+    assert sorted(re.findall(r'alt="[^"]*?(of_\w+\.png) of (\w+)"', html)) == [("of_b.png", "b"), ("of_elsewhere.png", "a")]
+
+
 def test_linked_pictures(report, tmp_path):
     """As files beside the page; those that it no longer shows are deleted, others are not touched."""
     run = make_run(tmp_path / "run")

@@ -26,6 +26,16 @@ def test_notes_about_settings(here, tmp_path, overrides, note):
     assert printed.count(note) == 1
 
 
+def test_time_sampler_without_effect_is_noted(here, tiny_run, tmp_path):
+    """Pairs are distilled at no drawn times; the default sampler goes without a note."""
+    here("make_pairs", "--weights", tiny_run, "--n_pairs", 32, "--sampling_steps", 1, "--save_dir", tmp_path / "pairs")
+    pairs = ["data.name=pairs", f"data.args={{path: {tmp_path / 'pairs'}}}", "flow.coupling=paired", "loss.name=distillation"]
+    for sampler, count in (("uniform", 0), ("logit_normal", 1)):
+        given = [*TINY_TRAIN, *pairs, "train.steps=1", f"flow.time_sampler={sampler}", "-e", tmp_path / sampler]
+        note = f"note: flow.time_sampler={sampler}: has no effect on loss.name=distillation"
+        assert here("train", *given).count(note) == count
+
+
 def test_classes_without_images_are_left_out(here, tmp_path):
     """By previews, by pairs and in the suggested command; nothing has trained them."""
     run, pairs = tmp_path / "run", tmp_path / "pairs"
