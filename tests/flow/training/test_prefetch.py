@@ -14,19 +14,20 @@ def test_the_items_in_their_order(depth):
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_works_ahead_by_depth_and_no_more(depth):
-    """While the first item is held, `depth` more are started, and no other within a fifth of a second; then one an item."""
-    started = threading.Semaphore(0)
+    """`depth` items are started while the first is held, one more with each that is taken, and none sooner."""
+    started, taken, ahead = threading.Semaphore(0), [], []
 
     def items():
         for i in range(20):
+            ahead.append(i - len(taken))
             started.release()
             yield i
 
     for item in prefetch(items(), depth):
         for _ in range(depth + 1 if item == 0 else int(item + depth < 20)):
             assert started.acquire(timeout=60)
-        assert not started.acquire(timeout=0.2 if item == 0 else 0)
-    assert item == 19
+        taken.append(item)
+    assert taken == list(range(20)) and max(ahead) == depth
 
 
 def test_an_error_comes_where_its_item_was_expected():
