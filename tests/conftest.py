@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -15,6 +16,7 @@ from multiprocessing import connection
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -94,6 +96,19 @@ def fail(*command: str | Path, **options) -> str:
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.stderr
     return lines[0]
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen | psutil.Process, seconds: float = 120) -> None:
+    """Wait for it while the process runs; where that ends or so many seconds pass, the test fails and nothing goes on."""
+    deadline, watched = time.monotonic() + seconds, psutil.Process(process.pid)
+    while not condition():
+        has_ended = watched.status() == psutil.STATUS_ZOMBIE
+        if has_ended or time.monotonic() > deadline:
+            for member in [*watched.children(recursive=True), watched]:
+                member.kill()
+            said = process.communicate() if isinstance(process, subprocess.Popen) else ""
+            raise AssertionError(f"{'the process has ended' if has_ended else f'nothing within {seconds} seconds'}: {said}")
+        time.sleep(0.005)
 
 
 def stranger(run: Path, path: Path, replaced: dict[str, str] | None = None, **entries: str) -> Path:

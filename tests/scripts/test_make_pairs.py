@@ -6,12 +6,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import POINTS, REPOSITORY, TINY_TRAIN, contents, run_here, succeed
+from conftest import POINTS, REPOSITORY, TINY_TRAIN, contents, run_here, succeed, wait_until
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -142,9 +141,7 @@ def test_a_kill_costs_one_shard(tmp_path, tiny_run):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     environment = {**os.environ, "FLOW_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, *command, "--save_dir", str(cut)], cwd=REPOSITORY, env=environment)
-    while len(list(cut.glob("generated_*"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.005)
+    wait_until(lambda: len(list(cut.glob("generated_*"))) >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     there = {p: p.stat().st_mtime_ns for p in cut.glob("generated_*")}

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPOSITORY, contents, run_here, succeed
+from conftest import REPOSITORY, contents, run_here, succeed, wait_until
 from huggingface_hub import constants
 from PIL import Image
 
@@ -164,9 +163,7 @@ def test_killed_again_and_again(tmp_path):
     for _ in range(3):
         before = len(list(cut.glob("images_*")))
         process = subprocess.Popen([sys.executable, *command, "--save_dir", str(cut)], cwd=REPOSITORY, env={**os.environ})
-        while len(list(cut.glob("images_*"))) < before + 20:
-            assert process.poll() is None
-            time.sleep(0.005)
+        wait_until(lambda enough=before + 20: len(list(cut.glob("images_*"))) >= enough, process)
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (cut / "manifest.json").exists()

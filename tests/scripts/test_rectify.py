@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, run_here, succeed
+from conftest import REPOSITORY, run_here, succeed, wait_until
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -373,9 +372,7 @@ def test_sigterm_lets_the_step_save_and_ends(tmp_path, config):
     (tmp_path / "long.yaml").write_text(yaml.safe_dump(whole))
     command = [sys.executable, "-m", "scripts.rectify", "-c", str(tmp_path / "long.yaml"), f"folder={folder}"]
     process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "FLOW_NUM_THREADS": "1"})
-    while not (folder / "1-rf" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_until((folder / "1-rf" / "metrics.jsonl").exists, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert checkpoint.list_checkpoints(folder / "1-rf" / "checkpoints")
@@ -401,9 +398,7 @@ def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        while not (folder / name).exists():
-            assert process.poll() is None, name
-            time.sleep(0.05)
+        wait_until((folder / name).exists, process)
         os.killpg(process.pid, signal.SIGKILL)  # the script and the step that it was at
         process.wait()
     succeed("-m", "scripts.rectify", "-c", config, f"folder={folder}", timeout=600)

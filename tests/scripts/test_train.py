@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import DROPOUT, REPOSITORY, TINY_TRAIN, run_here, succeed
+from conftest import DROPOUT, REPOSITORY, TINY_TRAIN, run_here, succeed, wait_until
 from safetensors.torch import load_file
 
 from flow.runtime import files, step_names
@@ -50,10 +49,7 @@ def kill_after_first_checkpoint(run: Path, launcher: list[str]) -> None:
     """Start a training run and kill all of its processes once its first checkpoint is there."""
     command = [sys.executable, *launcher, "train.py", *TO_KILL, "-e", str(run)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.time() + 120
-    while not (run / "checkpoints" / "step_00000012").exists():
-        assert process.poll() is None and time.time() < deadline, process.stderr.read()
-        time.sleep(0.01)
+    wait_until((run / "checkpoints" / "step_00000012").exists, process)
     family = [*psutil.Process(process.pid).children(recursive=True), process]  # the launcher alone would leave its children
     for member in family:
         member.kill()
@@ -101,15 +97,15 @@ def test_sigterm_saves_and_suggests_resume(main_of, here, capsys, tmp_path, unin
     assert losses(run) == losses(uninterrupted)
 
 
-def start_on_a_terminal(command: list[str]) -> tuple[int, int]:
-    """Start a command as the leader of a session on a terminal of its own: its process id, and the terminal's other end."""
+def start_on_a_terminal(command: list[str]) -> tuple[psutil.Process, int]:
+    """Start a command as the leader of a session on a terminal of its own: its process, and the terminal's other end."""
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
         os.chdir(REPOSITORY)
         os.execv(command[0], command)
     os.set_blocking(terminal, False)
-    return pid, terminal
+    return psutil.Process(pid), terminal
 
 
 @pytest.mark.parametrize("nohup", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -122,20 +118,23 @@ def test_closed_terminal_stops_run(tmp_path, monkeypatch, nohup):
     log = tmp_path / "printed.txt"
     if nohup:  # as its command does: the signal is ignored, and what is printed goes to a file
         command = ["/bin/sh", "-c", f'trap "" HUP; exec "$@" > {log} 2>&1', "sh", *command]
-    pid, terminal = start_on_a_terminal(command)
-    while not (run / "metrics.jsonl").exists():
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-        with suppress(BlockingIOError, OSError):
+    process, terminal = start_on_a_terminal(command)
+
+    def has_begun() -> bool:
+        with suppress(OSError):
             os.read(terminal, 100_000)  # a terminal that nobody reads stops who writes to it
-        time.sleep(0.01)
+        return (run / "metrics.jsonl").exists()
+
+    wait_until(has_begun, process)
     os.close(terminal)
-    _, status = os.waitpid(pid, 0)
+    wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE, process)
+    code = process.wait()
     said = (run / "log.txt").read_text()
     assert checkpoint.verify(newest(run)) is None
     if nohup:
-        assert os.waitstatus_to_exitcode(status) == 0 and step_names.step_of(newest(run)) == 60
+        assert code == 0 and step_names.step_of(newest(run)) == 60
     else:
-        assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+        assert code == 128 + signal.SIGHUP
         assert f"stopped by SIGHUP; the latest checkpoint is {newest(run)}; resume with: " in said
         assert f"train.py -e {run} -r latest" in said
 
@@ -190,17 +189,6 @@ def test_damaged_newest_checkpoint_is_skipped(here, tmp_path, uninterrupted):
     assert "step_00000008 is damaged and skipped: optimizer.bin has changed" in printed
     assert "resuming from step 4" in printed
     assert_same_state(run, uninterrupted)
-
-
-@pytest.mark.parametrize("manifest", ["{}", '{"state.json": {}}', "[]"])
-def test_incomplete_manifest_is_skipped(here, tmp_path, tiny_run, manifest):
-    """A checkpoint whose manifest lacks a file is skipped."""
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    (run / "checkpoints" / "step_00000004" / "manifest.json").write_text(manifest)
-    printed = here("train", "-e", run, "-r", "latest")
-    assert "step_00000004 is damaged and skipped: manifest.json" in printed and "resuming from step 2" in printed
-    assert checkpoint.verify(newest(run)) is None
 
 
 def test_what_lies_past_the_resumed_step_is_set_aside(here, tmp_path, tiny_run):
@@ -285,13 +273,6 @@ def test_run_folder_holds_what_the_design_promises(uninterrupted):
     assert {"loss", "loss_t_0.0", "loss_t_0.9", "grad_norm", "learning_rate", "images_per_second"} <= row.keys()
     assert (uninterrupted / "samples" / "step_00000008.png").stat().st_size > 0
     assert [p.name for p in checkpoint.list_checkpoints(uninterrupted / "checkpoints")] == ["step_00000004", "step_00000008"]
-
-
-def test_nonfinite_loss_names_step_and_checkpoint(error, tmp_path):
-    """A learning rate beyond reason: the run ends with one line, and no checkpoint holds broken weights."""
-    line = error("train", *LONGER, "-e", tmp_path / "run", "optimizer.lr=1e30", "optimizer.clip_grad_norm=0")
-    assert "the loss or gradient of step " in line and "is not finite" in line and "there is no checkpoint yet" in line
-    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
 def test_init_from_takes_snapshot_weights(here, tmp_path, uninterrupted):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import MAINS, REPOSITORY, TINY_TRAIN, fail, run_script, succeed
+from conftest import MAINS, REPOSITORY, TINY_TRAIN, fail, run_script, succeed, wait_until
 
 import models
 from configs import loading
@@ -255,9 +255,7 @@ def test_an_evaluation_beside_a_training(tmp_path):
     train = [sys.executable, "train.py", *TINY_TRAIN, "train.steps=100_000", "-e", str(run)]
     process = subprocess.Popen(train, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not list((run / "snapshots").glob("step_*.safetensors")):
-            assert process.poll() is None
-            time.sleep(0.1)
+        wait_until(lambda: list((run / "snapshots").glob("step_*.safetensors")), process)
         ask = ["--n_samples", "20", "--sampling_steps", "1", "--feature_extractor", "digits", "--metrics", "fid"]
         succeed("evaluate.py", "--weights", run, *ask)
         assert process.poll() is None

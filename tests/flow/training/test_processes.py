@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, TINY_RUN, TINY_TRAIN, succeed
+from conftest import REPOSITORY, TINY_RUN, TINY_TRAIN, succeed, wait_until
 from safetensors.torch import load_file
 
 from flow.runtime import step_names
@@ -33,10 +33,7 @@ def start(run: Path, *overrides: str, processes: int = 2) -> subprocess.Popen:
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.time() + 120
-    while not (run / "metrics.jsonl").exists() or len(read_metrics(run / "metrics.jsonl")) < 5:
-        assert process.poll() is None and time.time() < deadline, process.stdout.read()
-        time.sleep(0.02)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run / "metrics.jsonl")) >= 5, process)
     return process
 
 
