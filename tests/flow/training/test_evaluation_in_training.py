@@ -267,7 +267,8 @@ def test_row_beside_a_writer_of_the_table(here, copy, monkeypatch):
 
 def test_best_by_a_column_that_samples_lack(error, tmp_path, run):
     """Real images have classes, an unconditional network has none: refused before the first step."""
-    plain = ["model.args.num_classes=null", *EVALUATE, "evaluate.keep_best=accuracy", f"data.root={run.parent}"]
+    plain = ["model.args.num_classes=null", *EVALUATE, "evaluate.guidance_scale=1", "evaluate.keep_best=accuracy"]
+    plain += [f"data.root={run.parent}"]
     assert "keep_best=accuracy: evaluate.metrics=" in error("train", *TRAIN, *plain, "-e", tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
