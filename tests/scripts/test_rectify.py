@@ -398,7 +398,7 @@ def test_killed_rectify_ends_with_same_files(tmp_path, config, rectified):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        wait_until((folder / name).exists, process)
+        wait_until((folder / name).exists, process, 600)  # the stage before begins anew, and is done
         os.killpg(process.pid, signal.SIGKILL)  # the script and the step that it was at
         process.wait()
     succeed("-m", "scripts.rectify", "-c", config, f"folder={folder}", timeout=600)
