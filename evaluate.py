@@ -84,10 +84,7 @@ def parse_args():
         required=False,
     )
     parser.add_argument(
-        "--rows_file",
-        type=Path,
-        metavar="FILE",
-        help="also write the rows of this command, new or not, as JSON lines; a new file",
+        "--rows_file", type=Path, metavar="FILE", help="also write the rows of this command as JSON lines to this new file"
     )
     args = parser.parse()
     if args.samples:

@@ -122,7 +122,7 @@ def main() -> None:
     with lock.folder(args.save_dir, accelerator):
         if accelerator.is_main_process:
             check_output_dir(args.save_dir, record)
-        is_done = accelerator.is_main_process and is_complete(args.save_dir, len(originals))
+        is_done = accelerator.is_main_process and is_complete(args.save_dir, tuple(originals.shape))
         if not distributed.any_process(accelerator, is_done):
             distributed.prepare_model(model.net, accelerator)
             model.eval()
@@ -265,11 +265,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def is_complete(folder: Path, count: int) -> bool:
-    """Whether all that `write_results` writes is there, with so many images."""
-    pictures = [folder / "restore.png", *(images.png_path(folder / "images", k) for k in range(count))]
+def is_complete(folder: Path, shape: tuple[int, ...]) -> bool:
+    """Whether all that `write_results` writes is there, with images of a shape (N, C, H, W)."""
+    restored = (images.png_path(folder / "images", k) for k in range(shape[0]))
     tables = bool(read_record(folder / "restore.json")["scores"]) and (folder / "restore.md").is_file()
-    return tables and all(map(images.is_whole_png, pictures))
+    return tables and images.is_whole_png(folder / "restore.png") and all(images.is_whole_png(p, shape[1:]) for p in restored)
 
 
 def restore_images(

@@ -45,11 +45,10 @@ def attempt_and_read(main_of, capsys, script: str, arguments: list[str]) -> tupl
             cli_main(main_of(script, *arguments))
     except BaseException as error:
         raise AssertionError(f"{shown}: {type(error).__name__} {error}") from error
-    printed = capsys.readouterr()
-    told = printed.err
+    out, err = capsys.readouterr()
     if left.value.code == 0:
-        return "ran", printed.out + printed.err
-    lines = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert left.value.code == 2 and len(lines) == 1 and "Traceback" not in told, f"{shown}: {left.value.code}\n{told}"
-    assert told.rstrip("\n").endswith(lines[0]), f"{shown}: more than a line after it\n{told}"
-    return lines[0], printed.out + printed.err
+        return "ran", out + err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert left.value.code == 2 and len(lines) == 1 and "Traceback" not in err, f"{shown}: {left.value.code}\n{err}"
+    assert err.rstrip("\n").endswith(lines[0]), f"{shown}: more than a line after it\n{err}"
+    return lines[0], out + err

@@ -107,5 +107,6 @@ def _report(error: Exception) -> tuple[str, int]:
 def _process_group() -> ModuleType | None:
     """torch.distributed where this process has joined others. torch takes seconds to import, so this does not."""
     torch = sys.modules.get("torch")
-    joined = torch and torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed if torch and joined else None
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed

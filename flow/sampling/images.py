@@ -78,8 +78,8 @@ def png_path(folder: Path, index: int) -> Path:
 
 
 def is_whole_png(path: Path, shape: tuple[int, ...] | None = None) -> bool:
-    """Whether all chunks of the file are there and have their checksums, and the image has the shape (C, H, W), if given; the
-    pixels are not decoded."""
+    """Whether all chunks of the file are there and have their checksums, and the image has this shape (C, H, W), where one is
+    given; the pixels are not decoded."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()

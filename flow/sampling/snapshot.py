@@ -38,10 +38,9 @@ from flow.sampling.space import Space
 CodecSpec = dict[str, Any]
 FileIdentity = tuple[int, int, int]  # inode, modification time in ns, size in bytes
 
-FLAGS = {  # that have the effect of a key of trainings where weights are used
-    "seed": "--seed", "train.mixed_precision": "-mp", "train.compile": "--compile", "train.batch_size": "--bspp",
-    **{f"{section}.{name}": f"--{name}" for section in ("evaluate", "preview") for name in (
-        "n_samples", "sampling_steps", "guidance_scale")},
+FLAGS = {  # by the last word of a key of trainings: what to give instead where weights are used
+    "seed": "--seed", "mixed_precision": "-mp", "compile": "--compile", "batch_size": "--bspp", "n_samples": "--n_samples",
+    "sampling_steps": "--sampling_steps", "guidance_scale": "--guidance_scale",
 }  # fmt: skip
 
 
@@ -287,7 +286,8 @@ def _configuration(
     unconfirmed: dict[str, Any] = {}
     base, places = loading.parse_parts(text, source, Config, typed)
     if key := next((key for key in typed if key.split(".")[0] not in schema.OF_WEIGHTS), None):
-        instead = f"; sample.py and evaluate.py have {FLAGS[key]}" if key in FLAGS else ""
+        flag = FLAGS.get(key.rpartition(".")[2])
+        instead = f"; sample.py and evaluate.py have {flag}" if flag else ""
         raise UserError(f"{key}={typed[key]}: is a key of trainings without effect here{instead}")
     if config_path:
         config = loading.load(config_path, overrides)

@@ -70,8 +70,8 @@ def lines() -> list[str]:
 
 def commands() -> list[str]:
     """Every command of a script in them, each once, without what starts it."""
-    found = (match.groups() for line in lines() if (match := re.search(COMMAND, line)))
-    return list(dict.fromkeys(f"{script} {shlex.join(shlex.split(rest, comments=True))}" for script, rest in found))
+    matches = (match.groups() for line in lines() if (match := re.search(COMMAND, line)))
+    return list(dict.fromkeys(f"{script} {shlex.join(shlex.split(rest, comments=True))}" for script, rest in matches))
 
 
 load = functools.cache(lambda path, overrides, kind: loading.load(path, list(overrides), kind=kind))

@@ -67,7 +67,10 @@ def test_the_command_names_the_folder_of_the_source(here, tmp_path):
 
 
 def test_guided_picture_needs_labels(error, points_flow, tmp_path):
-    """There is no preview, as the weights lie in no run."""
-    line = error("export", "--weights", points_flow("moons", 1), "--to", tmp_path / "out", "preview.guidance_scale=3")
+    """There is no preview, as the weights lie in no run, and their header asks for a guided one."""
+    snap = snapshot.load(points_flow("moons", 1))
+    snap.config.preview.guidance_scale = 3.0
+    snapshot.save(tmp_path / "guided.safetensors", snap.weights, snap.config, snap.image_shape, 10, 1000)
+    line = error("export", "--weights", tmp_path / "guided.safetensors", "--to", tmp_path / "out")
     assert "preview: guidance_scale=3.0: needs a network with labels (model.args.num_classes)" in line
     assert not (tmp_path / "out").exists()

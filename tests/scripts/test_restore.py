@@ -88,6 +88,9 @@ def test_lost_files_are_made_again(here, error, tiny_run, tmp_path):
         (out / name).unlink()
     here("restore", *arguments)
     assert {name: (out / name).read_bytes() for name in lost} == lost
+    Image.new("L", (9, 8)).save(out / "images/000002.png")  # whole, but of another size
+    here("restore", *arguments)
+    assert {name: (out / name).read_bytes() for name in lost} == lost
     for damage in ("[]", '{"settings": [1]}', '{"settings": {}, "scores": [1]}'):
         (out / "restore.json").write_text(damage)
         assert f"{out / 'restore.json'}: is damaged; name another folder with --save_dir" in error("restore", *arguments)

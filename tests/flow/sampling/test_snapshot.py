@@ -45,8 +45,8 @@ def test_a_snapshot_carries_weights_and_configuration(tmp_path):
 def test_snapshot_configuration_overrides(tmp_path):
     """Overrides change the configuration of a snapshot and a file replaces it."""
     save_snapshot(tmp_path / "a.safetensors", 3)
-    changed = snapshot.load(tmp_path / "a.safetensors", overrides=["preview.seed=5"]).config
-    assert changed.preview.seed == 5 and changed.model.args == {"width": 16}
+    changed = snapshot.load(tmp_path / "a.safetensors", overrides=["flow.label_dropout=0.5"]).config
+    assert changed.flow.label_dropout == 0.5 and changed.model.args == {"width": 16}
     (tmp_path / "c.yaml").write_text("model: {args: {width: 24}}")
     replaced = snapshot.load(tmp_path / "a.safetensors", str(tmp_path / "c.yaml")).config
     assert replaced.model.args == {"width": 24} and replaced.train.batch_size == Config().train.batch_size

@@ -125,8 +125,8 @@ def test_checkpoint_named_in_its_own_folder(here, tiny_run, tmp_path, monkeypatc
 def test_what_a_resume_keeps_is_on_the_page():
     """docs/commands.md names the keys and sections that a resumed run may not change; of an autoencoder it is its section."""
     page = " ".join((REPOSITORY / "docs/commands.md").read_text().split())
-    kept = page.partition("A resumed run may change ")[2].partition(", but not ")[2].partition(". ")[0]
-    names = re.findall("`([^`]+)`", kept)
+    sentence = page.partition("A resumed run may change ")[2].partition(", but not ")[2].partition(". ")[0]
+    names = re.findall("`([^`]+)`", sentence)
     fixed = {key for key in keys.all_keys(Config) for name in names if key == name or key.startswith(f"{name}.")}
     autoencoder = {key for key in keys.all_keys(VaeConfig) if key.startswith("autoencoder.")}
     assert set(run_dir.FIXED_BY_CHECKPOINT) == fixed - {"flow.label_dropout"} | autoencoder
