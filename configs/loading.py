@@ -134,20 +134,23 @@ def _leaves(node: DictConfig) -> dict[str, Any]:
 
 def _finished(node: DictConfig) -> Any:
     """The checked dataclass of a merged configuration; it remembers what `dump` must not resolve. ~ is the home folder."""
-    for place, value in stored.leaves(OmegaConf.to_container(node)):
+    tree = OmegaConf.to_container(node)
+    for place, value in stored.leaves(tree):
         if isinstance(value, str) and value.startswith("~/"):
             OmegaConf.update(node, stored.dotted(place), os.path.expanduser(value), merge=False)
     try:
         config: Any = OmegaConf.to_object(node)
-        if any(_is_nested(value) for _, value in stored.leaves(dataclasses.asdict(config))):
+        values = dict(stored.leaves(dataclasses.asdict(config)))
+        if any(map(_is_nested, values.values())):
             OmegaConf.structured(config)  # merging does not check lists and dictionaries in lists; this takes 20 ms
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {first_line(error)}") from None
-    for key, value in stored.unwritable(dataclasses.asdict(config)):
+        typed = next((value for place, value in stored.leaves(tree) if stored.dotted(place) == str(error.full_key)), None)
+        raise UserError(_problem(error, f"{error.full_key}={typed}" if isinstance(typed, str) else "")) from None
+    for key, value in stored.unwritable(values):
         raise UserError(f"{key}={value!r}: holds a character that no file name and no text can have")
     config.typed = stored.typed_interpolations(node)
     config.validate()
-    for place, value in stored.leaves(dataclasses.asdict(config)):  # of free arguments
+    for place, value in values.items():  # of free arguments
         if value != value:
             raise UserError(f"{stored.dotted(place)}=nan: must be a number")
     return config
@@ -159,43 +162,49 @@ def _is_nested(value: Any) -> bool:
 
 def _check_key(key: str, source: str, kind: type) -> None:
     keys = all_keys(kind)
+    if key in keys:
+        return
     inside = next((k for k in keys if key.startswith(f"{k}.")), None)  # of a key that holds a dictionary, e.g. model.args
-    if key in keys or (inside and isinstance(get(kind(), inside), dict)):
+    if inside and isinstance(get(kind(), inside), dict):
         return
     if inner := [k for k in keys if k.startswith(f"{key}.")]:
         raise UserError(f"{source}: {key!r} is a section; set one of {', '.join(inner)}")
     raise UserError(f"{source}: unknown key {key!r}.{did_you_mean(key, keys)}")
 
 
-def _list_for_dictionary(before: Any, given: Any, key: str = "") -> str | None:
-    """The first key that is given a list although it holds a dictionary."""
-    if not isinstance(before, dict) or not isinstance(given, dict):
-        return key if isinstance(before, dict) and isinstance(given, list) else None
-    inner = (_list_for_dictionary(before.get(k), value, f"{key}.{k}".lstrip(".")) for k, value in given.items())
-    return next(filter(None, inner), None)
+def _value_at(tree: Any, place: stored.Place) -> Any:
+    """The value that these keys lead to, None where there is none."""
+    return functools.reduce(lambda branch, key: branch.get(key) if isinstance(branch, dict) else None, place, tree)
 
 
 def _merge(config: DictConfig, *nodes: Any, source: str) -> DictConfig:
+    """Keys and types are checked, interpolations are not resolved."""
     try:
-        for node in nodes:
-            if key := _list_for_dictionary(OmegaConf.to_container(config), OmegaConf.to_container(node)):
+        values = [(node, place, value) for node in nodes for place, value in stored.leaves(OmegaConf.to_container(node))]
+        tree = OmegaConf.to_container(config) if any(isinstance(value, list) for _, _, value in values) else {}
+        for node, place, value in values:
+            key = stored.dotted(place)
+            if isinstance(value, list) and isinstance(_value_at(tree, place), dict):
                 where = f"{source}: " if not source.startswith(key) else ""
-                raise UserError(f"{where}{key}={OmegaConf.select(node, key)}: must be a dictionary; write {{name: value}}")
-            for key in ("train.mixed_precision", "train.ddp_comm_hook"):
-                if OmegaConf.select(node, key) is False:  # what YAML makes of the word no
-                    OmegaConf.update(node, key, "no")
+                raise UserError(f"{where}{key}={value}: must be a dictionary; write {{name: value}}")
+            if value is False and key in ("train.mixed_precision", "train.ddp_comm_hook"):
+                OmegaConf.update(node, key, "no")  # YAML reads no as False
         merged: Any = OmegaConf.merge(config, *nodes)
-        OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         return merged
     except (OverflowError, TypeError) as error:  # a number of hundreds of digits; a list in place of a section
         raise UserError(f"{source[:60]}: {first_line(error)}") from None
     except OmegaConfBaseException as error:
-        hint = ""
-        key = "" if not error.full_key or source.startswith(str(error.full_key)) else f"{error.full_key}: "
-        where = f"{source}: {key}" if source else key
-        if "is not a ListConfig" in str(error):
-            raise UserError(f"{where}must be a list; write [{error.value}]") from None
-        if "Integer" in str(error) and isinstance(error.value, (float, str)):
-            with contextlib.suppress(ValueError):
-                hint = f"; write {int(float(error.value)):_}" if float(error.value).is_integer() else ""
-        raise UserError(f"{where}{first_line(error)}{hint}") from None
+        raise UserError(_problem(error, source)) from None
+
+
+def _problem(error: OmegaConfBaseException, source: str) -> str:
+    """What is wrong, in a line: the source, the key where the source does not begin with it, and what would be right."""
+    hint = ""
+    key = "" if not error.full_key or source.startswith(str(error.full_key)) else f"{error.full_key}: "
+    where = f"{source}: {key}" if source else key
+    if "is not a ListConfig" in str(error):
+        return f"{where}must be a list; write [{error.value}]"
+    if "Integer" in str(error) and isinstance(error.value, (float, str)):
+        with contextlib.suppress(ValueError):
+            hint = f"; write {int(float(error.value)):_}" if float(error.value).is_integer() else ""
+    return f"{where}{first_line(error)}{hint}"

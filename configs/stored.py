@@ -101,9 +101,9 @@ def typed_values(config: Any) -> dict[str, Any]:
     return {dotted(place): _at(tree, place) for place in getattr(config, "typed", {})}
 
 
-def unwritable(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def unwritable(values: dict[Place, Any]) -> Iterator[tuple[str, Any]]:
     """(key, value) where text has a NUL, which ends file names, or half of a surrogate pair, which UTF-8 does not have."""
-    for place, value in leaves(tree):
+    for place, value in values.items():
         if any(c == "\0" or "\ud800" <= c <= "\udfff" for text in _texts(value) for c in text):
             yield dotted(place), value
 

@@ -30,7 +30,7 @@ def read(metadata: Mapping[str, str]) -> tuple[tuple[int, ...], tuple[int, int, 
     class_names = _json("class_names", metadata.get("class_names", "[]"))
     if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
         raise ValueError("class_names: must be a list of names")
-    if next(unwritable({"class_names": class_names}), None):
+    if next(unwritable({("class_names",): class_names}), None):
         raise ValueError("class_names: hold a character that no text can have")
     return image_shape, (counts[0], counts[1], counts[2]), codec, tuple(class_names)
 

@@ -136,6 +136,15 @@ def test_yaml_with_environment_is_resumed(here, monkeypatch, tmp_path):
     assert "finished step 3" in here("train", *run, "-r", "latest", "train.steps=3")
 
 
+def test_variable_that_is_not_set(monkeypatch, tmp_path):
+    """The error names key and variable; an override of the key does without it."""
+    monkeypatch.delenv("PLACE", raising=False)
+    (tmp_path / "c.yaml").write_text("data: {root: '${oc.env:PLACE}/data'}")
+    with pytest.raises(UserError, match=r"^data.root=\$\{oc.env:PLACE\}/data: .*'PLACE' not found"):
+        loading.load(tmp_path / "c.yaml")
+    assert loading.load(tmp_path / "c.yaml", ["data.root=here"]).data.root == "here"
+
+
 def test_predictions_are_those_of_the_method():
     """configs/ imports nothing of flow/, so the choices stand in both."""
     assert schema.PREDICTIONS == path.PREDICTIONS
