@@ -140,7 +140,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
     turns, prompts = conditions_in_turn(labels, captions_of)
     plan = plan_of(args, snap, model, turns, prompts, guide_name)
     notes = [guidance_note(sampler, model) for sampler in plan]
-    notes += [grid_store.guidance_note(snap, sampler) for sampler in plan]
+    notes += [grid_store.fit_note(snap, sampler) for sampler in plan]
     for note in dict.fromkeys(filter(None, notes)):
         accelerator.print(f"note: {note}")
     name = locate.name_of(path)

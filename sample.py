@@ -61,7 +61,7 @@ def main() -> None:
     settings = settings_of(args, snap, guide_name)
     with error_context("sample"):
         check_request(args, snap, model, settings)
-    for note in filter(None, (guidance_note(settings, model), source_note, grid_store.guidance_note(snap, settings))):
+    for note in filter(None, (guidance_note(settings, model), source_note, grid_store.fit_note(snap, settings))):
         accelerator.print(f"note: {note}")
     with lock.folder(args.save_dir, accelerator):
         if accelerator.is_main_process:

@@ -353,7 +353,7 @@ class PairMaker:
 
         samples = sample_batch(
             self.model, batch, self.settings, self.accelerator.device, self.accelerator.autocast,
-            noise_key="pairs", callback=keep if self.kept_steps else None,
+            x0=self.model.draw_x0("pairs", self.settings.seed, batch), callback=keep if self.kept_steps else None,
         )  # fmt: skip
         tensors = {"images": samples.x.half().cpu(), **({"states": torch.stack(states, dim=1)} if self.kept_steps else {})}
         return tensors if samples.labels is None else tensors | {"labels": samples.labels}

@@ -82,7 +82,7 @@ def main() -> None:
     plan = plan_of(args, snap)
     accelerator = distributed.build_single_process_accelerator("solver_study")
     sources.attach(accelerator, model, None, snap.config.data.root)
-    notes = [grid_store.guidance_note(snap, dataclasses.replace(each, guidance_scale=args.guidance_scale)) for each in plan]
+    notes = [grid_store.fit_note(snap, dataclasses.replace(each, guidance_scale=args.guidance_scale)) for each in plan]
     for note in filter(None, notes):
         accelerator.print(f"note: {note}")
     with lock.folder(args.out, accelerator):

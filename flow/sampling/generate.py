@@ -100,34 +100,31 @@ def sample_batch(
     settings: SamplerSettings,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-    noise_key: str = "sample",
+    x0: Tensor | None = None,
     callback: Callable[[Tensor], object] | None = None,
 ) -> SampleBatch:
     """The images with these indices, as `generate` makes them, on one device and without an Accelerator.
 
-    autocast: surrounds the calls of network and decoder. callback: gets the state at each time of the grid but the first.
+    Args:
+        autocast: surrounds the calls of network and decoder.
+        x0: where the flow starts, [b, ...]; None: the samples of the source with these indices.
+        callback: gets the state at each time of the grid but the first.
+
+    Raises:
+        UserError: where the end of the flow is not finite.
     """
-    x0 = to_solver_dtype(model.draw_x0(noise_key, settings.seed, indices), device)
-    times = build_time_grid(settings, model.path)
-    solution, forwards = _solve(model, x0, indices, settings, times, autocast, callback)
-    labels = labels_for(indices, settings, model.net.num_classes)
-    return SampleBatch(indices, solution.x, labels, solution.nfe, forwards, partial(decode, model, autocast))
-
-
-def _solve(
-    model: FlowModel, x0: Tensor, indices: range, settings: SamplerSettings, times: Sequence[float],
-    autocast: Callable[[], AbstractContextManager], callback: Callable[[Tensor], object] | None,
-) -> tuple[solvers.Solution, int]:  # fmt: skip
-    """The flow from x0 [b, ...] over the times, with the labels, noise and guidance of the images with these indices; and the
-    network calls per image."""
-    velocity = build_velocity(model, indices, settings, x0.device)
+    start = model.draw_x0("sample", settings.seed, indices) if x0 is None else x0
+    start = to_solver_dtype(start, device)
+    velocity = build_velocity(model, indices, settings, device)
     options: dict[str, Any] = dict(settings.options)
     if settings.method in solvers.STOCHASTIC:
-        options["noise"] = partial(increments, settings.seed, indices, x0)
+        options["noise"] = partial(increments, settings.seed, indices, start)
+    times = build_time_grid(settings, model.path)
     with autocast(), error_context(f"sampling_method={settings.method}"):
-        solution = solvers.solve(velocity, x0, times, settings.method, callback, **options)
+        solution = solvers.solve(velocity, start, times, settings.method, callback, **options)
     check_finite(solution.x, indices)
-    return solution, velocity.forwards
+    labels = labels_for(indices, settings, model.net.num_classes)
+    return SampleBatch(indices, solution.x, labels, solution.nfe, velocity.forwards, partial(decode, model, autocast))
 
 
 def check_finite(x: Tensor, indices: Sequence[int]) -> None:
@@ -150,10 +147,11 @@ def decode(model: FlowModel, autocast: Callable[[], AbstractContextManager], x: 
 def trajectory(
     accelerator: Accelerator, model: FlowModel, indices: range, settings: SamplerSettings, times: Sequence[float],
     num_keep: int | None = None, callback: Callable[[], object] = lambda: None,
-) -> tuple[list[Tensor], solvers.Solution]:  # fmt: skip
+) -> tuple[list[Tensor], SampleBatch]:  # fmt: skip
     """The states at the times, from 0, of the first `num_keep` images of these (None: of all), and the end of all of them.
 
-    They are solved as one batch; `callback` is called at each time. Raises UserError where the end is not finite.
+    They are solved as one batch, over these times in place of those of the settings; `callback` is called at each time but the
+    first. Raises UserError where the end is not finite.
     """
     model.eval()
     x0 = to_solver_dtype(model.draw_x0("sample", settings.seed, indices), accelerator.device)
@@ -163,8 +161,8 @@ def trajectory(
         states.append(x[:num_keep])
         callback()
 
-    solution, _ = _solve(model, x0, indices, settings, times, accelerator.autocast, record)
-    return states, solution
+    settings = replace(settings, times=tuple(times))
+    return states, sample_batch(model, indices, settings, accelerator.device, accelerator.autocast, x0, record)
 
 
 def increments(seed: int, indices: range, like: Tensor, step: int) -> Tensor:

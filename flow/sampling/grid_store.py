@@ -66,7 +66,7 @@ def fitted_scale(snap: Snapshot, method: str, steps: int) -> float | None:
     return _read(snap)[1].get(method, {}).get(str(steps))
 
 
-def guidance_note(snap: Snapshot, settings: SamplerSettings) -> str | None:
+def fit_note(snap: Snapshot, settings: SamplerSettings) -> str | None:
     """A line where the grid of these settings was fitted with another guidance, else None."""
     if not settings.times:
         return None
@@ -95,7 +95,7 @@ def _read(snap: Snapshot) -> tuple[Grids, Scales]:
         fitted_to = stored["weights_sha256"]
         grids = {m: dict(of) for m, of in stored["grids"].items()}
         for steps, times in ((n, times) for of in grids.values() for n, times in of.items()):
-            if len(times) != int(steps) + 1 or times != sorted(map(float, times)) or (times[0], times[-1]) != (0, 1):
+            if len(times) != int(steps) + 1 or times != sorted({*map(float, times)}) or (times[0], times[-1]) != (0, 1):
                 raise ValueError(f"{times} are not the times of {steps} steps")
         fitted_with = stored.get("guidance_scales", {})  # of earlier versions: not there
         scales = {m: {n: float(scale) for n, scale in of.items()} for m, of in fitted_with.items()}

@@ -17,7 +17,7 @@ from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
 from flow.runtime import distributed
-from flow.sampling import grid_store, guide, snapshot, sources
+from flow.sampling import grid_store, guide, snapshot
 from flow.sampling.generate import SampleBatch, build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, build_time_grid, guidance_note, validate
 from flow.sampling.snapshot import Snapshot
@@ -99,7 +99,7 @@ class Sampler:
             guidance_interval=guidance_interval, seed=seed, time_grid=time_grid,
         )  # fmt: skip
         _check_count("n", n)
-        with torch.inference_mode():
+        with torch.no_grad():
             return torch.cat([self._batch(batch, settings).images for batch in index_batches(range(n), batch_size)])
 
     def velocity(
@@ -154,8 +154,8 @@ class Sampler:
         _check_count("n", n)
         x0 = to_solver_dtype(self.model.draw_x0("sample", seed, range(n)), self.device)
         states = [x0]
-        with nullcontext() if requires_grad else torch.inference_mode():
-            self._batch(range(n), settings, states.append)
+        with nullcontext() if requires_grad else torch.no_grad():
+            self._batch(range(n), settings, x0, states.append)
         return build_time_grid(settings, self.model.path), torch.stack(states)
 
     def log_likelihood(
@@ -215,7 +215,7 @@ class Sampler:
         noise = None
         if self.model.source.name == GAUSSIAN:
             noise = to_solver_dtype(gaussian_noise("inversion", seed, range(len(x)), self.model.shape), self.device)
-        with torch.inference_mode(), self._autocast():
+        with torch.no_grad(), self._autocast():
             return likelihood.invert(self._velocity_of_data(len(x), labels, prompts), x, noise, steps, method)
 
     def transfer(
@@ -249,10 +249,12 @@ class Sampler:
             labels, prompts, options, method=method, steps=steps, guidance_scale=guidance_scale,
             guidance_interval=guidance_interval, time_grid=time_grid,
         )  # fmt: skip
-        model = replace(self.model, source=sources.given(x0))
-        with torch.inference_mode():
+        if tuple(x0.shape[1:]) != self.model.shape:
+            raise ValueError(f"x0: has samples of {tuple(x0.shape[1:])}, the flow works on {self.model.shape}")
+        start = x0 if x0.is_floating_point() else to_float(x0)
+        with torch.no_grad():
             return torch.cat([
-                sample_batch(model, batch, settings, self.device, self._autocast).images
+                self._batch(batch, settings, start[batch.start : batch.stop]).images
                 for batch in index_batches(range(len(x0)), batch_size)
             ])  # fmt: skip
 
@@ -270,7 +272,7 @@ class Sampler:
             if self.snapshot is None:
                 raise ValueError("time_grid=optimized: needs a sampler from Sampler.load")
             sampler = replace(sampler, times=grid_store.load(self.snapshot, sampler.method, sampler.steps))
-            if note := grid_store.guidance_note(self.snapshot, sampler):
+            if note := grid_store.fit_note(self.snapshot, sampler):
                 warnings.warn(note, stacklevel=3)
         validate(sampler, self.model)
         if note := guidance_note(sampler, self.model):
@@ -279,16 +281,16 @@ class Sampler:
 
     def _as_network_sees(self, x1: Tensor) -> Tensor:
         """Data or images [b, ...] in the solver's precision, on the device. Raises ValueError for those of another shape."""
-        x = to_float(x1.clone())
+        x = to_float(x1)
         if x.dim() == 4 and self.model.encode and tuple(x.shape[1:]) != self.model.shape:
-            with torch.inference_mode(), self._autocast():
+            with torch.no_grad(), self._autocast():
                 x = self.model.encode(x.to(self.device))
         if tuple(x.shape[1:]) != self.model.shape:
             raise ValueError(f"x1 of shape {tuple(x1.shape)}: the flow works on {self.model.shape}")
         return to_solver_dtype(x, self.device)
 
-    def _batch(self, indices: range, settings: SamplerSettings, callback=None) -> SampleBatch:
-        return sample_batch(self.model, indices, settings, self.device, self._autocast, callback=callback)
+    def _batch(self, indices: range, settings: SamplerSettings, x0: Tensor | None = None, callback=None) -> SampleBatch:
+        return sample_batch(self.model, indices, settings, self.device, self._autocast, x0, callback)
 
     def _velocity(self, n: int, labels, prompts, guidance_scale: float) -> GuidedVelocity:
         settings = self._settings(labels, prompts, guidance_scale=guidance_scale)

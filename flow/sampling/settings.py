@@ -57,7 +57,7 @@ def guidance_note(settings: SamplerSettings, model: FlowModel) -> str | None:
         return None
     if model.trained_guidance != 1:
         return f"{scale}: comes on top of the scale {model.trained_guidance:g} that the network was trained with"
-    if settings.guide is None and not model.null_is_trained:
+    if not (settings.guide or model.guide) and not model.null_is_trained:
         return f"{scale}: the null label is not trained (flow.label_dropout=0), so this is not classifier-free guidance"
     # each evaluation of `consistency` leads to t = 1, however many steps there are
     long_steps = settings.method == "consistency" or settings.steps * LONG_STEP < 1
@@ -107,7 +107,7 @@ def validate(settings: SamplerSettings, model: FlowModel) -> None:
             raise ValueError(
                 f"labels={list(settings.labels)}: this network was trained without labels (model.args.num_classes)"
             )
-        if settings.guidance_scale != 1 and not settings.guide:
+        if settings.guidance_scale != 1 and not (settings.guide or model.guide):
             scale = f"guidance_scale={settings.guidance_scale}"
             raise ValueError(f"{scale}: needs a network with labels (model.args.num_classes), or guide_weights")
         return

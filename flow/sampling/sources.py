@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from datasets import DataSet, DataSpec
-from datasets.images import Images, to_float
+from datasets.images import to_float
 from flow.model import FlowModel
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
@@ -51,11 +51,6 @@ def build(name: str, root: str | None, args: dict[str, Any]) -> Source:
         return GaussianSource()
     spec = DataSpec(name, root, args)
     return DataSource(name, partial(_read, spec), partial(_read_held_out, spec))
-
-
-def given(x0: Tensor) -> OrderedSource:
-    """These samples [N, ...]: uint8 images, or floats as networks see them."""
-    return OrderedSource(DataSamples(Images(x0.cpu(), None, ()), "x0"), "x0")
 
 
 def attach(accelerator: Accelerator, model: FlowModel, text: str | None, root: str | None, n: int = 0) -> str | None:

@@ -139,9 +139,12 @@ def solve(
         raise ValueError(f"{method}: needs noise")
     if min(time_grid) < 0 or max(time_grid) > 1 or time_grid[0] == 1:
         raise ValueError(f"times from {time_grid[0]:g} to {time_grid[-1]:g}: must lie in [0, 1] and start before 1")
-    if method in STOCHASTIC and time_grid[-1] < time_grid[0]:
+    backwards = bool(time_grid[-1] < time_grid[0])  # also of numpy's numbers
+    if list(time_grid) != sorted({*time_grid}, reverse=backwards):
+        raise ValueError(f"times {', '.join(f'{t:g}' for t in time_grid)}: must rise or fall at each step")
+    if method in STOCHASTIC and backwards:
         raise ValueError(f"{method} adds noise, so it cannot be solved backwards; use an ODE solver such as heun")
-    whole_step = SOLVERS[method].whole_step and time_grid[-1] > time_grid[0]
+    whole_step = SOLVERS[method].whole_step and not backwards
     nfe = 0
 
     def counted(x: Tensor, t: float, t_next: float | None = None) -> Tensor:

@@ -68,7 +68,7 @@ def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
     model = snapshot.load(tiny_run).model(decode=False)
     settings = SamplerSettings("heun", 3, 2.0, seed=4)
     for indices in index_batches(range(40), 5):
-        batch = sample_batch(model, indices, settings, torch.device("cpu"), noise_key="pairs")
+        batch = sample_batch(model, indices, settings, torch.device("cpu"), x0=model.draw_x0("pairs", 4, indices))
         k = slice(indices.start, indices.stop)
         assert torch.equal(batch.x.half(), data.images[k]) and torch.equal(batch.labels, data.labels[k])
     given = PairedCoupling(GaussianSource(), data.seed, data.generated, data.noise, data.image_shape)

@@ -48,6 +48,15 @@ class Unconditional(nn.Module):
         return self.net(x, t, torch.full((len(x),), self.null_label))
 
 
+def test_guide_of_a_network_without_labels(recwarn):
+    """Sampler takes a model that was given its guide in Python, and warns of nothing."""
+    net, guide = (Unconditional(network(seed)) for seed in (0, 1))
+    model = FlowModel(net, LinearPath(), SHAPE, guide=FlowModel(guide, LinearPath(), SHAPE), null_is_trained=False)
+    sampler = Sampler(model, torch.device("cpu"))
+    plain, guided = (sampler.trajectory(2, steps=2, guidance_scale=scale)[1] for scale in (1.0, 2.0))
+    assert not torch.equal(plain, guided) and not recwarn.list
+
+
 @pytest.mark.parametrize("method", ["heun", "ab2", "euler_maruyama"])
 def test_unconditional_guide(method):
     net = network(0)

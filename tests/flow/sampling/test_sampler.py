@@ -48,6 +48,17 @@ def test_wrong_arguments_are_named(sampler, method, arguments, options, message)
         getattr(sampler, method)(*arguments, **options)
 
 
+def test_results_are_ordinary_tensors(sampler):
+    """They can be written to, and gradients can start at them."""
+    images = sampler.sample(2, steps=1)
+    images[0] = 0
+    _, states = sampler.trajectory(2, steps=1)
+    x0 = sampler.encode(states[-1], labels=[3], steps=1).requires_grad_()
+    sampler.velocity(x0, 0.5, labels=[3]).square().sum().backward()
+    assert x0.grad.abs().sum() > 0
+    sampler.transfer(x0.detach(), labels=[3], steps=1)[0] = 0
+
+
 @pytest.mark.parametrize("labels", [np.array([3, 1]), torch.tensor([3, 1]), (3, 1)])
 def test_labels_of_any_kind(sampler, labels):
     assert torch.equal(sampler.sample(2, labels=labels, steps=2), sampler.sample(2, labels=[3, 1], steps=2))

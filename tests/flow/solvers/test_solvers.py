@@ -211,10 +211,22 @@ def test_adaptive_states_within_the_last_step(method):
         assert max(errors) < 0.01
 
 
-def test_times_outside_the_interval_are_refused():
-    for times in ([1.0, 0.5], [-0.1, 0.5], [0.5, 1.1]):
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1\] and start before 1"):
-            solvers.solve(rotation, torch.zeros(1, 2), times, "euler")
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([1.0, 0.5], r"must lie in \[0, 1\] and start before 1"),
+        ([-0.1, 0.5], r"must lie in \[0, 1\]"),
+        ([0.5, 1.1], r"must lie in \[0, 1\]"),
+        ([0, 0.8, 0.3, 1], "times 0, 0.8, 0.3, 1: must rise or fall at each step"),
+        ([0, 1, 0.5], "must rise or fall at each step"),
+        ([0, 0.5, 0.5, 1], "must rise or fall at each step"),
+        ([0.9, 0.9, 0.1], "must rise or fall at each step"),
+    ],
+)
+def test_times_that_are_refused(times, message):
+    for method in ("euler", "ab2", "unipc"):
+        with pytest.raises(ValueError, match=message):
+            solvers.solve(rotation, torch.zeros(1, 2), times, method)
 
 
 def test_solver_keeps_dtype_and_input():
