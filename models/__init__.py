@@ -36,6 +36,8 @@ def build(name: str, image_shape: tuple[int, ...], args: dict[str, Any]) -> nn.M
     allowed["data_std"] = inspect.signature(Preconditioned).parameters["data_std"]  # which checks its value itself
     args = dict(args)
     data_std = args.pop("data_std", None)
+    if "num_classes" not in allowed and "num_classes" in args and args.pop("num_classes") is not None:
+        raise ValueError(f"{name} takes no labels; model.args.num_classes=null trains it without them")
     registry.check_arguments(name, args, allowed, registry.bool_where_declared)
     if len(image_shape) != 3 and name != "mlp":
         raise ValueError(f"{name} is a network for images; for points use mlp")

@@ -67,7 +67,9 @@ class Eager(Protocol):
 class Loss(Protocol):
     """A training loss. It is stateless: a schedule is a function of `batch.step` or `batch.progress`."""
 
-    capturable: bool  # by a CUDA graph: the same operations in each step, on x1, x0, y, uniforms and noise alone, without eager
+    @property
+    def capturable(self) -> bool:
+        """By a CUDA graph: the same operations in each step, on x1, x0, y, uniforms and noise alone, without eager."""
 
     def __call__(self, net: Callable[..., Any], eager: Eager, batch: Batch) -> Losses: ...
 

@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,17 +45,25 @@ FIXED_BY_CHECKPOINT = (*FIXED, "train.init_from")
 
 @contextmanager
 def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, Accelerator]]:
-    """Run folder, configuration and accelerator of a trainer's command line; inside the block no other process writes there.
+    """Run folder, configuration and accelerator of a trainer's command line, as `locked`."""
+    with locked(partial(open_run, args.config, args.exp_dir, args.resume, args.overrides, kind)) as (run_dir, cfg, accelerator):
+        if args.resume and args.config and (changes := changes_by_yaml(run_dir, cfg, args.overrides)):
+            what = f"-c {args.config} changes {', '.join(changes)}"
+            accelerator.print(f"note: {what}; resume without -c to keep what the run had")
+        yield run_dir, cfg, accelerator
+
+
+@contextmanager
+def locked(opened: Callable[[], tuple[Path, Kind]]) -> Iterator[tuple[Path, Kind, Accelerator]]:
+    """The run that `opened` finds, and its accelerator; inside the block no other process writes to its folder.
 
     An error of the file system inside the block becomes a UserError that also names the latest checkpoint.
     """
-    run_dir, cfg = open_run(args.config, args.exp_dir, args.resume, args.overrides, kind)
+    run_dir, cfg = opened()
     accelerator = distributed.build_training_accelerator(cfg.train, run_dir, TRACKERS)  # type: ignore[attr-defined]
-    if args.resume and args.config and (changes := changes_by_yaml(run_dir, cfg, args.overrides)):
-        accelerator.print(f"note: -c {args.config} changes {', '.join(changes)}; resume without -c to keep what the run had")
     with lock.folder(run_dir, accelerator):
         # Until here another process may have started a run in this folder, or resumed it.
-        if (run_dir, cfg) != open_run(args.config, args.exp_dir, args.resume, args.overrides, kind):
+        if (run_dir, cfg) != opened():
             raise UserError(f"{run_dir / 'config.yaml'}: another process has changed it; start this command again")
         distributed.check_same(accelerator, loading.dump(cfg), f"the configuration of {run_dir}")
         try:
@@ -86,36 +96,64 @@ def open_run(
     """
     run_dir = _resumed_folder(config, exp_dir, resume) if resume else exp_dir or _default_folder(config)
     run_dir = files.resolve_unnamed(run_dir)  # a run is called after its folder
-    stored_file = run_dir / "config.yaml"
     if not resume:
         if not config and not overrides:
             raise UserError(NEEDS_CONFIG)
         cfg = loading.load(config, overrides, kind=kind)
-        if run_dir.is_file():
-            raise UserError(f"-e {run_dir}: is a file; name a folder")
-        if run_dir.exists() and not files.is_empty_dir(run_dir):
-            remedy = "resume with -r latest, or name another folder" if stored_file.is_file() else "name another folder"
-            raise UserError(f"-e {run_dir}: exists already; {remedy} with -e")
+        _check_is_new(run_dir)
         return run_dir, cfg
-    if not stored_file.is_file():
-        remedy = "start one without -r" if files.is_empty_dir(run_dir) or not run_dir.exists() else "its config.yaml is missing"
-        raise UserError(f"-r {resume}: there is no run in {run_dir}; {remedy}")
+    _check_has_run(run_dir, f"-r {resume}")
     cfg = loading.load(config, overrides, kind=kind) if config else None
-    confirmed = stored.typed_values(cfg) if cfg else loading.overridden(overrides, kind)
-    with error_context(str(stored_file)):
-        before = loading.parse(stored_file.read_text(encoding="utf-8"), str(stored_file), kind, confirmed)
-    cfg = cfg or loading.load(None, overrides, base=before, kind=kind)
+    before = _stored_config(run_dir, kind, stored.typed_values(cfg) if cfg else loading.overridden(overrides, kind))
+    return run_dir, _resumed(run_dir, before, cfg or loading.load(None, overrides, base=before, kind=kind))
+
+
+def given_run(config: Kind, run_dir: Path, resume: str | None) -> tuple[Path, Kind]:
+    """As `open_run`, for a configuration in Python, which is copied."""
+    run_dir, cfg = files.resolve_unnamed(run_dir), deepcopy(config)
+    if not resume:
+        _check_is_new(run_dir, "folder=", 'resume="latest"')
+        return run_dir, cfg
+    _check_has_run(run_dir, f"resume={resume}", "resume")
+    return run_dir, _resumed(run_dir, _stored_config(run_dir, type(cfg), stored.typed_values(cfg)), cfg)
+
+
+def _check_is_new(run_dir: Path, key: str = "-e ", resume: str = "-r latest") -> None:
+    """Raises UserError for a run folder that is a file or holds something."""
+    if run_dir.is_file():
+        raise UserError(f"{key}{run_dir}: is a file; name a folder")
+    if run_dir.exists() and not files.is_empty_dir(run_dir):
+        remedy = f"resume with {resume}, or " if (run_dir / "config.yaml").is_file() else ""
+        raise UserError(f"{key}{run_dir}: exists already; {remedy}name another folder")
+
+
+def _check_has_run(run_dir: Path, key: str, flag: str = "-r") -> None:
+    """Raises UserError for a folder without the configuration of a run."""
+    if not (run_dir / "config.yaml").is_file():
+        no_files = files.is_empty_dir(run_dir) or not run_dir.exists()
+        remedy = f"start one without {flag}" if no_files else "its config.yaml is missing"
+        raise UserError(f"{key}: there is no run in {run_dir}; {remedy}")
+
+
+def _stored_config(run_dir: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Kind:
+    """The configuration of a run; `confirmed` as in `loading.parse`."""
+    path = run_dir / "config.yaml"
+    with error_context(str(path)):
+        return loading.parse(path.read_text(encoding="utf-8"), str(path), kind, confirmed)
+
+
+def _resumed(run_dir: Path, before: Kind, cfg: Kind) -> Kind:
+    """What a run goes on with: `cfg` with the number of classes that it had. Raises UserError as `refuse_changes`."""
     if isinstance(cfg, schema.Config) and isinstance(before, schema.Config):
         schema.keep_auto_classes(cfg, before)
     refuse_changes(before, cfg, f"the run in {run_dir} was started")
-    return run_dir, cfg
+    return cfg
 
 
 def changes_by_yaml(run_dir: Path, cfg: Any, overrides: list[str]) -> list[str]:
     """KEY=VALUE (was VALUE) for what is different in the stored configuration and not said by the overrides."""
     kind = type(cfg)
-    path = run_dir / "config.yaml"
-    before = loading.parse(path.read_text(encoding="utf-8"), str(path), kind, stored.typed_values(cfg))
+    before = _stored_config(run_dir, kind, stored.typed_values(cfg))
     typed = loading.overridden(overrides, kind)
     changed = [key for key in keys.all_keys(kind) if keys.get(before, key) != keys.get(cfg, key)]
     by_yaml = [key for key in changed if not any(f"{name}.".startswith(f"{key}.") for name in typed)]

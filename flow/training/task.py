@@ -14,11 +14,13 @@ class Task(Protocol):
     """What is trained: a network, its loss and its data; `FlowTask` and `AutoencoderTask` are tasks."""
 
     net: nn.Module
-    loss: Loss
     data: Sized  # what it is trained on
     sample_digest: str  # of the data, see `datasets.sample_digest`
     script: str  # that trains it, for the command that resumes
     unit: str  # what a batch holds, as in "128 images"
+
+    @property
+    def loss(self) -> Loss: ...
 
     def build_network(self) -> nn.Module:
         """An untrained network of the same shape, for averages of sharded weights."""

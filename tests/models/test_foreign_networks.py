@@ -31,6 +31,15 @@ def test_a_network_without_words_on_conditions(here, error, monkeypatch, tmp_pat
     assert "network: plain, 0.00 M parameters" in said, said
 
 
+def test_a_network_without_labels_on_classes(here, error, monkeypatch, packed_digits, tmp_path):
+    """Data with classes ask for as many; null trains without them."""
+    monkeypatch.setitem(models.MODELS, "plain", Plain)
+    train = ["train", *TINY_RUN, "model.name=plain", "data.name=packed", f"data.args.path={packed_digits / 'train'}"]
+    train += ["train.steps=1", "-e", tmp_path / "run"]
+    assert "model: plain takes no labels; model.args.num_classes=null trains it without them" in error(*train)
+    assert "no labels" in here(*train, "model.args.num_classes=null")
+
+
 def test_a_network_that_reads_prompts_needs_an_encoder(error, monkeypatch, tmp_path):
     monkeypatch.setitem(models.MODELS, "plain", type("Reader", (Plain,), {"max_prompt_bytes": 8}))
     line = error("train", "-c", "configs/digits.yaml", *TINY_RUN, "model.name=plain", "-e", tmp_path / "run")

@@ -4,9 +4,8 @@ import pytest
 from conftest import TINY_TRAIN
 
 from configs import loading
-from flow.runtime import distributed
 from flow.training import checkpoint
-from flow.training.flow_task import FlowTask
+from flow.training.fit import fit
 from flow.training.trainer import Callback, Trainer
 from scripts.dev import fault_injection
 
@@ -43,10 +42,8 @@ def test_stop_ends_with_checkpoint(here, tiny_run, tmp_path, hook, step, saved):
     """One of the current step, whatever hook it comes from, without an exit code; the run resumes as an uninterrupted one."""
     run = tmp_path / "run"
     config = loading.load(TINY_TRAIN[1], [*TINY_TRAIN[2:], "train.sample_every_steps=3"])
-    accelerator = distributed.build_training_accelerator(config.train, run)
     callback = StopAt(hook, step)
-    trainer = Trainer(FlowTask(config, accelerator), config, run, accelerator, callbacks=[callback])
-    trainer.fit()
+    trainer = fit(config, run, callbacks=[callback])
     assert trainer.step == step and not trainer.finished and callback.saved == saved
     assert [path.name for path in checkpoint.list_checkpoints(run / "checkpoints")][-1] == f"step_{step:08d}"
     here("train", "-e", run, "-r", "latest", "train.sample_every_steps=0")
