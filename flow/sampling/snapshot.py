@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -97,22 +96,16 @@ class Snapshot:
             self._refuse_unconfirmed(lambda key: key == "data.autoencoder")
         return flow_model(net, self.image_shape, self.config, self.codec if decode else None)
 
-    def load_into(self, net: nn.Module, optional: str = "") -> None:
-        """Load the weights into the network; those whose names hold `optional` may be absent, and stay as they are there.
+    def load_into(self, net: nn.Module) -> None:
+        """Load the weights into the network. Raises UserError as `check_fit`."""
+        self.check_fit(net)
+        net.load_state_dict(self.weights)
 
-        Raises:
-            UserError: that names the first weight that does not fit.
-        """
-        own = net.state_dict()
-        absent = {k: v for k, v in own.items() if optional in k and k not in self.weights} if optional else {}
-        self.check_fit(net, absent)
-        net.load_state_dict({**self.weights, **absent})
-
-    def check_fit(self, net: nn.Module, absent: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """Raises UserError that names the first weight whose shape or kind is not that of the network; those that may be
-        `absent` are taken from there."""
+    def check_fit(self, net: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Raises UserError that names the first of the weights (default: those of the snapshot) whose shape or kind is not that
+        of the network."""
         expected = {name: _kind_of(value) for name, value in net.state_dict().items()}
-        actual = {name: _kind_of(value) for name, value in {**self.weights, **absent}.items()}
+        actual = {name: _kind_of(value) for name, value in (self.weights if weights is None else weights).items()}
         for name in sorted(expected.keys() | actual.keys()):
             if actual.get(name, "absent") != expected.get(name, "absent"):
                 raise UserError(

@@ -30,6 +30,7 @@ from flow.sampling.header import PowerAverage
 from flow.sampling.settings import guidance_note, validate
 from flow.sampling.space import Space
 from flow.source import DataSource, Source
+from flow.training import first_weights
 from flow.training.checks import (
     check_alignment,
     check_conditioning,
@@ -106,9 +107,10 @@ class FlowTask:
                 source = snapshot.load(init_from)
                 snapshot.check_codec(f"train.init_from={init_from}", source, self.data.codec)
                 check_same_flow(f"train.init_from={init_from}", source.config, self.config)
-                source.load_into(self.net, optional="step_embedding.")  # a flow may become a flow map
+                new = first_weights.load(source, self.net, self.class_names if self.net.num_classes is not None else ())
             before, now = source.config.model.args, self.config.model.args
             changed = [key for key in sorted({**before, **now}) if before.get(key) != now.get(key) and key != "two_times"]
+            self.notes += [f"train.init_from={init_from}: {note}" for note in new]
             self.notes += [
                 f"train.init_from={init_from}: was trained with model.args.{key}={before.get(key, 'its default')}, here it is "
                 f"{now.get(key, 'the default')}"

@@ -283,6 +283,31 @@ def test_init_from_takes_snapshot_weights(here, tmp_path, uninterrupted):
     assert max((before[k] - after[k]).abs().max().item() for k in before) < 1e-6
 
 
+def test_init_from_other_classes(here, tmp_path, uninterrupted):
+    """A class keeps the embedding of its name, another one starts anew; labels may also come or go."""
+    for name in ("3", "7"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for k in range(2):
+            images.write_png(tmp_path / "data" / name / f"{k}.png", torch.zeros(1, 8, 8, dtype=torch.uint8))
+    first = ["train", *TINY_TRAIN, "train.steps=1", "train.batch_size=4", "optimizer.lr=1e-12"]
+    only = ["data.name=folder", f"data.args={{path: {tmp_path / 'data'}, size: 8, channels: 1}}", "model.args.num_classes=auto"]
+    said = here(*first, *only, f"train.init_from={uninterrupted}", "-e", tmp_path / "two")
+    assert "the embeddings of the classes 0, 1, 2, 4, 5, 6, 8, 9 are left out" in said and "anew" not in said
+    said = here(*first, f"train.init_from={tmp_path / 'two'}", "-e", tmp_path / "ten")
+    assert "the embeddings of the classes 0, 1, 2, 4, 5, 6, 8, 9 start anew" in said
+    all_ten, two, ten = (
+        next(value for name, value in load_file(locate.find(run)).items() if name.endswith("label_embedding.weight"))
+        for run in (uninterrupted, tmp_path / "two", tmp_path / "ten")
+    )
+    same = [3, 7, 10]
+    assert torch.allclose(two, all_ten[same], atol=1e-6) and torch.allclose(ten[same], two, atol=1e-6)
+    assert (ten - all_ten).abs().amax(1).gt(1e-3).nonzero().flatten().tolist() == [0, 1, 2, 4, 5, 6, 8, 9]
+    none = ["model.args.num_classes=null", f"train.init_from={tmp_path / 'two'}", "-e", tmp_path / "none"]
+    assert "was trained with labels, which are left out here" in here(*first, *none)
+    some = [f"train.init_from={tmp_path / 'none'}", "-e", tmp_path / "some"]
+    assert "was trained without labels; their embeddings start anew" in here(*first, *some)
+
+
 def test_several_half_lives_and_trackers(here, tmp_path):
     run = tmp_path / "run"
     here(
