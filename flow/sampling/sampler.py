@@ -23,6 +23,8 @@ from flow.sampling.settings import ALL_TIMES, SamplerSettings, build_time_grid, 
 from flow.sampling.snapshot import Snapshot
 from flow.source import GAUSSIAN
 
+MAX_PIXEL = 8.0  # of images as floats: the end of a flow may lie outside [-1, 1], numbers up to 255 are another scale
+
 
 class Sampler:
     """Samples a trained flow on one device; the images are those of sample.py with the same settings and batch size.
@@ -71,11 +73,16 @@ class Sampler:
         target_device = None if device is None else torch.device(device)
         return cls(model, target_device, dtype, replace(snap, weights={}), guide_name)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes of the training, by label; () where they have no names or the model comes from no snapshot."""
+        return self.snapshot.class_names if self.snapshot else ()
+
     def sample(
         self,
         n: int,
         *,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         prompts: Sequence[str] | None = None,
         method: str = "euler",
         steps: int = 100,
@@ -88,8 +95,8 @@ class Sampler:
     ) -> Tensor:
         """n images uint8 [n, C, H, W] on the CPU, or points float32 [n, 2].
 
-        Image k has label or prompt k mod their number. guidance_interval: the times t of the guidance. options: those of
-        the method, such as rtol or noise_scale.
+        Image k has label or prompt k mod their number; a label is a number or the name of a class. guidance_interval: the times
+        t of the guidance. options: those of the method, such as rtol or noise_scale.
 
         Raises:
             ValueError: for settings that the method or the network does not take.
@@ -108,19 +115,23 @@ class Sampler:
         t: float,
         *,
         t_next: float | None = None,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         prompts: Sequence[str] | None = None,
         guidance_scale: float = 1.0,
     ) -> Tensor:
         """dx/dt [b, ...] at x [b, ...] and time t in [0, 1) on the linear path; differentiable with respect to x.
 
-        t_next: for flow maps, the time from t to 1 that the mean velocity leads to.
+        t_next: for flow maps, the time from t to 1 that the mean velocity leads to. labels, prompts: one for all, or one for
+        each.
 
         Raises:
-            ValueError: for other times, for t_next where the network has one time, and for a condition that it does not take.
+            ValueError: for other times, for x of another shape or kind, for t_next where the network has one time, and for a
+                condition that it does not take.
         """
-        if not 0 <= t < 1:
-            raise ValueError(f"t={t}: must be in [0, 1); at the data, t = 1, the velocity is not defined")
+        if not isinstance(t, int | float) or not 0 <= t < 1:
+            raise ValueError(f"t={t}: must be a number in [0, 1); at the data, t = 1, the velocity is not defined")
+        if not x.is_floating_point() or tuple(x.shape[1:]) != self.model.shape:
+            raise ValueError(f"x of {x.dtype} and shape {tuple(x.shape)}: must be floats [b, *{self.model.shape}]")
         if t_next is not None and not self.model.net.two_times:
             raise ValueError(f"t_next={t_next}: is for flow maps; this network has one time")
         if t_next is not None and not t <= t_next <= 1:
@@ -132,7 +143,7 @@ class Sampler:
         self,
         n: int,
         *,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         prompts: Sequence[str] | None = None,
         method: str = "euler",
         steps: int = 100,
@@ -162,7 +173,7 @@ class Sampler:
         self,
         x1: Tensor,
         *,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         prompts: Sequence[str] | None = None,
         method: str = "dopri5",
         hutchinson_samples: int | None = None,
@@ -198,7 +209,7 @@ class Sampler:
         self,
         x1: Tensor,
         *,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         prompts: Sequence[str] | None = None,
         method: str = "heun",
         steps: int = 50,
@@ -222,7 +233,7 @@ class Sampler:
         self,
         x0: Tensor,
         *,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         prompts: Sequence[str] | None = None,
         method: str = "heun",
         steps: int = 20,
@@ -241,8 +252,9 @@ class Sampler:
             ValueError: for settings that the method or the network does not take, for samples of another shape or that are not
                 finite, and for images where the flow starts at Gaussian noise.
         """
-        if self.model.source.name == GAUSSIAN and x0.dtype == torch.uint8:
-            raise ValueError("x0 of uint8: this flow starts at Gaussian noise, that of `encode` for example, not at images")
+        if self.model.source.name == GAUSSIAN and not x0.is_floating_point():
+            name = str(x0.dtype).removeprefix("torch.")
+            raise ValueError(f"x0 of {name}: this flow starts at Gaussian noise, that of `encode` for example, not at images")
         if not len(x0) or not torch.isfinite(x0).all():
             raise ValueError(f"x0 of shape {tuple(x0.shape)}: must have samples, all of them finite")
         settings = self._settings(
@@ -262,9 +274,9 @@ class Sampler:
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r}: must be a list of prompts")
         try:
-            labels = None if labels is None else tuple(map(operator.index, labels))
+            labels = None if labels is None else tuple(map(self._label, labels))
         except TypeError:
-            raise ValueError(f"labels={labels!r}: must be whole numbers") from None
+            raise ValueError(f"labels={labels!r}: must be whole numbers or names of classes") from None
         prompts = None if prompts is None else tuple(prompts)
         given = {"labels": labels, "prompts": prompts, "options": tuple((options or {}).items()), **settings}
         sampler = SamplerSettings(**given, guide=self.guide_name if settings["guidance_scale"] != 1 else None)
@@ -279,9 +291,25 @@ class Sampler:
             warnings.warn(note, stacklevel=3)
         return sampler
 
+    def _label(self, label: int | str) -> int:
+        """Raises ValueError for a name that no class has, TypeError for what is neither a name nor a whole number."""
+        if not isinstance(label, str):
+            return operator.index(label)
+        if label not in self.class_names:
+            raise ValueError(
+                f"labels={label!r}: unknown class; the classes are {', '.join(self.class_names) or 'without names'}"
+            )
+        return self.class_names.index(label)
+
     def _as_network_sees(self, x1: Tensor) -> Tensor:
-        """Data or images [b, ...] in the solver's precision, on the device. Raises ValueError for those of another shape."""
+        """Data or images [b, ...] in the solver's precision, on the device. Raises ValueError for those of another shape, kind
+        or range."""
+        if x1.dtype != torch.uint8 and not x1.is_floating_point():
+            raise ValueError(f"x1 of {x1.dtype}: must be uint8 images, or floats as the network sees them")
         x = to_float(x1)
+        are_pixels = x.dim() == 4 and (self.model.decode is None or tuple(x.shape[1:]) != self.model.shape)
+        if are_pixels and x.numel() and (peak := x.abs().max().item()) > MAX_PIXEL:
+            raise ValueError(f"x1 has values of up to {peak:g}: images are uint8, or floats in [-1, 1]")
         if x.dim() == 4 and self.model.encode and tuple(x.shape[1:]) != self.model.shape:
             with torch.no_grad(), self._autocast():
                 x = self.model.encode(x.to(self.device))
@@ -294,6 +322,9 @@ class Sampler:
 
     def _velocity(self, n: int, labels, prompts, guidance_scale: float) -> GuidedVelocity:
         settings = self._settings(labels, prompts, guidance_scale=guidance_scale)
+        for name, values in {"labels": labels, "prompts": prompts}.items():
+            if values is not None and len(values) not in (1, n):
+                raise ValueError(f"{name}: {len(values)} for {n} samples; give one for all, or one for each")
         return build_velocity(self.model, range(n), settings, self.device)
 
     def _velocity_of_data(self, n: int, labels, prompts) -> GuidedVelocity:
@@ -302,9 +333,6 @@ class Sampler:
         num_classes = self.model.net.num_classes
         if num_classes is not None and labels is None:
             raise ValueError(f"labels=None: this network has {num_classes} classes; give one label for all x1, or one for each")
-        for name, values in {"labels": labels, "prompts": prompts}.items():
-            if values is not None and len(values) not in (1, n):
-                raise ValueError(f"{name}: {len(values)} for {n} samples; give one for all x1, or one for each")
         return velocity
 
     def _autocast(self) -> AbstractContextManager:
