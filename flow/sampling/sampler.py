@@ -17,6 +17,7 @@ from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
 from flow.runtime import distributed
+from flow.runtime.messages import first_names
 from flow.sampling import grid_store, guide, snapshot
 from flow.sampling.generate import SampleBatch, build_velocity, index_batches, sample_batch, to_solver_dtype
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, build_time_grid, guidance_note, validate
@@ -296,9 +297,8 @@ class Sampler:
         if not isinstance(label, str):
             return operator.index(label)
         if label not in self.class_names:
-            raise ValueError(
-                f"labels={label!r}: unknown class; the classes are {', '.join(self.class_names) or 'without names'}"
-            )
+            classes = f"the classes are {first_names(self.class_names)}" if self.class_names else "the classes have no names"
+            raise ValueError(f"labels={label!r}: unknown class; {classes}")
         return self.class_names.index(label)
 
     def _as_network_sees(self, x1: Tensor) -> Tensor:
