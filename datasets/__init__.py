@@ -42,10 +42,10 @@ _SOURCES = {"pairs": pairs_source, "latents": latents_source}
 class DataSet(Protocol):
     """What training and evaluation need of a data set.
 
-    access: how training reads samples. "memory": one tensor `images` [N, ...]. "files": one by one, `data[k]`, in worker
-    processes. "disk": a batch at a time, `read(indices)`, from files that need no decoding. "posterior": mean and std of
-    `moments(indices, mirrored)`, of which a latent is drawn, scaled by `normalised`; `has_flipped` says whether there are
-    mirror images.
+    access: how `datasets.reading` and training read samples. "memory": one tensor `images` [N, ...]. "files": one by one,
+    `data[k]`, in threads, or in worker processes in training. "disk": a batch at a time, `read(indices)`, from files that need
+    no decoding. "posterior": mean and std of `moments(indices, mirrored)`, of which a latent is drawn, scaled by
+    `normalised`; `has_flipped` says whether there are mirror images.
     """
 
     labels: Tensor | None  # int64 [N], on the CPU

@@ -23,16 +23,15 @@ import datasets
 from configs import loading, schema
 from configs.errors import UserError
 from configs.vae import VaeConfig
-from datasets import DataSet, DataSpec
+from datasets import DataSet, DataSpec, reading
 from datasets.images import to_float
 from datasets.shards import MANIFEST, list_shards, save_shard, stored_settings, verify_shard
 from flow.evaluation.features import Extractor, FeatureSet, merge
 from flow.evaluation.frechet import frechet_distance, too_few_images_message
 from flow.evaluation.intervals import mean_standard_error
-from flow.evaluation.reading import read_images
 from flow.noise import generator
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import CONTINUES, cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context, items_in_context
 from flow.runtime.output_dir import check_same_settings, write_missing
 from flow.sampling import images
 from flow.sampling.generate import index_batches, shard
@@ -166,7 +165,7 @@ def write_shard(
 ) -> None:
     """Encode the images `cut` and write them as one file."""
     parts: dict[str, list[Tensor]] = {}
-    for batch, pixels in read_images(data, index_batches(cut, args.bspp)):
+    for batch, pixels in items_in_context("data", reading.read_batches(data, index_batches(cut, args.bspp))):
         x = to_float(pixels.to(accelerator.device))
         for suffix, shown in {"": x, "_flipped": x.flip(-1)}.items() if args.flipped == "yes" else [("", x)]:
             with accelerator.autocast():
@@ -247,7 +246,8 @@ def check(args, accelerator: Accelerator, data: DataSet, extractor: Extractor) -
     ratios = []
     shown = None
     with distributed.progress(accelerator, sum(map(len, local_batches)), "reconstructions (of this process)") as bar:
-        read = read_images(data, [[image_indices[k] for k in batch] for batch in local_batches])
+        index_lists = [[image_indices[k] for k in batch] for batch in local_batches]
+        read = items_in_context("data", reading.read_batches(data, index_lists))
         for batch, (indices, real) in zip(local_batches, read, strict=True):
             mean, _ = latents.moments(indices)
             with accelerator.autocast():

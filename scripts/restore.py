@@ -17,11 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from configs.errors import UserError
-from datasets import DataSpec
+from datasets import DataSpec, reading
 from datasets.encoded import read_image
 from datasets.images import to_float
 from flow.evaluation import restoration as scoring
-from flow.evaluation.reading import read_images
 from flow.guidance import GuidedVelocity
 from flow.model import FlowModel
 from flow.noise import gaussian_noise
@@ -39,7 +38,7 @@ from flow.restoration import (
     restore,
 )  # fmt: skip
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import CONTINUES, cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main, error_context, items_in_context
 from flow.runtime.output_dir import check_same_settings
 from flow.sampling import images, named_data, snapshot
 from flow.sampling.generate import build_velocity, check_finite, index_batches, shard, to_solver_dtype
@@ -237,7 +236,7 @@ def load_images(args, snap: snapshot.Snapshot, accelerator: Accelerator) -> tupl
             raise UserError(f"--n_images {args.n_images}: {name} has {len(data)}; use at most {len(data)}")
         accelerator.print(f"note: {name} has {len(data)} images")
     batches = index_batches(range(min(args.n_images, len(data))), 100)
-    return name, torch.cat([batch for _, batch in read_images(data, batches)])
+    return name, torch.cat([batch for _, batch in items_in_context("data", reading.read_batches(data, batches))])
 
 
 def check_output_dir(folder: Path, record: dict) -> None:

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from accelerate import Accelerator
 from torch import Tensor
 
-from datasets import DataSet
+from datasets import DataSet, reading
 from flow.evaluation.features import Extractor, FeatureSet, merge
 from flow.evaluation.metrics_2d import PointExtractor
-from flow.evaluation.reading import read_images
 from flow.runtime import distributed
+from flow.runtime.errors import items_in_context
 from flow.sampling.generate import shard
 
 
@@ -23,7 +23,8 @@ def read(
     order = range(len(data)) if order is None else order
     batches = shard(accelerator, range(len(order)), batch_size)
     with distributed.progress(accelerator, sum(map(len, batches)), what) as bar:
-        images = read_images(data, [[order[k] for k in batch] for batch in batches], key)
+        index_lists = [[order[k] for k in batch] for batch in batches]
+        images = items_in_context(key, reading.read_batches(data, index_lists))
         for batch, (_, pixels) in zip(batches, images, strict=True):
             yield batch, pixels
             bar.update(len(batch))

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 import datasets
 from configs.errors import UserError
 from configs.schema import Config
+from datasets import reading
 from datasets.encoded import EncodedImages
 from flow.evaluation import collecting
 from flow.evaluation.control import add_control
@@ -75,7 +75,7 @@ def write_row(
 
     def compute() -> dict | None:
         measured, seconds = ev.measure(images(), labels)
-        ev.draw_closest(measured, name, lambda positions: torch.stack([data[k][0] for k in positions]))
+        ev.draw_closest(measured, name, partial(reading.read, data))
         return {**measured.columns, "seconds": seconds} if measured else None
 
     measured = ev.evaluate_row(subject, identity, compute)

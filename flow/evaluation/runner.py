@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from configs.schema import Config
-from datasets import DataSet
+from datasets import DataSet, reading
 from flow.evaluation import (
     classifiers,
     collecting,
@@ -167,7 +166,7 @@ class Evaluation:
         samples = images_of(closest.samples)
 
         def draw() -> None:
-            nearest = torch.stack([training.data[k][0] for k in closest.training])
+            nearest = reading.read(training.data, closest.training)
             pictures.closest_images(self.out / "memorization.png", samples, nearest, closest.ratios, title)
 
         self.draw = draw

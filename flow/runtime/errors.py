@@ -5,13 +5,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import TypeVar
 
 from configs.errors import UserError, first_line
 from flow.runtime.shutdown import flush_output, print_nowhere
 
+Item = TypeVar("Item")
 CONTINUES = "the same command continues"
 # gloo's errors about other processes that do not answer have no kind of their own
 _CONNECTION = re.compile(r"timed out|timeout|connection (closed|reset)|broken pipe|socket|gloo|nccl", re.IGNORECASE)
@@ -26,6 +28,18 @@ def error_context(key: str) -> Iterator[None]:
         raise
     except (ValueError, FileNotFoundError) as error:
         raise UserError(f"{key}: {first_line(error)}") from error
+
+
+def items_in_context(key: str, items: Iterable[Item]) -> Iterator[Item]:
+    """The items, each made within `error_context(key)`; what the caller does with them is not."""
+    iterator = iter(items)
+    while True:
+        with error_context(key):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
 
 
 @contextmanager

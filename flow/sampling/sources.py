@@ -1,23 +1,19 @@
 """Sources that are data sets: those of a configuration, of --source, and tensors."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from datasets import DataSet, DataSpec
+from datasets import DataSet, DataSpec, reading
 from datasets.images import to_float
 from flow.model import FlowModel
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.sampling import named_data
 from flow.source import GAUSSIAN, DataSource, GaussianSource, OrderedSource, Source
-
-THREADS = 4  # that decode images
 
 
 @dataclass
@@ -33,10 +29,7 @@ class DataSamples:
     def read(self, indices: list[int]) -> Tensor:
         """[n, ...], float32: images in [-1, 1] or points."""
         with error_context(self.key):
-            if self.data.access != "files":
-                return to_float(torch.stack([self.data[k][0] for k in indices]))
-            with ThreadPoolExecutor(THREADS) as pool:  # a batch is decoded while the training waits for it
-                return to_float(torch.stack([image for image, _ in pool.map(self.data.__getitem__, indices)]))
+            return to_float(reading.read(self.data, indices))
 
 
 def build(name: str, root: str | None, args: dict[str, Any]) -> Source:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from configs import loading
 from configs.errors import UserError
 from configs.vae import VaeConfig
-from datasets import DataSpec
+from datasets import DataSpec, reading
 from datasets.images import to_float
 from flow.losses import Batch
 from flow.losses.autoencoder import AutoencoderLoss
@@ -102,7 +102,7 @@ class AutoencoderTask:
         parts = []
         for batch in shard(self.accelerator, range(n), PREVIEW_BATCH):
             with error_context("data"):
-                real = torch.stack([self.data[k * len(self.data) // n][0] for k in batch])
+                real = reading.read(self.data, [k * len(self.data) // n for k in batch])
             with self.accelerator.autocast():
                 mean, _ = net.encode(to_float(real.to(self.accelerator.device)))
                 parts.append((batch.start, torch.stack([real, to_uint8(net.decode(mean)).cpu()])))

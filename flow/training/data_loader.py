@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from configs.errors import UserError
 from configs.schema import Config
 from configs.vae import VaeConfig
+from datasets import reading
 from datasets.folder import Folder
 from datasets.images import to_float
 from flow.losses import Batch
@@ -41,7 +42,7 @@ class TrainingLoader:
     latents that have no flipped copies.
     """
 
-    data: Any  # a `datasets.DataSet`; in memory it is held on the device where it takes less than a quarter of its free memory
+    data: Any  # a `datasets.DataSet`
     seed: int
     batch_size: int  # of the global batch
     gradient_accumulation_steps: int
@@ -58,10 +59,9 @@ class TrainingLoader:
             raise UserError("data.horizontal_flip=true: points have no mirror image; set it to false")
         if data.access == "posterior" and self.horizontal_flip and not data.has_flipped:
             raise UserError("data.horizontal_flip=true: these latents have no flipped copies; make them with --flipped yes")
-        if data.access == "memory":
-            fits = device.type != "cuda" or data.images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
-            self.images = data.images.to(device) if fits else data.images
-            self.labels = data.labels.to(self.images.device) if data.labels is not None else None
+        self._on_device: tuple[Tensor, Tensor | None] | None = None  # images and labels
+        if data.access == "memory" and _fits(data.images, device):
+            self._on_device = data.images.to(device), data.labels.to(device) if data.labels is not None else None
 
     @classmethod
     def of(cls, accelerator: Accelerator, config: Config | VaeConfig, data) -> "TrainingLoader":
@@ -76,7 +76,7 @@ class TrainingLoader:
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """The micro-batches of steps first .. last - 1."""
         index_batches, lookahead = tee(self._index_batches(first, last))  # workers read ahead of what is handed out
-        fetched = self._read(lookahead) if self.data.access == "files" else map(self._select, lookahead)
+        fetched = self._decoded(lookahead) if self.data.access == "files" else map(self._read, lookahead)
         for step in range(first, last):
             micro_batches = range(self.gradient_accumulation_steps)
             yield [self._micro_batch(step, m, next(index_batches), *next(fetched)) for m in micro_batches]
@@ -105,17 +105,18 @@ class TrainingLoader:
             for micro in range(self.gradient_accumulation_steps):
                 yield indices[self.row_slice(micro)].tolist()
 
-    def _select(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
+    def _read(self, indices: list[int]) -> tuple[Tensor | None, Tensor | None]:
+        if self._on_device:
+            images, labels = self._on_device
+            index = distributed.to_device(torch.tensor(indices), self.device)
+            return images[index], labels[index] if labels is not None else None
+        labels = self.data.labels[indices] if self.data.labels is not None else None
         if self.data.access == "posterior":  # drawn when the step is known
-            return None, self.data.labels[indices] if self.data.labels is not None else None
-        if self.data.access == "disk":
-            images = distributed.to_device(self.data.read(indices), self.device)
-            return images, self.data.labels[indices] if self.data.labels is not None else None
-        index = distributed.to_device(torch.tensor(indices), self.images.device)
-        images = distributed.to_device(self.images[index], self.device)
-        return images, self.labels[index] if self.labels is not None else None
+            return None, labels
+        return reading.read(self.data, indices), labels
 
-    def _read(self, index_batches: Iterator[list[int]]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    def _decoded(self, index_batches: Iterator[list[int]]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """The images of files, which worker processes decode ahead."""
         loader: DataLoader = DataLoader(
             _SafeDataset(self.data),
             batch_sampler=index_batches,
@@ -153,6 +154,13 @@ class TrainingLoader:
         noise = gaussian_noise("posterior", self.seed, sample_ids, self.data.image_shape)
         mean, std, noise = (distributed.to_device(part, self.device).float() for part in (*moments, noise))
         return self.data.normalised(mean + std * noise)
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    """Whether a device with memory of its own has room for the images: a quarter of what is free on a GPU."""
+    if device.type == "cuda":
+        return images.nbytes < torch.cuda.mem_get_info(device)[0] / 4
+    return device.type != "cpu"
 
 
 @lru_cache(maxsize=2)

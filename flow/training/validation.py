@@ -9,14 +9,13 @@ from torch import Tensor
 
 from configs.errors import UserError
 from configs.schema import Config
-from datasets import DataSet, DataSpec
+from datasets import DataSet, DataSpec, reading
 from datasets.images import to_float
-from flow.evaluation.reading import read_images
 from flow.losses.distances import mse
 from flow.model import FlowModel, Network
 from flow.noise import generator
 from flow.runtime import distributed
-from flow.runtime.errors import error_context
+from flow.runtime.errors import error_context, items_in_context
 from flow.sampling.generate import shard
 from flow.training.flow_task import FlowTask, encode_captions
 from flow.training.statistics import TIME_BINS
@@ -93,7 +92,8 @@ def validation_losses(
     order = generator("validation data", seed).permutation(len(data))
     times = torch.from_numpy((np.arange(n) + generator("validation time", seed).random(n)) / n)
     batches = shard(accelerator, range(n), batch_size)
-    images = read_images(data, [[int(order[k % len(data)]) for k in batch] for batch in batches])
+    index_lists = [[int(order[k % len(data)]) for k in batch] for batch in batches]
+    images = items_in_context("data", reading.read_batches(data, index_lists))
     parts = []
     for batch, (indices, pixels) in zip(batches, images, strict=True):
         x1 = to_float(pixels.to(accelerator.device))
