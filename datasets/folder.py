@@ -1,6 +1,7 @@
 """Image files below a folder, a subfolder for each class."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from datasets.places import resolve_path
 
 NAMED_FILES = 5  # of those that are skipped, in a note
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+PARQUET_SUFFIX = ".parquet"
 
 
 class Folder(EncodedImages):
@@ -22,12 +24,16 @@ class Folder(EncodedImages):
     """
 
     def __init__(self, path: Path, size: int | None, channels: int):
+        if path.is_file():
+            remedy = _packing(path) if path.suffix == PARQUET_SUFFIX else "name a folder of images; unpack an archive first"
+            raise FileNotFoundError(f"path={path}: is a file; {remedy}")
         if not path.is_dir():
             raise FileNotFoundError(f"path={path}: there is no such folder")
         check_format(size, channels)
         files, skipped = _scan(path)
         if not files:
-            raise FileNotFoundError(f"path={path}: holds no image ({' '.join(IMAGE_SUFFIXES)})")
+            remedy = f"; {_packing(path)}" if any(name.endswith(PARQUET_SUFFIX) for name in skipped) else ""
+            raise FileNotFoundError(f"path={path}: holds no image ({' '.join(IMAGE_SUFFIXES)}){remedy}")
         super().__init__(path, files, size, channels)
         self.notes = [f"path={path}: skipped {_listed(skipped)}, not images"] if skipped else []
         top = [p.relative_to(path).parts for p in files]
@@ -84,6 +90,14 @@ def _scan(path: Path) -> tuple[list[Path], list[str]]:
         else:
             others.append(str(relative))
     return images, others
+
+
+def _packing(path: Path) -> str:
+    """What to do with images in Parquet files, in a line."""
+    return (
+        f"pack Parquet files with `python -m scripts.pack_images --source {shlex.quote(str(path))} --save_dir DIR`, and train "
+        "with data.name=packed data.args.path=DIR"
+    )
 
 
 def _listed(names: list[str]) -> str:

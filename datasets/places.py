@@ -10,6 +10,7 @@ def default_root() -> Path:
 
 
 def resolve_path(root: Path, path: str) -> Path:
-    """The folder `path` as it is, or below `root` where there is only that one."""
-    folder = Path(path)
-    return root / folder if not folder.is_dir() and (root / folder).is_dir() else folder
+    """The folder `path` as it is, or below `root` where there is only that one; where there is none a file of that name, which
+    an error then calls one."""
+    places = (Path(path), root / path)
+    return next(filter(Path.is_dir, places), None) or next(filter(Path.exists, places), places[0])

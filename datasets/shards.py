@@ -25,6 +25,8 @@ def read_manifest(folder: Path, kind: str, keys: set[str]) -> dict[str, Any]:
     Raises FileNotFoundError where there is none, ValueError where it lacks one of the `keys` or does not say which data
     set is behind it: {"name", "root", "args"} under "data".
     """
+    if folder.is_file():
+        raise FileNotFoundError(f"path={folder}: is a file; name the folder that scripts.{SCRIPTS[kind]} wrote")
     file = folder / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(

@@ -106,6 +106,11 @@ def open_source(args, accelerator: Accelerator, root: str | None) -> Source:
         return built_in(args, accelerator, root)
     if names:
         return from_parquet(args, path.parent if path.is_file() else path, names, {"path": args.source})
+    if path.is_file():
+        raise ValueError(
+            "is a file, not a Parquet file; name a folder of images (unpack an archive first), a Parquet file, hf:OWNER/NAME "
+            f"or one of {', '.join(BUILT_IN)}"
+        )
     if args.split is not None:
         raise ValueError(f"--split {args.split}: a folder of images has none; name the subfolder as --source")
     data = Folder(path, args.size, args.channels)

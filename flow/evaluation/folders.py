@@ -122,6 +122,10 @@ def classes_identity(labels: Tensor | None, names: Sequence[str], real: Referenc
 
 def read_folder(samples: Path) -> tuple[EncodedImages, dict[str, Any] | None]:
     """The images of a folder, and what sample.py wrote beside them, None for a folder from elsewhere."""
+    if samples.is_file():
+        of_sample = (samples.parent / named_data.RECORD).is_file()
+        remedy = f"its images are in {samples.parent}; name that folder" if of_sample else "name a folder of images"
+        raise UserError(f"--samples {samples}: is a file; {remedy}")
     if not samples.is_dir():
         raise UserError(f"--samples {samples}: there is no such folder")
     note = samples / named_data.RECORD

@@ -26,6 +26,8 @@ def spec_of(text: str, root: str | Path | None, image_shape: tuple[int, ...]) ->
         return DataSpec("packed", root, {"path": text})
     if not folder.is_dir():
         names = ", ".join(name for name in SHAPES if name != "toys")
+        if folder.is_file():
+            raise ValueError(f"{text}: is a file; name a folder of images, or one of the data sets {names}")
         raise ValueError(f"{text}: there is no such folder of images, and no such data set; data sets: {names}")
     return DataSpec.of_folder(images_in(folder), image_shape)
 

@@ -261,6 +261,29 @@ def test_folders_that_hold_nothing(tmp_path):
         datasets.build("folder", tmp_path, {"path": "absent"})
 
 
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("folder", "images.tar", r"images\.tar: is a file; name a folder of images; unpack an archive first"),
+        ("folder", "train.parquet", r"is a file; pack Parquet files with .*pack_images --source \S*train\.parquet --save_dir"),
+        ("packed", "images.tar", r"images\.tar: is a file; name the folder that scripts\.pack_images wrote"),
+        ("pairs", "pairs.npz", r"pairs\.npz: is a file; name the folder that scripts\.make_pairs wrote"),
+    ],
+)
+def test_files_in_place_of_a_folder(tmp_path, name, file, message):
+    """Below the root, as folders."""
+    (tmp_path / file).touch()
+    with pytest.raises(FileNotFoundError, match=message):
+        datasets.build(name, tmp_path, {"path": file})
+
+
+def test_folder_of_parquet_files(tmp_path):
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data/train-00000.parquet").touch()
+    with pytest.raises(FileNotFoundError, match=r"holds no image .*scripts\.pack_images --source '.*/my data' --save_dir DIR"):
+        datasets.build("folder", tmp_path, {"path": "my data"})
+
+
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
 @pytest.mark.parametrize("content", [None, b"", b"garbage " * 100], ids=["absent", "empty_files", "damaged_files"])
 def test_without_files_and_network(tmp_path, monkeypatch, name, content):

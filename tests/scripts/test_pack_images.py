@@ -297,6 +297,9 @@ def test_columns_and_splits(error, tmp_path, photos):
 def test_mistakes(error, tmp_path, photos):
     pack = partial(error, "pack_images", "--save_dir", tmp_path / "out", "--source")
     assert "path=nowhere: there is no such folder" in pack("nowhere")
+    (tmp_path / "photos.tar").touch()
+    line = pack(tmp_path / "photos.tar")
+    assert f"--source {tmp_path / 'photos.tar'}: is a file, not a Parquet file; name a folder of images (unpack an" in line
     assert "--split train: a folder of images has none" in pack(photos, "--split", "train")
     assert "--label_column x: is for Parquet files" in pack(photos, "--label_column", "x")
     assert "--revision x: is for the hub" in pack(photos, "--revision", "x")

@@ -155,6 +155,16 @@ def test_a_folder_elsewhere_is_not_taken(error, tmp_path, monkeypatch):
     assert "--samples samples: there is no such folder" in line
 
 
+def test_a_file_is_not_a_folder(error, tmp_path):
+    """As samples.npz, which sample.py --npz writes beside the images."""
+    command = ["evaluate", "--reference", "digits", "--feature_extractor", "digits", "--samples"]
+    (tmp_path / "samples.npz").touch()
+    line = error(*command, tmp_path / "samples.npz")
+    assert line == f"error: --samples {tmp_path / 'samples.npz'}: is a file; name a folder of images"
+    (tmp_path / "sampling.json").touch()
+    assert f"is a file; its images are in {tmp_path}; name that folder" in error(*command, tmp_path / "samples.npz")
+
+
 def test_the_current_folder_has_its_name(here, tmp_path, monkeypatch):
     samples = write_folder(tmp_path / "samples", noisy_digits(12))
     monkeypatch.chdir(samples)

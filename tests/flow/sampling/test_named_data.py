@@ -30,5 +30,8 @@ def test_names(tmp_path):
     assert named_data.spec_of("mnist:test", tmp_path, SHAPE) == DataSpec("mnist", tmp_path, {"train": False})
     with pytest.raises(ValueError, match="nowhere: there is no such folder of images, and no such data set; data sets: digits"):
         named_data.spec_of("nowhere", tmp_path, SHAPE)
+    (tmp_path / "images.tar").touch()
+    with pytest.raises(ValueError, match=r"images\.tar: is a file; name a folder of images, or one of the data sets digits"):
+        named_data.spec_of("images.tar", tmp_path, SHAPE)
     with pytest.raises(ValueError, match=f"{tmp_path}: must be toys:SHAPE"):
         named_data.spec_of(str(tmp_path), None, (2,))
