@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from datasets.encoded import EncodedImages, check_format
 from datasets.places import resolve_path
 
-NAMED_FILES = 5  # of those that are skipped, in a note
+NAMED = 5  # files or folders that are skipped, in a note
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "eval", "test", "testing"}  # names of folders
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PARQUET_SUFFIX = ".parquet"
 
@@ -20,7 +21,7 @@ class Folder(EncodedImages):
 
     Subfolders are classes, in alphabetical order; without subfolders, or with images beside them, there are no labels. Links
     to folders count as folders. Files that are not images by their suffix and hidden ones (`.x`, the `._x.png` of macOS) are
-    skipped.
+    skipped, and so are subfolders without images.
     """
 
     def __init__(self, path: Path, size: int | None, channels: int):
@@ -45,6 +46,7 @@ class Folder(EncodedImages):
         for name in self.class_names:
             if any("\ud800" <= letter <= "\udfff" for letter in name):  # a byte that is not UTF-8; snapshots hold text
                 raise ValueError(f"path={path}: the name of the class folder {name!a} is not UTF-8; rename it")
+        self.notes += _doubtful_classes(path, self.class_names)
         class_of = {name: i for i, name in enumerate(self.class_names)}
         self.labels = torch.tensor([class_of[parts[0]] for parts in top]) if nested else None
         self._measure()
@@ -100,10 +102,27 @@ def _packing(path: Path) -> str:
     )
 
 
-def _listed(names: list[str]) -> str:
+def _doubtful_classes(path: Path, names: Sequence[str]) -> list[str]:
+    """Notes on classes that are hardly meant as such: splits of a data set, and subfolders without images."""
+    if not names:
+        return []
+    notes = []
+    if all(name.lower() in SPLITS for name in names):
+        split = next((name for name in names if name.lower().startswith("train")), names[0])
+        notes.append(
+            f"path={path}: its classes ({', '.join(names)}) have the names of splits; to read one split, name its folder: "
+            f"path={path / split}"
+        )
+    folders = {entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    if empty := sorted(folders - set(names)):
+        notes.append(f"path={path}: skipped {_listed(empty, 'folder')}, without images; add images, or remove what is no class")
+    return notes
+
+
+def _listed(names: list[str], kind: str = "file") -> str:
     """'3 files (a, b, c)', or the first few of more."""
-    more = ", ..." if len(names) > NAMED_FILES else ""
-    return f"{len(names)} file{'s' * (len(names) > 1)} ({', '.join(names[:NAMED_FILES])}{more})"
+    more = ", ..." if len(names) > NAMED else ""
+    return f"{len(names)} {kind}{'s' * (len(names) > 1)} ({', '.join(names[:NAMED])}{more})"
 
 
 def folder(root: Path, path: str, size: int | None = None, channels: int = 3) -> Folder:

@@ -69,6 +69,38 @@ def test_folder_with_classes(tmp_path):
     assert data[0][0].dtype == torch.uint8 and data[0][0].shape == (3, 4, 4)
 
 
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (
+            ("train", "val", "test"),
+            "its classes (test, train, val) have the names of splits; to read one split, name its folder",
+        ),
+        (("TEST", "val"), "its classes (TEST, val) have the names of splits"),
+        (("train",), "its classes (train) have the names of splits"),
+        (("train", "bus"), None),
+    ],
+)
+def test_splits_are_hardly_classes(tmp_path, names, note):
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name / "a.png")
+    notes = Folder(tmp_path, None, 1).notes
+    assert note in notes[0] and notes[0].endswith(f"path={tmp_path / names[0]}") if note else not notes
+
+
+def test_classes_without_images_are_noted(tmp_path):
+    write_classes(tmp_path)
+    for name in ("bird", "ant/deeper", ".cache"):
+        (tmp_path / name).mkdir(parents=True)
+    data = Folder(tmp_path, None, 3)
+    assert data.class_names == ("cat", "dog")
+    assert (
+        data.notes[-1]
+        == f"path={tmp_path}: skipped 2 folders (ant, bird), without images; add images, or remove what is no class"
+    )
+
+
 def test_folder_without_classes_is_found_below_root(tmp_path):
     write_classes(tmp_path / "pictures")
     data = datasets.build("folder", tmp_path, {"path": "pictures/dog", "channels": 1})
