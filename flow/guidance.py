@@ -1,6 +1,7 @@
 """Label dropout in training; classifier-free guidance, autoguidance and guidance intervals in sampling."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,9 @@ class GuidedVelocity:
 
     `forwards` counts network calls per image, those of the guide included.
 
+    What a network's `encode_condition` makes of the labels or prompts is computed once and kept, but while torch records
+    gradients: so make a new object where the weights change.
+
     A network of another path or prediction is evaluated at the point of its own path that corresponds to (x, t), see
     `flow/path.py`, and its prediction is converted to x1 - x0. Guidance of either is the same, as the conversion is affine.
     """
@@ -56,7 +60,12 @@ class GuidedVelocity:
         self.net: Callable[..., Tensor] = model.net if isinstance(model, FlowModel) else model
         self.path = model.path if isinstance(model, FlowModel) else LinearPath()
         self.prediction = model.prediction if isinstance(model, FlowModel) else "velocity"
-        self.y, self.null, self.scale, self.interval, self.guide = y, null, scale, interval, guide
+        self.scale, self.interval, self.guide = scale, interval, guide
+        self.y = {"conditional": y}
+        if y is not None and null is not None:
+            y_null = torch.full_like(y, null)
+            self.y |= {"unconditional": y_null, "both": torch.cat([y, y_null])}
+        self.encoded: dict[str, Any] = {}
         self.forwards = 0
         has_float64 = isinstance(self.net, nn.Module) and any(p.dtype == torch.float64 for p in self.net.parameters())
         self.dtype = torch.float64 if has_float64 else torch.float32
@@ -92,20 +101,28 @@ class GuidedVelocity:
     def _cfg(self, x: Tensor, t: float, t_next: float, scale: float | Tensor) -> Tensor:
         """The network's prediction at x and its own time t, guided."""
         fixed = not isinstance(scale, Tensor)  # a tensor is an input of an exported graph: no branch depends on its value
-        if self.y is None or (fixed and scale == 1):
-            return self._forward(x, t, t_next, self.y)
-        assert self.null is not None
-        y_null = torch.full_like(self.y, self.null)
+        if self.y["conditional"] is None or (fixed and scale == 1):
+            return self._forward(x, t, t_next, "conditional")
         if fixed and scale == 0:
-            return self._forward(x, t, t_next, y_null)
-        both = self._forward(torch.cat([x, x]), t, t_next, torch.cat([self.y, y_null]), calls=2)
+            return self._forward(x, t, t_next, "unconditional")
+        both = self._forward(torch.cat([x, x]), t, t_next, "both", calls=2)
         v_c, v_u = both.unflatten(0, (2, x.shape[0]))
         return v_u + scale * (v_c - v_u)
 
-    def _forward(self, x: Tensor, t: float, t_next: float, y: Tensor | None, calls: int = 1) -> Tensor:
-        """The network at x, as so many calls per image."""
+    def _forward(self, x: Tensor, t: float, t_next: float, which: str, calls: int = 1) -> Tensor:
+        """The network at x with these labels, as so many calls per image."""
         self.forwards += calls
+        y = self._condition(which)
         times = [torch.full((x.shape[0],), time, device=x.device, dtype=self.dtype) for time in (t, t_next)]
         if getattr(self.net, "two_times", False):
             return self.net(x, times[0], y, times[1]).to(self.dtype)
         return self.net(x, times[0], y).to(self.dtype)
+
+    def _condition(self, which: str) -> Any:
+        """These labels as the network takes them."""
+        y, encode = self.y[which], getattr(self.net, "encode_condition", None)
+        if y is None or encode is None or torch.is_grad_enabled():  # a graph serves one backward pass
+            return y
+        if which not in self.encoded:
+            self.encoded[which] = encode(y)
+        return self.encoded[which]

@@ -14,6 +14,8 @@ class Network(Protocol):
     """What training and sampling need of a network; those of `models` have it all.
 
     A network with two times predicts the mean velocity from t to t_next, a flow map; t_next = None is t, the velocity.
+    A network may also have `encode_condition(y)`: the part of its forward pass that depends on y alone. Where no gradients are
+    recorded, sampling calls it once a batch and passes its result in the place of y.
     """
 
     num_classes: int | None  # for labels

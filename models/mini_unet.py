@@ -15,7 +15,7 @@ from models.layers import (
     group_norm,
     zero_init,
 )
-from models.text_encoder import TextEncoder
+from models.text_encoder import EncodedText, TextEncoder
 
 
 class MiniUNet(nn.Module):
@@ -67,12 +67,13 @@ class MiniUNet(nn.Module):
         self.norm_out = group_norm(width)
         self.conv_out = zero_init(nn.Conv2d(width, channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, t_next: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | EncodedText | None = None, t_next: Tensor | None = None) -> Tensor:
+        """y: also what `encode_condition` returns."""
         emb = self.conditioning(t, y, t_next)  # [B, 4 width]
         if self.max_prompt_bytes:
             if y is None:
                 raise ValueError("this network reads prompts: it needs tokens y [B, max_prompt_bytes]")
-            states, mask = self.text_encoder(y)
+            states, mask = y if isinstance(y, EncodedText) else self.text_encoder(y)
             emb = emb + self.text_summary(states[:, 0])
         emb = F.silu(emb)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
@@ -92,6 +93,10 @@ class MiniUNet(nn.Module):
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Tokens int64 [N, max_prompt_bytes] of N prompts. Raises ValueError for one that is longer than max_prompt_bytes."""
         return text_encoder.encode(prompts, self.max_prompt_bytes)
+
+    def encode_condition(self, y: Tensor) -> Tensor | EncodedText:
+        """The features of the tokens y, which `forward` takes in their place; labels as they are."""
+        return self.text_encoder(y) if self.max_prompt_bytes else y
 
 
 def _check(image_shape, width, blocks_per_level, head_channels, patch, num_classes, max_prompt_bytes, dropout) -> None:

@@ -38,3 +38,8 @@ class Preconditioned(nn.Module):
 
     def encode(self, prompts: Sequence[str]) -> Any:
         return self.net.encode(prompts)  # type: ignore[operator]
+
+    def encode_condition(self, y: Tensor) -> Any:
+        """y itself where the network has no such method."""
+        encode: Any = getattr(self.net, "encode_condition", None)
+        return encode(y) if encode else y

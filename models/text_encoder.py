@@ -1,6 +1,7 @@
 """Prompts for networks: UTF-8 bytes through a small transformer that is trained with the flow. No downloaded language model."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,15 @@ def encode(prompts: Sequence[str], limit: int) -> Tensor:
     return tokens
 
 
+class EncodedText(NamedTuple):
+    """Features of prompts."""
+
+    states: Tensor  # [B, 1 + L, width]
+    mask: Tensor  # bool [B, 1 + L], true where there is something to attend to
+
+
 class TextEncoder(nn.Module):
-    """Tokens int64 [B, L] -> states [B, 1 + L, width] and a mask bool [B, 1 + L], true where there is something to attend to.
+    """Tokens int64 [B, L] -> `EncodedText`.
 
     A convolution over seven bytes, which knows a word wherever it stands, then a pre-norm transformer (Xiong et al. 2020,
     arXiv:2002.04745). State 0 belongs to a start token that stands before every
@@ -42,12 +50,12 @@ class TextEncoder(nn.Module):
         self.layers = nn.TransformerEncoder(layers[0], LAYERS, nn.LayerNorm(width), enable_nested_tensor=False)
         self.layers.layers = nn.ModuleList(layers)  # torch would start all of them with the same weights
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor) -> EncodedText:
         h = self.bytes(tokens)
         h = h + F.gelu(self.local(h.transpose(1, 2))).transpose(1, 2) + self.positions
         h = torch.cat([self.start.expand(len(h), 1, -1), h], dim=1)
         mask = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens != PADDING], dim=1)
-        return self.layers(h, src_key_padding_mask=~mask), mask
+        return EncodedText(self.layers(h, src_key_padding_mask=~mask), mask)
 
 
 def encoder_layer(width: int) -> nn.TransformerEncoderLayer:

@@ -9,9 +9,10 @@ from conftest import TINY_RUN
 import models
 from datasets import captions
 from flow.evaluation import results
-from flow.guidance import drop_labels
+from flow.guidance import GuidedVelocity, drop_labels
 from models import text_encoder
 from models.mini_unet import MiniUNet
+from models.preconditioning import Preconditioned
 
 NAMES = tuple("0123456789")
 MNIST_NAMES = ("0 - zero", "7 - seven")
@@ -81,6 +82,24 @@ def test_dropping_makes_the_empty_prompt(net):
     dropped = drop_labels(tokens, slice(0, 8), 0, 1, 8, 0.5, net.null)
     empty = (dropped == 0).all(1)
     assert 0 < empty.sum() < 8 and torch.equal(dropped[~empty], tokens[~empty])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("data_std", [None, 0.5])
+def test_sampling_encodes_prompts_once(net, scale, data_std):
+    """The velocity with prompts encoded once is that of tokens."""
+    encoded = []
+    handle = net.text_encoder.register_forward_hook(lambda *_: encoded.append(1))
+    flow = net if data_std is None else Preconditioned(net, data_std)
+    x, tokens = torch.randn(2, 1, 8, 8), net.encode(["a seven", "a three"])
+    velocity = GuidedVelocity(flow, tokens, net.null, scale)
+    with torch.no_grad():
+        once = [velocity(x, t) for t in (0.1, 0.4)]
+    assert len(encoded) == 1
+    each = [velocity(x, t) for t in (0.1, 0.4)]
+    assert len(encoded) == 3 and all(v.requires_grad for v in each)  # each has a graph of its own
+    handle.remove()
+    torch.testing.assert_close(once, each)
 
 
 def test_only_digits_are_read_as_digits():
