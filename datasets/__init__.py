@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from datasets import contract
 from datasets.digits import digits
 from datasets.folder import folder
 from datasets.images import cifar10, fashion_mnist, mnist
@@ -189,14 +190,16 @@ def expected_shape(name: str, args: dict[str, Any]) -> tuple[int, ...] | None:
 def build(name: str, root: str | Path | None, args: dict[str, Any]) -> DataSet:
     """The data set `name`; `root` (None: `default_root()`) holds downloaded sets, `args` are the set's own arguments.
 
-    Raises ValueError for an unknown name or argument (naming what exists), FileNotFoundError where the files are absent
-    and cannot be downloaded.
+    Raises ValueError for an unknown name or argument (naming what exists) and for a set that breaks the contract
+    (`contract.check`), FileNotFoundError where the files are absent and cannot be downloaded.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
     allowed = dict(list(inspect.signature(DATASETS[name]).parameters.items())[1:])  # the first one is the root
     registry.check_arguments(name, args, allowed, registry.bool_where_declared)
-    return _call(name, DATASETS[name], root, args)
+    data = _call(name, DATASETS[name], root, args)
+    contract.check(name, data)
+    return data
 
 
 def _call(name: str, function: Callable[..., Any], root: str | Path | None, args: dict[str, Any]) -> Any:

@@ -15,11 +15,11 @@ class Images:
     """A data set in memory."""
 
     access: ClassVar[str] = "memory"
-    notes: ClassVar[tuple[str, ...]] = ()
-    images: Tensor  # uint8 [N, C, H, W]; float16 images or latents of pairs; float32 points [N, 2]
-    labels: Tensor | None  # int64 [N]
-    class_names: tuple[str, ...]
+    images: Tensor  # [N, C, H, W] uint8, or floats in [-1, 1]; float16 images or latents of pairs; float32 points [N, 2]
+    labels: Tensor | None  # int64 [N], from 0
+    class_names: tuple[str, ...]  # one for each class
     codec: dict[str, Any] | None = None  # of latents: what decodes them
+    notes: Sequence[str] = ()  # lines for the log
 
     @property
     def image_shape(self) -> tuple[int, ...]:

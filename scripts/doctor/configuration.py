@@ -41,9 +41,6 @@ def data(context: Context) -> Lines:
     for note in dataset.notes:
         yield "warn", note
     if dataset.access == "memory":
-        if not torch.isfinite(dataset.images if dataset.images.is_floating_point() else torch.zeros(1)).all():
-            yield "fail", f"{text}: not all values are finite numbers; generate it again"
-            return
         yield "pass", text
         return
     looked_at = sorted({k * len(dataset) // IMAGES_LOOKED_AT for k in range(IMAGES_LOOKED_AT)})
