@@ -34,6 +34,7 @@ from flow.training import first_weights
 from flow.training.checks import (
     check_alignment,
     check_conditioning,
+    check_forward,
     check_loss,
     check_same_data,
     check_same_flow,
@@ -77,6 +78,7 @@ class FlowTask:
                 accelerator, lambda: snapshot.flow_model(self.net, self.data.image_shape, config, self.data.codec)
             )
         check_conditioning(self.data, self.net)
+        check_forward(config.model.name, self.net, self.data.image_shape, accelerator)
         self.loss = build_loss(config)
         check_loss(config, self.loss, self.net, self.data)
         if config.flow.time_sampler != "uniform" and not self.loss.uses_time_sampler:

@@ -1,6 +1,7 @@
 """Checks of the configuration for scripts/doctor/: what is built of it, and its numbers against each other and the data."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from flow.model import set_defaults
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.training import data_loader
-from flow.training.checks import check_conditioning
+from flow.training.checks import check_conditioning, check_forward
 from flow.training.evaluation import check_start
 from flow.training.flow_task import FlowTask
 from flow.training.validation import ValidationLoss
@@ -71,19 +72,21 @@ def network(context: Context) -> Lines:
     if context.data is None:
         yield "pass", without_data(cfg)
         return
-    with error_context("model"), torch.device("meta"):
-        context.net = models.build(cfg.model.name, context.data.image_shape, cfg.model.args)
-        set_defaults(context.net)
-    text = f", {context.net.num_classes} classes" if context.net.num_classes is not None else ""
-    yield "pass", f"{cfg.model.name}, {parameters(context.net)}{text}"
-    check_conditioning(context.data, context.net)
-    if context.data.labels is not None and not (context.net.num_classes or context.net.max_prompt_bytes):
+    with error_context("model"):
+        net: Any = models.build(cfg.model.name, context.data.image_shape, cfg.model.args)
+        set_defaults(net)
+    text = f", {net.num_classes} classes" if net.num_classes is not None else ""
+    yield "pass", f"{cfg.model.name}, {parameters(net)}{text}"
+    check_conditioning(context.data, net)
+    check_forward(cfg.model.name, net, context.data.image_shape, context.accelerator)
+    if context.data.labels is not None and not (net.num_classes or net.max_prompt_bytes):
         yield (
             "warn",
             f"the data has labels that the network does not use; model.args.num_classes={len(context.data.class_names)}",
         )
     if cfg.model.name == "unet" and not cfg.model.args.get("attention_resolutions", [1]):
         yield "warn", "model.args.attention_resolutions=[]: a U-Net without attention; name a level's side in pixels"
+    context.net = net.to("meta")  # the memory is for the trial
 
 
 def parameters(net: torch.nn.Module) -> str:
