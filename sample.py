@@ -2,13 +2,14 @@
 
 Image k depends on the weights, the settings and k, not on the number of processes (with methods that have tolerances a
 little on its batch, so --bspp must stay the same). An interrupted run resumes. `--save_dir` gets images/
-(PNG), grid.png, sampling.json and, with --npz, samples.npz.
+(PNG), grid.png, sampling.json, with --npz samples.npz and, where a flow starts at files, starts.csv with their names.
 """
 
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from configs.errors import UserError
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
 from flow.runtime.errors import CONTINUES, cli_main, error_context, printable
@@ -32,7 +33,7 @@ def parse_args():
     parser = cli.Parser(__doc__, EXAMPLES)
     flags.add_config_flag(parser)
     flags.add_weights_flag(parser)
-    flags.add_count_flag(parser, "--n_samples", "number of images", required=True)
+    flags.add_count_flag(parser, "--n_samples", "number of images; where a flow starts at data, all of its starts by default")
     flags.add_output_flag(parser, "--save_dir")
     flags.add_method_flag(parser, SOLVERS, "euler")
     flags.add_step_flags(parser, [100], several=False)
@@ -57,7 +58,10 @@ def main() -> None:
     distributed.check_same(accelerator, snap.sha256, f"--weights {args.weights}")
     model = snap.model()
     guide_name = guide.attach(model, snap, args.guide_weights)
-    source_note = sources.attach(accelerator, model, args.source, snap.config.data.root, args.n_samples)
+    source_note = sources.attach(accelerator, model, args.source, snap.config.data.root, args.n_samples or 0)
+    args.n_samples = args.n_samples or sources.number_of_starts(model.source)
+    if args.n_samples is None:
+        raise UserError("--n_samples: how many images? This flow starts at noise")
     settings = settings_of(args, snap, guide_name)
     with error_context("sample"):
         check_request(args, snap, model, settings)
@@ -128,6 +132,8 @@ def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: Fl
     if not accelerator.is_main_process:
         return
     write_grid_and_npz(args, snap, settings, model.net.num_classes)
+    if names := sources.names_of_starts(model, indices):
+        output.write_starts(args.save_dir / "starts.csv", folder, names)
     cost = f"NFE {nfe} ({forwards} network calls) per image" if nfe else "none of them new"
     result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"
     animate = ["-m", "scripts.animate", "--weights", args.weights, "--out", args.save_dir / "animation"]

@@ -66,7 +66,10 @@ def build_accelerator(
             project_dir=log_dir,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timeout),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(ddp_comm_hook)),
+                # Buffers of the networks here are constants, which DDP would send from process 0 at each step.
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=DDPCommunicationHookType(ddp_comm_hook)
+                ),
             ],
         )
     except ValueError as error:  # e.g. bf16 on a GPU that has none
@@ -302,9 +305,35 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     """True on every process where the flag is True on any; the device is not waited for."""
     if accelerator.num_processes == 1:
         return flag
-    value = torch.tensor([int(flag)])
-    dist.all_reduce(value, group=_control_group(dist.group.WORLD, accelerator.init_handler.timeout))
-    return bool(value.item())
+    answer = AnyProcess(accelerator)
+    answer(flag)
+    return answer.wait()
+
+
+class AnyProcess:
+    """`any_process` of a flag that is asked for at every step: a call returns the answer to the call before, so that no process
+    waits for the others. A single process gets the flag itself."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.started: tuple[torch.Tensor, Any] | None = None  # the flag, and the work that adds those of the others to it
+
+    def __call__(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        before = self.wait()
+        value = torch.tensor([int(flag)])
+        group = _control_group(dist.group.WORLD, self.accelerator.init_handler.timeout)
+        self.started = value, dist.all_reduce(value, group=group, async_op=True)
+        return before
+
+    def wait(self) -> bool:
+        """The answer to the last call; False where there was none."""
+        if self.started is None:
+            return False
+        (value, work), self.started = self.started, None
+        work.wait()
+        return bool(value.item())
 
 
 def gather_to_main(accelerator: Accelerator, local: Any) -> list | None:

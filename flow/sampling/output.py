@@ -1,5 +1,6 @@
-"""The output folder of sample.py: images/, grid.png, samples.npz and sampling.json."""
+"""The output folder of sample.py: images/, grid.png, samples.npz, starts.csv and sampling.json."""
 
+import csv
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -119,6 +120,14 @@ def write_grid(
     names = (condition_names if by_class else column_names)(settings, class_names, num_classes)
     images.write_png(path, images.labelled_grid(shown.permute(0, 3, 1, 2), len(names) or 10, names, by_class))
     return images.margin_names(names)[1]
+
+
+def write_starts(path: Path, folder: Path, names: Sequence[str]) -> None:
+    """Write a table of the images of a flow from data: each file, and the one that it starts at."""
+    with files.atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "start"])
+        rows.writerows((png_path(folder, k).name, name) for k, name in enumerate(names))
 
 
 def write_npz(path: Path, samples: np.ndarray, settings: SamplerSettings, num_classes: int | None) -> None:

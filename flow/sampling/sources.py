@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from datasets import DataSet, DataSpec, reading
+from datasets.folder import Folder
 from datasets.images import to_float
 from flow.model import FlowModel
 from flow.runtime import distributed
@@ -79,6 +80,16 @@ def number_of_starts(source: Source) -> int | None:
     """How many samples images of a flow from data start at, one after the other; None for noise. Reads them."""
     own = source.held_out if isinstance(source, DataSource) else source
     return len(own.samples) if isinstance(own, OrderedSource) else None
+
+
+def names_of_starts(model: FlowModel, indices: range) -> list[str] | None:
+    """The file that each of these images starts at, relative to its folder; None for noise and for sets without files. Call
+    after `attach`."""
+    own = model.source.held_out if isinstance(model.source, DataSource) else model.source
+    if not isinstance(own, OrderedSource) or not isinstance(own.samples, DataSamples):
+        return None
+    data = own.samples.data
+    return [data.name_of(k % len(data)) for k in indices] if isinstance(data, Folder) else None
 
 
 def fingerprint(model: FlowModel) -> str | None:

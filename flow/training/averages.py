@@ -36,8 +36,9 @@ class RunAverages:
         self.ema.update(batch_size, updates * batch_size)
         self.power_ema.update(updates)
 
-    def gather(self, step: int, updates: int, hint: str) -> Callable[[Path], None]:
-        """A function that writes all averages into a checkpoint, to be called on the main process.
+    def writer(self, step: int, updates: int, hint: str) -> Callable[[Path], None]:
+        """A function that writes all averages, as they are now, into a checkpoint, to be called on the main process; every
+        process asks for it, as sharded averages are gathered.
 
         Raises:
             UserError: where a number in them is not finite.

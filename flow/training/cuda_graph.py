@@ -5,9 +5,8 @@ all of them with one call (docs/performance.md). `torch.cuda.make_graphed_callab
 launches almost as many kernels as the network.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,20 +14,10 @@ from torch import Tensor
 
 from configs.errors import UserError, first_line
 from configs.schema import TrainConfig
-from flow.losses import Batch, Loss, Losses
+from flow.losses import Batch, Loss
+from flow.training.step import Step, StepOutput
 
 EAGER_STEPS = 3  # before the capture: they create the state of the optimizer, and let cuDNN choose its kernels
-
-
-class StepOutput(NamedTuple):
-    """The losses of the micro-batches, the norm of the gradient, and whether the weights changed."""
-
-    losses: list[Losses]
-    grad_norm: Tensor
-    updated: bool
-
-
-Step = Callable[[list[Batch], float | Tensor], StepOutput]  # of the micro-batches and the learning rate
 
 
 def obstacle(accelerator: Accelerator, config: TrainConfig, loss: Loss) -> str | None:

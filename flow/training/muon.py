@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flow.runtime.distributed import decided_by_main, resolve_precision
-
 MIN_SIDE = 32  # inputs and outputs of a hidden layer
 CONDITIONING = {"conditioning", "modulation"}  # layers of the embedding of time and label, by their names in `models`
 OUTER = (".embed", ".unembed", ".conv_in", ".conv_out", ".layers.0", ".last")  # ends of names of those that touch pixels
@@ -29,8 +27,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Parameters and gradients belong to the network; `Muon`, which takes matrices alone, works on views of them.
     """
 
-    def __init__(self, net: nn.Module, lr: float, fused: bool, **options: Any):
-        """options: of AdamW; Muon takes its weight_decay. Raises ValueError for a network without hidden matrices."""
+    def __init__(self, net: nn.Module, lr: float, fused: bool, dtype: torch.dtype, **options: Any):
+        """dtype: of Muon's arithmetic. options: of AdamW; Muon takes its weight_decay. Raises ValueError for a network without
+        hidden matrices."""
         layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
         hidden = {id(m.weight) for name, m in layers.items() if is_hidden(name, m)}
         self.matrices = [p for p in net.parameters() if id(p) in hidden]
@@ -39,7 +38,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others = [p for p in net.parameters() if id(p) not in hidden]
         super().__init__([{"params": self.matrices}, {"params": others}], {"lr": lr, **options})
         self.views = [nn.Parameter(as_matrix(p.detach())) for p in self.matrices]
-        self.muon = Muon(self.views)
+        self.muon = Muon(self.views, dtype)
         self.adamw = torch.optim.AdamW(others, fused=fused)
 
     def summary(self) -> str:
@@ -93,15 +92,14 @@ def match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 class Muon(torch.optim.Optimizer):
     """The step of `torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")`, for all matrices of one shape together, and in
-    the precision in which the machine is fast: that of torch is bfloat16, 20 times slower than float32 on a CPU without
-    instructions for it (docs/performance.md).
+    the precision `dtype`: that of torch is bfloat16, 20 times slower than float32 on a CPU without instructions for it
+    (docs/performance.md).
     """
 
-    def __init__(self, matrices: Iterable[Tensor]):
+    def __init__(self, matrices: Iterable[Tensor], dtype: torch.dtype):
         """lr and weight_decay are set before each step."""
         super().__init__(matrices, {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.95})
-        precision = decided_by_main(lambda: resolve_precision("auto"))  # machines may differ, replicas must not
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.schema import OptimizerConfig
+from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.runtime.sharding import is_sharded
 from flow.training.muon import MuonWithAdamW, match_layout
@@ -31,6 +32,16 @@ def lr_at(config: OptimizerConfig, update: int, total: int) -> float:
     return config.lr * warmup * decay[config.schedule]
 
 
+def warmup_note(config: OptimizerConfig, total: int) -> str | None:
+    """A line for a training that ends before its learning rate has reached its peak; None for others."""
+    if config.warmup_steps < total:
+        return None
+    return (
+        f"optimizer.warmup_steps={config.warmup_steps}: the learning rate rises to the last of {total} steps, and "
+        f"optimizer.schedule={config.schedule} has no effect"
+    )
+
+
 def set_options(optimizer: torch.optim.Optimizer, config: OptimizerConfig, accelerator: Accelerator) -> None:
     """Give an optimizer whose state was loaded the options and memory format of this configuration and device: its own are
     those of the checkpoint."""
@@ -50,8 +61,14 @@ def build_optimizer(net: nn.Module, config: OptimizerConfig, accelerator: Accele
         if accelerator.is_fsdp2:
             raise UserError("optimizer.name=muon: needs whole matrices, FSDP2 shards them; use adamw")
         with error_context("optimizer"):
-            return MuonWithAdamW(net, config.lr, fused, **_options(config, accelerator))
+            return MuonWithAdamW(net, config.lr, fused, muon_dtype(), **_options(config, accelerator))
     return torch.optim.AdamW(net.parameters(), lr=config.lr, fused=fused, **_options(config, accelerator))
+
+
+def muon_dtype() -> torch.dtype:
+    """The precision in which Muon is fast on the machine of the main process: machines may differ, replicas must not."""
+    precision = distributed.decided_by_main(lambda: distributed.resolve_precision("auto"))
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def _options(config: OptimizerConfig, accelerator: Accelerator) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a training measures between two rows of its log: means of the loss, norms of the gradient, images per second."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,8 @@ class LossStatistics:
         self.sums = torch.zeros(2, TIME_BINS, device=device, dtype=dtype)  # loss and number of samples, by time bin
         self.terms: dict[str, Tensor] = {}  # sums by name
         self.by_time = True  # whether the samples have times
-        self.grad_norms: list[Tensor] = []  # of the steps that were taken; 0 where not finite
-        self.first_nonfinite_step = torch.full((), -1, device=device, dtype=torch.long)
+        self.grad_norms: list[Tensor] = []  # of the steps that were taken
+        self.unchecked: list[tuple[int, Tensor]] = []  # steps, with sums of losses and norms that have to be finite
 
     def update(self, step: int, losses: Losses) -> None:
         """Add the losses [b] of a micro-batch of this step."""
@@ -35,27 +36,35 @@ class LossStatistics:
         self.by_time = losses.t is not None
         t = losses.t if losses.t is not None else torch.zeros_like(loss)
         bins = (t * TIME_BINS).long().clamp_(0, TIME_BINS - 1)
-        finite = torch.isfinite(loss)
         values = torch.stack([loss, torch.ones_like(loss)]).to(self.sums.dtype)
-        self.sums.index_add_(1, bins, torch.where(finite, values, 0))
-        for name, value in losses.terms.items():
-            total = torch.where(finite, value.detach(), 0).sum(dtype=self.sums.dtype)
+        terms = {name: value.detach() for name, value in losses.terms.items()}
+        if self.raises:
+            self.unchecked.append((step, values[0].sum()))
+        else:
+            finite = torch.isfinite(loss)
+            values = torch.where(finite, values, 0)
+            terms = {name: torch.where(finite, value, 0) for name, value in terms.items()}
+        self.sums.index_add_(1, bins, values)
+        for name, value in terms.items():
+            total = value.sum(dtype=self.sums.dtype)
             self.terms[name] = self.terms[name] + total if name in self.terms else total
-        self._note(step, finite.all())
 
     def add_grad_norm(self, step: int, norm: Tensor, updated: bool) -> None:
         """The norm of a step's gradient; that of a step that was skipped is no part of the mean."""
-        if updated:
-            finite = torch.isfinite(norm.detach())
-            self.grad_norms.append(torch.where(finite, norm.detach(), 0).float())
-            self._note(step, finite)
+        if not updated:
+            return
+        self.grad_norms.append(norm.detach().to(torch.float32, copy=True))  # a CUDA graph writes to that of the next step
+        if self.raises:
+            self.unchecked.append((step, self.grad_norms[-1]))
 
     def check(self, accelerator: Accelerator, hint: str) -> None:
         """Raises UserError on every process where a loss or gradient since the last check was not finite; it ends with
         `hint`."""
-        first = int(self.first_nonfinite_step)
+        values = torch.stack([value.to(self.sums.dtype) for _, value in self.unchecked]).tolist() if self.unchecked else []
+        first = next((step for (step, _), value in zip(self.unchecked, values, strict=True) if not math.isfinite(value)), -1)
+        self.unchecked.clear()
         if accelerator.num_processes > 1:
-            steps = accelerator.gather(self.first_nonfinite_step[None])
+            steps = accelerator.gather(torch.tensor([first], device=self.sums.device))
             first = int(steps[steps >= 0].min()) if bool((steps >= 0).any()) else -1
         if first >= 0:
             raise UserError(
@@ -100,11 +109,6 @@ class LossStatistics:
     def _norms(self) -> Tensor:
         """The gradient norms of the steps since the last `compute`, on the CPU."""
         return torch.stack(self.grad_norms).cpu() if self.grad_norms else torch.zeros(0)
-
-    def _note(self, step: int, finite: Tensor) -> None:
-        if self.raises:
-            first = ~finite & (self.first_nonfinite_step < 0)
-            self.first_nonfinite_step = torch.where(first, step, self.first_nonfinite_step)
 
 
 class Throughput:

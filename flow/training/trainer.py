@@ -19,13 +19,14 @@ from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, posthoc_ema
 from flow.training import checkpoint, cuda_graph, eager, run_dir, trackers
 from flow.training.averages import RunAverages
-from flow.training.cuda_graph import GraphedStep, Step, StepOutput
+from flow.training.cuda_graph import GraphedStep
 from flow.training.data_loader import prefetch
 from flow.training.ema import Ema
 from flow.training.logging import Logger, log_summary, print_row, show_beside_bar
 from flow.training.muon import MuonWithAdamW
-from flow.training.optimizer import OptimizerStep, build_optimizer, lr_at, set_options
+from flow.training.optimizer import OptimizerStep, build_optimizer, lr_at, set_options, warmup_note
 from flow.training.statistics import LossStatistics, Throughput
+from flow.training.step import Step, StepOutput
 from flow.training.task import Task
 
 
@@ -91,7 +92,8 @@ class Trainer:
         if self.eager.derivative_error and getattr(task.loss, "needs_derivative", False):
             raise UserError(f"loss.name={config.loss.name}: {self.eager.derivative_error}; use loss.name=alpha_flow")
         self.optimizer_step = OptimizerStep(self.wrapped_net, self.optimizer, accelerator, config)
-        self.graphed = cuda_graph.obstacle(accelerator, config.train, task.loss) is None
+        self.graph_obstacle = cuda_graph.obstacle(accelerator, config.train, task.loss)
+        self.graphed = self.graph_obstacle is None
         self.take_step: Step = GraphedStep(self.forward_backward_step) if self.graphed else self.forward_backward_step
         self.averages = RunAverages(task, config, folder, accelerator)
         self.statistics = LossStatistics(accelerator.device, config.train.nonfinite_grad)
@@ -128,6 +130,7 @@ class Trainer:
         bar = distributed.progress(self.accelerator, config.steps, "training", self.step, shown=terminal)
         notice = "the training stops when this step, checkpoint or preview is done"
         stopping = StopSignal(notice if self.accelerator.is_main_process else "")
+        any_signal = distributed.AnyProcess(self.accelerator)  # of several processes, which stop a step after the signal
         with self.logger.recording_errors(), stopping as stop, bar, closing(batches):
             self._start()
             if self.stop_requested and not self.last_checkpoint:
@@ -143,10 +146,11 @@ class Trainer:
                         show_beside_bar(bar, metrics, self.task.unit)
                     else:
                         print_row(self.accelerator, self.step, config, metrics, self.task.unit)
-                signaled = distributed.any_process(self.accelerator, stop.received is not None)
+                signaled = any_signal(stop.received is not None)
                 self.interrupted = signaled and not self.finished  # nothing is left to stop after the last step
                 with self.throughput.paused():
                     self._write_what_is_due()
+            any_signal.wait()
         if self.interrupted:
             self._leave(stop)
         result = f"{self.folder}: {'finished' if self.finished else 'stopped at'} step {self.step}"
@@ -220,7 +224,7 @@ class Trainer:
             "updates": self.num_updates, "samples": len(self.task.data), "sample_digest": self.task.sample_digest,
             "statistics": self.statistics.state(self.accelerator),
         }  # fmt: skip
-        write_averages = self.averages.gather(self.step, self.num_updates, self._checkpoint_hint())
+        write_averages = self.averages.writer(self.step, self.num_updates, self._checkpoint_hint())
         checkpoints = self.folder / "checkpoints"
         self.last_checkpoint = checkpoint.save(self.accelerator, checkpoints, self.step, state, write_averages)
         self._follow_checkpoint(self.last_checkpoint)
@@ -256,9 +260,10 @@ class Trainer:
         lines = self.task.summary()
         if isinstance(optimizer := self.optimizer.optimizer, MuonWithAdamW):
             lines.append(optimizer.summary())
-        obstacle = cuda_graph.obstacle(self.accelerator, config, self.task.loss)
-        if config.cuda_graph and obstacle and self.accelerator.device.type == "cuda":
-            lines.append(f"note: train.cuda_graph=true changes nothing here: {obstacle}")
+        if note := warmup_note(self.config.optimizer, config.steps):
+            lines.append(f"note: {note}")
+        if config.cuda_graph and self.graph_obstacle and self.accelerator.device.type == "cuda":
+            lines.append(f"note: train.cuda_graph=true changes nothing here: {self.graph_obstacle}")
         log_summary(self.logger, lines, self.task.unit, config, self.step, self.graphed)
 
     def _batches(self) -> Generator[list[Batch], None, None]:

@@ -17,6 +17,7 @@ from flow.evaluation.classifiers import SIDES, weights_file
 from flow.runtime import cli, commands, flags, messages
 from flow.runtime.errors import cli_main
 from flow.training.muon import MuonWithAdamW
+from flow.training.optimizer import muon_dtype
 
 EXAMPLES = "  FLOW_DATA=data python -m scripts.dev.train_classifier --name mnist"
 BATCH = 128
@@ -41,7 +42,7 @@ def main() -> None:
     if color:
         net = net.to(memory_format=torch.channels_last)
         lr, augment = 6e-3, flipped_and_shifted
-        optimizer: torch.optim.Optimizer = MuonWithAdamW(net, lr, fused=True, weight_decay=2e-2)
+        optimizer: torch.optim.Optimizer = MuonWithAdamW(net, lr, True, muon_dtype(), weight_decay=2e-2)
     else:
         lr = 2e-3
         augment = RandomAffine(degrees=8, translate=(0.08, 0.08), scale=(0.92, 1.08))

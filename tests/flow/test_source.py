@@ -182,6 +182,9 @@ def test_images_from_a_folder_keep_their_order(tmp_path, here, error):
         Image.fromarray(image[0].numpy()).save(folder / f"{k}.png")
     command = ["sample", "--weights", tmp_path / "run", "--n_samples", 3, "--sampling_method", "heun", "--sampling_steps", 2]
     assert "after the first" not in here(*command, "--save_dir", tmp_path / "a", "--source", folder)
+    assert (tmp_path / "a/starts.csv").read_text().splitlines() == ["image,start", *(f"00000{k}.png,{k}.png" for k in range(3))]
+    all_of_them = ["sample", "--weights", tmp_path / "run", "--sampling_steps", 1, "--save_dir", tmp_path / "all"]
+    assert "3 images in" in here(*all_of_them, "--source", folder)
     four = here(*command, "--n_samples", 4, "--save_dir", tmp_path / "four", "--source", folder)
     assert "has 3 samples, so after the first 3 images they come again" in four
     expected = Sampler.load(tmp_path / "run", device="cpu").transfer(pixels, method="heun", steps=2)
@@ -200,6 +203,8 @@ def test_images_from_a_folder_keep_their_order(tmp_path, here, error):
 def test_a_flow_from_noise_takes_no_source(tiny_run, tmp_path, error):
     command = ["sample", "--weights", tiny_run, "--n_samples", 3, "--save_dir", tmp_path / "a", "--source", "digits"]
     assert "--source: digits: this flow starts at Gaussian noise" in error(*command)
+    line = error("sample", "--weights", tiny_run, "--save_dir", tmp_path / "a")
+    assert line.endswith("--n_samples: how many images? This flow starts at noise")
 
 
 def test_the_place_of_a_source_in_a_strangers_file(transfer_run, tmp_path, error):

@@ -283,6 +283,13 @@ def test_init_from_takes_snapshot_weights(here, tmp_path, uninterrupted):
     assert max((before[k] - after[k]).abs().max().item() for k in before) < 1e-6
 
 
+def test_warmup_that_does_not_end_is_noted(here, tmp_path):
+    said = here("train", *TINY_TRAIN, "optimizer.warmup_steps=8", "optimizer.schedule=cosine", "-e", tmp_path / "run")
+    assert (
+        "note: optimizer.warmup_steps=8: the learning rate rises to the last of 4 steps, and optimizer.schedule=cosine" in said
+    )
+
+
 def test_init_from_other_classes(here, tmp_path, uninterrupted):
     """A class keeps the embedding of its name, another one starts anew; labels may also come or go."""
     for name in ("3", "7"):

@@ -21,7 +21,7 @@ def network() -> nn.Module:
 
 
 def optimizer_of(net: nn.Module) -> MuonWithAdamW:
-    return MuonWithAdamW(net, lr=1e-2, fused=False, **OPTIONS)
+    return MuonWithAdamW(net, lr=1e-2, fused=False, dtype=torch.float32, **OPTIONS)
 
 
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
@@ -63,7 +63,7 @@ def test_weight_decay():
     """Without gradients nothing else moves: w becomes w (1 - lr decay), of both."""
     net = network()
     start = copy.deepcopy(net)
-    optimizer = MuonWithAdamW(net, lr=0.1, fused=False, **{**OPTIONS, "weight_decay": 0.5})
+    optimizer = MuonWithAdamW(net, lr=0.1, fused=False, dtype=torch.float32, **{**OPTIONS, "weight_decay": 0.5})
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -80,7 +80,7 @@ def test_orthogonal(shape):
 def test_step_has_the_size_of_adamw():
     net = network()
     before = net[1].weight.detach().clone()
-    train(net, MuonWithAdamW(net, lr=1e-2, fused=False, **{**OPTIONS, "weight_decay": 0.0}), range(1))
+    train(net, MuonWithAdamW(net, lr=1e-2, fused=False, dtype=torch.float32, **{**OPTIONS, "weight_decay": 0.0}), range(1))
     step = (net[1].weight.detach() - before).square().mean().sqrt().item()
     assert step == pytest.approx(0.2 * 1e-2, rel=0.3)
 
