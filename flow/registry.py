@@ -4,7 +4,9 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+
+Entry = TypeVar("Entry")
 
 # (argument of a function, value) -> None where the value is allowed, else what it must be
 Rule = Callable[[inspect.Parameter, Any], str | None]
@@ -33,18 +35,24 @@ def finite_number(parameter: inspect.Parameter, value: Any) -> str | None:
     return None if is_finite_number(value) else "a finite number"
 
 
+def find(kind: str, registry: Mapping[str, Entry], name: str) -> Entry:
+    """registry[name]. Raises ValueError for an unknown name, naming what exists."""
+    if name not in registry:
+        raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(registry)}")
+    return registry[name]
+
+
 def pick(kind: str, registry: Mapping[str, Callable], name: str, args: dict[str, Any]) -> Callable:
     """registry[name] with `args` for those of its parameters whose default is a number.
 
     Raises:
         ValueError: for an unknown name or argument, naming what exists, and for a value that is not a finite number.
     """
-    if name not in registry:
-        raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(registry)}")
-    parameters = inspect.signature(registry[name]).parameters
+    choice = find(kind, registry, name)
+    parameters = inspect.signature(choice).parameters
     numbers = {key: p for key, p in parameters.items() if isinstance(p.default, int | float)}
     check_arguments(name, args, numbers, finite_number)
-    return partial(registry[name], **args)
+    return partial(choice, **args)
 
 
 def is_finite_number(value: Any) -> bool:

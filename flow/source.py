@@ -1,9 +1,9 @@
 """The source distribution at t = 0: Gaussian noise or the samples of a data set."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -31,6 +31,12 @@ class Samples(Protocol):
 
     def read(self, indices: list[int]) -> Tensor:
         """[n, ...], float32: images in [-1, 1] or points."""
+
+    def fingerprint(self) -> str:
+        """Hash of the content."""
+
+    def mismatch(self, data: Any) -> str | None:
+        """Why sample k is not that of image k of a data set of the same length, by their names; None where nothing says so."""
 
 
 class GaussianSource:
@@ -67,6 +73,7 @@ class DataSource:
     name: str
     read_training: Callable[[], Samples]
     read_held_out: Callable[[], Samples]
+    args: dict[str, Any] = field(default_factory=dict)  # of the data set
 
     @cached_property
     def training(self) -> OrderedSource:

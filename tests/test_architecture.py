@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "models": {"models", "flow.registry"},
     "datasets": {"datasets", "flow.registry"},
     "flow/*.py": METHOD,
+    "flow/couplings": METHOD,
     "flow/losses": METHOD,
     "flow/solvers": METHOD,
     # level 1
@@ -40,7 +41,8 @@ OUTSIDE = {
     "models": ({"torch"}, {"diffusers"}),
     "datasets": ({"torch", "torchvision", "numpy", "PIL", "safetensors"}, {"sklearn", "pyarrow", "huggingface_hub"}),
     "configs": ({"omegaconf", "yaml"}, set()),
-    "flow/*.py": ({"torch", "numpy"}, {"scipy"}),
+    "flow/*.py": ({"torch", "numpy"}, set()),
+    "flow/couplings": ({"torch"}, {"scipy"}),
     "flow/losses": ({"torch"}, set()),
     "flow/solvers": ({"torch", "numpy"}, {"torchdiffeq", "scipy"}),
 }

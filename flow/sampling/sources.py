@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor
 
 from datasets import DataSet, DataSpec, reading
-from datasets.folder import Folder
+from datasets.folder import IMAGE_SUFFIXES, Folder
 from datasets.images import to_float
+from datasets.packed import Packed
 from flow.model import FlowModel
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
@@ -32,6 +34,23 @@ class DataSamples:
         with error_context(self.key):
             return to_float(reading.read(self.data, indices))
 
+    def fingerprint(self) -> str:
+        return self.data.fingerprint()
+
+    def mismatch(self, data: DataSet) -> str | None:
+        """Why sample k is not that of image k: other names, but for the suffix of an image, of files or of what packing left
+        out."""
+        left_out = [set(map(_stem, each.skipped)) for each in (data, self.data) if isinstance(each, Packed)]
+        if len(left_out) == 2 and (differing := sorted(left_out[0] ^ left_out[1])):
+            return f"{differing[0]} was left out of one of the two packed sets; remove it from both sources"
+        name_of, start_of = (getattr(each, "name_of", None) for each in (data, self.data))
+        if name_of and start_of:
+            for k in range(len(data)):
+                image, start = _stem(name_of(k)), _stem(start_of(k))
+                if image != start:
+                    return f"image {k} is {image}, its start {start}; give both files the same name"
+        return None
+
 
 def build(name: str, root: str | None, args: dict[str, Any]) -> Source:
     """The source `name`: "gaussian", which takes no arguments, or a data set, whose held-out samples are the other split, new
@@ -44,7 +63,7 @@ def build(name: str, root: str | None, args: dict[str, Any]) -> Source:
             raise ValueError(f"args={args}: gaussian takes none")
         return GaussianSource()
     spec = DataSpec(name, root, args)
-    return DataSource(name, partial(_read, spec), partial(_read_held_out, spec))
+    return DataSource(name, partial(_read, spec), partial(_read_held_out, spec), args)
 
 
 def attach(accelerator: Accelerator, model: FlowModel, text: str | None, root: str | None, n: int = 0) -> str | None:
@@ -95,17 +114,12 @@ def names_of_starts(model: FlowModel, indices: range) -> list[str] | None:
 def fingerprint(model: FlowModel) -> str | None:
     """The fingerprint of the samples that a flow from data starts at, once `attach` has read them; None for noise."""
     own = model.source.held_out if isinstance(model.source, DataSource) else model.source
-    return _fingerprint(own) if isinstance(own, OrderedSource) else None
+    return own.samples.fingerprint() if isinstance(own, OrderedSource) else None
 
 
 def training_fingerprint(source: Source) -> str | None:
     """The fingerprint of the samples that training and pairs draw from; None for noise."""
-    return _fingerprint(source.training) if isinstance(source, DataSource) else None
-
-
-def _fingerprint(source: OrderedSource) -> str:
-    assert isinstance(source.samples, DataSamples), "a data set"
-    return source.samples.data.fingerprint()
+    return source.training.samples.fingerprint() if isinstance(source, DataSource) else None
 
 
 def replace_by(model: FlowModel, text: str, root: str | None) -> None:
@@ -114,6 +128,12 @@ def replace_by(model: FlowModel, text: str, root: str | None) -> None:
         if model.source.name == GAUSSIAN:
             raise ValueError(f"{text}: this flow starts at Gaussian noise; flow.source of its training makes it start at data")
         model.source = OrderedSource(_read(named_data.spec_of(text, root, model.shape), "--source"), text)
+
+
+def _stem(name: str) -> str:
+    """The name of an image without its suffix; of a row of a Parquet file its number."""
+    path = PurePath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_SUFFIXES else name.rpartition(", ")[2]
 
 
 def _read(spec: DataSpec, key: str = "flow.source") -> DataSamples:

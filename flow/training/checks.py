@@ -1,6 +1,5 @@
 """Checks that configuration, data and network fit together, before a training starts."""
 
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -11,52 +10,15 @@ from configs import keys
 from configs.errors import UserError, first_line
 from configs.schema import Config
 from datasets import DataSet, captions, sample_digest
-from datasets.folder import IMAGE_SUFFIXES
-from datasets.packed import Packed
 from flow.losses import FlowLoss
 from flow.model import FlowModel
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.sampling.space import Space
-from flow.source import GAUSSIAN, DataSource, Source
+from flow.source import GAUSSIAN
 from models.preconditioning import Preconditioned
 
 SAME_FLOW = ("flow.path", "flow.prediction")  # keys that decide what the output of a network means
-
-
-def check_alignment(data, source: Source) -> None:
-    """Raises UserError where the samples of the source are not one for each image. Of files, and of those that packing left
-    out of both, the names must agree, but for the suffix of an image."""
-    if not isinstance(source, DataSource):
-        raise UserError(
-            f"flow.coupling=aligned: needs a data set as flow.source.name, with one sample for each image; is {GAUSSIAN}"
-        )
-    with error_context("flow.source"):
-        starts = source.training.samples
-    if len(starts) != len(data):
-        raise UserError(
-            f"flow.coupling=aligned: flow.source.name={source.name} has {len(starts):,} samples for {len(data):,} images"
-        )
-    both = (data, getattr(starts, "data", None))
-    left_out = [set(map(_stem, each.skipped)) for each in both if isinstance(each, Packed)]
-    if len(left_out) == 2 and (differing := sorted(left_out[0] ^ left_out[1])):
-        raise UserError(
-            f"flow.coupling=aligned: {differing[0]} was left out of one of the two packed sets; remove it from both sources"
-        )
-    name_of, start_of = (getattr(each, "name_of", None) for each in both)
-    if name_of and start_of:
-        for k in range(len(data)):
-            image, start = _stem(name_of(k)), _stem(start_of(k))
-            if image != start:
-                raise UserError(
-                    f"flow.coupling=aligned: image {k} is {image}, its start {start}; give both files the same name"
-                )
-
-
-def _stem(name: str) -> str:
-    """The name of an image without its suffix; of a row of a Parquet file its number."""
-    path = PurePath(name)
-    return str(path.with_suffix("")) if path.suffix.lower() in IMAGE_SUFFIXES else name.rpartition(", ")[2]
 
 
 def check_same_data(accelerator: Accelerator, name: str, data: DataSet) -> str:
@@ -116,7 +78,7 @@ def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
         )
     if loss.needs_states and not getattr(data, "state_times", ()):
         raise UserError(f"{name}: needs pairs with the paths that lead to them; make them with make_pairs --keep_states 8")
-    if loss.needs_pairs and config.flow.coupling != "paired":
+    if loss.needs_pairs and config.data.name != "pairs":
         raise UserError(f"{name}: needs pairs of a flow, made by make_pairs (data.name=pairs, flow.coupling=paired)")
     for key, off in (("guidance_scale", 1), ("guidance_mix", 0)):
         if (value := getattr(loss, key, off)) != off and net.null is None:

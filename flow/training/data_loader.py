@@ -64,12 +64,14 @@ class TrainingLoader:
             self._on_device = data.images.to(device), data.labels.to(device) if data.labels is not None else None
 
     @classmethod
-    def of(cls, accelerator: Accelerator, config: Config | VaeConfig, data) -> "TrainingLoader":
-        """The loader of this process, by the configuration."""
+    def of(cls, accelerator: Accelerator, config: Config | VaeConfig, data, on_cpu: bool = False) -> "TrainingLoader":
+        """The loader of this process, by the configuration. on_cpu: x1 and y stay there, for whoever reads their values without
+        waiting for the device."""
         return cls(
             data, seed=config.seed, batch_size=config.train.batch_size,
             gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-            rank=accelerator.process_index, world_size=accelerator.num_processes, device=accelerator.device,
+            rank=accelerator.process_index, world_size=accelerator.num_processes,
+            device=torch.device("cpu") if on_cpu else accelerator.device,
             horizontal_flip=config.data.horizontal_flip, num_workers=config.data.num_workers,
         )  # fmt: skip
 

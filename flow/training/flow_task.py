@@ -1,7 +1,7 @@
 """Training of a flow: the network, its loss, and batches as a function of (seed, step)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,22 @@ from configs.schema import Config
 from datasets import DataSet, DataSpec, captions
 from flow import couplings, losses, time_samplers
 from flow import path as paths
-from flow.couplings import AlignedCoupling, Coupling, OTCoupling, PairedCoupling
+from flow.couplings import Coupling
 from flow.guidance import drop_labels
 from flow.losses import Batch, FlowLoss
 from flow.model import FlowModel
 from flow.noise import generator
 from flow.runtime import commands, distributed, files, flags, messages
 from flow.runtime.errors import error_context, renaming
-from flow.sampling import snapshot, sources
+from flow.sampling import snapshot
 from flow.sampling.conditions import MAX_COLUMNS, classes_with_images, column_names, condition_names, preview_settings
 from flow.sampling.generate import generate, shard
 from flow.sampling.header import PowerAverage
 from flow.sampling.settings import guidance_note, validate
 from flow.sampling.space import Space
-from flow.source import DataSource, Source
+from flow.source import Source
 from flow.training import first_weights
 from flow.training.checks import (
-    check_alignment,
     check_conditioning,
     check_forward,
     check_loss,
@@ -40,7 +39,7 @@ from flow.training.checks import (
     check_same_flow,
     check_source,
 )
-from flow.training.data_loader import TrainingLoader, loss_noise, packing_notes
+from flow.training.data_loader import TrainingLoader, loss_noise, micro_batch_size, packing_notes
 
 NAMED_IN_LOG = 10  # classes
 
@@ -96,10 +95,12 @@ class FlowTask:
                 f"({messages.first_names(names, NAMED_IN_LOG)}), and only they are trained; sample with --labels"
             )
         distributed.main_process_first(accelerator, lambda: check_source(config, self.model))
-        self.loader = TrainingLoader.of(accelerator, config, self.data)
-        self.coupling = build_coupling(config, self.data, self.model.source, self.loader.micro_batch_size)
-        if isinstance(self.coupling, OTCoupling):
-            self.notes.append(f"flow.coupling=ot: matches samples within blocks of {self.coupling.block} of each batch")
+        train = config.train
+        rows = micro_batch_size(train.batch_size, accelerator.num_processes, train.gradient_accumulation_steps)
+        self.coupling = build_coupling(config, self.data, self.model.source, rows)
+        if self.coupling.note:
+            self.notes.append(f"flow.coupling={config.flow.coupling}: {self.coupling.note}")
+        self.loader = TrainingLoader.of(accelerator, config, self.data, on_cpu=self.coupling.needs_data)
 
     def load_init_weights(self) -> None:
         """Start from the weights of train.init_from, if any. Raises UserError where they do not fit."""
@@ -132,6 +133,7 @@ class FlowTask:
                 x0 = self.coupling.sample_x0(batch.sample_ids, batch.indices, batch.x1, coupled_labels)
                 micro_batches[i] = replace(
                     batch,
+                    x1=distributed.to_device(batch.x1, device),
                     x0=distributed.to_device(x0, device),
                     uniforms=distributed.to_device(uniforms[batch.rows], device),
                     y=self._condition(batch, step),
@@ -219,13 +221,13 @@ class FlowTask:
         config = self.config
         if y is None:
             return None
-        return drop_labels(y, batch.rows, config.seed, step, config.train.batch_size, config.flow.label_dropout, self.net.null)
+        y = drop_labels(y, batch.rows, config.seed, step, config.train.batch_size, config.flow.label_dropout, self.net.null)
+        return distributed.to_device(y, self.accelerator.device)
 
     def _encode_condition(self, batch: Batch) -> Tensor | None:
         """Labels [b], or tokens [b, L] of captions; the caption of sample id p is a function of (seed, p)."""
         if self.net.max_prompt_bytes:
-            tokens = encode_captions(self.net, self.data, batch.indices, batch.sample_ids, "caption", self.config.seed)
-            return distributed.to_device(tokens, batch.x1.device)
+            return encode_captions(self.net, self.data, batch.indices, batch.sample_ids, "caption", self.config.seed)
         return batch.y if self.net.num_classes is not None else None
 
 
@@ -245,28 +247,17 @@ def encode_captions(net: Any, data: DataSet, indices: Sequence[int], positions: 
     return net.encode([captions.draw(name, generator(key, seed, p)) for name, p in zip(names, positions, strict=True)])
 
 
-def build_coupling(config: Config, data, source: Source, micro_batch_size: int) -> Coupling:
+def build_coupling(config: Config, data: DataSet, source: Source, rows: int) -> Coupling:
     """The coupling of source and data that flow.coupling names. Raises UserError where the data do not fit it."""
     flow = config.flow
-    if (flow.coupling == "paired") != (config.data.name == "pairs"):
+    with error_context("flow.coupling"):
+        choice = couplings.find(flow.coupling)
+    if choice.needs_pairs != (config.data.name == "pairs"):
         raise UserError(
             f"flow.coupling={flow.coupling}: with data.name={config.data.name}; set flow.coupling=paired and data.name=pairs, "
             "or neither"
         )
-    if flow.coupling in ("independent", "ot"):
-        with error_context("flow.coupling_args"):
-            return couplings.build(flow.coupling, source, config.seed, data.image_shape, micro_batch_size, flow.coupling_args)
-    if flow.coupling_args:
-        raise UserError(f"flow.coupling_args={flow.coupling_args}: {flow.coupling} takes none")
-    if config.data.horizontal_flip:
+    if choice.one_start and config.data.horizontal_flip:
         raise UserError("data.horizontal_flip=true: a mirrored image does not match its start; set it to false")
-    if flow.coupling == "aligned":
-        check_alignment(data, source)
-        assert isinstance(source, DataSource)
-        return AlignedCoupling(source, data.image_shape)
-    if (own := asdict(flow.source)) != data.source:
-        raise UserError(f"flow.source={own}: must be that of the pairs, {data.source}")
-    with error_context("flow.source"):
-        if data.source_fingerprint and data.source_fingerprint != sources.training_fingerprint(source):
-            raise UserError(f"flow.source={own}: its samples are not those that the pairs start from; make the pairs again")
-    return PairedCoupling(source, data.seed, data.generated, data.noise, data.image_shape)
+    with error_context(f"flow.coupling={flow.coupling}"):
+        return couplings.build(flow.coupling, source, config.seed, data.image_shape, rows, flow.coupling_args, data)

@@ -11,6 +11,7 @@ from configs.errors import UserError
 from configs.schema import Config
 from datasets import DataSet, DataSpec, reading
 from datasets.images import to_float
+from flow import couplings
 from flow.losses.distances import mse
 from flow.model import FlowModel, Network
 from flow.noise import generator
@@ -60,10 +61,11 @@ def load_held_out(config: Config, accelerator: Accelerator) -> DataSet:
         UserError: where there are none, or none that are matched with their starts.
     """
     data = config.data
-    if config.flow.coupling == "aligned":
+    coupling = config.flow.coupling
+    if couplings.find(coupling).one_start:
         raise UserError(
-            f"{KEY}={config.evaluate.loss_every_steps}: must be 0 with flow.coupling=aligned, as held-out images "
-            "are not matched with their starts"
+            f"{KEY}={config.evaluate.loss_every_steps}: must be 0 with flow.coupling={coupling}, as held-out images are not "
+            "matched with their starts"
         )
     held_out = DataSpec.of(data).held_out()
     if held_out is None:

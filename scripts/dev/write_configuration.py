@@ -12,7 +12,7 @@ from typing import Any
 
 from configs import rectify, schema, vae
 from datasets import DATASETS
-from flow.couplings import COUPLINGS
+from flow import couplings
 from flow.losses import GIVEN, LOSSES
 from flow.runtime import cli, files, messages
 from flow.runtime.errors import cli_main
@@ -42,7 +42,7 @@ REGISTRIES: tuple[tuple[str, Mapping[str, Callable], tuple[str, ...]], ...] = ( 
     ("loss.args", LOSSES, GIVEN),
     ("data.args", DATASETS, ("root",)),
     ("flow.time_sampler_args", TIME_SAMPLERS, ("u",)),
-    ("flow.coupling_args", COUPLINGS, ("source", "seed", "image_shape", "rows")),
+    ("flow.coupling_args", couplings.COUPLINGS, couplings.GIVEN),
 )
 SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("Training a flow", "`train.py`, `configs/schema.py`", schema.Config),

@@ -45,12 +45,11 @@ def test_training_fits_together(name):
     check_conditioning(SimpleNamespace(labels=labels, class_names=NAMES), net)
     check_loss(config, build_loss(config), net, SimpleNamespace(state_times=(0.0, 0.5, 1.0)))
     validate(preview_settings(config, net, NAMES), model)
-    if config.flow.coupling in couplings.COUPLINGS:
-        couplings.build(
-            config.flow.coupling, GaussianSource(), config.seed, shape, config.train.batch_size, config.flow.coupling_args
-        )
-    else:
-        assert config.flow.coupling_args == {}
+    gaussian = {"name": "gaussian", "args": {}}
+    pairs = SimpleNamespace(source=gaussian, source_fingerprint=None, seed=0, generated=0, noise=None)
+    couplings.build(
+        config.flow.coupling, GaussianSource(), config.seed, shape, config.train.batch_size, config.flow.coupling_args, pairs
+    )
 
 
 def test_autoencoder_is_built():

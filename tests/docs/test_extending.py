@@ -139,6 +139,12 @@ def test_loss(copy):
     assert len(list((copy / "samples/direction/images").iterdir())) == 4
 
 
+def test_coupling(copy):
+    """Its run has other weights than that of the same configuration with independent noise."""
+    antithetic, independent = weights(copy / "runs/antithetic"), weights(copy / "runs/digits")
+    assert antithetic.keys() == independent.keys() and any(not antithetic[key].equal(independent[key]) for key in antithetic)
+
+
 def test_network(copy):
     config = (copy / "runs/residual/config.yaml").read_text()
     assert "residual_mlp" in config and any(key.startswith("blocks.2.") for key in weights(copy / "runs/residual"))

@@ -1,6 +1,7 @@
 """Couplings: fresh noise, minibatch optimal transport within blocks and classes, matched pairs."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,17 +59,18 @@ def test_processes_find_the_same_pairs():
 def test_pairs_without_generated_ones_draw_nothing():
     """All images are real, and their noise is stored."""
 
-    class NoSource:
+    class NoNoise(GaussianSource):
         def draw(self, *_):
             raise AssertionError("drawn")
 
     noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
-    coupling = couplings.PairedCoupling(NoSource(), 0, 0, noise, SHAPE)
+    pairs = SimpleNamespace(source={"name": "gaussian", "args": {}}, source_fingerprint=None, seed=0, generated=0, noise=noise)
+    coupling = couplings.build("paired", NoNoise(), 0, SHAPE, 2, {}, pairs)
     assert torch.equal(coupling.sample_x0([5, 6], [2, 0], torch.zeros(2, *SHAPE), None), noise[[2, 0]])
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="unknown coupling 'od'; choose from independent, ot"):
+    with pytest.raises(ValueError, match="unknown coupling 'od'; choose from independent, ot, aligned, paired"):
         couplings.build("od", NOISE, 0, SHAPE, 8, {})
     with pytest.raises(ValueError, match="block=1: must be a whole number of at least 2"):
         couplings.build("ot", NOISE, 0, SHAPE, 8, {"block": 1})
@@ -84,7 +86,13 @@ def test_training_with_it(here, error, tmp_path, tiny_run):
     loss, independent = (read_metrics(folder / "metrics.jsonl")[-1]["loss"] for folder in (run, tiny_run))
     assert 0 < loss < independent  # noise and data of a pair are closer
     message = error("train", *TINY_TRAIN, "-e", tmp_path / "other", "flow.coupling=ot", "flow.coupling_args.block=24")
-    assert "flow.coupling_args: block=24: must divide the 32 rows" in message
+    assert "flow.coupling=ot: block=24: must divide the 32 rows" in message and "set flow.coupling_args.block=16" in message
+
+
+def test_an_unknown_coupling_is_one_line(error, tmp_path):
+    message = error("train", *TINY_TRAIN, "-e", tmp_path / "run", "flow.coupling=od")
+    assert "flow.coupling: unknown coupling 'od'; choose from independent, ot, aligned, paired" in message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
@@ -145,7 +153,7 @@ def test_what_is_not_aligned_is_one_line(positives, negatives, error, tmp_path):
 
     assert "flow.coupling=aligned: needs a data set as flow.source.name" in line()
     assert "flow.source.name=digits has 1,797 samples for 16 images" in line("flow.source.name=digits")
-    assert "flow.coupling_args={'block': 4}: aligned takes none" in line(*negatives, "flow.coupling_args={block: 4}")
+    assert "flow.coupling=aligned: aligned has no argument 'block'" in line(*negatives, "flow.coupling_args={block: 4}")
     assert "data.horizontal_flip=true: a mirrored image" in line(*negatives, "data.horizontal_flip=true")
     (tmp_path / "negatives/07.bmp").rename(tmp_path / "negatives/075.bmp")
     assert "image 7 is 07, its start 075; give both files the same name" in line(*negatives)

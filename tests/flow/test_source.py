@@ -114,7 +114,7 @@ def test_pairs_start_where_reflow_expects_it(transfer_run, tmp_path):
     run_here(*command)
     pairs = datasets.build("pairs", None, {"path": str(tmp_path / "pairs")})
     sampler = Sampler.load(transfer_run, device="cpu")
-    coupling = PairedCoupling(sampler.model.source, pairs.seed, pairs.generated, pairs.noise, (2,))
+    coupling = PairedCoupling(sampler.model.source, (2,), pairs)
     x0 = coupling.sample_x0(range(40), range(40), pairs.images, None)
     assert torch.allclose(sampler.transfer(x0, method="heun", steps=3), pairs.images.float(), atol=2e-3)
     assert all(x in ring().tolist() for x in x0.tolist())

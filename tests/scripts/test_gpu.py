@@ -18,7 +18,10 @@ def use_gpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
 
 
-@pytest.mark.parametrize("options", [["-mp", "bf16"], ["-mp", "fp16"], ["-mp", "bf16", "train.compile=true"]])
+@pytest.mark.parametrize("options", [
+    ["-mp", "bf16"], ["-mp", "fp16"], ["-mp", "bf16", "train.compile=true"],
+    ["flow.coupling=ot", "flow.coupling_args.block=16", "model.args.num_classes=10", "data.horizontal_flip=true"],
+])  # fmt: skip
 def test_training(tmp_path, options):
     out = succeed("train.py", *TINY_TRAIN, "-e", tmp_path / "run", *options, "train.steps=20", timeout=600).stdout
     assert "device: cuda" in out

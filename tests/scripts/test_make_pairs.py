@@ -71,7 +71,7 @@ def test_an_image_is_what_its_noise_is_turned_into(data, tiny_run):
         batch = sample_batch(model, indices, settings, torch.device("cpu"), x0=model.draw_x0("pairs", 4, indices))
         k = slice(indices.start, indices.stop)
         assert torch.equal(batch.x.half(), data.images[k]) and torch.equal(batch.labels, data.labels[k])
-    given = PairedCoupling(GaussianSource(), data.seed, data.generated, data.noise, data.image_shape)
+    given = PairedCoupling(GaussianSource(), data.image_shape, data)
     assert torch.equal(given.sample_x0(range(3), [7, 39, 41], data.images, None), torch.cat([
         gaussian_noise("pairs", 4, [7, 39], (1, 8, 8)), data.noise[1:2].float()
     ]))  # fmt: skip
@@ -187,7 +187,7 @@ def test_mistakes(error, tmp_path, tiny_run, folder):
         *train, "flow.coupling=paired"
     )
     paired = ["data.name=pairs", f"data.args.path={folder}", "flow.coupling=paired", "flow.coupling_args={block: 4}"]
-    assert "flow.coupling_args={'block': 4}: paired takes none" in error(*train, *paired)
+    assert "flow.coupling=paired: paired has no argument 'block'; it takes none" in error(*train, *paired)
     assert "holds no pairs (manifest.json is not there)" in error(*train, "data.name=pairs", f"data.args.path={tmp_path}")
 
 
