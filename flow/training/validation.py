@@ -70,7 +70,12 @@ def load_held_out(config: Config, accelerator: Accelerator) -> DataSet:
     held_out = DataSpec.of(data).held_out()
     if held_out is None:
         args = f" with data.args={data.args}" if data.args else ""
-        ways = {"digits": ", or train on data.args.split=train", "packed": ", or name such images as data.args.held_out"}
+        ways = {
+            "digits": ", or train on data.args.split=train",
+            "packed": ", or name such images as data.args.held_out",
+            "folder": ", or pack these and held-out images by scripts.pack_images, train with data.name=packed, and name the "
+            "held-out ones as data.args.held_out (docs/data.md)",
+        }
         raise UserError(
             f"{KEY}={config.evaluate.loss_every_steps}: data.name={data.name}{args} has no held-out part; set it to 0"
             f"{ways.get(data.name, '')}"

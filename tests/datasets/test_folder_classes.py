@@ -120,3 +120,9 @@ def test_single_class_has_no_labels(here, photos, tmp_path):
 def test_flips_of_points_are_refused(error, tmp_path):
     message = error("train", "-c", "configs/toy.yaml", "-e", tmp_path / "run", "data.horizontal_flip=true")
     assert message == "error: data.horizontal_flip=true: points have no mirror image; set it to false"
+
+
+def test_where_held_out_images_come_from(error, photos, tmp_path):
+    message = error("train", *PHOTOS, data(photos), "-e", tmp_path / "run", "evaluate.loss_every_steps=1")
+    assert "has no held-out part; set it to 0, or pack these and held-out images by scripts.pack_images" in message
+    assert "data.args.held_out" in message
