@@ -203,8 +203,15 @@ def _problem(error: OmegaConfBaseException, source: str) -> str:
     key = "" if not error.full_key or source.startswith(str(error.full_key)) else f"{error.full_key}: "
     where = f"{source}: {key}" if source else key
     if "is not a ListConfig" in str(error):
-        return f"{where}must be a list; write [{error.value}]"
+        return f"{where}must be a list; write {_as_list(error.value)}"
     if "Integer" in str(error) and isinstance(error.value, (float, str)):
         with contextlib.suppress(ValueError):
             hint = f"; write {int(float(error.value)):_}" if float(error.value).is_integer() else ""
     return f"{where}{first_line(error)}{hint}"
+
+
+def _as_list(value: Any) -> str:
+    """How a value is written as a list: in brackets, and empty for `none`."""
+    text = str(value).strip().removeprefix("(").removesuffix(")")
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return "[]" if [part.lower() for part in parts] in (["none"], ["null"], ["false"]) else f"[{', '.join(parts)}]"

@@ -196,6 +196,7 @@ def build(name: str, root: str | Path | None, args: dict[str, Any]) -> DataSet:
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
     allowed = dict(list(inspect.signature(DATASETS[name]).parameters.items())[1:])  # the first one is the root
+    registry.check_arguments(name, args, allowed, registry.text_where_declared)
     registry.check_arguments(name, args, allowed, registry.bool_where_declared)
     data = _call(name, DATASETS[name], root, args)
     contract.check(name, data)

@@ -4,6 +4,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from os import PathLike
 from typing import Any, TypeVar
 
 Entry = TypeVar("Entry")
@@ -28,6 +29,22 @@ def bool_where_declared(parameter: inspect.Parameter, value: Any) -> str | None:
     if isinstance(value, bool) == truth:
         return None
     return "true or false" if truth else "something else than true or false"
+
+
+def text_where_declared(parameter: inspect.Parameter, value: Any) -> str | None:
+    """The rule that an argument is text, or a path, where its annotation is str, or str | None."""
+    optional = parameter.annotation in (str | None, "str | None")
+    if (
+        isinstance(value, str | PathLike)
+        or (value is None and optional)
+        or not (optional or parameter.annotation in (str, "str"))
+    ):
+        return None
+    if not isinstance(value, int | float):
+        return "text"
+    # YAML reads a folder 2024 as a number, 2024.10 as 2024.1 and `no` as false: what was typed is not known any more
+    typed = "..." if isinstance(value, bool) else value
+    return f"text; write {parameter.name}='\"{typed}\"' with both quotes, for YAML to read it as text"
 
 
 def finite_number(parameter: inspect.Parameter, value: Any) -> str | None:
