@@ -70,7 +70,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = tokens(self.qkv(self.norm(x))).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = attention(q, k, v)  # [B, heads, HW, C / heads]
-        return x + self.proj(out.transpose(-1, -2).reshape(x.shape))
+        return x + self.proj(pixels(out, x))
 
 
 class CrossAttention(nn.Module):
@@ -88,7 +88,7 @@ class CrossAttention(nn.Module):
         q = tokens(self.query(self.norm(x))).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.key_value(states).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = attention(q, k, v, mask[:, None, None, :])  # [B, heads, HW, C / heads]
-        return x + self.proj(out.transpose(-1, -2).reshape(x.shape))
+        return x + self.proj(pixels(out, x))
 
 
 SHORT = 256  # tokens: up to so many, torch's attention kernel for CPUs is slower than two matrix products
@@ -112,6 +112,13 @@ def tokens(x: Tensor) -> Tensor:
     """Pixels as tokens: [B, C, H, W] -> [B, HW, C], contiguous, as the fused kernels of attention want their last dimension;
     others fall back to one that writes all [HW, HW] weights out."""
     return x.flatten(2).transpose(1, 2).contiguous()
+
+
+def pixels(out: Tensor, like: Tensor) -> Tensor:
+    """Tokens of heads as pixels: [B, heads, HW, C / heads] -> [B, C, H, W], in the memory layout of `like`."""
+    if like.is_contiguous(memory_format=torch.channels_last):
+        return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, like.shape[2:])
+    return out.transpose(-1, -2).reshape(like.shape)
 
 
 class Dropout(nn.Module):
