@@ -6,7 +6,7 @@ eigenvalue of A^T A. `restore` finds an x that fits y and that has high probabil
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -81,6 +81,7 @@ class GaussianBlur:
     """Convolution with a Gaussian of standard deviation sigma pixels, across the borders of a periodic image."""
 
     sigma: float
+    _responses: dict[tuple, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     squared_norm = 1.0
 
@@ -90,14 +91,22 @@ class GaussianBlur:
 
     def __call__(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        response = torch.fft.rfft2(self.kernel(height, width).to(x.device, x.dtype))  # real, as the kernel is even
-        return torch.fft.irfft2(torch.fft.rfft2(x) * response.real, s=(height, width))
+        return torch.fft.irfft2(torch.fft.rfft2(x) * self._response(height, width, x), s=(height, width))
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self(y)
 
     def to_image(self, y: Tensor) -> Tensor:
         return y
+
+    def _response(self, height: int, width: int, like: Tensor) -> Tensor:
+        """The Fourier transform of the kernel, [H, W // 2 + 1], computed once for each size, device and dtype."""
+        key = (height, width, like.device, like.dtype)
+        if key not in self._responses:
+            with torch.inference_mode(False):  # later calls may record gradients, which inference tensors do not take
+                transform = torch.fft.rfft2(self.kernel(height, width).to(like.device, like.dtype))
+                self._responses[key] = transform.real.contiguous()  # the kernel is even: there is no imaginary part
+        return self._responses[key]
 
     def _line(self, n: int) -> Tensor:
         """The Gaussian on n pixels of a circle; each pixel sums the copies of the line that fall on it."""

@@ -48,6 +48,19 @@ def posterior_mean(y: Tensor, a: Tensor, noise_std: float) -> Tensor:
     return PRIOR_MEAN + (y - PRIOR_MEAN @ a.T) @ gain.T
 
 
+def test_blur_of_other_sizes_and_gradients():
+    """A blur that has seen one size and precision, without gradients, is right for others."""
+    used = GaussianBlur(1.5)
+    with torch.inference_mode():
+        used(torch.randn(1, 1, 8, 12))
+    for shape, dtype in (((8, 12), torch.float32), ((8, 12), torch.float64), ((12, 8), torch.float32)):
+        x = torch.randn(2, 3, *shape, dtype=dtype, requires_grad=True)
+        assert torch.equal(used(x), GaussianBlur(1.5)(x)) and used(x).dtype == dtype
+        used(x).sum().backward()
+        torch.testing.assert_close(x.grad, torch.ones_like(x))  # the kernel has sum 1
+    assert used == GaussianBlur(1.5) and used != GaussianBlur(2.0)
+
+
 @pytest.mark.parametrize("name", DEGRADATIONS)
 def test_adjoint(name):
     """<A x, y> = <x, A^T y>, and no x grows by more than |A|."""
