@@ -10,7 +10,7 @@ from configs import keys
 from configs.errors import UserError, first_line
 from configs.schema import Config
 from datasets import DataSet, captions, sample_digest
-from flow.losses import FlowLoss
+from flow.losses import FlowLoss, Loss, Losses
 from flow.model import FlowModel
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
@@ -93,6 +93,23 @@ def check_loss(config: Config, loss: FlowLoss, net: Any, data) -> None:
         )
 
 
+def check_losses(loss: Loss, losses: Any, batch_size: int) -> None:
+    """Raises UserError where a loss did not return `Losses` of so many samples, whose mean has a gradient."""
+    name = f"loss {getattr(loss, 'name', type(loss).__name__)}"
+    if not isinstance(losses, Losses):
+        raise UserError(f"{name}: returns {_kind(losses)}; must return Losses(per_sample, t, terms)")
+    if not isinstance(losses.terms, dict):
+        raise UserError(f"{name}: terms is {_kind(losses.terms)}; must be a dict of tensors [{batch_size}] by name")
+    parts = {"per_sample": losses.per_sample, **{f"terms[{key!r}]": value for key, value in losses.terms.items()}}
+    for part, value in (parts if losses.t is None else parts | {"t": losses.t}).items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name}: {part} is {_kind(value)}; must be a tensor [{batch_size}], a number a sample")
+        if value.shape != (batch_size,):
+            raise UserError(f"{name}: {part} has shape {list(value.shape)}; must be [{batch_size}], a number a sample")
+    if not losses.per_sample.requires_grad:
+        raise UserError(f"{name}: per_sample has no gradient; compute it from the output of net, not of eager")
+
+
 def check_conditioning(data, net: Any) -> None:
     """A network with labels or prompts needs a data set that has classes, and room for each class or caption."""
     if net.max_prompt_bytes:
@@ -143,7 +160,7 @@ def _check_forward(key: str, net: Any, shape: tuple[int, ...], accelerator: Acce
             raise UserError(f"{key}: {_why_it_fails(net, x, y, error)}") from error
     expected = f"for x {list(x.shape)}; must return a tensor of the shape of x"
     if not isinstance(output, Tensor):
-        raise UserError(f"{key}: returns {_with_article(type(output).__name__)} {expected}")
+        raise UserError(f"{key}: returns {_kind(output)} {expected}")
     if output.shape != x.shape:
         raise UserError(f"{key}: returns {list(output.shape)} {expected}")
     if not output.is_floating_point():
@@ -209,5 +226,7 @@ def _why_it_fails(net: Any, x: Tensor, y: Tensor | None, error: Exception) -> st
     return f"fails on {inputs} {reason}; FLOW_TRACEBACK=1 shows where"
 
 
-def _with_article(noun: str) -> str:
+def _kind(value: Any) -> str:
+    """Its type with an article, as in "a tuple"."""
+    noun = type(value).__name__
     return f"an {noun}" if noun[0] in "aeiouAEIOU" else f"a {noun}"

@@ -19,6 +19,7 @@ from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, posthoc_ema
 from flow.training import checkpoint, cuda_graph, eager, run_dir, trackers
 from flow.training.averages import RunAverages
+from flow.training.checks import check_losses
 from flow.training.cuda_graph import GraphedStep
 from flow.training.data_loader import prefetch
 from flow.training.ema import Ema
@@ -84,6 +85,7 @@ class Trainer:
         self.last_checkpoint: Path | None = None
         self.stop_requested = False
         self.interrupted = False  # by a signal: the step is the last one of this process
+        self.loss_is_checked = False  # what it returns, in the first step of this process
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         optimizer = build_optimizer(task.net, config.optimizer, accelerator)
         # The network as DDP or FSDP2 has it; task.net is the same without them.
@@ -197,7 +199,11 @@ class Trainer:
         """The loss of a micro-batch."""
         if not self.graphed:  # a loss that can be captured does not call `eager`
             self.eager.start_micro_batch()
-        return self.task.loss(self.wrapped_net, self.eager, batch)
+        losses = self.task.loss(self.wrapped_net, self.eager, batch)
+        if not self.loss_is_checked:
+            check_losses(self.task.loss, losses, len(batch.x1))
+            self.loss_is_checked = True
+        return losses
 
     def log(self) -> dict[str, float]:
         """Write the means since the last call to metrics.jsonl and the trackers.
