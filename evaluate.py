@@ -88,7 +88,7 @@ def parse_args():
     )
     args = parser.parse()
     if args.samples:
-        args.refuse_typed(GENERATION, "does not go with --samples, whose images are there already")
+        args.refuse_typed((*GENERATION, *flags.further_options()), "does not go with --samples, whose images are there already")
         if other := next((key for key in loading.overridden(args.overrides) if not key.startswith("data.")), None):
             raise UserError(f"{other}: does not go with --samples, for which only keys of data have a meaning")
     return args

@@ -193,13 +193,22 @@ def add_solver_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--diffusion", choices=sde.DIFFUSION_COEFFICIENTS, help="coefficient of stochastic methods (default: sigma)"
     )
+    for name in further_options():
+        use = f"of {', '.join(method for method, solver in SOLVERS.items() if name in solver.options)}"
+        parser.add_argument(commands.option_flag(name), type=number_or_word, metavar="X", help=use)
+
+
+def further_options() -> list[str]:
+    """Options of solvers that `add_solver_flags` does not know by name: a solver of one's own gets a flag for each."""
+    by_name = {"noise", "rtol", "atol", "noise_scale", "eta", "diffusion"}
+    return sorted({name for solver in SOLVERS.values() for name in solver.options} - by_name)
 
 
 def solver_options(args: argparse.Namespace, method: str, methods: Sequence[str]) -> tuple[tuple[str, float | str], ...]:
     """The options of the command line that `method` takes. Raises UserError for one that none of the `methods` takes."""
     options = {
         "rtol": args.rtol, "atol": args.atol, "noise_scale": args.sde_noise_scale, "diffusion": args.diffusion,
-        "eta": args.eta,
+        "eta": args.eta, **{name: getattr(args, name) for name in further_options()},
     }  # fmt: skip
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
@@ -287,6 +296,16 @@ def ema_width(text: str) -> float:
 def fraction(text: str) -> float:
     """An argparse type: a number from 0 to 1."""
     return _number(text, 1.0, "a number from 0 to 1")
+
+
+def number_or_word(text: str) -> float | str:
+    """An argparse type: a number where the text is one, else the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _number(text: str, high: float, rule: str, low: float = 0.0) -> float:

@@ -54,6 +54,7 @@ SOLVERS: dict[str, Solver] = {
     "ancestral": Solver(ancestral.ancestral, ("noise", "eta")),
 }
 
+DRY_SHAPE = (2, 3, 2, 2)  # of a dry run: a batch of images; its last axis also serves a solver of points [B, 2]
 STOCHASTIC = tuple(name for name, solver in SOLVERS.items() if "noise" in solver.options)
 DETERMINISTIC = tuple(name for name in SOLVERS if name not in STOCHASTIC)
 HAS_TOLERANCES = tuple(name for name, solver in SOLVERS.items() if "rtol" in solver.options)  # met by a batch as one
@@ -105,10 +106,11 @@ def nfe(method: str, steps: int, start: float = 0.0, end: float = 1.0) -> int:
 
 
 def _dry_run(method: str, steps: int, start: float = 0.0, end: float = 1.0, **options: Any) -> Solution:
-    noise: dict[str, Any] = {"noise": lambda step: torch.zeros(1)} if method in STOCHASTIC else {}
+    x = torch.zeros(DRY_SHAPE, dtype=torch.float64)
+    noise: dict[str, Any] = {"noise": lambda step: torch.zeros_like(x)} if method in STOCHASTIC else {}
     return solve(
         lambda x, t, t_next: x * 0,
-        torch.zeros(1, dtype=torch.float64),
+        x,
         [start + (end - start) * t for t in uniform(steps)],
         method,
         **options,

@@ -81,7 +81,7 @@ def write_blocks(folder: Path) -> None:
 
 def commands() -> list[list[str]]:
     """The words of the commands of the page from the script on, followed by what makes them small."""
-    lines = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
+    lines = [line for language, text in BLOCKS if language == "bash" for line in text.replace("\\\n", "").splitlines()]
     words = [shlex.split(line)[1:] for line in lines if line.startswith("accelerate-launch ")]
     assert len(words) == len(lines)
     small = [[*line, *shlex.split(TINY[line[0]])] for line in words]
@@ -155,7 +155,9 @@ def test_data_set(copy):
 
 
 def test_solver(copy):
+    """One that is a tableau, and one with an option, which is a flag."""
     assert len(list((copy / "samples/ralston/images").iterdir())) == 4
+    assert json.loads((copy / "samples/second_order/sampling.json").read_text())["options"] == [["alpha", 0.6]]
 
 
 def test_metric(copy):

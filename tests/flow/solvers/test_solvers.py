@@ -255,6 +255,25 @@ def test_unknown_method_and_too_few_steps_are_named():
         solvers.solve(rotation, torch.zeros(1, 2), time_grids.uniform(1), "euler_maruyama", noise=lambda i: 0, noise_scale=-1)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2,)])
+def test_a_solver_may_use_the_layout_of_a_batch(monkeypatch, shape):
+    """Also in the trial before the sampling; its options are checked there."""
+
+    def normalized(velocity, x, time_grid, power=1.0):
+        if power <= 0:
+            raise ValueError(f"power={power}: must be above 0")
+        for t, t_next in pairwise(time_grid):
+            v = velocity(x, t)
+            assert v.shape[1:].numel() > 1
+            yield (x := x + (t_next - t) * v / (v.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1)) + 1) ** power)
+
+    monkeypatch.setitem(solvers.SOLVERS, "mine", solvers.Solver(normalized, ("power",)))
+    with pytest.raises(ValueError, match="power=-1: must be above 0"):
+        solvers.validate_options("mine", power=-1)
+    assert solvers.nfe("mine", 3) == solvers.max_steps_for_nfe("mine", 3) == 3
+    assert solvers.solve(lambda x, t, t_next: x, torch.ones(4, *shape), [0.0, 0.5], "mine", power=2).x.shape == (4, *shape)
+
+
 def edm_time(i: int, n: int) -> float:
     """Karras et al. 2022, eq. 5: N noise levels from 80 to 0.002, then none; the ratio of noise to data is (1 - t) / t."""
     if i in (0, n):
