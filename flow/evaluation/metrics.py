@@ -1,6 +1,8 @@
 """Metrics of two sets of features; torch-fidelity's definitions where it has them, each with its standard error."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -186,23 +188,39 @@ def accuracy(c: Comparison) -> dict[str, Estimate]:
     return {"accuracy": Estimate(share, intervals.share_standard_error(share, len(c.labels)))}
 
 
-Metric = Callable[[Comparison], dict[str, Estimate]]  # columns of the table; empty where the metric does not apply
+Direction = Literal["higher", "lower"]
 
-METRICS: dict[str, Metric] = {
-    "fid": fid,
-    "fd_inf": fd_inf,
-    "kid": kid,
-    "prc": prc,
-    "density_coverage": density_coverage,
-    "memorization": copied_share,
-    "isc": isc,
-    "accuracy": accuracy,
-    results.PER_CLASS: per_class,
+
+@dataclass(frozen=True)
+class Metric:
+    """A function that returns columns of the table, plain numbers or estimates; none where it does not apply."""
+
+    columns: Callable[[Comparison], Mapping[str, Estimate | float]]
+    better: Mapping[str, Direction] = field(default_factory=dict)  # which values of a column are better, for evaluate.keep_best
+
+    def __post_init__(self) -> None:
+        for column, direction in self.better.items():
+            if direction not in get_args(Direction):
+                raise ValueError(f"{column}: {direction!r} is better; must be {' or '.join(get_args(Direction))}")
+
+
+METRICS: dict[str, Metric] = {  # columns of distances, whose names go by the extractor, are better where they are lower
+    "fid": Metric(fid),
+    "fd_inf": Metric(fd_inf),
+    "kid": Metric(kid),
+    "prc": Metric(prc, {"precision": "higher", "recall": "higher"}),
+    "density_coverage": Metric(density_coverage, {"density": "higher", "coverage": "higher"}),
+    "memorization": Metric(copied_share, {"memorization": "lower"}),
+    "isc": Metric(isc, {"IS": "higher"}),
+    "accuracy": Metric(accuracy, {"accuracy": "higher"}),
+    results.PER_CLASS: Metric(per_class),
 }
 
 
-# Columns of which a larger value is better; of all others, distances, a smaller one.
-HIGHER_IS_BETTER = ("IS", "accuracy", "precision", "recall", "density", "coverage", "held_out_log_p")
+def directions() -> dict[str, Direction]:
+    """Which values of a column are better, of all columns but distances."""
+    declared = {column: direction for metric in METRICS.values() for column, direction in metric.better.items()}
+    return {**declared, "held_out_log_p": "higher"}
 
 
 def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, dict[str, Estimate]]:
@@ -210,7 +228,7 @@ def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, dict[str, Estim
     alone, few images.
 
     Raises:
-        ValueError: for fewer than two samples, and for features that are not finite.
+        ValueError: for fewer than two samples, for features that are not finite, and for a metric that returns no columns.
     """
     if c.samples.n < 2:
         raise ValueError(f"a distance needs at least 2 images, not {c.samples.n}")
@@ -220,6 +238,20 @@ def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, dict[str, Estim
     columns = {}
     for name in c.requested:
         c.bar.set_postfix_str(name)
-        columns[name] = METRICS[name](c)
+        columns[name] = _estimates(name, METRICS[name].columns(c))
         c.bar.update()
     return columns
+
+
+def _estimates(name: str, columns: Any) -> dict[str, Estimate]:
+    """What a metric returned, with plain numbers as estimates without an interval."""
+    if not isinstance(columns, Mapping):
+        raise ValueError(f"metric {name}: returns a {type(columns).__name__}; must return a dict, a number for each column")
+    estimates = {}
+    for column, value in columns.items():
+        try:
+            estimates[column] = value if isinstance(value, Estimate) else Estimate(float(value))
+        except (TypeError, ValueError):
+            kind = type(value).__name__
+            raise ValueError(f"metric {name}: {column} is a {kind}; must be a number or an Estimate") from None
+    return estimates

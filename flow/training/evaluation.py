@@ -110,7 +110,7 @@ class EvaluateSnapshots(Callback):
         same = before and before["identity"]["weights_sha256"] == row["identity"]["weights_sha256"]
         if before and (same or before["images"] < row["images"]):
             previous = before["metrics"][column]
-            if not (value > previous if column in metrics.HIGHER_IS_BETTER else value < previous):
+            if not (value > previous if metrics.directions().get(column) == "higher" else value < previous):
                 return
         files.link(snapshot, best)
         was = f" (before: {before['weights']})" if before else ""
@@ -166,9 +166,10 @@ def settings_of(task: FlowTask, folder: Path) -> tuple[runner.EvaluationSettings
             f"evaluate.metrics={evaluate.metrics}: unknown metric {unknown[0]!r}; choose from {', '.join(metrics.METRICS)}"
         )
     best = evaluate.keep_best
-    columns = ("fid", *metrics.HIGHER_IS_BETTER, "memorization")
+    columns = ("fid", *metrics.directions())
     if best and best not in columns and not best.startswith(DISTANCES):
-        raise UserError(f"evaluate.keep_best={best}: must be a distance or one of {', '.join(columns)}")
+        own = "a column of your own says in METRICS which values are better (docs/extending.md#a-metric)"
+        raise UserError(f"evaluate.keep_best={best}: must be a distance or one of {', '.join(columns)}; {own}")
     if evaluate.sampling_method not in SOLVERS:
         hint = did_you_mean(evaluate.sampling_method, list(SOLVERS))
         raise UserError(f"evaluate.sampling_method={evaluate.sampling_method}: there is no such solver.{hint}")

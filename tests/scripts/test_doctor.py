@@ -50,7 +50,7 @@ EVALUATED += ["evaluate.sampling_method=euler", "evaluate.sampling_steps=2"]
         ([], "of 80 images, euler, 2 steps, every 400 steps"),
         ([], "if it starts now; 3 of the evaluation come on top of that"),
         (["evaluate.metrics=[fis]"], "fail  evaluation: evaluate.metrics=['fis']: unknown metric 'fis'; choose from fid, "),
-        (["evaluate.keep_best=fidd"], "evaluate.keep_best=fidd: must be a distance or one of fid, IS, accuracy, "),
+        (["evaluate.keep_best=fidd"], "evaluate.keep_best=fidd: must be a distance or one of fid, precision, recall, "),
         (["evaluate.sampling_method=eulr"], "evaluate.sampling_method=eulr: there is no such solver. Did you mean 'euler'?"),
         (["evaluate.sampling_steps=0"], "evaluate.sampling_steps=0: must be at least 1"),
         (["evaluate.feature_extractor=cats"], "fail  evaluation: evaluate.feature_extractor=cats: unknown; choose one of"),

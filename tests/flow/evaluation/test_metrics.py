@@ -49,6 +49,32 @@ def test_metrics_equal_torch_fidelity(tmp_path, here, monkeypatch):
     assert by_evaluate["recall"] == pytest.approx(by_torch_fidelity["recall"], rel=1e-4)
 
 
+@pytest.mark.parametrize("number", [1.5, np.float32(1.5), torch.tensor(1.5)], ids=["float", "numpy", "tensor"])
+def test_a_plain_number_has_no_interval(monkeypatch, extractor, real, number):
+    monkeypatch.setitem(metrics.METRICS, "mine", metrics.Metric(lambda c: {"m": number}))
+    same = Comparison(extractor, feature_set(noisy_digits(20, 0), extractor), real)
+    assert estimates(same, "mine") == {"m": (1.5, None)}
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (1.5, "metric mine: returns a float; must return a dict"),
+        ({"m": "low"}, "metric mine: m is a str; must be a number"),
+    ],
+)
+def test_a_metric_without_numbers_is_named(monkeypatch, extractor, real, returned, message):
+    monkeypatch.setitem(metrics.METRICS, "mine", metrics.Metric(lambda c: returned))
+    same = Comparison(extractor, feature_set(noisy_digits(20, 0), extractor), real)
+    with pytest.raises(ValueError, match=message):
+        metrics.evaluate(same, ["mine"])
+
+
+def test_a_direction_is_higher_or_lower():
+    with pytest.raises(ValueError, match="m: 'up' is better; must be higher or lower"):
+        metrics.Metric(lambda c: {"m": 1.5}, {"m": "up"})
+
+
 def test_a_set_is_at_distance_zero_from_itself(extractor, real):
     same = Comparison(extractor, feature_set(noisy_digits(1797, 0), extractor), real)
     columns = values(same, "fid", "prc")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import datasets
 from configs import loading
-from flow.evaluation import results
+from flow.evaluation import metrics, results
 from flow.model import FlowModel
 from flow.path import LinearPath
 from flow.runtime import lock
@@ -224,6 +224,7 @@ def test_validation_loss_of_zero():
         (["evaluate.every_steps=2", "evaluate.feature_extractor=x"], "evaluate.feature_extractor=x: unknown; choose one of"),
         ([*EVALUATE, "evaluate.feature_layer=x"], "evaluate.feature_layer=x: digits has no such layer"),
         ([*EVALUATE, "evaluate.feature_weights=/none"], "evaluate.feature_weights=/none: there is no such file"),
+        ([*EVALUATE, "evaluate.keep_best=mine"], "a column of your own says in METRICS which values are better"),
         ([*EVALUATE, "evaluate.metrics=[]"], "evaluate.metrics=[]: name at least one of fid, "),
         ([*EVALUATE, "evaluate.keep_best=recall"], "keep_best=recall: evaluate.metrics=['fid', 'accuracy', 'memo"),
         (
@@ -250,6 +251,17 @@ def test_best_accuracy_is_the_largest(here, copy, stored, kept):
     shutil.rmtree(copy / "checkpoints/step_00000004")
     here("train", "-e", copy, "-r", "latest", "evaluate.keep_best=accuracy")
     assert snapshot.load(best).images == (96 if kept else 128)
+
+
+@pytest.mark.parametrize(("direction", "step"), [("higher", 4), ("lower", 2)])
+def test_best_by_a_metric_of_ones_own(here, monkeypatch, tmp_path, run, direction, step):
+    """Its entry says which values are better; they may be plain numbers."""
+    values = iter((0, 1.5, 2.5))  # of real images, and after steps 2 and 4
+    monkeypatch.setitem(metrics.METRICS, "mine", metrics.Metric(lambda c: {"mine": next(values)}, {"mine": direction}))
+    mine = ["evaluate.every_steps=2", "evaluate.loss_every_steps=0", "evaluate.metrics=[mine]", "evaluate.keep_best=mine"]
+    here("train", *TRAIN, *EVALUATE, *mine, "-e", tmp_path / "run", f"data.root={run.parent}")
+    assert [row["metrics"] for row in rows_of_snapshots(tmp_path / "run")] == [{"mine": 1.5}, {"mine": 2.5}]
+    assert snapshot.load(tmp_path / "run/best.safetensors").step == step
 
 
 def test_row_beside_a_writer_of_the_table(here, copy, monkeypatch):
