@@ -21,7 +21,7 @@ from configs import loading
 from configs.errors import UserError, first_line
 from configs.schema import Kind
 from flow.runtime import distributed, files, step_names
-from flow.sampling import grid_store, posthoc_ema
+from flow.sampling import grid_store, header, posthoc_ema
 from flow.sampling.locate import EMA_FILE
 
 # Beginnings of the names of what every checkpoint holds; accelerate has several for the weights and the optimizer's state.
@@ -99,6 +99,12 @@ def stored_config(path: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Ki
     with reading(path), safe_open(path / EMA_FILE, framework="pt") as file:
         text = file.metadata()["config"]
     return loading.parse(text, f"-r {path / EMA_FILE}", kind, confirmed)
+
+
+def stored_class_names(path: Path) -> tuple[str, ...]:
+    """The classes that a checkpoint was trained with, () without labels. Raises UserError."""
+    with reading(path), safe_open(path / EMA_FILE, framework="pt") as file:
+        return header.read(file.metadata())[3]
 
 
 def find_latest(folder: Path) -> Path | None:

@@ -1,5 +1,6 @@
 """Checks that configuration, data and network fit together, before a training starts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from configs.schema import Config
 from datasets import DataSet, captions, sample_digest
 from flow.losses import FlowLoss, Loss, Losses
 from flow.model import FlowModel
-from flow.runtime import distributed
+from flow.runtime import distributed, messages
 from flow.runtime.errors import error_context
 from flow.sampling.space import Space
 from flow.source import GAUSSIAN
@@ -110,8 +111,24 @@ def check_losses(loss: Loss, losses: Any, batch_size: int) -> None:
         raise UserError(f"{name}: per_sample has no gradient; compute it from the output of net, not of eager")
 
 
-def check_conditioning(data, net: Any) -> None:
-    """A network with labels or prompts needs a data set that has classes, and room for each class or caption."""
+def check_same_classes(key: str, before: Sequence[str], now: Sequence[str]) -> None:
+    """Raises UserError where a run whose classes are known, the names `before`, resumes with data of other classes."""
+    if not before or tuple(before) == tuple(now):
+        return
+    added, missing = ([name for name in names if name not in others] for names, others in ((now, before), (before, now)))
+    steps = [f"{verb} {messages.first_names(names)}" for verb, names in (("remove", added), ("restore", missing)) if names]
+    has = messages.first_names(now) or "none"
+    raise UserError(
+        f"{key}: the run was trained with the classes {messages.first_names(before)}; the data set has {has} now: "
+        f"{' and '.join(steps) or 'restore their order'}, or start a new run"
+    )
+
+
+def check_conditioning(data, net: Any, resuming: bool = False) -> None:
+    """A network with labels or prompts needs a data set that has classes, and room for each class or caption.
+
+    resuming: the network is that of an earlier run, so that only the data can change.
+    """
     if net.max_prompt_bytes:
         if not data.class_names or data.labels is None:
             raise UserError(
@@ -129,7 +146,8 @@ def check_conditioning(data, net: Any) -> None:
         raise UserError(f"model.args.num_classes={num_classes}: the data set has no labels; use null")
     needed = int(data.labels.max()) + 1
     if num_classes < needed:
-        raise UserError(f"model.args.num_classes={num_classes}: the data set has {needed} classes; use {needed}")
+        remedy = "remove those that the run did not have, or start a new run" if resuming else f"use {needed}"
+        raise UserError(f"model.args.num_classes={num_classes}: the data set has {needed} classes; {remedy}")
 
 
 def check_forward(name: str, net: Any, shape: tuple[int, ...], accelerator: Accelerator) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from configs.schema import Config
-from flow.training import run_dir
+from flow.training import checkpoint, run_dir
 from flow.training.flow_task import FlowTask
 from flow.training.trainer import Callback, Trainer
 from flow.training.validation import ValidationLoss
@@ -37,8 +37,9 @@ def fit_opened(
 ) -> Trainer:
     """`fit` inside the lock of the folder."""
     # Whatever is wrong with the configuration comes out here, before anything is written.
-    task = FlowTask(config, accelerator, resuming=bool(resume))
     resume_path = run_dir.checkpoint_to_resume(resume, folder, config) if resume else None
+    class_names = checkpoint.stored_class_names(resume_path) if resume_path else ()
+    task = FlowTask(config, accelerator, resuming=bool(resume), stored_class_names=class_names)
     if resume_path is None:
         task.load_init_weights()
     trainer = Trainer(task, config, folder, accelerator, resume_path, [*evaluation_callbacks(task, folder), *callbacks])

@@ -35,6 +35,7 @@ from flow.training.checks import (
     check_conditioning,
     check_forward,
     check_loss,
+    check_same_classes,
     check_same_data,
     check_same_flow,
     check_source,
@@ -49,8 +50,13 @@ class FlowTask:
 
     script = "train.py"
 
-    def __init__(self, config: Config, accelerator: Accelerator, resuming: bool = False):
-        """resuming: the configuration is that of an earlier run, which knows its classes.
+    def __init__(
+        self, config: Config, accelerator: Accelerator, resuming: bool = False, stored_class_names: Sequence[str] = ()
+    ):  # fmt: skip
+        """
+        Args:
+            resuming: the configuration is that of an earlier run, which knows its number of classes.
+            stored_class_names: those that the checkpoint of this run was trained with, where it is known.
 
         Raises:
             UserError: for whatever in the configuration, the data and the network does not fit together.
@@ -68,6 +74,7 @@ class FlowTask:
             )
         self.unit = "points" if self.space.is_points else "images"
         self.class_names = tuple(self.data.class_names) if self.data.labels is not None else ()
+        check_same_classes(f"data.args={config.data.args}", stored_class_names, self.class_names)
         if not resuming:
             schema.set_auto_classes(config, self.class_names)
         torch.manual_seed(config.seed)  # of the initial weights
@@ -76,7 +83,7 @@ class FlowTask:
             self.model = distributed.main_process_first(  # an autoencoder may be downloaded
                 accelerator, lambda: snapshot.flow_model(self.net, self.data.image_shape, config, self.data.codec)
             )
-        check_conditioning(self.data, self.net)
+        check_conditioning(self.data, self.net, resuming)
         check_forward(config.model.name, self.net, self.data.image_shape, accelerator)
         self.loss = build_loss(config)
         check_loss(config, self.loss, self.net, self.data)
@@ -153,11 +160,7 @@ class FlowTask:
 
     def read_snapshot(self, path: Path) -> dict[str, Tensor]:
         average = snapshot.load(path)
-        key = f"data.args={self.config.data.args}"
-        snapshot.check_codec(key, average, self.data.codec)
-        if average.class_names and self.class_names and average.class_names != self.class_names:
-            before, now = (messages.first_names(names, NAMED_IN_LOG) for names in (average.class_names, self.class_names))
-            raise UserError(f"{key}: has the classes {now}; the checkpoint was trained with {before}")
+        snapshot.check_codec(f"data.args={self.config.data.args}", average, self.data.codec)
         return average.weights
 
     def model_with(self, net: Any) -> FlowModel:

@@ -90,6 +90,15 @@ def test_a_resumed_run_keeps_the_number_it_began_with(here, photos, trained, tmp
     assert "finished step 2" in here("train", *config, data(photos), "-e", run, "-r", "latest", "train.steps=2")
 
 
+def test_further_classes_before_a_checkpoint(error, photos, trained, tmp_path):
+    """No checkpoint tells the names of those that the run began with."""
+    run = shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "snapshots"))
+    more = shutil.copytree(photos, tmp_path / "photos")
+    shutil.copytree(more / "cats", more / "birds")
+    line = error("train", data(more), "-e", run, "-r", "latest", "train.steps=2")
+    assert "num_classes=2: the data set has 3 classes; remove those that the run did not have, or start a new run" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "told", "stored"),
     [

@@ -107,11 +107,22 @@ def test_other_images_are_noted(photos, here):
     assert "note: the data set has other samples than at the checkpoint" in here(*resume)
 
 
-def test_renamed_classes_are_refused(photos, error):
-    """Their labels would go to each other."""
+@pytest.mark.parametrize(
+    ("renamed", "added", "now"),
+    [
+        ("cat", "zebra", "dog, zebra now: remove zebra and restore cat"),  # the labels would go to each other
+        (None, "bird", "bird, cat, dog now: remove bird"),
+        ("cat", None, "dog now: restore cat"),
+    ],
+)
+def test_other_classes_are_refused(photos, error, renamed, added, now):
     folder, resume = photos
-    (folder / "cat").rename(folder / "zebra")
-    assert "has the classes dog, zebra; the checkpoint was trained with cat, dog" in error(*resume)
+    if renamed:
+        shutil.move(folder / renamed, folder.parent / "elsewhere")
+    if added:
+        shutil.copytree(folder / "dog", folder / added)
+    line = error(*resume)
+    assert f"the run was trained with the classes cat, dog; the data set has {now}, or start a new run" in line
 
 
 def test_checkpoint_named_in_its_own_folder(here, tiny_run, tmp_path, monkeypatch):
