@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 # What Pillow may read, whatever a file is called: among its other formats is EPS, for which it starts Ghostscript.
@@ -60,7 +60,12 @@ class EncodedImages(ABC):
         try:
             return read_image(source, self.size, self.channels)
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
-            raise UnreadableImage(f"{self.path / self.name_of(index)}: not a readable image ({error})") from None
+            # whose own words for this kind hold the address of an object in memory
+            reason = f"its content is none of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+            raise UnreadableImage(
+                f"{self.path / self.name_of(index)}: not a readable image ({reason}); remove it, or leave out such images with "
+                "`python -m scripts.pack_images --skip_damaged`"
+            ) from None
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Image uint8 [C, H, W] and its label (-1 without classes). Raises UnreadableImage that names it, and ValueError where

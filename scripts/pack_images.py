@@ -248,9 +248,9 @@ def read_shard_images(
     def read(k: int) -> Tensor | None:
         try:
             return data[k][0]
-        except UnreadableImage as error:
+        except UnreadableImage:
             if not skip_damaged:
-                raise ValueError(f"{error}; remove it, or leave out such images with --skip_damaged") from None
+                raise
             return None
 
     images = torch.empty((len(cut), *data.image_shape), dtype=torch.uint8)

@@ -5,6 +5,7 @@ Inception's features mean little on 8x8 or 28x28 gray digits, and Inception cann
 them compares between machines and years.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -77,6 +78,12 @@ class CifarClassifier(nn.Module):
 def build(name: str) -> DigitClassifier | CifarClassifier:
     """The classifier `name`, untrained."""
     return CifarClassifier() if name == "cifar10" else DigitClassifier(SIDES[name])
+
+
+def fitting(image_shape: Sequence[int]) -> list[str]:
+    """The classifiers that take images of this shape (C, H, W): squares of their side, or larger ones, which they shrink."""
+    height, width = image_shape[-2:]
+    return [name for name, side in SIDES.items() if side <= height == width]
 
 
 def weights_file(name: str) -> Path:

@@ -116,8 +116,12 @@ class Extractor(FeatureSpace):
         return key
 
     def dimension(self, image_shape: tuple[int, int, int]) -> int:
-        """Number of features; raises ValueError where the extractor does not take images of this shape."""
-        return self(torch.zeros(1, *image_shape, dtype=torch.uint8))[self.layer].shape[1]
+        """Number of features; raises ValueError, with extractors that do, where this one does not take images of this shape."""
+        try:
+            return self(torch.zeros(1, *image_shape, dtype=torch.uint8))[self.layer].shape[1]
+        except ValueError as error:
+            others = " or ".join([*classifiers.fitting(image_shape), INCEPTION])
+            raise ValueError(f"--feature_extractor {self.name}: {error}; use --feature_extractor {others}") from None
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:

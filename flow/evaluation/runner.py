@@ -276,8 +276,8 @@ def load_extractor(
 
 def classifier_of(data_names: Sequence[str], image_shape: tuple[int, ...]) -> str | None:
     """The classifier of the first of these data sets that has one for images of this size."""
-    sides = classifiers.SIDES
-    return next((name for name in data_names if name in sides and sides[name] <= image_shape[-1]), None)
+    fitting = () if Space(image_shape).is_points else classifiers.fitting(image_shape)
+    return next((name for name in data_names if name in fitting), None)
 
 
 def real_layers(extractor: Extractor | PointExtractor) -> list[str]:

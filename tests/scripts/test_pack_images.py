@@ -243,7 +243,7 @@ def test_damaged_rows_of_parquet(here, error, tmp_path):
     cells = [good.getvalue(), b"no image", None, good.getvalue()]
     pq.write_table(pa.table({"pixels": cells}), tmp_path / "a.parquet")
     command = ["pack_images", "--source", tmp_path / "a.parquet", "--channels", 1, "--save_dir", tmp_path / "out"]
-    assert "a.parquet, row 1: not a readable image" in error(*command)
+    assert "a.parquet, row 1: not a readable image (its content is none of PNG, JPEG, WEBP, BMP, TIFF, GIF)" in error(*command)
     assert "left out 2 images that cannot be decoded (a.parquet, row 1, a.parquet, row 2)" in here(*command, "--skip_damaged")
     assert read(tmp_path / "out").read([0, 1]).unique().tolist() == [7]
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])

@@ -187,4 +187,12 @@ def test_wide_images_have_a_wide_reference(error, tmp_path):
     wide = torch.randint(0, 256, (30, 1, 8, 12), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     a, b = (write_folder(tmp_path / name, images) for name, images in (("a", wide[:15]), ("b", wide[15:])))
     line = error("evaluate", "--samples", a, "--reference", b, "--feature_extractor", "digits", f"data.root={tmp_path}")
-    assert "the extractor takes 8x8 images, not 8x12" in line
+    assert "--feature_extractor digits: the extractor takes 8x8 images, not 8x12" in line
+    assert line.endswith("; use --feature_extractor inception-v3-compat")
+
+
+def test_extractors_for_small_images_are_named(error, tmp_path):
+    small = write_folder(tmp_path / "small", torch.zeros(3, 3, 16, 16, dtype=torch.uint8))
+    line = error("evaluate", "--samples", small, "--reference", small.parent, "--feature_extractor", "cifar10")
+    assert "--feature_extractor cifar10: the extractor takes 32x32 images, not 16x16" in line
+    assert line.endswith("; use --feature_extractor digits or inception-v3-compat")
