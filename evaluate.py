@@ -163,6 +163,7 @@ def evaluate_weights(args, accelerator: Accelerator) -> None:
             subject = {"weights": f"{name}@{snap.step}", "ema_width": width, "images": snap.images, "captions": captions}
             rows += [row for row, _ in evaluator.evaluate(model, snap.sha256, subject)]
         accelerator.print(evaluator.evaluation.write_report())
+        evaluator.evaluation.print_existing()
         accelerator.wait_for_everyone()
     write_rows_file(args, accelerator, rows)
     print_summary(args, accelerator, out, f"sample as in the last row with: {suggested_sample(args, paths[-1], plan[-1])}")

@@ -80,6 +80,7 @@ def write_row(
 
     measured = ev.evaluate_row(subject, identity, compute)
     accelerator.print(ev.write_report())
+    ev.print_existing()
     accelerator.wait_for_everyone()
     return [row for row in (real, measured and measured[0]) if row]
 

@@ -91,6 +91,8 @@ class Evaluation:
     threshold: str = ""  # of `memorization`: the fingerprint of the held-out images that it comes from
     noted: list[str] = field(default_factory=list)  # metrics without a value that a note has named
     draw: Callable[[], None] | None = None  # the figure of the last row of samples
+    existing_rows: int = 0  # those that were not computed again
+    total_rows: int = 0
 
     @classmethod
     def build(
@@ -182,13 +184,21 @@ class Evaluation:
         main = self.accelerator.is_main_process
         existing = results.find(self.out, row) if main else None
         has_metrics = existing is not None and set(row["requested"]) <= set(existing["requested"])
+        self.total_rows += 1
         if not distributed.any_process(self.accelerator, has_metrics):
             result = compute()
             if result is None:
                 return None
             results.append(self.out, {**row, **result})
             return {**row, **result}, True
+        self.existing_rows += 1
         return (existing, False) if existing else None
+
+    def print_existing(self) -> None:
+        """A note where rows were not computed: code of a metric, solver or network that was edited since has not run."""
+        if n := self.existing_rows:
+            count = f"{n} of {self.total_rows} rows {'was' if n == 1 else 'were'}"
+            self.accelerator.print(f"note: {count} in results.jsonl already; name another --out to compute them again")
 
     def _requested(self) -> list[str]:
         """The metrics by name, with what they depend on beside the identity of a row: earlier rows that were made otherwise

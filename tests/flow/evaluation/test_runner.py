@@ -67,7 +67,8 @@ def test_table_files_and_finished_rows(evaluated, here, error):
     again = here(*command, "--out", folder, "--rows_file", out / "rows.jsonl")
     assert (folder / "results.jsonl").read_bytes() == before
     assert results.read(out / "rows.jsonl") == [control, *rows]
-    assert "| euler" in again
+    note = "rows were in results.jsonl already; name another --out to compute them again"
+    assert "| euler" in again and f"note: 9 of 9 {note}" in again
     for file in (out / "rows.jsonl", folder / "results.jsonl"):
         line = error(*command, "--out", folder, "--rows_file", file)
         assert f"--rows_file {file}: is there already; name a new file" in line
