@@ -65,7 +65,8 @@ def main() -> None:
     settings = settings_of(args, snap, guide_name)
     with error_context("sample"):
         check_request(args, snap, model, settings)
-    for note in filter(None, (guidance_note(settings, model), source_note, grid_store.fit_note(snap, settings))):
+    notes = (guidance_note(settings, model), source_note, grid_store.fit_note(snap, settings), snap.space.channels_note)
+    for note in filter(None, notes):
         accelerator.print(f"note: {note}")
     with lock.folder(args.save_dir, accelerator):
         if accelerator.is_main_process:
@@ -100,6 +101,9 @@ def check_request(args, snap: Snapshot, model: FlowModel, settings: SamplerSetti
     classes = len(snap.class_names)
     if settings.prompts and labels and not all(0 <= label < classes for label in labels):
         raise ValueError(f"--labels {' '.join(args.labels)}: with --prompts they are classes, from 0 to {classes - 1}")
+    if not snap.space.is_points and (channels := snap.space.decoded_shape[0]) > images.MAX_CHANNELS:
+        most = f"a PNG file has at most {images.MAX_CHANNELS}"
+        raise ValueError(f"--weights: makes images of {channels} channels, {most}; use Sampler.sample (docs/python.md)")
     if args.grid_by_class and snap.space.is_points:
         raise ValueError("--grid_by_class: is for images, and --weights is a flow of points")
     if args.grid_by_class and not (settings.prompts or model.net.num_classes):

@@ -20,6 +20,7 @@ from flow.runtime.files import naming, temporary_path
 
 FONT_SIZE = 13  # pixels
 LINE_HEIGHT = 16
+MAX_CHANNELS = 4  # of a PNG file
 MIN_CELL = 48  # pixels of an image in a grid with names
 MAX_CELL = 100  # to which it is enlarged for the sake of a long word above it
 NAME_WIDTH = 180  # pixels, at most, of names on the left
@@ -96,7 +97,7 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """uint8 [C, H, W] with 1 or 3 channels."""
+    """uint8 [C, H, W] with one (gray), two (gray and alpha), three (RGB) or four (RGBA) channels."""
     return Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy())
 
 
@@ -134,12 +135,18 @@ def scatter_image(points: Tensor, side: int = 400) -> Tensor:
     return (255 * (1 - count / count.max().clamp(min=1)).sqrt()).to(torch.uint8)
 
 
+def shown_channels(channels: int) -> int:
+    """How many of so many channels a picture shows, from the first on: three as red, green and blue, or one as gray."""
+    return 3 if channels >= 3 else 1
+
+
 def grid(images: Tensor, columns: int, transposed: bool = False, zoomed: bool = True, zoom: int = 1) -> Tensor:
     """uint8 [N, C, H, W] side by side, as one uint8 [C', H', W'] picture, enlarged by the whole factor `zoom`; with `zoomed` by
-    more where its longer side would have fewer than 400 pixels.
+    more where its longer side would have fewer than 400 pixels. Of C channels it has the `shown_channels`.
 
     Image k stands in column k mod `columns`; with `transposed` in row k mod `columns`, where gaps at the end are black.
     """
+    images = images[:, : shown_channels(images.shape[1])]
     if transposed:
         gap = images.new_zeros(-len(images) % columns, *images.shape[1:])
         images = torch.cat([images, gap]).unflatten(0, (-1, columns)).transpose(0, 1).flatten(0, 1)

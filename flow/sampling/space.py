@@ -39,6 +39,13 @@ class Space:
         return tuple(self.codec["image_shape"]) if self.codec else self.shape
 
     @property
+    def channels_note(self) -> str | None:
+        """Which channels pictures show, where these are not all."""
+        channels = 1 if self.is_points else self.decoded_shape[0]
+        shown = images.shown_channels(channels)
+        return None if channels == shown else f"pictures show the first {shown} of {channels} channels"
+
+    @property
     def preview_batch_size(self) -> int:
         """Samples of a preview that a process takes at once; few images, so that several processes share a grid."""
         return 1000 if self.is_points else 16

@@ -95,6 +95,8 @@ class FlowTask:
             validate(self.preview_settings, self.model)
         if note := guidance_note(self.preview_settings, self.model):
             self.notes.append(f"preview.{note}")
+        if note := self.space.channels_note:
+            self.notes.append(note)
         if self.trained_classes:
             names = condition_names(self.preview_settings, self.data.class_names, self.net.num_classes)
             self.notes.append(

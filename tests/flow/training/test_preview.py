@@ -1,8 +1,12 @@
 """Previews during a training."""
 
 import numpy as np
+import pytest
+import torch
 from conftest import TINY_TRAIN
 
+import datasets
+from datasets.images import Images
 from flow.sampling import Sampler, images, locate
 
 
@@ -25,3 +29,24 @@ def test_a_failed_preview_does_not_end_the_run(here, tmp_path):
     assert "no preview at step 4" in here("train", "-e", run, "-r", "latest")
     here("train", "-e", run, "-r", "latest", "preview.guidance_scale=2")
     assert [p.name for p in run.glob("samples/*.png")] == ["step_00000004.png"]
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(2, 1), (4, 3), (5, 3)])
+def test_pictures_of_other_numbers_of_channels(here, error, monkeypatch, tmp_path, channels, shown):
+    """Previews and the grid of sample.py show the first three channels, or one; its images have all, up to four."""
+
+    def colors(root):
+        return Images(torch.randint(256, (64, channels, 8, 8), dtype=torch.uint8), torch.arange(64) % 10, tuple("0123456789"))
+
+    monkeypatch.setitem(datasets.DATASETS, "colors", colors)
+    run, note = tmp_path / "run", f"note: pictures show the first {shown} of {channels} channels"
+    here("train", *TINY_TRAIN, "data.name=colors", "data.args={}", "-e", run, "train.log_with=[tensorboard]")
+    assert note in (run / "log.txt").read_text()
+    assert images.read_png(run / "samples/step_00000004.png").shape[2] == shown
+    ask = ["--weights", run, "--n_samples", "10", "--sampling_steps", "1", "--save_dir", tmp_path / "out"]
+    if channels > 4:
+        assert f"makes images of {channels} channels, a PNG file has at most 4" in error("sample", *ask)
+        return
+    assert note in here("sample", *ask, "--npz")
+    assert images.read_png(tmp_path / "out/grid.png").shape[2] == shown
+    assert np.load(tmp_path / "out/samples.npz")["arr_0"].shape == (10, 8, 8, channels)
