@@ -52,6 +52,13 @@ def finite_number(parameter: inspect.Parameter, value: Any) -> str | None:
     return None if is_finite_number(value) else "a finite number"
 
 
+def like_its_default(parameter: inspect.Parameter, value: Any) -> str | None:
+    """The rule that an argument is true or false where its default is, else a finite number."""
+    if isinstance(parameter.default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    return finite_number(parameter, value)
+
+
 def find(kind: str, registry: Mapping[str, Entry], name: str) -> Entry:
     """registry[name]. Raises ValueError for an unknown name, naming what exists."""
     if name not in registry:
@@ -60,15 +67,15 @@ def find(kind: str, registry: Mapping[str, Entry], name: str) -> Entry:
 
 
 def pick(kind: str, registry: Mapping[str, Callable], name: str, args: dict[str, Any]) -> Callable:
-    """registry[name] with `args` for those of its parameters whose default is a number.
+    """registry[name] with `args` for those of its parameters whose default is a number, true or false.
 
     Raises:
-        ValueError: for an unknown name or argument, naming what exists, and for a value that is not a finite number.
+        ValueError: for an unknown name or argument, naming what exists, and for a value that breaks `like_its_default`.
     """
     choice = find(kind, registry, name)
     parameters = inspect.signature(choice).parameters
-    numbers = {key: p for key, p in parameters.items() if isinstance(p.default, int | float)}
-    check_arguments(name, args, numbers, finite_number)
+    allowed = {key: p for key, p in parameters.items() if isinstance(p.default, int | float)}  # bool is an int
+    check_arguments(name, args, allowed, like_its_default)
     return partial(choice, **args)
 
 
