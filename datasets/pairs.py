@@ -50,10 +50,11 @@ def pairs(root: Path, path: str) -> Pairs:
     for shard in shards_of(manifest):
         damage = verify_shard(folder / shard.name, len(shard.indices))
         if damage:
-            raise ValueError(f"path={path}: {damage}; run make_pairs with the same arguments: it regenerates this shard")
+            raise ValueError(f"path={path}: {damage}; run make_pairs with the same arguments to regenerate this shard")
         tensors = read_shard(folder / shard.name)[0]
         if unknown := tensors.keys() - parts.keys():
-            raise ValueError(f"path={path}: {shard.name} holds {min(unknown)}, which pairs do not have; make them again")
+            again = "run make_pairs to regenerate them in another folder"
+            raise ValueError(f"path={path}: {shard.name} holds {min(unknown)}, which pairs do not have; {again}")
         for name, tensor in tensors.items():
             parts[name].append(tensor)
     joined = {name: torch.cat(tensors) if tensors else None for name, tensors in parts.items()}

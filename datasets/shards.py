@@ -41,7 +41,7 @@ def read_manifest(folder: Path, kind: str, keys: set[str]) -> dict[str, Any]:
             raise ValueError(f"it lacks {', '.join(sorted(missing)) or 'name, root and args of data'}")
         return manifest
     except ValueError as error:
-        again = f"make them again in another folder, with scripts.{SCRIPTS[kind]}"
+        again = f"run scripts.{SCRIPTS[kind]} to regenerate them in another folder"
         raise ValueError(f"path={folder}: {MANIFEST} is damaged or not that of {kind} ({error}); {again}") from None
 
 
@@ -110,7 +110,7 @@ def open_shards(folder: Path, manifest: dict[str, Any], path: str, kind: str) ->
     Raises ValueError that names the first shard that is not what the manifest says. Only sizes and digests in the headers are
     compared: reading everything would take minutes for a large set.
     """
-    again = f"run {SCRIPTS[kind]} with the same arguments: it makes this shard again"
+    again = f"run {SCRIPTS[kind]} with the same arguments to regenerate this shard"
     shards = []
     if not manifest["shards"]:
         raise ValueError(f"path={path}: {MANIFEST} is damaged, it lists no shard; run {SCRIPTS[kind]} with the same arguments")

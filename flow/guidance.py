@@ -88,7 +88,7 @@ class GuidedVelocity:
         """The network's own velocity, with classifier-free guidance of this scale."""
         if isinstance(self.path, LinearPath) and self.prediction == "velocity":
             return self._cfg(x.to(self.dtype), t, t_next, scale).to(x.dtype)
-        # where alpha is 0 the noise says nothing about the data: a network that predicts noise is evaluated a little later
+        # x_t is independent of the data where alpha = 0: a network that predicts noise is evaluated a little later
         t_net = max(self.path.t_from_linear(t), MIN_NOISE_PREDICTION_TIME if self.prediction == "noise" else 0.0)
         t_net = min(t_net, self.path.t_max)  # the last time of its training
         times = torch.full((x.shape[0],), t_net, device=x.device, dtype=x.dtype)

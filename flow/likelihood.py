@@ -89,9 +89,9 @@ def random_directions(seed: int, indices: Iterable[int], shape: tuple[int, ...],
 def dequantize(pixels: Tensor, u: Tensor) -> Tensor:
     """Images (k + u - 1/2) / 127.5 - 1 of pixels k [B, ...] in 0 to 255 and u [B, ...], uniform in [0, 1), in float64.
 
-    Level k owns the bin from k - 1/2 to k + 1/2, of width one and centred on the value k / 127.5 - 1 that networks are
+    Level k owns the bin from k - 1/2 to k + 1/2, of width one and centered on the value k / 127.5 - 1 that networks are
     trained on, which is also what rounding makes k of in sampling. So do levels 0 and 255, whose bins reach half a level
-    beyond [-1, 1]; sampling also clips to them whatever lies farther out, which counts for nothing here.
+    beyond [-1, 1]. Sampling also clips to them what lies farther out; that mass is not part of their bins.
     """
     return (pixels.double() + u - 0.5) / 127.5 - 1
 
@@ -100,7 +100,7 @@ def bits_per_dimension(log_p: Tensor, dimensions: int) -> Tensor:
     """Bits per dimension [B] of 8-bit images from log_p [B] in nats, the log-density of `dequantize(pixels, u)`.
 
     Its mean over u bounds from below the log of the mean density over the bins, which is the log-probability of the pixels
-    (uniform dequantisation, Theis et al. 2016, arXiv:1511.01844): the bits are an upper bound. A flow that was trained on the
+    (uniform dequantization, Theis et al. 2016, arXiv:1511.01844): the bits are an upper bound. A flow that was trained on the
     levels themselves, without dequantization, has its density in peaks at the levels, of width END_EPS where the integral
     starts; the sharper they are, the larger the bound. So bits compare networks that were trained on dequantized pixels.
     """

@@ -20,8 +20,8 @@ def generator(*key: str | int) -> np.random.Generator:
 
 
 def generators(*key: str | int, positions: Iterable[int]) -> Iterator[np.random.Generator]:
-    """`generator(*key, p)` for each of the positions, ten times as fast: it is one object, which each turn sets anew, and
-    what the keys have in common is hashed once."""
+    """`generator(*key, p)` for each of the positions, ten times as fast: one object is reused, so draw from it before
+    asking for the next, and the common part of the keys is hashed once."""
     bits = np.random.Philox(key=0)
     result = np.random.Generator(bits)
     state = bits.state

@@ -55,7 +55,8 @@ class Path(ABC):
     def predict_x0_x1(self, x: Tensor, t: Tensor, value: Tensor, given: str) -> tuple[Tensor, Tensor]:
         """(x0, x1) of the point x [B, ...] at the times t [B] where `given` (velocity, data, noise or score) is `value`.
 
-        data has a pole at t = 1, noise and score have one where alpha = 0. Raises ValueError for an unknown name.
+        Divides by sigma for data (0 at t = 1), by alpha for noise and score (0 at t = 0 of the linear and the cosine path).
+        Raises ValueError for an unknown name.
         """
         alpha, sigma, alpha_dot, sigma_dot = self._broadcast_coefficients(x, t)
         if given == "velocity":

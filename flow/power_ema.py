@@ -27,7 +27,7 @@ class Profile(NamedTuple):
     time: float  # above 0
 
 
-@cache  # asked at every update
+@cache  # called at every update
 def gamma_of(width: float) -> float:
     """The exponent gamma > 0 of a width: the largest root of (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2.
 

@@ -67,7 +67,7 @@ class OrderedSource:
 @dataclass
 class DataSource:
     """A data set. Training and pairs draw from its training samples at random; everything else takes the held-out ones in their
-    order. Both are read when they are needed first.
+    order. Each of the two is read at its first use.
     """
 
     name: str

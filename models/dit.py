@@ -62,7 +62,7 @@ class DiT(nn.Module):
         self.cross_attention = cross_attention
         self.modulation = zero_init(nn.Linear(width, 2 * width))
         self.unembed = zero_init(nn.Linear(width, channels))
-        self.skip = zero_init(nn.Linear(width, 1))  # the last layer norm loses how large the noise of a token is
+        self.skip = zero_init(nn.Linear(width, 1))  # the last layer norm removes the noise level of a token
         rows, columns = image_shape[1] // patch, image_shape[2] // patch
         rope = positions == "rope"
         rotation = features(angles(rows, columns, width // heads)) if rope else None

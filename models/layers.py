@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """Residual block, optionally resampling by 2 and followed by self-attention: [B, c_in, H, W] -> [B, c_out, H', W'].
 
-    The embedding of time [B, embedding] scales and shifts what the second group norm leaves (the adaptive group norm of
+    The embedding of time [B, embedding] scales and shifts the output of the second group norm (the adaptive group norm of
     Dhariwal & Nichol 2021, arXiv:2105.05233); with scale_shift=False it is added before that norm, as in DDPM (Ho et al. 2020).
     """
 
@@ -35,7 +35,7 @@ class Block(nn.Module):
             h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
         else:
             h = F.silu(self.norm2(h + modulation))
-        # A 1x1 convolution and nearest-neighbor upsampling commute; first is four times cheaper.
+        # A 1x1 convolution and nearest-neighbor upsampling commute; the convolution first is four times cheaper.
         up = self.resampling == "up"
         skip = resample(self.skip(x), "up") if up else self.skip(resample(x, self.resampling))
         h = skip + self.conv2(self.dropout(h))
@@ -109,8 +109,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def tokens(x: Tensor) -> Tensor:
-    """Pixels as tokens: [B, C, H, W] -> [B, HW, C], contiguous, as the fused kernels of attention want their last dimension;
-    others fall back to one that writes all [HW, HW] weights out."""
+    """Pixels as tokens: [B, C, H, W] -> [B, HW, C], contiguous, as the fused kernels of attention require of the last
+    dimension; else torch falls back to one that stores all [HW, HW] weights."""
     return x.flatten(2).transpose(1, 2).contiguous()
 
 

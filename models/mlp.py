@@ -16,8 +16,8 @@ TIME_FEATURES = 32
 class MLP(nn.Module):
     """net(x [B, ...], t [B] in [0, 1], y [B] or None) -> [B, ...].
 
-    Time scales and shifts every layer (FiLM, Perez et al. 2018, arXiv:1709.07871): the field of early times is smooth and
-    that of late ones has edges, which one network of position with time beside it as an input learns far more slowly.
+    Time scales and shifts every layer (FiLM, Perez et al. 2018, arXiv:1709.07871): the field is smooth at early times and has
+    edges at late ones, which a network that reads time as one more input learns far more slowly.
     """
 
     max_prompt_bytes = None  # knows labels only

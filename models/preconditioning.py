@@ -1,4 +1,4 @@
-"""A network that predicts velocities, scaled by t so that its input and what it learns have the size of 1."""
+"""A network that predicts velocities, scaled by t so that its input and its target have unit variance."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 class Preconditioned(nn.Module):
     """v(x, t) = c_skip(t) x + c_out(t) net(c_in(t) x, t) on the linear path, for data of standard deviation s.
 
-    The preconditioning of EDM (Karras et al. 2022, arXiv:2206.00364, table 1), which the paper derives for the data,
-    derived for the velocity x1 - x0 of x_t = t x1 + (1 - t) x0. With n = t^2 s^2 + (1 - t)^2, the variance of x_t:
-    c_in = 1 / sqrt(n) gives the input unit variance, c_skip = (t s^2 - (1 - t)) / n is the regression of the velocity on x_t,
-    and c_out = s / sqrt(n) is the standard deviation of what the regression leaves.
+    The preconditioning of EDM (Karras et al. 2022, arXiv:2206.00364, table 1), which the paper derives for prediction of the
+    data; here it is that for the velocity x1 - x0 of x_t = t x1 + (1 - t) x0. With n = t^2 s^2 + (1 - t)^2, the variance of
+    x_t: c_in = 1 / sqrt(n) gives the input unit variance, c_skip = (t s^2 - (1 - t)) / n is the regression of the velocity on
+    x_t, and c_out = s / sqrt(n) is the standard deviation of its residual.
     """
 
     def __init__(self, net: nn.Module, data_std: float):

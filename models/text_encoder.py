@@ -35,9 +35,9 @@ class EncodedText(NamedTuple):
 class TextEncoder(nn.Module):
     """Tokens int64 [B, L] -> `EncodedText`.
 
-    A convolution over seven bytes, which knows a word wherever it stands, then a pre-norm transformer (Xiong et al. 2020,
-    arXiv:2002.04745). State 0 belongs to a start token that stands before every
-    prompt: the summary of the text, and all that is left of an empty one.
+    A convolution over seven bytes, which recognizes words at any position, then a pre-norm transformer (Xiong et al. 2020,
+    arXiv:2002.04745). State 0 belongs to a start token before every prompt: the summary of the text, and the only unmasked
+    state of an empty one.
     """
 
     def __init__(self, limit: int, width: int):

@@ -33,8 +33,9 @@ class Closest:
 
 def training_set(data: DataSet, features: Tensor, held_out: Tensor | None) -> TrainingSet:
     """The threshold is the QUANTILE of the distances from held-out real images, features [h, d], to the nearest training image;
-    where there are none (None), of those from training images to the nearest other one, which are distributed alike but for
-    what the extractor knows of them by heart. Duplicates of a training image do not count: they tell nothing of new images."""
+    where there are none (None), of those from training images to the nearest other one, which are distributed alike unless the
+    extractor was trained on these images and overfits them. Duplicates of training images are excluded, as they would
+    lower the threshold."""
     distances = nearest_neighbors(features, 1)[0][:, 0] if held_out is None else nearest_of(held_out, features)[0]
     new = distances[distances > DUPLICATE * features.var(0).sum()]
     return TrainingSet(data, features, float(np.quantile(new.numpy(), QUANTILE)) if len(new) else 0.0)

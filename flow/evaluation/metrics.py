@@ -148,9 +148,9 @@ def neighborhoods(c: Comparison, more_than: int) -> Neighborhoods | None:
 def copied_share(c: Comparison) -> dict[str, Estimate]:
     """Share of samples that lie closer to a training image than 1% of held-out real images do.
 
-    Of a network that does not copy, 0.01 of the samples do. No such number tells memorization from underfitting or a lack of
-    modes (Stein et al. 2023, arXiv:2306.04675): samples that all lie where training images are dense score more, too, so
-    that the nearest pairs are drawn as well. Interval: of a share of n samples, for this threshold.
+    The expected value without memorization is 0.01. No such number tells memorization from underfitting or a lack of modes
+    (Stein et al. 2023, arXiv:2306.04675): samples that all lie where training images are dense score more, too, so that the
+    nearest pairs are drawn as well. Interval: of a share of n samples, for this threshold.
     """
     if c.training is None:
         return {}

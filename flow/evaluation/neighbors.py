@@ -17,16 +17,17 @@ Advance = Callable[[], object]  # called after each block of distances
 
 @dataclass
 class Neighborhoods:
-    """Which samples lie in the balls around real images, and the other way round; a ball of k reaches to the k-th neighbor.
+    """Which samples lie in the k-NN balls of real images, and which real images in those of samples.
 
+    The k-NN ball of a point is centered on it and reaches to its k-th nearest neighbor in its own set, itself not counted.
     n samples and m real images; J = JACKKNIFE_BLOCKS blocks of the samples (`block_of`), each left out in turn.
     """
 
-    precise: Tensor  # bool [n]: in the ball of 3 of a real image, its border included
-    dense: Tensor  # int64 [n]: balls of 5 around real images that hold the sample, their borders left out
-    covered: Tensor  # bool [m]: the ball of 5 of the real image holds a sample
+    precise: Tensor  # bool [n]: in the 3-NN ball of a real image, its border included
+    dense: Tensor  # int64 [n]: the number of 5-NN balls of real images that hold the sample, borders excluded
+    covered: Tensor  # bool [m]: the 5-NN ball of the real image holds a sample
     coverage_left_out: np.ndarray  # [J], the share of those without the samples of each block
-    recalled: Tensor | None = None  # bool [m]: the real image lies in the ball of 3 of a sample; None: not computed
+    recalled: Tensor | None = None  # bool [m]: the real image lies in the 3-NN ball of a sample; None: not computed
     recall_left_out: np.ndarray | None = None  # [J]
 
 

@@ -21,8 +21,8 @@ class AlphaFlow(GuidedFlowMapLoss):
 
     Zhang et al. 2025 (arXiv:2510.20771, section 4), whose time runs the other way. alpha = 1 is flow matching over (t, s); for
     alpha -> 0 the gradient goes to that of MeanFlow. alpha falls from 1 along a sigmoid. The paper ends with alpha = 0, which
-    is MeanFlow and needs its derivative; here alpha stays at `alpha_min`, a variant. The target takes one forward pass of the
-    network more. As alpha divides the difference of the two, that pass has the precision and the dropout masks of the
+    is MeanFlow and needs its derivative; here alpha stays at `alpha_min`, a variant. The target takes one more forward pass of
+    the network. As alpha divides the difference of the two, that pass has the precision and the dropout masks of the
     prediction: a target in float32 beside a prediction in bf16 makes the gradient 60% wrong at alpha = 0.005, and a target in
     bf16 10% (docs/few_steps.md).
 

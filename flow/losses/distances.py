@@ -23,9 +23,9 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
 def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.00054) -> Tensor:
     """sqrt(|a - b|^2 / d + c^2) - c with d elements a sample: [B, ...], [B, ...] -> [B].
 
-    The metric sqrt(|a - b|^2 + c_d^2) - c_d with c_d = 0.00054 sqrt(d) of Song & Dhariwal 2023 (arXiv:2310.14189), over
-    sqrt(d): root mean square for errors far above c, mse / (2 c) far below, so an outlier pulls less than with mse. For
-    reflow Lee, Lin & Fanti 2024 (arXiv:2405.20320) have c_d = 0.00054 d, here c = 0.00054 sqrt(d).
+    The metric sqrt(|a - b|^2 + c_d^2) - c_d with c_d = 0.00054 sqrt(d) of Song & Dhariwal 2023 (arXiv:2310.14189), divided by
+    sqrt(d). It is the root mean square error far above c and mse / (2 c) far below, so outliers weigh less than with mse. For
+    reflow Lee, Lin & Fanti 2024 (arXiv:2405.20320) use c_d = 0.00054 d, which is c = 0.00054 sqrt(d) here.
     """
     if c <= 0:
         raise ValueError(f"c={c}: must be greater than 0")

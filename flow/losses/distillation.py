@@ -28,8 +28,8 @@ class Distillation(FlowMatching):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prediction == "noise":
-            # There the network is given x0 (on the VP path x0 + 0.0066 x1) and asked for x0: the identity, which knows nothing
-            # about x1, has a loss of 0 (4e-5).
+            # At t = 0 the input is x0 (on the VP path x0 + 0.0066 x1). The target equals it, so the identity has zero loss
+            # (4e-5) without any knowledge of x1.
             raise ValueError(
                 "distillation: flow.prediction=noise has nothing to learn at t = 0, where the input is the noise; "
                 "use velocity or data"

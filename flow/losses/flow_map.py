@@ -19,8 +19,8 @@ class FlowMapLoss(FlowLoss):
     A `map_share` of the samples has t < t_next, both from the time sampler, sorted; the others have t_next = t and learn the
     velocity (Geng et al. 2025, arXiv:2505.13447, section 4.3; its time runs the other way: their t and r are 1 - t and
     1 - t_next here). The squared error e of a sample, the mean over its elements, gets the weight 1 / (e + c)^p without
-    gradient. There e is the sum over the elements and c = 1e-3, which is 1e-6 for the mean over a thousand. In alpha-Flow e is
-    of the order of alpha^2 for samples with two times, and a larger c would take them out of the training.
+    gradient. In the paper e is the sum over the elements and c = 1e-3, which is 1e-6 for the mean over a thousand. In
+    alpha-Flow e is of the order of alpha^2 for samples with two times, and a larger c would take them out of the training.
     """
 
     num_uniforms: ClassVar[int] = 3  # two times, and which samples have two
@@ -59,7 +59,7 @@ class FlowMapLoss(FlowLoss):
     def weighted(self, prediction: Tensor, target: Tensor, t: Tensor, alpha: Tensor | float = 1.0) -> Losses:
         """e / alpha with e [b] the squared error, weighted by (alpha^2 / (e + c))^p; unweighted as the term `mse`.
 
-        alpha: that of alpha-Flow, [b] or a number; its weight for p = 1 is alpha / (e + c) of e.
+        alpha: that of alpha-Flow, [b] or a number. For p = 1 the loss is alpha e / (e + c), without a gradient of e + c.
         """
         e = mse(prediction.float(), target)
         weight = (alpha**2 / (e.detach() + self.weight_offset)) ** self.weight_power

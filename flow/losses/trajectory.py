@@ -56,7 +56,7 @@ class Trajectory(FlowMapLoss):
         return self.weighted(net(x, t[i], batch.y, torch.where(is_map, t[j], t[i])), target, t[i])
 
 
-@cache  # the same in each step; a copy to a GPU would wait for all that it has to do
+@cache  # the same in each step, and a copy to a GPU would wait for its queued work
 def times_and_weights(state_times: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The times [K + 2] of a path with its ends, and their `derivative_weights` [K + 2, K + 2], float32."""
     times = torch.tensor([0.0, *state_times, 1.0], dtype=torch.float64)

@@ -61,7 +61,7 @@ def write_missing(
                 bar.update(len(indices))
                 continue
             if path.exists():
-                bar.write(f"{damage}; making it again")
+                bar.write(f"{damage}; regenerating")
             write(path, indices, bar)
             num_written += len(indices)
     return sum(distributed.gather_to_main(accelerator, num_written) or [0])

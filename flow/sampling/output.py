@@ -76,7 +76,7 @@ def write_images(
         def is_done(batch: range) -> bool:
             missing = [path for k in batch if not is_whole_png(path := png_path(folder, k), shape)]
             for path in filter(Path.exists, missing):
-                bar.write(f"{path}: damaged, or of another size; making it again")
+                bar.write(f"{path}: damaged, or of another size; regenerating")
             bar.update(0 if missing else len(batch))
             return not missing
 

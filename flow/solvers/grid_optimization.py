@@ -17,7 +17,7 @@ EVALUATIONS_A_STEP = 2  # of the fine trajectory
 def reference_trajectory(
     velocity: Callable[[Tensor, float, float], Tensor], x0: Tensor, steps: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """States x [B, ...] at 0, 1/M, ..., 1 and velocities there but at 1, by M steps of the midpoint rule."""
+    """States x [B, ...] at 0, 1/M, ..., 1, and velocities at all of them but 1, by M steps of the midpoint rule."""
     states, velocities = [x0], []
     for i in range(steps):
         velocities.append(velocity(states[-1], i / steps, i / steps))

@@ -1,8 +1,8 @@
-"""Multistep methods: one evaluation a step, the earlier ones are used again.
+"""Multistep methods: one evaluation a step, earlier ones are reused.
 
 Adams-Bashforth extrapolates the velocity, DPM-Solver++ and UniPC the data prediction in lambda = log(t / (1 - t)), half the
-log signal-to-noise ratio of the linear path. No method evaluates t = 1, where lambda is infinite; where it is (at t = 0 too)
-the latter two take an Euler step, which is their own first order there.
+log signal-to-noise ratio of the linear path. No method evaluates t = 1. As lambda is infinite at t = 0 and t = 1, the latter
+two take an Euler step from t = 0 and to t = 1, which is their own first-order step.
 """
 
 import math
@@ -71,7 +71,7 @@ def unipc(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]) -> Ite
         if finite and prev and math.isfinite(prev[0]):
             D1 = (prev[1] - x1_pred) * (h / (prev[0] - lmbda))
         predicted = first_order if D1 is None else first_order - t_next * math.expm1(-h) * 0.5 * D1
-        if t_next == time_grid[-1] and not finite:  # no corrector: the evaluation there would serve nothing
+        if t_next == time_grid[-1] and not finite:  # no corrector: no further step would use its evaluation
             yield predicted
             return
         x1_pred_next = predicted + (1 - t_next) * velocity(predicted, t_next)
@@ -86,7 +86,7 @@ def unipc(velocity: StageVelocity, x: Tensor, time_grid: Sequence[float]) -> Ite
 
 
 def _ddim_step(x: Tensor, x1_pred: Tensor, t: float, t_next: float) -> Tensor:
-    """The linear path with this data prediction all the way: exact integration of the first order."""
+    """The exact solution for a data prediction that stays constant over the step: a straight line towards it."""
     return (1 - t_next) / (1 - t) * x + (t_next - t) / (1 - t) * x1_pred
 
 

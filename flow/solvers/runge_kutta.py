@@ -20,7 +20,7 @@ class Tableau:
     final: str | None = None  # method of the last step, where a stage of this one would lie on the data end
 
 
-# A learned velocity must not be evaluated at t = 1: there the noise can no longer be seen in x, so the network answers
+# A learned velocity must not be evaluated at t = 1: there x no longer depends on the noise, so the network predicts
 # E[x1 - x0 | x1] = x1, and the weight b of that stage leaves b h x0 as noise in the image. A method with a stage there
 # (c = 1) therefore ends with an open one; a last step of order p - 1 keeps the global order p.
 TABLEAUX = {

@@ -43,8 +43,9 @@ def _integrate(
 
     `noise(i)` is standard normal [B, ...], the increment of step i.
 
-    Within a step h the noise added is at most half of that which belongs to its end: g^2 h <= ((1 - t_next) / 2)^2.
-    Coefficients that do not vanish at the data would otherwise leave noise in the image; with more steps the limit goes away.
+    The noise added in a step h has at most half the standard deviation of the noise in x at its end:
+    g^2 h <= ((1 - t_next) / 2)^2. Coefficients that do not vanish at the data would otherwise leave noise in the image. The
+    more steps, the fewer times are affected.
     With noise_scale 0 these are euler and heun. The last step to t = 1 is Euler's without noise: it lands on the data
     prediction, so that none is left in the image. Raises ValueError for a scale out of range and an unknown diffusion.
     """

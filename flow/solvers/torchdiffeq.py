@@ -13,7 +13,7 @@ from flow.solvers.time_grids import END_EPS
 
 TOLERANCES = ("rtol", "atol")
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
-SCIPY_METHOD = "RK45"  # torchdiffeq's default, LSODA, stores a matrix of as many rows and columns as the batch has numbers
+SCIPY_METHOD = "RK45"  # torchdiffeq's default, LSODA, stores an n x n matrix for a batch of n numbers
 # torchdiffeq's default order for Adams-Bashforth, 11, is unstable even on a rotation: 64 steps err by 1e-2, of order 4 by 1e-7.
 ADAMS = {"max_order": 5}  # torchdiffeq's way to say 4, and 5 for the implicit methods
 
@@ -24,8 +24,9 @@ def adaptive(
     """From time_grid[0] to time_grid[-1] with the step sizes of the tolerances; states between are interpolated.
 
     To the data end, t = 1, the tolerances hold up to 1 - END_EPS. From there one step of an open method of order 3, which
-    asks at 1 - END_EPS / 3 at the latest, goes to the end; states inside it are interpolated linearly. Its error stays
-    whatever the tolerances: 1e-12 for the flow to a Gaussian of standard deviation 0.5, 3e-8 for 0.01, 2e-6 for 0.002.
+    evaluates the velocity no later than 1 - END_EPS / 3, goes to the end; states inside it are interpolated linearly. Its
+    error does not depend on the tolerances: 1e-12 for the flow to a Gaussian of standard deviation 0.5, 3e-8 for 0.01, 2e-6
+    for 0.002.
 
     One step size serves the whole batch, so an image depends on those beside it, by about the error that the tolerances
     leave. Raises ValueError for a tolerance out of range, and where the velocity is not finite or too steep for any step.
@@ -87,7 +88,7 @@ def _odeint(
     def within(t: Tensor, x: Tensor) -> Tensor:
         # The trial step by which torchdiffeq chooses its first step size may lead out of the interval.
         v = velocity(x, min(max(float(t), low), high))
-        if method == "scipy_solver" and not torch.isfinite(v).all():  # it would choose steps for ever
+        if method == "scipy_solver" and not torch.isfinite(v).all():  # else SciPy would try ever smaller steps without end
             raise ValueError(failure)
         return v
 
@@ -103,6 +104,6 @@ def _odeint(
             states = odeint(within, x, at, method=method, rtol=rtol, atol=atol, options=options)
     except AssertionError as error:
         raise ValueError(f"{failure} ({error})") from None
-    if len(states) != len(times):  # SciPy gives those up to its failure
+    if len(states) != len(times):  # SciPy returns the states before its failure
         raise ValueError(failure)
     return states

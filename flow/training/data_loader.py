@@ -216,7 +216,7 @@ class _SafeDataset(Dataset):
 
 
 def _ignore_signals(worker: int) -> None:
-    """They often reach the whole process group; it is the trainer that decides when to stop."""
+    """Signals often reach the whole process group, and the trainer decides when to stop."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

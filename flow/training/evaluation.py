@@ -70,7 +70,7 @@ class EvaluateSnapshots(Callback):
                 rows = self.evaluator.evaluate(model, digest, subject)
             except UserError as error:
                 without = "evaluate.every_steps=0" + (" evaluate.keep_best=null" if self.best_column else "")
-                raise UserError(f"{error}; the training goes on without rows with {without}") from error
+                raise UserError(f"{error}; to continue without evaluation set {without}") from error
         row, is_new = rows[0] if rows else (None, False)
         self._check_best_column(list(row["metrics"]) if row else None)
         if row is None:
