@@ -35,7 +35,6 @@ from models import autoencoder
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # also where there is a GPU, whose tests are in test_gpu.py
 torch.set_num_threads(1)  # the networks of the tests are too small for more
-memorization.PAIRS = 4  # a figure of 24 pairs takes a second
 ENTRY_SCRIPTS = ("train", "sample", "evaluate")
 MAINS = {  # scripts whose main is not that of the module scripts.NAME
     **{name: name for name in ENTRY_SCRIPTS},
@@ -143,6 +142,14 @@ def loss_at(loss: FlowLoss, net: Callable, x0: Tensor, x1: Tensor, t: Tensor, y:
     rows = slice(0, len(x1))
     batch = Batch(x1, x0, y, t.double()[:, None], 0, rows, range(len(x1)), list(range(len(x1))))
     return loss(net, net, batch)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pairs_in_figures():
+    """Figures of nearest pairs show 4 of them: one of 24 takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memorization, "PAIRS", 4)
+        yield
 
 
 @pytest.fixture(autouse=True)
