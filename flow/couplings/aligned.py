@@ -13,7 +13,7 @@ class AlignedCoupling(Coupling):
     """Each image starts at the sample of the source with the same index, as in matched pairs of photos: a data-dependent
     coupling (Albergo et al. 2023, arXiv:2310.03725).
 
-    Nothing random is left in x0, so that the flow gives one image for each start.
+    x0 is a function of the image, so the flow learns one image for each sample of the source.
     """
 
     one_start = True

@@ -14,14 +14,16 @@ class OTCoupling(Coupling):
     arXiv:2304.14772; Tong et al. 2024, arXiv:2302.00482): minibatch optimal transport with an exact assignment.
 
     Within blocks of consecutive rows, so that the pairs are the same for any number of processes, and, where labels are
-    given, within a class, as pairs across classes would make the noise depend on the class and guidance fail.
+    given, within a class: with pairs across classes the noise would depend on the class, and guidance would fail.
     """
 
     needs_data = True
 
     def __init__(self, source: Source, seed: int, image_shape: tuple[int, ...], rows: int, block: int = 64):
-        """rows: of the batch that a process takes at once. block: how many of them are paired at once; must divide them,
-        else ValueError."""
+        """rows: size of a micro-batch. block: number of rows that are paired at once.
+
+        Raises ValueError for a block of less than 2 rows, and for a micro-batch that it does not divide.
+        """
         if block != int(block) or block < 2:
             raise ValueError(f"block={block}: must be a whole number of at least 2")
         if rows < 2:
@@ -46,7 +48,7 @@ class OTCoupling(Coupling):
         paired = torch.empty_like(x0)
         for group in groups.unique():
             rows = (groups == group).nonzero()[:, 0]
-            # |a|^2 + |b|^2 - 2ab, of which only the products depend on who is matched with whom
+            # |a|^2 + |b|^2 - 2ab, of which only the products depend on the assignment
             rows_x0, rows_x1 = linear_sum_assignment((a[rows] @ b[rows].T).numpy(), maximize=True)
             paired[rows[rows_x1]] = x0[rows[rows_x0]]
         return paired

@@ -33,7 +33,6 @@ from flow.source import Source
 from flow.training import first_weights
 from flow.training.checks import (
     check_conditioning,
-    check_forward,
     check_loss,
     check_same_classes,
     check_same_data,
@@ -41,6 +40,7 @@ from flow.training.checks import (
     check_source,
 )
 from flow.training.data_loader import TrainingLoader, loss_noise, micro_batch_size, packing_notes
+from flow.training.output_checks import check_forward
 
 NAMED_IN_LOG = 10  # classes
 

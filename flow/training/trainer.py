@@ -19,13 +19,13 @@ from flow.runtime.shutdown import StopSignal
 from flow.sampling import images, posthoc_ema
 from flow.training import checkpoint, cuda_graph, eager, run_dir, trackers
 from flow.training.averages import RunAverages
-from flow.training.checks import check_losses
 from flow.training.cuda_graph import GraphedStep
 from flow.training.data_loader import prefetch
 from flow.training.ema import Ema
 from flow.training.logging import Logger, log_summary, print_row, show_beside_bar
 from flow.training.muon import MuonWithAdamW
 from flow.training.optimizer import OptimizerStep, build_optimizer, lr_at, set_options, warmup_note
+from flow.training.output_checks import check_losses
 from flow.training.statistics import LossStatistics, Throughput
 from flow.training.step import Step, StepOutput
 from flow.training.task import Task

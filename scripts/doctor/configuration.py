@@ -16,9 +16,10 @@ from flow.model import set_defaults
 from flow.runtime import distributed
 from flow.runtime.errors import error_context
 from flow.training import data_loader
-from flow.training.checks import check_conditioning, check_forward
+from flow.training.checks import check_conditioning
 from flow.training.evaluation import check_start
 from flow.training.flow_task import FlowTask
+from flow.training.output_checks import check_forward
 from flow.training.validation import ValidationLoss
 from scripts.doctor.context import Context, Lines
 

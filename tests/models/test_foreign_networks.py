@@ -9,7 +9,7 @@ from torch import nn
 import models
 from flow.model import FlowModel, set_defaults
 from flow.runtime.errors import cli_main
-from flow.training.checks import check_forward
+from flow.training.output_checks import check_forward
 
 
 class Plain(nn.Module):
