@@ -20,7 +20,7 @@ from configs.errors import UserError
 from flow.evaluation import control, folders, metrics, results, runner, snapshots
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import CONTINUES, cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main
 from flow.sampling import grid_store, guide, locate, posthoc_ema, snapshot, sources
 from flow.sampling.conditions import conditions_in_turn
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
@@ -188,7 +188,7 @@ def plan_of(
                 )  # fmt: skip
                 if scale != 1 or not some_guided:
                     sampler = replace(sampler, guidance_interval=tuple(args.guidance_interval), guide=guide_name)
-                with error_context("evaluate"):
+                with args.naming_flags("evaluate"):
                     validate(sampler, model)
                 plan.append(sampler)
     return plan

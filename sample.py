@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from configs.errors import UserError
 from flow.model import FlowModel
 from flow.runtime import cli, commands, distributed, files, flags, lock, messages
-from flow.runtime.errors import CONTINUES, cli_main, error_context, printable
+from flow.runtime.errors import CONTINUES, cli_main, printable
 from flow.sampling import grid_store, guide, images, named_data, output, snapshot, sources
 from flow.sampling.settings import SamplerSettings, guidance_note, validate
 from flow.sampling.snapshot import Snapshot
@@ -63,7 +63,7 @@ def main() -> None:
     if args.n_samples is None:
         raise UserError("--n_samples: how many images? This flow starts at noise")
     settings = settings_of(args, snap, guide_name)
-    with error_context("sample"):
+    with args.naming_flags("sample"):
         check_request(args, snap, model, settings)
     notes = (guidance_note(settings, model), source_note, grid_store.fit_note(snap, settings), snap.space.channels_note)
     for note in filter(None, notes):

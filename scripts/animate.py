@@ -110,7 +110,7 @@ def main() -> None:
         )
         for scale in scales
     ]  # fmt: skip
-    with error_context("animate"):
+    with args.naming_flags("animate"):
         for each in settings:
             validate(each, model)
         if plane and model.net.num_classes is not None:

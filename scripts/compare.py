@@ -137,7 +137,7 @@ def solve_flow(args, accelerator: Accelerator, name: str, model: FlowModel, real
     indices = range(args.n_samples)
     for n in steps:
         settings = SamplerSettings(args.sampling_method, n, seed=args.seed)
-        with error_context("compare"):
+        with args.naming_flags("compare"):
             validate(settings, model)
         adaptive = args.sampling_method in ADAPTIVE
         times = uniform(args.frames - 1) if adaptive else build_time_grid(settings, model.path)

@@ -86,7 +86,7 @@ def main() -> None:
         args.sampling_method, args.sampling_steps, args.guidance_scale, seed=args.seed, labels=classes, prompts=prompts,
         guidance_interval=tuple(args.guidance_interval), guide=guide_name,
     )  # fmt: skip
-    with error_context("make_pairs"):
+    with args.naming_flags("make_pairs"):
         validate(settings, model)
         invertible_indices: list[int] = []
         if data:

@@ -58,7 +58,7 @@ def main() -> None:
     prompts = tuple(args.prompts) if args.prompts else None
     labels = flags.labels_of(args.labels, snap.class_names)
     settings = SamplerSettings(guidance_scale=args.guidance_scale, seed=args.seed, labels=labels, prompts=prompts)
-    with error_context("optimize_grid"):
+    with args.naming_flags("optimize_grid"):
         validate(settings, model)
     accelerator = distributed.build_single_process_accelerator("optimize_grid")
     if note := sources.attach(accelerator, model, None, snap.config.data.root, 2 * args.n_images):  # in two PARTS

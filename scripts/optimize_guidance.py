@@ -18,7 +18,7 @@ from flow.evaluation import evaluate_command, plots, results, table
 from flow.evaluation.entries import aggregate, distance_name
 from flow.evaluation.snapshots import columns_of
 from flow.runtime import cli, commands, distributed, flags, lock, messages
-from flow.runtime.errors import CONTINUES, cli_main, error_context
+from flow.runtime.errors import CONTINUES, cli_main
 from flow.sampling import guide, locate, snapshot
 from flow.sampling.settings import ALL_TIMES, SamplerSettings, validate
 from flow.solvers import SOLVERS
@@ -98,7 +98,7 @@ def main() -> None:
     for path in dict.fromkeys(c.guide for c in left if c.guide):
         guide.attach(copy.copy(model), snap, path)  # one that does not fit is named before hours of rows
     prompts = tuple(map(captions.plain, snap.class_names)) if model.net.max_prompt_bytes else None  # as evaluate.py
-    with error_context("optimize_guidance"):
+    with args.naming_flags("optimize_guidance"):
         for scale, times, weights in left:
             base = SamplerSettings(args.sampling_method, args.sampling_steps, scale, prompts=prompts)
             validate(replace(base, guidance_interval=times, guide=weights), model)

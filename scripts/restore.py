@@ -104,7 +104,7 @@ def main() -> None:
     labels = flags.labels_of(args.labels, snap.class_names)
     prompts = tuple(args.prompts) if args.prompts else None
     conditions = SamplerSettings("euler", 1, args.guidance_scale, seed=args.seed, labels=labels, prompts=prompts)
-    with error_context("restore"):
+    with args.naming_flags("restore"):
         validate(conditions, model)
         check_conditions(conditions, model, snap)
         settings = settings_of(args)

@@ -77,7 +77,7 @@ def main() -> None:
         prompts=tuple(args.prompts) if args.prompts else None,
     )  # fmt: skip
     model = snap.model(decode=False)
-    with error_context("solver_study"):
+    with args.naming_flags("solver_study"):
         validate(base, model)
     plan = plan_of(args, snap)
     accelerator = distributed.build_single_process_accelerator("solver_study")

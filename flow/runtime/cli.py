@@ -7,15 +7,18 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from configs import schema
-from configs.errors import UserError, did_you_mean
+from configs.errors import UserError, did_you_mean, first_line
 from configs.keys import all_keys
 from flow.runtime import files
 
 _KEY = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
+_ARGUMENT = re.compile(r"(?P<name>\w+)(=(?P<value>.*?))?: (?P<reason>.*)")  # the beginning of an error of a library call
+_OTHER_NAMES = {"sampling_method": ["methods"], "steps": ["sampling_steps"], "noise_scale": ["sde_noise_scale"]}  # of flags
 
 
 class Arguments(argparse.Namespace):
@@ -35,6 +38,24 @@ class Arguments(argparse.Namespace):
                 values = [] if value is True else value if isinstance(value, list | tuple) else [value]
                 words += [flag, *(f"{each:.15g}" if isinstance(each, float) else str(each) for each in values)]
         return words
+
+    @contextmanager
+    def naming_flags(self, command: str) -> Iterator[None]:
+        """ValueErrors of library calls become errors of the user that begin with the flag of the argument at fault, `labels=11`
+        as `--labels 11`; those of no argument begin with the command."""
+        try:
+            yield
+        except UserError:
+            raise
+        except ValueError as error:
+            message = first_line(error)
+            parts = _ARGUMENT.fullmatch(message)
+            name = parts["name"] if parts else ""
+            known = next((each for each in (name, *_OTHER_NAMES.get(name, ())) if each in self.flags), None)
+            if parts is None or known is None:
+                raise UserError(f"{command}: {message}") from error
+            words = [self.flags[known][0], *(parts["value"] or "").strip("[]").replace(",", "").split()]
+            raise UserError(f"{' '.join(words)}: {parts['reason']}") from error
 
     def refuse_typed(self, names: Iterable[str], reason: str) -> None:
         """Raises UserError for the first of these flags that is not at its default."""
