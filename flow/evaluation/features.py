@@ -117,6 +117,8 @@ class Extractor(FeatureSpace):
 
     def dimension(self, image_shape: tuple[int, int, int]) -> int:
         """Number of features; raises ValueError, with extractors that do, where this one does not take images of this shape."""
+        if image_shape[0] not in (1, 3):
+            raise ValueError(f"--feature_extractor {self.name}: takes images of 1 or 3 channels, these have {image_shape[0]}")
         try:
             return self(torch.zeros(1, *image_shape, dtype=torch.uint8))[self.layer].shape[1]
         except ValueError as error:

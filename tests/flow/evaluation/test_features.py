@@ -18,6 +18,11 @@ from flow.evaluation.features import INCEPTION, Extractor, FeatureSet, FeatureSp
 extractor = pytest.fixture(digits_extractor, scope="module")
 
 
+def test_images_of_other_channels_are_refused(extractor):
+    with pytest.raises(ValueError, match="--feature_extractor digits: takes images of 1 or 3 channels, these have 4"):
+        extractor.dimension((4, 8, 8))
+
+
 def test_merging_processes_changes_nothing(extractor):
     images = noisy_digits(300)
     whole = feature_set(images, extractor)
