@@ -89,8 +89,9 @@ def reading(path: Path) -> Iterator[None]:
     except UnpicklingError:
         raise UserError(f"-r {path}: holds something other than tensors and numbers, which is not loaded") from None
     except _READING_ERRORS as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"-r {path}: does not fit this configuration ({reason})") from None
+        first, *more = [line.strip() for line in str(error).splitlines()] or [""]
+        reason = f"{first} {more[0]}" if first.endswith(":") and more else first_line(error)  # torch names the weight in line 2
+        raise UserError(f"-r {path}: does not fit this configuration ({type(error).__name__}: {reason})") from None
 
 
 def stored_config(path: Path, kind: type[Kind], confirmed: dict[str, Any]) -> Kind:

@@ -36,6 +36,21 @@ def test_a_network_without_words_on_conditions(here, error, monkeypatch, tmp_pat
     assert "network: plain, 0.00 M parameters" in said, said
 
 
+def test_resuming_with_another_shape_names_the_weight(here, error, monkeypatch, tmp_path):
+    """The code of a network has changed since the checkpoint."""
+
+    class Wider(Plain):
+        def __init__(self, image_shape):
+            super().__init__(image_shape)
+            self.layer = nn.Conv2d(image_shape[0], image_shape[0], 3, padding=1)
+
+    monkeypatch.setitem(models.MODELS, "plain", Plain)
+    here("train", "-c", "configs/digits.yaml", *TINY_RUN, "model.name=plain", "train.steps=1", "-e", tmp_path / "run")
+    monkeypatch.setitem(models.MODELS, "plain", Wider)
+    line = error("train", "-e", tmp_path / "run", "-r", "latest", "train.steps=2")
+    assert "does not fit this configuration" in line and "size mismatch for layer.weight" in line
+
+
 def test_a_network_without_labels_on_classes(here, error, monkeypatch, packed_digits, tmp_path):
     """Data with classes ask for as many; null trains without them."""
     monkeypatch.setitem(models.MODELS, "plain", Plain)
