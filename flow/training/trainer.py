@@ -2,6 +2,7 @@
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
@@ -89,7 +90,9 @@ class Trainer:
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         optimizer = build_optimizer(task.net, config.optimizer, accelerator)
         # The network as DDP or FSDP2 has it; task.net is the same without them.
-        self.wrapped_net, self.optimizer = accelerator.prepare(task.net, optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate has no other argument
+            self.wrapped_net, self.optimizer = accelerator.prepare(task.net, optimizer)
         self.eager = eager.build(task.net, self.wrapped_net, accelerator)
         if self.eager.derivative_error and getattr(task.loss, "needs_derivative", False):
             raise UserError(f"loss.name={config.loss.name}: {self.eager.derivative_error}; use loss.name=alpha_flow")
