@@ -11,7 +11,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -109,12 +108,19 @@ def open_run(
 
 
 def given_run(config: Kind, run_dir: Path, resume: str | None) -> tuple[Path, Kind]:
-    """As `open_run`, for a configuration in Python, which is copied."""
-    run_dir, cfg = files.resolve_unnamed(run_dir), deepcopy(config)
+    """As `open_run`, for a configuration in Python, which is copied and checked as that of a file: its values may have been set
+    after it was loaded."""
+    if not isinstance(config, schema.Config):
+        raise UserError(f"config={config!r:.60}: must be a configuration; read one by configs.loading.load")
+    typed = stored.typed_values(config)
+    run_dir, cfg = files.resolve_unnamed(run_dir), loading.parse(loading.dump(config), "config", type(config), typed)
+    cfg.typed = dict(getattr(config, "typed", {}))
     if not resume:
         _check_is_new(run_dir, "folder=", 'resume="latest"')
         return run_dir, cfg
     _check_has_run(run_dir, f"resume={resume}", "resume")
+    if str(resume) != "latest" and _resumed_folder(None, None, str(resume)).resolve() != run_dir.resolve():
+        raise UserError(f"resume={resume}: is no checkpoint of {run_dir}; name one, or start a new run with train.init_from")
     return run_dir, _resumed(run_dir, _stored_config(run_dir, type(cfg), stored.typed_values(cfg)), cfg)
 
 

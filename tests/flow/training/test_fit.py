@@ -1,5 +1,7 @@
 """fit, the training in Python: the run is that of train.py."""
 
+import shutil
+
 import pytest
 from conftest import TINY_TRAIN
 
@@ -45,3 +47,30 @@ def test_what_is_refused(tiny_run, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             fit(configuration("seed=5"), folder, resume)
+
+
+def test_resumed_checkpoint_is_of_the_folder(tiny_run, tmp_path):
+    """A mistyped name is not the latest checkpoint, and that of another run would overwrite this one."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    for resume, message in (
+        ("step_00000002x", "-r step_00000002x: there is no such folder; give `latest`, a run folder or a checkpoint folder"),
+        (str(tiny_run / "checkpoints/step_00000004"), "resume=.*step_00000004: is no checkpoint of .*; name one"),
+    ):
+        with pytest.raises(UserError, match=message):
+            fit(configuration(), tmp_path / "run", resume)
+
+
+def test_values_set_in_python_are_checked(tmp_path):
+    """As those of a file, before anything is written: a run with a configuration that nothing reads could not be used."""
+    for section, name, value, message in (
+        ("train", "steps", -3, "train.steps=-3: must be at least 1"),
+        ("train", "batch_size", "many", "config: train.batch_size: .*many"),
+        ("optimizer", "name", "sgd", "optimizer.name=sgd: .*adamw"),
+    ):
+        config = configuration()
+        setattr(getattr(config, section), name, value)
+        with pytest.raises(UserError, match=message):
+            fit(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"config='configs/digits\.yaml': must be a configuration"):
+        fit("configs/digits.yaml", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
