@@ -274,6 +274,8 @@ class Sampler:
     def _settings(self, labels, prompts, options: dict | None = None, **settings: Any) -> SamplerSettings:
         if isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r}: must be a list of prompts")
+        if isinstance(labels, str):  # whose letters may be names of classes
+            raise ValueError(f"labels={labels!r}: must be a list of whole numbers or names of classes")
         try:
             labels = None if labels is None else tuple(map(self._label, labels))
         except TypeError:

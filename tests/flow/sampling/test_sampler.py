@@ -17,6 +17,7 @@ WRONG = [
     ("sample", [2], {"labels": []}, "labels: must have at least one, or be left out"),
     ("sample", [2], {"labels": [1.5]}, r"labels=\[1.5\]: must be whole numbers or names of classes"),
     ("sample", [2], {"labels": ["ten"]}, "labels='ten': unknown class; the classes are 0, 1, 2"),
+    ("sample", [2], {"labels": "12"}, "labels='12': must be a list of whole numbers or names of classes"),
     ("sample", [2], {"labels": [10]}, "labels=10: is out of range; this network has 0 to 9"),
     ("sample", [2], {"prompts": "a text"}, "prompts='a text': must be a list of prompts"),
     ("sample", [2], {"guidance_scale": float("nan")}, "guidance_scale=nan: must be a finite number of 0 or more"),
