@@ -88,7 +88,7 @@ def _check_shape(key: str, images: Tensor) -> None:
 
 def _check_labels(key: str, data: Any) -> None:
     labels, names = data.labels, data.class_names
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{key}: class_names={names!r}: must be a tuple of strings, a name for each class")
     if labels is None:
         return

@@ -93,3 +93,10 @@ def test_training_says_what_is_wrong(here, error, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
     monkeypatch.setitem(datasets.DATASETS, "own", lambda root: Images(PIXELS / 255, LABELS, NAMES))
     assert "note: name=own: images are float32 from 0 to 1" in here("train", *train, "train.steps=1")
+
+
+def test_names_of_classes_are_a_tuple():
+    """None, as for labels, is not one."""
+    data = Images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), None, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="name=own: class_names=None: must be a tuple of strings, a name for each class"):
+        datasets.contract.check("own", data)
