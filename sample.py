@@ -136,7 +136,8 @@ def write_image_folder(args, accelerator: Accelerator, snap: Snapshot, model: Fl
     if not accelerator.is_main_process:
         return
     write_grid_and_npz(args, snap, settings, model.net.num_classes)
-    if names := sources.names_of_starts(model, indices):
+    images_there = range(max(args.n_samples, len(list(folder.glob("*.png")))))  # an earlier call may have made more
+    if names := sources.names_of_starts(model, images_there):
         output.write_starts(args.save_dir / "starts.csv", folder, names)
     cost = f"NFE {nfe} ({forwards} network calls) per image" if nfe else "none of them new"
     result = f"{args.n_samples} images in {folder} and {args.save_dir / 'grid.png'}, {cost}"

@@ -38,7 +38,8 @@ def read_batches(data: Any, batches: Iterable[Sequence[int]]) -> Iterator[tuple[
 def _started(data: Any, indices: Sequence[int]) -> Callable[[], Tensor]:
     """Start to read; the function that comes back waits for the samples."""
     if data.access == "memory":
-        images = data.images.index_select(0, torch.tensor(indices))  # several times faster than data.images[indices]
+        rows = torch.tensor(indices, dtype=torch.int64)
+        images = data.images.index_select(0, rows)  # several times faster than data.images[indices]
         return lambda: images
     if data.access == "files":
         futures = [_pool().submit(data.__getitem__, k) for k in indices]

@@ -66,13 +66,14 @@ def build_accelerator(
             project_dir=log_dir,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timeout),
-                # Buffers of the networks here are constants, which DDP would send from process 0 at each step.
-                DistributedDataParallelKwargs(
-                    gradient_as_bucket_view=True, broadcast_buffers=False, comm_hook=DDPCommunicationHookType(ddp_comm_hook)
-                ),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, comm_hook=DDPCommunicationHookType(ddp_comm_hook)),
             ],
         )
     except ValueError as error:  # e.g. bf16 on a GPU that has none
+        if "already been initialized" in str(error):
+            raise UserError(
+                f"train.mixed_precision={mixed_precision}: this process works in another one already; start a new process"
+            ) from None
         raise UserError(f"train.mixed_precision={mixed_precision}, train.log_with={log_with}: {error}") from None
     if accelerator.is_fsdp2:
         if ddp_comm_hook != "no":

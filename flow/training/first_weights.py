@@ -19,9 +19,10 @@ def load(source: Snapshot, net: nn.Module, class_names: Sequence[str]) -> list[s
     Raises UserError as `Snapshot.check_fit`.
     """
     own, weights = net.state_dict(), dict(source.weights)
-    weights |= {name: value for name, value in own.items() if NEW in name and name not in weights}
+    new_steps = {name: value for name, value in own.items() if NEW in name and name not in weights}
+    weights |= new_steps
     before = source.class_names
-    notes = []
+    notes = ["the embedding of the length of a step starts anew"] if new_steps else []
     for name in (name for name in {**own, **weights} if name.endswith(LABELS)):
         table, other = own.get(name), weights.pop(name, None)
         if table is None or other is None:

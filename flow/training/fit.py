@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from configs.errors import UserError
 from configs.schema import Config
 from flow.training import checkpoint, run_dir
 from flow.training.flow_task import FlowTask
@@ -36,6 +37,8 @@ def fit_opened(
     config: Config, folder: Path, accelerator: Accelerator, resume: str | None, callbacks: Sequence[Callback]
 ) -> Trainer:
     """`fit` inside the lock of the folder."""
+    if other := next((each for each in callbacks if not isinstance(each, Callback)), None):
+        raise UserError(f"callbacks: {other!r:.60} is no flow.training.trainer.Callback; derive its class from that")
     # Whatever is wrong with the configuration comes out here, before anything is written.
     resume_path = run_dir.checkpoint_to_resume(resume, folder, config) if resume else None
     class_names = checkpoint.stored_class_names(resume_path) if resume_path else ()

@@ -12,7 +12,7 @@ from torch import Tensor
 import models
 from configs import schema
 from configs.errors import UserError
-from configs.schema import Config
+from configs.schema import Config, ModelConfig
 from datasets import DataSet, DataSpec, captions
 from flow import couplings, losses, time_samplers
 from flow import path as paths
@@ -119,15 +119,12 @@ class FlowTask:
                 source = snapshot.load(init_from)
                 snapshot.check_codec(f"train.init_from={init_from}", source, self.data.codec)
                 check_same_flow(f"train.init_from={init_from}", source.config, self.config)
-                new = first_weights.load(source, self.net, self.class_names if self.net.num_classes is not None else ())
-            before, now = source.config.model.args, self.config.model.args
-            changed = [key for key in sorted({**before, **now}) if before.get(key) != now.get(key) and key != "two_times"]
-            self.notes += [f"train.init_from={init_from}: {note}" for note in new]
-            self.notes += [
-                f"train.init_from={init_from}: was trained with model.args.{key}={before.get(key, 'its default')}, here it is "
-                f"{now.get(key, 'the default')}"
-                for key in changed
-            ]
+                changes = _changes_of_model(source.config.model, self.config.model)
+                try:
+                    new = first_weights.load(source, self.net, self.class_names if self.net.num_classes is not None else ())
+                except UserError as error:
+                    raise UserError("; ".join([str(error), *changes])) from None
+            self.notes += [f"train.init_from={init_from}: {note}" for note in [*new, *changes]]
 
     def build_network(self) -> Any:
         return models.build(self.config.model.name, self.data.image_shape, self.config.model.args)
@@ -234,6 +231,16 @@ class FlowTask:
         if self.net.max_prompt_bytes:
             return encode_captions(self.net, self.data, batch.indices, batch.sample_ids, "caption", self.config.seed)
         return batch.y if self.net.num_classes is not None else None
+
+
+def _changes_of_model(before: ModelConfig, now: ModelConfig) -> list[str]:
+    """A line for each key of the section `model` that differs, but for that of a flow that becomes a flow map."""
+    lines = [f"was trained with model.name={before.name}, here it is {now.name}"] if before.name != now.name else []
+    for key in sorted({**before.args, **now.args}.keys() - {"two_times"}):
+        if before.args.get(key) != now.args.get(key):
+            was, here = before.args.get(key, "its default"), now.args.get(key, "the default")
+            lines.append(f"was trained with model.args.{key}={was}, here it is {here}")
+    return lines
 
 
 def build_loss(config: Config) -> FlowLoss:

@@ -2,7 +2,6 @@
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import UserError
 from flow.losses import Batch, Losses
@@ -90,9 +90,10 @@ class Trainer:
         distributed.prepare_model(task.net, accelerator, config.train.compile)
         optimizer = build_optimizer(task.net, config.optimizer, accelerator)
         # The network as DDP or FSDP2 has it; task.net is the same without them.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate has no other argument
-            self.wrapped_net, self.optimizer = accelerator.prepare(task.net, optimizer)
+        self.wrapped_net, self.optimizer = accelerator.prepare(task.net, optimizer)
+        if isinstance(self.wrapped_net, DistributedDataParallel):
+            # Buffers of the networks here are constants, which DDP would send from process 0 at each step.
+            self.wrapped_net.broadcast_buffers = False
         self.eager = eager.build(task.net, self.wrapped_net, accelerator)
         if self.eager.derivative_error and getattr(task.loss, "needs_derivative", False):
             raise UserError(f"loss.name={config.loss.name}: {self.eager.derivative_error}; use loss.name=alpha_flow")
@@ -155,7 +156,7 @@ class Trainer:
                 self.interrupted = signaled and not self.finished  # nothing is left to stop after the last step
                 with self.throughput.paused():
                     self._write_what_is_due()
-            any_signal.wait()
+            self.interrupted |= any_signal.wait() and not self.finished  # one that came with a callback's stop
         if self.interrupted:
             self._leave(stop)
         result = f"{self.folder}: {'finished' if self.finished else 'stopped at'} step {self.step}"

@@ -185,6 +185,8 @@ def test_images_from_a_folder_keep_their_order(tmp_path, here, error):
     assert (tmp_path / "a/starts.csv").read_text().splitlines() == ["image,start", *(f"00000{k}.png,{k}.png" for k in range(3))]
     all_of_them = ["sample", "--weights", tmp_path / "run", "--sampling_steps", 1, "--save_dir", tmp_path / "all"]
     assert "3 images in" in here(*all_of_them, "--source", folder)
+    here(*all_of_them, "--source", folder, "--n_samples", 1)  # which leaves the other two
+    assert len((tmp_path / "all/starts.csv").read_text().splitlines()) == 4
     four = here(*command, "--n_samples", 4, "--save_dir", tmp_path / "four", "--source", folder)
     assert "has 3 samples, so after the first 3 images they come again" in four
     expected = Sampler.load(tmp_path / "run", device="cpu").transfer(pixels, method="heun", steps=2)

@@ -290,7 +290,7 @@ def test_warmup_that_does_not_end_is_noted(here, tmp_path):
     )
 
 
-def test_init_from_other_classes(here, tmp_path, uninterrupted):
+def test_init_from_other_classes(here, error, tmp_path, uninterrupted):
     """A class keeps the embedding of its name, another one starts anew; labels may also come or go."""
     for name in ("3", "7"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -309,6 +309,8 @@ def test_init_from_other_classes(here, tmp_path, uninterrupted):
     same = [3, 7, 10]
     assert torch.allclose(two, all_ten[same], atol=1e-6) and torch.allclose(ten[same], two, atol=1e-6)
     assert (ten - all_ten).abs().amax(1).gt(1e-3).nonzero().flatten().tolist() == [0, 1, 2, 4, 5, 6, 8, 9]
+    scaled = [f"train.init_from={tmp_path / 'two'}", "model.args.data_std=0.5", "-e", tmp_path / "scaled"]
+    assert "was trained with model.args.data_std=its default, here it is 0.5" in error(*first, *scaled)
     none = ["model.args.num_classes=null", f"train.init_from={tmp_path / 'two'}", "-e", tmp_path / "none"]
     assert "was trained with labels, which are left out here" in here(*first, *none)
     some = [f"train.init_from={tmp_path / 'none'}", "-e", tmp_path / "some"]
