@@ -71,7 +71,7 @@ def test_classes_are_used_and_known_by_name(here, error, trained, tmp_path):
     }.items():
         message = error(script, "--weights", trained, *more, "--labels", "discs", "disks")
         assert "--labels disks: unknown class; the classes are cats, discs. Did you mean 'discs'?" in message
-        assert "labels=2: is out of range" in error(script, "--weights", trained, *more, "--labels", "2")
+        assert "--labels 2: is out of range" in error(script, "--weights", trained, *more, "--labels", "2")
     assert not (tmp_path / "x").exists()
 
 

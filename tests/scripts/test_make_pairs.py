@@ -177,7 +177,7 @@ def test_mistakes(error, tmp_path, tiny_run, folder):
     (tmp_path / "mine.txt").write_text("mine")
     command = ["make_pairs", "--weights", tiny_run, "--n_pairs", "10"]
     assert "exists and was not written by make_pairs" in error(*command, "--save_dir", tmp_path)
-    assert "labels=11: is out of range" in error(*command, "--save_dir", tmp_path / "a", "--labels", "11")
+    assert "--labels 11: is out of range" in error(*command, "--save_dir", tmp_path / "a", "--labels", "11")
     assert "'1.5': must be a number from 0 to 1" in error(*command, "--save_dir", tmp_path / "a", "--real_fraction", "1.5")
     many = ["--n_pairs", "4000", "--real_fraction", "0.5"]
     assert "2000 pairs of 1797 real images" in error(*command, "--save_dir", tmp_path / "a", *many)

@@ -146,7 +146,7 @@ def test_mistakes_about_solvers(error, tmp_path, tiny_run, script):
     assert "not allowed with argument" in error(*command, "--nfe", "2", "--sampling_steps", "2")
     assert "--sde_noise_scale=-1.0: must be 0 or more" in error(*command, flag, "euler_maruyama", "--sde_noise_scale", "-1")
     assert "at most 100" in error(*command, flag, "euler_maruyama", "--sde_noise_scale", "1e200")
-    assert "time_grid=edm: dopri5 chooses its own times" in error(*command, flag, "dopri5", "--time_grid", "edm")
+    assert "--time_grid edm: dopri5 chooses its own times" in error(*command, flag, "dopri5", "--time_grid", "edm")
     line = error(*command, flag, "dopri5", "--sde_noise_scale", "1")
     assert "--sde_noise_scale: dopri5 has no such option; it is for euler_maruyama, stochastic_heun" in line
     assert "none is stored for euler with 100 steps" in error(*command, "--time_grid", "optimized")

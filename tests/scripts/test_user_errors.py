@@ -200,7 +200,8 @@ def test_weights(script, error, tiny_run, tmp_path):
 def test_weights_of_another_width_start_no_run(error, tiny_run, tmp_path):
     line = error("train", *TINY_TRAIN, "-e", tmp_path / "run", f"train.init_from={tiny_run}", "model.args.width=32")
     assert "do not fit the network (model.name, model.args)" in line and "model.args=" not in line
-    shapes = re.search(r" is \((\d[\d, ]*)\) in the file, \((\d[\d, ]*)\) in the network$", line)
+    assert line.endswith("; was trained with model.args.width=16, here it is 32")
+    shapes = re.search(r" is \((\d[\d, ]*)\) in the file, \((\d[\d, ]*)\) in the network;", line)
     assert shapes and shapes[1] != shapes[2] and not (tmp_path / "run").exists()
 
 

@@ -107,7 +107,10 @@ def test_rows_of_guidance(tmp_path, here):
     [
         (["--guide_weights", "OTHER"], "guide_weights: needs a guidance_scale other than 1"),
         (["--guidance_interval", "0.2", "0.8"], "guidance_interval: needs a guidance_scale other than 1"),
-        (["--guidance_scale", "2", "--guidance_interval", "0.8", "0.2"], "guidance_interval=0.8 0.2: must be two times from 0"),
+        (
+            ["--guidance_scale", "2", "--guidance_interval", "0.8", "0.2"],
+            "--guidance_interval 0.8 0.2: must be two times from 0",
+        ),
         (["--guidance_scale", "2", "--guide_weights", "SIZE"], "is a model of images of (1, 16, 16), --weights of (1, 8, 8)"),
         (["--guidance_scale", "2", "--guide_weights", "CLASSES"], "was trained with other classes or prompts than --weights"),
         (["--guidance_scale", "2", "--guide_weights", "SOURCE"], "starts at digits, --weights at gaussian"),
