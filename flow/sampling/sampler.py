@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class Sampler:
             ValueError: for other times, for x of another shape or kind, for t_next where the network has one time, and for a
                 condition that it does not take.
         """
-        if not isinstance(t, int | float) or not 0 <= t < 1:
+        if not isinstance(t, Real) or not 0 <= t < 1:
             raise ValueError(f"t={t}: must be a number in [0, 1); at the data, t = 1, the velocity is not defined")
         if not x.is_floating_point() or tuple(x.shape[1:]) != self.model.shape:
             raise ValueError(f"x of {x.dtype} and shape {tuple(x.shape)}: must be floats [b, *{self.model.shape}]")

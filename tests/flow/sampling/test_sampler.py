@@ -57,6 +57,10 @@ def test_wrong_arguments_are_named(sampler, method, arguments, options, message)
         getattr(sampler, method)(*arguments, **options)
 
 
+def test_time_of_any_kind(sampler):
+    assert torch.equal(*(sampler.velocity(IMAGES, t, labels=[1]) for t in (0.5, np.float32(0.5))))
+
+
 def test_classes_by_name(sampler):
     assert sampler.class_names == tuple("0123456789")
     assert torch.equal(sampler.sample(3, labels=["3", "1"], steps=1), sampler.sample(3, labels=[3, 1], steps=1))
