@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from configs.schema import Config
 from flow.runtime import cli, flags
 from flow.runtime.errors import cli_main
-from flow.training.fit import fit_opened
+from flow.training.fit import fit_locked
 from flow.training.run_dir import locked_run
 from flow.training.trainer import Callback
 
@@ -24,7 +24,7 @@ def main(callbacks: Sequence[Callback] = ()) -> None:
     """callbacks: beside those of the configuration (docs/extending.md)."""
     args = parse_args()
     with locked_run(args, Config) as (folder, config, accelerator):
-        fit_opened(config, folder, accelerator, args.resume, callbacks)
+        fit_locked(config, folder, accelerator, args.resume, callbacks)
 
 
 if __name__ == "__main__":

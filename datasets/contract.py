@@ -11,6 +11,7 @@ from datasets.images import Images
 from datasets.latents import Latents
 from datasets.packed import Packed
 from datasets.pairs import Pairs
+from flow.registry import kind_of
 
 STORED = (Pairs, Latents, Packed)  # written by scripts: values of pairs leave [-1, 1], early ones have labels without names
 FLOATS = (torch.float16, torch.float32, torch.float64)
@@ -26,7 +27,7 @@ def check(name: str, data: Any) -> None:
     key = f"name={name}"
     if not hasattr(data, "access"):
         raise ValueError(
-            f"{key}: is built as {_kind(data)}; return datasets.images.Images(images, labels, class_names), or an object of "
+            f"{key}: is built as {kind_of(data)}; return datasets.images.Images(images, labels, class_names), or an object of "
             "the protocol datasets.DataSet"
         )
     if data.access == "memory":
@@ -39,7 +40,7 @@ def check(name: str, data: Any) -> None:
 def _check_images(key: str, data: Any) -> None:
     images = data.images
     if not isinstance(images, Tensor):
-        raise ValueError(f"{key}: images are {_kind(images)}, must be a tensor; {_to_tensor(images, 'torch.stack(images)')}")
+        raise ValueError(f"{key}: images are {kind_of(images)}, must be a tensor; {_to_tensor(images, 'torch.stack(images)')}")
     dtype = str(images.dtype).removeprefix("torch.")
     if images.dtype != torch.uint8 and images.dtype not in FLOATS:
         raise ValueError(
@@ -52,7 +53,7 @@ def _check_images(key: str, data: Any) -> None:
     low, high = (bound.item() for bound in images.aminmax())  # NaN where one value is NaN
     if not (math.isfinite(low) and math.isfinite(high)):
         bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
-        remedy = "make them again" if isinstance(data, STORED) else "leave them out"
+        remedy = "regenerate them" if isinstance(data, STORED) else "leave them out"
         raise ValueError(
             f"{key}: {len(bad)} of {len(images)} samples hold NaN or infinity, the first is number {bad[0]}; {remedy}"
         )
@@ -93,7 +94,7 @@ def _check_labels(key: str, data: Any) -> None:
     if labels is None:
         return
     if not isinstance(labels, Tensor):
-        raise ValueError(f"{key}: labels are {_kind(labels)}, must be a tensor; {_to_tensor(labels, 'torch.tensor(labels)')}")
+        raise ValueError(f"{key}: labels are {kind_of(labels)}, must be a tensor; {_to_tensor(labels, 'torch.tensor(labels)')}")
     if labels.dtype != torch.int64:
         raise ValueError(f"{key}: labels are {str(labels.dtype).removeprefix('torch.')}, must be int64; return labels.long()")
     if list(labels.shape) != [len(data)]:
@@ -109,13 +110,6 @@ def _check_labels(key: str, data: Any) -> None:
             f"{key}: labels go up to {high}, class_names has {len(names)} names; name each class from 0 to {high}, or return "
             "None as labels"
         )
-
-
-def _kind(value: Any) -> str:
-    """'a list', 'a numpy.ndarray'."""
-    kind = type(value)
-    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
-    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _to_tensor(value: Any, other: str) -> str:

@@ -82,3 +82,10 @@ def pick(kind: str, registry: Mapping[str, Callable], name: str, args: dict[str,
 def is_finite_number(value: Any) -> bool:
     """Whether the value is an int or a float, no bool, within the range of a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value with an article, for a message: 'a list', 'a numpy.ndarray'; 'None'."""
+    kind = type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+    return "None" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

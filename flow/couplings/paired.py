@@ -26,7 +26,7 @@ class PairedCoupling(Coupling):
             raise ValueError(f"flow.source={own}: must be that of the pairs, {data.source}")
         expected = data.source_fingerprint
         if expected and isinstance(source, DataSource) and source.training.samples.fingerprint() != expected:
-            raise ValueError(f"flow.source={own}: its samples are not those that the pairs start from; make the pairs again")
+            raise ValueError(f"flow.source={own}: its samples are not those that the pairs start from; regenerate the pairs")
         self.source, self.image_shape = source, image_shape
         self.seed, self.num_generated, self.inverted_noise = data.seed, data.generated, data.noise
 

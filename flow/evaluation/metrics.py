@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
+from flow import registry
 from flow.evaluation import intervals, memorization, neighbors, results
 from flow.evaluation.classifiers import CLASS_NAMES
 from flow.evaluation.comparison import Comparison, Estimate
@@ -246,12 +247,11 @@ def evaluate(c: Comparison, metrics: Sequence[str]) -> dict[str, dict[str, Estim
 def _estimates(name: str, columns: Any) -> dict[str, Estimate]:
     """What a metric returned, with plain numbers as estimates without an interval."""
     if not isinstance(columns, Mapping):
-        raise ValueError(f"metric {name}: returns a {type(columns).__name__}; must return a dict, a number for each column")
+        raise ValueError(f"metric {name}: returns {registry.kind_of(columns)}; must return a dict, a number for each column")
     estimates = {}
     for column, value in columns.items():
         try:
             estimates[column] = value if isinstance(value, Estimate) else Estimate(float(value))
         except (TypeError, ValueError):
-            kind = type(value).__name__
-            raise ValueError(f"metric {name}: {column} is a {kind}; must be a number or an Estimate") from None
+            raise ValueError(f"metric {name}: {column} is {registry.kind_of(value)}; must be a number or an Estimate") from None
     return estimates

@@ -1,4 +1,4 @@
-"""Sources that are data sets: those of a configuration, of --source, and tensors."""
+"""Sources that are data sets: those of a configuration and of --source."""
 
 from dataclasses import dataclass
 from functools import partial

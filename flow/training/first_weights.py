@@ -21,28 +21,35 @@ def load(source: Snapshot, net: nn.Module, class_names: Sequence[str]) -> list[s
     own, weights = net.state_dict(), dict(source.weights)
     new_steps = {name: value for name, value in own.items() if NEW in name and name not in weights}
     weights |= new_steps
-    before = source.class_names
     notes = ["the embedding of the length of a step starts anew"] if new_steps else []
-    for name in (name for name in {**own, **weights} if name.endswith(LABELS)):
-        table, other = own.get(name), weights.pop(name, None)
-        if table is None or other is None:
-            notes += ["was trained with labels, which are left out here"] if table is None else []
-            notes += ["was trained without labels; their embeddings start anew"] if other is None else []
-        elif not before or not class_names or table.shape[1:] != other.shape[1:]:
-            table = other  # what has no names is taken where the shape is the same
-        elif before != tuple(class_names) or table.shape != other.shape:
-            table = _by_name(table, other, before, class_names)
-            new = [each for each in class_names if each not in before]
-            missing = [each for each in before if each not in class_names]
-            notes += [f"the embeddings of the classes {first_names(new)} start anew"] if new else []
-            notes += [f"the embeddings of the classes {first_names(missing)} are left out"] if missing else []
-        else:
-            table = other
-        if table is not None:
-            weights[name] = table
+    for name in [name for name in {**own, **weights} if name.endswith(LABELS)]:
+        table, new = _label_table(own.get(name), weights.pop(name, None), source.class_names, tuple(class_names))
+        weights |= {name: table} if table is not None else {}
+        notes += new
     source.check_fit(net, weights)
     net.load_state_dict(weights)
     return notes
+
+
+def _label_table(
+    own: Tensor | None, trained: Tensor | None, before: tuple[str, ...], class_names: tuple[str, ...]
+) -> tuple[Tensor | None, list[str]]:
+    """The embeddings [classes + 1, d] of a network on `class_names`, None without labels, and lines about what starts anew.
+
+    own: those of the new network. trained, before: embeddings and classes of the snapshot.
+    """
+    if own is None:
+        return None, ["was trained with labels, which are left out here"]
+    if trained is None:
+        return own, ["was trained without labels; their embeddings start anew"]
+    same = before == class_names and own.shape == trained.shape
+    if same or not before or not class_names or own.shape[1:] != trained.shape[1:]:
+        return trained, []  # without names the shapes decide, which `check_fit` compares
+    new = [name for name in class_names if name not in before]
+    missing = [name for name in before if name not in class_names]
+    notes = [f"the embeddings of the classes {first_names(new)} start anew"] if new else []
+    notes += [f"the embeddings of the classes {first_names(missing)} are left out"] if missing else []
+    return _by_name(own, trained, before, class_names), notes
 
 
 def _by_name(table: Tensor, other: Tensor, before: Sequence[str], class_names: Sequence[str]) -> Tensor:

@@ -29,11 +29,11 @@ def fit(config: Config, folder: str | Path, resume: str | None = None, callbacks
     Example:
         >>> fit(loading.load("configs/digits.yaml", ["train.steps=100"]), "runs/notebook")
     """
-    with run_dir.locked(partial(run_dir.given_run, config, Path(folder), resume)) as (path, copy, accelerator):
-        return fit_opened(copy, path, accelerator, resume, callbacks)
+    with run_dir.locked(partial(run_dir.run_of_config, config, Path(folder), resume)) as (path, copy, accelerator):
+        return fit_locked(copy, path, accelerator, resume, callbacks)
 
 
-def fit_opened(
+def fit_locked(
     config: Config, folder: Path, accelerator: Accelerator, resume: str | None, callbacks: Sequence[Callback]
 ) -> Trainer:
     """`fit` inside the lock of the folder."""

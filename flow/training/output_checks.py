@@ -9,6 +9,7 @@ from torch import Tensor
 
 from configs.errors import UserError, first_line
 from flow.losses import Loss, Losses
+from flow.registry import kind_of
 from flow.runtime import distributed
 from models.preconditioning import Preconditioned
 
@@ -17,13 +18,13 @@ def check_losses(loss: Loss, losses: Any, batch_size: int) -> None:
     """Raises UserError where a loss did not return `Losses` of so many samples, whose mean has a gradient."""
     name = f"loss {getattr(loss, 'name', type(loss).__name__)}"
     if not isinstance(losses, Losses):
-        raise UserError(f"{name}: returns {_kind(losses)}; must return Losses(per_sample, t, terms)")
+        raise UserError(f"{name}: returns {kind_of(losses)}; must return Losses(per_sample, t, terms)")
     if not isinstance(losses.terms, dict):
-        raise UserError(f"{name}: terms is {_kind(losses.terms)}; must be a dict of tensors [{batch_size}] by name")
+        raise UserError(f"{name}: terms is {kind_of(losses.terms)}; must be a dict of tensors [{batch_size}] by name")
     parts = {"per_sample": losses.per_sample, **{f"terms[{key!r}]": value for key, value in losses.terms.items()}}
     for part, value in (parts if losses.t is None else parts | {"t": losses.t}).items():
         if not isinstance(value, Tensor):
-            raise UserError(f"{name}: {part} is {_kind(value)}; must be a tensor [{batch_size}], a number a sample")
+            raise UserError(f"{name}: {part} is {kind_of(value)}; must be a tensor [{batch_size}], a number a sample")
         if value.shape != (batch_size,):
             raise UserError(f"{name}: {part} has shape {list(value.shape)}; must be [{batch_size}], a number a sample")
     if not losses.per_sample.requires_grad:
@@ -58,7 +59,7 @@ def _check_forward(key: str, net: Any, shape: tuple[int, ...], accelerator: Acce
             raise UserError(f"{key}: {_why_it_fails(net, x, y, error)}") from error
     expected = f"for x {list(x.shape)}; must return a tensor of the shape of x"
     if not isinstance(output, Tensor):
-        raise UserError(f"{key}: returns {_kind(output)} {expected}")
+        raise UserError(f"{key}: returns {kind_of(output)} {expected}")
     if output.shape != x.shape:
         raise UserError(f"{key}: returns {list(output.shape)} {expected}")
     if not output.is_floating_point():
@@ -122,9 +123,3 @@ def _why_it_fails(net: Any, x: Tensor, y: Tensor | None, error: Exception) -> st
     inputs += f", y {list(y.shape)}" if y is not None else ", y = None"
     inputs += ", t_next [2]" if net.two_times else ""
     return f"fails on {inputs} {reason}; FLOW_TRACEBACK=1 shows where"
-
-
-def _kind(value: Any) -> str:
-    """Its type with an article, as in "a tuple"."""
-    noun = type(value).__name__
-    return f"an {noun}" if noun[0] in "aeiouAEIOU" else f"a {noun}"

@@ -53,16 +53,16 @@ def locked_run(args: Namespace, kind: type[Kind]) -> Iterator[tuple[Path, Kind, 
 
 
 @contextmanager
-def locked(opened: Callable[[], tuple[Path, Kind]]) -> Iterator[tuple[Path, Kind, Accelerator]]:
-    """The run that `opened` finds, and its accelerator; inside the block no other process writes to its folder.
+def locked(find_run: Callable[[], tuple[Path, Kind]]) -> Iterator[tuple[Path, Kind, Accelerator]]:
+    """The run that `find_run` finds, and its accelerator; inside the block no other process writes to its folder.
 
     An error of the file system inside the block becomes a UserError that also names the latest checkpoint.
     """
-    run_dir, cfg = opened()
+    run_dir, cfg = find_run()
     accelerator = distributed.build_training_accelerator(cfg.train, run_dir, TRACKERS)  # type: ignore[attr-defined]
     with lock.folder(run_dir, accelerator):
         # Until here another process may have started a run in this folder, or resumed it.
-        if (run_dir, cfg) != opened():
+        if (run_dir, cfg) != find_run():
             raise UserError(f"{run_dir / 'config.yaml'}: another process has changed it; start this command again")
         distributed.check_same(accelerator, loading.dump(cfg), f"the configuration of {run_dir}")
         try:
@@ -107,7 +107,7 @@ def open_run(
     return run_dir, _resumed(run_dir, before, cfg or loading.load(None, overrides, base=before, kind=kind))
 
 
-def given_run(config: Kind, run_dir: Path, resume: str | None) -> tuple[Path, Kind]:
+def run_of_config(config: Kind, run_dir: Path, resume: str | None) -> tuple[Path, Kind]:
     """As `open_run`, for a configuration in Python, which is copied and checked as that of a file: its values may have been set
     after it was loaded."""
     if not isinstance(config, schema.Config):

@@ -138,7 +138,7 @@ def test_pairs_of_a_source_that_has_changed(transfer_run, tmp_path, error):
     manifest.write_text(json.dumps({**content, "source_fingerprint": "0123"}))
     reflow = [*MODEL, "data.name=pairs", f"data.args.path={tmp_path / 'pairs'}", "flow.coupling=paired", *TINY_RUN, *RING]
     line = error("train", "-e", tmp_path / "reflow", *reflow)
-    assert "its samples are not those that the pairs start from; make the pairs again" in line
+    assert "its samples are not those that the pairs start from; regenerate the pairs" in line
     assert "source_fingerprint" in error(*make)
 
 

@@ -105,11 +105,11 @@ WRONG = [
 def test_wrong_networks_are_refused(main_of, error, capsys, monkeypatch, tmp_path, network, message):
     """A network that fails, or returns no tensor of the shape of x, is named before anything is written."""
     monkeypatch.setitem(models.MODELS, "mine", network)
-    mine = ["-c", "configs/digits.yaml", *TINY_RUN, "model.name=mine", "model.args={}", "-e", tmp_path / "run"]
-    assert error("train", *mine).startswith(f"error: model.name=mine: {message}")
+    arguments = ["-c", "configs/digits.yaml", *TINY_RUN, "model.name=mine", "model.args={}", "-e", tmp_path / "run"]
+    assert error("train", *arguments).startswith(f"error: model.name=mine: {message}")
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
-        cli_main(main_of("doctor", *mine))
+        cli_main(main_of("doctor", *arguments))
     assert f"fail  network: model.name=mine: {message}" in capsys.readouterr().out
 
 

@@ -48,7 +48,7 @@ def test_weights_of_another_flow_are_refused(error, points_flow, tmp_path, overr
 WRONG = [
     (lambda out: Losses(out.per_sample.mean()), "per_sample has shape []; must be [32], a number a sample"),
     (lambda out: Losses(out.per_sample[:, None].expand(-1, 2)), "per_sample has shape [32, 2]; must be [32]"),
-    (lambda out: out.per_sample, "returns a Tensor; must return Losses(per_sample, t, terms)"),
+    (lambda out: out.per_sample, "returns a torch.Tensor; must return Losses(per_sample, t, terms)"),
     (lambda out: Losses(out.per_sample, out.t, {"weight": 0.5}), "terms['weight'] is a float; must be a tensor [32]"),
     (lambda out: Losses(out.per_sample, 0.5), "t is a float; must be a tensor [32]"),
     (lambda out: Losses(out.per_sample.detach(), out.t), "per_sample has no gradient; compute it from the output of net"),
@@ -59,8 +59,8 @@ WRONG = [
 def test_wrong_values_of_a_loss_are_named(error, monkeypatch, tmp_path, change, message):
     """In the first micro-batch of a training."""
     flow_matching = LOSSES["flow_matching"]
-    mine = type("Mine", (flow_matching,), {"__call__": lambda self, *inputs: change(flow_matching.__call__(self, *inputs))})
-    mine.name = "mine"
-    monkeypatch.setitem(LOSSES, "mine", mine)
+    loss = type("Mine", (flow_matching,), {"__call__": lambda self, *inputs: change(flow_matching.__call__(self, *inputs))})
+    loss.name = "mine"
+    monkeypatch.setitem(LOSSES, "mine", loss)
     line = error("train", *POINTS, "loss.name=mine", "train.batch_size=32", "train.steps=2", "-e", tmp_path / "run")
     assert line.startswith(f"error: loss mine: {message}")

@@ -258,8 +258,8 @@ def test_best_by_a_metric_of_ones_own(here, monkeypatch, tmp_path, run, directio
     """Its entry says which values are better; they may be plain numbers."""
     values = iter((0, 1.5, 2.5))  # of real images, and after steps 2 and 4
     monkeypatch.setitem(metrics.METRICS, "mine", metrics.Metric(lambda c: {"mine": next(values)}, {"mine": direction}))
-    mine = ["evaluate.every_steps=2", "evaluate.loss_every_steps=0", "evaluate.metrics=[mine]", "evaluate.keep_best=mine"]
-    here("train", *TRAIN, *EVALUATE, *mine, "-e", tmp_path / "run", f"data.root={run.parent}")
+    keys = ["evaluate.every_steps=2", "evaluate.loss_every_steps=0", "evaluate.metrics=[mine]", "evaluate.keep_best=mine"]
+    here("train", *TRAIN, *EVALUATE, *keys, "-e", tmp_path / "run", f"data.root={run.parent}")
     assert [row["metrics"] for row in rows_of_snapshots(tmp_path / "run")] == [{"mine": 1.5}, {"mine": 2.5}]
     assert snapshot.load(tmp_path / "run/best.safetensors").step == step
 
