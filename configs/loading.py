@@ -172,11 +172,6 @@ def _check_key(key: str, source: str, kind: type) -> None:
     raise UserError(f"{source}: unknown key {key!r}.{did_you_mean(key, keys)}")
 
 
-def _value_at(tree: Any, place: stored.Place) -> Any:
-    """The value that these keys lead to, None where there is none."""
-    return functools.reduce(lambda branch, key: branch.get(key) if isinstance(branch, dict) else None, place, tree)
-
-
 def _merge(config: DictConfig, *nodes: Any, source: str) -> DictConfig:
     """Keys and types are checked, interpolations are not resolved."""
     try:
@@ -184,7 +179,7 @@ def _merge(config: DictConfig, *nodes: Any, source: str) -> DictConfig:
         tree = OmegaConf.to_container(config) if any(isinstance(value, list) for _, _, value in values) else {}
         for node, place, value in values:
             key = stored.dotted(place)
-            if isinstance(value, list) and isinstance(_value_at(tree, place), dict):
+            if isinstance(value, list) and isinstance(stored.value_at(tree, place), dict):
                 where = f"{source}: " if not source.startswith(key) else ""
                 raise UserError(f"{where}{key}={value}: must be a dictionary; write {{name: value}}")
             if value is False and key in ("train.mixed_precision", "train.ddp_comm_hook"):

@@ -5,6 +5,7 @@ stands for belongs to the machine, so it is written as it was typed, and nothing
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +31,11 @@ def leaves(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
         yield from leaves(value, (*place, key))
 
 
+def value_at(tree: Any, place: Place) -> Any:
+    """The value in nested dicts that these keys lead to, None where there is none."""
+    return functools.reduce(lambda branch, key: branch.get(key) if isinstance(branch, dict) else None, place, tree)
+
+
 def dotted(place: Place) -> str:
     """The key of an override: data.args.path."""
     return ".".join(map(str, place))
@@ -49,7 +55,7 @@ def typed_interpolations(config: DictConfig) -> dict[Place, Any]:
     return {
         place: value
         for place, value in leaves(raw)
-        if _MARK in str(_at(marks, place)) and not isinstance(_at(values, place), bool | int | float)
+        if _MARK in str(value_at(marks, place)) and not isinstance(value_at(values, place), bool | int | float)
     }
 
 
@@ -81,7 +87,7 @@ def read(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError("holds no `key: value` lines")
     interpolations = {place: value for place, value in leaves(tree) if _is_interpolation(value)}
     for place in interpolations:
-        del _at(tree, place[:-1])[place[-1]]
+        del value_at(tree, place[:-1])[place[-1]]
     return tree, {dotted(place): value for place, value in interpolations.items()}
 
 
@@ -98,7 +104,7 @@ def typed_overrides(config: Any) -> list[str]:
 def typed_values(config: Any) -> dict[str, Any]:
     """{dotted key: the value that it stands for here} of the same."""
     tree = dataclasses.asdict(config)
-    return {dotted(place): _at(tree, place) for place in getattr(config, "typed", {})}
+    return {dotted(place): value_at(tree, place) for place in getattr(config, "typed", {})}
 
 
 def unwritable(values: dict[Place, Any]) -> Iterator[tuple[str, Any]]:
@@ -132,9 +138,3 @@ def _map_text(tree: Any, change: Callable[[str], str]) -> Any:
     if isinstance(tree, list):
         return [_map_text(value, change) for value in tree]
     return change(tree) if isinstance(tree, str) else tree
-
-
-def _at(tree: Any, place: Place) -> Any:
-    for key in place:
-        tree = tree[key] if isinstance(tree, dict) else tree
-    return tree
